@@ -1,0 +1,98 @@
+"""Expert activations and the ways checkpoints store a gated pair.
+
+A gated expert computes ``act(gate) * up`` from a pre-activation of ``N1 = 2 I`` columns; an ungated one computes ``act(h)`` from
+``N1 = I`` columns. Real models add three constants to SwiGLU, all carried by :class:`Activation`:
+
+    g = min(gate, limit)                      u = clamp(up, -limit, limit) + up_offset
+    swiglu:  g * sigmoid(alpha * g) * u       (gpt-oss: alpha 1.702, limit 7, up_offset 1; DeepSeek-V4, GLM-5: limit only)
+
+Sources: SwiGLU, GeGLU, ReGLU — Shazeer 2020 (arXiv 2002.05202); squared ReLU — So et al. 2021 (arXiv 2109.08668).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+
+class ActivationType(str, Enum):
+    """The seven activations of SonicMoE; the first three are gated."""
+
+    SWIGLU = "swiglu"
+    GEGLU = "geglu"
+    REGLU = "reglu"
+    RELU_SQ = "relu_sq"
+    RELU = "relu"
+    GELU = "gelu"
+    SILU = "silu"
+
+
+class GateUpLayout(str, Enum):
+    """Order of the 2I rows of w1 (and of the columns of the pre-activation). Ignored by ungated activations."""
+
+    INTERLEAVED = "interleaved"  # g0, u0, g1, u1, ...   (SonicMoE, gpt-oss)
+    GATE_UP = "gate_up"  # g0, g1, ..., u0, u1, ...      (Hugging Face's gate_up_proj)
+    UP_GATE = "up_gate"  # u0, u1, ..., g0, g1, ...
+
+
+_GATED = frozenset({ActivationType.SWIGLU, ActivationType.GEGLU, ActivationType.REGLU})
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation with its constants. ``limit=None`` means no clamp. GELU is the exact erf form."""
+
+    type: ActivationType
+    alpha: float = 1.0
+    limit: float | None = None
+    up_offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        plain = self.alpha == 1.0 and self.limit is None and self.up_offset == 0.0
+        if self.type is not ActivationType.SWIGLU and not plain:
+            raise ValueError(
+                f"alpha, limit and up_offset belong to swiglu; got them with {self.type.value}. "
+                "Use ActivationType.SWIGLU or leave them at their defaults."
+            )
+        if self.limit is not None and not (self.limit > 0 and math.isfinite(self.limit)):
+            raise ValueError(f"limit must be a positive finite number or None (no clamp); got {self.limit}.")
+        if not (math.isfinite(self.alpha) and math.isfinite(self.up_offset)):
+            raise ValueError(f"alpha and up_offset must be finite; got {self.alpha} and {self.up_offset}.")
+
+    @property
+    def gated(self) -> bool:
+        return self.type in _GATED
+
+    @property
+    def fan(self) -> int:
+        """Pre-activation columns for each activation column: 2 if gated, else 1."""
+        return 2 if self.gated else 1
+
+    @classmethod
+    def gpt_oss(cls, alpha: float = 1.702, limit: float = 7.0) -> Activation:
+        """(clamp(up, ±limit) + 1) * g * sigmoid(alpha * g) with g = min(gate, limit), as in gpt-oss."""
+        return cls(ActivationType.SWIGLU, alpha=alpha, limit=limit, up_offset=1.0)
+
+    @classmethod
+    def swiglu_clamped(cls, limit: float) -> Activation:
+        """silu(min(gate, limit)) * clamp(up, ±limit), as in DeepSeek-V4 and GLM-5."""
+        return cls(ActivationType.SWIGLU, limit=limit)
+
+
+def as_activation(value: Activation | ActivationType | str) -> Activation:
+    if isinstance(value, Activation):
+        return value
+    try:
+        return Activation(ActivationType(value))
+    except ValueError:
+        choices = ", ".join(a.value for a in ActivationType)
+        raise ValueError(f"unknown activation {value!r}; choose one of {choices}, or pass an Activation.") from None
+
+
+def as_layout(value: GateUpLayout | str) -> GateUpLayout:
+    try:
+        return GateUpLayout(value)
+    except ValueError:
+        choices = ", ".join(layout.value for layout in GateUpLayout)
+        raise ValueError(f"unknown gate/up layout {value!r}; choose one of {choices}.") from None

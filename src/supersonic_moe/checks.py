@@ -1,0 +1,176 @@
+"""Argument checks. Each says the constraint, what was given and the fix; all but the ``valid_*`` ones look at metadata only (no sync).
+
+``valid_*`` and ``counts_agree`` read device data, so they cost a synchronisation; they run under ``validate=True`` only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def describe(t: object) -> str:
+    if isinstance(t, Tensor):
+        return f"{str(t.dtype).removeprefix('torch.')} of shape {tuple(t.shape)} on {t.device}"
+    return f"{type(t).__name__} ({t!r})"
+
+
+def tensor(name: str, t: object, rank: int, shape: str) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor of shape {shape}; got {describe(t)}.")
+    if t.dim() != rank:
+        raise ValueError(f"{name} must have {rank} dimensions {shape}; got {describe(t)}. Reshape it before the call.")
+
+
+def floating(name: str, t: Tensor) -> None:
+    if t.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise TypeError(
+            f"{name} must be bfloat16, float16, float32 or float64; got {describe(t)}. Convert it with .to(torch.bfloat16)."
+        )
+
+
+def ids(name: str, t: object, rank: int) -> None:
+    tensor(name, t, rank, "(T, K)" if rank == 2 else "(S,)")
+    assert isinstance(t, Tensor)
+    if t.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64; got {describe(t)}. Convert it with .to(torch.int32).")
+    if rank == 2 and t.shape[1] < 1:
+        raise ValueError(f"{name} must have at least one choice per token; got {describe(t)}.")
+    index_count(f"elements of {name}", t.numel())
+
+
+def same_device(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
+    if a.device != b.device:
+        raise ValueError(
+            f"{name_a} and {name_b} must be on one device; got {a.device} and {b.device}. Move one with .to(device)."
+        )
+
+
+def same_dtype(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
+    if a.dtype != b.dtype:
+        raise TypeError(
+            f"{name_a} and {name_b} must have one dtype; got {describe(a)} and {describe(b)}. Convert one with .to(dtype), or run under torch.autocast."
+        )
+
+
+def same_shape(name_a: str, a: Tensor, name_b: str, b: object) -> None:
+    if not isinstance(b, Tensor):
+        raise TypeError(f"{name_b} must be a torch.Tensor; got {describe(b)}.")
+    if a.shape != b.shape:
+        raise ValueError(f"{name_b} must have the shape of {name_a}, {tuple(a.shape)}; got {describe(b)}.")
+
+
+def same_length(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
+    if a.shape[0] != b.shape[0]:
+        raise ValueError(f"{name_a} and {name_b} must have one length; got {a.shape[0]} and {b.shape[0]}.")
+
+
+def dense(name: str, t: Tensor) -> None:
+    """Rows, or in a 3-D weight rows or columns, must be contiguous: kernels read 16 bytes at a time along one dimension."""
+    allowed = (-1, -2) if t.dim() == 3 else (-1,)
+    if t.numel() and not any(t.stride(d) == 1 or t.shape[d] == 1 for d in allowed):
+        which = "one of its last two dimensions" if t.dim() == 3 else "its last dimension"
+        raise ValueError(
+            f"{name} must be contiguous in {which}; got strides {t.stride()} for shape {tuple(t.shape)}. Call .contiguous()."
+        )
+    if t.numel() and any(stride == 0 and n > 1 for stride, n in zip(t.stride(), t.shape, strict=True)):
+        raise ValueError(
+            f"{name} must not be an expanded view; got strides {t.stride()} for shape {tuple(t.shape)}. Call .contiguous()."
+        )
+
+
+def size(name: str, what: str, got: object, want: object, why: str) -> None:
+    if got != want:
+        raise ValueError(f"{name} must have {what} {want} ({why}); got {got}.")
+
+
+def positive(name: str, value: object) -> None:
+    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a positive integer; got {describe(value)}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}.")
+
+
+def non_negative(name: str, value: object) -> None:
+    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a non-negative integer; got {describe(value)}.")
+    if value < 0:
+        raise ValueError(f"{name} must not be negative; got {value}.")
+
+
+def choices_fit(k: int, num_experts: int) -> None:
+    positive("num_experts_per_tok (K)", k)
+    if k > num_experts:
+        raise ValueError(
+            f"num_experts_per_tok (K) must not exceed the number of experts; got K = {k} with E = {num_experts}."
+        )
+
+
+def index_count(what: str, count: int) -> None:
+    if count >= 2**31:
+        raise ValueError(
+            f"{what} must stay below 2**31 (indices are int32); got {count}. Split the batch into micro-batches."
+        )
+
+
+def counts(name: str, values: Sequence[int], slots: int) -> None:
+    for expert, n in enumerate(values):
+        if n < 0:
+            raise ValueError(f"{name} must not hold negative counts; expert {expert} has {n}.")
+    if sum(values) > slots:
+        raise ValueError(
+            f"{name} adds up to {sum(values)}, more than the {slots} (row, choice) pairs of dispatched_indices."
+        )
+
+
+# ---- checks that read device data -----------------------------------------------------------------------------------------------------
+
+
+def valid_topk_ids(ids_TK: Tensor, num_experts: int, *, sentinel: bool = True) -> None:
+    high = num_experts if sentinel else num_experts - 1
+    bad = (ids_TK < -1) | (ids_TK > high)
+    _raise_if(
+        bad,
+        ids_TK,
+        f"expert ids must lie in [-1, {high}]" + (f" (-1 and {num_experts} mark skipped choices)" if sentinel else ""),
+    )
+    in_order = ids_TK.sort(dim=1).values
+    repeated = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0) & (in_order[:, 1:] < num_experts)
+    _raise_if(repeated, in_order[:, 1:], "a token must not name an expert twice")
+
+
+def valid_triples(tokens_S: Tensor, experts_S: Tensor, num_tokens: int, num_experts: int) -> None:
+    _raise_if((tokens_S < 0) | (tokens_S >= num_tokens), tokens_S, f"token indices must lie in [0, {num_tokens})")
+    _raise_if((experts_S < -1) | (experts_S > num_experts), experts_S, f"expert ids must lie in [-1, {num_experts}]")
+    routed = (experts_S >= 0) & (experts_S < num_experts)
+    pair = (tokens_S.long() * num_experts + experts_S.long())[routed].sort().values
+    _raise_if(pair[1:] == pair[:-1], pair[1:] // num_experts, "a (token, expert) pair must not come twice; token")
+
+
+def valid_offsets(offs_E: Tensor, num_rows: int) -> None:
+    _raise_if((offs_E < 0) | (offs_E > num_rows), offs_E, f"offs must lie in [0, {num_rows}], the number of rows")
+    _raise_if(offs_E[1:] < offs_E[:-1], offs_E[1:], "offs must not decrease (they are cumulative ends)")
+
+
+def counts_agree(name: str, counts_E: Tensor, ids: Tensor) -> None:
+    flat = ids.reshape(-1).long()
+    seen = torch.bincount(flat[flat >= 0], minlength=counts_E.shape[0])
+    want = counts_E.to(seen.device).long()
+    _raise_if(seen != want, seen, f"{name} must count the ids of each expert; the ids give a different count; counted")
+
+
+def finite_logits(logits_TE: Tensor) -> None:
+    bad = logits_TE.isnan()
+    _raise_if(bad, logits_TE, "router logits must not be NaN")
+
+
+def finite_scores(name: str, scores: Tensor) -> None:
+    _raise_if(~scores.isfinite(), scores, f"{name} must be finite")
+
+
+def _raise_if(bad: Tensor, values: Tensor, constraint: str) -> None:
+    if bool(bad.any()):
+        where = tuple(int(i) for i in bad.nonzero()[0])
+        raise ValueError(f"{constraint}; got {values[where].item()} at index {where if len(where) > 1 else where[0]}.")

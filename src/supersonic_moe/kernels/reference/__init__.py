@@ -1,0 +1,26 @@
+"""The truth: every kernel in plain torch, on any device and float dtype. Accumulates in fp32 (fp64 for fp64 inputs), rounds once at each store.
+
+Shapes: T tokens, S slots, P rows, E experts, K choices, H hidden, I intermediate, N1 = 2I (gated) or I; see ``routing/plan.py`` for the rows.
+Buffers have undefined content in dead rows; here they are NaN, so that whoever reads one is caught by the tests.
+"""
+
+from supersonic_moe.kernels.reference.activation import activation_backward, activation_forward
+from supersonic_moe.kernels.reference.gather import gather_rows, gather_sum
+from supersonic_moe.kernels.reference.grouped_mm import grouped_mm, grouped_mm_wgrad
+from supersonic_moe.kernels.reference.plan import build_plan
+from supersonic_moe.kernels.reference.reductions import row_dot, segment_sum
+from supersonic_moe.kernels.reference.router import route_backward, route_forward
+
+__all__ = [
+    "activation_backward",
+    "activation_forward",
+    "build_plan",
+    "gather_rows",
+    "gather_sum",
+    "grouped_mm",
+    "grouped_mm_wgrad",
+    "route_backward",
+    "route_forward",
+    "row_dot",
+    "segment_sum",
+]

@@ -1,0 +1,96 @@
+"""Expert activation and its backward on pre-activations, in the accumulation dtype.
+
+forward:   a = act(h + b1[expert])
+backward:  ds = <da, a>      as = s * a      dh = act'(h + b1) * (s * da)
+
+with s the row's router score. ``da = dO W2`` is the gradient *before* the score, hence ds = <dO, Y> without Y (SonicMoE, arXiv 2512.14080 §3).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from supersonic_moe.activation import Activation, ActivationType, GateUpLayout
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def activation_forward(
+    h_PN: Tensor, b1_EN: Tensor | None, row_expert_P: Tensor, activation: Activation, layout: GateUpLayout
+) -> Tensor:
+    a_PI, _ = _act(_preactivation(h_PN, b1_EN, row_expert_P), activation, layout)
+    return a_PI.to(h_PN.dtype)
+
+
+def activation_backward(
+    h_PN: Tensor,
+    b1_EN: Tensor | None,
+    da_PI: Tensor,
+    row_scores_P: Tensor,
+    row_expert_P: Tensor,
+    activation: Activation,
+    layout: GateUpLayout,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (dh (P, N1), s * a (P, I), ds (P,) in the accumulation dtype)."""
+    a_PI, partials = _act(_preactivation(h_PN, b1_EN, row_expert_P), activation, layout)
+    da_acc_PI = da_PI.to(a_PI.dtype)
+    s_P1 = row_scores_P.to(a_PI.dtype)[:, None]
+    dh_PN = _join([s_P1 * da_acc_PI * partial for partial in partials], layout)
+    return dh_PN.to(h_PN.dtype), (s_P1 * a_PI).to(h_PN.dtype), (da_acc_PI * a_PI).sum(1)
+
+
+def _preactivation(h_PN: Tensor, b1_EN: Tensor | None, row_expert_P: Tensor) -> Tensor:
+    h = h_PN.to(acc_dtype(h_PN.dtype))
+    if b1_EN is None:
+        return h
+    return h + b1_EN.to(h.dtype)[row_expert_P.clamp(max=b1_EN.shape[0] - 1).long()]
+
+
+def _act(h_PN: Tensor, activation: Activation, layout: GateUpLayout) -> tuple[Tensor, list[Tensor]]:
+    """Value and partial derivatives (by gate, by up) or (by h,)."""
+    kind = activation.type
+    if not activation.gated:
+        value, slope = _unary(kind, h_PN)
+        return value, [slope]
+    gate, up = _split(h_PN, layout)
+    if kind is ActivationType.SWIGLU:
+        limit = math.inf if activation.limit is None else activation.limit
+        g, u = gate.clamp(max=limit), up.clamp(-limit, limit) + activation.up_offset
+        sigmoid = torch.sigmoid(activation.alpha * g)
+        value, slope = g * sigmoid, sigmoid * (1 + activation.alpha * g * (1 - sigmoid))
+        return value * u, [slope * u * (gate <= limit), value * (up.abs() <= limit)]
+    value, slope = _unary(ActivationType.GELU if kind is ActivationType.GEGLU else ActivationType.RELU, gate)
+    return value * up, [slope * up, value]
+
+
+def _unary(kind: ActivationType, h: Tensor) -> tuple[Tensor, Tensor]:
+    if kind is ActivationType.SILU:
+        sigmoid = torch.sigmoid(h)
+        return h * sigmoid, sigmoid * (1 + h * (1 - sigmoid))
+    if kind is ActivationType.GELU:
+        cdf = 0.5 * (1 + torch.erf(h * math.sqrt(0.5)))
+        return h * cdf, cdf + h * torch.exp(-0.5 * h * h) / math.sqrt(2 * math.pi)
+    relu = h.relu()
+    if kind is ActivationType.RELU_SQ:
+        return relu * relu, 2 * relu
+    return relu, (h > 0).to(h.dtype)
+
+
+def _split(h_PN: Tensor, layout: GateUpLayout) -> tuple[Tensor, Tensor]:
+    if layout is GateUpLayout.INTERLEAVED:
+        return h_PN[:, 0::2], h_PN[:, 1::2]
+    first, second = h_PN.chunk(2, dim=1)
+    return (first, second) if layout is GateUpLayout.GATE_UP else (second, first)
+
+
+def _join(parts: list[Tensor], layout: GateUpLayout) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    if layout is GateUpLayout.INTERLEAVED:
+        return torch.stack(parts, dim=2).flatten(1)
+    return torch.cat(parts if layout is GateUpLayout.GATE_UP else parts[::-1], dim=1)

@@ -1,0 +1,42 @@
+"""Row gather, and its adjoint: each token sums its rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from supersonic_moe.kernels.reference.activation import acc_dtype
+
+
+def gather_rows(x_TH: Tensor, index_P: Tensor) -> Tensor:
+    """(P, H): row p is x[index[p]], or zeros where index[p] < 0."""
+    rows_PH = x_TH.new_zeros(index_P.shape[0], x_TH.shape[1])
+    real = index_P >= 0
+    rows_PH[real] = x_TH[index_P[real].long()]
+    return rows_PH
+
+
+def gather_sum(
+    y_PH: Tensor,
+    row_scale_P: Tensor | None,
+    bias_EH: Tensor | None,
+    row_expert_P: Tensor,
+    token_rows_S: Tensor,
+    token_offsets_T1: Tensor | None,
+    slots_per_token: int,
+    num_tokens: int,
+) -> Tensor:
+    """(T, H): out[t] = sum over the token's rows r >= 0, in order, of scale[r] * (y[r] + bias[expert of r]). Tokens without rows get 0."""
+    slots = torch.arange(token_rows_S.shape[0], device=y_PH.device)
+    if token_offsets_T1 is None:
+        token_S = slots // max(slots_per_token, 1)
+    else:
+        token_S = torch.searchsorted(token_offsets_T1.long(), slots, right=True) - 1
+    real = (token_rows_S >= 0) & (token_S >= 0) & (token_S < num_tokens)
+    rows, tokens = token_rows_S[real].long(), token_S[real]
+    values = y_PH[rows].to(acc_dtype(y_PH.dtype))
+    if bias_EH is not None:
+        values = values + bias_EH.to(values.dtype)[row_expert_P[rows].long()]
+    if row_scale_P is not None:
+        values = values * row_scale_P.to(values.dtype)[rows, None]
+    return values.new_zeros(num_tokens, y_PH.shape[1]).index_add_(0, tokens, values).to(y_PH.dtype)

@@ -1,0 +1,91 @@
+"""The only place that picks a backend, and says why (``supersonic-moe explain`` prints the reason).
+
+A backend is a module with one set of function names: route_forward, route_backward, build_plan, gather_rows, gather_sum, grouped_mm,
+grouped_mm_wgrad, activation_forward, activation_backward, row_dot, segment_sum (signatures: ``kernels/reference``).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+log = logging.getLogger("supersonic_moe")
+
+BACKENDS = ("auto", "reference", "triton")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+@dataclass(frozen=True)
+class Choice:
+    name: str
+    reason: str
+
+
+@functools.cache
+def kernels(name: str) -> ModuleType:
+    return importlib.import_module(f"supersonic_moe.kernels.{name}")
+
+
+def choose(
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    *,
+    hidden: int = 0,
+    intermediate: int = 0,
+    backend: str = "auto",
+) -> Choice:
+    """Pick the backend of one call.
+
+    Args:
+        device: where the tensors are.
+        dtype: dtype of the grouped GEMMs; None for routing and metadata, which have none.
+        hidden, intermediate: H and I of the experts; 0 where no GEMM is involved.
+        backend: ``"auto"`` or a name of :data:`BACKENDS`, which is then used or refused, never replaced.
+
+    Raises:
+        ValueError: an explicit backend that cannot run this call, with the reason.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
+    if backend == "reference":
+        return Choice("reference", "asked for: per-expert torch loop, the truth that kernels are tested against")
+    obstacle = _triton_obstacle(device, dtype, hidden, intermediate)
+    if backend == "triton":
+        if obstacle:
+            raise ValueError(f"backend 'triton' cannot run this call: {obstacle}. Use backend='auto'.")
+        return Choice("triton", "asked for: Triton kernels around torch's grouped GEMM")
+    if obstacle is None and device.type == "cuda":
+        return Choice("triton", "CUDA device: Triton kernels around torch's grouped GEMM")
+    if device.type == "cuda":
+        if not torch.compiler.is_compiling():
+            _warn_once(
+                f"slow path on {device}: {obstacle}. Using the reference loop, which synchronises with the host."
+            )
+        return Choice("reference", f"slow path: {obstacle}")
+    return Choice("reference", f"{device.type} device: per-expert torch loop")
+
+
+def _triton_obstacle(device: torch.device, dtype: torch.dtype | None, hidden: int, intermediate: int) -> str | None:
+    if not HAS_TRITON:
+        return "the package triton is not installed (pip install triton)"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"Triton needs a CUDA device, the tensors are on {device}"
+    if dtype is None:
+        return None
+    if dtype is not torch.bfloat16:
+        return f"torch's grouped GEMM needs bfloat16, the inputs are {str(dtype).removeprefix('torch.')}"
+    if hidden % 8 or intermediate % 8:
+        return f"torch's grouped GEMM needs H and I to be multiples of 8, they are {hidden} and {intermediate}"
+    return None
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning(message)

@@ -1,0 +1,178 @@
+"""The Mixture-of-Experts module, a drop-in for SonicMoE's: same constructor, parameter names, layouts and call."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+from supersonic_moe import checks
+from supersonic_moe.activation import Activation, ActivationType, GateUpLayout, as_activation, as_layout
+from supersonic_moe.functional import moe_layer
+from supersonic_moe.recipe import Bf16Recipe, as_recipe
+from supersonic_moe.routing.aux_loss import router_z_loss, switch_load_balancing_loss
+from supersonic_moe.routing.token_rounding import TokenRounding
+from supersonic_moe.routing.topk import TopKRouter, SigmoidGroupedTopK, as_router
+
+
+class KernelBackendMoE(Enum):
+    """Which kernels run the layer. ``auto`` is the best that the device and dtype allow; ``sonicmoe`` is its name in SonicMoE."""
+
+    auto = "auto"
+    sonicmoe = "auto"
+    triton = "triton"
+    torch = "reference"
+
+
+def _backend(value: KernelBackendMoE) -> str:
+    if not isinstance(value, KernelBackendMoE):
+        choices = ", ".join(KernelBackendMoE.__members__)
+        raise ValueError(f"unknown kernel_backend_moe {value!r}; choose one of {choices} of KernelBackendMoE.")
+    return value.value
+
+
+class Experts(nn.Module):
+    """Weights of all experts for one projection: weight (E, out_features, in_features), bias (E, out_features) or None."""
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int, add_bias: bool, std: float) -> None:
+        super().__init__()
+        self.num_experts, self.in_features, self.out_features, self.std = num_experts, in_features, out_features, std
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(num_experts, out_features)) if add_bias else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.weight.normal_(0, self.std)
+        if self.bias is not None:
+            self.bias.zero_()
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class MoE(nn.Module):
+    """TopKRouter, experts and weighted sum.
+
+    Args:
+        num_experts: E. num_experts_per_tok: K, at most E.
+        hidden_size: H. intermediate_size: I, per expert.
+        activation_function: an :class:`ActivationType`, its name, or an :class:`Activation` with constants (gpt-oss, clamped SwiGLU).
+        add_bias: biases on both projections, initialised to zero.
+        std: standard deviation of the normal initialisation of all weights.
+        router: a config of ``routing.topk`` or :class:`TokenRounding` (which rounds in training and routes by its base in evaluation), or a name.
+        layout: how the 2I rows of ``c_fc.weight`` hold gate and up; ``"gate_up"`` is Hugging Face's ``gate_up_proj``.
+        recipe: numeric recipe; None is :class:`Bf16Recipe`.
+        z_loss_weight: adds this times the router z-loss to ``aux_loss``.
+        validate: check device data too (NaN logits); costs a synchronisation a call.
+
+    Parameters: ``router.weight`` (E, H), ``c_fc.weight`` (E, 2I or I, H), ``c_fc.bias``, ``c_proj.weight`` (E, H, I), ``c_proj.bias``; with
+    SigmoidGroupedTopK also the buffer ``correction_bias`` (E,) fp32, which balances load without a gradient (DeepSeek-V3 §2.1.2).
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        num_experts_per_tok: int,
+        hidden_size: int,
+        intermediate_size: int,
+        activation_function: Activation | ActivationType | str,
+        add_bias: bool,
+        std: float,
+        *,
+        router: TopKRouter | TokenRounding | str = "softmax_after_topk",
+        layout: GateUpLayout | str = GateUpLayout.INTERLEAVED,
+        recipe: Bf16Recipe | None = None,
+        z_loss_weight: float = 0.0,
+        validate: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("num_experts", num_experts),
+            ("num_experts_per_tok", num_experts_per_tok),
+            ("hidden_size", hidden_size),
+            ("intermediate_size", intermediate_size),
+        ):
+            checks.positive(name, value)
+        checks.choices_fit(num_experts_per_tok, num_experts)
+        self.num_experts = num_experts
+        self.top_k = num_experts_per_tok
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.activation = as_activation(activation_function)
+        self.routing = as_router(router)
+        self.layout = as_layout(layout)
+        self.recipe = as_recipe(recipe)
+        self.z_loss_weight = z_loss_weight
+        self.validate = validate
+
+        self.router = nn.Linear(hidden_size, num_experts, bias=False)
+        nn.init.normal_(self.router.weight, 0, std)
+        self.c_fc = Experts(num_experts, hidden_size, self.activation.fan * intermediate_size, add_bias, std)
+        self.c_proj = Experts(num_experts, intermediate_size, hidden_size, add_bias, std)
+        base = self.routing.base if isinstance(self.routing, TokenRounding) else self.routing
+        if isinstance(base, SigmoidGroupedTopK):
+            self.register_buffer("correction_bias", torch.zeros(num_experts, dtype=torch.float32))
+        else:
+            self.correction_bias: Tensor | None = None
+        self.expert_counts: Tensor | None = None
+        """(E,) rows that each expert computed in the last forward; None before."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        kernel_backend_moe: KernelBackendMoE = KernelBackendMoE.auto,
+        is_inference_mode: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``hidden_states`` (..., H) -> (output (..., H), aux_loss).
+
+        ``aux_loss`` is the Switch load-balancing loss, unscaled, plus ``z_loss_weight`` times the z-loss; None when ``is_inference_mode``, which
+        also saves nothing for backward. Without it nothing is saved either wherever autograd would not need it (``torch.no_grad``).
+        """
+        if not isinstance(hidden_states, Tensor) or hidden_states.dim() < 1:
+            raise TypeError(
+                f"hidden_states must be a tensor of shape (..., {self.hidden_size}); got {checks.describe(hidden_states)}."
+            )
+        checks.size(
+            "hidden_states", "last dimension", hidden_states.shape[-1], self.hidden_size, "hidden_size of the layer"
+        )
+        policy = self.routing
+        rounding_step: Tensor | int = 0
+        if isinstance(policy, TokenRounding):
+            if not self.training:
+                policy = policy.base
+            elif policy.mode in ("SR-f", "NR-s"):
+                # From torch's generator: fresh each step, the same when checkpointing recomputes, and advanced by CUDA-graph replays.
+                rounding_step = torch.randint(2**31, (1,), device=hidden_states.device)
+        out_TH, logits_TE, counts_E = moe_layer(
+            hidden_states.reshape(-1, self.hidden_size),
+            self.router.weight,
+            self.c_fc.weight,
+            self.c_proj.weight,
+            self.top_k,
+            b1=self.c_fc.bias,
+            b2=self.c_proj.bias,
+            router=policy,
+            correction_bias=self.correction_bias,
+            rounding_step=rounding_step,
+            activation=self.activation,
+            layout=self.layout,
+            inference=is_inference_mode,
+            backend=_backend(kernel_backend_moe),
+            validate=self.validate,
+        )
+        self.expert_counts = counts_E
+        output = out_TH.view(hidden_states.shape)
+        if is_inference_mode:
+            return output, None
+        aux_loss = switch_load_balancing_loss(logits_TE, counts_E)
+        if self.z_loss_weight:
+            aux_loss = aux_loss + self.z_loss_weight * router_z_loss(logits_TE)
+        return output, aux_loss
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_experts={self.num_experts}, num_experts_per_tok={self.top_k}, hidden_size={self.hidden_size}, "
+            f"intermediate_size={self.intermediate_size}, activation={self.activation.type.value}, layout={self.layout.value}"
+        )

@@ -1,0 +1,1 @@
+"""From router logits to the device metadata that every kernel needs."""

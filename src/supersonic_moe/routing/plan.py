@@ -1,0 +1,283 @@
+"""Routing metadata: which row of the expert-sorted buffers belongs to which token, built on the device without a host sync.
+
+Three index spaces:
+
+* **token** t in [0, T): a row of x.
+* **slot** s in [0, S): one (token, choice) pair as the router wrote it; for top-k routing s = t * K + j, so flat scores are slot-indexed.
+* **row** r in [0, P): a row of the expert-sorted buffers. Expert e owns rows [expert_offsets[e], expert_offsets[e+1]); within an expert
+  rows keep slot order (a stable counting sort), which makes every sum over rows deterministic.
+
+``P`` (``capacity``) is an upper bound known on the host; how many rows are in use is known on the device only. Rows come in three kinds:
+real rows; *padding* rows, which round an expert's segment up to ``tile`` (empty experts stay empty); and *dead* rows past the last segment.
+Padding and dead rows read no token (``gather_index`` -1, loads give zeros), have score 0 and are read by no token, so they add exactly zero to
+every output and gradient, even where x holds NaN. Slots whose expert id is outside [0, E) (-1 or an expert-parallel sentinel) get no row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from supersonic_moe import checks
+from supersonic_moe.kernels import registry
+
+MAX_INDEX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class RoutingPlan:
+    """Device metadata of one routing decision; all tensors int32. See the module docstring for the index spaces."""
+
+    num_tokens: int
+    num_experts: int
+    capacity: int
+    """Rows allocated (P)."""
+    tile: int
+    """Segments are padded to a multiple of this; 1 means no padding."""
+    expert_offsets: Tensor
+    """(E+1,) row segments of the experts, padding included."""
+    gather_index: Tensor
+    """(P,) row -> token; -1 for padding and dead rows."""
+    scatter_index: Tensor
+    """(P,) row -> slot; -1 for padding and dead rows."""
+    row_expert: Tensor
+    """(P,) row -> expert; dead rows have E."""
+    reverse_index: Tensor
+    """(S,) slot -> row; -1 for skipped slots."""
+    token_rows: Tensor
+    """(S,) the rows of each token, in the order in which they are summed; -1 entries are skipped."""
+    token_offsets: Tensor | None
+    """(T+1,) the rows of token t are token_rows[token_offsets[t]:token_offsets[t+1]]; None where every token has S/T slots."""
+    identity: bool = False
+    """Rows are the tokens themselves (already dispatched): nothing needs gathering."""
+
+    @property
+    def num_slots(self) -> int:
+        return self.reverse_index.shape[0]
+
+    @property
+    def slots_per_token(self) -> int:
+        return self.num_slots // self.num_tokens if self.token_offsets is None and self.num_tokens else 0
+
+    @property
+    def expert_counts(self) -> Tensor:
+        """(E,) int32 real rows of each expert, padding excluded."""
+        if self.tile == 1:
+            return self.expert_offsets.diff()
+        real = (self.scatter_index >= 0).to(torch.int32)
+        return torch.zeros(self.num_experts + 1, dtype=torch.int32, device=real.device).index_add_(
+            0, self.row_expert, real
+        )[:-1]
+
+
+def plan_from_topk(topk_ids_TK: Tensor, num_experts: int, *, tile: int = 1, validate: bool = False) -> RoutingPlan:
+    """Plan of a (T, K) table of expert ids (int32 or int64). Ids outside [0, E) are skipped.
+
+    ``validate=True`` costs a sync and raises on out-of-range ids (-1 and E, the usual sentinels, excepted) and on ids repeated in a token.
+    """
+    checks.ids("topk_ids", topk_ids_TK, 2)
+    _check_sizes(num_experts, tile)
+    num_tokens, k = topk_ids_TK.shape
+    if validate:
+        checks.valid_topk_ids(topk_ids_TK, num_experts)
+    ids_S = topk_ids_TK.reshape(-1)
+    tensors = _build(ids_S, None, k, num_tokens, num_experts, tile, _capacity(ids_S.shape[0], num_experts, tile))
+    return RoutingPlan(
+        num_tokens, num_experts, tensors[1].shape[0], tile, *tensors, token_rows=tensors[4], token_offsets=None
+    )
+
+
+def plan_from_triples(
+    token_indices_S: Tensor,
+    expert_indices_S: Tensor,
+    num_tokens: int,
+    num_experts: int,
+    *,
+    tile: int = 1,
+    validate: bool = False,
+) -> RoutingPlan:
+    """Plan of (token, expert) pairs in any order; a token may have any number of experts. Pairs with an id out of range are skipped.
+
+    A token's rows are summed in the order in which its pairs come. ``validate=True`` costs a sync and raises on token ids outside [0, T),
+    on expert ids outside [-1, E] and on repeated pairs.
+    """
+    checks.ids("token_indices", token_indices_S, 1)
+    checks.ids("expert_indices", expert_indices_S, 1)
+    checks.same_length("token_indices", token_indices_S, "expert_indices", expert_indices_S)
+    checks.same_device("token_indices", token_indices_S, "expert_indices", expert_indices_S)
+    checks.non_negative("num_tokens", num_tokens)
+    _check_sizes(num_experts, tile)
+    if validate:
+        checks.valid_triples(token_indices_S, expert_indices_S, num_tokens, num_experts)
+    slots = token_indices_S.shape[0]
+    tensors = _build(
+        expert_indices_S, token_indices_S, 0, num_tokens, num_experts, tile, _capacity(slots, num_experts, tile)
+    )
+    sorted_tokens, order = torch.sort(token_indices_S, stable=True)
+    bounds = torch.arange(num_tokens + 1, device=order.device, dtype=sorted_tokens.dtype)
+    token_offsets = torch.searchsorted(sorted_tokens, bounds, out_int32=True)
+    token_rows = tensors[4].index_select(0, order)
+    return RoutingPlan(
+        num_tokens, num_experts, tensors[1].shape[0], tile, *tensors, token_rows=token_rows, token_offsets=token_offsets
+    )
+
+
+def plan_from_offsets(offs_E: Tensor, num_rows: int, *, validate: bool = False) -> RoutingPlan:
+    """Plan of rows that are already sorted by expert. ``offs`` (E,) holds cumulative ends, as in ``torch.nn.functional.grouped_mm``.
+
+    Rows at and past ``offs[-1]`` are dead. Offsets that decrease or exceed ``num_rows`` are clamped, so that no memory outside the rows is
+    touched; ``validate=True`` costs a sync and raises on them.
+    """
+    checks.ids("offs", offs_E, 1)
+    checks.non_negative("num_rows", num_rows)
+    num_experts = offs_E.shape[0]
+    _check_sizes(num_experts, 1)
+    checks.index_count("rows", num_rows)
+    if validate:
+        checks.valid_offsets(offs_E, num_rows)
+    ends = offs_E.clamp(0, num_rows).cummax(0).values.to(torch.int32)
+    expert_offsets = torch.nn.functional.pad(ends, (1, 0))
+    rows = torch.arange(num_rows, device=offs_E.device, dtype=torch.int32)
+    row_expert = torch.searchsorted(ends, rows, right=True, out_int32=True)
+    index = torch.where(row_expert < num_experts, rows, -1)
+    return RoutingPlan(
+        num_rows,
+        num_experts,
+        num_rows,
+        1,
+        expert_offsets,
+        index,
+        index,
+        row_expert,
+        index,
+        token_rows=index,
+        token_offsets=None,
+        identity=True,
+    )
+
+
+def plan_from_deepep(
+    dispatched_indices_NK: Tensor,
+    dispatched_probs_NK: Tensor,
+    tokens_per_expert: Sequence[int] | Tensor,
+    *,
+    tile: int = 1,
+    validate: bool = False,
+) -> tuple[RoutingPlan, Tensor]:
+    """Plan of rows received from a DeepEP dispatch; returns ``(plan, scores_S)``.
+
+    Args:
+        dispatched_indices_NK: (N_recv, K) integer local expert ids, -1 where the choice went to another rank; pairwise distinct in a row.
+        dispatched_probs_NK: (N_recv, K) float; returned flattened as slot scores, so gradients flow back to it. Masked entries get exactly 0.
+        tokens_per_expert: (E,) rows of each local expert. A host sequence (or CPU tensor) sizes the buffers exactly; a device tensor leaves the
+            upper bound N_recv * K in place. Counts on the host that are too small drop the last rows; ``validate=True`` raises instead.
+        tile: pad each non-empty expert to a multiple of this many rows, with exactly zero gradient from padding.
+        validate: cost a sync to check that ids are distinct and in [-1, E) and that the counts agree with the ids.
+
+    The rows of a token are summed by ascending expert id. ``plan.scatter_index`` is DeepEP's ``row * K + col`` source of each score.
+    """
+    checks.ids("dispatched_indices", dispatched_indices_NK, 2)
+    checks.same_shape("dispatched_indices", dispatched_indices_NK, "dispatched_probs", dispatched_probs_NK)
+    checks.same_device("dispatched_indices", dispatched_indices_NK, "dispatched_probs", dispatched_probs_NK)
+    checks.floating("dispatched_probs", dispatched_probs_NK)
+    num_tokens, k = dispatched_indices_NK.shape
+    on_device = isinstance(tokens_per_expert, Tensor) and tokens_per_expert.device.type != "cpu"
+    num_experts = len(tokens_per_expert)
+    _check_sizes(num_experts, tile)
+    slots = num_tokens * k
+    capacity = _capacity(slots, num_experts, tile)
+    if not on_device:
+        counts = [int(n) for n in tokens_per_expert]
+        checks.counts("tokens_per_expert", counts, slots)
+        capacity = min(capacity, sum(-(-n // tile) * tile for n in counts))
+    if validate:
+        checks.valid_topk_ids(dispatched_indices_NK, num_experts, sentinel=False)
+        checks.counts_agree("tokens_per_expert", torch.as_tensor(tokens_per_expert), dispatched_indices_NK)
+    tensors = _build(dispatched_indices_NK.reshape(-1), None, k, num_tokens, num_experts, tile, capacity)
+    rows_NK = tensors[4].view(num_tokens, k)
+    by_expert_NK = torch.where(rows_NK < 0, MAX_INDEX, rows_NK).sort(dim=1).values  # experts own ascending row segments
+    token_rows = torch.where(by_expert_NK == MAX_INDEX, -1, by_expert_NK).reshape(-1)
+    return (
+        RoutingPlan(
+            num_tokens, num_experts, tensors[1].shape[0], tile, *tensors, token_rows=token_rows, token_offsets=None
+        ),
+        dispatched_probs_NK.reshape(-1),
+    )
+
+
+def _capacity(slots: int, num_experts: int, tile: int) -> int:
+    capacity = slots + min(num_experts, slots) * (tile - 1)
+    checks.index_count("routed rows (slots plus tile padding)", capacity)
+    return capacity
+
+
+def _check_sizes(num_experts: int, tile: int) -> None:
+    checks.positive("num_experts", num_experts)
+    checks.positive("tile", tile)
+
+
+# ---- the op: (ids, ...) -> (expert_offsets, gather_index, scatter_index, row_expert, reverse_index) --------------------------------------
+
+torch.library.define(
+    "supersonic_moe::build_plan",
+    "(Tensor ids, Tensor? slot_tokens, SymInt slots_per_token, SymInt num_tokens, SymInt num_experts, SymInt tile, SymInt capacity)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+PlanTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.impl("supersonic_moe::build_plan", ("cpu", "cuda"))
+def _build_plan(
+    ids: Tensor,
+    slot_tokens: Tensor | None,
+    slots_per_token: int,
+    num_tokens: int,
+    num_experts: int,
+    tile: int,
+    capacity: int,
+) -> PlanTensors:
+    kernels = registry.kernels(registry.choose(ids.device).name)
+    plan: PlanTensors = kernels.build_plan(ids, slot_tokens, slots_per_token, num_tokens, num_experts, tile, capacity)
+    return plan
+
+
+@torch.library.register_fake("supersonic_moe::build_plan")
+def _build_plan_fake(
+    ids: Tensor,
+    slot_tokens: Tensor | None,
+    slots_per_token: int,
+    num_tokens: int,
+    num_experts: int,
+    tile: int,
+    capacity: int,
+) -> PlanTensors:
+    def empty(n: int) -> Tensor:
+        return ids.new_empty(n, dtype=torch.int32)
+
+    return empty(num_experts + 1), empty(capacity), empty(capacity), empty(capacity), empty(ids.shape[0])
+
+
+def _build(
+    ids: Tensor,
+    slot_tokens: Tensor | None,
+    slots_per_token: int,
+    num_tokens: int,
+    num_experts: int,
+    tile: int,
+    capacity: int,
+) -> PlanTensors:
+    op = torch.ops.supersonic_moe.build_plan.default
+    result: PlanTensors = op(
+        ids.contiguous(),
+        None if slot_tokens is None else slot_tokens.contiguous(),
+        slots_per_token,
+        num_tokens,
+        num_experts,
+        tile,
+        capacity,
+    )
+    return result

@@ -1,0 +1,290 @@
+"""Token choice: router logits (T, E) -> the K experts of each token and the weights of their outputs.
+
+Three rules cover the routers of today's models; ``x`` is a token's row of logits, ``I`` its K chosen experts:
+
+========================================  ===================================  =========================================
+config                                    weight of expert i in I              models
+========================================  ===================================  =========================================
+``SoftmaxAfterTopK()``                    softmax over ``x[I]``                Mixtral, gpt-oss; SonicMoE's default
+``SoftmaxBeforeTopK()``                   softmax over all of ``x``, entry i   OLMoE, Qwen2-MoE
+``SoftmaxBeforeTopK(renormalize=True)``   the same divided by its sum over I   Qwen3-MoE (equals softmax over ``x[I]``)
+``SigmoidGroupedTopK(...)``               c * sigmoid(x_i) / sum over I        DeepSeek-V3, GLM-4.5, Kimi-K2
+========================================  ===================================  =========================================
+
+Choice. The softmax rules take the K largest logits (softmax is monotone, so ranking logits is ranking probabilities,
+without the ties that rounding them would add). The sigmoid rule (DeepSeek-V3, arXiv 2412.19437, eq. 13-16) takes the K
+largest ``sigmoid(x) + bias``, where the bias is moved by the training loop to balance the load and never enters the
+weights. With groups, the experts form ``num_groups`` runs of equal length, a group is worth the sum of its two best
+entries, and only the best ``topk_groups`` groups take part.
+
+Order and odd values. Choices come best first; equal values come in order of expert index; NaN ranks above every number.
+So the ids of a token are always distinct and in [0, E), whatever its logits, and a NaN logit gives NaN weights in its
+own token and nowhere else.
+
+Precision. Weights are fp32 for bf16, fp16 and fp32 logits, fp64 for fp64 logits; all arithmetic is in that type.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from supersonic_moe import checks
+from supersonic_moe.kernels import registry
+
+if TYPE_CHECKING:
+    from supersonic_moe.routing.token_rounding import TokenRounding
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftmaxAfterTopK:
+    """softmax(topk(logits)): the weights of a token sum to 1."""
+
+    kind: ClassVar[str] = "softmax_after_topk"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftmaxBeforeTopK:
+    """topk(softmax(logits)); ``renormalize`` divides the chosen probabilities by their sum (``norm_topk_prob``)."""
+
+    renormalize: bool = False
+    kind: ClassVar[str] = "softmax_before_topk"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SigmoidGroupedTopK:
+    """DeepSeek-V3's router: sigmoid affinities, choice by affinity + correction bias inside the best groups of experts.
+
+    Args:
+        num_groups: runs of E / num_groups consecutive experts; 1 turns the group limit off.
+        topk_groups: groups of which a token may use experts.
+        scaling_factor: c, multiplies the weights after normalisation (``routed_scaling_factor``).
+        renormalize: divide the chosen affinities by their sum + 1e-20 (``norm_topk_prob``).
+    """
+
+    num_groups: int = 1
+    topk_groups: int = 1
+    scaling_factor: float = 1.0
+    renormalize: bool = True
+    kind: ClassVar[str] = "sigmoid_grouped_topk"
+
+    def __post_init__(self) -> None:
+        checks.positive("num_groups", self.num_groups)
+        checks.positive("topk_groups", self.topk_groups)
+        if self.topk_groups > self.num_groups:
+            raise ValueError(
+                f"topk_groups must not exceed num_groups; got {self.topk_groups} of {self.num_groups}. "
+                "Lower topk_groups."
+            )
+        if not (math.isfinite(self.scaling_factor) and self.scaling_factor > 0):
+            raise ValueError(
+                f"scaling_factor must be a positive finite number; got {self.scaling_factor}. Use 1.0 for no scaling."
+            )
+
+
+TopKRouter: TypeAlias = SoftmaxAfterTopK | SoftmaxBeforeTopK | SigmoidGroupedTopK
+
+SUM_EPS = 1e-20
+"""Added to the sum of the chosen affinities before dividing by it (DeepSeek-V3's published code)."""
+
+_NAMES: dict[str, TopKRouter] = {
+    "softmax_after_topk": SoftmaxAfterTopK(),
+    "softmax_before_topk": SoftmaxBeforeTopK(),
+    "softmax_before_topk_renormalized": SoftmaxBeforeTopK(renormalize=True),
+    "sigmoid_grouped_topk": SigmoidGroupedTopK(),
+}
+
+
+def as_router(value: str | TopKRouter | TokenRounding) -> TopKRouter | TokenRounding:
+    """The config that a name stands for; a config passes through."""
+    from supersonic_moe.routing.token_rounding import TokenRounding  # imports this module
+
+    if isinstance(value, SoftmaxAfterTopK | SoftmaxBeforeTopK | SigmoidGroupedTopK | TokenRounding):
+        return value
+    if value == "token_rounding":
+        return TokenRounding()
+    if isinstance(value, str) and value in _NAMES:
+        return _NAMES[value]
+    choices = ", ".join([*_NAMES, "token_rounding"])
+    error = ValueError if isinstance(value, str) else TypeError
+    raise error(
+        f"unknown router {value!r}; choose one of {choices}, or pass a router config such as SoftmaxAfterTopK()."
+    )
+
+
+def route(
+    logits_TE: Tensor,
+    k: int,
+    router: TopKRouter | str = "softmax_after_topk",
+    *,
+    correction_bias: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Choose K experts a token; see the module docstring for the rules. Differentiable with respect to the logits.
+
+    Args:
+        logits_TE: (T, E) bfloat16, float16, float32 or float64.
+        k: experts a token.
+        router: one of the three configs above, or its name.
+        correction_bias: (E,), ``SigmoidGroupedTopK`` only: added to the affinities for the choice; gets no gradient.
+        backend: see ``kernels/registry.py``.
+
+    Returns:
+        scores (T, K) float32 (float64 for float64 logits) and expert ids (T, K) int32.
+    """
+    config = as_router(router)
+    _check(logits_TE, k, config, correction_bias)
+    apply: Callable[..., tuple[Tensor, Tensor]] = _Route.apply
+    return apply(logits_TE, correction_bias, k, (*_encode(config), backend))
+
+
+def _check(logits: Tensor, k: int, router: TopKRouter | TokenRounding, bias: Tensor | None) -> None:
+    if not isinstance(router, SoftmaxAfterTopK | SoftmaxBeforeTopK | SigmoidGroupedTopK):
+        raise TypeError(
+            f"route chooses exactly K experts a token, so it cannot run {router!r}. "
+            "Call token_rounding(...) in training, route(...) with its base router in evaluation."
+        )
+    checks.tensor("logits", logits, 2, "(T, E)")
+    checks.floating("logits", logits)
+    checks.positive("k", k)
+    experts = logits.shape[1]
+    checks.index_count("logits (T * E)", logits.numel())
+    if k > experts:
+        raise ValueError(
+            f"k must not exceed the number of experts; got k = {k} with {experts} columns of logits. Lower k."
+        )
+    if isinstance(router, SigmoidGroupedTopK):
+        if experts % router.num_groups:
+            raise ValueError(
+                f"the number of experts must be a multiple of num_groups; got {experts} experts in "
+                f"{router.num_groups} groups. Use a num_groups that divides it."
+            )
+        reachable = experts // router.num_groups * router.topk_groups
+        if k > reachable:
+            raise ValueError(
+                f"k must not exceed the experts of the chosen groups; got k = {k} with {router.topk_groups} of "
+                f"{router.num_groups} groups, which hold {reachable} experts. Raise topk_groups or lower k."
+            )
+    if bias is not None:
+        if not isinstance(router, SigmoidGroupedTopK):
+            raise ValueError(
+                f"correction_bias belongs to SigmoidGroupedTopK; got it with {router!r}. "
+                "Leave it None or change the router."
+            )
+        checks.tensor("correction_bias", bias, 1, "(E,)")
+        checks.floating("correction_bias", bias)
+        checks.size("correction_bias", "length", bias.shape[0], experts, "the number of experts")
+        checks.same_device("logits", logits, "correction_bias", bias)
+
+
+# ---- configs as op arguments -----------------------------------------------------------------------------------------
+
+_Encoded: TypeAlias = tuple[str, bool, int, int, float]
+_ENCODED = "str kind, bool renormalize, int num_groups, int topk_groups, float scaling_factor, str backend"
+
+
+def _encode(router: TopKRouter | TokenRounding) -> _Encoded:
+    if isinstance(router, SigmoidGroupedTopK):
+        return router.kind, router.renormalize, router.num_groups, router.topk_groups, float(router.scaling_factor)
+    return router.kind, isinstance(router, SoftmaxBeforeTopK) and router.renormalize, 1, 1, 1.0
+
+
+def _decode(kind: str, renormalize: bool, num_groups: int, topk_groups: int, scaling_factor: float) -> TopKRouter:
+    if kind == SoftmaxAfterTopK.kind:
+        return SoftmaxAfterTopK()
+    if kind == SoftmaxBeforeTopK.kind:
+        return SoftmaxBeforeTopK(renormalize=renormalize)
+    return SigmoidGroupedTopK(
+        num_groups=num_groups, topk_groups=topk_groups, scaling_factor=scaling_factor, renormalize=renormalize
+    )
+
+
+def _kernels(logits: Tensor, backend: str) -> ModuleType:
+    return registry.kernels(registry.choose(logits.device, backend=backend).name)
+
+
+# ---- the ops: route_forward, route_backward --------------------------------------------------------------------------
+
+torch.library.define(
+    "supersonic_moe::route_forward",
+    f"(Tensor logits, Tensor? correction_bias, SymInt k, {_ENCODED}) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "supersonic_moe::route_backward",
+    f"(Tensor dscores, Tensor logits, Tensor scores, Tensor ids, {_ENCODED}) -> Tensor",
+)
+
+
+@torch.library.impl("supersonic_moe::route_forward", ("cpu", "cuda"))
+def _route_forward(
+    logits: Tensor,
+    bias: Tensor | None,
+    k: int,
+    kind: str,
+    renorm: bool,
+    groups: int,
+    topk_groups: int,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    router = _decode(kind, renorm, groups, topk_groups, scale)
+    outputs: tuple[Tensor, Tensor] = _kernels(logits, backend).route_forward(logits.contiguous(), k, router, bias)
+    return outputs
+
+
+@torch.library.impl("supersonic_moe::route_backward", ("cpu", "cuda"))
+def _route_backward(
+    dscores: Tensor,
+    logits: Tensor,
+    scores: Tensor,
+    ids: Tensor,
+    kind: str,
+    renorm: bool,
+    groups: int,
+    topk_groups: int,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    router = _decode(kind, renorm, groups, topk_groups, scale)
+    dlogits: Tensor = _kernels(logits, backend).route_backward(
+        dscores.contiguous(), logits.contiguous(), scores, ids, router
+    )
+    return dlogits
+
+
+@torch.library.register_fake("supersonic_moe::route_forward")  # type: ignore[untyped-decorator]
+def _route_forward_fake(logits: Tensor, bias: Tensor | None, k: int, *config: object) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], k)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return logits.new_empty(shape, dtype=dtype), logits.new_empty(shape, dtype=torch.int32)
+
+
+@torch.library.register_fake("supersonic_moe::route_backward")  # type: ignore[untyped-decorator]
+def _route_backward_fake(dscores: Tensor, logits: Tensor, scores: Tensor, ids: Tensor, *config: object) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+class _Route(torch.autograd.Function):
+    """Saves the logits (alive anyway as the router's output), the scores and the ids."""
+
+    @staticmethod
+    def forward(logits: Tensor, bias: Tensor | None, k: int, config: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        outputs: tuple[Tensor, Tensor] = torch.ops.supersonic_moe.route_forward.default(logits, bias, k, *config)
+        return outputs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        logits, _, _, ctx.config = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(logits, *output)
+
+    @staticmethod
+    def backward(ctx: Any, dscores: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        dlogits = torch.ops.supersonic_moe.route_backward.default(dscores, *ctx.saved_tensors, *ctx.config)
+        return dlogits, None, None, None

@@ -1,0 +1,1 @@
+"""Dataflow of forward and backward of the experts: one readable list of kernel calls each."""

@@ -1,0 +1,195 @@
+"""The module: SonicMoE compatibility, what is saved, autocast, compile, checkpointing, routers, state."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import supersonic_moe as sm
+from supersonic_moe import ActivationType, KernelBackendMoE, MoE
+
+T, H, I, E, K = 12, 16, 8, 4, 2  # noqa: E741
+
+
+def layer(activation=ActivationType.SWIGLU, add_bias=False, **kwargs) -> MoE:
+    return MoE(E, K, H, I, activation, add_bias, 0.5, **kwargs)
+
+
+def saved_bytes(run) -> int:
+    """Bytes that autograd keeps between forward and backward, each storage once."""
+    storages = {}
+
+    def pack(t):
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        run()
+    return sum(storages.values())
+
+
+def test_sonicmoe_quick_start_runs_with_the_import_changed():
+    moe = MoE(
+        num_experts=E,
+        num_experts_per_tok=K,
+        hidden_size=H,
+        intermediate_size=I,
+        activation_function=ActivationType.SWIGLU,
+        add_bias=False,
+        std=0.02,
+    ).to(dtype=torch.bfloat16)
+    x = torch.randn(3, 5, H, dtype=torch.bfloat16)
+    output, aux_loss = moe(x, kernel_backend_moe=KernelBackendMoE.sonicmoe)
+    assert output.shape == x.shape
+    assert output.dtype == torch.bfloat16
+    assert aux_loss.dim() == 0
+    inference, none = moe(x, is_inference_mode=True)
+    assert none is None
+    assert torch.equal(inference, output)
+    assert set(moe.state_dict()) == {"router.weight", "c_fc.weight", "c_proj.weight"}
+    assert moe.c_fc.weight.shape == (E, 2 * I, H)
+    assert moe.c_proj.weight.shape == (E, H, I)
+    assert set(layer("gelu", add_bias=True).state_dict()) - set(moe.state_dict()) == {"c_fc.bias", "c_proj.bias"}
+    assert [a.value for a in ActivationType] == ["swiglu", "geglu", "reglu", "relu_sq", "relu", "gelu", "silu"]
+
+
+@pytest.mark.parametrize(("activation", "fan"), [("swiglu", 2), ("relu_sq", 1)])
+def test_saved_bytes_equal_the_formula(activation, fan):
+    """x and the pre-activation (2TH + 4RI in bf16 when gated), plus scores and int32 metadata; nothing in inference mode."""
+    moe = layer(activation).to(torch.bfloat16)
+    x = torch.randn(T, H, dtype=torch.bfloat16)
+    ids, scores = torch.randint(E, (T, K), dtype=torch.int32), torch.rand(T, K, requires_grad=True)
+    plan = sm.plan_from_topk(ids, E)
+    rows = T * K
+    metadata = 4 * (E + 1) + 4 * rows * 4 + 4 * rows  # offsets; gather, scatter, row_expert, reverse; scores
+    weights = 2 * (moe.c_fc.weight.numel() + moe.c_proj.weight.numel())
+
+    def run(inference):
+        w1, w2 = moe.c_fc.weight, moe.c_proj.weight
+        sm.experts_from_plan(x, scores.flatten(), plan, w1, w2, activation=activation, inference=inference)
+
+    assert saved_bytes(lambda: run(False)) - weights == 2 * T * H + 2 * rows * fan * I + metadata
+    assert saved_bytes(lambda: run(True)) == 0
+
+
+def test_aux_loss_is_switch_plus_weighted_z_loss():
+    moe, x = layer(z_loss_weight=0.5), torch.randn(T, H)
+    _, aux = moe(x)
+    logits = x @ moe.router.weight.T
+    probs = torch.softmax(logits, 1).sum(0)
+    counts = torch.bincount(logits.topk(K).indices.flatten(), minlength=E)
+    assert moe.expert_counts.tolist() == counts.tolist()
+    want = E * (probs / probs.sum() * counts / counts.sum()).sum() + 0.5 * torch.logsumexp(logits, 1).square().mean()
+    torch.testing.assert_close(aux, want)
+    (grad,) = torch.autograd.grad(aux, moe.router.weight)
+    assert grad.abs().max() > 0
+
+
+def test_router_learns_through_the_scores():
+    moe, x = layer(), torch.randn(T, H)
+    out, _ = moe(x)
+    out.square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in moe.parameters())
+
+
+def test_autocast_computes_in_bf16_and_returns_fp32_gradients():
+    moe, x = layer(add_bias=True), torch.randn(T, H, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, aux = moe(x)
+        (out.float().square().sum() + aux).backward()
+    low = copy.deepcopy(moe).to(torch.bfloat16)
+    want, _ = low(x.detach().bfloat16())
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, want)
+    assert x.grad.dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 for p in moe.parameters())
+
+
+@pytest.mark.parametrize("router", ["softmax_after_topk", "sigmoid_grouped_topk"])
+def test_compile_fullgraph_with_changing_token_count(router):
+    moe = layer(router=router, add_bias=True)
+    compiled = torch.compile(moe, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (5, 9):
+        x = torch.randn(tokens, H)
+        results = []
+        for f in (moe, compiled):
+            moe.zero_grad()
+            y = x.clone().requires_grad_()
+            out, aux = f(y)
+            (out.square().sum() + aux).backward()
+            results.append([out, y.grad, *(p.grad for p in moe.parameters())])
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("mode", ["NR-f", "SR-f"])
+def test_checkpointing_recomputes_the_same_routing(mode):
+    """Sampled token rounding draws from torch's generator, whose state checkpointing restores."""
+    moe = layer(router=sm.TokenRounding(mode=mode, tile=4))
+    x = torch.randn(64, H)
+
+    def grads(wrap):
+        torch.manual_seed(3)
+        moe.zero_grad()
+        y = x.clone().requires_grad_()
+        out, _ = checkpoint(moe, y, use_reentrant=False) if wrap else moe(y)
+        out.square().sum().backward()
+        return [y.grad, *(p.grad.clone() for p in moe.parameters())]
+
+    for got, want in zip(grads(True), grads(False), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_token_rounding_rounds_in_training_only():
+    torch.manual_seed(1)
+    moe = layer(router=sm.TokenRounding(tile=8))
+    x = torch.randn(64, H)
+    moe(x)
+    assert (moe.expert_counts % 8 == 0).all()
+    moe.eval()
+    out, _ = moe(x)
+    assert moe.expert_counts.sum() == 64 * K
+    plain = layer()
+    plain.load_state_dict(moe.state_dict())
+    assert torch.equal(out, plain(x)[0])
+
+
+def test_correction_bias_steers_the_choice_and_not_the_scores():
+    moe = layer(router=sm.SigmoidGroupedTopK(scaling_factor=2.5))
+    x = torch.randn(T, H)
+    moe.correction_bias[3] = 100.0
+    out, _ = moe(x)
+    assert moe.expert_counts[3] == T
+    scores, ids = sm.route(x @ moe.router.weight.T, K, moe.routing, correction_bias=moe.correction_bias)
+    assert (ids == 3).any(1).all()
+    torch.testing.assert_close(scores.sum(1), torch.full((T,), 2.5))
+    assert "correction_bias" in moe.state_dict()
+
+
+def test_eval_mode_still_gives_gradients():
+    """Fine-tuning with frozen dropout runs in eval(): gradients must be there, only torch.no_grad or is_inference_mode drop them."""
+    moe = layer().eval()
+    out, _ = moe(torch.randn(T, H))
+    out.sum().backward()
+    assert moe.c_fc.weight.grad is not None
+    with torch.no_grad():
+        assert not moe(torch.randn(T, H))[0].requires_grad
+
+
+def test_noncontiguous_and_expanded_output_gradients():
+    moe, x = layer(), torch.randn(T, H, requires_grad=True)
+    out, _ = moe(x)
+    (expanded,) = torch.autograd.grad(out.sum(), x, retain_graph=True)  # gradient with stride 0
+    (dense,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    assert torch.equal(expanded, dense)
+
+
+def test_higher_level_copies():
+    moe = layer(add_bias=True)
+    twin = copy.deepcopy(moe)
+    x = torch.randn(T, H)
+    assert torch.equal(moe(x)[0], twin(x)[0])
+    assert "num_experts=4" in repr(moe)

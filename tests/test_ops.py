@@ -1,0 +1,96 @@
+"""torch.library contracts of every op: schema, fake kernels, dispatch under AOT; and the op list itself, so that none goes untested."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from torch.library import opcheck
+
+import supersonic_moe as sm
+from supersonic_moe.activation import as_activation
+from supersonic_moe.training.experts import plan_args, static_args
+
+T, H, I, E, K = 6, 8, 4, 3, 2  # noqa: E741
+ops = torch.ops.supersonic_moe
+
+ROUTERS = [
+    ("softmax_after_topk", False, 1, 1, 1.0),
+    ("softmax_before_topk", True, 1, 1, 1.0),
+    ("sigmoid_grouped_topk", True, 3, 2, 2.5),
+]
+
+
+def experts_args(tokens, dtype, bias, contiguous):
+    """All ids valid and no padding: rows that no slot uses have undefined content, which opcheck would compare."""
+    w1, b1, w2, b2 = (
+        None if t is None else t.detach() for t in oracle.weights(E, H, I, 2, bias=(bias, bias), dtype=dtype)
+    )
+    if not contiguous:
+        w1, w2 = (w.transpose(1, 2).contiguous().transpose(1, 2) for w in (w1, w2))
+    plan = sm.plan_from_topk(torch.randint(E, (tokens, K)), E)
+    static = static_args(as_activation("swiglu"), sm.GateUpLayout.GATE_UP, "auto")
+    x = torch.randn(tokens, H, dtype=dtype)
+    scores = torch.rand(tokens * K, dtype=torch.promote_types(dtype, torch.float32))
+    return [x, scores, w1, b1, w2, b2], plan, static
+
+
+def cases():
+    for tokens, dtype, bias, contiguous in [
+        (T, torch.float32, True, True),
+        (T, torch.bfloat16, False, False),
+        (0, torch.float64, True, True),
+    ]:
+        operands, plan, static = experts_args(tokens, dtype, bias, contiguous)
+        name = f"T{tokens}-{str(dtype)[6:]}"
+        yield f"experts_forward-{name}", (*operands, *plan_args(plan), *static, True)
+        yield f"experts_forward-{name}-inference", (*operands, *plan_args(plan), *static, False)
+        h = torch.randn(plan.capacity, 2 * I, dtype=dtype)
+        dout = torch.randn(tokens, H, dtype=dtype)
+        for needs in ([True] * 6, [True, False, False, False, False, False]):
+            yield f"experts_backward-{name}-{sum(needs)}", (dout, h, needs, *operands, *plan_args(plan), *static)
+    for int64 in (True, False):
+        ids = torch.randint(-1, E + 1, (T * K,), dtype=torch.int64 if int64 else torch.int32)
+        yield f"build_plan-{int64}", (ids, None, K, T, E, 4, T * K + E * 3)
+        yield (
+            f"build_plan-{int64}-triples",
+            (ids, torch.randint(-1, T + 1, (T * K,), dtype=ids.dtype), 0, T, E, 1, T * K),
+        )
+    for router in ROUTERS:
+        for dtype in (torch.float32, torch.bfloat16):
+            logits = torch.randn(T, E, dtype=dtype)
+            bias = torch.randn(E) if router[0].startswith("sigmoid") else None
+            args = (logits, bias, K, *router, "auto")
+            yield f"route_forward-{router[0]}-{str(dtype)[6:]}", args
+            scores, ids = ops.route_forward.default(*args)
+            yield (
+                f"route_backward-{router[0]}-{str(dtype)[6:]}",
+                (torch.randn_like(scores), logits, scores, ids, *router, "auto"),
+            )
+
+
+CASES = dict(cases())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck(name):
+    op = getattr(ops, name.split("-")[0]).default
+    opcheck(op, CASES[name], test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+
+
+def test_every_op_is_checked():
+    defined = {s.name.split("::")[1] for s in torch._C._jit_get_all_schemas() if s.name.startswith("supersonic_moe::")}
+    assert defined == {name.split("-")[0] for name in CASES}
+
+
+def test_differentiable_entry_points_pass_opcheck_through_autograd():
+    """The ops carry no autograd of their own; the Functions around them must agree with the ops' fakes under AOT dispatch."""
+    operands, plan, static = experts_args(T, torch.float32, True, True)
+    leaves = [t.requires_grad_() for t in operands]
+    out = torch.compile(
+        lambda *a: sm.training.experts.Experts.apply(*a, plan_args(plan), static)[0],
+        backend="aot_eager",
+        fullgraph=True,
+    )(*leaves)
+    grads = torch.autograd.grad(out.sum(), leaves)
+    assert all(g.shape == t.shape for g, t in zip(grads, leaves, strict=True))
