@@ -1,4 +1,4 @@
-"""Shared test set-up: without a GPU, Triton kernels run in Triton's interpreter, and tests marked ``gpu`` are skipped."""
+"""Shared test set-up: without a GPU, Triton kernels are interpreted and tests marked ``gpu`` skipped."""
 
 from __future__ import annotations
 

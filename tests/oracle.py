@@ -1,4 +1,6 @@
-"""The definition of the layer, one token and one expert at a time, in whatever dtype comes in. Slow, obvious, differentiable by autograd."""
+"""The definition of the layer, one token and one expert at a time, in whatever dtype comes in. Slow, obvious,
+differentiable by autograd.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Every kind of bad input raises before any kernel, with the constraint, the value and the fix; one row each.
 
-A row is (name, call, exception, words that the message must hold). ``ARGS`` are arguments that work; a row changes one of them.
+A row is (name, call, exception, words that the message must hold). ``ARGS`` are arguments that work; a row changes one
+of them.
 """
 
 from __future__ import annotations
@@ -43,7 +44,13 @@ def rows(**change):
 
 def moe(**change):
     args = dict(
-        num_experts=E, num_experts_per_tok=K, hidden_size=H, intermediate_size=I, activation_function="swiglu", add_bias=False, std=0.02
+        num_experts=E,
+        num_experts_per_tok=K,
+        hidden_size=H,
+        intermediate_size=I,
+        activation_function="swiglu",
+        add_bias=False,
+        std=0.02,
     )
     return sm.MoE(**(args | change))
 

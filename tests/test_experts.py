@@ -1,4 +1,6 @@
-"""Experts against the per-token definition in fp64: values and every gradient, for each activation, layout, bias and routing."""
+"""Experts against the per-token definition in fp64: values and every gradient, for each activation, layout, bias and
+routing.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,7 @@ def test_gradcheck(activation, layout):
 
 @pytest.mark.parametrize("bias", BIASES, ids=case_name)
 def test_masked_ids_and_triples_agree_with_definition(bias):
-    """Skipped ids, tokens without experts, repeated experts, triples in any order: one definition for all entry points."""
+    """Skipped ids, tokens without experts, repeated experts, triples in any order: one definition for all."""
     act, layout = Activation(ActivationType.SWIGLU), GateUpLayout.GATE_UP
     w1, b1, w2, b2 = oracle.weights(E, H, I, 2, bias=bias)
     x = torch.randn(5, H, dtype=torch.float64, requires_grad=True)

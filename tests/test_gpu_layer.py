@@ -1,4 +1,6 @@
-"""The layer on a GPU, through the backend that ``auto`` picks: accuracy, no host sync, CUDA graphs, streams, equal bits."""
+"""The layer on a GPU, through the backend that ``auto`` picks: accuracy, no host sync, CUDA graphs, streams, equal
+bits.
+"""
 
 from __future__ import annotations
 
@@ -52,17 +54,28 @@ def in_fp64(t):
 
 @pytest.mark.parametrize("positive", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("activation", "layout"), CASES, ids=lambda v: getattr(v, "value", None) or f"{v.type.value}{v.limit or ''}")
+@pytest.mark.parametrize(
+    ("activation", "layout"), CASES, ids=lambda v: getattr(v, "value", None) or f"{v.type.value}{v.limit or ''}"
+)
 def test_close_to_fp64(activation, layout, bias, positive):
+    """Against fp64, and against the reference in bf16, which rounds at the same places.
+
+    The pre-activation is stored in bf16, which moves some elements over a kink (ReLU at 0, the clamps): there the slope
+    jumps and the distance to fp64 is that of the rounding, not of the kernel. The bf16 reference has the same kinks.
+    """
     x, ids, scores, weights = inputs(activation, bias=bias, positive=positive)
     dout = torch.randn_like(x)
     got = run(x, ids, scores, weights, activation, layout, dout=dout)
-    want = run(*(in_fp64(x), ids, in_fp64(scores), tuple(map(in_fp64, weights))), activation, layout, "reference", dout.double())
-    for name, g, w in zip(("out", "dx", "dscores", "dw1", "dw2" if not bias else "db1", "dw2", "db2"), got, want, strict=False):
-        assert oracle.rel_fro(g, w) < 1e-2, name
-    dw1, dw2 = (g for g in got if g.dim() == 3)
-    assert (dw1[-2:] == 0).all()
-    assert (dw2[-2:] == 0).all()
+    rounded = run(x, ids, scores, weights, activation, layout, "reference", dout)
+    exact_operands = in_fp64(x), ids, in_fp64(scores), tuple(map(in_fp64, weights))
+    exact = run(*exact_operands, activation, layout, "reference", dout.double())
+    kinked = activation.limit is not None or "relu" in activation.type.value or activation.type.value == "reglu"
+    names = ["out", "dx", "dscores", "dw1", "db1", "dw2", "db2"] if bias else ["out", "dx", "dscores", "dw1", "dw2"]
+    for name, g, r, e in zip(names, got, rounded, exact, strict=True):
+        assert oracle.rel_fro(g, r) < 6e-3, f"{name} against the bf16 reference"
+        assert oracle.rel_fro(g, e) < (6e-2 if kinked else 1e-2), f"{name} against fp64"
+    for dw in got[names.index("dw1")], got[names.index("dw2")]:
+        assert (dw[-2:] == 0).all()
 
 
 def entry_points(tokens=T):
@@ -83,10 +96,14 @@ def entry_points(tokens=T):
         "after": sm.SoftmaxAfterTopK(),
         "before": sm.SoftmaxBeforeTopK(renormalize=True),
         "sigmoid": sm.SigmoidGroupedTopK(num_groups=4, topk_groups=2),
-        **{f"rounding_{mode}": sm.TokenRounding(mode=mode, tile=16) for mode in ("NR-f", "SR-f", "NR-s", "Balance-f", "UP", "DOWN")},
+        **{
+            f"rounding_{mode}": sm.TokenRounding(mode=mode, tile=16)
+            for mode in ("NR-f", "SR-f", "NR-s", "Balance-f", "UP", "DOWN")
+        },
     }
     layers = {
-        f"layer_{name}": lambda x, r=router: sm.moe_layer(x, router_w, w1, w2, 2, router=r, **kw).output for name, router in routers.items()
+        f"layer_{name}": lambda x, r=router: sm.moe_layer(x, router_w, w1, w2, 2, router=r, **kw).output
+        for name, router in routers.items()
     }
     return x, {
         **layers,
@@ -144,7 +161,9 @@ def test_no_host_sync_and_graph_capture_and_equal_bits(name):
 
 def test_module_trains_in_a_graph():
     """Forward, loss and backward of the module in one CUDA graph, sampled token rounding included."""
-    moe = sm.MoE(E, 2, H, I, "swiglu", True, 0.02, router=sm.TokenRounding(mode="SR-f", tile=16)).to(CUDA, torch.bfloat16)
+    moe = sm.MoE(E, 2, H, I, "swiglu", True, 0.02, router=sm.TokenRounding(mode="SR-f", tile=16)).to(
+        CUDA, torch.bfloat16
+    )
     x = torch.randn(T, H, device=CUDA, dtype=torch.bfloat16)
 
     def step():
@@ -199,7 +218,16 @@ def test_one_hot_expert(tokens):
     ids[:, 0] = 3
     dout = torch.randn_like(x)
     got = run(x, ids, scores, weights, act, GateUpLayout.INTERLEAVED, dout=dout)
-    want = run(in_fp64(x), ids, in_fp64(scores), tuple(map(in_fp64, weights)), act, GateUpLayout.INTERLEAVED, "reference", dout.double())
+    want = run(
+        in_fp64(x),
+        ids,
+        in_fp64(scores),
+        tuple(map(in_fp64, weights)),
+        act,
+        GateUpLayout.INTERLEAVED,
+        "reference",
+        dout.double(),
+    )
     assert all(oracle.rel_fro(g, w) < 1e-2 for g, w in zip(got, want, strict=True))
 
 

@@ -1,4 +1,6 @@
-"""torch.library contracts of every op: schema, fake kernels, dispatch under AOT; and the op list itself, so that none goes untested."""
+"""torch.library contracts of every op: schema, fake kernels, dispatch under AOT; and the op list itself, so that none
+goes untested.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from torch.library import opcheck
 
 import supersonic_moe as sm
 from supersonic_moe.activation import as_activation
-from supersonic_moe.training.experts import plan_args, static_args
+from supersonic_moe.training.experts import Experts, plan_args, static_args
 
 T, H, I, E, K = 6, 8, 4, 3, 2  # noqa: E741
 ops = torch.ops.supersonic_moe
@@ -84,11 +86,13 @@ def test_every_op_is_checked():
 
 
 def test_differentiable_entry_points_pass_opcheck_through_autograd():
-    """The ops carry no autograd of their own; the Functions around them must agree with the ops' fakes under AOT dispatch."""
+    """The ops carry no autograd of their own; the Functions around them must agree with the ops' fakes under AOT
+    dispatch.
+    """
     operands, plan, static = experts_args(T, torch.float32, True, True)
     leaves = [t.requires_grad_() for t in operands]
     out = torch.compile(
-        lambda *a: sm.training.experts.Experts.apply(*a, plan_args(plan), static)[0],
+        lambda *a: Experts.apply(*a, plan_args(plan), static)[0],
         backend="aot_eager",
         fullgraph=True,
     )(*leaves)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -45,7 +47,7 @@ def assert_plan(plan, experts, tokens, num_tokens, num_experts, tile):
         starts = [t * plan.slots_per_token for t in range(num_tokens + 1)]
     else:
         starts = plan.token_offsets.tolist()
-    summed = [[r for r in plan.token_rows.tolist()[a:b] if r >= 0] for a, b in zip(starts, starts[1:], strict=False)]
+    summed = [[r for r in plan.token_rows.tolist()[a:b] if r >= 0] for a, b in itertools.pairwise(starts)]
     wanted = [[slot_row[s] for s, x in enumerate(tokens) if x == t and s in slot_row] for t in range(num_tokens)]
     return summed, wanted
 

@@ -1,55 +1,79 @@
-"""supersonic-moe: the Mixture-of-Experts block of a transformer, fast on NVIDIA Hopper and correct everywhere."""
+"""supersonic-moe: the Mixture-of-Experts block of a transformer, fast on NVIDIA Hopper and correct everywhere.
 
-from supersonic_moe.activation import Activation, ActivationType, GateUpLayout
-from supersonic_moe.functional import (
-    MoEOutput,
-    dispatched_experts,
-    experts_from_plan,
-    moe_layer,
-    routed_experts,
-    topk_experts,
-)
-from supersonic_moe.moe import Experts, KernelBackendMoE, MoE
-from supersonic_moe.recipe import Bf16Recipe
-from supersonic_moe.routing.aux_loss import router_z_loss, switch_load_balancing_loss
-from supersonic_moe.routing.plan import (
-    RoutingPlan,
-    plan_from_deepep,
-    plan_from_offsets,
-    plan_from_topk,
-    plan_from_triples,
-)
-from supersonic_moe.routing.token_rounding import TokenRounding, token_rounding
-from supersonic_moe.routing.topk import SigmoidGroupedTopK, SoftmaxAfterTopK, SoftmaxBeforeTopK, TopKRouter, route
+Names are imported on first use (PEP 562), so that ``supersonic-moe --help`` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from supersonic_moe.activation import Activation as Activation
+    from supersonic_moe.activation import ActivationType as ActivationType
+    from supersonic_moe.activation import GateUpLayout as GateUpLayout
+    from supersonic_moe.functional import MoEOutput as MoEOutput
+    from supersonic_moe.functional import dispatched_experts as dispatched_experts
+    from supersonic_moe.functional import experts_from_plan as experts_from_plan
+    from supersonic_moe.functional import moe_layer as moe_layer
+    from supersonic_moe.functional import routed_experts as routed_experts
+    from supersonic_moe.functional import topk_experts as topk_experts
+    from supersonic_moe.moe import Experts as Experts
+    from supersonic_moe.moe import KernelBackendMoE as KernelBackendMoE
+    from supersonic_moe.moe import MoE as MoE
+    from supersonic_moe.recipe import Bf16Recipe as Bf16Recipe
+    from supersonic_moe.routing.aux_loss import router_z_loss as router_z_loss
+    from supersonic_moe.routing.aux_loss import switch_load_balancing_loss as switch_load_balancing_loss
+    from supersonic_moe.routing.plan import RoutingPlan as RoutingPlan
+    from supersonic_moe.routing.plan import plan_from_deepep as plan_from_deepep
+    from supersonic_moe.routing.plan import plan_from_offsets as plan_from_offsets
+    from supersonic_moe.routing.plan import plan_from_topk as plan_from_topk
+    from supersonic_moe.routing.plan import plan_from_triples as plan_from_triples
+    from supersonic_moe.routing.token_rounding import TokenRounding as TokenRounding
+    from supersonic_moe.routing.token_rounding import token_rounding as token_rounding
+    from supersonic_moe.routing.topk import SigmoidGroupedTopK as SigmoidGroupedTopK
+    from supersonic_moe.routing.topk import SoftmaxAfterTopK as SoftmaxAfterTopK
+    from supersonic_moe.routing.topk import SoftmaxBeforeTopK as SoftmaxBeforeTopK
+    from supersonic_moe.routing.topk import TopKRouter as TopKRouter
+    from supersonic_moe.routing.topk import route as route
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Activation",
-    "ActivationType",
-    "Bf16Recipe",
-    "Experts",
-    "GateUpLayout",
-    "KernelBackendMoE",
-    "MoE",
-    "MoEOutput",
-    "TopKRouter",
-    "RoutingPlan",
-    "SigmoidGroupedTopK",
-    "SoftmaxAfterTopK",
-    "SoftmaxBeforeTopK",
-    "TokenRounding",
-    "dispatched_experts",
-    "experts_from_plan",
-    "moe_layer",
-    "plan_from_deepep",
-    "plan_from_offsets",
-    "plan_from_topk",
-    "plan_from_triples",
-    "route",
-    "routed_experts",
-    "router_z_loss",
-    "switch_load_balancing_loss",
-    "token_rounding",
-    "topk_experts",
-]
+_HOME = {
+    "activation": ("Activation", "ActivationType", "GateUpLayout"),
+    "functional": (
+        "MoEOutput",
+        "dispatched_experts",
+        "experts_from_plan",
+        "moe_layer",
+        "routed_experts",
+        "topk_experts",
+    ),
+    "moe": ("Experts", "KernelBackendMoE", "MoE"),
+    "recipe": ("Bf16Recipe",),
+    "routing.aux_loss": ("router_z_loss", "switch_load_balancing_loss"),
+    "routing.plan": ("RoutingPlan", "plan_from_deepep", "plan_from_offsets", "plan_from_topk", "plan_from_triples"),
+    "routing.token_rounding": ("TokenRounding", "token_rounding"),
+    "routing.topk": ("SigmoidGroupedTopK", "SoftmaxAfterTopK", "SoftmaxBeforeTopK", "TopKRouter", "route"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'supersonic_moe' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"supersonic_moe.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+if level := os.environ.get("SUPERSONIC_MOE_LOG_LEVEL"):
+    logging.getLogger("supersonic_moe").setLevel(level.upper())

@@ -1,10 +1,11 @@
 """Expert activations and the ways checkpoints store a gated pair.
 
-A gated expert computes ``act(gate) * up`` from a pre-activation of ``N1 = 2 I`` columns; an ungated one computes ``act(h)`` from
-``N1 = I`` columns. Real models add three constants to SwiGLU, all carried by :class:`Activation`:
+A gated expert computes ``act(gate) * up`` from a pre-activation of ``N1 = 2 I`` columns; an ungated one computes
+``act(h)`` from ``N1 = I`` columns. Real models add three constants to SwiGLU, all carried by :class:`Activation`:
 
     g = min(gate, limit)                      u = clamp(up, -limit, limit) + up_offset
-    swiglu:  g * sigmoid(alpha * g) * u       (gpt-oss: alpha 1.702, limit 7, up_offset 1; DeepSeek-V4, GLM-5: limit only)
+    swiglu:  g * sigmoid(alpha * g) * u       (gpt-oss: alpha 1.702, limit 7, up_offset 1; DeepSeek-V4, GLM-5: limit
+        only)
 
 Sources: SwiGLU, GeGLU, ReGLU — Shazeer 2020 (arXiv 2002.05202); squared ReLU — So et al. 2021 (arXiv 2109.08668).
 """
@@ -13,10 +14,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 
-class ActivationType(str, Enum):
+class ActivationType(StrEnum):
     """The seven activations of SonicMoE; the first three are gated."""
 
     SWIGLU = "swiglu"
@@ -28,7 +29,7 @@ class ActivationType(str, Enum):
     SILU = "silu"
 
 
-class GateUpLayout(str, Enum):
+class GateUpLayout(StrEnum):
     """Order of the 2I rows of w1 (and of the columns of the pre-activation). Ignored by ungated activations."""
 
     INTERLEAVED = "interleaved"  # g0, u0, g1, u1, ...   (SonicMoE, gpt-oss)

@@ -1,6 +1,8 @@
-"""Argument checks. Each says the constraint, what was given and the fix; all but the ``valid_*`` ones look at metadata only (no sync).
+"""Argument checks. Each says the constraint, what was given and the fix; all but the ``valid_*`` ones look at metadata
+only (no sync).
 
-``valid_*`` and ``counts_agree`` read device data, so they cost a synchronisation; they run under ``validate=True`` only.
+``valid_*`` and ``counts_agree`` read device data, so they cost a synchronisation; they run under ``validate=True``
+only.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ def tensor(name: str, t: object, rank: int, shape: str) -> None:
 def floating(name: str, t: Tensor) -> None:
     if t.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise TypeError(
-            f"{name} must be bfloat16, float16, float32 or float64; got {describe(t)}. Convert it with .to(torch.bfloat16)."
+            f"{name} must be bfloat16, float16, float32 or float64; got {describe(t)}. "
+            f"Convert it with .to(torch.bfloat16)."
         )
 
 
@@ -51,7 +54,8 @@ def same_device(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
 def same_dtype(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     if a.dtype != b.dtype:
         raise TypeError(
-            f"{name_a} and {name_b} must have one dtype; got {describe(a)} and {describe(b)}. Convert one with .to(dtype), or run under torch.autocast."
+            f"{name_a} and {name_b} must have one dtype; got {describe(a)} and {describe(b)}. "
+            f"Convert one with .to(dtype), or run under torch.autocast."
         )
 
 
@@ -68,16 +72,20 @@ def same_length(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
 
 
 def dense(name: str, t: Tensor) -> None:
-    """Rows, or in a 3-D weight rows or columns, must be contiguous: kernels read 16 bytes at a time along one dimension."""
+    """Rows, or in a 3-D weight rows or columns, must be contiguous: kernels read 16 bytes at a time along one
+    dimension.
+    """
     allowed = (-1, -2) if t.dim() == 3 else (-1,)
     if t.numel() and not any(t.stride(d) == 1 or t.shape[d] == 1 for d in allowed):
         which = "one of its last two dimensions" if t.dim() == 3 else "its last dimension"
         raise ValueError(
-            f"{name} must be contiguous in {which}; got strides {t.stride()} for shape {tuple(t.shape)}. Call .contiguous()."
+            f"{name} must be contiguous in {which}; got strides {t.stride()} for shape {tuple(t.shape)}. "
+            f"Call .contiguous()."
         )
     if t.numel() and any(stride == 0 and n > 1 for stride, n in zip(t.stride(), t.shape, strict=True)):
         raise ValueError(
-            f"{name} must not be an expanded view; got strides {t.stride()} for shape {tuple(t.shape)}. Call .contiguous()."
+            f"{name} must not be an expanded view; got strides {t.stride()} for shape {tuple(t.shape)}. "
+            f"Call .contiguous()."
         )
 
 
@@ -125,7 +133,7 @@ def counts(name: str, values: Sequence[int], slots: int) -> None:
         )
 
 
-# ---- checks that read device data -----------------------------------------------------------------------------------------------------
+# ---- checks that read device data ------------------------------------------------------------------------------------
 
 
 def valid_topk_ids(ids_TK: Tensor, num_experts: int, *, sentinel: bool = True) -> None:

@@ -7,12 +7,15 @@
 
 Shapes: T tokens, H hidden, I expert intermediate, E experts, K choices a token, N1 = 2I for gated activations, else I.
     x (T, H) · w1 (E, N1, H) · b1 (E, N1) · w2 (E, H, I) · b2 (E, H)
-Weights stored transposed, (E, H, N1) or (E, I, H), are passed as ``w.transpose(1, 2)``: a view, never a copy. ``layout`` says how the N1 rows of
-w1 hold gate and up. Biases may be given for one projection only. Scores are kept in fp32 whatever the dtype of x.
+Weights stored transposed, (E, H, N1) or (E, I, H), are passed as ``w.transpose(1, 2)``: a view, never a copy.
+``layout`` says how the N1 rows of w1 hold gate and up. Biases may be given for one projection only. Scores are kept in
+fp32 whatever the dtype of x.
 
-``inference=True`` saves nothing for backward and returns a tensor without gradient. ``validate=True`` adds the checks that only device data can
-answer (NaN logits, repeated or out-of-range expert ids, offsets that do not add up); they cost a host synchronisation, so they are off by default,
-and such values then have a memory-safe result: a bad id is skipped, a NaN stays in its token.
+``inference=True`` saves nothing for backward and returns a tensor without gradient. ``validate=True`` adds the checks
+that only device data can
+answer (NaN logits, repeated or out-of-range expert ids, offsets that do not add up); they cost a host synchronisation,
+so they are off by default, and such values then have a memory-safe result: a bad id is skipped, a NaN stays in its
+token.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from supersonic_moe.activation import Activation, ActivationType, GateUpLayout, 
 from supersonic_moe.kernels import registry
 from supersonic_moe.routing.plan import RoutingPlan, plan_from_offsets, plan_from_topk, plan_from_triples
 from supersonic_moe.routing.token_rounding import TokenRounding, token_rounding
-from supersonic_moe.routing.topk import TopKRouter, SoftmaxAfterTopK, as_router, route
+from supersonic_moe.routing.topk import TopKRouter, as_router, route
 from supersonic_moe.training.experts import run_experts
 
 
@@ -51,7 +54,7 @@ def moe_layer(
     *,
     b1: Tensor | None = None,
     b2: Tensor | None = None,
-    router: TopKRouter | TokenRounding | str = SoftmaxAfterTopK(),
+    router: TopKRouter | TokenRounding | str = "softmax_after_topk",
     correction_bias: Tensor | None = None,
     rounding_step: Tensor | int = 0,
     activation: Activation | ActivationType | str = ActivationType.SWIGLU,
@@ -111,7 +114,8 @@ def topk_experts(
     backend: str = "auto",
     validate: bool = False,
 ) -> Tensor:
-    """``out[t] = sum_j scores[t, j] * expert[ids[t, j]](x[t])`` for ids (T, K) int32/int64 and scores (T, K) float; differentiable in the scores.
+    """``out[t] = sum_j scores[t, j] * expert[ids[t, j]](x[t])`` for ids (T, K) int32/int64 and scores (T, K) float;
+    differentiable in the scores.
 
     Ids outside [0, E) are skipped (masked, not multiplied by zero): -1, or the sentinel E of expert parallelism.
     """
@@ -141,7 +145,8 @@ def routed_experts(
     backend: str = "auto",
     validate: bool = False,
 ) -> Tensor:
-    """``out[t] = sum over triples (t, e, s) of s * expert[e](x[t])``: three (S,) tensors in any order, any number of experts per token.
+    """``out[t] = sum over triples (t, e, s) of s * expert[e](x[t])``: three (S,) tensors in any order, any number of
+    experts per token.
 
     Triples with a token outside [0, T) or an expert outside [0, E) are skipped; a token without experts gets zeros.
     """
@@ -169,11 +174,13 @@ def dispatched_experts(
     backend: str = "auto",
     validate: bool = False,
 ) -> Tensor:
-    """Experts on rows already sorted by expert: rows [offs[e-1], offs[e]) belong to expert e; returns (R, H) in the same order.
+    """Experts on rows already sorted by expert: rows [offs[e-1], offs[e]) belong to expert e; returns (R, H) in the
+    same order.
 
     Args:
         offs_E: (E,) int32/int64 cumulative ends on the device of x, as in ``torch.nn.functional.grouped_mm``.
-        scores_R: (R,) optional row weights, applied to the outputs. Rows at and past ``offs[-1]`` are not computed and come out as zeros.
+        scores_R: (R,) optional row weights, applied to the outputs. Rows at and past ``offs[-1]`` are not computed and
+            come out as zeros.
     """
     experts = _checked(x_RH, w1, b1, w2, b2, activation, layout, backend)
     checks.ids("offs", offs_E, 1)
@@ -202,7 +209,9 @@ def experts_from_plan(
     inference: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Experts under a ready :class:`RoutingPlan` (``plan_from_deepep``, tile-padded plans, one plan for several layers); scores (S,) by slot."""
+    """Experts under a ready :class:`RoutingPlan` (``plan_from_deepep``, tile-padded plans, one plan for several
+    layers); scores (S,) by slot.
+    """
     experts = _checked(x_TH, w1, b1, w2, b2, activation, layout, backend)
     checks.size("plan", "num_experts", plan.num_experts, w1.shape[0], "the experts of w1")
     checks.size("plan", "num_tokens", plan.num_tokens, x_TH.shape[0], "the rows of x")
@@ -213,7 +222,7 @@ def experts_from_plan(
     return experts.run(scores_S, plan, inference)
 
 
-# ---- what every entry point does first --------------------------------------------------------------------------------------------------
+# ---- what every entry point does first -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -256,7 +265,9 @@ def _checked(
     layout: GateUpLayout | str,
     backend: str,
 ) -> _Experts:
-    """Check everything that metadata shows. Under ``torch.autocast`` the layer computes in the autocast dtype, like a linear layer."""
+    """Check everything that metadata shows. Under ``torch.autocast`` the layer computes in the autocast dtype, like a
+    linear layer.
+    """
     act, order = as_activation(activation), as_layout(layout)
     checks.tensor("x", x, 2, "(T, H)")
     checks.floating("x", x)

@@ -13,11 +13,13 @@ from supersonic_moe.functional import moe_layer
 from supersonic_moe.recipe import Bf16Recipe, as_recipe
 from supersonic_moe.routing.aux_loss import router_z_loss, switch_load_balancing_loss
 from supersonic_moe.routing.token_rounding import TokenRounding
-from supersonic_moe.routing.topk import TopKRouter, SigmoidGroupedTopK, as_router
+from supersonic_moe.routing.topk import SigmoidGroupedTopK, TopKRouter, as_router
 
 
 class KernelBackendMoE(Enum):
-    """Which kernels run the layer. ``auto`` is the best that the device and dtype allow; ``sonicmoe`` is its name in SonicMoE."""
+    """Which kernels run the layer. ``auto`` is the best that the device and dtype allow; ``sonicmoe`` is its name in
+    SonicMoE.
+    """
 
     auto = "auto"
     sonicmoe = "auto"
@@ -33,7 +35,7 @@ def _backend(value: KernelBackendMoE) -> str:
 
 
 class Experts(nn.Module):
-    """Weights of all experts for one projection: weight (E, out_features, in_features), bias (E, out_features) or None."""
+    """Weights of all experts for one projection: weight (E, out_features, in_features), bias (E, out_features)."""
 
     def __init__(self, num_experts: int, in_features: int, out_features: int, add_bias: bool, std: float) -> None:
         super().__init__()
@@ -49,7 +51,8 @@ class Experts(nn.Module):
             self.bias.zero_()
 
     def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        sizes = f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}"
 
 
 class MoE(nn.Module):
@@ -58,17 +61,17 @@ class MoE(nn.Module):
     Args:
         num_experts: E. num_experts_per_tok: K, at most E.
         hidden_size: H. intermediate_size: I, per expert.
-        activation_function: an :class:`ActivationType`, its name, or an :class:`Activation` with constants (gpt-oss, clamped SwiGLU).
-        add_bias: biases on both projections, initialised to zero.
-        std: standard deviation of the normal initialisation of all weights.
-        router: a config of ``routing.topk`` or :class:`TokenRounding` (which rounds in training and routes by its base in evaluation), or a name.
-        layout: how the 2I rows of ``c_fc.weight`` hold gate and up; ``"gate_up"`` is Hugging Face's ``gate_up_proj``.
-        recipe: numeric recipe; None is :class:`Bf16Recipe`.
-        z_loss_weight: adds this times the router z-loss to ``aux_loss``.
-        validate: check device data too (NaN logits); costs a synchronisation a call.
+        activation_function: an :class:`ActivationType`, its name, or an :class:`Activation` with constants (gpt-oss,
+            clamped SwiGLU). add_bias: biases on both projections, initialised to zero. std: standard deviation of the
+            normal initialisation of all weights. router: a config of ``routing.topk`` or :class:`TokenRounding` (which
+            rounds in training and routes by its base in evaluation), or a name. layout: how the 2I rows of
+            ``c_fc.weight`` hold gate and up; ``"gate_up"`` is Hugging Face's ``gate_up_proj``. recipe: numeric recipe;
+            None is :class:`Bf16Recipe`. z_loss_weight: adds this times the router z-loss to ``aux_loss``. validate:
+            check device data too (NaN logits); costs a synchronisation a call.
 
-    Parameters: ``router.weight`` (E, H), ``c_fc.weight`` (E, 2I or I, H), ``c_fc.bias``, ``c_proj.weight`` (E, H, I), ``c_proj.bias``; with
-    SigmoidGroupedTopK also the buffer ``correction_bias`` (E,) fp32, which balances load without a gradient (DeepSeek-V3 §2.1.2).
+    Parameters: ``router.weight`` (E, H), ``c_fc.weight`` (E, 2I or I, H), ``c_fc.bias``, ``c_proj.weight`` (E, H, I),
+        ``c_proj.bias``; with SigmoidGroupedTopK also the buffer ``correction_bias`` (E,) fp32, which balances load
+        without a gradient (DeepSeek-V3 §2.1.2).
     """
 
     def __init__(
@@ -127,12 +130,14 @@ class MoE(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """``hidden_states`` (..., H) -> (output (..., H), aux_loss).
 
-        ``aux_loss`` is the Switch load-balancing loss, unscaled, plus ``z_loss_weight`` times the z-loss; None when ``is_inference_mode``, which
-        also saves nothing for backward. Without it nothing is saved either wherever autograd would not need it (``torch.no_grad``).
+        ``aux_loss`` is the Switch load-balancing loss, unscaled, plus ``z_loss_weight`` times the z-loss; None when
+        ``is_inference_mode``, which also saves nothing for backward. Without it nothing is saved either wherever
+        autograd would not need it (``torch.no_grad``).
         """
         if not isinstance(hidden_states, Tensor) or hidden_states.dim() < 1:
             raise TypeError(
-                f"hidden_states must be a tensor of shape (..., {self.hidden_size}); got {checks.describe(hidden_states)}."
+                f"hidden_states must be a tensor of shape (..., {self.hidden_size}); "
+                f"got {checks.describe(hidden_states)}."
             )
         checks.size(
             "hidden_states", "last dimension", hidden_states.shape[-1], self.hidden_size, "hidden_size of the layer"
@@ -143,7 +148,7 @@ class MoE(nn.Module):
             if not self.training:
                 policy = policy.base
             elif policy.mode in ("SR-f", "NR-s"):
-                # From torch's generator: fresh each step, the same when checkpointing recomputes, and advanced by CUDA-graph replays.
+                # From torch's generator: fresh each step, the same when checkpointing recomputes, new at each replay.
                 rounding_step = torch.randint(2**31, (1,), device=hidden_states.device)
         out_TH, logits_TE, counts_E = moe_layer(
             hidden_states.reshape(-1, self.hidden_size),
@@ -174,5 +179,6 @@ class MoE(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"num_experts={self.num_experts}, num_experts_per_tok={self.top_k}, hidden_size={self.hidden_size}, "
-            f"intermediate_size={self.intermediate_size}, activation={self.activation.type.value}, layout={self.layout.value}"
+            f"intermediate_size={self.intermediate_size}, activation={self.activation.type.value}, "
+            f"layout={self.layout.value}"
         )

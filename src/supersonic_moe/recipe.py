@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Bf16Recipe:
-    """Compute in the dtype of the inputs (BF16 in practice): fp32 accumulation, activation in fp32, one rounding at each store."""
+    """Compute in the dtype of the inputs (BF16 in practice): fp32 accumulation, activation in fp32, one rounding at
+    each store.
+    """
 
 
 def as_recipe(value: Bf16Recipe | None) -> Bf16Recipe:

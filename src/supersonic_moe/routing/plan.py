@@ -1,16 +1,19 @@
-"""Routing metadata: which row of the expert-sorted buffers belongs to which token, built on the device without a host sync.
+"""Routing metadata: which row of the expert-sorted buffers belongs to which token, built on the device without a host
+sync.
 
 Three index spaces:
 
 * **token** t in [0, T): a row of x.
-* **slot** s in [0, S): one (token, choice) pair as the router wrote it; for top-k routing s = t * K + j, so flat scores are slot-indexed.
-* **row** r in [0, P): a row of the expert-sorted buffers. Expert e owns rows [expert_offsets[e], expert_offsets[e+1]); within an expert
-  rows keep slot order (a stable counting sort), which makes every sum over rows deterministic.
+* **slot** s in [0, S): one (token, choice) pair as the router wrote it; for top-k routing s = t * K + j, so flat
+  scores are slot-indexed.
+* **row** r in [0, P): a row of the expert-sorted buffers. Expert e owns rows [expert_offsets[e], expert_offsets[e+1]);
+  within an expert rows keep slot order (a stable counting sort), which makes every sum over rows deterministic.
 
-``P`` (``capacity``) is an upper bound known on the host; how many rows are in use is known on the device only. Rows come in three kinds:
-real rows; *padding* rows, which round an expert's segment up to ``tile`` (empty experts stay empty); and *dead* rows past the last segment.
-Padding and dead rows read no token (``gather_index`` -1, loads give zeros), have score 0 and are read by no token, so they add exactly zero to
-every output and gradient, even where x holds NaN. Slots whose expert id is outside [0, E) (-1 or an expert-parallel sentinel) get no row.
+``P`` (``capacity``) is an upper bound known on the host; how many rows are in use is known on the device only. Rows
+come in three kinds: real rows; *padding* rows, which round an expert's segment up to ``tile`` (empty experts stay
+empty); and *dead* rows past the last segment. Padding and dead rows read no token (``gather_index`` -1, loads give
+zeros), have score 0 and are read by no token, so they add exactly zero to every output and gradient, even where x holds
+NaN. Slots whose expert id is outside [0, E) (-1 or an expert-parallel sentinel) get no row.
 """
 
 from __future__ import annotations
@@ -50,7 +53,9 @@ class RoutingPlan:
     token_rows: Tensor
     """(S,) the rows of each token, in the order in which they are summed; -1 entries are skipped."""
     token_offsets: Tensor | None
-    """(T+1,) the rows of token t are token_rows[token_offsets[t]:token_offsets[t+1]]; None where every token has S/T slots."""
+    """(T+1,) the rows of token t are token_rows[token_offsets[t]:token_offsets[t+1]]; None where every token has S/T
+    slots.
+    """
     identity: bool = False
     """Rows are the tokens themselves (already dispatched): nothing needs gathering."""
 
@@ -76,7 +81,8 @@ class RoutingPlan:
 def plan_from_topk(topk_ids_TK: Tensor, num_experts: int, *, tile: int = 1, validate: bool = False) -> RoutingPlan:
     """Plan of a (T, K) table of expert ids (int32 or int64). Ids outside [0, E) are skipped.
 
-    ``validate=True`` costs a sync and raises on out-of-range ids (-1 and E, the usual sentinels, excepted) and on ids repeated in a token.
+    ``validate=True`` costs a sync and raises on out-of-range ids (-1 and E, the usual sentinels, excepted) and on ids
+    repeated in a token.
     """
     checks.ids("topk_ids", topk_ids_TK, 2)
     _check_sizes(num_experts, tile)
@@ -99,10 +105,11 @@ def plan_from_triples(
     tile: int = 1,
     validate: bool = False,
 ) -> RoutingPlan:
-    """Plan of (token, expert) pairs in any order; a token may have any number of experts. Pairs with an id out of range are skipped.
+    """Plan of (token, expert) pairs in any order; a token may have any number of experts. Pairs with an id out of range
+    are skipped.
 
-    A token's rows are summed in the order in which its pairs come. ``validate=True`` costs a sync and raises on token ids outside [0, T),
-    on expert ids outside [-1, E] and on repeated pairs.
+    A token's rows are summed in the order in which its pairs come. ``validate=True`` costs a sync and raises on token
+    ids outside [0, T), on expert ids outside [-1, E] and on repeated pairs.
     """
     checks.ids("token_indices", token_indices_S, 1)
     checks.ids("expert_indices", expert_indices_S, 1)
@@ -126,10 +133,11 @@ def plan_from_triples(
 
 
 def plan_from_offsets(offs_E: Tensor, num_rows: int, *, validate: bool = False) -> RoutingPlan:
-    """Plan of rows that are already sorted by expert. ``offs`` (E,) holds cumulative ends, as in ``torch.nn.functional.grouped_mm``.
+    """Plan of rows that are already sorted by expert. ``offs`` (E,) holds cumulative ends, as in
+    ``torch.nn.functional.grouped_mm``.
 
-    Rows at and past ``offs[-1]`` are dead. Offsets that decrease or exceed ``num_rows`` are clamped, so that no memory outside the rows is
-    touched; ``validate=True`` costs a sync and raises on them.
+    Rows at and past ``offs[-1]`` are dead. Offsets that decrease or exceed ``num_rows`` are clamped, so that no memory
+    outside the rows is touched; ``validate=True`` costs a sync and raises on them.
     """
     checks.ids("offs", offs_E, 1)
     checks.non_negative("num_rows", num_rows)
@@ -170,14 +178,18 @@ def plan_from_deepep(
     """Plan of rows received from a DeepEP dispatch; returns ``(plan, scores_S)``.
 
     Args:
-        dispatched_indices_NK: (N_recv, K) integer local expert ids, -1 where the choice went to another rank; pairwise distinct in a row.
-        dispatched_probs_NK: (N_recv, K) float; returned flattened as slot scores, so gradients flow back to it. Masked entries get exactly 0.
-        tokens_per_expert: (E,) rows of each local expert. A host sequence (or CPU tensor) sizes the buffers exactly; a device tensor leaves the
-            upper bound N_recv * K in place. Counts on the host that are too small drop the last rows; ``validate=True`` raises instead.
+        dispatched_indices_NK: (N_recv, K) integer local expert ids, -1 where the choice went to another rank; pairwise
+            distinct in a row.
+        dispatched_probs_NK: (N_recv, K) float; returned flattened as slot scores, so gradients flow back to it. Masked
+            entries get exactly 0.
+        tokens_per_expert: (E,) rows of each local expert. A host sequence (or CPU tensor) sizes the buffers exactly; a
+            device tensor leaves the upper bound N_recv * K in place. Counts on the host that are too small drop the
+            last rows; ``validate=True`` raises instead.
         tile: pad each non-empty expert to a multiple of this many rows, with exactly zero gradient from padding.
         validate: cost a sync to check that ids are distinct and in [-1, E) and that the counts agree with the ids.
 
-    The rows of a token are summed by ascending expert id. ``plan.scatter_index`` is DeepEP's ``row * K + col`` source of each score.
+    The rows of a token are summed by ascending expert id. ``plan.scatter_index`` is DeepEP's ``row * K + col`` source
+    of each score.
     """
     checks.ids("dispatched_indices", dispatched_indices_NK, 2)
     checks.same_shape("dispatched_indices", dispatched_indices_NK, "dispatched_probs", dispatched_probs_NK)
@@ -219,11 +231,12 @@ def _check_sizes(num_experts: int, tile: int) -> None:
     checks.positive("tile", tile)
 
 
-# ---- the op: (ids, ...) -> (expert_offsets, gather_index, scatter_index, row_expert, reverse_index) --------------------------------------
+# ---- the op: (ids, ...) -> (expert_offsets, gather_index, scatter_index, row_expert, reverse_index) ------------------
 
 torch.library.define(
     "supersonic_moe::build_plan",
-    "(Tensor ids, Tensor? slot_tokens, SymInt slots_per_token, SymInt num_tokens, SymInt num_experts, SymInt tile, SymInt capacity)"
+    "(Tensor ids, Tensor? slot_tokens, SymInt slots_per_token, SymInt num_tokens, SymInt num_experts, SymInt tile,"
+    " SymInt capacity)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -245,7 +258,7 @@ def _build_plan(
     return plan
 
 
-@torch.library.register_fake("supersonic_moe::build_plan")
+@torch.library.register_fake("supersonic_moe::build_plan")  # type: ignore[untyped-decorator]
 def _build_plan_fake(
     ids: Tensor,
     slot_tokens: Tensor | None,

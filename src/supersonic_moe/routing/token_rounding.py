@@ -21,8 +21,8 @@ training only: evaluate with the base router.
 
    u_e is uniform on [0, 1), a hash of (seed, step, e). Where f_e is a multiple of M, r_e = f_e.
 3. Rank the tokens of each expert by S': its normalised top-K score for a token that chose the expert, its probability
-   - 1 for any other. So every token that chose the expert comes before every token that did not; equals come in
-   token order. Keep the first r_e. (The scores of NR-s are S' without the - 1.)
+   minus 1 for any other. So every token that chose the expert comes before every token that did not; equal scores come
+   in token order. Keep the first r_e. (The scores s of NR-s are S' without the minus 1.)
 4. Renormalise each token's weights over the experts that keep it. A token may end with none (its MoE output is 0) or
    with more than K.
 

@@ -5,10 +5,12 @@
     H  = X~ W1^T            saved                    A   = act(H + b1)         recomputed, never saved
     A  = act(H + b1)                                 dS  = <dA, A> + <dO~, b2> = <dO~, Y>, so Y need not be saved
     Y  = A W2^T                                      dH  = act'(H + b1) * (s dA)
-    O  = sum over the token's rows of s (Y + b2)     dW2 = dO~^T (s A)         dW1 = dH^T X~        db1, db2: sums over rows
+    O  = sum over the token's rows of s (Y + b2)     dW2 = dO~^T (s A)         dW1 = dH^T X~        db1, db2: sums over
+    rows
                                                      dx  = sum over the token's rows of dH W1
 
-Saved for backward: x, H, the scores and the plan: 2 T H + 2 R N1 bytes in BF16 (= 2TH + 4RI when gated). FLOPs: 6 R H I forward and 12 R H I
+Saved for backward: x, H, the scores and the plan: 2 T H + 2 R N1 bytes in BF16 (= 2TH + 4RI when gated). FLOPs: 6 R H I
+forward and 12 R H I
 backward (gated). This file is for backends whose grouped GEMM wants gathered operands; X~ and dO~ are transient.
 
 The pair of custom ops below is opaque to ``torch.compile``; autograd is attached outside, in :class:`Experts`.
@@ -30,8 +32,8 @@ from supersonic_moe.routing.plan import RoutingPlan
 # One argument list, shared by both ops: operands, the plan's tensors, then what is static.
 _OPERANDS = "Tensor x, Tensor scores, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2"
 _PLAN = (
-    "Tensor expert_offsets, Tensor gather_index, Tensor scatter_index, Tensor row_expert, Tensor reverse_index, Tensor token_rows, "
-    "Tensor? token_offsets, bool identity"
+    "Tensor expert_offsets, Tensor gather_index, Tensor scatter_index, Tensor row_expert, Tensor reverse_index, "
+    "Tensor token_rows, Tensor? token_offsets, bool identity"
 )
 _STATIC = "str activation, float alpha, float limit, float up_offset, str layout, str backend"
 
@@ -40,7 +42,8 @@ torch.library.define(
 )
 torch.library.define(
     "supersonic_moe::experts_backward",
-    f"(Tensor dout, Tensor h, bool[6] needs, {_OPERANDS}, {_PLAN}, {_STATIC}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor dout, Tensor h, bool[6] needs, {_OPERANDS}, {_PLAN}, {_STATIC})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -188,13 +191,13 @@ def _backward(
     return tuple(nothing.clone() if g is None else g for g in (dx, dscores, dw1, db1, dw2, db2))  # type: ignore[return-value]
 
 
-@torch.library.register_fake("supersonic_moe::experts_forward")
+@torch.library.register_fake("supersonic_moe::experts_forward")  # type: ignore[untyped-decorator]
 def _forward_fake(x: Tensor, scores: Tensor, w1: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     gather_index, save = rest[4], rest[-1]
     return x.new_empty(x.shape), x.new_empty(gather_index.shape[0] if save else 0, w1.shape[1])
 
 
-@torch.library.register_fake("supersonic_moe::experts_backward")
+@torch.library.register_fake("supersonic_moe::experts_backward")  # type: ignore[untyped-decorator]
 def _backward_fake(
     dout: Tensor,
     h: Tensor,
@@ -213,7 +216,9 @@ def _backward_fake(
 
 
 class Experts(torch.autograd.Function):
-    """Autograd around the two ops. ``forward(x, scores, w1, b1, w2, b2, plan, static)`` with tuples from plan_args and static_args."""
+    """Autograd around the two ops. ``forward(x, scores, w1, b1, w2, b2, plan, static)`` with tuples from plan_args and
+    static_args.
+    """
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -264,5 +269,5 @@ def run_experts(
         detached = (None if t is None else t.detach() for t in operands)
         out: Tensor = torch.ops.supersonic_moe.experts_forward.default(*detached, *plan_args(plan), *static, False)[0]
         return out
-    out = Experts.apply(*operands, plan_args(plan), static)[0]
+    out = Experts.apply(*operands, plan_args(plan), static)[0]  # type: ignore[no-untyped-call]
     return out

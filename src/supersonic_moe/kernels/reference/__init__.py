@@ -1,7 +1,9 @@
-"""The truth: every kernel in plain torch, on any device and float dtype. Accumulates in fp32 (fp64 for fp64 inputs), rounds once at each store.
+"""The truth: every kernel in plain torch, on any device and float dtype. Accumulates in fp32 (fp64 for fp64 inputs),
+rounds once at each store.
 
-Shapes: T tokens, S slots, P rows, E experts, K choices, H hidden, I intermediate, N1 = 2I (gated) or I; see ``routing/plan.py`` for the rows.
-Buffers have undefined content in dead rows; here they are NaN, so that whoever reads one is caught by the tests.
+Shapes: T tokens, S slots, P rows, E experts, K choices, H hidden, I intermediate, N1 = 2I (gated) or I; see
+``routing/plan.py`` for the rows. Buffers have undefined content in dead rows; here they are NaN, so that whoever reads
+one is caught by the tests.
 """
 
 from supersonic_moe.kernels.reference.activation import activation_backward, activation_forward

@@ -3,7 +3,8 @@
 forward:   a = act(h + b1[expert])
 backward:  ds = <da, a>      as = s * a      dh = act'(h + b1) * (s * da)
 
-with s the row's router score. ``da = dO W2`` is the gradient *before* the score, hence ds = <dO, Y> without Y (SonicMoE, arXiv 2512.14080 §3).
+with s the row's router score. ``da = dO W2`` is the gradient *before* the score, hence ds = <dO, Y> without Y
+(SonicMoE, arXiv 2512.14080 §3).
 """
 
 from __future__ import annotations

@@ -26,7 +26,9 @@ def gather_sum(
     slots_per_token: int,
     num_tokens: int,
 ) -> Tensor:
-    """(T, H): out[t] = sum over the token's rows r >= 0, in order, of scale[r] * (y[r] + bias[expert of r]). Tokens without rows get 0."""
+    """(T, H): out[t] = sum over the token's rows r >= 0, in order, of scale[r] * (y[r] + bias[expert of r]). Tokens
+    without rows get 0.
+    """
     slots = torch.arange(token_rows_S.shape[0], device=y_PH.device)
     if token_offsets_T1 is None:
         token_S = slots // max(slots_per_token, 1)

@@ -1,7 +1,10 @@
-"""Grouped GEMMs as a loop over experts: ragged rows (forward, dgrad) and ragged contraction (wgrad). Reads the offsets on the host."""
+"""Grouped GEMMs as a loop over experts: ragged rows (forward, dgrad) and ragged contraction (wgrad). Reads the offsets
+on the host.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from torch import Tensor
@@ -11,7 +14,7 @@ from supersonic_moe.kernels.reference.activation import acc_dtype
 
 def _segments(expert_offsets: Tensor) -> list[tuple[int, int, int]]:
     offsets = expert_offsets.tolist()
-    return [(e, start, end) for e, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)) if end > start]
+    return [(e, start, end) for e, (start, end) in enumerate(itertools.pairwise(offsets)) if end > start]
 
 
 def grouped_mm(a_PK: Tensor, b_EKN: Tensor, expert_offsets: Tensor) -> Tensor:

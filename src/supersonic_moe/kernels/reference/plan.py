@@ -17,7 +17,8 @@ def build_plan(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns int32 (expert_offsets (E+1), gather_index (P), scatter_index (P), row_expert (P), reverse_index (S)).
 
-    A slot is skipped (reverse -1) when its expert id is outside [0, E), its token outside [0, T), or its row past ``capacity``.
+    A slot is skipped (reverse -1) when its expert id is outside [0, E), its token outside [0, T), or its row past
+    ``capacity``.
     """
     device = ids_S.device
     slots = torch.arange(ids_S.shape[0], device=device)

@@ -1,0 +1,315 @@
+"""The layer suite: one MoE layer, router included, against the peers, on the same tensors and in the same rounds.
+
+Timed calls, each eager and complete (router product, routing, metadata, experts, weighted sum):
+
+    infer    forward in inference mode, under no_grad
+    fwd      forward that saves for backward, auxiliary loss of our module included
+    fwd_bwd  fwd, then autograd.grad of the output with respect to x and every parameter (fresh gradients)
+
+``busy_us`` is the GPU-busy part of fwd_bwd, ``wall_us`` what a row of such calls takes each, both with this contender
+alone on the GPU. Saved bytes are the distinct storages that a forward packs for backward, x included, parameters not.
+Peak bytes are the allocator's peak over one fwd_bwd, minus what was resident before (parameters and x): saved
+activations, transients and gradients. TFLOP/s counts 6 or 4 T K H I forward and three times that with backward; MFU
+divides by the datasheet's 989 TFLOP/s.
+
+A peer is only compared if it computes the same function: the median over tokens of its relative distance to our
+output is checked first (the median, because a tie between two equal bf16 logits may legally be broken either way).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from supersonic_moe import ActivationType, KernelBackendMoE, MoE
+from supersonic_moe.activation import as_activation
+from supersonic_moe.bench.peers import PEERS
+from supersonic_moe.bench.timing import Missing, Timing, attempt, clock_for, measure, wall_and_busy_us
+from supersonic_moe.perf_model import H200, LayerShape, Machine, layer_flops
+from supersonic_moe.routing.topk import as_router
+
+OURS = "supersonic-moe"
+SAME_FUNCTION = 0.03  # median relative distance of a token's output; bf16 rounding alone gives 0.005
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """What all cases of one run share."""
+
+    device: torch.device
+    dtype: torch.dtype
+    activation: str = "swiglu"
+    router: str = "softmax_after_topk"
+    skew: float = 0.0  # spread of the experts' popularity, in standard deviations of a router logit
+    backend: str = "auto"
+    peers: Sequence[str] = ("torch_loop", "grouped_mm")
+    warm_ms: float = 300.0
+    min_ms: float = 400.0
+    cold_l2: bool = False
+
+    def check(self) -> None:
+        """Raise ValueError for a name that does not exist, before anything is built."""
+        as_activation(self.activation)
+        as_router(self.router)
+        for what, name, known in (
+            ("backend", self.backend, list(KernelBackendMoE.__members__)),
+            *(("peer", peer, list(PEERS)) for peer in self.peers),
+        ):
+            if name not in known:
+                raise ValueError(f"unknown {what} {name!r}; choose from {', '.join(known)}.")
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def case_name(self, shape: LayerShape) -> str:
+        """The shape, then whatever differs from a uniformly routed bf16 SwiGLU layer."""
+        usual = {"activation": "swiglu", "router": "softmax_after_topk"}
+        odd = [getattr(self, name) for name, value in usual.items() if getattr(self, name) != value]
+        if self.dtype is not torch.bfloat16:
+            odd.append(self.dtype_name)
+        if self.skew:
+            odd.append(f"skew{self.skew:g}")
+        return "_".join([str(shape), *odd])
+
+
+@dataclass
+class CaseResult:
+    """Metrics by contender, ours first; ``missing`` says why a contender, or one of its metrics, has none."""
+
+    case: str
+    shape: LayerShape
+    load_ratio: float  # rows of the busiest expert over the mean
+    metrics: dict[str, Metrics] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+class LayerFailedError(RuntimeError):
+    """Our own layer could not run a case, so there is nothing to compare."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    forward: Callable[[bool], Tensor]  # argument: inference mode
+    x: Tensor
+    parameters: Sequence[Tensor]
+    dout: Tensor
+
+    def infer(self) -> Tensor:
+        with torch.no_grad():
+            return self.forward(True)
+
+    def fwd(self) -> Tensor:
+        return self.forward(False)
+
+    def fwd_bwd(self) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.forward(False), [self.x, *self.parameters], self.dout)
+
+
+def run_case(shape: LayerShape, config: LayerConfig, progress: Callable[[str], None] = lambda _: None) -> CaseResult:
+    """Measure every contender at one shape. Raises LayerFailedError where we have no result ourselves."""
+    if config.device.type == "cuda":
+        torch.cuda.empty_cache()  # one shape's fragments must not starve the next
+    case = config.case_name(shape)
+    progress("building the layer and its peers")
+    layer, contenders, ours_TH = _ours_or_fail(case, partial(_prepare, shape, config))
+    result = CaseResult(case, shape, _load_ratio(layer.expert_counts), {name: {} for name in contenders})
+    progress("checking that all compute the same function")
+    contenders = _same_function(contenders, ours_TH, result.missing)
+
+    clock = clock_for(config.device, cold_l2=config.cold_l2)
+    flops = layer_flops(shape, gated=layer.activation.gated)
+    for mode in ("infer", "fwd", "fwd_bwd"):
+        progress(f"timing {mode}")
+        calls = {name: getattr(contender, mode) for name, contender in contenders.items()}
+        run = partial(measure, calls, clock, warm_ms=config.warm_ms, min_ms=config.min_ms)
+        for name, timing in _ours_or_fail(f"{case}, {mode}", run).items():
+            if not isinstance(timing, Missing):
+                _record_timing(result.metrics[name], mode, timing, flops, config)
+            elif name == OURS:
+                raise LayerFailedError(f"{case}, {mode}: {timing.reason}.")
+            else:
+                result.missing[name] = f"{mode}: {timing.reason}"
+                del contenders[name]
+
+    for name, contender in contenders.items():
+        progress(f"memory and GPU-busy time of {name}")
+        _record_state(result.metrics[name], contender, config)
+    result.metrics = {name: metrics for name, metrics in result.metrics.items() if metrics}
+    return result
+
+
+def _ours_or_fail(what: str, action: Callable[[], Any]) -> Any:
+    """What ``action`` returns; out of memory and the like as one sentence."""
+    outcome = attempt(action)
+    if isinstance(outcome, Missing):
+        raise LayerFailedError(f"{what}: {outcome.reason}.")
+    return outcome
+
+
+def _record_timing(metrics: Metrics, mode: str, timing: Timing, flops: tuple[int, int], config: LayerConfig) -> None:
+    work = flops[1] if mode == "fwd_bwd" else flops[0]
+    metrics[f"{mode}_us"] = timing.us
+    metrics[f"{mode}_spread"] = timing.spread
+    metrics[f"{mode}_tflops"] = work / timing.us / 1e6
+    if mode != "fwd_bwd":
+        return
+    if machine := machine_of(config.device, config.dtype):
+        metrics["mfu"] = work / (timing.us * 1e-6) / machine.datasheet_flops
+    if timing.sm_mhz is not None and timing.watts is not None:
+        metrics["sm_mhz"], metrics["watts"] = timing.sm_mhz, timing.watts
+        metrics["pj_per_flop"] = timing.watts * timing.us * 1e6 / work if work else 0.0
+
+
+def _record_state(metrics: Metrics, contender: Contender, config: LayerConfig) -> None:
+    metrics["saved_bytes"] = saved_bytes(contender.fwd, contender.parameters)
+    if config.device.type != "cuda":
+        return
+    metrics["peak_bytes"] = peak_bytes(contender.fwd_bwd, config.device)
+    wall_us, busy_us = wall_and_busy_us(
+        contender.fwd_bwd, metrics["fwd_bwd_us"], warm_ms=config.warm_ms, min_ms=config.min_ms
+    )
+    metrics["wall_us"], metrics["busy_us"], metrics["wall_over_busy"] = wall_us, busy_us, wall_us / busy_us
+
+
+def machine_of(device: torch.device, dtype: torch.dtype) -> Machine | None:
+    """The ceilings to compare with: known for 16-bit products on Hopper only."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return H200 if torch.cuda.get_device_capability(device) == (9, 0) else None
+
+
+# ---- the contenders ------------------------------------------------------------------------------------------------
+
+
+def _prepare(shape: LayerShape, config: LayerConfig) -> tuple[MoE, dict[str, Contender], Tensor]:
+    """Our layer, everyone who runs on its weights, and our output."""
+    layer = _build_layer(shape, config)
+    contenders = _contenders(shape, config, layer)
+    return layer, contenders, contenders[OURS].infer()
+
+
+def _build_layer(shape: LayerShape, config: LayerConfig) -> MoE:
+    """Our layer, with unit-variance logits; under skew, a constant first feature gives each expert its popularity."""
+    with torch.device(config.device):
+        layer = MoE(
+            num_experts=shape.experts,
+            num_experts_per_tok=shape.top_k,
+            hidden_size=shape.hidden,
+            intermediate_size=shape.intermediate,
+            activation_function=config.activation,
+            add_bias=False,
+            std=0.02,
+            router=config.router,
+        ).to(config.dtype)
+    with torch.no_grad():
+        layer.router.weight.normal_(0, shape.hidden**-0.5)
+        if config.skew:
+            quantile_E = (torch.randperm(shape.experts, device=config.device) + 0.5) / shape.experts
+            layer.router.weight[:, 0] = config.skew * math.sqrt(2) * torch.erfinv(2 * quantile_E - 1)
+    return layer
+
+
+def _contenders(shape: LayerShape, config: LayerConfig, layer: MoE) -> dict[str, Contender]:
+    x_TH = torch.randn(shape.tokens, shape.hidden, device=config.device, dtype=config.dtype)
+    if config.skew:
+        x_TH[:, 0] = 1
+    x_TH.requires_grad_()
+    dout_TH = torch.randn_like(x_TH)
+    backend = KernelBackendMoE[config.backend]
+
+    def ours(inference: bool) -> Tensor:
+        out_TH: Tensor = layer(x_TH, backend, is_inference_mode=inference)[0]
+        return out_TH
+
+    contenders = {OURS: Contender(ours, x_TH, list(layer.parameters()), dout_TH)}
+    w1_ENH = _hugging_face_w1(layer)
+    parameters = [layer.router.weight, w1_ENH, layer.c_proj.weight]
+    for name in config.peers:
+        call = partial(PEERS[name], x_TH, *parameters, shape.top_k, config.router, ActivationType(config.activation))
+        contenders[name] = Contender(lambda _inference, call=call: call(), x_TH, parameters, dout_TH)  # type: ignore[misc]
+
+    return contenders
+
+
+def _load_ratio(counts_E: Tensor | None) -> float:
+    rows = 0 if counts_E is None else int(counts_E.sum())
+    return int(counts_E.max()) * counts_E.shape[0] / rows if counts_E is not None and rows else 1.0
+
+
+def _hugging_face_w1(layer: MoE) -> Tensor:
+    """Our interleaved (E, 2I, H) as a leaf [gate; up], the peers' own layout."""
+    w1_ENH = layer.c_fc.weight.detach()
+    if layer.activation.gated:
+        w1_ENH = torch.cat([w1_ENH[:, 0::2], w1_ENH[:, 1::2]], 1)
+    return w1_ENH.requires_grad_()
+
+
+def _same_function(contenders: dict[str, Contender], ours_TH: Tensor, missing: dict[str, str]) -> dict[str, Contender]:
+    """The contenders whose output agrees with ours; ``missing`` gets a reason for each of the others."""
+    kept = {}
+    for name, contender in contenders.items():
+        theirs = attempt(contender.infer)
+        if isinstance(theirs, Missing):
+            missing[name] = theirs.reason
+        elif (distance := _median_distance(theirs, ours_TH)) > SAME_FUNCTION:
+            missing[name] = f"computes something else: median relative distance of a token's output {distance:.3g}"
+        else:
+            kept[name] = contender
+    return kept
+
+
+def _median_distance(a_TH: Tensor, b_TH: Tensor) -> float:
+    if a_TH.shape[0] == 0:
+        return 0.0
+    gap_T, size_T = (a_TH - b_TH).detach().float().norm(dim=1), b_TH.float().norm(dim=1)
+    return float((gap_T / size_T.clamp(min=1e-30)).median())
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+def saved_bytes(forward: Callable[[], Tensor], parameters: Sequence[Tensor]) -> int:
+    """Bytes of the distinct storages that autograd keeps for backward, parameters excluded."""
+    with _packed_storages(parameters) as storages:
+        out = forward()  # keeps the graph, hence every packed tensor, alive until the sum is taken
+        total = sum(storages.values())
+    del out
+    return total
+
+
+@contextmanager
+def _packed_storages(parameters: Sequence[Tensor]) -> Iterator[dict[int, int]]:
+    """Storage address -> bytes of what is packed inside the block."""
+    resident = {p.untyped_storage().data_ptr() for p in parameters}
+    storages: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in resident:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield storages
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Peak of the CUDA allocator during one call, above what was allocated before it."""
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    result = call()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    del result
+    return peak

@@ -1,0 +1,250 @@
+"""Timing contenders against each other on a GPU whose limit is power.
+
+Under load an H200 sits at its 700 W cap: a matrix product that runs at 760-780 TFLOP/s for its first 60 ms sustains
+672-680. A short window therefore measures the boost clock, and whoever runs first on a cool chip wins. So
+:func:`measure`
+
+1. warms up under the contenders' own load for at least ``warm_ms``,
+2. times at least ``min_ms`` of each contender, in ``ROUNDS`` or more slices interleaved with the others', in
+   rotating order,
+3. runs a quarter of every slice untimed first, while clock and power settle from the neighbour's level to its own,
+4. reports medians with the 10th and 90th percentile, and the SM clock and board power while the slice was running.
+
+Every timed call has its own pair of events, recorded in stream order, so times are those of eager calls enqueued back
+to back: if the host is too slow to keep the GPU fed, that shows. :func:`wall_and_busy_us` sets such a time against
+the part of it in which the GPU does run a kernel. That part comes from the profiler's kernel trace (the union of kernel
+intervals, as kernels may overlap), not from replaying a CUDA graph: a graph would count the gaps between launches as
+busy, and a contender that synchronises with the host cannot be captured at all.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+from supersonic_moe.bench.sensor import Reading, Sensor
+
+Call = Callable[[], object]
+
+ROUNDS = 4
+SETTLE = 0.25  # untimed calls of a slice, as a share of its timed ones
+SLOWEST_CALL_S = 10.0  # a contender slower than this is reported missing: a sustained median would take minutes
+POLL_S = 0.005  # between two NVML readings; the power sensor itself refreshes every few milliseconds
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Consecutive calls of one contender."""
+
+    times_us: list[float]  # of each call
+    readings: list[Reading]  # clock and power meanwhile
+
+
+class Clock(Protocol):
+    def slice(self, call: Call, settle: int, calls: int) -> Slice:
+        """Run ``settle`` untimed calls, then ``calls`` timed ones; return when they are done."""
+        ...
+
+
+class WallClock:
+    """For work that is done when the call returns (CPU). ``now`` returns seconds."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+
+    def slice(self, call: Call, settle: int, calls: int) -> Slice:
+        for _ in range(settle):
+            call()
+        times_us = []
+        for _ in range(calls):
+            start = self._now()
+            call()
+            times_us.append((self._now() - start) * 1e6)
+        return Slice(times_us, [])
+
+
+class CudaClock:
+    """CUDA events on the current stream; reads the sensors while the GPU works off what was enqueued.
+
+    ``cold_l2`` writes twice the L2 cache before every call, outside its events: for sizes that a cache would
+    otherwise serve.
+    """
+
+    def __init__(self, device: torch.device, *, cold_l2: bool = False) -> None:
+        self._sensor = Sensor.open(device)
+        l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.empty(2 * l2_bytes, dtype=torch.uint8, device=device) if cold_l2 else None
+
+    def slice(self, call: Call, settle: int, calls: int) -> Slice:
+        for _ in range(settle):
+            call()
+        events = [(_event(), _event()) for _ in range(calls)]
+        for start, end in events:
+            if self._flush is not None:
+                self._flush.zero_()
+            start.record()
+            call()
+            end.record()
+        last = events[-1][1]
+        readings = [self._sensor.read()] if self._sensor else []
+        while not last.query():
+            time.sleep(POLL_S)
+            if self._sensor and not last.query():
+                readings.append(self._sensor.read())
+        return Slice([start.elapsed_time(end) * 1e3 for start, end in events], readings)
+
+
+def _event() -> Any:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def clock_for(device: torch.device, *, cold_l2: bool = False) -> Clock:
+    return CudaClock(device, cold_l2=cold_l2) if device.type == "cuda" else WallClock()
+
+
+@dataclass(frozen=True)
+class Timing:
+    us: float  # median
+    p10_us: float
+    p90_us: float
+    calls: int
+    sm_mhz: float | None
+    watts: float | None
+
+    @property
+    def spread(self) -> float:
+        """Width of the middle 80 % over the median; a smaller difference between contenders is noise."""
+        return (self.p90_us - self.p10_us) / self.us if self.us else 0.0
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A contender that was not measured, and why."""
+
+    reason: str
+
+
+def measure(
+    contenders: Mapping[str, Call], clock: Clock, *, warm_ms: float, min_ms: float
+) -> dict[str, Timing | Missing]:
+    """Time the contenders side by side; one that raises or is too slow comes back as :class:`Missing`."""
+    results: dict[str, Timing | Missing] = {}
+    estimate_us: dict[str, float] = {}
+    for name, call in contenders.items():
+        probe = attempt(partial(clock.slice, call, 1, 1))
+        if isinstance(probe, Missing):
+            results[name] = probe
+        elif probe.times_us[0] > SLOWEST_CALL_S * 1e6:
+            seconds = probe.times_us[0] / 1e6
+            results[name] = Missing(f"one call takes {seconds:.0f} s, over the limit of {SLOWEST_CALL_S:.0f} s")
+        else:
+            estimate_us[name] = max(probe.times_us[0], 1e-3)
+    running = list(estimate_us)
+    if not running:
+        return results
+
+    warm_slice_us = warm_ms * 1e3 / len(running)
+    for name in running:
+        warmed_us = 0.0
+        while warmed_us < warm_slice_us:
+            calls = _calls(warm_slice_us - warmed_us, estimate_us[name])
+            part = clock.slice(contenders[name], 0, calls)
+            estimate_us[name] = max(statistics.median(part.times_us), 1e-3)
+            warmed_us += max(sum(part.times_us), 1.0)
+
+    slices: dict[str, list[Slice]] = {name: [] for name in running}
+    rounds = 0
+    while rounds < ROUNDS or any(_timed_us(s) < min_ms * 1e3 for s in slices.values()):
+        turn = rounds % len(running)
+        for name in running[turn:] + running[:turn]:
+            calls = _calls(min_ms * 1e3 / ROUNDS, estimate_us[name])
+            slices[name].append(clock.slice(contenders[name], math.ceil(SETTLE * calls) if calls > 1 else 0, calls))
+        rounds += 1
+    return {name: summarise(slices[name]) if name in slices else results[name] for name in contenders}
+
+
+def attempt(action: Callable[[], Any]) -> Any:
+    """What ``action`` returns, or :class:`Missing` if the contender cannot do it: out of memory, unsupported, ..."""
+    try:
+        return action()
+    except torch.OutOfMemoryError as error:
+        return Missing(f"out of memory: {_first_sentence(error)}")
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, MemoryError, ImportError) as error:
+        return Missing(f"{type(error).__name__}: {_first_sentence(error)}")
+
+
+def _first_sentence(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or ["no message"]
+    return lines[0].split(". ")[0][:160]
+
+
+def _calls(target_us: float, estimate_us: float) -> int:
+    return max(1, math.ceil(target_us / estimate_us))
+
+
+def _timed_us(slices: Iterable[Slice]) -> float:
+    return sum(sum(s.times_us) for s in slices)
+
+
+def summarise(slices: list[Slice]) -> Timing:
+    times = sorted(t for s in slices for t in s.times_us)
+    readings = [r for s in slices for r in s.readings]
+    return Timing(
+        us=statistics.median(times),
+        p10_us=times[int(0.1 * (len(times) - 1))],
+        p90_us=times[math.ceil(0.9 * (len(times) - 1))],
+        calls=len(times),
+        sm_mhz=statistics.median(r.sm_mhz for r in readings) if readings else None,
+        watts=statistics.fmean(r.watts for r in readings) if readings else None,
+    )
+
+
+def wall_and_busy_us(call: Call, estimate_us: float, *, warm_ms: float, min_ms: float) -> tuple[float, float]:
+    """What a call takes on a GPU in a row of such calls, gaps included, and how much of that some kernel or copy runs.
+
+    Both after the same load by the same contender alone, hence at the same clock. They cannot come from one pass: the
+    profiler slows the host down.
+    """
+    from torch.profiler import ProfilerActivity, profile, schedule
+
+    heat, calls = _calls(warm_ms * 1e3, estimate_us), _calls(min_ms * 1e3 / ROUNDS, estimate_us)
+    start, end = _event(), _event()
+    for _ in range(heat):
+        call()
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA], schedule=schedule(wait=0, warmup=1, active=1, repeat=1)) as trace:
+        for repeats in (heat, calls):  # only the second pass is recorded
+            for _ in range(repeats):
+                call()
+            torch.cuda.synchronize()
+            trace.step()
+    return start.elapsed_time(end) * 1e3 / calls, covered(gpu_intervals(trace.events())) / calls
+
+
+def gpu_intervals(events: Iterable[Any]) -> list[tuple[float, float]]:
+    """(start, end) in µs of the device activities of a profile; annotations span gaps, so they are left out."""
+    return [
+        (e.time_range.start, e.time_range.end)
+        for e in events
+        if e.device_type.name == "CUDA" and not e.is_user_annotation and not e.name.startswith("ProfilerStep")
+    ]
+
+
+def covered(intervals: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    total, reached = 0.0, -math.inf
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total

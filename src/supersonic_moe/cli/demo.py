@@ -1,0 +1,27 @@
+"""``supersonic-moe demo``: the run of ``make demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from supersonic_moe.cli import options
+
+
+def demo(
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps. Default: as many as the time allows.")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(min=1, help="Training time. Default: fits the device.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU if there is one.")] = None,
+    out: Annotated[Path, typer.Option(help="Where loss.png and expert_load.png go.")] = Path("demo-out"),
+    seed: Annotated[int, typer.Option(help="Weights, batches and sampling.")] = 0,
+) -> None:
+    """Train a small byte-level MoE language model on Python's own source code, and see that it learns."""
+    from supersonic_moe.demo.train import run
+
+    where = str(options.device(device))
+    with options.usage_errors():
+        run(steps=steps, seconds=seconds, device=where, out=out, seed=seed)

@@ -1,0 +1,118 @@
+"""``supersonic-moe explain``: which kernels a layer runs, why, and what each step costs at least."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from supersonic_moe.cli import options
+from supersonic_moe.perf_model import H200, LayerShape, layer_flops, layer_steps, saved_activation_bytes
+
+if TYPE_CHECKING:
+    from supersonic_moe.kernels.registry import Choice
+
+#: Step of perf_model -> functions of the backend that run it, in order (training/experts.py, routing/). A step without
+#: an entry is plain torch on every backend.
+STEP_KERNELS = {
+    "top-k": ("route_forward",),
+    "metadata": ("build_plan",),
+    "1": ("gather_rows", "grouped_mm", "activation_forward"),
+    "2": ("grouped_mm",),
+    "3": ("gather_sum",),
+    "4": ("gather_rows", "grouped_mm", "activation_backward"),
+    "5": ("grouped_mm_wgrad",),
+    "6": ("grouped_mm",),
+    "7": ("gather_rows", "grouped_mm_wgrad"),
+    "8": ("gather_sum",),
+    "d top-k": ("route_backward",),
+}
+ROUTING_KERNELS = frozenset({"route_forward", "build_plan", "route_backward"})
+
+#: How a backend tiles its work.
+TILES = {
+    "reference": "none: one torch call per expert, or over all rows",
+    "triton": "grouped products by torch's own choice; memory-bound kernels by row width (kernels/triton/tiling.py)",
+}
+
+
+def explain(
+    shape: Annotated[
+        list[str], typer.Option(metavar="T,H,I,E,K", help="Tokens, hidden, intermediate, experts, top-k. Repeatable.")
+    ],
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32. Default: bfloat16, on a CPU float32.")
+    ] = None,
+    activation: Annotated[str, typer.Option(help="swiglu, geglu, reglu, relu_sq, relu, gelu or silu.")] = "swiglu",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU if there is one.")] = None,
+) -> None:
+    """Show which backend and kernels run each step of a layer, why, and each step's FLOPs, bytes and roofline time."""
+    from supersonic_moe.activation import as_activation
+    from supersonic_moe.kernels import registry
+
+    cases = options.shapes(shape)
+    where = options.device(device)
+    precision = options.dtype(dtype, where)
+    with options.usage_errors("--activation"):
+        gated = as_activation(activation).gated
+    console = Console()
+    for case in cases:
+        choice = registry.choose(where, precision, hidden=case.hidden, intermediate=case.intermediate)
+        routing = registry.choose(where)
+        console.print(f"[bold]{case}[/bold]   {activation}, {str(precision).removeprefix('torch.')}, on {where}\n")
+        for what, picked in (("experts", choice), ("routing", routing)):
+            console.print(f"{what}  [bold]{picked.name}[/bold]: {escape(picked.reason)}", highlight=False)
+        console.print(f"tiles    {TILES[choice.name]}\n", highlight=False)
+        console.print(_steps(case, gated, precision.itemsize))
+        console.print()
+        console.print(_kernels(choice, routing))
+
+
+def _steps(shape: LayerShape, gated: bool, element_bytes: int) -> Group:
+    """The table of steps, then its totals. No roofline in fp32: the measured rate is that of 16-bit products."""
+    timed = element_bytes == 2
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("step", no_wrap=True)
+    table.add_column("computes", no_wrap=True)
+    for heading in ("GFLOP", "MB", *(("floor µs", "bound") if timed else ())):
+        table.add_column(heading, justify="right", no_wrap=True)
+    steps = layer_steps(shape, gated=gated, element_bytes=element_bytes)
+    for step in steps:
+        floor = (f"{step.roofline_us(H200):,.1f}", step.bound(H200)) if timed else ()
+        gflop = f"{step.flops / 1e9:,.1f}" if step.flops else "-"
+        table.add_row(step.key, step.what, gflop, f"{step.bytes / 1e6:,.1f}", *floor)
+    forward, both = layer_flops(shape, gated=gated)
+    saved = saved_activation_bytes(shape, gated=gated, element_bytes=element_bytes)
+    lines = [
+        f"model FLOPs (router not counted): {forward / 1e12:,.3f} T forward, {both / 1e12:,.3f} T with backward",
+        f"saved for backward: {saved / 2**20:,.1f} MiB = X and the pre-activation, plus a few int32 per routed row",
+    ]
+    if timed:
+        sums = {phase: sum(s.roofline_us(H200) for s in steps if s.phase == phase) for phase in ("forward", "backward")}
+        total = sum(sums.values())
+        rate = f" ({both / total / 1e6:,.0f} TFLOP/s)" if total else ""
+        lines += [
+            f"floor on one {H200.name}: {sums['forward']:,.0f} µs forward, {total:,.0f} µs with backward{rate}",
+            f"  {H200.source}",
+        ]
+    return Group(table, Text(), *(Text(line, style="dim") for line in lines))
+
+
+def _kernels(experts: Choice, routing: Choice) -> Table:
+    """Every kernel of this layer, the steps it takes part in and where it is written."""
+    from supersonic_moe.kernels import registry
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("kernel", "steps", "source"):
+        table.add_column(heading)
+    for name in dict.fromkeys(name for names in STEP_KERNELS.values() for name in names):
+        choice = routing if name in ROUTING_KERNELS else experts
+        module = sys.modules[getattr(registry.kernels(choice.name), name).__module__]
+        steps = ", ".join(step for step, names in STEP_KERNELS.items() if name in names)
+        table.add_row(name, steps, module.__name__.removeprefix("supersonic_moe.").replace(".", "/") + ".py")
+    return table

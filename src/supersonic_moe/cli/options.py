@@ -1,0 +1,60 @@
+"""Text to arguments. Whatever a user can get wrong becomes one sentence and exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import typer
+
+from supersonic_moe.perf_model import LayerShape
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@contextmanager
+def usage_errors(option: str | None = None) -> Iterator[None]:
+    """The library's own argument checks say constraint, value and fix; show that instead of where it was raised."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
+
+
+def shapes(texts: list[str]) -> list[LayerShape]:
+    with usage_errors("--shape"):
+        return [LayerShape.parse(text) for text in texts]
+
+
+def device(name: str | None) -> torch.device:
+    """The named device, else the GPU if there is one, else the CPU."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        chosen = torch.device(name)
+    except RuntimeError:
+        raise typer.BadParameter(f"a device is cpu, cuda or cuda:N; got {name!r}.", param_hint="--device") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"only cpu and cuda devices are supported; got {name!r}.", param_hint="--device")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if chosen.type == "cuda" and (chosen.index or 0) >= gpus:
+        raise typer.BadParameter(f"torch sees {gpus} CUDA GPUs; got {name!r}. Use --device cpu.", param_hint="--device")
+    return torch.device("cuda", chosen.index or 0) if chosen.type == "cuda" else chosen
+
+
+def dtype(name: str | None, where: torch.device) -> torch.dtype:
+    """The named dtype, else bfloat16 on a GPU and float32 on a CPU."""
+    import torch
+
+    if name is None:
+        return torch.bfloat16 if where.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise typer.BadParameter(f"a dtype is one of {', '.join(DTYPES)}; got {name!r}.", param_hint="--dtype")
+    chosen: torch.dtype = getattr(torch, name)
+    return chosen

@@ -1,0 +1,114 @@
+"""``supersonic-moe warmup``: compile now what would otherwise be compiled at the first call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from supersonic_moe.cli import options
+
+if TYPE_CHECKING:
+    import torch
+
+    from supersonic_moe.jit import BuildResult
+    from supersonic_moe.perf_model import LayerShape
+
+
+def warmup(
+    compile_only: Annotated[
+        bool, typer.Option("--compile-only", help="Compile for sm_90a, run nothing: needs no GPU.")
+    ] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Compile this many kernels at a time.")] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="T,H,I,E,K",
+            help="Also run this layer once, which compiles its Triton kernels. Repeatable.",
+        ),
+    ] = None,
+) -> None:
+    """Compile every registered CUDA kernel into the cache; given shapes, the Triton kernels of those layers too."""
+    from supersonic_moe.jit import compile_all, default_cache
+    from supersonic_moe.kernels.sm90 import registered_specs
+
+    layers = options.shapes(shape or [])
+    device = options.device(None)
+    if layers and (compile_only or device.type != "cuda"):
+        reason = "--compile-only runs nothing" if compile_only else "torch sees no CUDA GPU here"
+        raise typer.BadParameter(f"Triton kernels are compiled by running them, and {reason}.", param_hint="--shape")
+
+    console = Console()
+    specs = registered_specs()
+    with _progress(console) as progress:
+        task = progress.add_task("CUDA kernels", total=len(specs), now="")
+
+        def show(done: int, _total: int, result: BuildResult) -> None:
+            progress.update(task, completed=done, now=result.spec.name)
+
+        results = compile_all(specs, progress=show, workers=workers)
+        if layers:
+            triton = progress.add_task("Triton kernels", total=len(layers), now="")
+            for layer in layers:
+                progress.update(triton, now=str(layer))
+                _run_once(layer, device)
+                progress.advance(triton)
+
+    console.print(_summary(results))
+    failed = [r for r in results if r.error is not None]
+    for result in failed:
+        console.print(f"[red]{escape(str(result.spec))}[/red] {escape(str(result.error))}", highlight=False)
+    where = default_cache().directory or "the memory of this process only"
+    console.print(f"{len(results) - len(failed)} of {len(results)} kernels ready in {where}", highlight=False)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[now]}", style="dim", markup=False),
+        console=console,
+    )
+
+
+def _summary(results: list[BuildResult]) -> Table:
+    """One line a kernel. A spill, or a build that did not pass, is red."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("kernel", overflow="fold")
+    for heading in ("registers", "spill bytes", "seconds"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("from", no_wrap=True)
+    for result in results:
+        name, seconds = escape(str(result.spec)), f"{result.seconds:.2f}"
+        if result.cubin is None:
+            table.add_row(name, "-", "-", seconds, "[red]failed[/red]")
+            continue
+        kernels = result.cubin.report.kernels
+        registers = max((k.registers for k in kernels), default=0)
+        spills = sum(k.spill_store_bytes + k.spill_load_bytes for k in kernels)
+        table.add_row(name, str(registers), f"[red]{spills}[/red]" if spills else "0", seconds, result.cubin.origin)
+    return table
+
+
+def _run_once(shape: LayerShape, device: torch.device) -> None:
+    """One training and one inference call of a bf16 SwiGLU layer."""
+    import torch
+
+    from supersonic_moe import MoE
+
+    with torch.device(device):
+        layer = MoE(shape.experts, shape.top_k, shape.hidden, shape.intermediate, "swiglu", False, 0.02).bfloat16()
+        x_TH = torch.randn(shape.tokens, shape.hidden, dtype=torch.bfloat16, requires_grad=True)
+    out_TH, aux_loss = layer(x_TH)
+    (out_TH.float().sum() + aux_loss).backward()
+    layer(x_TH, is_inference_mode=True)
+    torch.cuda.synchronize(device)
