@@ -1,1 +1,3 @@
-"""Kernels in three tiers: ``reference`` (torch, any device, the truth), ``triton`` (memory-bound parts, portable), ``sm90`` (CUDA C++)."""
+"""Kernels in three tiers: ``reference`` (torch, any device, the truth), ``triton`` (memory-bound parts, portable),
+``sm90`` (CUDA C++).
+"""

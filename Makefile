@@ -1,0 +1,87 @@
+# supersonic-moe: two commands matter, `make demo` and `make test`. `make help` lists the rest.
+#
+# Everything runs in .venv, which the first command creates. A machine whose own python3 already has a CUDA build of torch
+# (a GPU box, often without network) is used as it is: nothing is installed there.
+#
+#   TORCH=torch==2.11.0   another torch          PYTHON=python3.12   another interpreter for .venv
+#   ARGS="-k plan -x"     passed on to the command (pytest, demo)
+
+TORCH ?= torch==2.13.0
+ARGS  ?=
+VENV  := .venv
+
+export PYTHONPATH := src$(if $(PYTHONPATH),:$(PYTHONPATH))
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# OpenMP threads that wait for each other sleep instead of spinning. On two cores with one busy neighbour that makes a
+# training step of the demo nine times faster (0.23 s, was 2.1 s).
+export OMP_WAIT_POLICY ?= PASSIVE
+
+# --- which interpreter ------------------------------------------------------------------------------------------------
+IMPORTS := torch, typer, rich, matplotlib, filelock
+ifneq ($(filter test%,$(MAKECMDGOALS)),)
+IMPORTS := $(IMPORTS), pytest, hypothesis
+endif
+ifneq ($(filter demo test%,$(MAKECMDGOALS)),)
+GPU_READY := $(shell python3 -c 'import $(IMPORTS); print(*["yes"] * torch.cuda.is_available())' 2>/dev/null)
+endif
+
+ifeq ($(GPU_READY),yes)
+PY := python3
+else
+PY := $(VENV)/bin/python
+RUN_READY  := $(VENV)/.ready-run
+TEST_READY := $(VENV)/.ready-test
+endif
+
+BASE = $(shell for p in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
+         "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; exit; }; done)
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-gpu lint clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: $(RUN_READY) ## train a byte-level MoE language model on Python's own source: 3 minutes on 2 CPU cores
+	@$(PY) -m supersonic_moe demo $(ARGS)
+
+test: $(TEST_READY) ## every test that needs no GPU
+	@$(PY) -m pytest -m "not gpu and not multigpu" $(ARGS)
+
+test-gpu: $(TEST_READY) ## every test, on this machine's GPU (those marked multigpu want two)
+	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no CUDA GPU here")'
+	@$(PY) -m pytest $(ARGS)
+
+lint: $(VENV)/.ready-lint ## ruff, and mypy --strict on the package
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+
+clean: ## remove .venv, caches, build and demo output
+	rm -rf $(VENV) demo-out dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- set-up: one stamp for each set of dependencies ---------------------------------------------------------------------
+$(VENV)/bin/python:
+	@test -n "$(BASE)" || { echo "supersonic-moe needs Python 3.11 or newer: found $$(python3 -V 2>&1). Install one, or name it: make PYTHON=/path/to/python3"; exit 1; }
+	@echo "Creating $(VENV) with $$($(BASE) -V)"
+	@$(BASE) -m venv --clear $(VENV) >/dev/null 2>&1 \
+	  || { $(BASE) -m venv --clear --without-pip $(VENV) && $(BASE) -m pip --python $@ install -q pip; } \
+	  || { rm -rf $(VENV); echo "$(BASE) can make no virtual environment: it lacks venv, or both ensurepip and pip. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+
+$(VENV)/.ready-run: pyproject.toml | $(VENV)/bin/python
+	@echo "Installing $(TORCH) and supersonic-moe into $(VENV) (once; a few minutes on a slow network)"
+	@$(PIP) "$(TORCH)" -e .
+	@touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready-run
+	@echo "Installing the test dependencies"
+	@$(PIP) "$(TORCH)" -e '.[test]'
+	@touch $@
+
+$(VENV)/.ready-lint: $(VENV)/.ready-test
+	@$(PIP) "$(TORCH)" -e '.[test,lint]'
+	@touch $@
+
+PIP = $(VENV)/bin/python -m pip install -q

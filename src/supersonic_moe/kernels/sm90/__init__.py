@@ -1,0 +1,12 @@
+"""Kernels for sm_90a in CUDA C++: one `name.cu` or `name.cuh` for the device, one `name.py` beside it for the host.
+
+`types.cuh`, `barrier.cuh`, `copy.cuh` and `wgmma.cuh` wrap the PTX instructions that all of them use.
+"""
+
+from supersonic_moe.jit.spec import KernelSpec
+from supersonic_moe.kernels.sm90 import launch_probe, self_test
+
+
+def registered_specs() -> tuple[KernelSpec, ...]:
+    """Every kernel configuration that the package may launch: what `warmup` compiles and the tests inspect."""
+    return (*self_test.SPECS, *launch_probe.SPECS)

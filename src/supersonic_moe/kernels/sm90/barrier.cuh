@@ -1,0 +1,146 @@
+// Everything that orders or blocks: mbarriers and the ring built on them, fences between proxies, named barriers, clusters,
+// register reallocation, dependent launch.
+//
+// Barriers are named by their shared-memory address (u32, see smem_address). An mbarrier counts arrivals and bytes: a phase
+// completes when all expected threads have arrived and all expected bytes have landed; phases alternate parity 0, 1, 0, ...
+// and waiting for parity p returns once the phase of parity p is complete. On a fresh barrier, waiting for parity 1 returns
+// at once, which is how a producer passes its first round through an empty ring.
+//
+// No wait is unbounded: after WAIT_TIMEOUT_NS the kernel traps, and the host gets an error instead of a hang.
+#pragma once
+#include "types.cuh"
+
+#ifndef WAIT_TIMEOUT_NS
+#define WAIT_TIMEOUT_NS 10000000000ull  // waits inside a kernel take microseconds; 10 s leaves room for debuggers
+#endif
+
+// ---- mbarrier ----
+
+DEVICE void mbarrier_init(u32 barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Makes barriers initialised by this thread visible to the async proxy and to the cluster; a block or cluster barrier follows.
+DEVICE void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+DEVICE void mbarrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// One arrival that also announces `bytes` of asynchronous copies into this phase.
+DEVICE void mbarrier_arrive_expect_tx(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Address, in the cluster's shared-memory window, of `address` in block `rank` of the cluster.
+DEVICE u32 map_to_block(u32 address, u32 rank) {
+    u32 remote;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+    return remote;
+}
+
+// Arrive on the barrier at the same address in block `rank` of the cluster (this block's own rank is allowed): how a consumer
+// hands a multicast buffer back to its producer, after wgmma_wait has seen its reads done. It orders no ordinary writes between
+// blocks; `.release.cluster` would, and costs a memory barrier at GPU scope each time (MEMBAR.ALL.GPU).
+DEVICE void mbarrier_arrive_remote(u32 barrier, u32 rank) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(map_to_block(barrier, rank)) : "memory");
+}
+
+// Sleeps in hardware, a millisecond at a time, until the phase of this parity is complete; traps after WAIT_TIMEOUT_NS.
+// One asm block on purpose: a `trap` that the compiler can see on a branch of its own makes ptxas allocate the whole role for
+// the launch's register count instead of the one given to register_alloc (350 bytes of spills in a promoted FP8 main loop).
+DEVICE void mbarrier_wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        ".reg .u64 start, now;\n"
+        "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%0], %1, %2;\n"
+        "@p bra DONE;\n"
+        "mov.u64 start, %%globaltimer;\n"
+        "RETRY:\n"
+        "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%0], %1, %2;\n"
+        "@p bra DONE;\n"
+        "mov.u64 now, %%globaltimer;\n"
+        "sub.u64 now, now, start;\n"
+        "setp.gt.u64 p, now, %3;\n"
+        "@p trap;\n"
+        "bra RETRY;\n"
+        "DONE:\n"
+        "}\n"
+        :
+        : "r"(barrier), "r"(parity), "r"(1000000), "l"(WAIT_TIMEOUT_NS)
+        : "memory");
+}
+
+// Position in a ring of Stages buffers with one `full` and one `empty` barrier each. Producer and consumer both start at
+// {0, 0} and advance once a buffer:
+//   producer: mbarrier_wait(empty[stage], phase ^ 1); fill, completing on full[stage]
+//   consumer: mbarrier_wait(full[stage], phase);      use, then mbarrier_arrive(empty[stage])
+template <u32 Stages>
+struct RingCursor {
+    u32 stage = 0;
+    u32 phase = 0;
+    DEVICE void advance() {
+        if (++stage == Stages) {
+            stage = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+// ---- fences and barriers ----
+
+// Orders ordinary shared-memory accesses (st, stmatrix, cp.async) before later ones of wgmma and TMA. Each writing thread
+// executes it, then a barrier, then the wgmma or TMA instruction follows. Data of cp_async_arrive has no thread that waits
+// for its own writes: there, the threads that wait on the mbarrier execute it after the wait.
+DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Barrier `id` (1..15; 0 is __syncthreads) among `threads` threads, a multiple of 32. Whole warps take part.
+DEVICE void named_barrier_sync(u32 id, u32 threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Counts this warp in without waiting; others wait for it with named_barrier_sync of the same id and count.
+DEVICE void named_barrier_arrive(u32 id, u32 threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// ---- cluster ----
+
+DEVICE u32 cluster_block_rank() {
+    u32 rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// All threads of all blocks of the cluster. No block may touch another's shared memory, remote barriers included, before the
+// first cluster_sync, nor after its owner may have exited: kernels that do so also end with one.
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+DEVICE void cluster_sync() {
+    cluster_arrive();
+    cluster_wait();
+}
+
+// ---- registers of a warpgroup ----
+
+// All four warps of a warpgroup change their register limit. The kernel needs __launch_bounds__(threads, 1), or ptxas ignores
+// both; the totals must fit the 64 K registers that the block got at launch, or register_alloc waits for ever.
+template <u32 Count>
+DEVICE void register_alloc() {
+    static_assert(Count % 8 == 0 && Count >= 24 && Count <= 256, "setmaxnreg takes a multiple of 8 in [24, 256]");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Count));
+}
+template <u32 Count>
+DEVICE void register_dealloc() {
+    static_assert(Count % 8 == 0 && Count >= 24 && Count <= 256, "setmaxnreg takes a multiple of 8 in [24, 256]");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Count));
+}
+
+// ---- programmatic dependent launch (KernelSpec.pdl) ----
+
+// Wait until the kernels this one depends on have finished and their writes are visible; before it, read nothing of theirs.
+DEVICE void dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Once all blocks have called this or exited, the next kernel of the stream may start (and must itself dependency_wait).
+DEVICE void dependency_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }

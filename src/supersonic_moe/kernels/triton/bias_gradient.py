@@ -1,0 +1,109 @@
+"""Bias gradients: out[e] = sum of scale[p] * a[p] over the rows p of expert e, in fp32 and in a fixed order.
+
+Experts are as unequal as the routing makes them, and one hot expert may own every row, so work is cut by rows: expert
+e has ceil(rows of e / CHUNK) chunks, and chunks are numbered through all experts. Stage 1 sums one chunk per program
+into a partial; stage 2 adds an expert's partials in order. How many chunks there are is known on the device only;
+P / CHUNK + E bounds it on the host, and programs past the last chunk leave at once. No atomics, so the same rows give
+the same bits.
+
+Layout: a (P, N) sorted by expert, partials (chunks, N) fp32, out (E, N) fp32; an expert without rows gets 0. Dead
+rows are never read.
+Bytes: P·N, and 1/64 of that for the partials. Roofline on H200 at 4.26 TB/s, P 65536, N 3072, bf16: 95 us.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from supersonic_moe.kernels.triton.tiling import column_block, next_power_of_2
+
+CHUNK = 256  # rows of one stage 1 program: partials are then 1/64 of the bf16 data
+TILE = 4096  # elements per step of a program: four 16-byte accesses in flight for each of 128 threads
+
+
+@triton.jit
+def _chunks(expert_offsets_ptr, E, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr):
+    """(expert, its chunks, chunks of the experts before it)"""
+    expert = tl.arange(0, BLOCK_E)
+    start = tl.load(expert_offsets_ptr + expert, mask=expert < E, other=0)
+    end = tl.load(expert_offsets_ptr + expert + 1, mask=expert < E, other=0)
+    count = (end - start + CHUNK - 1) // CHUNK
+    return expert, count, tl.cumsum(count, 0) - count
+
+
+@triton.jit
+def _partial_kernel(
+    a_ptr, scale_ptr, expert_offsets_ptr, partial_ptr, a_stride, E,
+    N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    chunk = tl.program_id(0)
+    expert, count, before = _chunks(expert_offsets_ptr, E, CHUNK, BLOCK_E)
+    mine = (before <= chunk) & (chunk < before + count)
+    if tl.sum(mine.to(tl.int32), 0) == 0:
+        return
+    e = tl.sum(tl.where(mine, expert, 0), 0)
+    first = tl.load(expert_offsets_ptr + e) + (chunk - tl.sum(tl.where(mine, before, 0), 0)) * CHUNK
+    last = tl.minimum(first + CHUNK, tl.load(expert_offsets_ptr + e + 1))
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_columns = (column < N)[None, :]
+    total = tl.zeros([BLOCK_P, BLOCK_N], dtype=tl.float32)
+    while first < last:
+        row = first + tl.arange(0, BLOCK_P).to(tl.int64)
+        in_rows = row < last
+        mask = in_rows[:, None] & in_columns
+        a = tl.load(a_ptr + row[:, None] * a_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        if scale_ptr is not None:
+            a *= tl.load(scale_ptr + row, mask=in_rows, other=0.0)[:, None]
+        total += a
+        first += BLOCK_P
+    tl.store(partial_ptr + chunk.to(tl.int64) * N + column, tl.sum(total, axis=0), mask=column < N)
+
+
+@triton.jit
+def _combine_kernel(
+    partial_ptr, expert_offsets_ptr, out_ptr, E,
+    N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    e = tl.program_id(0)
+    expert, count, before = _chunks(expert_offsets_ptr, E, CHUNK, BLOCK_E)
+    first = tl.sum(tl.where(expert == e, before, 0), 0)
+    last = first + tl.sum(tl.where(expert == e, count, 0), 0)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_columns = (column < N)[None, :]
+    total = tl.zeros([BLOCK_P, BLOCK_N], dtype=tl.float32)
+    while first < last:
+        chunk = first + tl.arange(0, BLOCK_P).to(tl.int64)[:, None]
+        total += tl.load(partial_ptr + chunk * N + column[None, :], mask=(chunk < last) & in_columns, other=0.0)
+        first += BLOCK_P
+    tl.store(out_ptr + e.to(tl.int64) * N + column, tl.sum(total, axis=0), mask=column < N)
+
+
+def segment_sum(a_PN: Tensor, row_scale_P: Tensor | None, expert_offsets: Tensor) -> Tensor:
+    """(E, N) fp32."""
+    num_rows, columns = a_PN.shape
+    num_experts = expert_offsets.shape[0] - 1
+    out_EN = a_PN.new_empty(num_experts, columns, dtype=torch.float32)
+    if out_EN.numel() == 0:
+        return out_EN
+    max_chunks = num_rows // CHUNK + min(num_experts, num_rows)
+    partials_CN = a_PN.new_empty(max_chunks, columns, dtype=torch.float32)
+    block_n = column_block(columns, 512)
+    static = {
+        "N": columns,
+        "CHUNK": CHUNK,
+        "BLOCK_E": next_power_of_2(num_experts),
+        "BLOCK_P": min(CHUNK, TILE // block_n),
+        "BLOCK_N": block_n,
+        "num_warps": 4,
+    }
+    panels = triton.cdiv(columns, block_n)
+    with torch.cuda.device_of(a_PN):
+        if max_chunks:
+            _partial_kernel[(max_chunks, panels)](
+                a_PN, row_scale_P, expert_offsets, partials_CN, a_PN.stride(0), num_experts, **static
+            )
+        _combine_kernel[(num_experts, panels)](partials_CN, expert_offsets, out_EN, num_experts, **static)
+    return out_EN

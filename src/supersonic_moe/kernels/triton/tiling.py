@@ -1,0 +1,34 @@
+"""Tile widths shared by the memory-bound kernels.
+
+Every kernel of this backend moves rows whose width is a property of the model (H, I, E) and whose number is a
+property of the batch (T, P, S). Widths are compile-time constants; counts are plain arguments that Triton is told not
+to specialise on, so a new batch size never recompiles.
+
+Loops over a count are written with ``while``: the bounds of ``range`` must convert to int, which Triton 3.6's
+interpreter does in a way that NumPy 2.4 refuses.
+"""
+
+from __future__ import annotations
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def column_block(columns: int, limit: int) -> int:
+    """Columns per program: the widest power of two up to ``limit`` that wastes at most 1/9 of its lanes.
+
+    So 7168 columns come in blocks of 1024, not 2048. Rows under 128 columns, and widths that no such block divides
+    well, take one padded block.
+    """
+    block = limit
+    while block >= 128:
+        if -(-columns // block) * block <= columns * 9 / 8:
+            return block
+        block //= 2
+    return min(limit, next_power_of_2(columns))
+
+
+def warps(elements: int) -> int:
+    """Warps for a tile, at 16 elements a thread: two 16-byte accesses in bf16."""
+    return max(1, min(8, elements // (32 * 16)))
