@@ -80,10 +80,11 @@ def test_medians_warm_up_and_interleaving() -> None:
     assert isinstance(a, Timing) and isinstance(b, Timing)
     assert a.us == pytest.approx(10_000) and b.us == pytest.approx(2_000) and a.spread == pytest.approx(0, abs=1e-9)
     assert a.calls * a.us >= 400e3 * (1 - 1e-9) and b.calls * b.us >= 400e3 * (1 - 1e-9)
-    # a probe of two calls each, 150 ms of warm-up each, then four rounds of 100 ms + a quarter untimed, rotating
+    # a probe of two calls each, 150 ms of warm-up each, then four rounds of 150 ms untimed + 100 ms, rotating
     assert it.log[4:].startswith("a" * 15 + "b" * 75)
     timed = it.log[4 + 15 + 75 :]
-    assert timed == ("a" * 13 + "b" * 63) + ("b" * 63 + "a" * 13) + ("a" * 13 + "b" * 63) + ("b" * 63 + "a" * 13)
+    a_slice, b_slice = "a" * 25, "b" * 125
+    assert timed == a_slice + b_slice + b_slice + a_slice + a_slice + b_slice + b_slice + a_slice
 
 
 def test_settling_calls_are_not_timed() -> None:

@@ -45,14 +45,16 @@ def first_cells(table: str) -> list[list[str]]:
 
 # ---- README ----------------------------------------------------------------------------------------------------------
 
-SNIPPETS = [(match[2], README[: match.start(2)].count("\n")) for match in FENCE.finditer(README) if match[1] == "python"]
+SNIPPETS = [
+    (match[2], README[: match.start(2)].count("\n")) for match in FENCE.finditer(README) if match[1] == "python"
+]
 
 
 def test_readme_has_snippets() -> None:
     assert len(SNIPPETS) >= 4
 
 
-@pytest.mark.parametrize(("code", "lines_before"), SNIPPETS, ids=lambda value: value if isinstance(value, int) else "")
+@pytest.mark.parametrize(("code", "lines_before"), SNIPPETS, ids=[f"line-{n + 1}" for _, n in SNIPPETS])
 def test_snippet_runs(code: str, lines_before: int) -> None:
     exec(compile("\n" * lines_before + code, "README.md", "exec"), {"__name__": "snippet"})
 
@@ -118,7 +120,9 @@ def environment_reads(path: Path) -> set[str]:
             case ast.Subscript(value=ast.Attribute(attr="environ"), slice=key):
                 names.append(key)
     attributes = [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
-    assert len(names) == attributes.count("environ") + attributes.count("getenv"), f"{path}: read variables by os.environ.get, os.environ[...] or os.getenv"
+    assert len(names) == attributes.count("environ") + attributes.count("getenv"), (
+        f"{path}: read variables by os.environ.get, os.environ[...] or os.getenv"
+    )
     return {str(constants[key.id]) if isinstance(key, ast.Name) else ast.literal_eval(key) for key in names}
 
 

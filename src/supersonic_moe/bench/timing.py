@@ -7,7 +7,8 @@ Under load an H200 sits at its 700 W cap: a matrix product that runs at 760-780 
 1. warms up under the contenders' own load for at least ``warm_ms``,
 2. times at least ``min_ms`` of each contender, in ``ROUNDS`` or more slices interleaved with the others', in
    rotating order,
-3. runs a quarter of every slice untimed first, while clock and power settle from the neighbour's level to its own,
+3. runs every slice for half of ``warm_ms`` untimed first, while clock and power settle from the neighbour's level to its
+   own: after a contender that leaves the chip cool, boost lasts for about 60 ms,
 4. reports medians with the 10th and 90th percentile, and the SM clock and board power while the slice was running.
 
 Every timed call has its own pair of events, recorded in stream order, so times are those of eager calls enqueued back
@@ -34,7 +35,7 @@ from supersonic_moe.bench.sensor import Reading, Sensor
 Call = Callable[[], object]
 
 ROUNDS = 4
-SETTLE = 0.25  # untimed calls of a slice, as a share of its timed ones
+SETTLE = 0.5  # untimed load before the timed calls of a slice, as a share of ``warm_ms``: 150 ms of 300
 SLOWEST_CALL_S = 10.0  # a contender slower than this is reported missing: a sustained median would take minutes
 POLL_S = 0.005  # between two NVML readings; the power sensor itself refreshes every few milliseconds
 
@@ -165,7 +166,8 @@ def measure(
         turn = rounds % len(running)
         for name in running[turn:] + running[:turn]:
             calls = _calls(min_ms * 1e3 / ROUNDS, estimate_us[name])
-            slices[name].append(clock.slice(contenders[name], math.ceil(SETTLE * calls) if calls > 1 else 0, calls))
+            settle = _calls(SETTLE * warm_ms * 1e3, estimate_us[name])
+            slices[name].append(clock.slice(contenders[name], settle, calls))
         rounds += 1
     return {name: summarise(slices[name]) if name in slices else results[name] for name in contenders}
 
