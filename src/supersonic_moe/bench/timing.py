@@ -7,8 +7,8 @@ Under load an H200 sits at its 700 W cap: a matrix product that runs at 760-780 
 1. warms up under the contenders' own load for at least ``warm_ms``,
 2. times at least ``min_ms`` of each contender, in ``ROUNDS`` or more slices interleaved with the others', in
    rotating order,
-3. runs every slice for half of ``warm_ms`` untimed first, while clock and power settle from the neighbour's level to its
-   own: after a contender that leaves the chip cool, boost lasts for about 60 ms,
+3. runs every slice for half of ``warm_ms`` untimed first, while clock and power settle from the neighbour's level to
+   its own: after a contender that leaves the chip cool, boost lasts for about 60 ms,
 4. reports medians with the 10th and 90th percentile, and the SM clock and board power while the slice was running.
 
 Every timed call has its own pair of events, recorded in stream order, so times are those of eager calls enqueued back
