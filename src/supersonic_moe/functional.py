@@ -305,7 +305,8 @@ def _checked(
         x, w1, w2 = x.to(dtype), w1.to(dtype), w2.to(dtype)
         b1, b2 = (None if b is None else b.to(dtype) for b in (b1, b2))
     checks.index_count("tokens", x.shape[0])
-    registry.choose(x.device, x.dtype, hidden=hidden, intermediate=intermediate, backend=backend)
+    if not torch.compiler.is_compiling():  # the op chooses again when it runs
+        registry.choose(x.device, x.dtype, hidden=hidden, intermediate=intermediate, backend=backend)
     return _Experts(x, w1, b1, w2, b2, act, order, backend)
 
 

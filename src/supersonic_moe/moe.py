@@ -23,6 +23,7 @@ class KernelBackendMoE(Enum):
 
     auto = "auto"
     sonicmoe = "auto"
+    sm90 = "sm90"
     triton = "triton"
     torch = "reference"
 

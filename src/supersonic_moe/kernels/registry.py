@@ -19,8 +19,16 @@ import torch
 
 log = logging.getLogger("supersonic_moe")
 
-BACKENDS = ("auto", "reference", "triton")
+BACKENDS = ("auto", "reference", "triton", "sm90")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_DRIVER_BINDINGS = (
+    importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
+)
+
+_WHAT = {
+    "triton": "Triton kernels around torch's grouped GEMM",
+    "sm90": "our sm_90 grouped GEMMs, Triton for what is bound by memory",
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,8 @@ class Choice:
 
 @functools.cache
 def kernels(name: str) -> ModuleType:
-    return importlib.import_module(f"supersonic_moe.kernels.{name}")
+    module = "sm90.backend" if name == "sm90" else name
+    return importlib.import_module(f"supersonic_moe.kernels.{module}")
 
 
 def choose(
@@ -58,12 +67,20 @@ def choose(
     if backend == "reference":
         return Choice("reference", "asked for: per-expert torch loop, the truth that kernels are tested against")
     obstacle = _triton_obstacle(device, dtype, hidden, intermediate)
+    sm90_obstacle = obstacle or _sm90_obstacle(device)
+    if backend == "sm90":
+        if sm90_obstacle:
+            raise ValueError(f"backend 'sm90' cannot run this call: {sm90_obstacle}. Use backend='auto'.")
+        return Choice("sm90", f"asked for: {_WHAT['sm90']}")
     if backend == "triton":
         if obstacle:
             raise ValueError(f"backend 'triton' cannot run this call: {obstacle}. Use backend='auto'.")
-        return Choice("triton", "asked for: Triton kernels around torch's grouped GEMM")
+        return Choice("triton", f"asked for: {_WHAT['triton']}")
+    if sm90_obstacle is None and dtype is not None:
+        return Choice("sm90", f"sm_90 device: {_WHAT['sm90']}")
     if obstacle is None and device.type == "cuda":
-        return Choice("triton", "CUDA device: Triton kernels around torch's grouped GEMM")
+        why = f" ({sm90_obstacle})" if sm90_obstacle else ""
+        return Choice("triton", f"CUDA device: {_WHAT['triton']}{why}")
     if device.type == "cuda":
         if not torch.compiler.is_compiling():
             _warn_once(
@@ -84,6 +101,17 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype | None, hidden: in
         return f"torch's grouped GEMM needs bfloat16, the inputs are {str(dtype).removeprefix('torch.')}"
     if hidden % 8 or intermediate % 8:
         return f"torch's grouped GEMM needs H and I to be multiples of 8, they are {hidden} and {intermediate}"
+    return None
+
+
+def _sm90_obstacle(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"the sm_90 kernels need a CUDA device, the tensors are on {device}"
+    if not HAS_DRIVER_BINDINGS:
+        return "the package cuda-bindings is not installed (pip install cuda-bindings)"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        return f"the sm_90 kernels need compute capability 9.0, {device} has {capability[0]}.{capability[1]}"
     return None
 
 

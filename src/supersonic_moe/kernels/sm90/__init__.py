@@ -4,9 +4,9 @@
 """
 
 from supersonic_moe.jit.spec import KernelSpec
-from supersonic_moe.kernels.sm90 import launch_probe, self_test
+from supersonic_moe.kernels.sm90 import grouped_gemm, grouped_wgrad, launch_probe, self_test
 
 
 def registered_specs() -> tuple[KernelSpec, ...]:
     """Every kernel configuration that the package may launch: what `warmup` compiles and the tests inspect."""
-    return (*self_test.SPECS, *launch_probe.SPECS)
+    return (*self_test.SPECS, *launch_probe.SPECS, *grouped_gemm.SPECS, *grouped_wgrad.SPECS)

@@ -46,7 +46,7 @@ DEVICE void mbarrier_arrive_remote(u32 barrier, u32 rank) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(map_to_block(barrier, rank)) : "memory");
 }
 
-// Sleeps in hardware, a millisecond at a time, until the phase of this parity is complete; traps after WAIT_TIMEOUT_NS.
+// Suspended by the hardware for a while at a time, until the phase of this parity is complete; traps after WAIT_TIMEOUT_NS.
 // One asm block on purpose: a `trap` that the compiler can see on a branch of its own makes ptxas allocate the whole role for
 // the launch's register count instead of the one given to register_alloc (350 bytes of spills in a promoted FP8 main loop).
 DEVICE void mbarrier_wait(u32 barrier, u32 parity) {
@@ -54,21 +54,21 @@ DEVICE void mbarrier_wait(u32 barrier, u32 parity) {
         "{\n"
         ".reg .pred p;\n"
         ".reg .u64 start, now;\n"
-        "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%0], %1, %2;\n"
+        "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%0], %1;\n"
         "@p bra DONE;\n"
         "mov.u64 start, %%globaltimer;\n"
         "RETRY:\n"
-        "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%0], %1, %2;\n"
+        "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%0], %1;\n"
         "@p bra DONE;\n"
         "mov.u64 now, %%globaltimer;\n"
         "sub.u64 now, now, start;\n"
-        "setp.gt.u64 p, now, %3;\n"
+        "setp.gt.u64 p, now, %2;\n"
         "@p trap;\n"
         "bra RETRY;\n"
         "DONE:\n"
         "}\n"
         :
-        : "r"(barrier), "r"(parity), "r"(1000000), "l"(WAIT_TIMEOUT_NS)
+        : "r"(barrier), "r"(parity), "l"(WAIT_TIMEOUT_NS)
         : "memory");
 }
 

@@ -1,10 +1,10 @@
 """Grouped GEMMs of torch, fenced for two of its edges.
 
-``torch.nn.functional.grouped_mm`` takes cumulative ends per group (``expert_offsets[1:]``), reads them on the device,
-accumulates in fp32 and rounds once. It needs bfloat16 and strides that are multiples of 16 bytes on CUDA (other
-dtypes fall back to a loop that synchronises with the host; the registry keeps them away). With a ragged contraction
-it does not promise anything for an empty group, so a second kernel writes the zeros of experts without rows. That
-kernel looks at two offsets and leaves wherever the expert has rows.
+``torch.nn.functional.grouped_mm`` takes cumulative ends per group (``expert_offsets[1:]``), accumulates in fp32 and
+rounds once. On CUDA it reads the ends on the device for bfloat16 with strides that are multiples of 16 bytes, on
+compute capability 9.x and 10.x (torch 2.10); elsewhere it loops over groups and synchronises with the host, so the
+registry keeps other dtypes away. With a ragged contraction it does not promise anything for an empty group, so a second
+kernel writes the zeros of experts without rows: it looks at two offsets and leaves wherever there are rows.
 
 FLOPs: 2·P·K·N. Roofline on H200: 614-671 TFLOP/s sustained of a power-limited 680.
 """

@@ -44,7 +44,7 @@ _EPS = tl.constexpr(SUM_EPS)
 
 @triton.jit
 def _key(x):
-    """int32 in the order of fp32 ``x``: NaN is the largest, -0 equals +0, negatives get their magnitude bits flipped."""
+    """int32 in the order of fp32 ``x``, NaN the largest, -0 equal to +0: negatives get their magnitude bits flipped."""
     bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
     return tl.where(x != x, _LARGEST, bits ^ ((bits >> 31) & _LARGEST))
 

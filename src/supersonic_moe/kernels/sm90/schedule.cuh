@@ -1,0 +1,73 @@
+// Which output tile comes next: persistent blocks walk the tiles of all experts in one order that every cluster knows.
+//
+// Tiles are numbered expert by expert. Inside an expert the order is grouped: GROUP_M blocks of rows at a time, all columns of
+// those rows before the next ones, rows innermost. Tiles that run together then share few rows and few columns, so operands come
+// from L2. Only the loading thread walks; it tells the math warps what it loaded (TileNote).
+#pragma once
+#include "types.cuh"
+
+// What the loading thread leaves beside a stage for those who multiply it. Written before it arrives on the full barrier.
+struct TileNote {
+    i32 row;        // first row of this block's output tile; STOP: no more tiles
+    i32 row_end;    // rows from here on are not the tile's
+    i32 column;     // first column
+    i32 expert;
+    i32 blocks_k;   // stages of this tile, this one included
+    static constexpr i32 STOP_ROW = -1;
+};
+constexpr u32 NOTE_BYTES = 32;
+
+DEVICE void write_note(u32 address, const TileNote& note) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(note.row), "r"(note.row_end), "r"(note.column),
+                 "r"(note.expert)
+                 : "memory");
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(address + 16), "r"(note.blocks_k) : "memory");
+}
+
+DEVICE TileNote read_note(u32 address) {
+    TileNote note;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(note.row), "=r"(note.row_end), "=r"(note.column), "=r"(note.expert)
+                 : "r"(address)
+                 : "memory");
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(note.blocks_k) : "r"(address + 16) : "memory");
+    return note;
+}
+
+// Grouped order of a grid of `blocks_m` x `blocks_n` tiles.
+template <i32 GroupM>
+DEVICE void grouped_order(i32 tile, i32 blocks_m, i32 blocks_n, i32& m, i32& n) {
+    const i32 first = tile / (GroupM * blocks_n) * GroupM;
+    const i32 rows = min(GroupM, blocks_m - first);
+    const i32 inside = tile - first * blocks_n;
+    m = first + inside % rows;
+    n = inside / rows;
+}
+
+// Ragged rows: expert e has ceil(rows of e / BlockM) x blocks_n tiles. Ask for tiles in increasing order.
+template <i32 BlockM, i32 GroupM>
+struct RaggedRows {
+    const i32* offsets;  // (experts + 1)
+    i32 experts, blocks_n;
+    i32 expert = 0, first_tile = 0, begin, end;
+
+    DEVICE RaggedRows(const i32* offsets_, i32 experts_, i32 blocks_n_) : offsets(offsets_), experts(experts_), blocks_n(blocks_n_) {
+        begin = offsets[0];
+        end = offsets[1];
+    }
+
+    // False past the last tile; else m and n, in blocks, of `tile` inside the current expert.
+    DEVICE bool find(i32 tile, i32& m, i32& n) {
+        while (true) {
+            const i32 blocks_m = (end - begin + BlockM - 1) / BlockM;
+            if (tile < first_tile + blocks_m * blocks_n) {
+                grouped_order<GroupM>(tile - first_tile, blocks_m, blocks_n, m, n);
+                return true;
+            }
+            first_tile += blocks_m * blocks_n;
+            if (++expert == experts) return false;
+            begin = end;
+            end = offsets[expert + 1];
+        }
+    }
+};
