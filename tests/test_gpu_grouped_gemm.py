@@ -10,8 +10,11 @@ import torch
 from poison import poisoned_allocations  # noqa: F401
 from torch import Tensor
 
+from supersonic_moe.activation import Activation, GateUpLayout, as_activation
+from supersonic_moe.kernels import reference
 from supersonic_moe.kernels.sm90.grouped_gemm import grouped_mm
 from supersonic_moe.kernels.sm90.grouped_wgrad import grouped_mm_wgrad
+from supersonic_moe.kernels.sm90.up_projection import up_projection
 
 pytestmark = pytest.mark.gpu
 
@@ -90,3 +93,36 @@ def test_transposed_output_of_strided_rows() -> None:
     b = torch.randn(2, 128, 64, device=CUDA, dtype=torch.bfloat16)
     got = grouped_mm(a, b, offsets)
     assert oracle.rel_fro(got[:100], a[:100].double() @ b[0].double()) < 3e-3
+
+
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layout", GateUpLayout)
+@pytest.mark.parametrize(
+    "activation",
+    [as_activation("swiglu"), as_activation("geglu"), as_activation("reglu"), Activation.gpt_oss(limit=0.9)],
+    ids=["swiglu", "geglu", "reglu", "gpt_oss"],
+)
+@pytest.mark.parametrize(("hidden", "width"), [(64, 128), (72, 8), (520, 1000)])
+@pytest.mark.parametrize("counts", [GROUPS["ragged"], GROUPS["tiny"], GROUPS["even"]], ids=["ragged", "tiny", "even"])
+def test_up_projection(
+    counts: list[int], hidden: int, width: int, activation: Activation, layout: GateUpLayout, bias: bool, save: bool
+) -> None:
+    """H and A against fp64; rows that no expert owns are free, all others written, the bias outside H."""
+    offsets, (x,) = case(counts, 3, hidden)
+    num_experts, rows = len(counts), sum(counts)
+    w1 = torch.randn(num_experts, 2 * width, hidden, device=CUDA, dtype=torch.bfloat16)
+    b1 = torch.randn(num_experts, 2 * width, device=CUDA, dtype=torch.bfloat16) if bias else None
+    row_expert = torch.repeat_interleave(
+        torch.arange(num_experts + 1, device=CUDA), torch.tensor([*counts, 3], device=CUDA)
+    ).int()
+    h, a = up_projection(x, w1, b1, offsets, row_expert, activation, layout, save)
+    exact = reference.grouped_mm(x[:rows].double(), w1.double().transpose(1, 2), offsets)
+    want = reference.activation_forward(
+        exact, None if b1 is None else b1.double(), row_expert[:rows], activation, layout
+    )
+    assert oracle.rel_fro(a[:rows], want) < 3e-3
+    assert h.shape == ((rows + 3) if save else 0, 2 * width)
+    if save:
+        assert oracle.rel_fro(h[:rows], exact) < 3e-3
+    assert torch.equal(a[:rows], up_projection(x, w1, b1, offsets, row_expert, activation, layout, save)[1][:rows])

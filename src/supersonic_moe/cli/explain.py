@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 STEP_KERNELS = {
     "top-k": ("route_forward",),
     "metadata": ("build_plan",),
-    "1": ("gather_rows", "grouped_mm", "activation_forward"),
+    "1": ("gather_rows", "up_projection"),
     "2": ("grouped_mm",),
     "3": ("gather_sum",),
     "4": ("gather_rows", "grouped_mm", "activation_backward"),

@@ -145,7 +145,7 @@ class ByteTransformer(nn.Module):
         return torch.stack([counts_E for counts_E in layers if counts_E is not None])
 
     @torch.no_grad()
-    def generate(self, prompt: bytes, length: int, *, temperature: float = 0.7, seed: int = 0) -> Iterator[bytes]:
+    def generate(self, prompt: bytes, length: int, *, temperature: float = 0.6, seed: int = 0) -> Iterator[bytes]:
         """Continue ``prompt`` by one sampled byte at a time (it recomputes the window for each)."""
         self.eval()
         generator = torch.Generator().manual_seed(seed)

@@ -66,7 +66,7 @@ class TrainingDisplay:
             console=console,
         )
         self.task = self.progress.add_task("warming up", total=1.0)
-        self.live = Live(self.progress, console=console, refresh_per_second=8, transient=True)
+        self.live = Live(self.progress, console=console, refresh_per_second=8)
         self.printed_tenths = 0
 
     def __enter__(self) -> TrainingDisplay:
@@ -117,6 +117,7 @@ def _source(prompt: bytes, written: bytes) -> Syntax:
 def print_result(console: Console, result: DemoResult, flops_per_s: float) -> None:
     """Model against n-grams on the held-out files, speed, and where the charts are."""
     saved = 1 - result.held_out_bpb / result.bigram_bpb
+    console.print()
     table = Table(title="Held-out bits per byte (lower is better)", title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")

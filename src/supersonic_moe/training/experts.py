@@ -119,11 +119,8 @@ def _forward(
     k, act, order = _resolve(x, w1, w2, activation, alpha, limit, up_offset, layout, backend)
     with torch.autocast(x.device.type, enabled=False):
         x_PH = x if identity else k.gather_rows(x, gather_index)
-        h_PN = k.grouped_mm(x_PH, w1.transpose(1, 2), expert_offsets)
+        h_PN, a_PI = k.up_projection(x_PH, w1, b1, expert_offsets, row_expert, act, order, save)
         del x_PH
-        a_PI = k.activation_forward(h_PN, b1, row_expert, act, order)
-        if not save:
-            h_PN = x.new_empty(0, h_PN.shape[1])
         y_PH = k.grouped_mm(a_PI, w2.transpose(1, 2), expert_offsets)
         del a_PI
         s_P = _row_scores(scores, scatter_index)

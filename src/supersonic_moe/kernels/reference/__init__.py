@@ -6,12 +6,15 @@ Shapes: T tokens, S slots, P rows, E experts, K choices, H hidden, I intermediat
 one is caught by the tests.
 """
 
+from supersonic_moe.kernels.compose import compose_up_projection
 from supersonic_moe.kernels.reference.activation import activation_backward, activation_forward
 from supersonic_moe.kernels.reference.gather import gather_rows, gather_sum
 from supersonic_moe.kernels.reference.grouped_mm import grouped_mm, grouped_mm_wgrad
 from supersonic_moe.kernels.reference.plan import build_plan
 from supersonic_moe.kernels.reference.reductions import row_dot, segment_sum
 from supersonic_moe.kernels.reference.router import route_backward, route_forward
+
+up_projection = compose_up_projection(grouped_mm, activation_forward)
 
 __all__ = [
     "activation_backward",
@@ -25,4 +28,5 @@ __all__ = [
     "route_forward",
     "row_dot",
     "segment_sum",
+    "up_projection",
 ]

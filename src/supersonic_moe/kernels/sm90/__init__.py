@@ -4,9 +4,17 @@
 """
 
 from supersonic_moe.jit.spec import KernelSpec
-from supersonic_moe.kernels.sm90 import grouped_gemm, grouped_wgrad, launch_probe, self_test
+from supersonic_moe.kernels.sm90 import launch_probe, self_test
 
 
 def registered_specs() -> tuple[KernelSpec, ...]:
     """Every kernel configuration that the package may launch: what `warmup` compiles and the tests inspect."""
-    return (*self_test.SPECS, *launch_probe.SPECS, *grouped_gemm.SPECS, *grouped_wgrad.SPECS)
+    from supersonic_moe.kernels.sm90 import grouped_gemm, grouped_wgrad, up_projection  # need triton, the rest does not
+
+    return (
+        *self_test.SPECS,
+        *launch_probe.SPECS,
+        *grouped_gemm.SPECS,
+        *grouped_wgrad.SPECS,
+        *up_projection.SPECS,
+    )

@@ -2,6 +2,7 @@
 
 from supersonic_moe.kernels.sm90.grouped_gemm import grouped_mm
 from supersonic_moe.kernels.sm90.grouped_wgrad import grouped_mm_wgrad
+from supersonic_moe.kernels.sm90.up_projection import up_projection
 from supersonic_moe.kernels.triton import (
     activation_backward,
     activation_forward,
@@ -26,4 +27,5 @@ __all__ = [
     "route_forward",
     "row_dot",
     "segment_sum",
+    "up_projection",
 ]

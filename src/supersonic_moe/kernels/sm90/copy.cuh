@@ -41,6 +41,22 @@ DEVICE void tma_load_multicast(u32 tile, const TensorMap* map, u32 barrier, u16 
         : "memory");
 }
 
+DEVICE void tma_load(u32 tile, const TensorMap* map, u32 barrier, i32 c0, i32 c1, i32 c2, i32 c3) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
+            tile),
+        "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+        : "memory");
+}
+
+DEVICE void tma_load_multicast(u32 tile, const TensorMap* map, u32 barrier, u16 blocks, i32 c0, i32 c1, i32 c2, i32 c3) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%4, %5, %6, %7}], [%2], %3;" ::"r"(tile),
+        "l"(map), "r"(barrier), "h"(blocks), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+        : "memory");
+}
+
 // Fetch the descriptor itself, at the start of a kernel, so that the first load does not wait for it.
 DEVICE void prefetch_tensor_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 

@@ -8,30 +8,6 @@
 
 constexpr i32 ROWS = BLOCK_M * CLUSTER;  // rows of a cluster's tile
 
-struct Store {  // the output as the tail path sees it: rows of an expert's last tile go one by one, TMA would overwrite the next expert
-    u8* pointer;
-    i64 row_bytes;
-    i32 columns;
-};
-
-// Lines of a staged panel that lie inside the expert, 16 bytes a thread.
-DEVICE void store_tail(const Store& out, u32 panel, i32 row, i32 rows, i32 column, u32 thread) {
-#pragma unroll
-    for (u32 part = 0; part < 4; ++part) {
-        const u32 unit = part * 128 + thread % 128, line = unit / 8, chunk = unit % 8;
-        if (static_cast<i32>(line) < rows && column + static_cast<i32>(chunk) * 8 < out.columns) {
-            u32 v[4];
-            asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                         : "r"(panel + swizzle<128>(line * LINE + chunk * 16))
-                         : "memory");
-            u8* target = out.pointer + (row + static_cast<i32>(line)) * out.row_bytes + (column + static_cast<i32>(chunk) * 8) * 2;
-            asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
-                         : "memory");
-        }
-    }
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     grouped_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
                  const __grid_constant__ TensorMap map_d, const i32* offsets, const i32 experts, const i32 columns,
@@ -104,19 +80,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             if (rows <= 0) continue;
 #pragma unroll
             for (u32 column = 0; column < BLOCK_N; column += 64) {
-                const u32 panel = shared.panel(group, panel_index);
-                if (thread % 128 == 0) tma_wait_read<PANELS - 1>();
-                named_barrier_sync(1 + group, 128);
+                const u32 panel = next_panel(shared, group, panel_index, thread);
                 stage_bf16(acc + column / 2, panel, thread);
-                fence_proxy_async();
-                named_barrier_sync(1 + group, 128);
+                finish_panel(group);
                 if (rows >= 64) {
                     if (thread % 128 == 0) tma_store(&map_d, panel, note.column + column, row);
                 } else {
                     store_tail({d, d_row_bytes, columns}, panel, row, rows, note.column + static_cast<i32>(column), thread);
                 }
                 if (thread % 128 == 0) tma_commit();
-                panel_index = (panel_index + 1) % PANELS;
             }
         }
         if (threadIdx.x % 128 == 0) tma_wait_read<0>();

@@ -97,16 +97,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             const u32 thread = fresh_thread_index();
 #pragma unroll
             for (u32 column = 0; column < BLOCK_N; column += PANEL_COLUMNS) {
-                const u32 panel = shared.panel(group, panel_index);
-                if (thread % 128 == 0) tma_wait_read<PANELS - 1>();
-                named_barrier_sync(1 + group, 128);
+                const u32 panel = next_panel(shared, group, panel_index, thread);
                 if constexpr (OUTPUT == 0) {
                     stage_bf16(acc + column / 2, panel, thread);
                 } else {
                     stage_f32(acc + column / 2, panel, thread);
                 }
-                fence_proxy_async();
-                named_barrier_sync(1 + group, 128);
+                finish_panel(group);
                 if (thread % 128 == 0) {
                     const i32 row = note.row + group * 64;
                     if constexpr (OUTPUT == 2) {
@@ -116,7 +113,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     }
                     tma_commit();
                 }
-                panel_index = (panel_index + 1) % PANELS;
             }
         }
         if (threadIdx.x % 128 == 0) tma_wait_read<0>();

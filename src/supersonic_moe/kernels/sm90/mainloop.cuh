@@ -103,12 +103,17 @@ DEVICE u32 fresh_thread_index() {
     return index;
 }
 
+// Four accumulators as they are from here on: what packs them cannot move ahead of this point. Without it the compiler converts
+// all panels before the first store and runs out of registers.
+DEVICE void pin_four(float* acc) { asm volatile("" : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])::"memory"); }
+
 // 64 columns of a warpgroup's accumulators, rounded to bf16, into a panel: 64 lines of 128 bytes, swizzled as TMA reads them.
-DEVICE void stage_bf16(const float* acc, u32 panel, u32 thread) {
+DEVICE void stage_bf16(float* acc, u32 panel, u32 thread) {
     const u32 row = thread % 128 / 32 * 16 + thread % 16, half = thread % 32 / 16;
 #pragma unroll
     for (u32 part = 0; part < 4; ++part) {
-        const float* d = acc + part * 8;
+        float* d = acc + part * 8;
+        pin_four(d), pin_four(d + 4);
         const u32 matrices[4] = {pack_bf16(d[0], d[1]), pack_bf16(d[2], d[3]), pack_bf16(d[4], d[5]), pack_bf16(d[6], d[7])};
         store_matrices(panel + swizzle<128>(row * LINE + (part * 2 + half) * 16), matrices);
     }
@@ -127,4 +132,44 @@ DEVICE void stage_f32(const float* acc, u32 panel, u32 thread) {
                      "f"(acc[part * 4 + 3])
                      : "memory");
     }
+}
+
+// An output as the tail path sees it: TMA would write the rows past an expert's end into the next expert.
+struct Rows {
+    u8* pointer;
+    i64 row_bytes;
+    i32 columns;
+};
+
+// Lines of a staged panel that lie inside the expert, 16 bytes a thread.
+DEVICE void store_tail(const Rows& out, u32 panel, i32 row, i32 rows, i32 column, u32 thread) {
+#pragma unroll
+    for (u32 part = 0; part < 4; ++part) {
+        const u32 unit = part * 128 + thread % 128, line = unit / 8, chunk = unit % 8;
+        if (static_cast<i32>(line) < rows && column + static_cast<i32>(chunk) * 8 < out.columns) {
+            u32 v[4];
+            asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                         : "r"(panel + swizzle<128>(line * LINE + chunk * 16))
+                         : "memory");
+            u8* target = out.pointer + (row + static_cast<i32>(line)) * out.row_bytes + (column + static_cast<i32>(chunk) * 8) * 2;
+            asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+                         : "memory");
+        }
+    }
+}
+
+// Wait for a free panel of this warpgroup; all its threads may write to it on return.
+DEVICE u32 next_panel(const Shared& shared, u32 group, u32& index, u32 thread) {
+    const u32 panel = shared.panel(group, index);
+    index = (index + 1) % PANELS;
+    if (thread % 128 == 0) tma_wait_read<PANELS - 1>();
+    named_barrier_sync(1 + group, 128);
+    return panel;
+}
+
+// The panel is written: make it visible to TMA and to all threads of the warpgroup.
+DEVICE void finish_panel(u32 group) {
+    fence_proxy_async();
+    named_barrier_sync(1 + group, 128);
 }

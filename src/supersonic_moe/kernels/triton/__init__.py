@@ -7,6 +7,7 @@ a CUDA graph. Without a GPU the same code runs in Triton's interpreter (``TRITON
 imported).
 """
 
+from supersonic_moe.kernels.compose import compose_up_projection
 from supersonic_moe.kernels.triton.activation import activation_backward, activation_forward
 from supersonic_moe.kernels.triton.bias_gradient import segment_sum
 from supersonic_moe.kernels.triton.gather_rows import gather_rows
@@ -15,6 +16,8 @@ from supersonic_moe.kernels.triton.grouped_mm import grouped_mm, grouped_mm_wgra
 from supersonic_moe.kernels.triton.plan import build_plan
 from supersonic_moe.kernels.triton.router import route_backward, route_forward
 from supersonic_moe.kernels.triton.score_gradient import row_dot
+
+up_projection = compose_up_projection(grouped_mm, activation_forward)
 
 __all__ = [
     "activation_backward",
@@ -28,4 +31,5 @@ __all__ = [
     "route_forward",
     "row_dot",
     "segment_sum",
+    "up_projection",
 ]

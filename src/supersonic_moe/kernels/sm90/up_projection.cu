@@ -1,0 +1,162 @@
+// H[r] = X[r] * W1[expert of r]^T and A[r] = act(H[r] + b1), for rows sorted by expert and gated activations. See
+// up_projection.py.
+//
+// A tile is 128 rows x 128 activations. Its B is 128 gate rows and 128 up rows of W1, so gate and up of an activation sit in one
+// thread at the same place of the two halves of its accumulators, whatever the order in which the weight stores them.
+//
+// Constants: BLOCK_N (256), STAGES, CLUSTER (blocks along M that share B), GROUP_M, ACTIVATION, INTERLEAVED (columns of H: gate
+// and up alternate), SAVE_H, BIAS.
+#include "activation.cuh"
+#include "mainloop.cuh"
+
+constexpr i32 ROWS = BLOCK_M * CLUSTER;
+constexpr u32 WIDTH = BLOCK_N / 2;  // activations of a tile
+
+// Bias of activations `column` and `column` + 1 of an expert whose biases start at `bias`; zeros past the width.
+DEVICE void load_bias(const u16* bias, i32 column, i32 width, i32 gate_base, i32 up_base, float (&gate)[2], float (&up)[2]) {
+    u32 first = 0, second = 0;
+    if (column < width) {  // both or none: the width is a multiple of 8
+        const u16* at = INTERLEAVED ? bias + 2 * column : bias + gate_base + column;
+        first = *reinterpret_cast<const u32*>(at);
+        second = *reinterpret_cast<const u32*>(INTERLEAVED ? at + 2 : bias + up_base + column);
+    }
+    gate[0] = bf16_low(first), up[1] = bf16_high(second);
+    gate[1] = INTERLEAVED ? bf16_low(second) : bf16_high(first);
+    up[0] = INTERLEAVED ? bf16_high(first) : bf16_low(second);
+}
+
+// 32 activations' worth of gate and up, alternating, rounded to bf16, into a panel of 64 columns of H.
+DEVICE void stage_interleaved(float* gate, float* up, u32 panel, u32 thread) {
+    const u32 row = thread % 128 / 32 * 16 + thread % 32 / 4;
+#pragma unroll
+    for (u32 part = 0; part < 4; ++part) {  // 8 activations: this thread has two of row and two of row + 8
+        float *g = gate + part * 4, *u = up + part * 4;
+        pin_four(g), pin_four(u);
+        const u32 byte = part * 32 + thread % 4 * 8;
+        asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(panel + swizzle<128>(row * LINE + byte)), "r"(pack_bf16(g[0], u[0])),
+                     "r"(pack_bf16(g[1], u[1]))
+                     : "memory");
+        asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(panel + swizzle<128>((row + 8) * LINE + byte)),
+                     "r"(pack_bf16(g[2], u[2])), "r"(pack_bf16(g[3], u[3]))
+                     : "memory");
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    up_projection(const __grid_constant__ TensorMap map_x, const __grid_constant__ TensorMap map_w,
+                  const __grid_constant__ TensorMap map_h, const __grid_constant__ TensorMap map_a, const i32* offsets,
+                  const i32 experts, const i32 width, const i32 blocks_k, u8* h, u8* a, const u16* b1, const i32 gate_base,
+                  const i32 up_base, const float alpha, const float limit, const float up_offset) {
+    extern __shared__ __align__(1024) u8 raw[];
+    const Shared shared{smem_address(raw)};
+    shared.prepare();
+
+    const u32 warp = warp_index();
+    const u32 rank = CLUSTER > 1 ? cluster_block_rank() : 0;
+    Ring ring;
+
+    if (warp < 4) {
+        register_dealloc<40>();
+        if (warp == 0 && elect_one()) {
+            RaggedRows<ROWS, GROUP_M / CLUSTER> tiles(offsets, experts, (width + static_cast<i32>(WIDTH) - 1) / static_cast<i32>(WIDTH));
+            const i32 gate_half = gate_base != 0;  // [up; gate]: the second half of the weight's rows
+            i32 m, n;
+            for (i32 tile = blockIdx.x / CLUSTER; tiles.find(tile, m, n); tile += gridDim.x / CLUSTER) {
+                const i32 row = tiles.begin + m * ROWS + rank * BLOCK_M, column = n * WIDTH;
+                for (i32 block = 0; block < blocks_k; ++block, ring.advance()) {
+                    const u32 full = shared.full(ring.stage), tile_b = shared.tile_b(ring.stage);
+                    const i32 k = block * BLOCK_K;
+                    mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
+                    write_note(shared.note(ring.stage), {row, tiles.end, column, tiles.expert, blocks_k - block});
+                    mbarrier_arrive_expect_tx(full, STAGE_BYTES);
+                    tma_load(shared.tile_a(ring.stage), &map_x, full, k, row);
+                    if constexpr (CLUSTER > 1) {  // this block loads the gate half (rank 0) or the up half for both
+                        tma_load_multicast(tile_b + rank * (BYTES_B / 2), &map_w, full, (1 << CLUSTER) - 1, k, column,
+                                           static_cast<i32>(rank) ^ gate_half, tiles.expert);
+                    } else {
+                        tma_load(tile_b, &map_w, full, k, column, gate_half, tiles.expert);
+                        tma_load(tile_b + BYTES_B / 2, &map_w, full, k, column, 1 - gate_half, tiles.expert);
+                    }
+                }
+            }
+            mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
+            write_note(shared.note(ring.stage), {TileNote::STOP_ROW, 0, 0, 0, 0});
+            mbarrier_arrive(shared.full(ring.stage));
+        }
+    } else {
+        register_alloc<232>();
+        const u32 group = warp / 4 - 1;
+        u32 panel_index = 0;
+        float acc[BLOCK_N / 2];
+        while (true) {
+            mbarrier_wait(shared.full(ring.stage), ring.phase);
+            if (__shfl_sync(0xffffffffu, read_note(shared.note(ring.stage)).row, 0) == TileNote::STOP_ROW) break;
+            const u32 last = multiply_tile<Major::K, Major::K>(acc, shared, ring, group, blocks_k, [](u32) {});
+            const TileNote note = read_note(shared.note(last));
+            __syncwarp();
+            shared.release(last);
+
+            const i32 row = note.row + static_cast<i32>(group * 64), rows = note.row_end - row;
+            if (rows <= 0) continue;
+            float *gate = acc, *up = acc + WIDTH / 2;
+            if constexpr (SAVE_H) {
+#pragma unroll
+                for (u32 i = 0; i < 4; ++i) {
+                    const u32 thread = fresh_thread_index();
+                    const u32 panel = next_panel(shared, group, panel_index, thread);
+                    i32 column, half;  // of H, seen as (P, 2, I) or, when interleaved, as (P, 1, 2 I)
+                    if constexpr (INTERLEAVED) {
+                        stage_interleaved(gate + i * 16, up + i * 16, panel, thread);
+                        column = 2 * note.column + static_cast<i32>(i) * 64, half = 0;
+                    } else {
+                        stage_bf16(acc + i * 32, panel, thread);
+                        column = note.column + static_cast<i32>(i % 2) * 64, half = i / 2;
+                    }
+                    finish_panel(group);
+                    const i32 base = INTERLEAVED ? 0 : half == 0 ? gate_base : up_base;
+                    if (rows >= 64) {
+                        if (thread % 128 == 0) tma_store(&map_h, panel, column, base == 0 ? 0 : 1, row);
+                    } else {
+                        store_tail({h + base * 2, static_cast<i64>(width) * 4, INTERLEAVED ? 2 * width : width}, panel, row, rows, column,
+                                   thread);
+                    }
+                    if (thread % 128 == 0) tma_commit();
+                }
+            }
+            if constexpr (BIAS) {
+                const u16* bias = b1 + static_cast<i64>(note.expert) * 2 * width;
+                const i32 first = note.column + static_cast<i32>(fresh_thread_index() % 4 * 2);
+#pragma unroll
+                for (u32 i = 0; i < WIDTH / 2; i += 4) {
+                    float g[2], u[2];
+                    pin_four(gate + i), pin_four(up + i);
+                    load_bias(bias, first + static_cast<i32>(i * 2), width, gate_base, up_base, g, u);
+#pragma unroll
+                    for (u32 j = 0; j < 4; ++j) gate[i + j] += g[j % 2], up[i + j] += u[j % 2];  // rows r and r + 8
+                }
+            }
+            const ActivationConstants constants{alpha, limit, up_offset};
+#pragma unroll
+            for (u32 i = 0; i < WIDTH / 2; i += 4) {
+                pin_four(gate + i), pin_four(up + i);
+#pragma unroll
+                for (u32 j = i; j < i + 4; ++j) gate[j] = gated<static_cast<Act>(ACTIVATION)>(gate[j], up[j], constants);
+            }
+#pragma unroll
+            for (u32 column = 0; column < WIDTH; column += 64) {
+                const u32 thread = fresh_thread_index();
+                const u32 panel = next_panel(shared, group, panel_index, thread);
+                stage_bf16(acc + column / 2, panel, thread);
+                finish_panel(group);
+                if (rows >= 64) {
+                    if (thread % 128 == 0) tma_store(&map_a, panel, note.column + column, row);
+                } else {
+                    store_tail({a, static_cast<i64>(width) * 2, width}, panel, row, rows, note.column + static_cast<i32>(column), thread);
+                }
+                if (thread % 128 == 0) tma_commit();
+            }
+        }
+        if (threadIdx.x % 128 == 0) tma_wait_read<0>();
+    }
+    if constexpr (CLUSTER > 1) cluster_sync();
+}
