@@ -172,6 +172,16 @@ def test_correction_bias_steers_the_choice_and_not_the_scores():
     assert "correction_bias" in moe.state_dict()
 
 
+def test_correction_bias_stays_in_fp32():
+    moe = layer(router="sigmoid_grouped_topk")
+    moe.correction_bias += 0.5 + 1e-4
+    moe.to(torch.bfloat16)
+    assert moe.router.weight.dtype == torch.bfloat16
+    assert moe.correction_bias.dtype == torch.float32
+    assert (moe.correction_bias == torch.tensor(0.5 + 1e-4)).all()
+    moe(torch.randn(T, H, dtype=torch.bfloat16))
+
+
 def test_eval_mode_still_gives_gradients():
     """Fine-tuning may run in eval(): only torch.no_grad and is_inference_mode drop the gradients."""
     moe = layer().eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 
 import torch
@@ -176,6 +177,15 @@ class MoE(nn.Module):
         if self.z_loss_weight:
             aux_loss = aux_loss + self.z_loss_weight * router_z_loss(logits_TE)
         return output, aux_loss
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoE:
+        """``.to(torch.bfloat16)`` leaves the correction bias in fp32: its updates of 1e-3 would round away."""
+        before = self.correction_bias
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        after = self.correction_bias
+        if before is not None and after is not None and after.dtype is not before.dtype:
+            self.correction_bias = after.to(before.dtype) if before.is_meta else before.to(after.device)
+        return self
 
     def extra_repr(self) -> str:
         return (

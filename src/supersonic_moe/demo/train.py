@@ -59,7 +59,8 @@ def default_config(device: torch.device) -> TrainConfig:
         dtype=torch.bfloat16,
         batch=min(64, max(4, int(gib) - 20)),
         seconds=75.0,
-        learning_rate=1e-3,
+        learning_rate=6e-4,
+        warmup=0.1,
         held_out_bytes=512 << 10,
         read_every=10,
     )

@@ -60,13 +60,22 @@ def _act(h_PN: Tensor, activation: Activation, layout: GateUpLayout) -> tuple[Te
         return value, [slope]
     gate, up = _split(h_PN, layout)
     if kind is ActivationType.SWIGLU:
-        limit = math.inf if activation.limit is None else activation.limit
-        g, u = gate.clamp(max=limit), up.clamp(-limit, limit) + activation.up_offset
-        sigmoid = torch.sigmoid(activation.alpha * g)
-        value, slope = g * sigmoid, sigmoid * (1 + activation.alpha * g * (1 - sigmoid))
+        value, slope = _swish(gate, activation)
+        if activation.limit is None:
+            u = up + activation.up_offset if activation.up_offset else up
+            return value * u, [slope * u, value]
+        limit = activation.limit
+        u = up.clamp(-limit, limit) + activation.up_offset
         return value * u, [slope * u * (gate <= limit), value * (up.abs() <= limit)]
     value, slope = _unary(ActivationType.GELU if kind is ActivationType.GEGLU else ActivationType.RELU, gate)
     return value * up, [slope * up, value]
+
+
+def _swish(gate: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
+    """g * sigmoid(alpha * g) and its slope, with g = min(gate, limit)."""
+    g = gate if activation.limit is None else gate.clamp(max=activation.limit)
+    sigmoid = torch.sigmoid(activation.alpha * g)
+    return g * sigmoid, sigmoid * (1 + activation.alpha * g * (1 - sigmoid))
 
 
 def _unary(kind: ActivationType, h: Tensor) -> tuple[Tensor, Tensor]:

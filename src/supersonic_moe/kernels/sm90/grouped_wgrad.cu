@@ -71,9 +71,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     }
                 }
             }
-            mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
-            write_note(shared.note(ring.stage), {TileNote::STOP_ROW, 0, 0, 0, 0});
-            mbarrier_arrive(shared.full(ring.stage));
+            announce_end(shared, ring);
         }
     } else {
         register_alloc<232>();

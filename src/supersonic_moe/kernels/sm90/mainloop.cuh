@@ -59,6 +59,13 @@ struct Shared {
 
 using Ring = RingCursor<STAGES>;
 
+// The loading thread's last word: one more stage, empty, whose note says that no tile follows.
+DEVICE void announce_end(const Shared& shared, const Ring& ring) {
+    mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
+    write_note(shared.note(ring.stage), {TileNote::STOP_ROW, 0, 0, 0, 0});
+    mbarrier_arrive(shared.full(ring.stage));
+}
+
 // acc (+)= 64 rows of A times B over one stage. The stage index passes through a shuffle, because the descriptors have to be in
 // uniform registers and the compiler cannot see that all lanes agree on it.
 template <Major MajorA, Major MajorB>
@@ -156,6 +163,15 @@ DEVICE void store_tail(const Rows& out, u32 panel, i32 row, i32 rows, i32 column
             asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
                          : "memory");
         }
+    }
+}
+
+// A finished panel to (row, column): by TMA where all 64 rows are the expert's, else line by line. One bulk group either way.
+DEVICE void store_rows(const TensorMap* map, const Rows& out, u32 panel, i32 row, i32 rows, i32 column, u32 thread) {
+    if (rows < 64) store_tail(out, panel, row, rows, column, thread);
+    if (thread % 128 == 0) {
+        if (rows >= 64) tma_store(map, panel, column, row);
+        tma_commit();
     }
 }
 

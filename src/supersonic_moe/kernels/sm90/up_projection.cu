@@ -79,9 +79,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     }
                 }
             }
-            mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
-            write_note(shared.note(ring.stage), {TileNote::STOP_ROW, 0, 0, 0, 0});
-            mbarrier_arrive(shared.full(ring.stage));
+            announce_end(shared, ring);
         }
     } else {
         register_alloc<232>();
@@ -148,12 +146,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 const u32 panel = next_panel(shared, group, panel_index, thread);
                 stage_bf16(acc + column / 2, panel, thread);
                 finish_panel(group);
-                if (rows >= 64) {
-                    if (thread % 128 == 0) tma_store(&map_a, panel, note.column + column, row);
-                } else {
-                    store_tail({a, static_cast<i64>(width) * 2, width}, panel, row, rows, note.column + static_cast<i32>(column), thread);
-                }
-                if (thread % 128 == 0) tma_commit();
+                store_rows(&map_a, {a, static_cast<i64>(width) * 2, width}, panel, row, rows, note.column + static_cast<i32>(column),
+                           thread);
             }
         }
         if (threadIdx.x % 128 == 0) tma_wait_read<0>();
