@@ -290,6 +290,6 @@ def test_doctor_says_why_there_is_no_gpu(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(health, "_nvidia_smi", lambda field: ["NVIDIA H200"] if device_there else None)
+    monkeypatch.setattr(health, "_gpu_present", lambda: device_there)
     check = health.gpu()
     assert check.status == "warn" and expected in check.fix

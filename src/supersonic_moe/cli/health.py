@@ -105,9 +105,12 @@ def gpu() -> Check:
     return Check("gpu", "ok", "\n".join(names))
 
 
+def _gpu_present() -> bool:
+    return Path("/dev/nvidia0").exists() or _nvidia_smi("name") is not None
+
+
 def _why_no_gpu() -> str:
-    present = Path("/dev/nvidia0").exists() or _nvidia_smi("name") is not None
-    if not present:
+    if not _gpu_present():
         return "nothing to fix unless this machine has an NVIDIA GPU"
     if torch.version.cuda is None:
         return "this torch is a CPU build: pip install torch --index-url https://download.pytorch.org/whl/cu130"

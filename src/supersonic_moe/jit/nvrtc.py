@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 ARCH = "sm_90a"
-BASE_OPTIONS = ("-std=c++20", f"-arch={ARCH}", "-Xptxas", "-v")
+# Where a driver is installed, NVRTC keeps a cache of its own, and a hit comes without the ptxas report: --no-cache.
+BASE_OPTIONS = ("-std=c++20", f"-arch={ARCH}", "-Xptxas", "-v", "--no-cache")
 
 
 class JitError(RuntimeError):
