@@ -245,3 +245,24 @@ def test_compile_fullgraph():
         assert oracle.rel_fro(got, want) < 1e-2
     got.sum().backward()
     assert all(p.grad is not None for p in moe.parameters())
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("backend", ["triton", "sm90"])
+def test_second_gpu_while_the_first_is_current(backend):
+    """Kernels run where the tensors are, not on the current device: same bits on both GPUs."""
+    act = Activation(ActivationType.SWIGLU)
+    x, ids, scores, weights = inputs(act)
+
+    def on(device):
+        moved = [t.detach().to(device).requires_grad_() for t in (x, scores, *weights)]
+        return run(moved[0], ids.to(device), moved[1], tuple(moved[2:]), act, GateUpLayout.GATE_UP, backend)
+
+    assert torch.cuda.current_device() == 0
+    first, second = on("cuda:0"), on("cuda:1")
+    assert all(t.device.index == 1 for t in second)
+    assert all(torch.equal(a, b.to("cuda:0")) for a, b in zip(first, second, strict=True))
+    moe = sm.MoE(E, 2, H, I, "swiglu", True, 0.02, router=sm.TokenRounding(tile=16)).to("cuda:1", torch.bfloat16)
+    out, aux = moe(x.detach().to("cuda:1"))
+    (out.float().square().mean() + aux).backward()
+    assert all(p.grad.isfinite().all() for p in moe.parameters())
