@@ -81,11 +81,11 @@ def _resolve(
     return registry.kernels(choice.name), act, GateUpLayout(layout)
 
 
-def _row_scores(scores: Tensor, scatter_index: Tensor) -> Tensor:
-    """(P,) the score of each row, exactly 0 in padding and dead rows."""
-    if scores.shape[0] == 0:
-        return scores.new_zeros(scatter_index.shape[0])
-    return torch.where(scatter_index >= 0, scores[scatter_index.clamp(min=0)], 0)
+def _pick(values: Tensor, index: Tensor) -> Tensor:
+    """values[index], exactly 0 where the index is negative: scores of rows, score gradients of slots."""
+    if values.shape[0] == 0:
+        return values.new_zeros(index.shape[0])
+    return torch.where(index >= 0, values[index.clamp(min=0)], 0)
 
 
 def _per_token(token_rows: Tensor, token_offsets: Tensor | None, num_tokens: int) -> int:
@@ -123,7 +123,7 @@ def _forward(
         del x_PH
         y_PH = k.grouped_mm(a_PI, w2.transpose(1, 2), expert_offsets)
         del a_PI
-        s_P = _row_scores(scores, scatter_index)
+        s_P = _pick(scores, scatter_index)
         per_token = _per_token(token_rows, token_offsets, x.shape[0])
         out_TH = k.gather_sum(y_PH, s_P, b2, row_expert, token_rows, token_offsets, per_token, x.shape[0])
     return out_TH, h_PN
@@ -159,7 +159,7 @@ def _backward(
     need_x, need_s, need_w1, need_b1, need_w2, need_b2 = needs
     dx = dscores = dw1 = db1 = dw2 = db2 = None
     with torch.autocast(x.device.type, enabled=False):
-        s_P = _row_scores(scores, scatter_index)
+        s_P = _pick(scores, scatter_index)
         do_PH = k.gather_rows(dout, gather_index)
         da_PI = k.grouped_mm(do_PH, w2, expert_offsets)
         dh_PN, as_PI, ds_P = k.activation_backward(h, b1, da_PI, s_P, row_expert, act, order)
@@ -167,8 +167,7 @@ def _backward(
         if need_s:
             if b2 is not None:
                 k.row_dot(do_PH, b2, row_expert, ds_P)
-            picked = k.gather_rows(ds_P[:, None], reverse_index).squeeze(1)  # slots without a row get 0
-            dscores = picked.to(scores.dtype)
+            dscores = _pick(ds_P, reverse_index).to(scores.dtype)
         if need_w2:
             dw2 = k.grouped_mm_wgrad(do_PH, as_PI, expert_offsets).to(w2.dtype)
         if need_b2 and b2 is not None:
