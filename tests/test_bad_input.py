@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import supersonic_moe as sm
+from supersonic_moe.kernels.sm90.grouped_wgrad import grouped_mm_wgrad
 
 T, H, I, E, K = 6, 8, 4, 4, 2  # noqa: E741
 X = torch.randn(T, H)
@@ -58,6 +59,11 @@ def moe(**change):
 def from_plan(**change):
     args = dict(x_TH=X, scores_S=SCORES.flatten(), plan=sm.plan_from_topk(IDS, E), w1=W1, w2=W2) | change
     return sm.experts_from_plan(**args)
+
+
+def wgrad(out, **kwargs):
+    offsets = torch.tensor([0, 1, 3, 3, 6], dtype=torch.int32)
+    return grouped_mm_wgrad(X.bfloat16(), X.bfloat16(), offsets, out, **kwargs)
 
 
 def nan_logits():
@@ -155,6 +161,9 @@ BAD = [
     ("DeepEP too many rows", lambda: sm.plan_from_deepep(IDS, SCORES, [T * K, 1, 0, 0]), ValueError, "adds up to 13, more than the 12"),
     ("rows past int32", lambda: sm.plan_from_topk(torch.empty(2**28, 8, dtype=torch.int32, device=META), E), ValueError, r"2\*\*31"),
     ("tile padding past int32", lambda: sm.plan_from_topk(torch.empty(2**27, 8, dtype=torch.int32, device=META), 2**20, tile=2048), ValueError, r"2\*\*31"),
+    ("weight gradient added to bf16", lambda: wgrad(W1.bfloat16(), accumulate=True), TypeError, "accumulate adds to an fp32 out"),
+    ("weight gradient added to nothing", lambda: wgrad(None, accumulate=True), TypeError, "accumulate adds to an fp32 out"),
+    ("weight gradient of another shape", lambda: wgrad(W1[:, :1]), ValueError, r"out must be bfloat16 or float32 of shape \(4, 8, 8\)"),
     # the module
     ("module K more than E", lambda: moe(num_experts_per_tok=9), ValueError, "K = 9 with E = 4"),
     ("module size zero", lambda: moe(hidden_size=0), ValueError, "hidden_size must be at least 1"),

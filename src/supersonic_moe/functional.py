@@ -12,10 +12,9 @@ Weights stored transposed, (E, H, N1) or (E, I, H), are passed as ``w.transpose(
 fp32 whatever the dtype of x.
 
 ``inference=True`` saves nothing for backward and returns a tensor without gradient. ``validate=True`` adds the checks
-that only device data can
-answer (NaN logits, repeated or out-of-range expert ids, offsets that do not add up); they cost a host synchronisation,
-so they are off by default, and such values then have a memory-safe result: a bad id is skipped, a NaN stays in its
-token.
+that only device data can answer (NaN logits, repeated or out-of-range expert ids, offsets that do not add up); they
+cost a host synchronisation, so they are off by default, and such values then have a memory-safe result: a bad id is
+skipped, a NaN stays in its token.
 """
 
 from __future__ import annotations

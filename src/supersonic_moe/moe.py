@@ -64,16 +64,19 @@ class MoE(nn.Module):
         num_experts: E. num_experts_per_tok: K, at most E.
         hidden_size: H. intermediate_size: I, per expert.
         activation_function: an :class:`ActivationType`, its name, or an :class:`Activation` with constants (gpt-oss,
-            clamped SwiGLU). add_bias: biases on both projections, initialised to zero. std: standard deviation of the
-            normal initialisation of all weights. router: a config of ``routing.topk`` or :class:`TokenRounding` (which
-            rounds in training and routes by its base in evaluation), or a name. layout: how the 2I rows of
-            ``c_fc.weight`` hold gate and up; ``"gate_up"`` is Hugging Face's ``gate_up_proj``. recipe: numeric recipe;
-            None is :class:`Bf16Recipe`. z_loss_weight: adds this times the router z-loss to ``aux_loss``. validate:
-            check device data too (NaN logits); costs a synchronisation a call.
+            clamped SwiGLU).
+        add_bias: biases on both projections, initialised to zero.
+        std: standard deviation of the normal initialisation of all weights.
+        router: a config of ``routing.topk`` or :class:`TokenRounding` (which rounds in training and routes by its base
+            in evaluation), or a name.
+        layout: how the 2I rows of ``c_fc.weight`` hold gate and up; ``"gate_up"`` is Hugging Face's ``gate_up_proj``.
+        recipe: numeric recipe; None is :class:`Bf16Recipe`.
+        z_loss_weight: adds this times the router z-loss to ``aux_loss``.
+        validate: check device data too (NaN logits); costs a synchronisation a call.
 
     Parameters: ``router.weight`` (E, H), ``c_fc.weight`` (E, 2I or I, H), ``c_fc.bias``, ``c_proj.weight`` (E, H, I),
-        ``c_proj.bias``; with SigmoidGroupedTopK also the buffer ``correction_bias`` (E,) fp32, which balances load
-        without a gradient (DeepSeek-V3 §2.1.2).
+    ``c_proj.bias``; with SigmoidGroupedTopK also the buffer ``correction_bias`` (E,) fp32, which balances load without
+    a gradient (DeepSeek-V3 §2.1.2).
     """
 
     def __init__(

@@ -5,13 +5,13 @@
     H  = X~ W1^T            saved                    A   = act(H + b1)         recomputed, never saved
     A  = act(H + b1)                                 dS  = <dA, A> + <dO~, b2> = <dO~, Y>, so Y need not be saved
     Y  = A W2^T                                      dH  = act'(H + b1) * (s dA)
-    O  = sum over the token's rows of s (Y + b2)     dW2 = dO~^T (s A)         dW1 = dH^T X~        db1, db2: sums over
-    rows
+    O  = sum over the token's rows of s (Y + b2)     dW2 = dO~^T (s A)         dW1 = dH^T X~
+                                                     db1, db2: sums over rows
                                                      dx  = sum over the token's rows of dH W1
 
 Saved for backward: x, H, the scores and the plan: 2 T H + 2 R N1 bytes in BF16 (= 2TH + 4RI when gated). FLOPs: 6 R H I
-forward and 12 R H I
-backward (gated). This file is for backends whose grouped GEMM wants gathered operands; X~ and dO~ are transient.
+forward and 12 R H I backward (gated). This file is for backends whose grouped GEMM wants gathered operands; X~ and dO~
+are transient.
 
 The pair of custom ops below is opaque to ``torch.compile``; autograd is attached outside, in :class:`Experts`.
 """

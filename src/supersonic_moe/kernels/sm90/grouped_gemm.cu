@@ -31,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     const u32 full = shared.full(ring.stage), tile_b = shared.tile_b(ring.stage);
                     const i32 k = block * BLOCK_K;
                     mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
-                    write_note(shared.note(ring.stage), {row, tiles.end, column, tiles.expert, blocks_k - block});
+                    write_note(shared.note(ring.stage), {row, tiles.end, column, tiles.expert, blocks_k});
                     mbarrier_arrive_expect_tx(full, STAGE_BYTES);
                     tma_load(shared.tile_a(ring.stage), &map_a, full, k, row);
                     constexpr u32 share = BLOCK_N / CLUSTER;  // columns of B that this block loads

@@ -21,6 +21,7 @@ import functools
 import torch
 from torch import Tensor
 
+from supersonic_moe import checks
 from supersonic_moe.jit.launch import I32, PTR, TENSOR_MAP, Kernel
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
@@ -72,8 +73,17 @@ def grouped_mm_wgrad(
     """(E, M, N): bf16, or into ``out_EMN`` (bf16 or fp32; ``accumulate`` adds to an fp32 one)."""
     num_experts = expert_offsets.shape[0] - 1
     (rows, m), n = a_PM.shape, b_PN.shape[1]
+    if accumulate and (out_EMN is None or out_EMN.dtype is not torch.float32):
+        raise TypeError(
+            f"accumulate adds to an fp32 out of shape {(num_experts, m, n)}; got {checks.describe(out_EMN)}. "
+            "Pass a float32 buffer, or accumulate=False."
+        )
     if out_EMN is None:
         out_EMN = a_PM.new_empty(num_experts, m, n)
+    if out_EMN.shape != (num_experts, m, n) or out_EMN.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(
+            f"out must be bfloat16 or float32 of shape {(num_experts, m, n)}; got {checks.describe(out_EMN)}."
+        )
     if rows == 0:
         return out_EMN if accumulate else out_EMN.zero_()
     output = BF16 if out_EMN.dtype is torch.bfloat16 else FP32_ADD if accumulate else FP32

@@ -12,7 +12,7 @@ struct TileNote {
     i32 row_end;    // rows from here on are not the tile's
     i32 column;     // first column
     i32 expert;
-    i32 blocks_k;   // stages of this tile, this one included
+    i32 blocks_k;   // stages of the tile
     static constexpr i32 STOP_ROW = -1;
 };
 constexpr u32 NOTE_BYTES = 32;

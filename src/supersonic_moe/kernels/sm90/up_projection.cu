@@ -67,7 +67,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     const u32 full = shared.full(ring.stage), tile_b = shared.tile_b(ring.stage);
                     const i32 k = block * BLOCK_K;
                     mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
-                    write_note(shared.note(ring.stage), {row, tiles.end, column, tiles.expert, blocks_k - block});
+                    write_note(shared.note(ring.stage), {row, tiles.end, column, tiles.expert, blocks_k});
                     mbarrier_arrive_expect_tx(full, STAGE_BYTES);
                     tma_load(shared.tile_a(ring.stage), &map_x, full, k, row);
                     if constexpr (CLUSTER > 1) {  // this block loads the gate half (rank 0) or the up half for both
