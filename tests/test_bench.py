@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supersonic_moe.bench import layer, report, timing
-from supersonic_moe.bench.layer import OURS, CaseResult, LayerConfig, LayerFailedError, run_case
-from supersonic_moe.bench.timing import Missing, Slice, Timing, WallClock, measure
+from supersonic_moe.bench.layer import LayerConfig, run_case
+from supersonic_moe.bench.report import OURS, CaseResult
+from supersonic_moe.bench.shapes import LAYER_SETS
+from supersonic_moe.bench.timing import Missing, NoResultError, Slice, Timing, WallClock, measure
 from supersonic_moe.perf_model import H200, LayerShape, layer_flops, layer_steps, saved_activation_bytes
 
 CPU = torch.device("cpu")
@@ -117,6 +119,9 @@ def test_summary_of_slices() -> None:
     summary = timing.summarise([Slice([3.0, 1.0, 2.0], readings[:1]), Slice([4.0, 100.0], readings[1:])])
     assert (summary.us, summary.p10_us, summary.p90_us, summary.calls) == (3.0, 1.0, 100.0, 5)
     assert (summary.sm_mhz, summary.watts) == (1450.0, 695.0)
+    # 695 W for 3 µs are 2085 µJ
+    assert summary.energy(1_000_000_000) == {"sm_mhz": 1450.0, "watts": 695.0, "pj_per_flop": pytest.approx(2.085)}
+    assert timing.summarise([Slice([3.0], [])]).energy(1) == {}
 
 
 def test_busy_time_is_the_union_of_kernels_without_annotations() -> None:
@@ -190,8 +195,9 @@ def test_gradients_of_the_peers_are_ours() -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_a_peer_that_computes_something_else_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(layer.PEERS, "torch_loop", lambda x, *_: x)
+@pytest.mark.parametrize("factor", [1.0, float("nan")])
+def test_a_peer_that_computes_something_else_is_not_compared(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    monkeypatch.setitem(layer.PEERS, "torch_loop", lambda x, *_: x * factor)
     result = run_case(SMALL, quick())
     assert "computes something else" in result.missing["torch_loop"]
     assert list(result.metrics) == [OURS, "grouped_mm"]
@@ -206,7 +212,7 @@ def test_a_router_that_peers_lack_leaves_us_alone() -> None:
 
 def test_our_own_failure_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "SLOWEST_CALL_S", 0.0)
-    with pytest.raises(LayerFailedError, match=r"T96_H32_I16_E4_K2_float32, infer: one call takes"):
+    with pytest.raises(NoResultError, match=r"T96_H32_I16_E4_K2_float32, infer: one call takes"):
         run_case(SMALL, quick())
 
 
@@ -223,6 +229,12 @@ def test_our_layer_saves_what_the_formula_says() -> None:
     assert formula <= result.metrics[OURS]["saved_bytes"] <= formula + metadata
 
 
+def test_fine_grained_layers_keep_the_flops_of_coarser_ones() -> None:
+    finest, finer, fine, *_ = LAYER_SETS["fine-grained"]
+    assert layer_flops(finest, gated=True) == layer_flops(finer, gated=True) == layer_flops(fine, gated=True)
+    assert finest.experts * finest.intermediate == fine.experts * fine.intermediate
+
+
 def test_case_names() -> None:
     assert LayerConfig(CPU, torch.bfloat16).case_name(REFERENCE) == "T8192_H3072_I1536_E8_K8"
     odd = LayerConfig(CPU, torch.float32, activation="gelu", router="sigmoid_grouped_topk", skew=0.5)
@@ -233,8 +245,6 @@ def test_case_names() -> None:
 
 RESULT = CaseResult(
     "T1_H8_I8_E1_K1",
-    LayerShape(1, 8, 8, 1, 1),
-    1.0,
     {
         OURS: {"fwd_us": 10.0, "fwd_bwd_us": 30.0, "fwd_bwd_tflops": 600.0, "sm_mhz": 1480.0},
         "grouped_mm": {"fwd_us": 12.0, "fwd_bwd_us": 45.0, "fwd_bwd_tflops": 400.0, "sm_mhz": 1500.0},

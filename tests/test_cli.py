@@ -16,6 +16,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import supersonic_moe
+from supersonic_moe.bench.shapes import LAYER_SETS
 from supersonic_moe.cli import explain, health
 from supersonic_moe.cli.app import app
 from supersonic_moe.jit.build import BuildResult
@@ -23,6 +24,7 @@ from supersonic_moe.jit.cache import CACHE_DIR_VARIABLE, Cubin, CubinCache, defa
 from supersonic_moe.jit.nvrtc import CompileError, CompileReport, KernelResources
 from supersonic_moe.kernels import registry
 from supersonic_moe.kernels.sm90 import launch_probe, registered_specs, self_test
+from supersonic_moe.perf_model import LayerShape
 
 SHAPE = "64,32,16,4,2"
 COMMANDS = ("doctor", "demo", "warmup", "bench", "explain", "cache")
@@ -78,7 +80,13 @@ def test_version() -> None:
         (["warmup", "--compile-only", "--shape", SHAPE], "--compile-only runs nothing"),
         (["warmup", "--workers", "0"], "'--workers'"),
         (["demo", "--device", "cuda:77"], "got 'cuda:77'"),
-        (["bench", "gemm"], "No such command 'gemm'"),
+        (["bench", "layer", "--set", "coarse"], "a set is one of default, fine-grained; got 'coarse'"),
+        (["bench", "layer", "--set", "default", "--shape", SHAPE], "by --shape or by --set, not both"),
+        (["bench", "gemm", "--case", "gemm:1,2,3"], "a case is one of ref_up,"),
+        (["bench", "gemm", "--device", "cpu"], "got cpu, a CPU"),
+        (["bench", "cold-start", "--shape", "1,2"], "a shape is five whole numbers T,H,I,E,K"),
+        (["bench", "cold-start", "--repeats", "0"], "'--repeats'"),
+        (["bench", "bakery"], "No such command 'bakery'"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(args: list[str], expected: str) -> None:
@@ -107,6 +115,12 @@ def test_bench_layer_prints_and_writes(tmp_path: Path) -> None:
     assert {row["peer"] for row in rows} == {"torch_loop", "grouped_mm"}
     assert all(row["value"] > 0 and row["peer_value"] > 0 for row in rows if row["metric"] == "fwd_bwd_us")
     assert chart.read_bytes().startswith(b"\x89PNG") and chart.stat().st_size > 10_000
+
+
+def test_bench_layer_takes_a_set_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LAYER_SETS, "fine-grained", (LayerShape(9, 16, 8, 4, 2),))
+    result = run("bench", "layer", "--set", "fine-grained", "--device", "cpu", "--min-ms", "0", "--warm-ms", "0")
+    assert result.exit_code == 0 and "T9_H16_I8_E4_K2_float32" in result.output
 
 
 @pytest.mark.gpu

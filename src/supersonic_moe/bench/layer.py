@@ -21,9 +21,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,14 +30,21 @@ from torch import Tensor
 from supersonic_moe import ActivationType, KernelBackendMoE, MoE
 from supersonic_moe.activation import as_activation
 from supersonic_moe.bench.peers import PEERS
-from supersonic_moe.bench.timing import Missing, Timing, attempt, clock_for, measure, wall_and_busy_us
+from supersonic_moe.bench.report import OURS, CaseResult, Metrics
+from supersonic_moe.bench.timing import (
+    Missing,
+    NoResultError,
+    Timing,
+    attempt,
+    clock_for,
+    measure,
+    required,
+    wall_and_busy_us,
+)
 from supersonic_moe.perf_model import H200, LayerShape, Machine, layer_flops
 from supersonic_moe.routing.topk import as_router
 
-OURS = "supersonic-moe"
 SAME_FUNCTION = 0.03  # median relative distance of a token's output; bf16 rounding alone gives 0.005
-
-Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -83,18 +89,12 @@ class LayerConfig:
 
 
 @dataclass
-class CaseResult:
-    """Metrics by contender, ours first; ``missing`` says why a contender, or one of its metrics, has none."""
+class LayerResult(CaseResult):
+    load_ratio: float = 1.0  # rows of the busiest expert over the mean
 
-    case: str
-    shape: LayerShape
-    load_ratio: float  # rows of the busiest expert over the mean
-    metrics: dict[str, Metrics] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)
-
-
-class LayerFailedError(RuntimeError):
-    """Our own layer could not run a case, so there is nothing to compare."""
+    @property
+    def title(self) -> str:
+        return f"{self.case}   busiest expert {self.load_ratio:.2f}x the mean"
 
 
 @dataclass(frozen=True)
@@ -115,16 +115,16 @@ class Contender:
         return torch.autograd.grad(self.forward(False), [self.x, *self.parameters], self.dout)
 
 
-def run_case(shape: LayerShape, config: LayerConfig, progress: Callable[[str], None] = lambda _: None) -> CaseResult:
-    """Measure every contender at one shape. Raises LayerFailedError where we have no result ourselves."""
-    if config.device.type == "cuda":
-        torch.cuda.empty_cache()  # one shape's fragments must not starve the next
+def run_case(shape: LayerShape, config: LayerConfig, progress: Callable[[str], None] = lambda _: None) -> LayerResult:
+    """Measure every contender at one shape. Raises NoResultError where we have no result ourselves."""
     case = config.case_name(shape)
     progress("building the layer and its peers")
-    layer, contenders, ours_TH = _ours_or_fail(case, partial(_prepare, shape, config))
-    result = CaseResult(case, shape, _load_ratio(layer.expert_counts), {name: {} for name in contenders})
+    layer, contenders, ours_TH = required(case, partial(_prepare, shape, config))
+    result = LayerResult(case, {name: {} for name in contenders}, load_ratio=_load_ratio(layer.expert_counts))
     progress("checking that all compute the same function")
     contenders = _same_function(contenders, ours_TH, result.missing)
+    if OURS in result.missing:
+        raise NoResultError(f"{case}: our own output is not the same twice: {result.missing[OURS]}.")
 
     clock = clock_for(config.device, cold_l2=config.cold_l2)
     flops = layer_flops(shape, gated=layer.activation.gated)
@@ -132,11 +132,11 @@ def run_case(shape: LayerShape, config: LayerConfig, progress: Callable[[str], N
         progress(f"timing {mode}")
         calls = {name: getattr(contender, mode) for name, contender in contenders.items()}
         run = partial(measure, calls, clock, warm_ms=config.warm_ms, min_ms=config.min_ms)
-        for name, timing in _ours_or_fail(f"{case}, {mode}", run).items():
+        for name, timing in required(f"{case}, {mode}", run).items():
             if not isinstance(timing, Missing):
                 _record_timing(result.metrics[name], mode, timing, flops, config)
             elif name == OURS:
-                raise LayerFailedError(f"{case}, {mode}: {timing.reason}.")
+                raise NoResultError(f"{case}, {mode}: {timing.reason}.")
             else:
                 result.missing[name] = f"{mode}: {timing.reason}"
                 del contenders[name]
@@ -148,14 +148,6 @@ def run_case(shape: LayerShape, config: LayerConfig, progress: Callable[[str], N
     return result
 
 
-def _ours_or_fail(what: str, action: Callable[[], Any]) -> Any:
-    """What ``action`` returns; out of memory and the like as one sentence."""
-    outcome = attempt(action)
-    if isinstance(outcome, Missing):
-        raise LayerFailedError(f"{what}: {outcome.reason}.")
-    return outcome
-
-
 def _record_timing(metrics: Metrics, mode: str, timing: Timing, flops: tuple[int, int], config: LayerConfig) -> None:
     work = flops[1] if mode == "fwd_bwd" else flops[0]
     metrics[f"{mode}_us"] = timing.us
@@ -165,9 +157,7 @@ def _record_timing(metrics: Metrics, mode: str, timing: Timing, flops: tuple[int
         return
     if machine := machine_of(config.device, config.dtype):
         metrics["mfu"] = work / (timing.us * 1e-6) / machine.datasheet_flops
-    if timing.sm_mhz is not None and timing.watts is not None:
-        metrics["sm_mhz"], metrics["watts"] = timing.sm_mhz, timing.watts
-        metrics["pj_per_flop"] = timing.watts * timing.us * 1e6 / work if work else 0.0
+    metrics.update(timing.energy(work))
 
 
 def _record_state(metrics: Metrics, contender: Contender, config: LayerConfig) -> None:
@@ -193,6 +183,8 @@ def machine_of(device: torch.device, dtype: torch.dtype) -> Machine | None:
 
 def _prepare(shape: LayerShape, config: LayerConfig) -> tuple[MoE, dict[str, Contender], Tensor]:
     """Our layer, everyone who runs on its weights, and our output."""
+    if config.device.type == "cuda":
+        torch.cuda.empty_cache()  # one shape's fragments must not starve the next
     layer = _build_layer(shape, config)
     contenders = _contenders(shape, config, layer)
     return layer, contenders, contenders[OURS].infer()
@@ -261,7 +253,7 @@ def _same_function(contenders: dict[str, Contender], ours_TH: Tensor, missing: d
         theirs = attempt(contender.infer)
         if isinstance(theirs, Missing):
             missing[name] = theirs.reason
-        elif (distance := _median_distance(theirs, ours_TH)) > SAME_FUNCTION:
+        elif not (distance := _median_distance(theirs, ours_TH)) <= SAME_FUNCTION:  # nor is NaN
             missing[name] = f"computes something else: median relative distance of a token's output {distance:.3g}"
         else:
             kept[name] = contender

@@ -3,8 +3,10 @@
     python -m supersonic_moe.bench.readme     in the repository, after a benchmark has written its file
 
 A file becomes a line about where its numbers come from and a table: a row for each case, a column for each headline
-metric of its suite, and one for each peer with its compared metric over ours (above 1: ours is better). The format of
-the files is that of ``bench/report.py``; everything they hold and the README does not show stays one click away.
+metric of its suite, and one for each peer with its compared metric over ours (above 1: ours is better). Cases that meet
+other peers (a weight gradient, a product alone) get a table of their own, so that a mean is over like and like. The
+format of the files is that of ``bench/report.py``; everything they hold and the README does not show stays one click
+away.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ README, RESULTS = Path("README.md"), Path("benchmarks/results")
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 NOTHING_YET = f"""\
-No results are committed yet. On an H200, these two commands measure them and fill this block:
+No results are committed yet. On an H200, these commands measure them and fill this block:
 
 ```bash
 supersonic-moe bench layer --json {RESULTS}/layer-bf16.json
+supersonic-moe bench gemm --json {RESULTS}/gemm-bf16.json
+supersonic-moe bench cold-start --json {RESULTS}/cold-start.json
 python -m supersonic_moe.bench.readme
 ```"""
 
@@ -37,7 +41,11 @@ class Headline:
     compared: str  # the metric whose ratios to the peers are shown
 
 
-SUITES = {"layer": Headline(("fwd_us", "fwd_bwd_us", "fwd_bwd_tflops", "mfu", "saved_bytes"), compared="fwd_bwd_us")}
+SUITES = {
+    "layer": Headline(("fwd_us", "fwd_bwd_us", "fwd_bwd_tflops", "mfu", "saved_bytes"), compared="fwd_bwd_us"),
+    "gemm": Headline(("us", "tflops", "sm_mhz", "watts", "pj_per_flop", "rel_fro"), compared="us"),
+    "cold-start": Headline(("first_call_s", "call_s", "total_s", "import_s", "context_s"), compared="first_call_s"),
+}
 _METRICS = {metric.name: metric for metric in METRICS}
 
 
@@ -67,8 +75,11 @@ def _section(path: Path) -> str:
     commit, _, dirty = content["commit"].partition("-")
     source = [content["device"], f"torch {content['torch']}", f"commit `{commit[:12]}{'-' + dirty if dirty else ''}`"]
     origin = f"**{path.stem}** · {' · '.join(source)} · {content['date'][:10]} · `{content['command']}`"
-    note = f"*vs*: {_metric_label(headline.compared)} of that peer over ours, in the same run."
-    return f"{origin}\n\n{_table([Row(**row) for row in content['rows']], headline)}\n\n{note}"
+    rows = [Row(**row) for row in content["rows"]]
+    sections = [origin, *_tables(rows, headline)]
+    if any(row.peer for row in rows):
+        sections.append(f"*vs*: {_metric_label(headline.compared)} of that peer over ours, in the same run.")
+    return "\n\n".join(sections)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -82,6 +93,14 @@ def _read(path: Path) -> dict[str, Any]:
             f"Say in bench/readme.py, SUITES, what it shows of that one."
         )
     return content
+
+
+def _tables(rows: list[Row], headline: Headline) -> list[str]:
+    peers: dict[str, set[str | None]] = {}
+    for row in rows:
+        peers.setdefault(row.case, set()).add(row.peer)
+    groups = dict.fromkeys(map(frozenset, peers.values()))
+    return [_table([row for row in rows if peers[row.case] == group], headline) for group in groups]
 
 
 def _table(rows: list[Row], headline: Headline) -> str:

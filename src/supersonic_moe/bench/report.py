@@ -16,15 +16,34 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import torch
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from supersonic_moe.bench.layer import CaseResult
+OURS = "supersonic-moe"
+
+Metrics = dict[str, float]  # by the names of METRICS
+
+
+@dataclass
+class CaseResult:
+    """Metrics by contender, ours first; ``missing`` says why a contender, or one of its metrics, has none."""
+
+    case: str
+    metrics: dict[str, Metrics] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        return self.case
+
+    @property
+    def peers(self) -> list[str]:
+        """Measured or missing."""
+        return list(dict.fromkeys([*list(self.metrics)[1:], *self.missing]))
 
 
 @dataclass(frozen=True)
@@ -52,12 +71,27 @@ METRICS = (
     Metric("wall_us", "  wall per call, µs", "us", "lower"),
     Metric("busy_us", "  GPU busy, µs", "us", "lower"),
     Metric("wall_over_busy", "  wall / busy", "ratio", "lower"),
+    Metric("us", "time, µs", "us", "lower"),
+    Metric("tflops", "TFLOP/s", "TFLOP/s", "higher"),
+    Metric("spread", "", "fraction", None),
+    Metric("first_call_s", "first forward + backward, s", "s", "lower"),
+    Metric("library_s", "  import of supersonic_moe, s", "s", "lower"),
+    Metric("build_s", "  layer and inputs, s", "s", "lower"),
+    Metric("call_s", "  the call, s", "s", "lower"),
+    Metric("again_s", "the call once more, s", "s", "lower"),
+    Metric("total_s", "process start to result, s", "s", "lower"),
+    Metric("start_s", "  Python, s", "s", "lower"),
+    Metric("import_s", "  import of torch, s", "s", "lower"),
+    Metric("context_s", "  CUDA context, s", "s", "lower"),
     Metric("saved_bytes", "saved for backward, MiB", "bytes", "lower", shown_in=MIB),
     Metric("peak_bytes", "peak of one step, MiB", "bytes", "lower", shown_in=MIB),
     Metric("sm_mhz", "SM clock, MHz", "MHz", None),
     Metric("watts", "board power, W", "W", None),
     Metric("pj_per_flop", "energy, pJ/FLOP", "pJ/FLOP", "lower"),
+    Metric("rel_fro", "relative error", "fraction", None),  # checked against a limit, not raced
 )
+
+_METRICS = {metric.name: metric for metric in METRICS}
 
 
 @dataclass(frozen=True)
@@ -80,8 +114,8 @@ def ratio(metric: Metric, ours: float, theirs: float) -> float | None:
 
 def rows(result: CaseResult) -> list[Row]:
     """All rows of one case: a row for each metric of ours and each peer, measured or missing."""
-    (_ours_name, ours), *measured = result.metrics.items()
-    peers = dict(measured) | {name: {} for name in result.missing if name not in result.metrics}
+    ours = next(iter(result.metrics.values()))
+    peers = {name: result.metrics.get(name, {}) for name in result.peers}
     found: list[Row] = []
     for metric in METRICS:
         if metric.name not in ours:
@@ -154,11 +188,7 @@ def tree_commit() -> str:
 
 def case_table(result: CaseResult) -> Table:
     """One case: a row for each metric, a column for each contender; beside a peer's cost, what it is in ours."""
-    table = Table(
-        title=f"{result.case}   busiest expert {result.load_ratio:.2f}x the mean",
-        title_justify="left",
-        title_style="bold",
-    )
+    table = _titled(result.title)
     table.add_column("", no_wrap=True)
     for i, name in enumerate(result.metrics):
         table.add_column(name, justify="right", no_wrap=True, style="bold" if i == 0 else "")
@@ -170,12 +200,12 @@ def case_table(result: CaseResult) -> Table:
     return table
 
 
-def _cell(metric: Metric, metrics: dict[str, float], ours: dict[str, float] | None) -> str:
+def _cell(metric: Metric, metrics: Metrics, ours: Metrics | None) -> str:
     value = metrics.get(metric.name)
     if value is None:
         return "[dim]-[/dim]"
     text = short(value / metric.shown_in)
-    spread = metrics.get(metric.name.removesuffix("_us") + "_spread") if metric.name.endswith("_us") else None
+    spread = metrics.get(metric.name.removesuffix("us") + "spread") if metric.name.endswith("us") else None
     if ours is None:
         return text if spread is None else f"{text} [dim]±{spread / 2:.1%}[/dim]"
     better = ratio(metric, ours[metric.name], value)
@@ -184,30 +214,68 @@ def _cell(metric: Metric, metrics: dict[str, float], ours: dict[str, float] | No
     return f"{text} [{'green' if better >= 1 else 'red'}]({better:.2f}x)[/]"
 
 
-def summary_table(results: Sequence[CaseResult]) -> Table:
-    """All cases on one line each: forward + backward, and the speed-up over every peer with its geometric mean."""
-    peers = sorted({name for r in results for name in list(r.metrics)[1:]})
-    table = Table(title="forward + backward", title_justify="left", title_style="bold")
+def contender_table(result: CaseResult) -> Table:
+    """One case with few metrics and many contenders: a row for each, and its time over that of the first."""
+    table = _titled(result.title, box=None, pad_edge=False)
+    first = next(iter(result.metrics))
+    shown = [metric for metric in METRICS if metric.label and any(metric.name in m for m in result.metrics.values())]
+    table.add_column("", no_wrap=True)
+    for heading in (*(metric.label.replace(",", "") for metric in shown), f"time ÷ {first}"):
+        table.add_column(heading.replace(" ", "\n"), justify="right", vertical="bottom", no_wrap=True)
+    for name, metrics in result.metrics.items():
+        times = f"{metrics['us'] / result.metrics[first]['us']:.2f}x"
+        table.add_row(name, *(_cell(metric, metrics, None) for metric in shown), times)
+    return table
+
+
+def facts_table(result: CaseResult) -> Table:
+    """One case without a comparison: a row for each metric, a column for each of its states."""
+    table = _titled(result.title)
+    table.add_column("", no_wrap=True)
+    for state in result.metrics:
+        table.add_column(state, justify="right")
+    for metric in METRICS:
+        if metric.label and all(metric.name in metrics for metrics in result.metrics.values()):
+            table.add_row(metric.label, *(_cell(metric, metrics, None) for metrics in result.metrics.values()))
+    return table
+
+
+def summary_tables(results: Sequence[CaseResult], time: str, rate: str) -> list[Table]:
+    """All cases on one line each: a time, its rate, and the speed-up over every peer with its geometric mean.
+
+    Cases share a table, and so a mean, with those that meet the same peers.
+    """
+    groups: dict[frozenset[str], list[CaseResult]] = {}
+    for result in results:
+        groups.setdefault(frozenset(result.peers), []).append(result)
+    return [_summary_table(group, time, rate) for group in groups.values() if len(group) > 1]
+
+
+def _summary_table(results: Sequence[CaseResult], time: str, rate: str) -> Table:
+    peers = sorted(results[0].peers)
+    table = _titled(_METRICS[time].label.partition(",")[0])
     table.add_column("case", no_wrap=True)
     for heading in ("µs", "TFLOP/s", *(f"vs {peer}" for peer in peers)):
         table.add_column(heading, justify="right", no_wrap=True)
     speedups: dict[str, list[float]] = {peer: [] for peer in peers}
-    for r in results:
-        (_ours_name, ours), *theirs = r.metrics.items()
-        times = {name: metrics["fwd_bwd_us"] for name, metrics in theirs if "fwd_bwd_us" in metrics}
+    for result in results:
+        ours = next(iter(result.metrics.values()))
         cells = []
         for peer in peers:
-            if peer in times:
-                speedups[peer].append(times[peer] / ours["fwd_bwd_us"])
-                cells.append(f"{speedups[peer][-1]:.2f}x")
-            else:
-                cells.append("[dim]missing[/dim]")
-        table.add_row(r.case, short(ours["fwd_bwd_us"]), short(ours["fwd_bwd_tflops"]), *cells)
-    if len(results) > 1 and peers:
+            theirs = result.metrics.get(peer, {}).get(time)
+            if theirs is not None:
+                speedups[peer].append(theirs / ours[time])
+            cells.append("[dim]missing[/dim]" if theirs is None else f"{speedups[peer][-1]:.2f}x")
+        table.add_row(result.case, short(ours[time]), short(ours[rate]), *cells)
+    if peers:
         means = [f"{geomean(s):.2f}x" if s else "[dim]-[/dim]" for s in speedups.values()]
         table.add_section()
         table.add_row("geometric mean", "", "", *means, style="bold")
     return table
+
+
+def _titled(title: str, **style: Any) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", **style)
 
 
 def short(value: float) -> str:
@@ -225,42 +293,57 @@ def geomean(values: Iterable[float]) -> float:
 # ---- chart ---------------------------------------------------------------------------------------------------------
 
 
-def write_png(path: Path, results: Sequence[CaseResult], title: str, ceiling_tflops: float | None = None) -> None:
-    """Bars of TFLOP/s, forward and forward + backward, grouped by case; a line at what the chip sustains."""
+@dataclass(frozen=True)
+class Panel:
+    """One group of bars a case: ``metric``, a rate in TFLOP/s, of each contender."""
+
+    title: str
+    metric: str
+    results: Sequence[CaseResult]
+
+
+def write_png(path: Path, panels: Sequence[Panel], title: str, ceiling_tflops: float | None = None) -> None:
+    """Bars of TFLOP/s, panel by panel; a line at what the chip sustains."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    names = list(dict.fromkeys(name for r in results for name in r.metrics))
-    colours = ["#0b6e4f", "#c8553d", "#8d99ae", "#e0a458"]
-    bar = 0.8 / len(names)
-    figure, axes = plt.subplots(
-        1, 2, figsize=(11, 1.7 + 0.9 * len(results)), sharex=True, sharey=True, layout="constrained"
+    shades = ["#0b6e4f", "#c8553d", "#8d99ae", "#e0a458", "#5c6bc0"]
+    everyone = dict.fromkeys(name for panel in panels for r in panel.results for name in r.metrics)
+    colours = {name: shades[i % len(shades)] for i, name in enumerate(everyone)}
+    cases = [[r.case for r in panel.results] for panel in panels]
+    shared = all(names == cases[0] for names in cases)
+    figure, grid = plt.subplots(
+        1,
+        len(panels),
+        figsize=(5.5 * len(panels), 1.7 + 0.9 * max(map(len, cases))),
+        sharex=True,
+        sharey=shared,
+        squeeze=False,
+        layout="constrained",
     )
-    for axis, metric, panel in zip(
-        axes, ("fwd_tflops", "fwd_bwd_tflops"), ("forward", "forward + backward"), strict=True
-    ):
-        for i, name in enumerate(names):
-            places = [case + (i - (len(names) - 1) / 2) * bar for case in range(len(results))]
-            values = [r.metrics.get(name, {}).get(metric, 0.0) for r in results]
-            bars = axis.barh(places, values, height=0.92 * bar, color=colours[i % len(colours)], label=name)
-            axis.bar_label(bars, [f"{v:.3g}" if v else "missing" for v in values], padding=3, fontsize=8)
+    axes, handles = list(grid[0]), {}
+    for axis, panel, names in zip(axes, panels, cases, strict=True):
+        contenders = list(dict.fromkeys(name for r in panel.results for name in r.metrics))
+        bar = 0.8 / len(contenders)
+        for i, name in enumerate(contenders):
+            places = [case + (i - (len(contenders) - 1) / 2) * bar for case in range(len(names))]
+            values = [r.metrics.get(name, {}).get(panel.metric, 0.0) for r in panel.results]
+            handles[name] = axis.barh(places, values, height=0.92 * bar, color=colours[name])
+            axis.bar_label(handles[name], [f"{v:.3g}" if v else "missing" for v in values], padding=3, fontsize=8)
         if ceiling_tflops:
-            axis.axvline(ceiling_tflops, color="black", linewidth=0.8, linestyle="--", label="dense product, sustained")
-        axis.set_title(panel, loc="left", fontsize=10)
+            handles["dense product, sustained"] = axis.axvline(
+                ceiling_tflops, color="black", linewidth=0.8, linestyle="--"
+            )
+        axis.set_title(panel.title, loc="left", fontsize=10)
         axis.set_xlabel("TFLOP/s")
         axis.margins(x=0.12)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_yticks(range(len(results)), [r.case.replace("_", " ") for r in results], fontsize=8)
-    axes[0].invert_yaxis()
-    figure.legend(
-        *axes[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=len(names) + 1,
-        fontsize=8,
-        frameon=False,
-    )
+        axis.set_yticks(range(len(names)), [name.replace("_", " ") for name in names], fontsize=8)
+    for axis in axes[:1] if shared else axes:
+        axis.invert_yaxis()
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+from typing import Literal
+
 from supersonic_moe.perf_model import LayerShape
 
-#: T, H, I, E, K of the layer suite: coarse to fine-grained experts, narrow to wide hidden sizes.
+# ---- the layer suite and the cold start ------------------------------------------------------------------------------
+
+#: T, H, I, E, K: coarse to fine-grained experts, narrow to wide hidden sizes.
 LAYER_SHAPES = (
     LayerShape(8192, 3072, 1536, 8, 8),  # the reference shape: no sparsity at all, pure GEMM
     LayerShape(32768, 4096, 1024, 128, 8),  # long batch, fine-grained
@@ -13,5 +19,89 @@ LAYER_SHAPES = (
     LayerShape(16384, 7168, 2048, 32, 8),  # DeepSeek-V3 sizes, one rank of eight
 )
 
-#: What ``bench layer`` runs on a CPU when no shape is given: the same code paths in a second or two.
+#: After the granularity sweep of SonicMoE (arXiv 2512.14080): the experts of a 7B model cut three ways at equal FLOPs,
+#: then the finest ones of a 30B and a 120B model.
+FINE_GRAINED_SHAPES = (
+    LayerShape(24576, 1536, 256, 128, 8),
+    LayerShape(24576, 1536, 512, 64, 4),
+    LayerShape(24576, 1536, 1024, 32, 2),
+    LayerShape(32768, 4096, 256, 256, 16),
+    LayerShape(32768, 4096, 512, 256, 16),
+)
+
+LAYER_SETS = {"default": LAYER_SHAPES, "fine-grained": FINE_GRAINED_SHAPES}
+
+#: What runs on a CPU when no shape is given: the same code paths in a second or two.
 CPU_LAYER_SHAPES = (LayerShape(512, 256, 128, 8, 2),)
+
+# ---- the GEMM suite --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GemmCase:
+    """A grouped product over E experts of equally many rows, P in all: 2 P times the product of both sizes FLOPs.
+
+    gemm     ragged rows, the forward product:                  D (P, N) = A (P, K) · W (E, N, K)ᵀ      sizes N, K
+    wgrad    ragged contraction, the gradient of the weights:   D (E, M, N) = A (P, M)ᵀ · B (P, N)      sizes M, N
+    """
+
+    name: str
+    kind: Literal["gemm", "wgrad"]
+    experts: int
+    rows_per_expert: int
+    sizes: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if min(self.experts, self.rows_per_expert) < 1:
+            raise ValueError(f"a case needs at least one expert and one row an expert; got {self.name}.")
+        if any(size < 8 or size % 8 for size in self.sizes):
+            raise ValueError(
+                f"sizes must be multiples of 8, so that TMA can load rows of whole 16 bytes; got {self.name}."
+            )
+
+    @property
+    def rows(self) -> int:
+        """P"""
+        return self.experts * self.rows_per_expert
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.rows * self.sizes[0] * self.sizes[1]
+
+    @classmethod
+    def parse(cls, text: str) -> GemmCase:
+        """The name of a case of :data:`GEMM_CASES`, else ``gemm:E,rows,N,K`` or ``wgrad:E,rows,M,N``."""
+        known = {case.name: case for case in GEMM_CASES}
+        if text.strip() in known:
+            return known[text.strip()]
+        match = re.fullmatch(r"\s*(gemm|wgrad):(\d+),(\d+),(\d+),(\d+)\s*", text)
+        if match is None:
+            raise ValueError(
+                f"a case is one of {', '.join(known)}, or whole numbers as gemm:E,rows,N,K or wgrad:E,rows,M,N "
+                f"(experts, rows of each expert, sizes); got {text!r}."
+            )
+        experts, rows, first, second = map(int, match.groups()[1:])
+        if match[1] == "gemm":
+            return cls(f"gemm_E{experts}_R{rows}_N{first}_K{second}", "gemm", experts, rows, (first, second))
+        return cls(f"wgrad_E{experts}_R{rows}_M{first}_N{second}", "wgrad", experts, rows, (first, second))
+
+    def __str__(self) -> str:
+        return self.name
+
+
+#: Up- and down-projections of the reference shape, of two DeepSeek-like models and of Qwen3-30B-A3B, then weight
+#: gradients: coarse to fine-grained.
+GEMM_CASES = (
+    GemmCase("ref_up", "gemm", 8, 8192, (3072, 3072)),
+    GemmCase("ref_down", "gemm", 8, 8192, (3072, 1536)),
+    GemmCase("flash_l1", "gemm", 32, 1536, (4096, 4096)),
+    GemmCase("flash_l2", "gemm", 32, 1536, (4096, 2048)),
+    GemmCase("pro_l1", "gemm", 48, 1024, (6144, 7168)),
+    GemmCase("pro_l2", "gemm", 48, 1024, (7168, 3072)),
+    GemmCase("qwen_up", "gemm", 128, 1024, (1536, 2048)),
+    GemmCase("ref_dw1", "wgrad", 8, 8192, (3072, 3072)),
+    GemmCase("ref_dw2", "wgrad", 8, 8192, (3072, 1536)),
+    GemmCase("h4096_dw1", "wgrad", 8, 8192, (8192, 4096)),
+    GemmCase("e128_dw1", "wgrad", 128, 2048, (2048, 4096)),
+    GemmCase("qwen_dw1", "wgrad", 128, 1024, (1536, 2048)),
+)

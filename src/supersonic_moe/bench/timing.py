@@ -124,12 +124,23 @@ class Timing:
         """Width of the middle 80 % over the median; a smaller difference between contenders is noise."""
         return (self.p90_us - self.p10_us) / self.us if self.us else 0.0
 
+    def energy(self, flops: int) -> dict[str, float]:
+        """SM clock, board power and energy a FLOP, by the names of their metrics; empty without a sensor."""
+        if self.sm_mhz is None or self.watts is None:
+            return {}
+        pj_per_flop = self.watts * self.us * 1e6 / flops if flops else 0.0
+        return {"sm_mhz": self.sm_mhz, "watts": self.watts, "pj_per_flop": pj_per_flop}
+
 
 @dataclass(frozen=True)
 class Missing:
     """A contender that was not measured, and why."""
 
     reason: str
+
+
+class NoResultError(RuntimeError):
+    """What a case is about could not run itself, so there is nothing to report."""
 
 
 def measure(
@@ -173,18 +184,26 @@ def measure(
 
 
 def attempt(action: Callable[[], Any]) -> Any:
-    """What ``action`` returns, or :class:`Missing` if the contender cannot do it: out of memory, unsupported, ..."""
+    """What ``action`` returns, or :class:`Missing` if the contender cannot do it: out of memory, not installed, ..."""
     try:
         return action()
     except torch.OutOfMemoryError as error:
         return Missing(f"out of memory: {_first_sentence(error)}")
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, MemoryError, ImportError) as error:
+    except Exception as error:  # a peer is anybody's code: a failed assertion or a missing compiler is a reason too
         return Missing(f"{type(error).__name__}: {_first_sentence(error)}")
+
+
+def required(what: str, action: Callable[[], Any]) -> Any:
+    """What ``action`` returns; a failure of ours ends the case, in one sentence."""
+    outcome = attempt(action)
+    if isinstance(outcome, Missing):
+        raise NoResultError(f"{what}: {outcome.reason}.")
+    return outcome
 
 
 def _first_sentence(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or ["no message"]
-    return lines[0].split(". ")[0][:160]
+    return lines[0].split(". ")[0].rstrip(".")[:160]
 
 
 def _calls(target_us: float, estimate_us: float) -> int:

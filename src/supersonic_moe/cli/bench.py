@@ -2,35 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress, TimeElapsedColumn
 
 from supersonic_moe.cli import options
 
 if TYPE_CHECKING:
-    from supersonic_moe.bench.layer import CaseResult, LayerConfig
+    import torch
+
+    from supersonic_moe.bench.report import CaseResult
     from supersonic_moe.perf_model import LayerShape
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed and memory against peers, side by side in one run.")
 
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option(metavar="T,H,I,E,K", help="Tokens, hidden, intermediate, experts, top-k. Repeatable."),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU if there is one.")]
+Json = Annotated[Path | None, typer.Option(help="Write every number here.")]
+Png = Annotated[Path | None, typer.Option(help="Write a chart here.")]
+MinMs = Annotated[float, typer.Option(min=0, help="Timed work of each contender, milliseconds.")]
+WarmMs = Annotated[float, typer.Option(min=0, help="Load before anything is timed, milliseconds.")]
+Commit = Annotated[
+    str | None, typer.Option(help="Commit to record where the tree is a copy without .git. Default: ask git.")
+]
 
-@app.callback()
-def suites() -> None:
-    """Keeps ``bench layer`` a subcommand although it is the only suite."""
+Case = TypeVar("Case")
+Result = TypeVar("Result")
 
 
 @app.command()
 def layer(
-    shape: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="T,H,I,E,K",
-            help="Tokens, hidden, intermediate, experts, top-k. Repeatable. Default: five layers of real models.",
-        ),
+    shape: Shapes = None,
+    set_name: Annotated[
+        str | None, typer.Option("--set", help="default: five layers of real models; fine-grained: small experts.")
     ] = None,
     activation: Annotated[str, typer.Option(help="swiglu, geglu, reglu, relu_sq, relu, gelu or silu.")] = "swiglu",
     dtype: Annotated[
@@ -44,25 +56,20 @@ def layer(
     ] = 0,
     backend: Annotated[str, typer.Option(help="Kernels of our layer: auto, or one by name.")] = "auto",
     peers: Annotated[str, typer.Option(help="Comma-separated; empty for none.")] = "torch_loop,grouped_mm",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU if there is one.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write every number here.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Write a chart here.")] = None,
-    min_ms: Annotated[float, typer.Option(min=0, help="Timed work of each contender, milliseconds.")] = 400,
-    warm_ms: Annotated[float, typer.Option(min=0, help="Load before anything is timed, milliseconds.")] = 300,
+    device: Device = None,
+    json: Json = None,
+    png: Png = None,
+    min_ms: MinMs = 400,
+    warm_ms: WarmMs = 300,
     cold_l2: Annotated[bool, typer.Option("--cold-l2", help="Flush the L2 cache before every timed call.")] = False,
-    commit: Annotated[
-        str | None, typer.Option(help="Commit to record where the tree is a copy without .git. Default: ask git.")
-    ] = None,
+    commit: Commit = None,
 ) -> None:
     """One MoE layer, router included: forward, forward + backward, GPU-busy time, memory, TFLOP/s, MFU, watts."""
-    import torch
-
     from supersonic_moe.bench import report
-    from supersonic_moe.bench.layer import LayerConfig, machine_of
-    from supersonic_moe.bench.shapes import CPU_LAYER_SHAPES, LAYER_SHAPES
+    from supersonic_moe.bench.layer import LayerConfig, machine_of, run_case
 
     where = options.device(device)
-    cases = options.shapes(shape or []) or (LAYER_SHAPES if where.type == "cuda" else CPU_LAYER_SHAPES)
+    cases = _layer_shapes(shape, set_name, where)
     config = LayerConfig(
         device=where,
         dtype=options.dtype(dtype, where),
@@ -77,50 +84,194 @@ def layer(
     )
     with options.usage_errors():
         config.check()
-    if where.type == "cuda":
-        torch.cuda.set_device(where)  # events are recorded on the current device
+    _make_current(where)
 
     console = Console()
     heading = f"MoE layer on {report.device_name(where)}, {config.dtype_name}, {config.activation}, {config.router}"
-    console.print(f"{heading}\n[dim]{_method(config)}[/dim]\n")
-    results = _run(cases, config, console)
-    if len(results) > 1:
-        console.print(report.summary_table(results))
-    if results and json:
-        report.write_json(json, report.document("layer", results, where, commit))
-        console.print(f"Wrote {json}")
+    cold = ", cold L2" if cold_l2 else ""
+    console.print(
+        f"{heading}\n[dim]{_method(min_ms, warm_ms)}{cold}. In parentheses: how many times less ours takes.[/dim]\n"
+    )
+
+    def show(result: CaseResult) -> None:
+        console.print(report.case_table(result))
+        _print_missing(result, console)
+
+    results = _each(cases, lambda case, progress: run_case(case, config, progress), show, console)
+    for table in report.summary_tables(results, "fwd_bwd_us", "fwd_bwd_tflops"):
+        console.print(table)
+    _write_json(json, "layer", results, where, commit, console)
     if results and png:
+        panels = [
+            report.Panel("forward", "fwd_tflops", results),
+            report.Panel("forward + backward", "fwd_bwd_tflops", results),
+        ]
         machine = machine_of(where, config.dtype)
-        report.write_png(png, results, heading, machine.matrix_flops / 1e12 if machine else None)
+        report.write_png(png, panels, heading, machine.matrix_flops / 1e12 if machine else None)
         console.print(f"Wrote {png}")
     if len(results) < len(cases):
         raise typer.Exit(1)
 
 
-def _run(cases: tuple[LayerShape, ...] | list[LayerShape], config: LayerConfig, console: Console) -> list[CaseResult]:
-    """Every case, each printed as soon as it is measured; one that fails is explained and left out."""
+@app.command()
+def gemm(
+    case: Annotated[
+        list[str] | None,
+        typer.Option(help="A case by name, else gemm:E,rows,N,K or wgrad:E,rows,M,N. Repeatable. Default: all named."),
+    ] = None,
+    device: Device = None,
+    json: Json = None,
+    png: Png = None,
+    min_ms: MinMs = 400,
+    warm_ms: WarmMs = 300,
+    commit: Commit = None,
+) -> None:
+    """Grouped GEMM and weight gradient alone, plain, gathered, accumulating: TFLOP/s, watts, pJ/FLOP, error."""
+    from supersonic_moe.bench import gemm_bf16, report
+    from supersonic_moe.bench.gemm import check_device, run_case
+    from supersonic_moe.bench.shapes import GEMM_CASES, GemmCase
+    from supersonic_moe.bench.timing import clock_for
+    from supersonic_moe.perf_model import H200
+
+    where = options.device(device)
+    with options.usage_errors("--case"):
+        cases = [GemmCase.parse(text) for text in case or []] or list(GEMM_CASES)
+    with options.usage_errors("--device"):
+        check_device(where)
+    _make_current(where)
+
+    console, clock = Console(), clock_for(where)
+    heading = f"Grouped GEMMs on {report.device_name(where)}, bfloat16"
+    console.print(f"{heading}\n[dim]{_method(min_ms, warm_ms)}.[/dim]\n")
+
+    def show(result: CaseResult) -> None:
+        if result.metrics:
+            console.print(report.contender_table(result))
+        _print_missing(result, console)
+
+    results = _each(
+        cases,
+        lambda case, progress: run_case(
+            case, gemm_bf16.contenders, where, clock, warm_ms=warm_ms, min_ms=min_ms, progress=progress
+        ),
+        show,
+        console,
+    )
+    comparisons = [comparison for result in results for comparison in result.comparisons()]
+    for table in report.summary_tables(comparisons, "us", "tflops"):
+        console.print(table)
+    _write_json(json, "gemm", comparisons, where, commit, console)
+    if comparisons and png:
+        kinds = {"grouped GEMM": "gemm", "weight gradient": "wgrad"}
+        panels = [
+            report.Panel(title, "tflops", measured)
+            for title, kind in kinds.items()
+            if (measured := [result for result in results if result.kind == kind and result.metrics])
+        ]
+        report.write_png(png, panels, heading, H200.matrix_flops / 1e12)
+        console.print(f"Wrote {png}")
+    if len(results) < len(cases) or any(result.failed for result in results):
+        raise typer.Exit(1)
+
+
+@app.command()
+def cold_start(
+    shape: Shapes = None,
+    repeats: Annotated[int, typer.Option(min=1, help="New processes for each state of the caches.")] = 3,
+    device: Device = None,
+    json: Json = None,
+    commit: Commit = None,
+) -> None:
+    """Time to the first finished forward + backward in a new process, with cold and with warm kernel caches."""
     from supersonic_moe.bench import report
-    from supersonic_moe.bench.layer import LayerFailedError, run_case
+    from supersonic_moe.bench.cold_start import by_state, run_case
+
+    where = options.device(device)
+    shapes = _layer_shapes(shape, None, where)
+    cases = shapes if shape else shapes[:1]  # on a GPU the reference layer
+
+    console = Console()
+    console.print(
+        f"Cold start of a bfloat16 layer on {report.device_name(where)}\n[dim]Medians of {repeats} new processes each: "
+        "with empty kernel caches, then with the caches that such a process left behind.[/dim]\n"
+    )
+    results = _each(
+        cases,
+        lambda case, progress: run_case(case, where, repeats, progress),
+        lambda result: console.print(report.facts_table(result)),
+        console,
+    )
+    _write_json(json, "cold-start", [state for r in results for state in by_state(r)], where, commit, console)
+    if len(results) < len(cases):
+        raise typer.Exit(1)
+
+
+def _layer_shapes(shapes: list[str] | None, set_name: str | None, where: torch.device) -> Sequence[LayerShape]:
+    """Those asked for, else a set by name, else the default set or, on a CPU, what a CPU can do in seconds."""
+    from supersonic_moe.bench.shapes import CPU_LAYER_SHAPES, LAYER_SETS
+
+    if set_name is None:
+        return options.shapes(shapes or []) or (LAYER_SETS["default"] if where.type == "cuda" else CPU_LAYER_SHAPES)
+    if shapes:
+        raise typer.BadParameter("choose shapes by --shape or by --set, not both.", param_hint="--set")
+    if set_name not in LAYER_SETS:
+        raise typer.BadParameter(f"a set is one of {', '.join(LAYER_SETS)}; got {set_name!r}.", param_hint="--set")
+    return LAYER_SETS[set_name]
+
+
+def _make_current(where: torch.device) -> None:
+    import torch
+
+    if where.type == "cuda":
+        torch.cuda.set_device(where)  # events are recorded on the current device
+
+
+def _each(
+    cases: Sequence[Case],
+    run: Callable[[Case, Callable[[str], None]], Result],
+    show: Callable[[Result], None],
+    console: Console,
+) -> list[Result]:
+    """Every case, each shown as soon as it is measured; one that fails is explained and left out."""
+    from supersonic_moe.bench.timing import NoResultError
 
     results = []
-    for i, case in enumerate(cases, 1):
-        with console.status("", refresh_per_second=4) as status:
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    with Progress(*columns, console=console, refresh_per_second=4, transient=True) as bar:
+        task = bar.add_task("", total=len(cases))
+        for case in cases:
             try:
-                result = run_case(case, config, lambda doing: status.update(f"{case} ({i} of {len(cases)}): {doing}"))  # noqa: B023
-            except LayerFailedError as error:
-                console.print(f"[red]No result:[/red] {escape(str(error))}\n", highlight=False)
-                continue
-        console.print(report.case_table(result))
-        for peer, reason in result.missing.items():
-            console.print(f"[yellow]missing[/yellow] {peer}: {escape(reason)}", highlight=False)
-        console.print()
-        results.append(result)
+                results.append(run(case, lambda doing: bar.update(task, description=f"{case}: {doing}")))  # noqa: B023
+                show(results[-1])
+            except NoResultError as error:
+                console.print(f"[red]No result:[/red] {escape(str(error))}", highlight=False)
+            console.print()
+            bar.advance(task)
     return results
 
 
-def _method(config: LayerConfig) -> str:
-    cold = ", cold L2" if config.cold_l2 else ""
+def _print_missing(result: CaseResult, console: Console) -> None:
+    for contender, reason in result.missing.items():
+        console.print(f"[yellow]missing[/yellow] {contender}: {escape(reason)}", highlight=False)
+
+
+def _write_json(
+    path: Path | None,
+    suite: str,
+    results: Sequence[CaseResult],
+    where: torch.device,
+    commit: str | None,
+    console: Console,
+) -> None:
+    from supersonic_moe.bench import report
+
+    if results and path:
+        report.write_json(path, report.document(suite, results, where, commit))
+        console.print(f"Wrote {path}")
+
+
+def _method(min_ms: float, warm_ms: float) -> str:
     return (
-        f"Medians ± half the spread of the middle 80 %, of at least {config.min_ms:g} ms each, interleaved, "
-        f"after {config.warm_ms:g} ms of load{cold}. In parentheses: how many times less ours takes."
+        f"Medians ± half the spread of the middle 80 %, of at least {min_ms:g} ms each, interleaved, "
+        f"after {warm_ms:g} ms of load"
     )

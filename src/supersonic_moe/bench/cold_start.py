@@ -1,0 +1,71 @@
+"""The cold-start suite: what the first forward + backward of a layer costs a new process.
+
+    cold    empty caches: every CUDA and Triton kernel that the layer needs is compiled
+    warm    the next process, with the caches that the cold one left behind
+
+Both are repeated in fresh directories, and each metric is the median over the repeats. ``first_call_s`` counts from the
+moment at which torch is imported and the CUDA context exists to the end of the first forward + backward: import of this
+package, building the layer, the call. ``total_s`` counts from the start of the process. One more process runs first and
+is not counted: it brings Python's and torch's files from the disk into the page cache.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from supersonic_moe.bench.report import OURS, CaseResult, Metrics
+from supersonic_moe.bench.timing import NoResultError
+from supersonic_moe.perf_model import LayerShape
+
+CHILD = Path(__file__).with_name("first_call.py")
+SLOWEST_START_S = 300.0  # a process that takes longer is stuck
+
+
+def run_case(
+    shape: LayerShape, device: torch.device, repeats: int, progress: Callable[[str], None] = lambda _: None
+) -> CaseResult:
+    """Medians by the state of the caches. Raises NoResultError if a process fails."""
+    starts: dict[str, list[Metrics]] = {"cold": [], "warm": []}
+    progress("a process that is not counted")
+    with TemporaryDirectory() as caches:
+        start(shape, device, Path(caches))
+    for repeat in range(repeats):
+        with TemporaryDirectory() as caches:
+            for state, found in starts.items():
+                progress(f"{state} caches, {repeat + 1} of {repeats}")
+                found.append(start(shape, device, Path(caches)))
+    return CaseResult(str(shape), {state: _medians(found) for state, found in starts.items()})
+
+
+def by_state(result: CaseResult) -> list[CaseResult]:
+    """A case for each state of the caches: nobody's peer is the other."""
+    return [CaseResult(f"{result.case}_{state}", {OURS: metrics}) for state, metrics in result.metrics.items()]
+
+
+def start(shape: LayerShape, device: torch.device, caches: Path) -> Metrics:
+    """Seconds of one new process, by the names of their metrics."""
+    sizes = f"{shape.tokens},{shape.hidden},{shape.intermediate},{shape.experts},{shape.top_k}"
+    directories = [str(caches / name) for name in ("supersonic_moe", "triton")]
+    command = [sys.executable, "-P", str(CHILD), repr(time.monotonic()), sizes, str(device), *directories]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SLOWEST_START_S)
+    except subprocess.TimeoutExpired:
+        raise NoResultError(f"{shape}: no result after {SLOWEST_START_S:.0f} s.") from None
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise NoResultError(f"{shape}: the process ended with exit code {done.returncode}: {last}")
+    seconds: Metrics = json.loads(done.stdout.splitlines()[-1])
+    return seconds
+
+
+def _medians(starts: list[Metrics]) -> Metrics:
+    return {name: statistics.median(seconds[name] for seconds in starts) for name in starts[0]}
