@@ -48,10 +48,11 @@ def test_no_kernel_spills(compiled: list[dict[str, Any]]) -> None:
 
 
 def test_rows_move_in_16_byte_accesses(compiled: list[dict[str, Any]]) -> None:
-    modules = {"gather_rows", "gather_sum", "activation", "score_gradient", "bias_gradient"}
+    modules = {"gather_rows", "gather_sum", "activation", "score_gradient", "bias_gradient", "quantize"}
     moving = [c for c in compiled if c["new"] and c["case"] == "H 2880, I 1536"]
     assert {c["kernel"].split(".")[0] for c in moving} == modules
     assert [c for c in moving if not c["wide_loads"]] == []
+    assert [c for c in moving if c["kernel"].startswith("quantize") and not c["wide_stores"]] == []
 
 
 def test_batch_size_is_in_no_jit_key(compiled: list[dict[str, Any]]) -> None:
@@ -68,6 +69,7 @@ def main() -> None:
 
     from supersonic_moe.activation import Activation, ActivationType, GateUpLayout, as_activation
     from supersonic_moe.kernels import triton as kernels
+    from supersonic_moe.kernels.triton import pad_segments, quantize
     from supersonic_moe.routing.topk import SigmoidGroupedTopK, SoftmaxAfterTopK, SoftmaxBeforeTopK
 
     class OfflineHopper:
@@ -95,6 +97,7 @@ def main() -> None:
             seen.add(binary.hash)
             line |= resources(binary.asm["cubin"])
             line["wide_loads"] = len(re.findall(r"ld\.global\S*\.v4\.b32", binary.asm["ptx"]))
+            line["wide_stores"] = len(re.findall(r"st\.global\S*\.v4\.b32", binary.asm["ptx"]))
         print(json.dumps(line), flush=True)
 
     def resources(cubin: bytes) -> dict[str, int]:
@@ -144,18 +147,31 @@ def main() -> None:
         if b2 is not None:
             kernels.row_dot(y, b2, index, scores)
 
+    def fp8(t: int, h: int, i: int, pow2: bool) -> None:
+        x, w = torch.zeros(t, h, dtype=bf16), torch.zeros(2, i, h, dtype=bf16)
+        index = torch.zeros(128 * t, dtype=i32)
+        quantize.quantize_rows(x, pow2)
+        quantize.quantize_rows(x, pow2, tma=True)
+        quantize.quantize_blocks(w, pow2)
+        quantize.quantize_columns(x, index, pow2)
+        quantize.quantize_columns(x, index, pow2, tiled=True)
+        quantize.quantize_tiles(x, index, pow2)
+
     for e, k in ((1, 1), (8, 2), (60, 4), (128, 8), (512, 10), (4096, 64)):
         case = f"E {e}, K {k}"
         route(40, e, k, torch.float32, SoftmaxAfterTopK())
         route(40, e, k, bf16, SoftmaxBeforeTopK())
         route(40, e, k, torch.float32, SigmoidGroupedTopK(), torch.zeros(e))
         plan(40, e, k, i32, 1)
+        pad_segments.pad_segments(torch.zeros(e + 1, dtype=i32), torch.zeros(40, dtype=i32), 256)
     case = "E 256 in 8 groups, K 8"
     route(40, 256, 8, torch.float32, SigmoidGroupedTopK(num_groups=8, topk_groups=4), torch.zeros(256))
     case = "triples"
     plan(40, 4096, 8, torch.int64, 128, triples=True)
 
     case = "H 2880, I 1536"
+    for pow2 in (False, True):
+        fp8(40, 2880, 1536, pow2)
     for layout in layouts:
         experts(40, 2880, 1536, 32, 4, bf16, Activation.gpt_oss(), layout, biased=True)
     for kind in ActivationType:
@@ -175,6 +191,8 @@ def main() -> None:
         route(t, 64, 2, bf16, SoftmaxAfterTopK())
         plan(t, 64, 2, i32, 128)
         experts(t, 64, 32, 64, 2, bf16, as_activation("swiglu"), layouts[0], biased=True)
+        fp8(t, 64, 32, pow2=False)
+        pad_segments.pad_segments(torch.zeros(65, dtype=i32), torch.zeros(t, dtype=i32), 128 * t)
         rows = torch.zeros(16 * t, 64, dtype=bf16)
         offsets = torch.tensor([0, *[16 * t] * 64], dtype=i32)
         kernels.grouped_mm_wgrad(rows, rows, offsets)

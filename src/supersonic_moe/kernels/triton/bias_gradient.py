@@ -18,29 +18,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from supersonic_moe.kernels.triton.tiling import column_block, next_power_of_2
+from supersonic_moe.kernels.triton.tiling import column_block, expert_chunks, next_power_of_2
 
 CHUNK = 256  # rows of one stage 1 program: partials are then 1/64 of the bf16 data
 TILE = 4096  # elements per step of a program: four 16-byte accesses in flight for each of 128 threads
 
 
 @triton.jit
-def _chunks(expert_offsets_ptr, E, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr):
-    """(expert, its chunks, chunks of the experts before it)"""
-    expert = tl.arange(0, BLOCK_E)
-    start = tl.load(expert_offsets_ptr + expert, mask=expert < E, other=0)
-    end = tl.load(expert_offsets_ptr + expert + 1, mask=expert < E, other=0)
-    count = (end - start + CHUNK - 1) // CHUNK
-    return expert, count, tl.cumsum(count, 0) - count
-
-
-@triton.jit
 def _partial_kernel(
-    a_ptr, scale_ptr, expert_offsets_ptr, partial_ptr, a_stride, E,
+    a_ptr, gather_ptr, scale_ptr, expert_offsets_ptr, partial_ptr, a_stride, E,
     N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
-    expert, count, before = _chunks(expert_offsets_ptr, E, CHUNK, BLOCK_E)
+    expert, count, before = expert_chunks(expert_offsets_ptr, E, CHUNK, BLOCK_E)
     mine = (before <= chunk) & (chunk < before + count)
     if tl.sum(mine.to(tl.int32), 0) == 0:
         return
@@ -53,8 +43,11 @@ def _partial_kernel(
     while first < last:
         row = first + tl.arange(0, BLOCK_P).to(tl.int64)
         in_rows = row < last
-        mask = in_rows[:, None] & in_columns
-        a = tl.load(a_ptr + row[:, None] * a_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        source = row
+        if gather_ptr is not None:
+            source = tl.load(gather_ptr + row, mask=in_rows, other=-1).to(tl.int64)
+        mask = (in_rows & (source >= 0))[:, None] & in_columns
+        a = tl.load(a_ptr + source[:, None] * a_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
         if scale_ptr is not None:
             a *= tl.load(scale_ptr + row, mask=in_rows, other=0.0)[:, None]
         total += a
@@ -68,7 +61,7 @@ def _combine_kernel(
     N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     e = tl.program_id(0)
-    expert, count, before = _chunks(expert_offsets_ptr, E, CHUNK, BLOCK_E)
+    expert, count, before = expert_chunks(expert_offsets_ptr, E, CHUNK, BLOCK_E)
     first = tl.sum(tl.where(expert == e, before, 0), 0)
     last = first + tl.sum(tl.where(expert == e, count, 0), 0)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -81,15 +74,17 @@ def _combine_kernel(
     tl.store(out_ptr + e.to(tl.int64) * N + column, tl.sum(total, axis=0), mask=column < N)
 
 
-def segment_sum(a_PN: Tensor, row_scale_P: Tensor | None, expert_offsets: Tensor) -> Tensor:
-    """(E, N) fp32."""
-    num_rows, columns = a_PN.shape
+def segment_sum(
+    a_TN: Tensor, row_scale_P: Tensor | None, expert_offsets: Tensor, *, gather_index: Tensor | None = None
+) -> Tensor:
+    """(E, N) fp32. ``gather_index`` (P) names the rows of a."""
+    num_rows, columns = a_TN.shape[0] if gather_index is None else gather_index.shape[0], a_TN.shape[1]
     num_experts = expert_offsets.shape[0] - 1
-    out_EN = a_PN.new_empty(num_experts, columns, dtype=torch.float32)
+    out_EN = a_TN.new_empty(num_experts, columns, dtype=torch.float32)
     if out_EN.numel() == 0:
         return out_EN
     max_chunks = num_rows // CHUNK + min(num_experts, num_rows)
-    partials_CN = a_PN.new_empty(max_chunks, columns, dtype=torch.float32)
+    partials_CN = a_TN.new_empty(max_chunks, columns, dtype=torch.float32)
     block_n = column_block(columns, 512)
     static = {
         "N": columns,
@@ -100,10 +95,10 @@ def segment_sum(a_PN: Tensor, row_scale_P: Tensor | None, expert_offsets: Tensor
         "num_warps": 4,
     }
     panels = triton.cdiv(columns, block_n)
-    with torch.cuda.device_of(a_PN):
+    with torch.cuda.device_of(a_TN):
         if max_chunks:
             _partial_kernel[(max_chunks, panels)](
-                a_PN, row_scale_P, expert_offsets, partials_CN, a_PN.stride(0), num_experts, **static
+                a_TN, gather_index, row_scale_P, expert_offsets, partials_CN, a_TN.stride(0), num_experts, **static
             )
         _combine_kernel[(num_experts, panels)](partials_CN, expert_offsets, out_EN, num_experts, **static)
     return out_EN

@@ -10,6 +10,9 @@ interpreter does in a way that NumPy 2.4 refuses.
 
 from __future__ import annotations
 
+import triton
+import triton.language as tl
+
 
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
@@ -32,3 +35,13 @@ def column_block(columns: int, limit: int) -> int:
 def warps(elements: int) -> int:
     """Warps for a tile, at 16 elements a thread: two 16-byte accesses in bf16."""
     return max(1, min(8, elements // (32 * 16)))
+
+
+@triton.jit
+def expert_chunks(expert_offsets_ptr, E, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr):
+    """(expert, its chunks of CHUNK rows, chunks of the experts before it), vectors of BLOCK_E lanes."""
+    expert = tl.arange(0, BLOCK_E)
+    start = tl.load(expert_offsets_ptr + expert, mask=expert < E, other=0)
+    end = tl.load(expert_offsets_ptr + expert + 1, mask=expert < E, other=0)
+    count = (end - start + CHUNK - 1) // CHUNK
+    return expert, count, tl.cumsum(count, 0) - count

@@ -1,0 +1,59 @@
+"""The FP8 block formats, defined to the bit: every quantiser, fused into a GEMM or not, gives these bytes.
+
+Elements are e4m3 (``torch.float8_e4m3fn``: 4 exponent and 3 mantissa bits, largest value 448, no infinity, one NaN code
+per sign). A block of elements shares one fp32 scale:
+
+    amax  = max(2^-100, largest |x| of the block, NaN elements left out)
+    scale = amax * fp32(1/448)            one rounded multiplication
+            pow2: rounded up to a power of two,  bits(scale) <- (bits(scale) + 0x7fffff) & 0x7f800000
+    q     = e4m3(x * fp32(1 / scale))     IEEE reciprocal once a block, one rounded product, round to nearest even
+    x    ~= q * scale
+
+These are IEEE fp32 operations in a fixed order, so torch, Triton and CUDA (``fmaxf``, ``__fmul_rn``, ``__frcp_rn``,
+``cvt.rn.satfinite.e4m3x2.f32``) agree on every bit. Dividing x by the scale instead would gain 2^-20 of an e4m3 step
+and cost a division an element. What follows from the definition:
+
+* |x * (1 / scale)| <= 448 (1 + 2^-22) rounds to at most 448: nothing saturates. The largest element gets code 448
+  with fp32 scales, 224 to 448 with powers of two.
+* The floor 2^-100 keeps ``scale`` and its reciprocal normal numbers, so a block of zeros needs no special case (q = 0)
+  and flushing of subnormals cannot change a byte. Elements below 2^-117 or so become 0.
+* A NaN element becomes a NaN code (of either sign) and leaves its block alone. An infinite element makes the scale
+  infinite, hence the reciprocal 0 and every value of the block NaN (0 * inf): no non-finite input ends as a finite
+  value.
+* Rounding error of a finite element: |x - q * scale| <= scale * 2^(max(floor(log2 |x / scale|), -6) - 4), half a step
+  of e4m3, plus three fp32 roundings.
+
+Blocks, with B = ceil(C / 128) and the last block of a dimension partial:
+
+| format | data | scales | for |
+|---|---|---|---|
+| rows | (R, C) | (R, B): 1 x 128 along C | activations and their gradients |
+| blocks | (E, N, K), and its transpose (E, K, N) | (E, N/128, K/128): 128 x 128, shared | weights |
+| columns | (C, G): transposed, tokens contiguous | (C, G/128): 1 x 128 along tokens | operands of weight gradients |
+| tiles | (C, G), and (R, C) as it lay | (C/128, G/128): 128 x 128, shared | the same, one scale for both uses |
+
+Hopper's FP8 tensor cores read both operands along the contraction, which is the rows in a weight gradient: hence the
+transposed formats. G counts *positions*: the rows of each expert, rounded up to whole blocks of 128, so that no block
+mixes experts. ``pad_segments`` gives the row at each position, -1 where there is none; such positions hold zeros and
+add nothing to a gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+INVERSE_MAX = float.fromhex("0x1.24924ap-9")  # fp32(1/448)
+BLOCK = 128
+SMALLEST_AMAX = 2.0**-100
+
+
+def blocks(n: int) -> int:
+    """Blocks that cover n elements."""
+    return -(-n // BLOCK)
+
+
+def padded_capacity(num_rows: int, num_experts: int) -> int:
+    """Upper bound of the positions that any split of ``num_rows`` among ``num_experts`` needs, a multiple of 128."""
+    return (num_rows + min(num_rows, num_experts) * (BLOCK - 1)) // BLOCK * BLOCK

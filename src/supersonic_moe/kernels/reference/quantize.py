@@ -1,0 +1,126 @@
+"""The FP8 quantisers in plain torch, any device: the definition that ``kernels/fp8_format.py`` gives in words.
+
+Shapes: R rows, C columns, E experts, N and K the sides of a weight, P rows of a routing plan, G positions (the rows of
+each expert, padded to blocks of 128).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from supersonic_moe.kernels.fp8_format import BLOCK, E4M3, INVERSE_MAX, SMALLEST_AMAX, blocks
+from supersonic_moe.kernels.reference.gather import gather_rows
+from supersonic_moe.kernels.reference.grouped_mm import grouped_mm, grouped_mm_wgrad
+
+# ---- one block -------------------------------------------------------------------------------------------------------
+
+
+def block_scale(amax: Tensor, pow2: bool) -> Tensor:
+    """fp32 scale of blocks whose largest magnitude is ``amax`` (fp32)."""
+    scale = amax.clamp(min=SMALLEST_AMAX) * INVERSE_MAX
+    if pow2:
+        scale = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    return scale
+
+
+def _block_amax(x: Tensor, rows: int) -> Tensor:
+    """Largest magnitude of each (rows x 128) block of the last two dimensions, NaN left out."""
+    r, c = x.shape[-2:]
+    magnitude = torch.where(x.isnan(), 0, x.float().abs())
+    padded = F.pad(magnitude, (0, -c % BLOCK, 0, -r % rows))
+    return padded.reshape(*x.shape[:-2], -(-r // rows), rows, blocks(c), BLOCK).amax((-3, -1))
+
+
+def _spread(scale: Tensor, shape: torch.Size) -> Tensor:
+    """One scale an element: a dimension of ``scale`` that counts blocks is repeated 128 times."""
+    for dim in (-2, -1):
+        if scale.shape[dim] != shape[dim]:
+            scale = scale.repeat_interleave(BLOCK, dim).narrow(dim, 0, shape[dim])
+    return scale
+
+
+def _quantize(x: Tensor, rows: int, pow2: bool) -> tuple[Tensor, Tensor]:
+    scale = block_scale(_block_amax(x, rows), pow2)
+    return (x.float() * _spread(1 / scale, x.shape)).to(E4M3), scale
+
+
+def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """q * scale for each of the formats (fp64 holds the product exactly). The shape of ``scale`` says which dimensions
+    come in blocks of 128.
+    """
+    return q.to(dtype) * _spread(scale, q.shape).to(dtype)
+
+
+# ---- the formats -----------------------------------------------------------------------------------------------------
+
+
+def quantize_rows(x_RC: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
+    """(q (R, C), scale (R, B)): 1 x 128 along the columns."""
+    return _quantize(x_RC, 1, pow2)
+
+
+def quantize_blocks(w_ENK: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """(q (E, N, K), its transpose (E, K, N), scale (E, N/128, K/128)). The transpose's scales are ``scale.mT``."""
+    q_ENK, scale = _quantize(w_ENK, BLOCK, pow2)
+    return q_ENK, q_ENK.mT.contiguous(), scale
+
+
+def quantize_columns(x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: bool = False) -> tuple[Tensor, Tensor]:
+    """(q (C, G), scale): column g is row index[g] of x, or zeros where index[g] < 0.
+
+    The scale is (C, G/128), or (C/128, G/128) where ``tiled``: one for 128 x 128 elements, a single number per block of
+    the contraction where a GEMM would otherwise multiply by one number per row.
+    """
+    return _quantize(gather_rows(x_RC, index_G).T.contiguous(), BLOCK if tiled else 1, pow2)
+
+
+def quantize_tiles(x_RC: Tensor, index_G: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(q (R, C), row_scale (R, B), q transposed (C, G), scale (C/128, G/128)): both orders of one quantisation.
+
+    ``row_scale`` repeats the tile scales for each row, so q (R, C) is also in the rows format. ``index`` must hold a
+    row at most once; rows that it does not hold are undefined (NaN here).
+    """
+    q_CG, scale = quantize_columns(x_RC, index_G, pow2, tiled=True)
+    held = index_G >= 0
+    rows = index_G[held].long()
+    q_RC = torch.full(x_RC.shape, math.nan, device=x_RC.device).to(E4M3)
+    q_RC[rows] = q_CG.T[held]
+    row_scale = scale.new_full((x_RC.shape[0], scale.shape[0]), math.nan)
+    row_scale[rows] = scale.T.repeat_interleave(BLOCK, 0)[held]
+    return q_RC, row_scale, q_CG, scale
+
+
+def pad_segments(expert_offsets: Tensor, gather_index_P: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    """int32 (padded_offsets (E+1), row_index (G), token_index (G)): expert e owns the positions [padded_offsets[e],
+    padded_offsets[e+1]), a multiple of 128 of them, and its rows come first, in order.
+
+    ``row_index`` holds the row of the plan at each position and ``token_index`` the token that this row reads; both are
+    -1 at positions without a row, and where ``gather_index`` is. ``capacity`` is G; see ``padded_capacity``.
+    """
+    counts = expert_offsets.diff()
+    padded_offsets = F.pad(((counts + BLOCK - 1) // BLOCK * BLOCK).cumsum(0), (1, 0)).clamp(max=capacity)
+    position = torch.arange(capacity, device=expert_offsets.device)
+    expert = torch.searchsorted(padded_offsets[1:].contiguous(), position, right=True)
+    row = position - F.pad(padded_offsets[:-1] - expert_offsets[:-1], (0, 1))[expert]
+    held = row < F.pad(expert_offsets[1:], (0, 1))[expert]
+    token = torch.full_like(row, -1)
+    token[held] = gather_index_P[row[held]].long()
+    row = torch.where(token >= 0, row, -1)
+    return padded_offsets.to(torch.int32), row.to(torch.int32), token.to(torch.int32)
+
+
+# ---- products --------------------------------------------------------------------------------------------------------
+
+
+def fp8_grouped_mm_reference(qa_PK: Tensor, sa: Tensor, qb_ENK: Tensor, sb: Tensor, expert_offsets: Tensor) -> Tensor:
+    """(P, N) fp64: rows of expert e are a[rows] @ b[e].T, the product of the dequantised operands."""
+    return grouped_mm(dequantize(qa_PK, sa), dequantize(qb_ENK, sb).mT, expert_offsets)
+
+
+def fp8_grouped_wgrad_reference(qa_MG: Tensor, sa: Tensor, qb_NG: Tensor, sb: Tensor, padded_offsets: Tensor) -> Tensor:
+    """(E, M, N) fp64: a[:, positions of e] @ b[:, positions of e].T of the dequantised operands."""
+    return grouped_mm_wgrad(dequantize(qa_MG, sa).T, dequantize(qb_NG, sb).T, padded_offsets)
