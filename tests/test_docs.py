@@ -203,8 +203,8 @@ def test_every_op_is_listed() -> None:
 
 def test_every_backend_function_is_described() -> None:
     pytest.importorskip("triton")
-    functions = set(registry.kernels("reference").__all__)
-    assert all(set(registry.kernels(name).__all__) == functions for name in registry.BACKENDS if name != "auto")
+    functions = set(registry.kernels("sm90").__all__)  # the others export the parts of what they compose as well
+    assert all(functions <= set(registry.kernels(name).__all__) for name in registry.BACKENDS if name != "auto")
     for document in ("kernels.md", "design.md"):
         assert functions <= set(code_spans((ROOT / "docs" / document).read_text(encoding="utf-8")))
 
@@ -247,8 +247,8 @@ def test_render_shows_values_ratios_and_where_they_come_from(tmp_path: Path) -> 
 
 
 def test_render_refuses_what_it_would_misread(tmp_path: Path) -> None:
-    result_file(tmp_path, suite="gemm")
-    with pytest.raises(ValueError, match=r"layer-test\.json is of suite 'gemm'.*SUITES"):
+    result_file(tmp_path, suite="bakery")
+    with pytest.raises(ValueError, match=r"layer-test\.json is of suite 'bakery'.*SUITES"):
         readme.render(tmp_path)
     (tmp_path / "layer-test.json").write_text('{"usable": true}')
     with pytest.raises(ValueError, match=r"layer-test\.json must hold suite, command"):

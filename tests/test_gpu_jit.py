@@ -87,7 +87,7 @@ def test_cluster_multicast_store_and_reduce(rank: int) -> None:
 
 def gather_kernel(pdl: bool = False) -> Kernel:
     spec = KernelSpec("gather", "ptx_wrappers.cu", smem_bytes=40968, pdl=pdl, root=TEST_KERNELS)
-    return Kernel(spec, (TENSOR_MAP, TENSOR_MAP, TENSOR_MAP, PTR, PTR, PTR, PTR))
+    return Kernel(spec, (*[TENSOR_MAP] * 4, PTR, PTR, PTR))
 
 
 def test_gather_matrices_formats_and_reduction() -> None:
@@ -99,8 +99,9 @@ def test_gather_matrices_formats_and_reduction() -> None:
     out = torch.zeros(64, 64, device="cuda")
     transposed, copy = torch.empty_like(b), torch.empty_like(b)
     rounded = torch.empty(64, 64, dtype=E4M3, device="cuda")
-    maps = tensor_map(b, box=(64, 64)), tensor_map(out, box=(64, 32)), tensor_map(transposed, box=(64, 64))
-    gather_kernel().launch((1, 1, 1), *maps, rows, index, copy, rounded)
+    maps = [tensor_map(rows, box=(1, 64)), tensor_map(b, box=(64, 64))]
+    maps += [tensor_map(out, box=(64, 32)), tensor_map(transposed, box=(64, 64))]
+    gather_kernel().launch((1, 1, 1), *maps, index, copy, rounded)
     assert_product(out, a, b)
     assert torch.equal(copy, a)
     assert torch.equal(transposed, a.T)
@@ -109,7 +110,7 @@ def test_gather_matrices_formats_and_reduction() -> None:
     once = out.clone()
     kernel = gather_kernel(pdl=True)
     for _ in range(3):  # each may start before the one before it ends, and waits for it
-        kernel.launch((1, 1, 1), *maps, rows, index, copy, rounded)
+        kernel.launch((1, 1, 1), *maps, index, copy, rounded)
     assert torch.equal(out, once + once + once + once)
 
 

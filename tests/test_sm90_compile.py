@@ -170,7 +170,7 @@ def sass(cubin: bytes) -> str:
         return subprocess.run([tool, "--dump-sass", file.name], capture_output=True, check=True, text=True).stdout
 
 
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)")
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)")
 
 
 def disassemble(cubin: bytes) -> dict[str, set[str]]:

@@ -241,6 +241,12 @@ def test_row_dot(width: int, dtype: torch.dtype, device: torch.device) -> None:
     assert_rounded(out[:9], want, scale=width)
     assert torch.equal(out[9:], start[9:])  # dead rows are left alone
 
+    index = torch.tensor([4, 0, -1, 3, 3, 1, -1, 0, 2, 9, 9], dtype=torch.int32, device=device)
+    gathered, through_index = start.clone(), start.clone()
+    kernels.row_dot(kernels.gather_rows(a, index), b, owner, gathered)
+    kernels.row_dot(a, b, owner, through_index, gather_index=index)
+    assert torch.equal(through_index, gathered)
+
 
 @pytest.mark.parametrize(
     ("counts", "width", "dtype"),
@@ -278,6 +284,11 @@ def test_segment_sum(
     assert_rounded(got, want, scale=10)
     assert torch.equal(got, kernels.segment_sum(a, scale, offsets_of(counts, device)))
 
+    index = torch.randint(-1, live + 1, (live + 5,), dtype=torch.int32, device=device).clamp(max=max(live - 1, -1))
+    index[live:] = live  # dead rows name a row of NaN
+    want = kernels.segment_sum(kernels.gather_rows(a, index), scale, offsets_of(counts, device))
+    assert torch.equal(kernels.segment_sum(a, scale, offsets_of(counts, device), gather_index=index), want)
+
 
 # ---- grouped GEMM --------------------------------------------------------------------------------------------------
 
@@ -300,6 +311,7 @@ def test_grouped_mm_wgrad(device: torch.device) -> None:
     a[18:], b[18:] = math.nan, math.nan
     offsets = offsets_of(counts, device)
     got = kernels.grouped_mm_wgrad(a, b, offsets)
+    assert torch.equal(kernels.grouped_mm_wgrad(b, a, offsets, transposed=True), got)
     for e, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
         assert_rounded(got[e], (a[start:end].double().T @ b[start:end].double()).cpu(), scale=200)
     assert not got[1].any() and not got[3].any()

@@ -52,12 +52,10 @@ extern "C" __global__ void __launch_bounds__(128, 1)
     cluster_sync();
 }
 
-// One warpgroup gathers A[i] = rows[index[i]] (64 x 64 bf16, zero where index < 0) with cp.async and loads B (64 x 64, K-major)
-// with TMA; then out (fp32) += A B^T, rounded = e4m3(A B^T), copy = A, transposed = A^T. Launched twice with programmatic
+// One thread gathers A[i] = rows[index[i]] (64 x 64 bf16, zero where index < 0) row by row and loads B (64 x 64, K-major); then out (fp32) += A B^T, rounded = e4m3(A B^T), copy = A, transposed = A^T. Launched twice with programmatic
 // dependent launch, the second waits for the first.
 extern "C" __global__ void __launch_bounds__(128, 1)
-    gather(const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_out,
-           const __grid_constant__ TensorMap map_transposed, const u16* rows, const i32* index, u16* copy, u16* rounded) {
+    gather(const __grid_constant__ TensorMap map_rows, const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_out, const __grid_constant__ TensorMap map_transposed, const i32* index, u16* copy, u16* rounded) {
     extern __shared__ __align__(1024) u8 shared[];
     constexpr u32 TILE = 8192;
     const u32 tile_a = smem_address(shared), tile_b = tile_a + TILE, tile_c = tile_b + TILE;
@@ -65,24 +63,17 @@ extern "C" __global__ void __launch_bounds__(128, 1)
     const u32 warp = warp_index(), lane = lane_index();
 
     if (threadIdx.x == 0) {
-        mbarrier_init(full, 128 + 1);
+        mbarrier_init(full, 1);
         fence_mbarrier_init();
     }
     __syncthreads();
     dependency_wait();
     if (threadIdx.x == 0) {
-        mbarrier_arrive_expect_tx(full, TILE);
+        mbarrier_arrive_expect_tx(full, 2 * TILE);
         tma_load(tile_b, &map_b, full, 0, 0);
+        for (u32 row = 0; row < 64; ++row) tma_load(tile_a + row * 128, &map_rows, full, 0, index[row]);
     }
-    for (u32 i = threadIdx.x; i < 64 * 8; i += 128) {  // 16-byte units
-        const u32 row = i / 8, unit = i % 8;
-        const i32 source = index[row];
-        const bool valid = source >= 0;
-        cp_async_16(tile_a + swizzle<128>(row * 128 + unit * 16), rows + (valid ? source : 0) * 64 + unit * 8, valid);
-    }
-    cp_async_arrive(full);
     mbarrier_wait(full, 0);
-    fence_proxy_async();
     dependency_launch();
 
     float acc[32];

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 STEP_KERNELS = {
     "top-k": ("route_forward",),
     "metadata": ("build_plan",),
-    "1": ("gather_rows", "up_projection"),
+    "1": ("up_projection",),
     "2": ("grouped_mm",),
     "3": ("gather_sum",),
-    "4": ("gather_rows", "grouped_mm", "activation_backward"),
+    "4": ("down_backward",),
     "5": ("grouped_mm_wgrad",),
     "6": ("grouped_mm",),
-    "7": ("gather_rows", "grouped_mm_wgrad"),
+    "7": ("grouped_mm_wgrad",),
     "8": ("gather_sum",),
     "d top-k": ("route_backward",),
 }

@@ -1,8 +1,7 @@
 """The only place that picks a backend, and says why (``supersonic-moe explain`` prints the reason).
 
-A backend is a module with one set of function names: route_forward, route_backward, build_plan, gather_rows,
-gather_sum, grouped_mm, grouped_mm_wgrad, up_projection, activation_forward, activation_backward, row_dot, segment_sum
-(signatures: ``kernels/reference``).
+A backend is a module with one set of function names: route_forward, route_backward, build_plan, up_projection,
+grouped_mm, down_backward, grouped_mm_wgrad, gather_sum, row_dot, segment_sum (signatures: ``kernels/reference``).
 """
 
 from __future__ import annotations

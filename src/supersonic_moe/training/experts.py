@@ -10,8 +10,8 @@
                                                      dx  = sum over the token's rows of dH W1
 
 Saved for backward: x, H, the scores and the plan: 2 T H + 2 R N1 bytes in BF16 (= 2TH + 4RI when gated). FLOPs: 6 R H I
-forward and 12 R H I backward (gated). This file is for backends whose grouped GEMM wants gathered operands; X~ and dO~
-are transient.
+forward and 12 R H I backward (gated). A tilde marks rows read through an index: the sm_90 kernels do that inside their
+loads, so that neither X~ nor dO~ nor dA exists in memory; other backends copy.
 
 The pair of custom ops below is opaque to ``torch.compile``; autograd is attached outside, in :class:`Experts`.
 """
@@ -118,9 +118,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     k, act, order = _resolve(x, w1, w2, activation, alpha, limit, up_offset, layout, backend)
     with torch.autocast(x.device.type, enabled=False):
-        x_PH = x if identity else k.gather_rows(x, gather_index)
-        h_PN, a_PI = k.up_projection(x_PH, w1, b1, expert_offsets, row_expert, act, order, save)
-        del x_PH
+        index = None if identity else gather_index
+        h_PN, a_PI = k.up_projection(x, index, w1, b1, expert_offsets, row_expert, act, order, save)
         y_PH = k.grouped_mm(a_PI, w2.transpose(1, 2), expert_offsets)
         del a_PI
         s_P = _pick(scores, scatter_index)
@@ -159,26 +158,22 @@ def _backward(
     need_x, need_s, need_w1, need_b1, need_w2, need_b2 = needs
     dx = dscores = dw1 = db1 = dw2 = db2 = None
     with torch.autocast(x.device.type, enabled=False):
+        index = None if identity else gather_index
         s_P = _pick(scores, scatter_index)
-        do_PH = k.gather_rows(dout, gather_index)
-        da_PI = k.grouped_mm(do_PH, w2, expert_offsets)
-        dh_PN, as_PI, ds_P = k.activation_backward(h, b1, da_PI, s_P, row_expert, act, order)
-        del da_PI
+        dh_PN, as_PI, ds_P = k.down_backward(dout, index, w2, h, b1, s_P, expert_offsets, row_expert, act, order)
         if need_s:
             if b2 is not None:
-                k.row_dot(do_PH, b2, row_expert, ds_P)
+                k.row_dot(dout, b2, row_expert, ds_P, gather_index=index)
             dscores = _pick(ds_P, reverse_index).to(scores.dtype)
         if need_w2:
-            dw2 = k.grouped_mm_wgrad(do_PH, as_PI, expert_offsets).to(w2.dtype)
+            dw2 = k.grouped_mm_wgrad(dout, as_PI, expert_offsets, gather_index=index).to(w2.dtype)
+        del as_PI
         if need_b2 and b2 is not None:
-            db2 = k.segment_sum(do_PH, s_P, expert_offsets).to(b2.dtype)
-        del do_PH, as_PI
+            db2 = k.segment_sum(dout, s_P, expert_offsets, gather_index=index).to(b2.dtype)
         if need_b1 and b1 is not None:
             db1 = k.segment_sum(dh_PN, None, expert_offsets).to(b1.dtype)
         if need_w1:
-            x_PH = x if identity else k.gather_rows(x, gather_index)
-            dw1 = k.grouped_mm_wgrad(dh_PN, x_PH, expert_offsets).to(w1.dtype)
-            del x_PH
+            dw1 = k.grouped_mm_wgrad(x, dh_PN, expert_offsets, gather_index=index, transposed=True).to(w1.dtype)
         if need_x:
             dx_PH = k.grouped_mm(dh_PN, w1, expert_offsets)
             per_token = _per_token(token_rows, token_offsets, x.shape[0])

@@ -6,7 +6,7 @@ Shapes: T tokens, S slots, P rows, E experts, K choices, H hidden, I intermediat
 one is caught by the tests.
 """
 
-from supersonic_moe.kernels.compose import compose_up_projection
+from supersonic_moe.kernels.compose import compose_down_backward, compose_up_projection
 from supersonic_moe.kernels.reference.activation import activation_backward, activation_forward
 from supersonic_moe.kernels.reference.gather import gather_rows, gather_sum
 from supersonic_moe.kernels.reference.grouped_mm import grouped_mm, grouped_mm_wgrad
@@ -15,11 +15,13 @@ from supersonic_moe.kernels.reference.reductions import row_dot, segment_sum
 from supersonic_moe.kernels.reference.router import route_backward, route_forward
 
 up_projection = compose_up_projection(grouped_mm, activation_forward)
+down_backward = compose_down_backward(grouped_mm, activation_backward)
 
 __all__ = [
     "activation_backward",
     "activation_forward",
     "build_plan",
+    "down_backward",
     "gather_rows",
     "gather_sum",
     "grouped_mm",

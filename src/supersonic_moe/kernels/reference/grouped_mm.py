@@ -10,6 +10,7 @@ import math
 from torch import Tensor
 
 from supersonic_moe.kernels.reference.activation import acc_dtype
+from supersonic_moe.kernels.reference.gather import gather_rows
 
 
 def _segments(expert_offsets: Tensor) -> list[tuple[int, int, int]]:
@@ -17,19 +18,31 @@ def _segments(expert_offsets: Tensor) -> list[tuple[int, int, int]]:
     return [(e, start, end) for e, (start, end) in enumerate(itertools.pairwise(offsets)) if end > start]
 
 
-def grouped_mm(a_PK: Tensor, b_EKN: Tensor, expert_offsets: Tensor) -> Tensor:
-    """(P, N): rows of expert e are a[rows] @ b[e]; dead rows are undefined (NaN here)."""
-    acc = acc_dtype(a_PK.dtype)
+def grouped_mm(a_TK: Tensor, b_EKN: Tensor, expert_offsets: Tensor, *, gather_index: Tensor | None = None) -> Tensor:
+    """(P, N): rows of expert e are a[rows] @ b[e]; dead rows are undefined (NaN here). ``gather_index`` (P) names the
+    rows of a.
+    """
+    acc = acc_dtype(a_TK.dtype)
+    a_PK = a_TK if gather_index is None else gather_rows(a_TK, gather_index)
     out_PN = a_PK.new_full((a_PK.shape[0], b_EKN.shape[2]), math.nan)
     for e, start, end in _segments(expert_offsets):
         out_PN[start:end] = a_PK[start:end].to(acc) @ b_EKN[e].to(acc)
     return out_PN
 
 
-def grouped_mm_wgrad(a_PM: Tensor, b_PN: Tensor, expert_offsets: Tensor) -> Tensor:
-    """(E, M, N): a[rows of e].T @ b[rows of e]; exact zeros for an expert without rows."""
+def grouped_mm_wgrad(
+    a_TM: Tensor,
+    b_PN: Tensor,
+    expert_offsets: Tensor,
+    *,
+    gather_index: Tensor | None = None,
+    transposed: bool = False,
+) -> Tensor:
+    """(E, M, N): a[rows of e].T @ b[rows of e], or its transpose (E, N, M); exact zeros for an expert without rows."""
+    a_PM = a_TM if gather_index is None else gather_rows(a_TM, gather_index)
+    left, right = (b_PN, a_PM) if transposed else (a_PM, b_PN)
     acc = acc_dtype(a_PM.dtype)
-    out_EMN = a_PM.new_zeros(expert_offsets.shape[0] - 1, a_PM.shape[1], b_PN.shape[1])
+    out = a_PM.new_zeros(expert_offsets.shape[0] - 1, left.shape[1], right.shape[1])
     for e, start, end in _segments(expert_offsets):
-        out_EMN[e] = a_PM[start:end].to(acc).T @ b_PN[start:end].to(acc)
-    return out_EMN
+        out[e] = left[start:end].to(acc).T @ right[start:end].to(acc)
+    return out

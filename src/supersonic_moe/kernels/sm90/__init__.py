@@ -9,7 +9,7 @@ from supersonic_moe.kernels.sm90 import launch_probe, self_test
 
 def registered_specs() -> tuple[KernelSpec, ...]:
     """Every kernel configuration that the package may launch: what `warmup` compiles and the tests inspect."""
-    from supersonic_moe.kernels.sm90 import grouped_gemm, grouped_wgrad, up_projection  # need triton, the rest does not
+    from supersonic_moe.kernels.sm90 import down_backward, grouped_gemm, grouped_wgrad, up_projection  # need triton
 
     return (
         *self_test.SPECS,
@@ -17,4 +17,5 @@ def registered_specs() -> tuple[KernelSpec, ...]:
         *grouped_gemm.SPECS,
         *grouped_wgrad.SPECS,
         *up_projection.SPECS,
+        *down_backward.SPECS,
     )

@@ -37,3 +37,36 @@ DEVICE float gated(float gate, float up, const ActivationConstants& c) {
         return relu(gate) * up;
     }
 }
+
+struct GatedSlopes {
+    float value, by_gate, by_up;
+};
+
+// Value and partial derivatives. A clamp passes the gradient where it is inactive, bounds included.
+template <Act Kind>
+DEVICE GatedSlopes gated_slopes(float gate, float up, const ActivationConstants& c) {
+    if constexpr (Kind == Act::SwiGLU) {
+        const float g = min_nan(gate, c.limit), u = -min_nan(-min_nan(up, c.limit), c.limit) + c.up_offset;
+        const float s = sigmoid(c.alpha * g), by_up = g * s;
+        const float by_gate = (s + c.alpha * by_up * (1.0f - s)) * u;
+        return {by_up * u, gate > c.limit ? 0.0f : by_gate, fabsf(up) > c.limit ? 0.0f : by_up};
+    } else if constexpr (Kind == Act::GeGLU) {
+        const float cdf = 0.5f * (1.0f + erff(gate * 0.70710678f)), density = 0.39894228f * __expf(-0.5f * gate * gate);
+        return {gate * cdf * up, (cdf + gate * density) * up, gate * cdf};
+    } else {
+        return {relu(gate) * up, gate > 0.0f ? up : 0.0f, relu(gate)};
+    }
+}
+
+// Bias of activations `column` and `column` + 1 of an expert whose biases start at `bias`; zeros past the width.
+DEVICE void load_bias(const u16* bias, i32 column, i32 width, i32 gate_base, i32 up_base, float (&gate)[2], float (&up)[2]) {
+    u32 first = 0, second = 0;
+    if (column < width) {  // both or none: the width is a multiple of 8
+        const u16* at = INTERLEAVED ? bias + 2 * column : bias + gate_base + column;
+        first = *reinterpret_cast<const u32*>(at);
+        second = *reinterpret_cast<const u32*>(INTERLEAVED ? at + 2 : bias + up_base + column);
+    }
+    gate[0] = bf16_low(first), up[1] = bf16_high(second);
+    gate[1] = INTERLEAVED ? bf16_low(second) : bf16_high(first);
+    up[0] = INTERLEAVED ? bf16_high(first) : bf16_low(second);
+}

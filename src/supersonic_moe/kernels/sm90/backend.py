@@ -1,13 +1,11 @@
 """The sm_90 backend: grouped GEMMs of this package, everything memory-bound from Triton (kernels/registry.py)."""
 
+from supersonic_moe.kernels.sm90.down_backward import down_backward
 from supersonic_moe.kernels.sm90.grouped_gemm import grouped_mm
 from supersonic_moe.kernels.sm90.grouped_wgrad import grouped_mm_wgrad
 from supersonic_moe.kernels.sm90.up_projection import up_projection
 from supersonic_moe.kernels.triton import (
-    activation_backward,
-    activation_forward,
     build_plan,
-    gather_rows,
     gather_sum,
     route_backward,
     route_forward,
@@ -16,10 +14,8 @@ from supersonic_moe.kernels.triton import (
 )
 
 __all__ = [
-    "activation_backward",
-    "activation_forward",
     "build_plan",
-    "gather_rows",
+    "down_backward",
     "gather_sum",
     "grouped_mm",
     "grouped_mm_wgrad",

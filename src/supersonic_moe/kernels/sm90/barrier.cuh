@@ -90,9 +90,8 @@ struct RingCursor {
 
 // ---- fences and barriers ----
 
-// Orders ordinary shared-memory accesses (st, stmatrix, cp.async) before later ones of wgmma and TMA. Each writing thread
-// executes it, then a barrier, then the wgmma or TMA instruction follows. Data of cp_async_arrive has no thread that waits
-// for its own writes: there, the threads that wait on the mbarrier execute it after the wait.
+// Orders ordinary shared-memory accesses (st, stmatrix) before later ones of wgmma and TMA. Each writing thread executes it, then
+// a barrier, then the wgmma or TMA instruction follows.
 DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Barrier `id` (1..15; 0 is __syncthreads) among `threads` threads, a multiple of 32. Whole warps take part.

@@ -1,4 +1,4 @@
-// Moving tiles: TMA tensor loads, stores and reductions, bulk groups, cp.async gathers, ldmatrix and stmatrix.
+// Moving tiles: TMA tensor loads, stores and reductions, bulk groups, ldmatrix and stmatrix.
 //
 // TMA coordinates count elements, innermost (contiguous) dimension first: {column, row}, {column, row, slice}. One thread
 // issues an instruction for the whole box of the tensor map. Elements outside the tensor load as zero, and still count as
@@ -102,20 +102,6 @@ DEVICE void tma_wait_read() {
 template <u32 Pending>
 DEVICE void tma_wait() {
     asm volatile("cp.async.bulk.wait_group %0;" ::"n"(Pending) : "memory");
-}
-
-// ---- cp.async: 16 bytes a thread, for row gathers, which TMA lacks on sm_90 ----
-
-// Copy 16 bytes, or write 16 zero bytes where !valid (`source` is then not read). Both addresses are multiples of 16.
-DEVICE void cp_async_16(u32 destination, const void* source, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(valid ? 16 : 0)
-                 : "memory");
-}
-
-// This thread arrives on `barrier` once all its cp.async so far have landed. "noinc": the arrival is one of those that
-// mbarrier_init counted. Threads that wait for it execute fence_proxy_async before wgmma reads the data.
-DEVICE void cp_async_arrive(u32 barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 // ---- matrices between shared memory and registers ----

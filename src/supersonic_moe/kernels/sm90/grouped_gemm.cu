@@ -1,67 +1,38 @@
 // D[r] = A[r] * B[expert of r] for rows sorted by expert, bf16. See grouped_gemm.py for layout, maths, bytes and FLOPs.
 //
-//   warp 0       loads: walks the tiles, keeps the ring full
+//   warps 0..3   load: walk the tiles, keep the ring full
 //   warps 4..11  two math warpgroups of 64 rows each
 //
-// Constants: BLOCK_N, STAGES, CLUSTER (blocks along M that share B), B_MN_MAJOR, GROUP_M.
-#include "mainloop.cuh"
-
-constexpr i32 ROWS = BLOCK_M * CLUSTER;  // rows of a cluster's tile
+// Constants: those of mainloop.cuh, and B_MN_MAJOR.
+#include "load.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     grouped_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
-                 const __grid_constant__ TensorMap map_d, const i32* offsets, const i32 experts, const i32 columns,
+                 const __grid_constant__ TensorMap map_d, const i32* offsets, const i32* index, const i32 experts, const i32 columns,
                  const i32 blocks_k, u8* d, const i64 d_row_bytes) {
     extern __shared__ __align__(1024) u8 raw[];
     const Shared shared{smem_address(raw)};
     shared.prepare();
+    const RaggedGemm gemm{offsets, index, experts, columns, blocks_k};
 
     const u32 warp = warp_index();
-    const u32 rank = CLUSTER > 1 ? cluster_block_rank() : 0;
-    Ring ring;
-
     if (warp < 4) {
-        register_dealloc<40>();
-        if (warp == 0 && elect_one()) {
-            RaggedRows<ROWS, GROUP_M / CLUSTER> tiles(offsets, experts, (columns + BLOCK_N - 1) / BLOCK_N);
-            i32 m, n;
-            for (i32 tile = blockIdx.x / CLUSTER; tiles.find(tile, m, n); tile += gridDim.x / CLUSTER) {
-                const i32 row = tiles.begin + m * ROWS + rank * BLOCK_M, column = n * BLOCK_N;
-                for (i32 block = 0; block < blocks_k; ++block, ring.advance()) {
-                    const u32 full = shared.full(ring.stage), tile_b = shared.tile_b(ring.stage);
-                    const i32 k = block * BLOCK_K;
-                    mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
-                    write_note(shared.note(ring.stage), {row, tiles.end, column, tiles.expert, blocks_k});
-                    mbarrier_arrive_expect_tx(full, STAGE_BYTES);
-                    tma_load(shared.tile_a(ring.stage), &map_a, full, k, row);
-                    constexpr u32 share = BLOCK_N / CLUSTER;  // columns of B that this block loads
-                    const u32 first = rank * share;
-                    if constexpr (B_MN_MAJOR) {
-#pragma unroll
-                        for (u32 slab = 0; slab < share / 64; ++slab) {
-                            const u32 at = tile_b + (first / 64 + slab) * SLAB_BYTES;
-                            const i32 c = column + static_cast<i32>(first + slab * 64);
-                            if constexpr (CLUSTER > 1) {
-                                tma_load_multicast(at, &map_b, full, (1 << CLUSTER) - 1, c, k, tiles.expert);
-                            } else {
-                                tma_load(at, &map_b, full, c, k, tiles.expert);
-                            }
-                        }
-                    } else {
-                        const u32 at = tile_b + first * LINE;
-                        if constexpr (CLUSTER > 1) {
-                            tma_load_multicast(at, &map_b, full, (1 << CLUSTER) - 1, k, column + first, tiles.expert);
-                        } else {
-                            tma_load(at, &map_b, full, k, column + first, tiles.expert);
-                        }
-                    }
-                }
+        register_dealloc<LOAD_REGISTERS>();
+        const auto load_b = [&](u32 tile_b, u32 full, i32 k, const TileNote& note) {
+            if constexpr (B_MN_MAJOR) {
+                load_b_mn_major(tile_b, &map_b, full, k, note.column, note.expert);
+            } else if constexpr (CLUSTER > 1) {
+                const u32 first = cluster_block_rank() * (BLOCK_N / CLUSTER);
+                tma_load_multicast(tile_b + first * LINE, &map_b, full, (1 << CLUSTER) - 1, k, note.column + first, note.expert);
+            } else {
+                tma_load(tile_b, &map_b, full, k, note.column, note.expert);
             }
-            announce_end(shared, ring);
-        }
+        };
+        load_ragged_rows<BLOCK_N>(shared, gemm, &map_a, load_b, [](Ring&, const TileNote&, u32) {});
     } else {
-        register_alloc<232>();
+        register_alloc<MATH_REGISTERS>();
         const u32 group = warp / 4 - 1;
+        Ring ring;
         u32 panel_index = 0;
         float acc[BLOCK_N / 2];
         while (true) {

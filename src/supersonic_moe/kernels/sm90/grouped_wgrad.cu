@@ -1,13 +1,13 @@
-// D[e] = or += A[rows of e]^T * B[rows of e], bf16 operands, bf16 or fp32 output. See grouped_wgrad.py.
+// D[e] = or += A[rows of e]^T * B[rows of e], or its transpose, bf16 operands, bf16 or fp32 output. See grouped_wgrad.py.
 //
 // The contraction runs over the rows of an expert, which are the outer dimension of both operands, so both are MN-major: lines of
 // 64 elements of M or N, one for each row. Roles as in grouped_gemm.cu.
 //
-// Constants: BLOCK_N, STAGES, CLUSTER (blocks along M that share B), GROUP_M, OUTPUT (0: bf16, 1: fp32, 2: fp32 +=).
-#include "mainloop.cuh"
+// Constants: those of mainloop.cuh, TRANSPOSED (D is (E, N, M)), OUTPUT (0: bf16, 1: fp32, 2: fp32 +=).
+#include "load.cuh"
 
 constexpr i32 ROWS = BLOCK_M * CLUSTER;
-constexpr u32 PANEL_COLUMNS = OUTPUT == 0 ? 64 : 32;
+constexpr u32 PANEL_COLUMNS = OUTPUT == 0 ? 64 : 32;  // of the accumulators
 
 // Rows past the expert's end belong to the next one, or to nobody: zero them in both operands (0 * NaN is NaN). Each warpgroup
 // clears its slab of A and half of B's slabs; both meet before either multiplies.
@@ -24,58 +24,134 @@ DEVICE void clear_rows(const Shared& shared, u32 stage, u32 group, u32 valid) {
     named_barrier_sync(3, 256);
 }
 
+// 64 columns of a warpgroup's accumulators as 64 lines of 64 rows, bf16.
+DEVICE void stage_bf16_transposed(float* acc, u32 panel, u32 thread) {
+    const u32 warp = thread % 128 / 32, matrix = thread % 32 / 8;
+#pragma unroll
+    for (u32 part = 0; part < 4; ++part) {  // 16 columns
+        float* d = acc + part * 8;
+        pin_four(d), pin_four(d + 4);
+        const u32 matrices[4] = {pack_bf16(d[0], d[1]), pack_bf16(d[2], d[3]), pack_bf16(d[4], d[5]), pack_bf16(d[6], d[7])};
+        const u32 line = part * 16 + matrix / 2 * 8 + thread % 8, chunk = warp * 2 + matrix % 2;
+        store_matrices<true>(panel + swizzle<LINE>(line * LINE + chunk * 16), matrices);
+    }
+}
+
+// 32 columns as lines of rows, fp32: two blocks of 32 lines, for the first 32 rows and the others. A store instruction of a warp
+// touches four lines at eight neighbouring places, which the swizzle spreads over all banks.
+DEVICE void stage_f32_transposed(const float* acc, u32 panel, u32 thread) {
+    const u32 warp = thread % 128 / 32, block = panel + warp / 2 * (PANEL_BYTES / 2), row = warp % 2 * 16 + thread % 32 / 4;
+#pragma unroll
+    for (u32 i = 0; i < 16; ++i) {
+        const u32 line = i / 4 * 8 + thread % 4 * 2 + i % 2, at = row + i % 4 / 2 * 8;
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(block + swizzle<LINE>(line * LINE + at * 4)), "f"(acc[i]) : "memory");
+    }
+}
+
+// A staged panel to D; (row, column) are those of its first accumulator.
+DEVICE void store_block(const TensorMap* map, u32 panel, i32 column, i32 row, i32 expert) {
+    if constexpr (OUTPUT == 2) {
+        tma_reduce_add(map, panel, column, row, expert);
+    } else {
+        tma_store(map, panel, column, row, expert);
+    }
+}
+DEVICE void store_panel(const TensorMap* map, u32 panel, i32 row, i32 column, i32 expert) {
+    if constexpr (!TRANSPOSED) {
+        store_block(map, panel, column, row, expert);
+    } else {
+        store_block(map, panel, row, column, expert);
+        if constexpr (OUTPUT != 0) store_block(map, panel + PANEL_BYTES / 2, row + 32, column, expert);
+    }
+}
+
+DEVICE void store_index(u32 address, i32 index) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(index) : "memory"); }
+DEVICE void load_four_indices(i32* rows, u32 address) {
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(rows[0]), "=r"(rows[1]), "=r"(rows[2]), "=r"(rows[3]) : "r"(address) : "memory");
+}
+
+constexpr u32 WARP_LINES = BLOCK_K / 4;  // rows of the contraction that a loading warp fetches in a stage, with GATHER
+
+// Loads all tiles of this block: for each, the K blocks of its expert. With GATHER the rows change from block to block: a
+// warp reads their indices one block ahead, one a lane, and its issuing lane picks them up from shared memory.
+DEVICE void load_ragged_depth(const Shared& shared, const TensorMap* map_a, const TensorMap* map_b, const i32* offsets, const i32* index,
+                              i32 experts, i32 blocks_m, i32 blocks_n) {
+    const u32 warp = warp_index();
+    if (warp >= LOAD_WARPS) return;
+    const i32 rank = CLUSTER > 1 ? static_cast<i32>(cluster_block_rank()) : 0;
+    const i32 tiles = experts * blocks_m * blocks_n;
+    Ring ring;
+    for (i32 tile = blockIdx.x / CLUSTER; tile < tiles; tile += gridDim.x / CLUSTER) {
+        const i32 expert = tile / (blocks_m * blocks_n);
+        const i32 begin = offsets[expert], end = offsets[expert + 1];
+        i32 m, n;
+        grouped_order<GROUP_M / CLUSTER>(tile % (blocks_m * blocks_n), blocks_m, blocks_n, m, n);
+        const i32 blocks_k = max((end - begin + static_cast<i32>(BLOCK_K) - 1) / static_cast<i32>(BLOCK_K), 1);  // none: zeros, once
+        const TileNote note{m * ROWS + rank * static_cast<i32>(BLOCK_M), end - begin, n * static_cast<i32>(BLOCK_N), expert, blocks_k};
+        const auto fetch = [&](i32 first) {
+            const i32 row = first + static_cast<i32>(warp * WARP_LINES + lane_index() % WARP_LINES);
+            return GATHER && row < end ? index[row] : -1;
+        };
+        i32 mine = fetch(begin);
+        for (i32 block = 0; block < blocks_k; ++block, ring.advance()) {
+            const u32 full = shared.full(ring.stage), tile_a = shared.tile_a(ring.stage);
+            const i32 k = begin + block * BLOCK_K;
+            if constexpr (GATHER) {
+                if (lane_index() < WARP_LINES) store_index(shared.row_index(warp * WARP_LINES + lane_index()), mine);
+                mine = fetch(k + BLOCK_K);
+                __syncwarp();
+            }
+            mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
+            if (begin == end) {
+                if (warp == 0 && elect_one()) {
+                    write_note(shared.note(ring.stage), note);
+                    mbarrier_arrive(full);
+                }
+                continue;
+            }
+            if (warp == 0 && elect_one()) {
+                write_note(shared.note(ring.stage), note);
+                mbarrier_arrive_expect_tx(full, STAGE_BYTES);
+                if constexpr (!GATHER) {
+                    tma_load(tile_a, map_a, full, note.row, k);
+                    tma_load(tile_a + SLAB_BYTES, map_a, full, note.row + 64, k);
+                }
+                load_b_mn_major(shared.tile_b(ring.stage), map_b, full, k, note.column, 0);
+            }
+            if constexpr (GATHER) {
+                if (elect_one()) {
+                    i32 rows[WARP_LINES];
+#pragma unroll
+                    for (u32 i = 0; i < WARP_LINES; i += 4) load_four_indices(rows + i, shared.row_index(warp * WARP_LINES + i));
+#pragma unroll
+                    for (u32 i = 0; i < WARP_LINES; ++i) {
+                        const u32 line = tile_a + (warp * WARP_LINES + i) * LINE;
+                        tma_load(line, map_a, full, note.row, rows[i]);
+                        tma_load(line + SLAB_BYTES, map_a, full, note.row + 64, rows[i]);
+                    }
+                }
+                __syncwarp();
+            }
+        }
+    }
+    announce_end(shared, ring, warp);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     grouped_wgrad(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
-                  const __grid_constant__ TensorMap map_d, const i32* offsets, const i32 experts, const i32 blocks_m,
-                  const i32 blocks_n) {
+                  const __grid_constant__ TensorMap map_d, const i32* offsets, const i32* index, const i32 experts, const i32 blocks_m, const i32 blocks_n) {
     extern __shared__ __align__(1024) u8 raw[];
     const Shared shared{smem_address(raw)};
     shared.prepare();
 
     const u32 warp = warp_index();
-    const u32 rank = CLUSTER > 1 ? cluster_block_rank() : 0;
-    Ring ring;
-
     if (warp < 4) {
-        register_dealloc<40>();
-        if (warp == 0 && elect_one()) {
-            const i32 tiles = experts * blocks_m * blocks_n;
-            for (i32 tile = blockIdx.x / CLUSTER; tile < tiles; tile += gridDim.x / CLUSTER) {
-                const i32 expert = tile / (blocks_m * blocks_n);
-                const i32 begin = offsets[expert], end = offsets[expert + 1];
-                i32 m, n;
-                grouped_order<GROUP_M / CLUSTER>(tile % (blocks_m * blocks_n), blocks_m, blocks_n, m, n);
-                const i32 row = m * ROWS + rank * BLOCK_M, column = n * BLOCK_N;
-                const i32 blocks_k = max((end - begin + BLOCK_K - 1) / BLOCK_K, 1);  // an empty expert multiplies zeros once
-                for (i32 block = 0; block < blocks_k; ++block, ring.advance()) {
-                    const u32 full = shared.full(ring.stage);
-                    mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
-                    write_note(shared.note(ring.stage), {row, end - begin, column, expert, blocks_k});
-                    if (begin == end) {
-                        mbarrier_arrive(full);
-                        continue;
-                    }
-                    mbarrier_arrive_expect_tx(full, STAGE_BYTES);
-                    const i32 k = begin + block * BLOCK_K;
-#pragma unroll
-                    for (u32 slab = 0; slab < 2; ++slab)
-                        tma_load(shared.tile_a(ring.stage) + slab * SLAB_BYTES, &map_a, full, row + slab * 64, k);
-#pragma unroll
-                    for (u32 i = 0; i < SLABS_N / CLUSTER; ++i) {
-                        const u32 slab = rank * (SLABS_N / CLUSTER) + i, at = shared.tile_b(ring.stage) + slab * SLAB_BYTES;
-                        if constexpr (CLUSTER > 1) {
-                            tma_load_multicast(at, &map_b, full, (1 << CLUSTER) - 1, column + slab * 64, k);
-                        } else {
-                            tma_load(at, &map_b, full, column + slab * 64, k);
-                        }
-                    }
-                }
-            }
-            announce_end(shared, ring);
-        }
+        register_dealloc<LOAD_REGISTERS>();
+        load_ragged_depth(shared, &map_a, &map_b, offsets, index, experts, blocks_m, blocks_n);
     } else {
-        register_alloc<232>();
+        register_alloc<MATH_REGISTERS>();
         const u32 group = warp / 4 - 1;
+        Ring ring;
         u32 panel_index = 0;
         float acc[BLOCK_N / 2];
         while (true) {
@@ -96,19 +172,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
             for (u32 column = 0; column < BLOCK_N; column += PANEL_COLUMNS) {
                 const u32 panel = next_panel(shared, group, panel_index, thread);
+                float* part = acc + column / 2;
                 if constexpr (OUTPUT == 0) {
-                    stage_bf16(acc + column / 2, panel, thread);
+                    TRANSPOSED ? stage_bf16_transposed(part, panel, thread) : stage_bf16(part, panel, thread);
                 } else {
-                    stage_f32(acc + column / 2, panel, thread);
+                    TRANSPOSED ? stage_f32_transposed(part, panel, thread) : stage_f32(part, panel, thread);
                 }
                 finish_panel(group);
                 if (thread % 128 == 0) {
-                    const i32 row = note.row + group * 64;
-                    if constexpr (OUTPUT == 2) {
-                        tma_reduce_add(&map_d, panel, note.column + column, row, note.expert);
-                    } else {
-                        tma_store(&map_d, panel, note.column + column, row, note.expert);
-                    }
+                    store_panel(&map_d, panel, note.row + static_cast<i32>(group * 64), note.column + static_cast<i32>(column), note.expert);
                     tma_commit();
                 }
             }

@@ -1,7 +1,8 @@
 """Grouped GEMM with a ragged contraction on sm_90a: D[e] = or += A[rows of e]ᵀ · B[rows of e], the weight gradient.
 
 Layout (row-major)
-    A (P, M) and B (P, N) bf16, rows sorted by expert; D (E, M, N) bf16, or fp32, which may be accumulated into
+    A (T, M), read through an index of P rows sorted by expert (-1: zeros), or (P, M) as it lies, and B (P, N), bf16; D
+    (E, M, N), or (E, N, M), bf16, or fp32, which may be accumulated into
     (``main_grad``). offsets (E + 1) int32 on the device. An expert without rows gets exact zeros, or is left alone
     when accumulating.
 Tiles
@@ -25,75 +26,80 @@ from supersonic_moe import checks
 from supersonic_moe.jit.launch import I32, PTR, TENSOR_MAP, Kernel
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
-from supersonic_moe.kernels.sm90.grouped_gemm import (
+from supersonic_moe.kernels.sm90.mainloop import (
     BLOCK_K,
     BLOCK_M,
     BLOCK_N,
-    GROUP_M,
-    SMEM_BYTES,
-    STAGES,
-    THREADS,
+    mainloop_spec,
+    map_of_rows,
     multiprocessors,
+    num_rows,
 )
 
+CLUSTER = 2
 BF16, FP32, FP32_ADD = 0, 1, 2  # the kernel's OUTPUT
 _STORE = {BF16: "UTMASTG", FP32: "UTMASTG", FP32_ADD: "UTMAREDG"}
 
 
-def wgrad_spec(*, output: int, cluster: int) -> KernelSpec:
-    return KernelSpec(
-        name="grouped_wgrad",
-        source="grouped_wgrad.cu",
-        constants=(
-            ("BLOCK_N", BLOCK_N),
-            ("STAGES", STAGES),
-            ("CLUSTER", cluster),
-            ("GROUP_M", GROUP_M),
-            ("OUTPUT", output),
-        ),
-        threads=THREADS,
-        smem_bytes=SMEM_BYTES,
-        cluster=cluster,
-        opcodes=("HGMMA", "UTMALDG", _STORE[output], "USETMAXREG"),
-    )
+def wgrad_spec(*, output: int, transposed: bool, gather: bool) -> KernelSpec:
+    constants = (("TRANSPOSED", int(transposed)), ("OUTPUT", output))
+    opcodes = ("HGMMA", "UTMALDG", _STORE[output], "USETMAXREG")
+    return mainloop_spec("grouped_wgrad", cluster=CLUSTER, gather=gather, constants=constants, opcodes=opcodes)
 
 
-SPECS = tuple(wgrad_spec(output=o, cluster=c) for o in (BF16, FP32, FP32_ADD) for c in (1, 2))
+SPECS = tuple(
+    wgrad_spec(output=o, transposed=t, gather=g)
+    for o in (BF16, FP32, FP32_ADD)
+    for t in (False, True)
+    for g in (False, True)
+)
 
 
 @functools.cache
-def _kernel(output: int, cluster: int) -> Kernel:
-    argtypes = (TENSOR_MAP, TENSOR_MAP, TENSOR_MAP, PTR, I32, I32, I32)
-    return Kernel(wgrad_spec(output=output, cluster=cluster), argtypes)
+def _kernel(output: int, transposed: bool, gather: bool) -> Kernel:
+    argtypes = (*[TENSOR_MAP] * 3, PTR, PTR, I32, I32, I32)
+    return Kernel(wgrad_spec(output=output, transposed=transposed, gather=gather), argtypes)
 
 
 def grouped_mm_wgrad(
-    a_PM: Tensor, b_PN: Tensor, expert_offsets: Tensor, out_EMN: Tensor | None = None, *, accumulate: bool = False
+    a_TM: Tensor,
+    b_PN: Tensor,
+    expert_offsets: Tensor,
+    out: Tensor | None = None,
+    *,
+    gather_index: Tensor | None = None,
+    transposed: bool = False,
+    accumulate: bool = False,
 ) -> Tensor:
-    """(E, M, N): bf16, or into ``out_EMN`` (bf16 or fp32; ``accumulate`` adds to an fp32 one)."""
+    """A[rows of e]ᵀ · B[rows of e], (E, M, N), or its transpose (E, N, M): bf16, or into ``out`` (bf16 or fp32;
+    ``accumulate`` adds to an fp32 one). ``gather_index`` (P) names the rows of A.
+    """
     num_experts = expert_offsets.shape[0] - 1
-    (rows, m), n = a_PM.shape, b_PN.shape[1]
-    if accumulate and (out_EMN is None or out_EMN.dtype is not torch.float32):
+    rows, m, n = num_rows(a_TM, gather_index), a_TM.shape[1], b_PN.shape[1]
+    shape = (num_experts, n, m) if transposed else (num_experts, m, n)
+    if accumulate and (out is None or out.dtype is not torch.float32):
         raise TypeError(
-            f"accumulate adds to an fp32 out of shape {(num_experts, m, n)}; got {checks.describe(out_EMN)}. "
+            f"accumulate adds to an fp32 out of shape {shape}; got {checks.describe(out)}. "
             "Pass a float32 buffer, or accumulate=False."
         )
-    if out_EMN is None:
-        out_EMN = a_PM.new_empty(num_experts, m, n)
-    if out_EMN.shape != (num_experts, m, n) or out_EMN.dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(
-            f"out must be bfloat16 or float32 of shape {(num_experts, m, n)}; got {checks.describe(out_EMN)}."
+    if out is None:
+        out = a_TM.new_empty(shape)
+    if out.shape != shape or out.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"out must be bfloat16 or float32 of shape {shape}; got {checks.describe(out)}.")
+    if rows == 0 or a_TM.shape[0] == 0:
+        return out if accumulate else out.zero_()
+    output = BF16 if out.dtype is torch.bfloat16 else FP32_ADD if accumulate else FP32
+    box_d = (1, 64, 64) if output == BF16 else (1, 32, 32) if transposed else (1, 64, 32)
+    with torch.cuda.device(a_TM.device):
+        _kernel(output, transposed, gather_index is not None).launch(
+            (multiprocessors(a_TM.device.index) // CLUSTER * CLUSTER, 1, 1),
+            map_of_rows(a_TM, gather_index, box=(BLOCK_K, 64)),
+            tensor_map(b_PN[None], box=(1, BLOCK_K, 64)),
+            tensor_map(out, box=box_d),
+            expert_offsets,
+            gather_index,
+            num_experts,
+            -(-m // (BLOCK_M * CLUSTER)),
+            -(-n // BLOCK_N),
         )
-    if rows == 0:
-        return out_EMN if accumulate else out_EMN.zero_()
-    output = BF16 if out_EMN.dtype is torch.bfloat16 else FP32_ADD if accumulate else FP32
-    cluster = 2 if m > BLOCK_M else 1
-    map_a, map_b = tensor_map(a_PM, box=(BLOCK_K, 64)), tensor_map(b_PN, box=(BLOCK_K, 64))
-    map_d = tensor_map(out_EMN, box=(1, 64, 64 if output == BF16 else 32))
-    with torch.cuda.device(a_PM.device):
-        grid = multiprocessors(a_PM.device.index) // cluster * cluster
-        blocks_m, blocks_n = -(-m // (BLOCK_M * cluster)), -(-n // BLOCK_N)
-        _kernel(output, cluster).launch(
-            (grid, 1, 1), map_a, map_b, map_d, expert_offsets, num_experts, blocks_m, blocks_n
-        )
-    return out_EMN
+    return out

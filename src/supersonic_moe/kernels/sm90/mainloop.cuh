@@ -3,6 +3,9 @@
 // Two math warpgroups own 64 rows each and share B, so an instruction is m64 n256 k16: 2 KB of A and 8 KB of B from shared memory
 // for 0.5 MFLOP, the widest there is. With a cluster of two blocks that work on neighbouring row blocks of one expert, each
 // block loads half of B for both: a third less L2 traffic.
+//
+// Constants of every kernel built on it: BLOCK_N, STAGES, CLUSTER (blocks along M that share B), GROUP_M (row blocks walked before
+// the next column), GATHER (rows of A come through an index, see load.cuh).
 #pragma once
 #include "barrier.cuh"
 #include "copy.cuh"
@@ -20,8 +23,10 @@ constexpr u32 STAGE_BYTES = BYTES_A + BYTES_B;
 constexpr u32 PANEL_BYTES = 64 * LINE;                 // output staging: 64 rows of one line
 constexpr u32 PANELS = 2;                              // per math warpgroup: one is written while the other is stored
 constexpr u32 MATH_WARPS = 8, THREADS = 384;
+// Registers of a loading and of a math thread: 128 and 256 of them share 64 K.
+constexpr u32 LOAD_REGISTERS = 56, MATH_REGISTERS = 224;
 
-// Shared memory, from its base: stages | panels of the two warpgroups | notes | full barriers | empty barriers.
+// Shared memory, from its base: stages | panels of the two warpgroups | notes | full barriers | empty barriers | 64 row indices.
 struct Shared {
     u32 base;
     DEVICE u32 tile_a(u32 stage) const { return base + stage * STAGE_BYTES; }
@@ -30,6 +35,7 @@ struct Shared {
     DEVICE u32 note(u32 stage) const { return base + STAGES * STAGE_BYTES + 2 * PANELS * PANEL_BYTES + stage * NOTE_BYTES; }
     DEVICE u32 full(u32 stage) const { return note(STAGES) + 8 * stage; }
     DEVICE u32 empty(u32 stage) const { return full(STAGES) + 8 * stage; }
+    DEVICE u32 row_index(u32 row) const { return empty(STAGES) + 4 * row; }
 
     // Barriers of the ring, ready for the whole cluster on return.
     DEVICE void prepare() const {
@@ -58,13 +64,6 @@ struct Shared {
 };
 
 using Ring = RingCursor<STAGES>;
-
-// The loading thread's last word: one more stage, empty, whose note says that no tile follows.
-DEVICE void announce_end(const Shared& shared, const Ring& ring) {
-    mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
-    write_note(shared.note(ring.stage), {TileNote::STOP_ROW, 0, 0, 0, 0});
-    mbarrier_arrive(shared.full(ring.stage));
-}
 
 // acc (+)= 64 rows of A times B over one stage. The stage index passes through a shuffle, because the descriptors have to be in
 // uniform registers and the compiler cannot see that all lanes agree on it.
@@ -148,11 +147,12 @@ struct Rows {
     i32 columns;
 };
 
-// Lines of a staged panel that lie inside the expert, 16 bytes a thread.
+// Of `Lines` lines of a staged panel those that lie inside the expert, by `Threads` threads, 16 bytes each at a time.
+template <u32 Threads = 128, u32 Lines = 64>
 DEVICE void store_tail(const Rows& out, u32 panel, i32 row, i32 rows, i32 column, u32 thread) {
 #pragma unroll
-    for (u32 part = 0; part < 4; ++part) {
-        const u32 unit = part * 128 + thread % 128, line = unit / 8, chunk = unit % 8;
+    for (u32 part = 0; part < Lines * 8 / Threads; ++part) {
+        const u32 unit = part * Threads + thread % Threads, line = unit / 8, chunk = unit % 8;
         if (static_cast<i32>(line) < rows && column + static_cast<i32>(chunk) * 8 < out.columns) {
             u32 v[4];
             asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"

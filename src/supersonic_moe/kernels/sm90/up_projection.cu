@@ -4,26 +4,11 @@
 // A tile is 128 rows x 128 activations. Its B is 128 gate rows and 128 up rows of W1, so gate and up of an activation sit in one
 // thread at the same place of the two halves of its accumulators, whatever the order in which the weight stores them.
 //
-// Constants: BLOCK_N (256), STAGES, CLUSTER (blocks along M that share B), GROUP_M, ACTIVATION, INTERLEAVED (columns of H: gate
-// and up alternate), SAVE_H, BIAS.
+// Constants: those of mainloop.cuh, ACTIVATION, INTERLEAVED (columns of H: gate and up alternate).
 #include "activation.cuh"
-#include "mainloop.cuh"
+#include "load.cuh"
 
-constexpr i32 ROWS = BLOCK_M * CLUSTER;
 constexpr u32 WIDTH = BLOCK_N / 2;  // activations of a tile
-
-// Bias of activations `column` and `column` + 1 of an expert whose biases start at `bias`; zeros past the width.
-DEVICE void load_bias(const u16* bias, i32 column, i32 width, i32 gate_base, i32 up_base, float (&gate)[2], float (&up)[2]) {
-    u32 first = 0, second = 0;
-    if (column < width) {  // both or none: the width is a multiple of 8
-        const u16* at = INTERLEAVED ? bias + 2 * column : bias + gate_base + column;
-        first = *reinterpret_cast<const u32*>(at);
-        second = *reinterpret_cast<const u32*>(INTERLEAVED ? at + 2 : bias + up_base + column);
-    }
-    gate[0] = bf16_low(first), up[1] = bf16_high(second);
-    gate[1] = INTERLEAVED ? bf16_low(second) : bf16_high(first);
-    up[0] = INTERLEAVED ? bf16_high(first) : bf16_low(second);
-}
 
 // 32 activations' worth of gate and up, alternating, rounded to bf16, into a panel of 64 columns of H.
 DEVICE void stage_interleaved(float* gate, float* up, u32 panel, u32 thread) {
@@ -44,46 +29,33 @@ DEVICE void stage_interleaved(float* gate, float* up, u32 panel, u32 thread) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     up_projection(const __grid_constant__ TensorMap map_x, const __grid_constant__ TensorMap map_w,
-                  const __grid_constant__ TensorMap map_h, const __grid_constant__ TensorMap map_a, const i32* offsets,
-                  const i32 experts, const i32 width, const i32 blocks_k, u8* h, u8* a, const u16* b1, const i32 gate_base,
-                  const i32 up_base, const float alpha, const float limit, const float up_offset) {
+                  const __grid_constant__ TensorMap map_h, const __grid_constant__ TensorMap map_a, const i32* offsets, const i32* index, const i32 experts, const i32 width,
+                  const i32 blocks_k, u8* h, u8* a, const u16* b1, const i32 gate_base, const i32 up_base,
+                  const float alpha, const float limit, const float up_offset) {
     extern __shared__ __align__(1024) u8 raw[];
     const Shared shared{smem_address(raw)};
     shared.prepare();
+    const RaggedGemm gemm{offsets, index, experts, width, blocks_k};
 
     const u32 warp = warp_index();
-    const u32 rank = CLUSTER > 1 ? cluster_block_rank() : 0;
-    Ring ring;
-
     if (warp < 4) {
-        register_dealloc<40>();
-        if (warp == 0 && elect_one()) {
-            RaggedRows<ROWS, GROUP_M / CLUSTER> tiles(offsets, experts, (width + static_cast<i32>(WIDTH) - 1) / static_cast<i32>(WIDTH));
+        register_dealloc<LOAD_REGISTERS>();
+        const auto load_b = [&](u32 tile_b, u32 full, i32 k, const TileNote& note) {
             const i32 gate_half = gate_base != 0;  // [up; gate]: the second half of the weight's rows
-            i32 m, n;
-            for (i32 tile = blockIdx.x / CLUSTER; tiles.find(tile, m, n); tile += gridDim.x / CLUSTER) {
-                const i32 row = tiles.begin + m * ROWS + rank * BLOCK_M, column = n * WIDTH;
-                for (i32 block = 0; block < blocks_k; ++block, ring.advance()) {
-                    const u32 full = shared.full(ring.stage), tile_b = shared.tile_b(ring.stage);
-                    const i32 k = block * BLOCK_K;
-                    mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
-                    write_note(shared.note(ring.stage), {row, tiles.end, column, tiles.expert, blocks_k});
-                    mbarrier_arrive_expect_tx(full, STAGE_BYTES);
-                    tma_load(shared.tile_a(ring.stage), &map_x, full, k, row);
-                    if constexpr (CLUSTER > 1) {  // this block loads the gate half (rank 0) or the up half for both
-                        tma_load_multicast(tile_b + rank * (BYTES_B / 2), &map_w, full, (1 << CLUSTER) - 1, k, column,
-                                           static_cast<i32>(rank) ^ gate_half, tiles.expert);
-                    } else {
-                        tma_load(tile_b, &map_w, full, k, column, gate_half, tiles.expert);
-                        tma_load(tile_b + BYTES_B / 2, &map_w, full, k, column, 1 - gate_half, tiles.expert);
-                    }
-                }
+            if constexpr (CLUSTER > 1) {  // this block loads the gate half (rank 0) or the up half for both
+                const u32 rank = cluster_block_rank();
+                tma_load_multicast(tile_b + rank * (BYTES_B / 2), &map_w, full, (1 << CLUSTER) - 1, k, note.column,
+                                   static_cast<i32>(rank) ^ gate_half, note.expert);
+            } else {
+                tma_load(tile_b, &map_w, full, k, note.column, gate_half, note.expert);
+                tma_load(tile_b + BYTES_B / 2, &map_w, full, k, note.column, 1 - gate_half, note.expert);
             }
-            announce_end(shared, ring);
-        }
+        };
+        load_ragged_rows<WIDTH>(shared, gemm, &map_x, load_b, [](Ring&, const TileNote&, u32) {});
     } else {
-        register_alloc<232>();
+        register_alloc<MATH_REGISTERS>();
         const u32 group = warp / 4 - 1;
+        Ring ring;
         u32 panel_index = 0;
         float acc[BLOCK_N / 2];
         while (true) {
@@ -97,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             const i32 row = note.row + static_cast<i32>(group * 64), rows = note.row_end - row;
             if (rows <= 0) continue;
             float *gate = acc, *up = acc + WIDTH / 2;
-            if constexpr (SAVE_H) {
+            if (h != nullptr) {
 #pragma unroll
                 for (u32 i = 0; i < 4; ++i) {
                     const u32 thread = fresh_thread_index();
@@ -121,7 +93,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     if (thread % 128 == 0) tma_commit();
                 }
             }
-            if constexpr (BIAS) {
+            const ActivationConstants constants{alpha, limit, up_offset};
+            if (b1 != nullptr) {
                 const u16* bias = b1 + static_cast<i64>(note.expert) * 2 * width;
                 const i32 first = note.column + static_cast<i32>(fresh_thread_index() % 4 * 2);
 #pragma unroll
@@ -133,7 +106,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     for (u32 j = 0; j < 4; ++j) gate[i + j] += g[j % 2], up[i + j] += u[j % 2];  // rows r and r + 8
                 }
             }
-            const ActivationConstants constants{alpha, limit, up_offset};
 #pragma unroll
             for (u32 i = 0; i < WIDTH / 2; i += 4) {
                 pin_four(gate + i), pin_four(up + i);

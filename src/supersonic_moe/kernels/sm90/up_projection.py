@@ -1,9 +1,10 @@
 """Up-projection and gated activation in one kernel on sm_90a: H[r] = X[r] · W1[expert of r]ᵀ, A[r] = act(H[r] + b1).
 
 Layout (row-major)
-    X (P, H) bf16, rows sorted by expert. W1 (E, 2I, H), H contiguous, gate and up rows in any of the three orders:
-    the order is nothing but strides of a tensor map that sees W1 as (E, 2, I, H). H (P, 2I) in the column order of the
-    weight, stored for backward only, without the bias. A (P, I).
+    X (T, H) bf16, read through an index of P rows sorted by expert (-1: zeros), or (P, H) as it lies. W1 (E, 2I, H), H
+    contiguous, gate and up rows in any of the three orders: the order is nothing but strides of a tensor map that sees
+    W1 as (E, 2, I, H). H (P, 2I) in the column order of the weight, stored for backward only, without the bias. A (P,
+    I).
 Tiles
     128 rows × 128 activations; B is 128 gate rows and 128 up rows, so both halves of an activation are accumulators of
     one thread. Ring, cluster, scheduler and ragged last tiles as in grouped_gemm.py.
@@ -28,66 +29,49 @@ from supersonic_moe.jit.launch import F32, I32, PTR, TENSOR_MAP, Kernel
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
 from supersonic_moe.kernels.compose import compose_up_projection
-from supersonic_moe.kernels.sm90.grouped_gemm import (
+from supersonic_moe.kernels.sm90.grouped_gemm import grouped_mm
+from supersonic_moe.kernels.sm90.mainloop import (
     BLOCK_K,
     BLOCK_M,
     BLOCK_N,
-    GROUP_M,
     OPCODES,
-    SMEM_BYTES,
-    STAGES,
-    THREADS,
     cluster_size,
-    grouped_mm,
+    mainloop_spec,
+    map_of_rows,
     multiprocessors,
+    num_rows,
 )
 from supersonic_moe.kernels.triton import activation_forward
 
 KINDS = {ActivationType.SWIGLU: 0, ActivationType.GEGLU: 1, ActivationType.REGLU: 2}  # the kernel's ACTIVATION
 
 
-def up_spec(kind: int, *, interleaved: bool, save: bool, bias: bool, cluster: int) -> KernelSpec:
-    return KernelSpec(
-        name="up_projection",
-        source="up_projection.cu",
-        constants=(
-            ("BLOCK_N", BLOCK_N),
-            ("STAGES", STAGES),
-            ("CLUSTER", cluster),
-            ("GROUP_M", GROUP_M),
-            ("ACTIVATION", kind),
-            ("INTERLEAVED", int(interleaved)),
-            ("SAVE_H", int(save)),
-            ("BIAS", int(bias)),
-        ),
-        threads=THREADS,
-        smem_bytes=SMEM_BYTES,
-        cluster=cluster,
-        opcodes=OPCODES,
-    )
+def up_spec(kind: int, *, interleaved: bool, gather: bool, cluster: int) -> KernelSpec:
+    constants = (("ACTIVATION", kind), ("INTERLEAVED", int(interleaved)))
+    return mainloop_spec("up_projection", cluster=cluster, gather=gather, constants=constants, opcodes=OPCODES)
 
 
 SPECS = tuple(
-    up_spec(kind, interleaved=i, save=s, bias=b, cluster=c)
+    up_spec(kind, interleaved=i, gather=g, cluster=c)
     for kind in KINDS.values()
     for i in (False, True)
-    for s in (False, True)
-    for b in (False, True)
+    for g in (False, True)
     for c in (1, 2)
 )
 
 
 @functools.cache
-def _kernel(kind: int, interleaved: bool, save: bool, bias: bool, cluster: int) -> Kernel:
-    spec = up_spec(kind, interleaved=interleaved, save=save, bias=bias, cluster=cluster)
-    return Kernel(spec, (*[TENSOR_MAP] * 4, PTR, I32, I32, I32, *[PTR] * 3, I32, I32, F32, F32, F32))
+def _kernel(kind: int, interleaved: bool, gather: bool, cluster: int) -> Kernel:
+    spec = up_spec(kind, interleaved=interleaved, gather=gather, cluster=cluster)
+    return Kernel(spec, (*[TENSOR_MAP] * 4, PTR, PTR, I32, I32, I32, *[PTR] * 3, I32, I32, F32, F32, F32))
 
 
 _unfused = compose_up_projection(grouped_mm, activation_forward)
 
 
 def up_projection(
-    x_PH: Tensor,
+    x_TH: Tensor,
+    gather_index: Tensor | None,
     w1_ENH: Tensor,
     b1_EN: Tensor | None,
     expert_offsets: Tensor,
@@ -100,29 +84,28 @@ def up_projection(
     H outermost take the grouped GEMM and the activation pass instead.
     """
     if not activation.gated or w1_ENH.stride(2) != 1:
-        return _unfused(x_PH, w1_ENH, b1_EN, expert_offsets, row_expert_P, activation, layout, save)
+        return _unfused(x_TH, gather_index, w1_ENH, b1_EN, expert_offsets, row_expert_P, activation, layout, save)
     num_experts, n1, hidden = w1_ENH.shape
-    rows, width = x_PH.shape[0], n1 // 2
-    h_PN = x_PH.new_empty(rows if save else 0, n1)
-    a_PI = x_PH.new_empty(rows, width)
+    rows, width = num_rows(x_TH, gather_index), n1 // 2
+    h_PN = x_TH.new_empty(rows if save else 0, n1)
+    a_PI = x_TH.new_empty(rows, width)
     if rows == 0:
         return h_PN, a_PI
     interleaved = layout is GateUpLayout.INTERLEAVED
-    gate_base, up_base = {GateUpLayout.INTERLEAVED: (0, 1), GateUpLayout.GATE_UP: (0, width)}.get(layout, (width, 0))
+    gate_base, up_base = half_bases(layout, width)
     cluster = cluster_size(rows, num_experts)
-    map_x = tensor_map(x_PH, box=(BLOCK_M, BLOCK_K))
     map_a = tensor_map(a_PI, box=(64, 64))
-    map_h = _map_h(h_PN, interleaved, width) if save else map_a
-    limit = math.inf if activation.limit is None else activation.limit
-    with torch.cuda.device(x_PH.device):
-        grid = multiprocessors(x_PH.device.index) // cluster * cluster
-        _kernel(KINDS[activation.type], interleaved, save, b1_EN is not None, cluster).launch(
+    map_h = map_of_halves(h_PN, interleaved, rows=64) if save else map_a
+    with torch.cuda.device(x_TH.device):
+        grid = multiprocessors(x_TH.device.index) // cluster * cluster
+        _kernel(KINDS[activation.type], interleaved, gather_index is not None, cluster).launch(
             (grid, 1, 1),
-            map_x,
+            map_of_rows(x_TH, gather_index, box=(BLOCK_M, BLOCK_K)),
             _map_w(w1_ENH, interleaved, width),
             map_h,
             map_a,
             expert_offsets,
+            gather_index,
             num_experts,
             width,
             -(-hidden // BLOCK_K),
@@ -131,9 +114,7 @@ def up_projection(
             None if b1_EN is None else b1_EN.contiguous(),
             gate_base,
             up_base,
-            activation.alpha,
-            limit,
-            activation.up_offset,
+            *activation_constants(activation),
         )
     return h_PN, a_PI
 
@@ -151,8 +132,19 @@ def _map_w(w1_ENH: Tensor, interleaved: bool, width: int) -> TensorMap:
     )
 
 
-def _map_h(h_PN: Tensor, interleaved: bool, width: int) -> TensorMap:
-    """H as (P, 1, 2I) or (P, 2, I): a store never crosses from one half into the other."""
+def map_of_halves(h_PN: Tensor, interleaved: bool, *, rows: int) -> TensorMap:
+    """H as (P, 1, 2I) or (P, 2, I), in boxes of 64 columns: none crosses from one half into the other."""
     halves = 1 if interleaved else 2
     view = h_PN.view(h_PN.shape[0], halves, h_PN.shape[1] // halves)
-    return tensor_map(view, box=(64, 1, 64))
+    return tensor_map(view, box=(rows, 1, 64))
+
+
+def half_bases(layout: GateUpLayout, width: int) -> tuple[int, int]:
+    """First columns of gate and up in a row of H."""
+    bases = {GateUpLayout.INTERLEAVED: (0, 1), GateUpLayout.GATE_UP: (0, width), GateUpLayout.UP_GATE: (width, 0)}
+    return bases[layout]
+
+
+def activation_constants(activation: Activation) -> tuple[float, float, float]:
+    """ActivationConstants of activation.cuh."""
+    return activation.alpha, math.inf if activation.limit is None else activation.limit, activation.up_offset

@@ -7,7 +7,7 @@ a CUDA graph. Without a GPU the same code runs in Triton's interpreter (``TRITON
 imported).
 """
 
-from supersonic_moe.kernels.compose import compose_up_projection
+from supersonic_moe.kernels.compose import compose_down_backward, compose_up_projection
 from supersonic_moe.kernels.triton.activation import activation_backward, activation_forward
 from supersonic_moe.kernels.triton.bias_gradient import segment_sum
 from supersonic_moe.kernels.triton.gather_rows import gather_rows
@@ -18,11 +18,13 @@ from supersonic_moe.kernels.triton.router import route_backward, route_forward
 from supersonic_moe.kernels.triton.score_gradient import row_dot
 
 up_projection = compose_up_projection(grouped_mm, activation_forward)
+down_backward = compose_down_backward(grouped_mm, activation_backward)
 
 __all__ = [
     "activation_backward",
     "activation_forward",
     "build_plan",
+    "down_backward",
     "gather_rows",
     "gather_sum",
     "grouped_mm",

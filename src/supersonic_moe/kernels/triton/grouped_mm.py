@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from supersonic_moe.kernels.triton.gather_rows import gather_rows
+
 PROGRAMS_PER_EXPERT = 16  # they share the zeroing of one expert, so that E = 8 still fills the memory system
 BLOCK = 4096
 
@@ -33,19 +35,31 @@ def _zero_empty_experts_kernel(out_ptr, expert_offsets_ptr, MN: tl.constexpr, BL
         block += tl.num_programs(1)
 
 
-def grouped_mm(a_PK: Tensor, b_EKN: Tensor, expert_offsets: Tensor) -> Tensor:
-    """(P, N): rows of expert e are a[rows] @ b[e]; dead rows are undefined. ``b`` may be a transposed view."""
+def grouped_mm(a_TK: Tensor, b_EKN: Tensor, expert_offsets: Tensor, *, gather_index: Tensor | None = None) -> Tensor:
+    """(P, N): rows of expert e are a[rows] @ b[e]; dead rows are undefined. ``b`` may be a transposed view;
+    ``gather_index`` (P) names the rows of a, which are copied first.
+    """
+    a_PK = a_TK if gather_index is None else gather_rows(a_TK, gather_index)
     if a_PK.shape[0] == 0:
         return a_PK.new_empty(0, b_EKN.shape[2])
     return torch.nn.functional.grouped_mm(a_PK, b_EKN, offs=expert_offsets[1:])
 
 
-def grouped_mm_wgrad(a_PM: Tensor, b_PN: Tensor, expert_offsets: Tensor) -> Tensor:
-    """(E, M, N): a[rows of e].T @ b[rows of e]; exact zeros for an expert without rows."""
-    num_experts, m, n = expert_offsets.shape[0] - 1, a_PM.shape[1], b_PN.shape[1]
-    if a_PM.shape[0] == 0:
-        return a_PM.new_zeros(num_experts, m, n)
-    out_EMN = torch.nn.functional.grouped_mm(a_PM.t(), b_PN, offs=expert_offsets[1:])
+def grouped_mm_wgrad(
+    a_TM: Tensor,
+    b_PN: Tensor,
+    expert_offsets: Tensor,
+    *,
+    gather_index: Tensor | None = None,
+    transposed: bool = False,
+) -> Tensor:
+    """(E, M, N): a[rows of e].T @ b[rows of e], or its transpose (E, N, M); exact zeros for an expert without rows."""
+    a_PM = a_TM if gather_index is None else gather_rows(a_TM, gather_index)
+    left, right = (b_PN, a_PM) if transposed else (a_PM, b_PN)
+    num_experts, m, n = expert_offsets.shape[0] - 1, left.shape[1], right.shape[1]
+    if left.shape[0] == 0:
+        return left.new_zeros(num_experts, m, n)
+    out_EMN = torch.nn.functional.grouped_mm(left.t(), right, offs=expert_offsets[1:])
     with torch.cuda.device_of(out_EMN):
         _zero_empty_experts_kernel[(num_experts, PROGRAMS_PER_EXPERT)](out_EMN, expert_offsets, m * n, BLOCK)
     return out_EMN
