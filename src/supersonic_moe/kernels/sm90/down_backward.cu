@@ -9,9 +9,7 @@
 #include "activation.cuh"
 #include "load.cuh"
 
-constexpr u32 CHUNK = 64;                    // activations of a stage of H
-constexpr u32 WARP_ROWS = 16;
-constexpr u32 HALF_BYTES = BLOCK_M * LINE;   // gate, up, or s A of a stage
+constexpr u32 CHUNK = 64;  // activations of a stage of H: a room of gate, one of up, one for s A
 
 struct RowPair {  // what one thread knows of its rows r and r + 8
     float score[2];
@@ -46,7 +44,7 @@ DEVICE void backward_eight(const float* d, u32 (&gate)[4], u32 (&up)[4], u32 (&s
 DEVICE u32 pair_address(u32 stage_tile, u32 row, u32 part, u32 i, u32 lane) {
     const u32 column = part * 16 + i / 2 * 8 + lane % 4 * 2;  // activation, 0..63: the second 32 live in up's room
     const u32 line = row + i % 2 * 8;
-    return stage_tile + column / 32 * HALF_BYTES + swizzle<LINE>(line * LINE + column % 32 * 4);
+    return stage_tile + column / 32 * ROOM_BYTES + swizzle<LINE>(line * LINE + column % 32 * 4);
 }
 DEVICE void load_pairs(u32 tile, u32 row, u32 part, u32 lane, u32 (&gate)[4], u32 (&up)[4]) {
 #pragma unroll
@@ -62,15 +60,6 @@ DEVICE void store_pairs(u32 tile, u32 row, u32 part, u32 lane, const u32 (&gate)
         asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(pair_address(tile, row, part, i, lane)),
                      "r"(__byte_perm(gate[i], up[i], 0x5410)), "r"(__byte_perm(gate[i], up[i], 0x7632))
                      : "memory");
-}
-
-// 16 lines of a panel from (row, column) on: by TMA where all rows are the expert's, else line by line. `half` is 0 for a matrix.
-DEVICE void store_lines(const TensorMap* map, const Rows& out, u32 lines, i32 row, i32 rows, i32 column, i32 half, u32 lane) {
-    if (rows >= static_cast<i32>(WARP_ROWS)) {
-        if (lane == 0) tma_store(map, lines, column, half, row);
-    } else {
-        store_tail<32, WARP_ROWS>(out, lines, row, rows, column, lane);
-    }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -96,10 +85,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
                 if (loader == 0 && elect_one()) {
                     write_note(shared.note(ring.stage), note);
-                    mbarrier_arrive_expect_tx(full, 2 * HALF_BYTES);
+                    mbarrier_arrive_expect_tx(full, 2 * ROOM_BYTES);
                     const i32 first = INTERLEAVED ? 2 * column : column, second = INTERLEAVED ? first + 64 : column;
                     tma_load(shared.tile_a(ring.stage), &map_h, full, first, INTERLEAVED ? 0 : gate_half, note.row);
-                    tma_load(shared.tile_a(ring.stage) + HALF_BYTES, &map_h, full, second, up_half, note.row);
+                    tma_load(shared.tile_a(ring.stage) + ROOM_BYTES, &map_h, full, second, up_half, note.row);
                 }
             }
         };
@@ -109,16 +98,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const u32 group = warp / 4 - 1;
         const ActivationConstants constants{alpha, limit, up_offset};
         Ring ring;
+        Lent lent;
         float acc[BLOCK_N / 2];
         while (true) {
-            mbarrier_wait(shared.full(ring.stage), ring.phase);
-            if (__shfl_sync(0xffffffffu, read_note(shared.note(ring.stage)).row, 0) == TileNote::STOP_ROW) break;
-            const u32 last = multiply_tile<Major::K, Major::MN>(acc, shared, ring, group, blocks_k, [](u32) {});
+            const TileNote first = await_tile(shared, ring);
+            if (first.row == TileNote::STOP_ROW) break;
+            if (first.row + static_cast<i32>(group * GROUP_LINES) >= first.row_end) {
+                lent.give_back(shared);
+                skip_stages(shared, ring, blocks_k + (min(static_cast<i32>(BLOCK_N), width - first.column) + static_cast<i32>(CHUNK) - 1) / static_cast<i32>(CHUNK));
+                continue;
+            }
+            const u32 last = multiply_tile<Major::K, Major::MN>(
+                acc, shared, ring, group, blocks_k, [&] { lent.give_back(shared); }, [](u32) {});
             const TileNote note = read_note(shared.note(last));
             __syncwarp();
             shared.release(last);
 
-            const u32 lane = fresh_thread_index() % 32, line = group * 64 + fresh_thread_index() % 128 / 32 * WARP_ROWS;
+            const u32 lane = fresh_thread_index() % 32, line = first_line(group, fresh_thread_index());
             const i32 row = note.row + static_cast<i32>(line), rows = note.row_end - row;
             RowPair pair{{0.0f, 0.0f}, {0.0f, 0.0f}};
 #pragma unroll
@@ -126,13 +122,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 const i32 at = static_cast<i32>(lane / 4) + 8 * i;
                 if (at < rows) pair.score[i] = scores[row + at];
             }
-            u32 previous = STAGES;
 #pragma unroll
             for (u32 chunk = 0; chunk < BLOCK_N / CHUNK; ++chunk) {
                 const i32 column = note.column + static_cast<i32>(chunk * CHUNK);
                 if (column >= width) break;
-                const u32 tile = shared.tile_a(ring.stage), scaled_tile = tile + 2 * HALF_BYTES;
-                mbarrier_wait(shared.full(ring.stage), ring.phase);
+                if (chunk == 2) lent.give_back(shared);  // the first two, for the next tile's operands
+                const u32 tile = lent.borrow(shared, ring), scaled_tile = tile + 2 * ROOM_BYTES;
                 if (rows > 0) {
 #pragma unroll
                     for (u32 part = 0; part < 4; ++part) {  // 16 activations
@@ -152,14 +147,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                             load_pairs(tile, line + lane / 4, part, lane, gate, up);
                         } else {
                             load_matrices(gate, tile + at);
-                            load_matrices(up, tile + HALF_BYTES + at);
+                            load_matrices(up, tile + ROOM_BYTES + at);
                         }
                         backward_eight(d, gate, up, scaled, pair, bias_gate, bias_up, constants);
                         if constexpr (INTERLEAVED) {
                             store_pairs(tile, line + lane / 4, part, lane, gate, up);
                         } else {
                             store_matrices(tile + at, gate);
-                            store_matrices(tile + HALF_BYTES + at, up);
+                            store_matrices(tile + ROOM_BYTES + at, up);
                         }
                         store_matrices(scaled_tile + at, scaled);
                     }
@@ -171,21 +166,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     const i32 first = INTERLEAVED ? 2 * column : column, second = INTERLEAVED ? first + 64 : column;
                     const u32 lines = tile + line * LINE;
                     store_lines(&map_dh, out_gate, lines, row, rows, first, INTERLEAVED ? 0 : gate_half, lane);
-                    store_lines(&map_dh, out_up, lines + HALF_BYTES, row, rows, second, up_half, lane);
-                    store_lines(&map_as, {as, static_cast<i64>(width) * 2, width}, lines + 2 * HALF_BYTES, row, rows, column, 0, lane);
+                    store_lines(&map_dh, out_up, lines + ROOM_BYTES, row, rows, second, up_half, lane);
+                    store_lines(&map_as, {as, static_cast<i64>(width) * 2, width}, lines + 2 * ROOM_BYTES, row, rows, column, 0, lane);
                     if (lane == 0) tma_commit();
                 }
-                if (previous < STAGES) {
-                    tma_wait_read<1>();
-                    __syncwarp();
-                    shared.release(previous);
-                }
-                previous = ring.stage;
-                ring.advance();
             }
-            tma_wait_read<0>();
-            __syncwarp();
-            shared.release(previous);
 #pragma unroll
             for (i32 i = 0; i < 2; ++i) {  // the four lanes of a row, then one partial sum for each block of columns
                 float sum = pair.dscore[i];
@@ -195,6 +180,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 if (lane % 4 == 0 && at < rows) dscores[static_cast<i64>(note.column / static_cast<i32>(BLOCK_N)) * rows_allocated + row + at] = sum;
             }
         }
+        tma_wait_read<0>();
     }
     if constexpr (CLUSTER > 1) cluster_sync();
 }

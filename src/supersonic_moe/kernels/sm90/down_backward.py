@@ -37,6 +37,7 @@ from supersonic_moe.kernels.sm90.mainloop import (
     BLOCK_M,
     BLOCK_N,
     OPCODES,
+    WARP_ROWS,
     cluster_size,
     mainloop_spec,
     map_of_rows,
@@ -45,8 +46,6 @@ from supersonic_moe.kernels.sm90.mainloop import (
 )
 from supersonic_moe.kernels.sm90.up_projection import KINDS, activation_constants, half_bases, map_of_halves
 from supersonic_moe.kernels.triton import activation_backward
-
-WARP_ROWS = 16
 
 
 def down_backward_spec(kind: int, *, interleaved: bool, gather: bool, cluster: int) -> KernelSpec:

@@ -6,6 +6,8 @@
 // Constants: those of mainloop.cuh, and B_MN_MAJOR.
 #include "load.cuh"
 
+constexpr u32 LENT_STAGES = 2;  // two rooms of 64 columns each
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     grouped_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
                  const __grid_constant__ TensorMap map_d, const i32* offsets, const i32* index, const i32 experts, const i32 columns,
@@ -28,34 +30,47 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 tma_load(tile_b, &map_b, full, k, note.column, note.expert);
             }
         };
-        load_ragged_rows<BLOCK_N>(shared, gemm, &map_a, load_b, [](Ring&, const TileNote&, u32) {});
+        load_ragged_rows<BLOCK_N>(shared, gemm, &map_a, load_b, [&](Ring& ring, const TileNote&, u32 loader) { lend_stages(shared, ring, LENT_STAGES, loader); });
     } else {
         register_alloc<MATH_REGISTERS>();
         const u32 group = warp / 4 - 1;
         Ring ring;
-        u32 panel_index = 0;
+        Lent lent;
         float acc[BLOCK_N / 2];
         while (true) {
-            mbarrier_wait(shared.full(ring.stage), ring.phase);
-            if (__shfl_sync(0xffffffffu, read_note(shared.note(ring.stage)).row, 0) == TileNote::STOP_ROW) break;
+            const TileNote first = await_tile(shared, ring);
+            if (first.row == TileNote::STOP_ROW) break;
+            if (first.row + static_cast<i32>(group * GROUP_LINES) >= first.row_end) {
+                lent.give_back(shared);
+                skip_stages(shared, ring, blocks_k + static_cast<i32>(LENT_STAGES));
+                continue;
+            }
             constexpr Major major_b = B_MN_MAJOR ? Major::MN : Major::K;
-            const u32 last = multiply_tile<Major::K, major_b>(acc, shared, ring, group, blocks_k, [](u32) {});
+            const u32 last = multiply_tile<Major::K, major_b>(
+                acc, shared, ring, group, blocks_k, [&] { lent.give_back(shared); }, [](u32) {});
             const TileNote note = read_note(shared.note(last));
             __syncwarp();
             shared.release(last);
 
-            const u32 thread = fresh_thread_index();
-            const i32 row = note.row + static_cast<i32>(group * 64), rows = note.row_end - row;
-            if (rows <= 0) continue;
+            const u32 lane = fresh_thread_index() % 32, line = first_line(group, fresh_thread_index());
+            const i32 row = note.row + static_cast<i32>(line), rows = note.row_end - row;
 #pragma unroll
-            for (u32 column = 0; column < BLOCK_N; column += 64) {
-                const u32 panel = next_panel(shared, group, panel_index, thread);
-                stage_bf16(acc + column / 2, panel, thread);
-                finish_panel(group);
-                store_rows(&map_d, {d, d_row_bytes, columns}, panel, row, rows, note.column + static_cast<i32>(column), thread);
+            for (u32 stage = 0; stage < LENT_STAGES; ++stage) {
+                const u32 lines = lent.borrow(shared, ring) + line * LINE;
+                if (rows <= 0) continue;
+#pragma unroll
+                for (u32 i = 0; i < 2; ++i) stage_bf16(acc + (stage * 2 + i) * 32, lines + i * ROOM_BYTES, lane);
+                fence_proxy_async();
+                __syncwarp();
+#pragma unroll
+                for (u32 i = 0; i < 2; ++i) {
+                    const i32 column = note.column + static_cast<i32>((stage * 2 + i) * 64);
+                    store_lines(&map_d, {d, d_row_bytes, columns}, lines + i * ROOM_BYTES, row, rows, column, 0, lane);
+                }
+                if (lane == 0) tma_commit();
             }
         }
-        if (threadIdx.x % 128 == 0) tma_wait_read<0>();
+        tma_wait_read<0>();
     }
     if constexpr (CLUSTER > 1) cluster_sync();  // no block leaves while another may still arrive on its barriers
 }

@@ -7,7 +7,10 @@
 #include "load.cuh"
 
 constexpr i32 ROWS = BLOCK_M * CLUSTER;
-constexpr u32 PANEL_COLUMNS = OUTPUT == 0 ? 64 : 32;  // of the accumulators
+constexpr u32 WGRAD_LOAD_REGISTERS = 56, WGRAD_MATH_REGISTERS = 224;  // half as many row indices to hold as in load.cuh
+constexpr u32 ROOM_COLUMNS = OUTPUT == 0 ? 64 : 32;  // accumulators' columns in a room
+constexpr u32 ROOMS_USED = BLOCK_N / ROOM_COLUMNS, LENT_STAGES = OUTPUT == 0 ? 2 : 3;
+constexpr u32 ROOMS_EACH = (ROOMS_USED + LENT_STAGES - 1) / LENT_STAGES;
 
 // Rows past the expert's end belong to the next one, or to nobody: zero them in both operands (0 * NaN is NaN). Each warpgroup
 // clears its slab of A and half of B's slabs; both meet before either multiplies.
@@ -25,7 +28,7 @@ DEVICE void clear_rows(const Shared& shared, u32 stage, u32 group, u32 valid) {
 }
 
 // 64 columns of a warpgroup's accumulators as 64 lines of 64 rows, bf16.
-DEVICE void stage_bf16_transposed(float* acc, u32 panel, u32 thread) {
+DEVICE void stage_bf16_transposed(float* acc, u32 lines, u32 thread) {
     const u32 warp = thread % 128 / 32, matrix = thread % 32 / 8;
 #pragma unroll
     for (u32 part = 0; part < 4; ++part) {  // 16 columns
@@ -33,14 +36,14 @@ DEVICE void stage_bf16_transposed(float* acc, u32 panel, u32 thread) {
         pin_four(d), pin_four(d + 4);
         const u32 matrices[4] = {pack_bf16(d[0], d[1]), pack_bf16(d[2], d[3]), pack_bf16(d[4], d[5]), pack_bf16(d[6], d[7])};
         const u32 line = part * 16 + matrix / 2 * 8 + thread % 8, chunk = warp * 2 + matrix % 2;
-        store_matrices<true>(panel + swizzle<LINE>(line * LINE + chunk * 16), matrices);
+        store_matrices<true>(lines + swizzle<LINE>(line * LINE + chunk * 16), matrices);
     }
 }
 
-// 32 columns as lines of rows, fp32: two blocks of 32 lines, for the first 32 rows and the others. A store instruction of a warp
-// touches four lines at eight neighbouring places, which the swizzle spreads over all banks.
-DEVICE void stage_f32_transposed(const float* acc, u32 panel, u32 thread) {
-    const u32 warp = thread % 128 / 32, block = panel + warp / 2 * (PANEL_BYTES / 2), row = warp % 2 * 16 + thread % 32 / 4;
+// 32 columns as lines of rows, fp32: 32 lines for the first 32 rows, then 32 for the others. A store instruction of a warp touches
+// four lines at eight neighbouring places, which the swizzle spreads over all banks.
+DEVICE void stage_f32_transposed(const float* acc, u32 lines, u32 thread) {
+    const u32 warp = thread % 128 / 32, block = lines + warp / 2 * 32 * LINE, row = warp % 2 * 16 + thread % 32 / 4;
 #pragma unroll
     for (u32 i = 0; i < 16; ++i) {
         const u32 line = i / 4 * 8 + thread % 4 * 2 + i % 2, at = row + i % 4 / 2 * 8;
@@ -48,20 +51,53 @@ DEVICE void stage_f32_transposed(const float* acc, u32 panel, u32 thread) {
     }
 }
 
-// A staged panel to D; (row, column) are those of its first accumulator.
-DEVICE void store_block(const TensorMap* map, u32 panel, i32 column, i32 row, i32 expert) {
+// A staged block to D.
+DEVICE void store_block(const TensorMap* map, u32 lines, i32 column, i32 row, i32 expert) {
     if constexpr (OUTPUT == 2) {
-        tma_reduce_add(map, panel, column, row, expert);
+        tma_reduce_add(map, lines, column, row, expert);
     } else {
-        tma_store(map, panel, column, row, expert);
+        tma_store(map, lines, column, row, expert);
     }
 }
-DEVICE void store_panel(const TensorMap* map, u32 panel, i32 row, i32 column, i32 expert) {
-    if constexpr (!TRANSPOSED) {
-        store_block(map, panel, column, row, expert);
-    } else {
-        store_block(map, panel, row, column, expert);
-        if constexpr (OUTPUT != 0) store_block(map, panel + PANEL_BYTES / 2, row + 32, column, expert);
+
+// The accumulators of a warpgroup through the lent stages. As D lies, each warp stores its own 16 rows; transposed, its 64 rows
+// make one line, so the warpgroup stores together.
+DEVICE void store_tile(float (&acc)[BLOCK_N / 2], const Shared& shared, Ring& ring, Lent& lent, u32 group, const TileNote& note,
+                       const TensorMap* map) {
+    const u32 thread = fresh_thread_index(), lane = thread % 32;
+    const u32 line = TRANSPOSED ? group * GROUP_LINES : first_line(group, thread);
+    const i32 row = note.row + static_cast<i32>(line);
+#pragma unroll
+    for (u32 stage = 0; stage < LENT_STAGES; ++stage) {
+        const u32 lines = lent.borrow(shared, ring) + line * LINE;
+#pragma unroll
+        for (u32 i = 0; i < ROOMS_EACH; ++i) {
+            const u32 room = stage * ROOMS_EACH + i;
+            if (room >= ROOMS_USED) continue;
+            float* part = acc + room * (ROOM_COLUMNS / 2);
+            if constexpr (OUTPUT == 0) {
+                TRANSPOSED ? stage_bf16_transposed(part, lines + i * ROOM_BYTES, thread) : stage_bf16(part, lines + i * ROOM_BYTES, lane);
+            } else {
+                TRANSPOSED ? stage_f32_transposed(part, lines + i * ROOM_BYTES, thread) : stage_f32(part, lines + i * ROOM_BYTES, lane);
+            }
+        }
+        fence_proxy_async();
+        TRANSPOSED ? named_barrier_sync(1 + group, 128) : __syncwarp();
+        if (TRANSPOSED ? thread % 128 == 0 : lane == 0) {
+#pragma unroll
+            for (u32 i = 0; i < ROOMS_EACH; ++i) {
+                const u32 room = stage * ROOMS_EACH + i, from = lines + i * ROOM_BYTES;
+                if (room >= ROOMS_USED) continue;
+                const i32 column = note.column + static_cast<i32>(room * ROOM_COLUMNS);
+                if constexpr (!TRANSPOSED) {
+                    store_block(map, from, column, row, note.expert);
+                } else {
+                    store_block(map, from, row, column, note.expert);
+                    if constexpr (OUTPUT != 0) store_block(map, from + 32 * LINE, row + 32, column, note.expert);
+                }
+            }
+            tma_commit();
+        }
     }
 }
 
@@ -90,7 +126,7 @@ DEVICE void load_ragged_depth(const Shared& shared, const TensorMap* map_a, cons
         const TileNote note{m * ROWS + rank * static_cast<i32>(BLOCK_M), end - begin, n * static_cast<i32>(BLOCK_N), expert, blocks_k};
         const auto fetch = [&](i32 first) {
             const i32 row = first + static_cast<i32>(warp * WARP_LINES + lane_index() % WARP_LINES);
-            return GATHER && row < end ? index[row] : -1;
+            return GATHER ? index[max(min(row, end - 1), 0)] : 0;  // past the end: loaded, then cleared by the math warps
         };
         i32 mine = fetch(begin);
         for (i32 block = 0; block < blocks_k; ++block, ring.advance()) {
@@ -133,6 +169,7 @@ DEVICE void load_ragged_depth(const Shared& shared, const TensorMap* map_a, cons
                 __syncwarp();
             }
         }
+        if (OUTPUT != 2 || begin < end) lend_stages(shared, ring, LENT_STAGES, warp);
     }
     announce_end(shared, ring, warp);
 }
@@ -146,46 +183,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
     const u32 warp = warp_index();
     if (warp < 4) {
-        register_dealloc<LOAD_REGISTERS>();
+        register_dealloc<WGRAD_LOAD_REGISTERS>();
         load_ragged_depth(shared, &map_a, &map_b, offsets, index, experts, blocks_m, blocks_n);
     } else {
-        register_alloc<MATH_REGISTERS>();
+        register_alloc<WGRAD_MATH_REGISTERS>();
         const u32 group = warp / 4 - 1;
         Ring ring;
-        u32 panel_index = 0;
+        Lent lent;
         float acc[BLOCK_N / 2];
         while (true) {
-            mbarrier_wait(shared.full(ring.stage), ring.phase);
-            const TileNote first = read_note(shared.note(ring.stage));
-            if (__shfl_sync(0xffffffffu, first.row, 0) == TileNote::STOP_ROW) break;
+            const TileNote first = await_tile(shared, ring);
+            if (first.row == TileNote::STOP_ROW) break;
             const i32 blocks_k = __shfl_sync(0xffffffffu, first.blocks_k, 0);
             const i32 valid = first.row_end - (blocks_k - 1) * static_cast<i32>(BLOCK_K);  // rows of the last block
-            const u32 last = multiply_tile<Major::MN, Major::MN>(acc, shared, ring, group, blocks_k, [&](u32 stage) {
-                if (valid < static_cast<i32>(BLOCK_K)) clear_rows(shared, stage, group, valid);
-            });
+            const u32 last = multiply_tile<Major::MN, Major::MN>(
+                acc, shared, ring, group, blocks_k, [&] { lent.give_back(shared, TRANSPOSED ? group : Lent::NONE); },
+                [&](u32 stage) {
+                    if (valid < static_cast<i32>(BLOCK_K)) clear_rows(shared, stage, group, valid);
+                });
             const TileNote note = read_note(shared.note(last));
             __syncwarp();
             shared.release(last);
-            if (OUTPUT == 2 && note.row_end == 0) continue;
-
-            const u32 thread = fresh_thread_index();
-#pragma unroll
-            for (u32 column = 0; column < BLOCK_N; column += PANEL_COLUMNS) {
-                const u32 panel = next_panel(shared, group, panel_index, thread);
-                float* part = acc + column / 2;
-                if constexpr (OUTPUT == 0) {
-                    TRANSPOSED ? stage_bf16_transposed(part, panel, thread) : stage_bf16(part, panel, thread);
-                } else {
-                    TRANSPOSED ? stage_f32_transposed(part, panel, thread) : stage_f32(part, panel, thread);
-                }
-                finish_panel(group);
-                if (thread % 128 == 0) {
-                    store_panel(&map_d, panel, note.row + static_cast<i32>(group * 64), note.column + static_cast<i32>(column), note.expert);
-                    tma_commit();
-                }
-            }
+            if (OUTPUT != 2 || note.row_end != 0) store_tile(acc, shared, ring, lent, group, note, &map_d);
         }
-        if (threadIdx.x % 128 == 0) tma_wait_read<0>();
+        tma_wait_read<0>();
     }
     if constexpr (CLUSTER > 1) cluster_sync();
 }

@@ -30,6 +30,7 @@ from supersonic_moe.kernels.sm90.mainloop import (
     BLOCK_K,
     BLOCK_M,
     BLOCK_N,
+    WARP_ROWS,
     mainloop_spec,
     map_of_rows,
     multiprocessors,
@@ -89,13 +90,13 @@ def grouped_mm_wgrad(
     if rows == 0 or a_TM.shape[0] == 0:
         return out if accumulate else out.zero_()
     output = BF16 if out.dtype is torch.bfloat16 else FP32_ADD if accumulate else FP32
-    box_d = (1, 64, 64) if output == BF16 else (1, 32, 32) if transposed else (1, 64, 32)
+    rows_d = WARP_ROWS if not transposed else 64 if output == BF16 else 32
     with torch.cuda.device(a_TM.device):
         _kernel(output, transposed, gather_index is not None).launch(
             (multiprocessors(a_TM.device.index) // CLUSTER * CLUSTER, 1, 1),
             map_of_rows(a_TM, gather_index, box=(BLOCK_K, 64)),
             tensor_map(b_PN[None], box=(1, BLOCK_K, 64)),
-            tensor_map(out, box=box_d),
+            tensor_map(out, box=(1, rows_d, 64 if output == BF16 else 32)),
             expert_offsets,
             gather_index,
             num_experts,

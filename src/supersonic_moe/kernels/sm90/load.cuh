@@ -1,13 +1,18 @@
 // The loading warpgroup: tiles of A and B into the ring, for kernels whose A has ragged rows, and rows of A by an index.
 //
 // Without GATHER one thread issues TMA loads of whole tiles. With GATHER, A comes row by row: TMA on sm_90 has no gather, but a box
-// of one row works, 128 of them a stage, and an index below zero lies outside the tensor, hence gives zeros. The engine keeps up
-// (1.0 of the speed without gather) as long as the four warps issue boxes back to back: each warp takes a quarter of the rows, and
-// has their indices in registers before the stage is free. With a shuffle for each box it falls to 0.9, with a box a lane to 0.55;
-// cp.async, 16 bytes a thread, gives 0.92 (docs/log.md).
+// of one row works, 128 of them a stage. The engine keeps up with the tensor cores as long as four warps issue boxes back to back,
+// each with the indices of its 32 rows in registers before the stage is free. With a shuffle for each box the GEMM falls to 0.9 of
+// its speed, with a box a lane to 0.55; cp.async, 16 bytes a thread, gives 0.92 (docs/log.md). An index of -1 lies outside the
+// tensor and gives zeros, but such boxes are slow: lines past the expert's end repeat its last row, or are not loaded where a warp
+// has no other. What they hold reaches no row that is stored.
 #pragma once
-#include "mainloop.cuh"
+#include "epilogue.cuh"
 
+// Registers of a loading thread, which holds 32 row indices, and of a math thread. The block is launched with 168 for each of its
+// threads, and register_alloc waits for ever if the two roles ask for more than that.
+constexpr u32 LOAD_REGISTERS = 72, MATH_REGISTERS = 216;
+static_assert(LOAD_REGISTERS * 128 + MATH_REGISTERS * 256 <= 168 * THREADS, "more registers than the block has");
 constexpr u32 LOAD_WARPS = GATHER ? 4 : 1;
 constexpr u32 BOXES = 32;  // of a warp in a stage, with GATHER
 
@@ -27,6 +32,12 @@ struct RaggedGemm {
     i32 experts, columns, blocks_k;
 };
 
+// Bytes of A that the loading warps fetch for a stage of a tile: those that have a row of it, with GATHER.
+DEVICE u32 bytes_of_a(const TileNote& note) {
+    const u32 rows = static_cast<u32>(max(min(note.row_end - note.row, static_cast<i32>(BLOCK_M)), 0));
+    return GATHER ? (rows + BOXES - 1) / BOXES * (BOXES * LINE) : BYTES_A;
+}
+
 // Loads all tiles of this block: `blocks_k` stages each, of BLOCK_M rows of A and of a B of TileColumns columns, then what
 // `load_tail` adds to a tile.
 //   load_b(tile_b, full, k, note)     one thread: this block's share of B
@@ -43,13 +54,12 @@ DEVICE void load_ragged_rows(const Shared& shared, const RaggedGemm& gemm, const
     for (i32 tile = blockIdx.x / CLUSTER; tiles.find(tile, m, n); tile += gridDim.x / CLUSTER) {
         const TileNote note{tiles.begin + m * rows + rank * static_cast<i32>(BLOCK_M), tiles.end, n * TileColumns, tiles.expert,
                             gemm.blocks_k};
+        const bool has_rows = note.row + static_cast<i32>(warp * BOXES) < note.row_end;
         i32 lines[BOXES];  // rows of A of this warp's lines
         if constexpr (GATHER) {
 #pragma unroll
-            for (u32 i = 0; i < BOXES; ++i) {
-                const i32 row = note.row + static_cast<i32>(warp * BOXES + i);
-                lines[i] = row < note.row_end ? gemm.index[row] : -1;
-            }
+            for (u32 i = 0; i < BOXES; ++i)
+                if (has_rows) lines[i] = gemm.index[min(note.row + static_cast<i32>(warp * BOXES + i), note.row_end - 1)];
         }
         for (i32 block = 0; block < gemm.blocks_k; ++block, ring.advance()) {
             const u32 full = shared.full(ring.stage), tile_a = shared.tile_a(ring.stage);
@@ -57,14 +67,15 @@ DEVICE void load_ragged_rows(const Shared& shared, const RaggedGemm& gemm, const
             mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
             if (warp == 0 && elect_one()) {
                 write_note(shared.note(ring.stage), note);
-                mbarrier_arrive_expect_tx(full, STAGE_BYTES);
+                mbarrier_arrive_expect_tx(full, bytes_of_a(note) + BYTES_B);
                 if constexpr (!GATHER) tma_load(tile_a, map_a, full, k, note.row);
                 load_b(shared.tile_b(ring.stage), full, k, note);
             }
             if constexpr (GATHER) {
-                if (elect_one()) {
+                if (has_rows && elect_one()) {
 #pragma unroll
-                    for (u32 i = 0; i < BOXES; ++i) tma_load(tile_a + (warp * BOXES + i) * LINE, map_a, full, k, lines[i]);
+                    for (u32 i = 0; i < BOXES; ++i)
+                        tma_load(tile_a + (warp * BOXES + i) * LINE, map_a, full, k, lines[i]);
                 }
             }
         }

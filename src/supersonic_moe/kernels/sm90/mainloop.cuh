@@ -20,19 +20,14 @@ constexpr u32 SLABS_N = BLOCK_N / 64;
 constexpr u32 BYTES_A = BLOCK_M * LINE;                // 128 lines of 64 k, or two slabs
 constexpr u32 BYTES_B = BLOCK_N * LINE;
 constexpr u32 STAGE_BYTES = BYTES_A + BYTES_B;
-constexpr u32 PANEL_BYTES = 64 * LINE;                 // output staging: 64 rows of one line
-constexpr u32 PANELS = 2;                              // per math warpgroup: one is written while the other is stored
 constexpr u32 MATH_WARPS = 8, THREADS = 384;
-// Registers of a loading and of a math thread: 128 and 256 of them share 64 K.
-constexpr u32 LOAD_REGISTERS = 56, MATH_REGISTERS = 224;
 
-// Shared memory, from its base: stages | panels of the two warpgroups | notes | full barriers | empty barriers | 64 row indices.
+// Shared memory, from its base: stages | notes | full barriers | empty barriers | 64 row indices.
 struct Shared {
     u32 base;
     DEVICE u32 tile_a(u32 stage) const { return base + stage * STAGE_BYTES; }
     DEVICE u32 tile_b(u32 stage) const { return tile_a(stage) + BYTES_A; }
-    DEVICE u32 panel(u32 group, u32 index) const { return base + STAGES * STAGE_BYTES + (group * PANELS + index) * PANEL_BYTES; }
-    DEVICE u32 note(u32 stage) const { return base + STAGES * STAGE_BYTES + 2 * PANELS * PANEL_BYTES + stage * NOTE_BYTES; }
+    DEVICE u32 note(u32 stage) const { return base + STAGES * STAGE_BYTES + stage * NOTE_BYTES; }
     DEVICE u32 full(u32 stage) const { return note(STAGES) + 8 * stage; }
     DEVICE u32 empty(u32 stage) const { return full(STAGES) + 8 * stage; }
     DEVICE u32 row_index(u32 row) const { return empty(STAGES) + 4 * row; }
@@ -79,10 +74,30 @@ DEVICE void multiply_stage(float (&acc)[BLOCK_N / 2], const Shared& shared, u32 
     }
 }
 
+// Waits for the first stage of the next tile; its note, with row and row_end in uniform registers.
+DEVICE TileNote await_tile(const Shared& shared, const Ring& ring) {
+    mbarrier_wait(shared.full(ring.stage), ring.phase);
+    TileNote note = read_note(shared.note(ring.stage));
+    note.row = __shfl_sync(0xffffffffu, note.row, 0);
+    note.row_end = __shfl_sync(0xffffffffu, note.row_end, 0);
+    return note;
+}
+
+// Consumes `count` stages without reading them: those of a tile of which this warpgroup has no row.
+DEVICE void skip_stages(const Shared& shared, Ring& ring, i32 count) {
+    for (i32 i = 0; i < count; ++i, ring.advance()) {
+        mbarrier_wait(shared.full(ring.stage), ring.phase);
+        __syncwarp();
+        shared.release(ring.stage);
+    }
+}
+
 // All stages of a tile; releases each stage but the last, one step late so that one batch of wgmma is always in flight. Returns
-// the last stage, complete and not yet released: its note is the tile's.
-template <Major MajorA, Major MajorB, typename Prepare>
-DEVICE u32 multiply_tile(float (&acc)[BLOCK_N / 2], const Shared& shared, Ring& ring, u32 group, i32 blocks_k, Prepare prepare) {
+// the last stage, complete and not yet released: its note is the tile's. `underway` runs once the first batch is in flight,
+// `prepare(stage)` before the last.
+template <Major MajorA, Major MajorB, typename Underway, typename Prepare>
+DEVICE u32 multiply_tile(float (&acc)[BLOCK_N / 2], const Shared& shared, Ring& ring, u32 group, i32 blocks_k, Underway underway,
+                         Prepare prepare) {
     u32 last = ring.stage;
     for (i32 block = 0; block < blocks_k; ++block, ring.advance()) {
         mbarrier_wait(shared.full(ring.stage), ring.phase);
@@ -91,6 +106,7 @@ DEVICE u32 multiply_tile(float (&acc)[BLOCK_N / 2], const Shared& shared, Ring& 
         wgmma_fence();
         multiply_stage<MajorA, MajorB>(acc, shared, ring.stage, group, block > 0);
         wgmma_commit();
+        if (block == 0) underway();
         wgmma_wait<1>();
         pin_accumulators(acc);
         if (block > 0) shared.release(last);
@@ -99,93 +115,4 @@ DEVICE u32 multiply_tile(float (&acc)[BLOCK_N / 2], const Shared& shared, Ring& 
     wgmma_wait<0>();
     pin_accumulators(acc);
     return last;
-}
-
-// Lane and row of the output that this thread handles. Read from the special register each time, or the compiler keeps every
-// address of the epilogue in registers across the main loop.
-DEVICE u32 fresh_thread_index() {
-    u32 index;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
-    return index;
-}
-
-// Four accumulators as they are from here on: what packs them cannot move ahead of this point. Without it the compiler converts
-// all panels before the first store and runs out of registers.
-DEVICE void pin_four(float* acc) { asm volatile("" : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])::"memory"); }
-
-// 64 columns of a warpgroup's accumulators, rounded to bf16, into a panel: 64 lines of 128 bytes, swizzled as TMA reads them.
-DEVICE void stage_bf16(float* acc, u32 panel, u32 thread) {
-    const u32 row = thread % 128 / 32 * 16 + thread % 16, half = thread % 32 / 16;
-#pragma unroll
-    for (u32 part = 0; part < 4; ++part) {
-        float* d = acc + part * 8;
-        pin_four(d), pin_four(d + 4);
-        const u32 matrices[4] = {pack_bf16(d[0], d[1]), pack_bf16(d[2], d[3]), pack_bf16(d[4], d[5]), pack_bf16(d[6], d[7])};
-        store_matrices(panel + swizzle<128>(row * LINE + (part * 2 + half) * 16), matrices);
-    }
-}
-
-// 32 columns, fp32, likewise.
-DEVICE void stage_f32(const float* acc, u32 panel, u32 thread) {
-    const u32 row = thread % 128 / 32 * 16 + thread % 32 / 4;
-#pragma unroll
-    for (u32 part = 0; part < 4; ++part) {
-        const u32 byte = part * 32 + thread % 4 * 8;
-        asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(panel + swizzle<128>(row * LINE + byte)), "f"(acc[part * 4]),
-                     "f"(acc[part * 4 + 1])
-                     : "memory");
-        asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(panel + swizzle<128>((row + 8) * LINE + byte)), "f"(acc[part * 4 + 2]),
-                     "f"(acc[part * 4 + 3])
-                     : "memory");
-    }
-}
-
-// An output as the tail path sees it: TMA would write the rows past an expert's end into the next expert.
-struct Rows {
-    u8* pointer;
-    i64 row_bytes;
-    i32 columns;
-};
-
-// Of `Lines` lines of a staged panel those that lie inside the expert, by `Threads` threads, 16 bytes each at a time.
-template <u32 Threads = 128, u32 Lines = 64>
-DEVICE void store_tail(const Rows& out, u32 panel, i32 row, i32 rows, i32 column, u32 thread) {
-#pragma unroll
-    for (u32 part = 0; part < Lines * 8 / Threads; ++part) {
-        const u32 unit = part * Threads + thread % Threads, line = unit / 8, chunk = unit % 8;
-        if (static_cast<i32>(line) < rows && column + static_cast<i32>(chunk) * 8 < out.columns) {
-            u32 v[4];
-            asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                         : "r"(panel + swizzle<128>(line * LINE + chunk * 16))
-                         : "memory");
-            u8* target = out.pointer + (row + static_cast<i32>(line)) * out.row_bytes + (column + static_cast<i32>(chunk) * 8) * 2;
-            asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
-                         : "memory");
-        }
-    }
-}
-
-// A finished panel to (row, column): by TMA where all 64 rows are the expert's, else line by line. One bulk group either way.
-DEVICE void store_rows(const TensorMap* map, const Rows& out, u32 panel, i32 row, i32 rows, i32 column, u32 thread) {
-    if (rows < 64) store_tail(out, panel, row, rows, column, thread);
-    if (thread % 128 == 0) {
-        if (rows >= 64) tma_store(map, panel, column, row);
-        tma_commit();
-    }
-}
-
-// Wait for a free panel of this warpgroup; all its threads may write to it on return.
-DEVICE u32 next_panel(const Shared& shared, u32 group, u32& index, u32 thread) {
-    const u32 panel = shared.panel(group, index);
-    index = (index + 1) % PANELS;
-    if (thread % 128 == 0) tma_wait_read<PANELS - 1>();
-    named_barrier_sync(1 + group, 128);
-    return panel;
-}
-
-// The panel is written: make it visible to TMA and to all threads of the warpgroup.
-DEVICE void finish_panel(u32 group) {
-    fence_proxy_async();
-    named_barrier_sync(1 + group, 128);
 }

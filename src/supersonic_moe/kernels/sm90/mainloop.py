@@ -15,7 +15,8 @@ STAGES = 4
 GROUP_M = 16  # row blocks walked before the next column: 8 to 64 measured within 2-3 % (docs/log.md)
 THREADS = 384
 STAGE_BYTES = (BLOCK_M + BLOCK_N) * 128
-SMEM_BYTES = STAGES * (STAGE_BYTES + 32 + 16) + 4 * 64 * 128 + 256  # stages, notes, barriers; four panels; row indices
+WARP_ROWS = 16  # rows of an output box
+SMEM_BYTES = STAGES * (STAGE_BYTES + 32 + 16) + 256  # stages, notes, barriers; row indices
 OPCODES = ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "STSM")
 
 

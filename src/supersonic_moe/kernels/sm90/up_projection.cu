@@ -10,19 +10,14 @@
 
 constexpr u32 WIDTH = BLOCK_N / 2;  // activations of a tile
 
-// 32 activations' worth of gate and up, alternating, rounded to bf16, into a panel of 64 columns of H.
-DEVICE void stage_interleaved(float* gate, float* up, u32 panel, u32 thread) {
-    const u32 row = thread % 128 / 32 * 16 + thread % 32 / 4;
+// 32 activations' worth of gate and up, alternating, rounded to bf16, into this warp's lines of 64 columns of H.
+DEVICE void stage_interleaved(float* gate, float* up, u32 lines, u32 lane) {
 #pragma unroll
-    for (u32 part = 0; part < 4; ++part) {  // 8 activations: this thread has two of row and two of row + 8
-        float *g = gate + part * 4, *u = up + part * 4;
-        pin_four(g), pin_four(u);
-        const u32 byte = part * 32 + thread % 4 * 8;
-        asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(panel + swizzle<128>(row * LINE + byte)), "r"(pack_bf16(g[0], u[0])),
-                     "r"(pack_bf16(g[1], u[1]))
-                     : "memory");
-        asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(panel + swizzle<128>((row + 8) * LINE + byte)),
-                     "r"(pack_bf16(g[2], u[2])), "r"(pack_bf16(g[3], u[3]))
+    for (u32 i = 0; i < 16; i += 2) {  // row r (i % 4 == 0) or r + 8, activations c and c + 1
+        if (i % 4 == 0) pin_four(gate + i), pin_four(up + i);
+        const u32 at = swizzle<LINE>((lane / 4 + i % 4 / 2 * 8) * LINE + i / 4 * 32 + lane % 4 * 8);
+        asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(lines + at), "r"(pack_bf16(gate[i], up[i])),
+                     "r"(pack_bf16(gate[i + 1], up[i + 1]))
                      : "memory");
     }
 }
@@ -36,6 +31,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const Shared shared{smem_address(raw)};
     shared.prepare();
     const RaggedGemm gemm{offsets, index, experts, width, blocks_k};
+
+    const u32 lent_stages = h == nullptr ? 1 : 2;  // six rooms: four of H, two of A
 
     const u32 warp = warp_index();
     if (warp < 4) {
@@ -51,52 +48,62 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 tma_load(tile_b + BYTES_B / 2, &map_w, full, k, note.column, 1 - gate_half, note.expert);
             }
         };
-        load_ragged_rows<WIDTH>(shared, gemm, &map_x, load_b, [](Ring&, const TileNote&, u32) {});
+        load_ragged_rows<WIDTH>(shared, gemm, &map_x, load_b, [&](Ring& ring, const TileNote&, u32 loader) { lend_stages(shared, ring, lent_stages, loader); });
     } else {
         register_alloc<MATH_REGISTERS>();
         const u32 group = warp / 4 - 1;
+        const ActivationConstants constants{alpha, limit, up_offset};
         Ring ring;
-        u32 panel_index = 0;
+        Lent lent;
         float acc[BLOCK_N / 2];
         while (true) {
-            mbarrier_wait(shared.full(ring.stage), ring.phase);
-            if (__shfl_sync(0xffffffffu, read_note(shared.note(ring.stage)).row, 0) == TileNote::STOP_ROW) break;
-            const u32 last = multiply_tile<Major::K, Major::K>(acc, shared, ring, group, blocks_k, [](u32) {});
+            const TileNote first = await_tile(shared, ring);
+            if (first.row == TileNote::STOP_ROW) break;
+            if (first.row + static_cast<i32>(group * GROUP_LINES) >= first.row_end) {
+                lent.give_back(shared);
+                skip_stages(shared, ring, blocks_k + static_cast<i32>(lent_stages));
+                continue;
+            }
+            const u32 last = multiply_tile<Major::K, Major::K>(
+                acc, shared, ring, group, blocks_k, [&] { lent.give_back(shared); }, [](u32) {});
             const TileNote note = read_note(shared.note(last));
             __syncwarp();
             shared.release(last);
 
-            const i32 row = note.row + static_cast<i32>(group * 64), rows = note.row_end - row;
-            if (rows <= 0) continue;
+            const u32 lane = fresh_thread_index() % 32, line = first_line(group, fresh_thread_index());
+            const i32 row = note.row + static_cast<i32>(line), rows = note.row_end - row;
             float *gate = acc, *up = acc + WIDTH / 2;
-            if (h != nullptr) {
-#pragma unroll
-                for (u32 i = 0; i < 4; ++i) {
-                    const u32 thread = fresh_thread_index();
-                    const u32 panel = next_panel(shared, group, panel_index, thread);
-                    i32 column, half;  // of H, seen as (P, 2, I) or, when interleaved, as (P, 1, 2 I)
-                    if constexpr (INTERLEAVED) {
-                        stage_interleaved(gate + i * 16, up + i * 16, panel, thread);
-                        column = 2 * note.column + static_cast<i32>(i) * 64, half = 0;
-                    } else {
-                        stage_bf16(acc + i * 32, panel, thread);
-                        column = note.column + static_cast<i32>(i % 2) * 64, half = i / 2;
-                    }
-                    finish_panel(group);
-                    const i32 base = INTERLEAVED ? 0 : half == 0 ? gate_base : up_base;
-                    if (rows >= 64) {
-                        if (thread % 128 == 0) tma_store(&map_h, panel, column, base == 0 ? 0 : 1, row);
-                    } else {
-                        store_tail({h + base * 2, static_cast<i64>(width) * 4, INTERLEAVED ? 2 * width : width}, panel, row, rows, column,
-                                   thread);
-                    }
-                    if (thread % 128 == 0) tma_commit();
+            const auto stage_h = [&](u32 i, u32 lines) {
+                if constexpr (INTERLEAVED) {
+                    stage_interleaved(gate + i * 16, up + i * 16, lines, lane);
+                } else {
+                    stage_bf16(acc + i * 32, lines, lane);
                 }
+            };
+            const auto store_h = [&](u32 i, u32 lines) {  // column and half of H, seen as (P, 2, I) or, interleaved, as (P, 1, 2 I)
+                const i32 column = INTERLEAVED ? 2 * note.column + static_cast<i32>(i) * 64 : note.column + static_cast<i32>(i % 2) * 64;
+                const i32 base = INTERLEAVED ? 0 : i < 2 ? gate_base : up_base;
+                const Rows out{h + base * 2, static_cast<i64>(width) * 4, INTERLEAVED ? 2 * width : width};
+                store_lines(&map_h, out, lines, row, rows, column, base != 0, lane);
+            };
+            u32 lines = lent.borrow(shared, ring) + line * LINE;
+            if (h != nullptr) {
+                if (rows > 0) {
+#pragma unroll
+                    for (u32 i = 0; i < ROOMS; ++i) stage_h(i, lines + i * ROOM_BYTES);
+                    fence_proxy_async();
+                    __syncwarp();
+#pragma unroll
+                    for (u32 i = 0; i < ROOMS; ++i) store_h(i, lines + i * ROOM_BYTES);
+                    if (lane == 0) tma_commit();
+                }
+                lines = lent.borrow(shared, ring) + line * LINE;
+                if (rows > 0) stage_h(ROOMS, lines);
             }
-            const ActivationConstants constants{alpha, limit, up_offset};
+            if (rows <= 0) continue;
             if (b1 != nullptr) {
                 const u16* bias = b1 + static_cast<i64>(note.expert) * 2 * width;
-                const i32 first = note.column + static_cast<i32>(fresh_thread_index() % 4 * 2);
+                const i32 first = note.column + static_cast<i32>(lane % 4 * 2);
 #pragma unroll
                 for (u32 i = 0; i < WIDTH / 2; i += 4) {
                     float g[2], u[2];
@@ -112,17 +119,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
                 for (u32 j = i; j < i + 4; ++j) gate[j] = gated<static_cast<Act>(ACTIVATION)>(gate[j], up[j], constants);
             }
+            const u32 room_of_a = lines + (h == nullptr ? 0 : ROOM_BYTES);
 #pragma unroll
-            for (u32 column = 0; column < WIDTH; column += 64) {
-                const u32 thread = fresh_thread_index();
-                const u32 panel = next_panel(shared, group, panel_index, thread);
-                stage_bf16(acc + column / 2, panel, thread);
-                finish_panel(group);
-                store_rows(&map_a, {a, static_cast<i64>(width) * 2, width}, panel, row, rows, note.column + static_cast<i32>(column),
-                           thread);
+            for (u32 i = 0; i < 2; ++i) stage_bf16(acc + i * 32, room_of_a + i * ROOM_BYTES, lane);
+            fence_proxy_async();
+            __syncwarp();
+            if (h != nullptr) store_h(ROOMS, lines);
+#pragma unroll
+            for (u32 i = 0; i < 2; ++i) {
+                const i32 column = note.column + static_cast<i32>(i * 64);
+                store_lines(&map_a, {a, static_cast<i64>(width) * 2, width}, room_of_a + i * ROOM_BYTES, row, rows, column, 0, lane);
             }
+            if (lane == 0) tma_commit();
         }
-        if (threadIdx.x % 128 == 0) tma_wait_read<0>();
+        tma_wait_read<0>();
     }
     if constexpr (CLUSTER > 1) cluster_sync();
 }

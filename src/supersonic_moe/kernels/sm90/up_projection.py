@@ -35,6 +35,7 @@ from supersonic_moe.kernels.sm90.mainloop import (
     BLOCK_M,
     BLOCK_N,
     OPCODES,
+    WARP_ROWS,
     cluster_size,
     mainloop_spec,
     map_of_rows,
@@ -94,8 +95,8 @@ def up_projection(
     interleaved = layout is GateUpLayout.INTERLEAVED
     gate_base, up_base = half_bases(layout, width)
     cluster = cluster_size(rows, num_experts)
-    map_a = tensor_map(a_PI, box=(64, 64))
-    map_h = map_of_halves(h_PN, interleaved, rows=64) if save else map_a
+    map_a = tensor_map(a_PI.view(rows, 1, width), box=(WARP_ROWS, 1, 64))
+    map_h = map_of_halves(h_PN, interleaved, rows=WARP_ROWS) if save else map_a
     with torch.cuda.device(x_TH.device):
         grid = multiprocessors(x_TH.device.index) // cluster * cluster
         _kernel(KINDS[activation.type], interleaved, gather_index is not None, cluster).launch(

@@ -1,0 +1,114 @@
+// From accumulators to global memory, through the ring.
+//
+// After the K blocks of a tile the loading warpgroup lends the math warps the next few stages (lend_stages). A stage has three rooms
+// of 128 lines; each math warp writes its 16 lines of as many as it needs, hands them to TMA and goes on without waiting. The
+// stages go back once the next tile's first product is in flight (Lent::give_back). So the staging buffers are as large as the
+// ring, cost no shared memory of their own, and hold nothing while the main loop runs.
+#pragma once
+#include "mainloop.cuh"
+
+constexpr u32 ROOM_BYTES = BLOCK_M * LINE, ROOMS = STAGE_BYTES / ROOM_BYTES;
+constexpr u32 WARP_ROWS = 16;
+constexpr u32 GROUP_LINES = 64;  // of a math warpgroup in a room
+
+// The loading warpgroup's part; all warps that load.
+DEVICE void lend_stages(const Shared& shared, Ring& ring, u32 count, u32 warp) {
+    for (u32 i = 0; i < count; ++i, ring.advance()) {
+        mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
+        if (warp == 0 && elect_one()) mbarrier_arrive(shared.full(ring.stage));
+    }
+}
+
+// Stages that TMA may still read from.
+struct Lent {
+    u32 stage = 0, count = 0;
+
+    // The next stage is this warp's to write to on return; the address of its rooms.
+    DEVICE u32 borrow(const Shared& shared, Ring& ring) {
+        mbarrier_wait(shared.full(ring.stage), ring.phase);
+        if (count++ == 0) stage = ring.stage;
+        const u32 rooms = shared.tile_a(ring.stage);
+        ring.advance();
+        return rooms;
+    }
+    // `group`: the math warpgroup whose first thread issued all its stores, or NONE where each warp's lane 0 did.
+    static constexpr u32 NONE = ~0u;
+    DEVICE void give_back(const Shared& shared, u32 group = NONE) {
+        if (count == 0) return;
+        tma_wait_read<0>();
+        if (group == NONE) {
+            __syncwarp();
+        } else {
+            named_barrier_sync(1 + group, 128);
+        }
+        for (; count > 0; --count) {
+            shared.release(stage);
+            stage = stage + 1 == STAGES ? 0 : stage + 1;
+        }
+    }
+};
+
+// Lane and row of the output that this thread handles. Read from the special register each time, or the compiler keeps every
+// address of the epilogue in registers across the main loop.
+DEVICE u32 fresh_thread_index() {
+    u32 index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+}
+
+// First of this warp's 16 lines of a room.
+DEVICE u32 first_line(u32 group, u32 thread) { return group * GROUP_LINES + thread % 128 / 32 * WARP_ROWS; }
+
+// Four accumulators as they are from here on: what packs them cannot move ahead of this point. Without it the compiler converts
+// all rooms before the first store and runs out of registers.
+DEVICE void pin_four(float* acc) { asm volatile("" : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])::"memory"); }
+
+// 64 columns of a warp's accumulators, rounded to bf16, into its 16 lines, swizzled as TMA reads them.
+DEVICE void stage_bf16(float* acc, u32 lines, u32 lane) {
+#pragma unroll
+    for (u32 part = 0; part < 4; ++part) {
+        float* d = acc + part * 8;
+        pin_four(d), pin_four(d + 4);
+        const u32 matrices[4] = {pack_bf16(d[0], d[1]), pack_bf16(d[2], d[3]), pack_bf16(d[4], d[5]), pack_bf16(d[6], d[7])};
+        store_matrices(lines + swizzle<LINE>(lane % 16 * LINE + (part * 2 + lane / 16) * 16), matrices);
+    }
+}
+
+// 32 columns, fp32, likewise.
+DEVICE void stage_f32(const float* acc, u32 lines, u32 lane) {
+#pragma unroll
+    for (u32 i = 0; i < 16; i += 2) {
+        const u32 at = swizzle<LINE>((lane / 4 + i % 4 / 2 * 8) * LINE + i / 4 * 32 + lane % 4 * 8);
+        asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(lines + at), "f"(acc[i]), "f"(acc[i + 1]) : "memory");
+    }
+}
+
+// An output with ragged rows as the tail path sees it: TMA would write the rows past an expert's end into the next expert.
+struct Rows {
+    u8* pointer;
+    i64 row_bytes;
+    i32 columns;
+};
+
+// This warp's 16 staged lines to (row, column) of slice `half` of the map: by TMA where all rows are the expert's, else those that
+// are, 16 bytes a lane.
+DEVICE void store_lines(const TensorMap* map, const Rows& out, u32 lines, i32 row, i32 rows, i32 column, i32 half, u32 lane) {
+    if (rows >= static_cast<i32>(WARP_ROWS)) {
+        if (lane == 0) tma_store(map, lines, column, half, row);
+        return;
+    }
+#pragma unroll
+    for (u32 part = 0; part < WARP_ROWS * 8 / 32; ++part) {
+        const u32 line = part * 4 + lane / 8, chunk = lane % 8;
+        if (static_cast<i32>(line) < rows && column + static_cast<i32>(chunk) * 8 < out.columns) {
+            u32 v[4];
+            asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                         : "r"(lines + swizzle<LINE>(line * LINE + chunk * 16))
+                         : "memory");
+            u8* target = out.pointer + (row + static_cast<i32>(line)) * out.row_bytes + (column + static_cast<i32>(chunk) * 8) * 2;
+            asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+                         : "memory");
+        }
+    }
+}
