@@ -11,6 +11,7 @@ from torch.library import opcheck
 
 import supersonic_moe as sm
 from supersonic_moe.activation import as_activation
+from supersonic_moe.kernels.reference.activation import acc_dtype
 from supersonic_moe.training.experts import Experts, plan_args, static_args
 
 T, H, I, E, K = 6, 8, 4, 3, 2  # noqa: E741
@@ -33,7 +34,7 @@ def experts_args(tokens, dtype, bias, contiguous):
     plan = sm.plan_from_topk(torch.randint(E, (tokens, K)), E)
     static = static_args(as_activation("swiglu"), sm.GateUpLayout.GATE_UP, "auto")
     x = torch.randn(tokens, H, dtype=dtype)
-    scores = torch.rand(tokens * K, dtype=torch.promote_types(dtype, torch.float32))
+    scores = torch.rand(tokens * K, dtype=acc_dtype(dtype))
     return [x, scores, w1, b1, w2, b2], plan, static
 
 
@@ -49,8 +50,15 @@ def cases():
         yield f"experts_forward-{name}-inference", (*operands, *plan_args(plan), *static, False)
         h = torch.randn(plan.capacity, 2 * I, dtype=dtype)
         dout = torch.randn(tokens, H, dtype=dtype)
-        for needs in ([True] * 6, [True, False, False, False, False, False]):
-            yield f"experts_backward-{name}-{sum(needs)}", (dout, h, needs, *operands, *plan_args(plan), *static)
+        mains = [torch.randn(w.shape, dtype=acc_dtype(dtype)) for w in (operands[2], operands[4])]
+        for kind, needs, main_w1, main_w2 in [
+            ("all", [True] * 6, None, None),
+            ("dx", [True] + [False] * 5, None, None),
+            ("main_grad", [True] * 6, *mains),
+            ("main_grad_of_w2", [True, True, True, False, True, False], None, mains[1]),
+        ]:
+            args = (dout, h, needs, main_w1, main_w2, *operands, *plan_args(plan), *static)
+            yield f"experts_backward-{name}-{kind}", args
     for int64 in (True, False):
         ids = torch.randint(-1, E + 1, (T * K,), dtype=torch.int64 if int64 else torch.int32)
         yield f"build_plan-{int64}", (ids, None, K, T, E, 4, T * K + E * 3)
@@ -92,7 +100,7 @@ def test_differentiable_entry_points_pass_opcheck_through_autograd():
     operands, plan, static = experts_args(T, torch.float32, True, True)
     leaves = [t.requires_grad_() for t in operands]
     out = torch.compile(
-        lambda *a: Experts.apply(*a, plan_args(plan), static)[0],
+        lambda *a: Experts.apply(*a, plan_args(plan), static, None)[0],
         backend="aot_eager",
         fullgraph=True,
     )(*leaves)

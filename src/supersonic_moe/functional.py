@@ -11,6 +11,10 @@ Weights stored transposed, (E, H, N1) or (E, I, H), are passed as ``w.transpose(
 ``layout`` says how the N1 rows of w1 hold gate and up. Biases may be given for one projection only. Scores are kept in
 fp32 whatever the dtype of x.
 
+``accumulate_into_main_grad=True`` adds the gradients of w1 and w2 to their fp32 ``main_grad`` where they are computed,
+and leaves ``.grad`` alone: Megatron's gradient accumulation fusion (``training/main_grad.py``). Biases and router keep
+ordinary gradients.
+
 ``inference=True`` saves nothing for backward and returns a tensor without gradient. ``validate=True`` adds the checks
 that only device data can answer (NaN logits, repeated or out-of-range expert ids, offsets that do not add up); they
 cost a host synchronisation, so they are off by default, and such values then have a memory-safe result: a bad id is
@@ -59,6 +63,7 @@ def moe_layer(
     activation: Activation | ActivationType | str = ActivationType.SWIGLU,
     layout: GateUpLayout | str = GateUpLayout.INTERLEAVED,
     inference: bool = False,
+    accumulate_into_main_grad: bool = False,
     backend: str = "auto",
     validate: bool = False,
 ) -> MoEOutput:
@@ -71,7 +76,7 @@ def moe_layer(
         correction_bias: (E,) fp32, only with SigmoidGroupedTopK.
         rounding_step: which draw of the sampled modes of token rounding, see :func:`token_rounding`.
     """
-    experts = _checked(x_TH, w1, b1, w2, b2, activation, layout, backend)
+    experts = _checked(x_TH, w1, b1, w2, b2, activation, layout, backend, accumulate_into_main_grad)
     _check_router_weight(x_TH, router_weight_EH, w1)
     policy = as_router(router)
     logits_TE = F.linear(experts.x, router_weight_EH.to(experts.x.dtype))
@@ -110,6 +115,7 @@ def topk_experts(
     activation: Activation | ActivationType | str = ActivationType.SWIGLU,
     layout: GateUpLayout | str = GateUpLayout.INTERLEAVED,
     inference: bool = False,
+    accumulate_into_main_grad: bool = False,
     backend: str = "auto",
     validate: bool = False,
 ) -> Tensor:
@@ -118,7 +124,7 @@ def topk_experts(
 
     Ids outside [0, E) are skipped (masked, not multiplied by zero): -1, or the sentinel E of expert parallelism.
     """
-    experts = _checked(x_TH, w1, b1, w2, b2, activation, layout, backend)
+    experts = _checked(x_TH, w1, b1, w2, b2, activation, layout, backend, accumulate_into_main_grad)
     checks.ids("topk_ids", topk_ids_TK, 2)
     checks.size("topk_ids", "one row per token,", topk_ids_TK.shape[0], x_TH.shape[0], "the rows of x")
     checks.same_shape("topk_ids", topk_ids_TK, "topk_scores", topk_scores_TK)
@@ -141,6 +147,7 @@ def routed_experts(
     activation: Activation | ActivationType | str = ActivationType.SWIGLU,
     layout: GateUpLayout | str = GateUpLayout.INTERLEAVED,
     inference: bool = False,
+    accumulate_into_main_grad: bool = False,
     backend: str = "auto",
     validate: bool = False,
 ) -> Tensor:
@@ -149,7 +156,7 @@ def routed_experts(
 
     Triples with a token outside [0, T) or an expert outside [0, E) are skipped; a token without experts gets zeros.
     """
-    experts = _checked(x_TH, w1, b1, w2, b2, activation, layout, backend)
+    experts = _checked(x_TH, w1, b1, w2, b2, activation, layout, backend, accumulate_into_main_grad)
     checks.ids("token_indices", token_indices_S, 1)
     checks.same_shape("token_indices", token_indices_S, "scores", scores_S)
     _check_scores("scores", scores_S, x_TH, validate)
@@ -170,6 +177,7 @@ def dispatched_experts(
     activation: Activation | ActivationType | str = ActivationType.SWIGLU,
     layout: GateUpLayout | str = GateUpLayout.INTERLEAVED,
     inference: bool = False,
+    accumulate_into_main_grad: bool = False,
     backend: str = "auto",
     validate: bool = False,
 ) -> Tensor:
@@ -181,7 +189,7 @@ def dispatched_experts(
         scores_R: (R,) optional row weights, applied to the outputs. Rows at and past ``offs[-1]`` are not computed and
             come out as zeros.
     """
-    experts = _checked(x_RH, w1, b1, w2, b2, activation, layout, backend)
+    experts = _checked(x_RH, w1, b1, w2, b2, activation, layout, backend, accumulate_into_main_grad)
     checks.ids("offs", offs_E, 1)
     checks.size("offs", "length", offs_E.shape[0], w1.shape[0], "one cumulative end for each expert of w1")
     checks.same_device("offs", offs_E, "x", x_RH)
@@ -206,12 +214,13 @@ def experts_from_plan(
     activation: Activation | ActivationType | str = ActivationType.SWIGLU,
     layout: GateUpLayout | str = GateUpLayout.INTERLEAVED,
     inference: bool = False,
+    accumulate_into_main_grad: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Experts under a ready :class:`RoutingPlan` (``plan_from_deepep``, tile-padded plans, one plan for several
     layers); scores (S,) by slot.
     """
-    experts = _checked(x_TH, w1, b1, w2, b2, activation, layout, backend)
+    experts = _checked(x_TH, w1, b1, w2, b2, activation, layout, backend, accumulate_into_main_grad)
     checks.size("plan", "num_experts", plan.num_experts, w1.shape[0], "the experts of w1")
     checks.size("plan", "num_tokens", plan.num_tokens, x_TH.shape[0], "the rows of x")
     checks.tensor("scores", scores_S, 1, "(S,)")
@@ -236,6 +245,8 @@ class _Experts:
     activation: Activation
     layout: GateUpLayout
     backend: str
+    owners: tuple[Tensor, Tensor] | None
+    """w1 and w2 as they were passed, if their gradients go to ``main_grad``."""
 
     def run(self, scores: Tensor, plan: RoutingPlan, inference: bool) -> Tensor:
         scores_S = scores.reshape(-1).to(torch.promote_types(scores.dtype, torch.float32))
@@ -251,6 +262,7 @@ class _Experts:
             self.layout,
             backend=self.backend,
             inference=inference,
+            owners=self.owners,
         )
 
 
@@ -263,6 +275,7 @@ def _checked(
     activation: Activation | ActivationType | str,
     layout: GateUpLayout | str,
     backend: str,
+    accumulate_into_main_grad: bool,
 ) -> _Experts:
     """Check everything that metadata shows. Under ``torch.autocast`` the layer computes in the autocast dtype, like a
     linear layer.
@@ -300,13 +313,14 @@ def _checked(
             checks.same_dtype(name, t, "x", x)
         else:
             checks.floating(name, t)
+    owners = (w1, w2) if accumulate_into_main_grad else None
     if dtype is not None:
         x, w1, w2 = x.to(dtype), w1.to(dtype), w2.to(dtype)
         b1, b2 = (None if b is None else b.to(dtype) for b in (b1, b2))
     checks.index_count("tokens", x.shape[0])
     if not torch.compiler.is_compiling():  # the op chooses again when it runs
         registry.choose(x.device, x.dtype, hidden=hidden, intermediate=intermediate, backend=backend)
-    return _Experts(x, w1, b1, w2, b2, act, order, backend)
+    return _Experts(x, w1, b1, w2, b2, act, order, backend, owners)
 
 
 def _check_router_weight(x: Tensor, weight: Tensor, w1: Tensor) -> None:

@@ -72,6 +72,8 @@ class MoE(nn.Module):
         layout: how the 2I rows of ``c_fc.weight`` hold gate and up; ``"gate_up"`` is Hugging Face's ``gate_up_proj``.
         recipe: numeric recipe; None is :class:`Bf16Recipe`.
         z_loss_weight: adds this times the router z-loss to ``aux_loss``.
+        accumulate_into_main_grad: add the gradients of ``c_fc.weight`` and ``c_proj.weight`` to their fp32
+            ``main_grad``, not to ``.grad`` (Megatron's gradient accumulation fusion, ``training/main_grad.py``).
         validate: check device data too (NaN logits); costs a synchronisation a call.
 
     Parameters: ``router.weight`` (E, H), ``c_fc.weight`` (E, 2I or I, H), ``c_fc.bias``, ``c_proj.weight`` (E, H, I),
@@ -93,6 +95,7 @@ class MoE(nn.Module):
         layout: GateUpLayout | str = GateUpLayout.INTERLEAVED,
         recipe: Bf16Recipe | None = None,
         z_loss_weight: float = 0.0,
+        accumulate_into_main_grad: bool = False,
         validate: bool = False,
     ) -> None:
         super().__init__()
@@ -113,6 +116,7 @@ class MoE(nn.Module):
         self.layout = as_layout(layout)
         self.recipe = as_recipe(recipe)
         self.z_loss_weight = z_loss_weight
+        self.accumulate_into_main_grad = accumulate_into_main_grad
         self.validate = validate
 
         self.router = nn.Linear(hidden_size, num_experts, bias=False)
@@ -169,6 +173,7 @@ class MoE(nn.Module):
             activation=self.activation,
             layout=self.layout,
             inference=is_inference_mode,
+            accumulate_into_main_grad=self.accumulate_into_main_grad,
             backend=_backend(kernel_backend_moe),
             validate=self.validate,
         )

@@ -13,6 +13,8 @@ Saved for backward: x, H, the scores and the plan: 2 T H + 2 R N1 bytes in BF16 
 forward and 12 R H I backward (gated). A tilde marks rows read through an index: the sm_90 kernels do that inside their
 loads, so that neither X~ nor dO~ nor dA exists in memory; other backends copy.
 
+dW1 and dW2 are returned, or added to the caller's fp32 buffers (``training/main_grad.py``).
+
 The pair of custom ops below is opaque to ``torch.compile``; autograd is attached outside, in :class:`Experts`.
 """
 
@@ -28,6 +30,7 @@ from torch import Tensor
 from supersonic_moe.activation import Activation, ActivationType, GateUpLayout
 from supersonic_moe.kernels import registry
 from supersonic_moe.routing.plan import RoutingPlan
+from supersonic_moe.training.main_grad import main_grad_of, stand_in
 
 # One argument list, shared by both ops: operands, the plan's tensors, then what is static.
 _OPERANDS = "Tensor x, Tensor scores, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2"
@@ -42,7 +45,7 @@ torch.library.define(
 )
 torch.library.define(
     "supersonic_moe::experts_backward",
-    f"(Tensor dout, Tensor h, bool[6] needs, {_OPERANDS}, {_PLAN}, {_STATIC})"
+    f"(Tensor dout, Tensor h, bool[6] needs, Tensor(a!)? main_w1, Tensor(b!)? main_w2, {_OPERANDS}, {_PLAN}, {_STATIC})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -133,6 +136,8 @@ def _backward(
     dout: Tensor,
     h: Tensor,
     needs: list[bool],
+    main_w1: Tensor | None,
+    main_w2: Tensor | None,
     x: Tensor,
     scores: Tensor,
     w1: Tensor,
@@ -157,8 +162,16 @@ def _backward(
     k, act, order = _resolve(x, w1, w2, activation, alpha, limit, up_offset, layout, backend)
     need_x, need_s, need_w1, need_b1, need_w2, need_b2 = needs
     dx = dscores = dw1 = db1 = dw2 = db2 = None
+    index = None if identity else gather_index
+
+    def weight_gradient(a: Tensor, b: Tensor, main: Tensor | None, transposed: bool) -> Tensor | None:
+        added = main is not None
+        dw: Tensor = k.grouped_mm_wgrad(
+            a, b, expert_offsets, main, gather_index=index, transposed=transposed, accumulate=added
+        )
+        return None if added else dw
+
     with torch.autocast(x.device.type, enabled=False):
-        index = None if identity else gather_index
         s_P = _pick(scores, scatter_index)
         dh_PN, as_PI, ds_P = k.down_backward(dout, index, w2, h, b1, s_P, expert_offsets, row_expert, act, order)
         if need_s:
@@ -166,14 +179,14 @@ def _backward(
                 k.row_dot(dout, b2, row_expert, ds_P, gather_index=index)
             dscores = _pick(ds_P, reverse_index).to(scores.dtype)
         if need_w2:
-            dw2 = k.grouped_mm_wgrad(dout, as_PI, expert_offsets, gather_index=index).to(w2.dtype)
+            dw2 = weight_gradient(dout, as_PI, main_w2, transposed=False)
         del as_PI
         if need_b2 and b2 is not None:
             db2 = k.segment_sum(dout, s_P, expert_offsets, gather_index=index).to(b2.dtype)
         if need_b1 and b1 is not None:
             db1 = k.segment_sum(dh_PN, None, expert_offsets).to(b1.dtype)
         if need_w1:
-            dw1 = k.grouped_mm_wgrad(x, dh_PN, expert_offsets, gather_index=index, transposed=True).to(w1.dtype)
+            dw1 = weight_gradient(x, dh_PN, main_w1, transposed=True)
         if need_x:
             dx_PH = k.grouped_mm(dh_PN, w1, expert_offsets)
             per_token = _per_token(token_rows, token_offsets, x.shape[0])
@@ -193,6 +206,8 @@ def _backward_fake(
     dout: Tensor,
     h: Tensor,
     needs: list[bool],
+    main_w1: Tensor | None,
+    main_w2: Tensor | None,
     x: Tensor,
     scores: Tensor,
     w1: Tensor,
@@ -202,40 +217,50 @@ def _backward_fake(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     inputs = (x, scores, w1, b1, w2, b2)
-    wanted = [t if need else None for t, need in zip(inputs, needs, strict=True)]
+    added = (False, False, main_w1 is not None, False, main_w2 is not None, False)
+    wanted = [t if need and not add else None for t, need, add in zip(inputs, needs, added, strict=True)]
     return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in wanted)
 
 
 class Experts(torch.autograd.Function):
-    """Autograd around the two ops. ``forward(x, scores, w1, b1, w2, b2, plan, static)`` with tuples from plan_args and
-    static_args.
+    """Autograd around the two ops. ``forward(x, scores, w1, b1, w2, b2, plan, static, owners)`` with tuples from
+    plan_args and static_args; ``owners``: w1 and w2 as the caller passed them, if their main_grad gets dW1 and dW2.
     """
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        *operands, plan, static = args
+        *operands, plan, static, _ = args
         out: tuple[Tensor, Tensor] = torch.ops.supersonic_moe.experts_forward.default(*operands, *plan, *static, True)
         return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *operands, plan, static = inputs
+        *operands, plan, static, owners = inputs
         h = output[1]
         ctx.mark_non_differentiable(h)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(h, *operands, *plan[:-1])
         ctx.identity, ctx.static = plan[-1], static
+        ctx.owners = owners  # the objects themselves: saved tensors may come back without attributes
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, _dh: None) -> tuple[Tensor | None, ...]:
         if dout is None:
-            return (None,) * 8
-        h, *tensors = ctx.saved_tensors
+            return (None,) * 9
         needs = list(ctx.needs_input_grad[:6])
-        grads = torch.ops.supersonic_moe.experts_backward.default(
-            dout.contiguous(), h, needs, *tensors, ctx.identity, *ctx.static
+        main_w1 = main_grad_of("w1", ctx.owners[0]) if ctx.owners and needs[2] else None
+        main_w2 = main_grad_of("w2", ctx.owners[1]) if ctx.owners and needs[4] else None
+        h, *tensors = ctx.saved_tensors  # may recompute forward, so look for what is missing first
+        grads: list[Tensor | None] = list(
+            torch.ops.supersonic_moe.experts_backward.default(
+                dout.contiguous(), h, needs, main_w1, main_w2, *tensors, ctx.identity, *ctx.static
+            )
         )
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
+        if main_w1 is not None:
+            grads[2] = stand_in(ctx.owners[0], tensors[2])
+        if main_w2 is not None:
+            grads[4] = stand_in(ctx.owners[1], tensors[4])
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None
 
 
 def run_experts(
@@ -251,8 +276,11 @@ def run_experts(
     *,
     backend: str,
     inference: bool,
+    owners: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """(T, H) output of the experts. Nothing is saved in inference mode or where no input requires a gradient."""
+    """(T, H) output of the experts. Nothing is saved in inference mode or where no input requires a gradient.
+    ``owners``: see :class:`Experts`.
+    """
     static = static_args(activation, layout, backend)
     operands = (x_TH, scores_S, w1, b1, w2, b2)
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
@@ -260,5 +288,5 @@ def run_experts(
         detached = (None if t is None else t.detach() for t in operands)
         out: Tensor = torch.ops.supersonic_moe.experts_forward.default(*detached, *plan_args(plan), *static, False)[0]
         return out
-    out = Experts.apply(*operands, plan_args(plan), static)[0]  # type: ignore[no-untyped-call]
+    out = Experts.apply(*operands, plan_args(plan), static, owners)[0]  # type: ignore[no-untyped-call]
     return out

@@ -34,15 +34,22 @@ def grouped_mm_wgrad(
     a_TM: Tensor,
     b_PN: Tensor,
     expert_offsets: Tensor,
+    out: Tensor | None = None,
     *,
     gather_index: Tensor | None = None,
     transposed: bool = False,
+    accumulate: bool = False,
 ) -> Tensor:
-    """(E, M, N): a[rows of e].T @ b[rows of e], or its transpose (E, N, M); exact zeros for an expert without rows."""
+    """(E, M, N): a[rows of e].T @ b[rows of e], or its transpose (E, N, M); exact zeros for an expert without rows.
+    Into ``out`` if given, of any float dtype; ``accumulate`` adds to it.
+    """
     a_PM = a_TM if gather_index is None else gather_rows(a_TM, gather_index)
     left, right = (b_PN, a_PM) if transposed else (a_PM, b_PN)
     acc = acc_dtype(a_PM.dtype)
-    out = a_PM.new_zeros(expert_offsets.shape[0] - 1, left.shape[1], right.shape[1])
+    if out is None:
+        out = a_PM.new_zeros(expert_offsets.shape[0] - 1, left.shape[1], right.shape[1])
+    elif not accumulate:
+        out.zero_()
     for e, start, end in _segments(expert_offsets):
-        out[e] = left[start:end].to(acc).T @ right[start:end].to(acc)
+        out[e] += left[start:end].to(acc).T @ right[start:end].to(acc)
     return out

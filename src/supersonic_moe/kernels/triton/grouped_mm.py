@@ -6,6 +6,10 @@ compute capability 9.x and 10.x (torch 2.10); elsewhere it loops over groups and
 registry keeps other dtypes away. With a ragged contraction it does not promise anything for an empty group, so a second
 kernel writes the zeros of experts without rows: it looks at two offsets and leaves wherever there are rows.
 
+The weight gradient leaves torch's GEMM in bf16 (its output dtype must be that of the operands, torch 2.13), so a
+product that is added to an fp32 buffer has been rounded once, as in autograd without fusion; the sum is fp32. The sm_90
+backend adds the unrounded product.
+
 FLOPs: 2·P·K·N. Roofline on H200: 614-671 TFLOP/s sustained of a power-limited 680.
 """
 
@@ -49,17 +53,24 @@ def grouped_mm_wgrad(
     a_TM: Tensor,
     b_PN: Tensor,
     expert_offsets: Tensor,
+    out: Tensor | None = None,
     *,
     gather_index: Tensor | None = None,
     transposed: bool = False,
+    accumulate: bool = False,
 ) -> Tensor:
-    """(E, M, N): a[rows of e].T @ b[rows of e], or its transpose (E, N, M); exact zeros for an expert without rows."""
+    """(E, M, N): a[rows of e].T @ b[rows of e], or its transpose (E, N, M); exact zeros for an expert without rows.
+    Into ``out`` if given, bf16 or fp32; ``accumulate`` adds the rounded product to it.
+    """
     a_PM = a_TM if gather_index is None else gather_rows(a_TM, gather_index)
     left, right = (b_PN, a_PM) if transposed else (a_PM, b_PN)
     num_experts, m, n = expert_offsets.shape[0] - 1, left.shape[1], right.shape[1]
     if left.shape[0] == 0:
-        return left.new_zeros(num_experts, m, n)
-    out_EMN = torch.nn.functional.grouped_mm(left.t(), right, offs=expert_offsets[1:])
-    with torch.cuda.device_of(out_EMN):
-        _zero_empty_experts_kernel[(num_experts, PROGRAMS_PER_EXPERT)](out_EMN, expert_offsets, m * n, BLOCK)
-    return out_EMN
+        dw_EMN = left.new_zeros(num_experts, m, n)
+    else:
+        dw_EMN = torch.nn.functional.grouped_mm(left.t(), right, offs=expert_offsets[1:])
+        with torch.cuda.device_of(dw_EMN):
+            _zero_empty_experts_kernel[(num_experts, PROGRAMS_PER_EXPERT)](dw_EMN, expert_offsets, m * n, BLOCK)
+    if out is None:
+        return dw_EMN
+    return out.add_(dw_EMN) if accumulate else out.copy_(dw_EMN)

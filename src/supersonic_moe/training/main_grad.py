@@ -1,0 +1,59 @@
+"""Weight gradients added to ``weight.main_grad`` where they are computed: Megatron's gradient accumulation fusion.
+
+``main_grad`` is an fp32 buffer that the caller, usually Megatron's DistributedDataParallel, hangs on a parameter, and
+reduces and zeroes. Micro-batches accumulate there in fp32; on sm_90 the GEMM itself adds, so dW exists nowhere else.
+Every backward pass through the layer adds, ``torch.autograd.grad`` too. What autograd gets instead of dW decides who
+hears of it:
+
+    weight                                   autograd gets                      then
+    plain                                    None                               ``weight.grad`` stays as it is
+    has ``grad_added_to_main_grad``          an uninitialised stand-in, and     Megatron's hook runs, does not add the
+    (Megatron's parameters)                  the attribute is set to True       stand-in, drops it, counts the weight
+                                                                                as ready for reduction
+
+With ``zero_out_wgrad`` Megatron adds the stand-in all the same, so it is zeros then. A stand-in has the size of the
+weight; it is allocated when the temporaries of backward are free and lives until Megatron's hook, so none is cached.
+
+The buffer is looked up when backward runs, on the very tensor that the caller passed: it may be allocated after
+forward, and autocast computes with a copy that has no attributes. ``torch.compile`` looks it up when forward runs, and
+breaks the graph for Megatron's parameters. Parameters that FSDP shards have no ``main_grad`` and are refused.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from supersonic_moe import checks
+
+
+def main_grad_of(name: str, weight: Tensor) -> Tensor:
+    """The buffer of ``weight``: contiguous, fp32 (fp64 for an fp64 weight), and aligned to 16 bytes for TMA."""
+    main = getattr(weight, "main_grad", None)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    if (
+        not isinstance(main, Tensor)
+        or (main.dtype, main.shape, main.device) != (dtype, weight.shape, weight.device)
+        or not main.is_contiguous()
+    ):
+        strides = f" with strides {main.stride()}" if isinstance(main, Tensor) else ""
+        raise ValueError(
+            f"accumulate_into_main_grad needs {name}.main_grad to be a contiguous {str(dtype).removeprefix('torch.')} "
+            f"tensor of shape {tuple(weight.shape)} on {weight.device}; got {checks.describe(main)}{strides}. Set it "
+            "before backward, on the parameter itself (not on a view, a copy or a shard), e.g. to "
+            f"torch.zeros(weight.shape, dtype={dtype}, device=weight.device)."
+        )
+    if not torch.compiler.is_compiling() and (offset := main.storage_offset()) * dtype.itemsize % 16:
+        raise ValueError(
+            f"{name}.main_grad must start at a multiple of 16 bytes of its storage; got storage offset {offset} of "
+            f"{checks.describe(main)}. Pad what lies before it to a multiple of {16 // dtype.itemsize} elements."
+        )
+    return main
+
+
+def stand_in(weight: Tensor, used: Tensor) -> Tensor | None:
+    """What autograd gets as the gradient of ``used``, which is ``weight`` or its autocast copy."""
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    weight.grad_added_to_main_grad = True
+    return used.new_zeros(used.shape) if getattr(weight, "zero_out_wgrad", False) else used.new_empty(used.shape)
