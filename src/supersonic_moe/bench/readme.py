@@ -6,7 +6,7 @@ A file becomes a line about where its numbers come from and a table: a row for e
 metric of its suite, and one for each peer with its compared metric over ours (above 1: ours is better). Cases that meet
 other peers (a weight gradient, a product alone) get a table of their own, so that a mean is over like and like. The
 format of the files is that of ``bench/report.py``; everything they hold and the README does not show stays one click
-away.
+away. Files of ``UNSHOWN`` suites are left out: their figures stand in docs/.
 """
 
 from __future__ import annotations
@@ -46,12 +46,14 @@ SUITES = {
     "gemm": Headline(("us", "tflops", "sm_mhz", "watts", "pj_per_flop", "rel_fro"), compared="us"),
     "cold-start": Headline(("first_call_s", "call_s", "total_s", "import_s", "context_s"), compared="first_call_s"),
 }
+UNSHOWN = frozenset({"kernels"})  # a row for each kernel and shape is too long, and compares with no peer
 _METRICS = {metric.name: metric for metric in METRICS}
 
 
 def render(results_dir: Path) -> str:
     """The block, in Markdown: every file of the folder in the order of names, or how to make one."""
-    sections = [_section(path) for path in sorted(results_dir.glob("*.json"))]
+    contents = {path: _read(path) for path in sorted(results_dir.glob("*.json"))}
+    sections = [_section(path, content) for path, content in contents.items() if content["suite"] in SUITES]
     return "\n\n".join(sections) or NOTHING_YET
 
 
@@ -69,8 +71,7 @@ def update(readme_path: Path, results_dir: Path) -> bool:
     return True
 
 
-def _section(path: Path) -> str:
-    content = _read(path)
+def _section(path: Path, content: dict[str, Any]) -> str:
     headline = SUITES[content["suite"]]
     commit, _, dirty = content["commit"].partition("-")
     source = [content["device"], f"torch {content['torch']}", f"commit `{commit[:12]}{'-' + dirty if dirty else ''}`"]
@@ -87,7 +88,7 @@ def _read(path: Path) -> dict[str, Any]:
     wanted = ("suite", "command", "device", "torch", "commit", "date", "rows")
     if not isinstance(content, dict) or any(field not in content for field in wanted):
         raise ValueError(f"{path} must hold {', '.join(wanted)}. Write it with `supersonic-moe bench`.")
-    if content["suite"] not in SUITES:
+    if content["suite"] not in UNSHOWN.union(SUITES):
         raise ValueError(
             f"{path} is of suite {content['suite']!r}, and the README shows {', '.join(SUITES)}. "
             f"Say in bench/readme.py, SUITES, what it shows of that one."

@@ -16,6 +16,7 @@ from supersonic_moe.cli import options
 if TYPE_CHECKING:
     import torch
 
+    from supersonic_moe.bench.kernels import KernelsResult
     from supersonic_moe.bench.report import CaseResult
     from supersonic_moe.perf_model import LayerShape
 
@@ -171,6 +172,53 @@ def gemm(
         report.write_png(png, panels, heading, H200.matrix_flops / 1e12)
         console.print(f"Wrote {png}")
     if len(results) < len(cases) or any(result.failed for result in results):
+        raise typer.Exit(1)
+
+
+@app.command()
+def kernels(
+    shape: Shapes = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32. Default: bfloat16, on a CPU float32.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="Kernels to measure: auto, or a backend by name.")] = "auto",
+    device: Device = None,
+    json: Json = None,
+    png: Png = None,
+    min_ms: MinMs = 400,
+    warm_ms: WarmMs = 300,
+    commit: Commit = None,
+) -> None:
+    """Every kernel of a layer alone, beside its floor: time, TFLOP/s, GB/s, watts, pJ/FLOP; roofline figure."""
+    from supersonic_moe.bench import report
+    from supersonic_moe.bench.kernel_figure import write_figures
+    from supersonic_moe.bench.kernels import backend_of, kernel_table, run_case
+    from supersonic_moe.bench.layer import LayerConfig
+    from supersonic_moe.bench.shapes import CPU_LAYER_SHAPES, LAYER_SHAPES
+
+    where = options.device(device)
+    config = LayerConfig(where, options.dtype(dtype, where), backend=backend, peers=(), warm_ms=warm_ms, min_ms=min_ms)
+    cases = options.shapes(shape or []) or (LAYER_SHAPES[:2] if where.type == "cuda" else CPU_LAYER_SHAPES)
+    with options.usage_errors():
+        backends = dict.fromkeys(backend_of(case, config) for case in cases)
+    _make_current(where)
+
+    console = Console()
+    heading = f"Kernels of one MoE layer, each alone, on {report.device_name(where)}, {config.dtype_name}"
+    console.print(f"{heading}, {', '.join(backends)}\n[dim]{_method(min_ms, warm_ms)}.[/dim]\n")
+
+    def show(result: KernelsResult) -> None:
+        console.print(kernel_table(result))
+        for name, reason in result.missing.items():
+            console.print(f"[red]failed[/red] {name}: {escape(reason)}", highlight=False)
+
+    results = _each(cases, lambda case, progress: run_case(case, config, progress), show, console)
+    measured = [case for result in results for case in result.cases()]
+    _write_json(json, "kernels", measured, where, commit, console)
+    if measured and png:
+        for path in write_figures(png, report.document("kernels", measured, where, commit)):
+            console.print(f"Wrote {path}")
+    if len(results) < len(cases) or any(result.missing for result in results):
         raise typer.Exit(1)
 
 

@@ -1,0 +1,79 @@
+"""What each kernel of a layer must cost where it runs alone: steps of ``roofline.py``, their variants, FP8 quantisers.
+
+Symbols and rules are those of ``roofline.py``: bytes are compulsory, so a gathered operand counts its T distinct rows,
+however often the gather reads them again. A variant differs from its step in what it writes:
+
+    up_projection_inference    no pre-activation
+    wgrad_*_accumulate         fp32, read and written, of the experts that have rows; the others are left alone
+
+The quantisers write e4m3 (1 byte an element) and an fp32 scale a block (``kernels/fp8_format.py``). Where they
+transpose for a weight gradient, rows become G positions: the rows of each expert padded to whole blocks of 128, as many
+as any routing may need.
+
+    quantize_rows_x        x (T, H)               -> q (T, H), scales 1 x 128
+    quantize_blocks_w1/2   w (E, N, K)            -> q, its transpose, scales 128 x 128 that both share
+    quantize_columns_x     x gathered by position -> q (H, G), scales 1 x 128 along the positions
+    quantize_tiles_dz      dH (R, N1)             -> q (R, N1), scales 1 x 128; q (N1, G), scales 128 x 128
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from supersonic_moe.perf_model.roofline import INDEX_BYTES, LayerShape, Step, layer_steps
+
+FP32_BYTES = 4  # a scale, an element of main_grad
+
+
+def kernel_steps(shape: LayerShape, *, gated: bool, element_bytes: int = 2) -> dict[str, Step]:
+    """Every kernel of ``bench/kernels.py`` by its name there."""
+    step = {step.key: step for step in layer_steps(shape, gated=gated, element_bytes=element_bytes)}
+    H, I, E, R = shape.hidden, shape.intermediate, shape.experts, shape.rows  # noqa: E741
+    N1, b = I * (2 if gated else 1), element_bytes
+    plan_bytes = step["top-k"].bytes + step["metadata"].bytes
+
+    def accumulating(key: str, elements: int) -> Step:
+        stored, added = b * E * elements, 2 * FP32_BYTES * min(E, R) * elements
+        return replace(step[key], what=f"fp32 += {step[key].what}", bytes=step[key].bytes - stored + added)
+
+    return {
+        "route_forward": step["top-k"],
+        "build_plan": step["metadata"],
+        "route_and_plan": Step("top-k, metadata", "forward", "scores, ids, offsets, row indices", 0, plan_bytes),
+        "route_backward": step["d top-k"],
+        "up_projection": step["1"],
+        "up_projection_inference": replace(step["1"], what="A without H", bytes=step["1"].bytes - b * R * N1),
+        "grouped_mm_y": step["2"],
+        "gather_sum_out": step["3"],
+        "down_backward": step["4"],
+        "wgrad_dw2": step["5"],
+        "wgrad_dw2_accumulate": accumulating("5", H * I),
+        "wgrad_dw1": step["7"],
+        "wgrad_dw1_accumulate": accumulating("7", H * N1),
+        "grouped_mm_dx": step["6"],
+        "gather_sum_dx": step["8"],
+        **_quantizers(shape, N1, b),
+    }
+
+
+def _quantizers(shape: LayerShape, N1: int, b: int) -> dict[str, Step]:
+    from supersonic_moe.kernels.fp8_format import blocks, padded_capacity  # imports torch, for which --help cannot wait
+
+    T, H, I, E, R = shape.tokens, shape.hidden, shape.intermediate, shape.experts, shape.rows  # noqa: E741
+    G = padded_capacity(R, E)
+
+    def row_bytes(rows: int, columns: int) -> int:
+        return rows * ((b + 1) * columns + FP32_BYTES * blocks(columns))
+
+    def weight_bytes(n: int, k: int) -> int:
+        return E * ((b + 2) * n * k + FP32_BYTES * blocks(n) * blocks(k))
+
+    columns_x = b * T * H + INDEX_BYTES * G + H * G + FP32_BYTES * H * blocks(G)
+    transposed_dz = INDEX_BYTES * G + N1 * G + FP32_BYTES * blocks(N1) * blocks(G)
+    return {
+        "quantize_rows_x": Step("q x", "forward", "X in FP8", 0, row_bytes(T, H)),
+        "quantize_blocks_w1": Step("q w1", "forward", "W1 and W1^T in FP8", 0, weight_bytes(N1, H)),
+        "quantize_blocks_w2": Step("q w2", "forward", "W2 and W2^T in FP8", 0, weight_bytes(H, I)),
+        "quantize_columns_x": Step("q x^T", "backward", "gather(X)^T in FP8", 0, columns_x),
+        "quantize_tiles_dz": Step("q dz", "backward", "dH and dH^T in FP8", 0, row_bytes(R, N1) + transposed_dz),
+    }
