@@ -1,0 +1,60 @@
+"""One small case of every sm_90 kernel and one layer step, for compute-sanitizer (test_gpu_sanitizer.py). Checks nothing itself."""
+
+from __future__ import annotations
+
+import torch
+
+import supersonic_moe as sm
+from supersonic_moe.activation import GateUpLayout, as_activation
+from supersonic_moe.kernels.sm90.down_backward import down_backward
+from supersonic_moe.kernels.sm90.grouped_gemm import grouped_mm
+from supersonic_moe.kernels.sm90.grouped_wgrad import grouped_mm_wgrad
+from supersonic_moe.kernels.sm90.up_projection import up_projection
+
+CUDA, BF16 = torch.device("cuda"), torch.bfloat16
+HIDDEN, WIDTH = 136, 200  # no multiple of a tile, more than one block
+
+
+def kernels(counts: list[int]) -> None:
+    """Ragged, empty and hot experts; rows as they lie and through an index, in clusters of one and of two."""
+    num_experts, rows = len(counts), sum(counts)
+    offsets = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32, device=CUDA)
+    row_expert = torch.repeat_interleave(torch.arange(num_experts), torch.tensor(counts)).int().to(CUDA)
+    x = torch.randn(rows, HIDDEN, device=CUDA, dtype=BF16)
+    w1 = torch.randn(num_experts, 2 * WIDTH, HIDDEN, device=CUDA, dtype=BF16)
+    w2 = torch.randn(num_experts, HIDDEN, WIDTH, device=CUDA, dtype=BF16)
+    b1 = torch.randn(num_experts, 2 * WIDTH, device=CUDA, dtype=BF16)
+    scores = torch.rand(rows, device=CUDA)
+    index = torch.randint(0, rows, (rows,), device=CUDA, dtype=torch.int32)
+    index[::13] = -1
+    swiglu = as_activation("swiglu")
+    for gather in (None, index):
+        for layout in (GateUpLayout.INTERLEAVED, GateUpLayout.UP_GATE):
+            h, a = up_projection(x, gather, w1, b1, offsets, row_expert, swiglu, layout, True)
+            dh, scaled, _ = down_backward(x, gather, w2, h, b1, scores, offsets, row_expert, swiglu, layout)
+        grouped_mm(x, w1.transpose(1, 2), offsets, gather_index=gather)
+        grouped_mm(x, w2, offsets, gather_index=gather)
+        for transposed in (False, True):
+            grouped_mm_wgrad(x, dh, offsets, gather_index=gather, transposed=transposed)
+            out = torch.zeros(
+                (num_experts, 2 * WIDTH, HIDDEN) if transposed else (num_experts, HIDDEN, 2 * WIDTH), device=CUDA
+            )
+            grouped_mm_wgrad(x, dh, offsets, out, gather_index=gather, transposed=transposed)
+            grouped_mm_wgrad(x, dh, offsets, out, gather_index=gather, transposed=transposed, accumulate=True)
+    grouped_mm(a, w2.transpose(1, 2), offsets)
+    grouped_mm_wgrad(x, scaled, offsets)
+
+
+def main() -> None:
+    kernels([70, 0, 1, 129, 15])
+    kernels([300, 0, 513])
+    layer = sm.MoE(8, 2, HIDDEN, WIDTH, "swiglu", True, 0.02).to(CUDA, BF16)
+    x = torch.randn(77, HIDDEN, device=CUDA, dtype=BF16, requires_grad=True)
+    out, aux = layer(x)
+    (out.float().sum() + aux).backward()
+    torch.cuda.synchronize()
+    print("all cases ran")
+
+
+if __name__ == "__main__":
+    main()
