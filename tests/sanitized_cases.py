@@ -1,4 +1,7 @@
-"""One small case of every sm_90 kernel and one layer step, for compute-sanitizer (test_gpu_sanitizer.py). Checks nothing itself."""
+"""One small case of every sm_90 kernel and one layer step, for compute-sanitizer (test_gpu_sanitizer.py).
+
+Checks nothing itself.
+"""
 
 from __future__ import annotations
 
