@@ -6,6 +6,7 @@ import json
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -208,6 +209,31 @@ def test_a_router_that_peers_lack_leaves_us_alone() -> None:
     assert list(result.metrics) == [OURS]
     assert all("softmax" in reason for reason in result.missing.values())
     assert {(row.peer, row.peer_value) for row in report.rows(result)} == {("torch_loop", None), ("grouped_mm", None)}
+
+
+@pytest.mark.parametrize("skew", [0.0, 1.0])
+def test_token_rounding_meets_plain_topk(monkeypatch: pytest.MonkeyPatch, skew: float) -> None:
+    """Same weights, both routings in the same rounds, each rate from the rows that its own experts computed."""
+    shape, seen = LayerShape(512, 32, 16, 4, 2), []
+    forward = layer.MoE.forward
+
+    def spy(self: layer.MoE, *args: Any, **kwargs: Any) -> Any:
+        result = forward(self, *args, **kwargs)
+        seen.append((self.training, self.expert_counts.tolist()))
+        return result
+
+    monkeypatch.setattr(layer.MoE, "forward", spy)
+    result = run_case(shape, quick(router="token_rounding", skew=skew))
+    assert result.case == "T512_H32_I16_E4_K2_token_rounding_float32" + ("_skew1" if skew else "")
+    ours, plain = result.metrics[OURS], result.metrics[layer.PLAIN]
+    assert list(result.metrics) == [OURS, layer.PLAIN] and set(result.missing) == {"torch_loop", "grouped_mm"}
+    counts = dict(seen)
+    assert all(n % 128 == 0 for n in counts[True]) and any(n % 128 for n in counts[False])
+    assert (ours["rows"], plain["rows"]) == (sum(counts[True]), sum(counts[False])) and plain["rows"] == 1024
+    for metrics in (ours, plain):
+        assert metrics["fwd_bwd_tflops"] * metrics["fwd_bwd_us"] * 1e6 == pytest.approx(18 * metrics["rows"] * 32 * 16)
+    recorded = {(row.metric, row.value, row.peer_value) for row in report.rows(result) if row.peer == layer.PLAIN}
+    assert ("rows", ours["rows"], plain["rows"]) in recorded
 
 
 def test_our_own_failure_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

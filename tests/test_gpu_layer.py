@@ -153,6 +153,37 @@ def test_no_host_sync_and_graph_capture_and_equal_bits(name):
         assert all(torch.equal(a, b) for a, b in zip(captured, want, strict=True))
 
 
+@pytest.mark.parametrize("base", [sm.SoftmaxAfterTopK(), sm.SigmoidGroupedTopK(scaling_factor=2.5)], ids=repr)
+@pytest.mark.parametrize("mode", ["NR-f", "UP", "DOWN"])
+def test_token_rounding_close_to_fp64(mode, base):
+    """The whole layer, router gradient included, against autograd in fp64 on the same choice and the same logits."""
+    x, _, _, (w1, b1, w2, b2) = inputs(Activation(ActivationType.SWIGLU), tokens=1000)
+    router_w = (torch.randn(E, H, device=CUDA) * H**-0.5).bfloat16().requires_grad_()
+    dout, policy = torch.randn_like(x), sm.TokenRounding(base=base, mode=mode, tile=128)
+    out, logits, counts = sm.moe_layer(x, router_w, w1, w2, 2, router=policy, b1=b1, b2=b2)
+    got = [out, *torch.autograd.grad(out, (x, router_w, w1, b1, w2, b2), dout)]
+    assert (counts % 128 == 0).all() and counts.any()
+
+    chosen = sm.token_rounding(logits.detach(), 2, policy)  # same bits, hence same choice
+    assert torch.equal(counts, chosen.counts)
+    used = int(counts.sum())
+    pair = chosen.token_indices[:used].long(), chosen.expert_indices[:used].long()
+    kept = torch.zeros(logits.shape, dtype=torch.bool, device=CUDA).index_put_(pair, torch.tensor(True, device=CUDA))
+    leaves = [in_fp64(t) for t in (x, router_w, w1, b1, w2, b2)]
+    exact_logits = leaves[0] @ leaves[1].T
+    exact_logits = exact_logits + (logits.double() - exact_logits).detach()  # the values that were routed
+    if isinstance(base, sm.SigmoidGroupedTopK):
+        a = exact_logits.sigmoid() * kept
+        weights = 2.5 * a / (a.sum(1, keepdim=True) + 1e-20)
+    else:
+        weights = exact_logits.masked_fill(~kept, -1e9).softmax(1)
+    x64, _, w1, b1, w2, b2 = leaves
+    exact = sm.routed_experts(x64, *pair, weights[pair], w1, w2, b1=b1, b2=b2, backend="reference")
+    want = [exact, *torch.autograd.grad(exact, leaves, dout.double())]
+    for name, g, e in zip(("out", "dx", "drouter", "dw1", "db1", "dw2", "db2"), got, want, strict=True):
+        assert oracle.rel_fro(g, e) < 1e-2, name
+
+
 def test_module_trains_in_a_graph():
     """Forward, loss and backward of the module in one CUDA graph, sampled token rounding included."""
     moe = sm.MoE(E, 2, H, I, "swiglu", True, 0.02, router=sm.TokenRounding(mode="SR-f", tile=16)).to(

@@ -77,6 +77,16 @@ def cases():
                 f"route_backward-{router[0]}-{str(dtype)[6:]}",
                 (torch.randn_like(scores), logits, scores, ids, *router, "auto"),
             )
+    for dtype, scale, step in ((torch.float32, None, None), (torch.bfloat16, 2.5, torch.tensor(3))):
+        logits = torch.randn(T, E, dtype=dtype)
+        scores, ids = ops.route_forward.default(logits, None, K, *ROUTERS[0], "auto")
+        args = (logits, scores, ids, scale, "SR-f", 2, 7, 5, step, T * E, "auto")
+        yield f"token_rounding_forward-{str(dtype)[6:]}", args
+        _, experts, weights, _, offsets = ops.token_rounding_forward.default(*args)
+        yield (
+            f"token_rounding_backward-{str(dtype)[6:]}",
+            (torch.randn_like(weights), logits, weights, experts, offsets, scale, "auto"),
+        )
 
 
 CASES = dict(cases())

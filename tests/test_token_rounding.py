@@ -10,12 +10,11 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from supersonic_moe.routing.plan import plan_from_triples
+from supersonic_moe.kernels.reference.token_rounding import mix, uniform
+from supersonic_moe.routing.plan import plan_from_sorted_triples, plan_from_triples
 from supersonic_moe.routing.token_rounding import (
     MODES,
     TokenRounding,
-    _mix,
-    _uniform,
     token_rounding,
     token_rounding_capacity,
 )
@@ -102,7 +101,7 @@ def problems(draw, dtype=torch.float64):
 def test_matches_the_paper(problem, step):
     logits, k, config = problem
     result = token_rounding(logits, k, config, step=step)
-    u = _uniform(result.counts, config.seed, step).tolist()
+    u = uniform(result.counts, config.seed, step).tolist()
     weights, _, rounded = paper(logits.numpy(), k, config, u)
     assert result.counts.tolist() == rounded
     n = sum(rounded)
@@ -148,6 +147,11 @@ def test_promises(problem, step):
 
     plan = plan_from_triples(result.token_indices, result.expert_indices, num_tokens, num_experts)
     assert torch.equal(plan.expert_counts, result.counts)
+    same = plan_from_sorted_triples(*result[:2], result.token_offsets, num_experts)
+    assert all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        for a, b in zip(vars(plan).values(), vars(same).values(), strict=True)
+    )
 
 
 def test_capacity_is_reached():
@@ -281,21 +285,21 @@ def bisect_probability(logits, config, e):
 def test_draws_are_uniform_and_unrelated():
     n = 4096
     like = torch.zeros(n)
-    base = _uniform(like, 0, 0)
+    base = uniform(like, 0, 0)
     assert (base >= 0).all() and (base < 1).all()
-    over_steps = torch.stack([_uniform(torch.zeros(4), 7, step) for step in range(1024)]).flatten()
+    over_steps = torch.stack([uniform(torch.zeros(4), 7, step) for step in range(1024)]).flatten()
     for u in (base, over_steps):
         cells = torch.histc(u, 16, 0, 1)
         assert ((cells - n / 16).square() / (n / 16)).sum() < 45  # chi-square, 15 degrees of freedom, p < 1e-4
-    for other in (_uniform(like, 1, 0), _uniform(like, 0, 1), base.roll(1)):
+    for other in (uniform(like, 1, 0), uniform(like, 0, 1), base.roll(1)):
         assert abs(torch.corrcoef(torch.stack([base, other]))[0, 1]) < 5 / math.sqrt(n)
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=20, unique=True))
 @example([0, 1, 2**31, 2**32 - 1])
 def test_hash_is_the_same_for_ints_and_tensors_and_never_merges_words(words):
-    mixed = [_mix(w) for w in words]
-    assert _mix(torch.tensor(words)).tolist() == mixed
+    mixed = [mix(w) for w in words]
+    assert mix(torch.tensor(words)).tolist() == mixed
     assert len(set(mixed)) == len(words) and all(0 <= m < 2**32 for m in mixed)
 
 
@@ -376,6 +380,7 @@ BAD = [
     (lambda: TokenRounding(mode="nr-f"), ValueError, "unknown token rounding mode 'nr-f'; choose one of NR-f, SR-f"),
     (lambda: TokenRounding(tile=0), ValueError, "tile must be at least 1"),
     (lambda: TokenRounding(tile=2.0), TypeError, "tile must be a positive integer"),
+    (lambda: TokenRounding(tile=2**31), ValueError, "tile must be below 2..31"),
     (lambda: TokenRounding(seed=-1), ValueError, "seed must not be negative"),
     (lambda: TokenRounding(seed=2**32), ValueError, "seed must be below"),
     (lambda: TokenRounding(base="softmax_after_topk"), TypeError, "base must be a top-K router config"),

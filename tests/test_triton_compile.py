@@ -70,6 +70,7 @@ def main() -> None:
     from supersonic_moe.activation import Activation, ActivationType, GateUpLayout, as_activation
     from supersonic_moe.kernels import triton as kernels
     from supersonic_moe.kernels.triton import pad_segments, quantize
+    from supersonic_moe.routing.token_rounding import MODES
     from supersonic_moe.routing.topk import SigmoidGroupedTopK, SoftmaxAfterTopK, SoftmaxBeforeTopK
 
     class OfflineHopper:
@@ -119,6 +120,15 @@ def main() -> None:
         scores, ids = kernels.route_forward(logits, k, router, bias)
         kernels.route_backward(scores, logits, scores, ids, router)
 
+    def round_tokens(t: int, e: int, k: int, dtype: torch.dtype, scale: float | None, *modes: str) -> None:
+        logits, scores, ids = torch.zeros(t, e, dtype=dtype), torch.zeros(t, k), torch.zeros(t, k, dtype=i32)
+        for mode in modes:
+            step = torch.tensor(5) if mode == "SR-f" else 5
+            _, experts, scores_C, _, offsets = kernels.token_rounding_forward(
+                logits, scores, ids, scale, mode, 128, 2**31 + t, step, t * k
+            )
+        kernels.token_rounding_backward(scores_C, logits, scores_C, experts, offsets, scale)
+
     def plan(t: int, e: int, k: int, dtype: torch.dtype, tile: int, triples: bool = False) -> None:
         ids = torch.zeros(t * k, dtype=dtype)
         kernels.build_plan(ids, ids if triples else None, k, t, e, tile, t * k + e * (tile - 1))
@@ -162,10 +172,14 @@ def main() -> None:
         route(40, e, k, torch.float32, SoftmaxAfterTopK())
         route(40, e, k, bf16, SoftmaxBeforeTopK())
         route(40, e, k, torch.float32, SigmoidGroupedTopK(), torch.zeros(e))
+        round_tokens(40, e, k, bf16, None, "NR-f")
+        round_tokens(40, e, k, torch.float32, 2.5, "SR-f", "Balance-f")
         plan(40, e, k, i32, 1)
         pad_segments.pad_segments(torch.zeros(e + 1, dtype=i32), torch.zeros(40, dtype=i32), 256)
     case = "E 256 in 8 groups, K 8"
     route(40, 256, 8, torch.float32, SigmoidGroupedTopK(num_groups=8, topk_groups=4), torch.zeros(256))
+    case = "token rounding"
+    round_tokens(40, 256, 8, bf16, None, *MODES)
     case = "triples"
     plan(40, 4096, 8, torch.int64, 128, triples=True)
 
@@ -189,6 +203,7 @@ def main() -> None:
     for t in BATCH_SIZES:
         case = f"T {t}"
         route(t, 64, 2, bf16, SoftmaxAfterTopK())
+        round_tokens(t, 64, 2, bf16, None, "NR-f", "NR-s", "Balance-f")
         plan(t, 64, 2, i32, 128)
         experts(t, 64, 32, 64, 2, bf16, as_activation("swiglu"), layouts[0], biased=True)
         fp8(t, 64, 32, pow2=False)

@@ -33,7 +33,13 @@ from torch.nn import functional as F
 from supersonic_moe import checks
 from supersonic_moe.activation import Activation, ActivationType, GateUpLayout, as_activation, as_layout
 from supersonic_moe.kernels import registry
-from supersonic_moe.routing.plan import RoutingPlan, plan_from_offsets, plan_from_topk, plan_from_triples
+from supersonic_moe.routing.plan import (
+    RoutingPlan,
+    plan_from_offsets,
+    plan_from_sorted_triples,
+    plan_from_topk,
+    plan_from_triples,
+)
 from supersonic_moe.routing.token_rounding import TokenRounding, token_rounding
 from supersonic_moe.routing.topk import TopKRouter, as_router, route
 from supersonic_moe.training.experts import run_experts
@@ -92,7 +98,9 @@ def moe_layer(
             correction_bias=correction_bias,
             backend=_router_backend(backend),
         )
-        plan = plan_from_triples(rounded.token_indices, rounded.expert_indices, x_TH.shape[0], num_experts)
+        plan = plan_from_sorted_triples(
+            rounded.token_indices, rounded.expert_indices, rounded.token_offsets, num_experts
+        )
         scores_S, counts_E = rounded.scores, rounded.counts
     else:
         scores_TK, ids_TK = route(

@@ -9,11 +9,15 @@ Timed calls, each eager and complete (router product, routing, metadata, experts
 ``busy_us`` is the GPU-busy part of fwd_bwd, ``wall_us`` what a row of such calls takes each, both with this contender
 alone on the GPU. Saved bytes are the distinct storages that a forward packs for backward, x included, parameters not.
 Peak bytes are the allocator's peak over one fwd_bwd, minus what was resident before (parameters and x): saved
-activations, transients and gradients. TFLOP/s counts 6 or 4 T K H I forward and three times that with backward; MFU
-divides by the datasheet's 989 TFLOP/s.
+activations, transients and gradients. TFLOP/s counts 6 or 4 R H I forward and three times that with backward, R the
+rows of all experts: T K but for token rounding. MFU divides by the datasheet's 989 TFLOP/s.
+
+Under token rounding, ``plain_topk`` is one of the contenders: our layer with the same weights, routed by the base
+router, as in evaluation. What rounding is worth is the ratio of the two TFLOP/s, because R differs a little.
 
 A peer is only compared if it computes the same function: the median over tokens of its relative distance to our
 output is checked first (the median, because a tie between two equal bf16 logits may legally be broken either way).
+``plain_topk`` is exempt: it is there because it computes something else.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 
@@ -42,8 +47,10 @@ from supersonic_moe.bench.timing import (
     wall_and_busy_us,
 )
 from supersonic_moe.perf_model import H200, LayerShape, Machine, layer_flops
+from supersonic_moe.routing.token_rounding import TokenRounding
 from supersonic_moe.routing.topk import as_router
 
+PLAIN = "plain_topk"
 SAME_FUNCTION = 0.03  # median relative distance of a token's output; bf16 rounding alone gives 0.005
 
 
@@ -127,13 +134,15 @@ def run_case(shape: LayerShape, config: LayerConfig, progress: Callable[[str], N
         raise NoResultError(f"{case}: our own output is not the same twice: {result.missing[OURS]}.")
 
     clock = clock_for(config.device, cold_l2=config.cold_l2)
-    flops = layer_flops(shape, gated=layer.activation.gated)
+    rows = dict.fromkeys(contenders, shape.rows) | {OURS: _rows(layer.expert_counts)}
+    gated = layer.activation.gated
     for mode in ("infer", "fwd", "fwd_bwd"):
         progress(f"timing {mode}")
         calls = {name: getattr(contender, mode) for name, contender in contenders.items()}
         run = partial(measure, calls, clock, warm_ms=config.warm_ms, min_ms=config.min_ms)
         for name, timing in required(f"{case}, {mode}", run).items():
             if not isinstance(timing, Missing):
+                flops = layer_flops(shape, gated=gated, rows=rows[name])
                 _record_timing(result.metrics[name], mode, timing, flops, config)
             elif name == OURS:
                 raise NoResultError(f"{case}, {mode}: {timing.reason}.")
@@ -143,6 +152,7 @@ def run_case(shape: LayerShape, config: LayerConfig, progress: Callable[[str], N
 
     for name, contender in contenders.items():
         progress(f"memory and GPU-busy time of {name}")
+        result.metrics[name]["rows"] = rows[name]
         _record_state(result.metrics[name], contender, config)
     result.metrics = {name: metrics for name, metrics in result.metrics.items() if metrics}
     return result
@@ -219,11 +229,14 @@ def _contenders(shape: LayerShape, config: LayerConfig, layer: MoE) -> dict[str,
     dout_TH = torch.randn_like(x_TH)
     backend = KernelBackendMoE[config.backend]
 
-    def ours(inference: bool) -> Tensor:
-        out_TH: Tensor = layer(x_TH, backend, is_inference_mode=inference)[0]
+    def ours(moe: MoE, inference: bool) -> Tensor:
+        out_TH: Tensor = moe(x_TH, backend, is_inference_mode=inference)[0]
         return out_TH
 
-    contenders = {OURS: Contender(ours, x_TH, list(layer.parameters()), dout_TH)}
+    contenders = {OURS: Contender(partial(ours, layer), x_TH, list(layer.parameters()), dout_TH)}
+    if isinstance(layer.routing, TokenRounding):
+        plain = copy(layer).eval()  # shares the parameters
+        contenders[PLAIN] = Contender(partial(ours, plain), x_TH, list(layer.parameters()), dout_TH)
     w1_ENH = _hugging_face_w1(layer)
     parameters = [layer.router.weight, w1_ENH, layer.c_proj.weight]
     for name in config.peers:
@@ -233,8 +246,12 @@ def _contenders(shape: LayerShape, config: LayerConfig, layer: MoE) -> dict[str,
     return contenders
 
 
+def _rows(counts_E: Tensor | None) -> int:
+    return 0 if counts_E is None else int(counts_E.sum())
+
+
 def _load_ratio(counts_E: Tensor | None) -> float:
-    rows = 0 if counts_E is None else int(counts_E.sum())
+    rows = _rows(counts_E)
     return int(counts_E.max()) * counts_E.shape[0] / rows if counts_E is not None and rows else 1.0
 
 
@@ -253,7 +270,7 @@ def _same_function(contenders: dict[str, Contender], ours_TH: Tensor, missing: d
         theirs = attempt(contender.infer)
         if isinstance(theirs, Missing):
             missing[name] = theirs.reason
-        elif not (distance := _median_distance(theirs, ours_TH)) <= SAME_FUNCTION:  # nor is NaN
+        elif name != PLAIN and not (distance := _median_distance(theirs, ours_TH)) <= SAME_FUNCTION:  # nor is NaN
             missing[name] = f"computes something else: median relative distance of a token's output {distance:.3g}"
         else:
             kept[name] = contender

@@ -58,6 +58,7 @@ class Metric:
 MIB = 2.0**20
 
 METRICS = (
+    Metric("rows", "rows of all experts", "rows", None),
     Metric("infer_us", "inference forward, µs", "us", "lower"),
     Metric("infer_tflops", "  TFLOP/s", "TFLOP/s", "higher"),
     Metric("infer_spread", "", "fraction", None),

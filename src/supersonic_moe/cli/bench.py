@@ -50,7 +50,11 @@ def layer(
         str | None, typer.Option(help="bfloat16, float16 or float32. Default: bfloat16, on a CPU float32.")
     ] = None,
     router: Annotated[
-        str, typer.Option(help="softmax_after_topk, softmax_before_topk, sigmoid_grouped_topk, ...")
+        str,
+        typer.Option(
+            help="softmax_after_topk, softmax_before_topk, sigmoid_grouped_topk, ...; "
+            "token_rounding (NR-f, tile 128) also times plain top-k."
+        ),
     ] = "softmax_after_topk",
     skew: Annotated[
         float, typer.Option(min=0, help="Spread of the experts' popularity; 0 is uniform, 1 is strong.")

@@ -1,7 +1,8 @@
 """The only place that picks a backend, and says why (``supersonic-moe explain`` prints the reason).
 
-A backend is a module with one set of function names: route_forward, route_backward, build_plan, up_projection,
-grouped_mm, down_backward, grouped_mm_wgrad, gather_sum, row_dot, segment_sum (signatures: ``kernels/reference``).
+A backend is a module with one set of function names: route_forward, route_backward, token_rounding_forward,
+token_rounding_backward, build_plan, up_projection, grouped_mm, down_backward, grouped_mm_wgrad, gather_sum, row_dot,
+segment_sum (signatures: ``kernels/reference``).
 """
 
 from __future__ import annotations

@@ -112,9 +112,11 @@ class Step:
         return "compute" if self.flops / machine.matrix_flops > self.bytes / machine.bandwidth else "memory"
 
 
-def layer_flops(shape: LayerShape, *, gated: bool) -> tuple[int, int]:
-    """Model FLOPs of (forward, forward + backward): (6, 18) R H I gated, (4, 12) ungated."""
-    unit = shape.rows * shape.hidden * shape.intermediate
+def layer_flops(shape: LayerShape, *, gated: bool, rows: int | None = None) -> tuple[int, int]:
+    """Model FLOPs of (forward, forward + backward): (6, 18) R H I gated, (4, 12) ungated. ``rows`` is R where it is not
+    T K: under token rounding.
+    """
+    unit = (shape.rows if rows is None else rows) * shape.hidden * shape.intermediate
     return (6 * unit, 18 * unit) if gated else (4 * unit, 12 * unit)
 
 

@@ -132,6 +132,19 @@ def plan_from_triples(
     )
 
 
+def plan_from_sorted_triples(
+    token_indices_S: Tensor, expert_indices_S: Tensor, token_offsets_T1: Tensor, num_experts: int
+) -> RoutingPlan:
+    """``plan_from_triples`` without its sort, for the pairs of token rounding: sorted by token, those of token t at
+    [token_offsets[t], token_offsets[t+1]), int32, unused pairs last. Nothing is checked.
+    """
+    num_tokens, slots = token_offsets_T1.shape[0] - 1, token_indices_S.shape[0]
+    tensors = _build(expert_indices_S, token_indices_S, 0, num_tokens, num_experts, 1, _capacity(slots, num_experts, 1))
+    return RoutingPlan(
+        num_tokens, num_experts, slots, 1, *tensors, token_rows=tensors[4], token_offsets=token_offsets_T1
+    )
+
+
 def plan_from_offsets(offs_E: Tensor, num_rows: int, *, validate: bool = False) -> RoutingPlan:
     """Plan of rows that are already sorted by expert. ``offs`` (E,) holds cumulative ends, as in
     ``torch.nn.functional.grouped_mm``.

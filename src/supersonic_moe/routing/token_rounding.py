@@ -33,26 +33,27 @@ router bind the top-K choice, not the extra tokens. A correction bias needs no p
 the tokens that an expert ranks. Tokens with NaN logits come last among their equals.
 
 Everything runs on the device, with shapes known on the host (no synchronisation, CUDA-graph capturable) and without
-floating-point atomics. The main cost is one stable sort of T keys of 4 bytes for each of E experts.
+floating-point atomics. ``kernels/reference/token_rounding.py`` is the definition, by one stable sort of T keys for each
+expert; ``kernels/triton/token_rounding.py`` finds the same tokens without a sort, in four launches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from supersonic_moe import checks
 from supersonic_moe.routing.topk import (
-    SUM_EPS,
     SigmoidGroupedTopK,
     SoftmaxAfterTopK,
     SoftmaxBeforeTopK,
     TopKRouter,
     route,
+    router_kernels,
 )
 
 MODES = ("NR-f", "SR-f", "NR-s", "Balance-f", "UP", "DOWN")
@@ -89,6 +90,8 @@ class TokenRounding:
         if self.mode not in MODES:
             raise ValueError(f"unknown token rounding mode {self.mode!r}; choose one of {', '.join(MODES)}.")
         checks.positive("tile", self.tile)
+        if self.tile >= 2**31:
+            raise ValueError(f"tile must be below 2**31; got {self.tile}. Use the row tile of the expert GEMM.")
         checks.non_negative("seed", self.seed)
         if self.seed >= 2**32:
             raise ValueError(f"seed must be below 2**32; got {self.seed}. Take it modulo 2**32.")
@@ -105,6 +108,8 @@ class TokenRoundingResult(NamedTuple):
     """(C,) float32 (float64 for float64 logits), differentiable; 0 in unused slots."""
     counts: Tensor
     """(E,) int32 rounded counts r_e."""
+    token_offsets: Tensor
+    """(T+1,) int32: token t has the slots [token_offsets[t], token_offsets[t+1])."""
 
 
 def token_rounding_capacity(num_tokens: int, k: int, num_experts: int, config: TokenRounding) -> int:
@@ -146,18 +151,9 @@ def token_rounding(
     _check_step(step, logits_TE)
     with torch.no_grad():
         scores_TK, ids_TK = route(logits_TE, k, config.base, correction_bias=correction_bias, backend=backend)
-        kept_TE, counts_E = _keep(logits_TE, scores_TK, ids_TK.long(), config, step)
-    num_tokens, num_experts = logits_TE.shape
-    capacity = token_rounding_capacity(num_tokens, k, num_experts, config)
-    # The j-th kept pair in (token, expert) order is where the running count of kept pairs reaches j, or T * E.
-    nth_C = torch.arange(1, capacity + 1, dtype=torch.int32, device=logits_TE.device)
-    pair_C = torch.searchsorted(_running_count(kept_TE), nth_C, out_int32=True)
-    expert_C = torch.where(pair_C < kept_TE.numel(), pair_C % num_experts, -1)
-    scale = config.base.scaling_factor if isinstance(config.base, SigmoidGroupedTopK) else None
-    kept_scores: Callable[..., Tensor] = _KeptScores.apply
-    return TokenRoundingResult(
-        pair_C // num_experts, expert_C, kept_scores(logits_TE, kept_TE, pair_C, scale), counts_E
-    )
+    capacity = token_rounding_capacity(logits_TE.shape[0], k, logits_TE.shape[1], config)
+    apply: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = _Round.apply
+    return TokenRoundingResult(*apply(logits_TE, scores_TK, ids_TK, config, step, capacity, backend))
 
 
 def _check_step(step: object, logits_TE: Tensor) -> None:
@@ -169,136 +165,123 @@ def _check_step(step: object, logits_TE: Tensor) -> None:
     checks.same_device("logits", logits_TE, "step", step)
 
 
-def _running_count(kept_TE: Tensor) -> Tensor:
-    return kept_TE.flatten().cumsum(0, dtype=torch.int32)
+# ---- the ops: token_rounding_forward, token_rounding_backward --------------------------------------------------------
+
+torch.library.define(
+    "supersonic_moe::token_rounding_forward",
+    "(Tensor logits, Tensor scores, Tensor ids, float? scale, str mode, SymInt tile, SymInt seed, SymInt step,"
+    " Tensor? device_step, SymInt capacity, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "supersonic_moe::token_rounding_backward",
+    "(Tensor dscores, Tensor logits, Tensor scores, Tensor experts, Tensor token_offsets, float? scale, str backend)"
+    " -> Tensor",
+)
 
 
-def _keep(
-    logits_TE: Tensor, scores_TK: Tensor, ids_TK: Tensor, config: TokenRounding, step: Tensor | int
-) -> tuple[Tensor, Tensor]:
-    """Steps 2 and 3: (which tokens each expert keeps (T, E) bool, counts (E,) int32)."""
-    num_tokens = logits_TE.shape[0]
-    logits_TE = logits_TE.to(scores_TK.dtype)
-    score_TE = logits_TE.sigmoid() if isinstance(config.base, SigmoidGroupedTopK) else logits_TE.softmax(1)
-    score_TE.scatter_(1, ids_TK, scores_TK / scores_TK.sum(1, keepdim=True))
-    score_TE = torch.where(score_TE.isnan(), 0.0, score_TE)  # tokens with NaN logits come last among their equals
-    chosen_TE = torch.zeros_like(score_TE, dtype=torch.bool).scatter_(1, ids_TK, True)
+@torch.library.impl("supersonic_moe::token_rounding_forward", ("cpu", "cuda"))
+def _forward(
+    logits: Tensor,
+    scores: Tensor,
+    ids: Tensor,
+    scale: float | None,
+    mode: str,
+    tile: int,
+    seed: int,
+    step: int,
+    device_step: Tensor | None,
+    capacity: int,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    outputs: tuple[Tensor, ...] = router_kernels(logits, backend).token_rounding_forward(
+        logits.contiguous(),
+        scores,
+        ids,
+        scale,
+        mode,
+        tile,
+        seed,
+        step if device_step is None else device_step,
+        capacity,
+    )
+    return outputs
 
-    # Computing score - 1 would round small scores to ties. Non-negative floats, their bits read as integers, keep their
-    # order; subtracting 2^31 (2^63 for fp64) from those integers puts the others below every chosen token, exactly.
-    bits = torch.int64 if score_TE.dtype == torch.float64 else torch.int32
-    key_TE = score_TE.view(bits)
-    key_TE = torch.where(chosen_TE, key_TE, key_TE + torch.iinfo(bits).min)
-    token_by_rank_TE = key_TE.sort(dim=0, descending=True, stable=True).indices
 
-    counts_E = _round_counts(chosen_TE.sum(0), score_TE, token_by_rank_TE, config, step).clamp(max=num_tokens)
-    rank_T1 = torch.arange(num_tokens, device=counts_E.device)[:, None]
-    kept_TE = torch.zeros_like(chosen_TE).scatter_(0, token_by_rank_TE, rank_T1 < counts_E)
-    return kept_TE, counts_E.to(torch.int32)
-
-
-def _round_counts(
-    f_E: Tensor, score_TE: Tensor, token_by_rank_TE: Tensor, config: TokenRounding, step: Tensor | int
+@torch.library.impl("supersonic_moe::token_rounding_backward", ("cpu", "cuda"))
+def _backward(
+    dscores: Tensor,
+    logits: Tensor,
+    scores: Tensor,
+    experts: Tensor,
+    token_offsets: Tensor,
+    scale: float | None,
+    backend: str,
 ) -> Tensor:
-    """Step 2, before the cap: r_e in {floor_e, ceil_e}, int64."""
-    tile = config.tile
-    over_E = f_E % tile
-    floor_E = f_E - over_E
-    if config.mode == "DOWN":
-        return floor_E
-    if config.mode == "Balance-f":
-        # The choice keeps z in [-M/2, M/2), and sum(r) = sum(f) + z is a multiple of M: that fixes z. So the running
-        # sum of r is the running sum of f rounded to the nearest multiple of M, ties down, and no sweep is needed.
-        return torch.diff(_ceil_to(f_E.cumsum(0) - tile // 2, tile), prepend=f_E.new_zeros(1))
-    if config.mode == "UP":
-        up_E = over_E > 0
-    elif config.mode == "NR-f":
-        up_E = 2 * over_E > tile
-    elif config.mode == "SR-f":
-        up_E = _uniform(f_E, config.seed, step) * tile < over_E
-    else:
-        up_E = _uniform(f_E, config.seed, step) < _score_share(floor_E, over_E, score_TE, token_by_rank_TE, tile)
-    return floor_E + tile * up_E
+    dlogits: Tensor = router_kernels(logits, backend).token_rounding_backward(
+        dscores.contiguous(), logits.contiguous(), scores, experts, token_offsets, scale
+    )
+    return dlogits
 
 
-def _ceil_to(value: Tensor, multiple: int) -> Tensor:
-    return -(-value // multiple) * multiple
+@torch.library.register_fake("supersonic_moe::token_rounding_forward")  # type: ignore[untyped-decorator]
+def _forward_fake(logits: Tensor, scores: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    def empty(n: int) -> Tensor:
+        return logits.new_empty(n, dtype=torch.int32)
+
+    (num_tokens, num_experts), (*_, capacity, _backend) = logits.shape, rest
+    return empty(capacity), empty(capacity), scores.new_empty(capacity), empty(num_experts), empty(num_tokens + 1)
 
 
-def _score_share(floor_E: Tensor, over_E: Tensor, score_TE: Tensor, token_by_rank_TE: Tensor, tile: int) -> Tensor:
-    """NR-s: what share of the scores between floor_e and ceil_e is of chosen tokens; 0 with nothing to round."""
-    num_tokens = score_TE.shape[0]
-    within_M1 = torch.arange(min(tile, num_tokens), device=floor_E.device)[:, None]
-    rank_ME = floor_E + within_M1
-    token_ME = token_by_rank_TE.gather(0, rank_ME.clamp(max=num_tokens - 1))
-    score_ME = torch.where(rank_ME < num_tokens, score_TE.gather(0, token_ME), 0.0)
-    chosen_E = torch.where(within_M1 < over_E, score_ME, 0.0).sum(0)
-    return torch.where(chosen_E > 0, chosen_E / score_ME.sum(0), 0.0)
+@torch.library.register_fake("supersonic_moe::token_rounding_backward")  # type: ignore[untyped-decorator]
+def _backward_fake(dscores: Tensor, logits: Tensor, *rest: object) -> Tensor:
+    return logits.new_empty(logits.shape)
 
 
-def _uniform(like_E: Tensor, seed: int, step: Tensor | int) -> Tensor:
-    """(E,) floats of 24 bits in [0, 1), each a function of (seed, step, expert) and nothing else."""
-    key = _mix(_mix(seed) + step.reshape(()).long()) if isinstance(step, Tensor) else _mix(_mix(seed) + step)
-    expert_E = torch.arange(like_E.shape[0], device=like_E.device)
-    return (_mix(key + expert_E) >> 8).float() * 2.0**-24
-
-
-Word = TypeVar("Word", int, Tensor)
-
-
-def _mix(x: Word) -> Word:
-    """A bijection of 32-bit words where an input bit flips each output bit half of the time (C. Wellons' lowbias32).
-
-    Tensors hold the words in int64: products wrap modulo 2^64, which leaves their low 32 bits exact.
-    """
-    x = x & 0xFFFFFFFF
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
-    return x ^ (x >> 16)
-
-
-class _KeptScores(torch.autograd.Function):
-    """Step 4: w = softmax of the kept logits (scale None) or scale * a / (sum a + 1e-20), a = sigmoid of the kept ones.
-
-    Backward, with g = dL/dw gathered back to (T, E) and 0 where not kept:
-        softmax: dx = w (g - <g, w>)            sigmoid: dx = (scale g - <g, w>) / (sum a + 1e-20) * a (1 - a)
-    Saves the logits and one byte for each (token, expert). Both directions gather, so nothing needs an atomic sum.
-    """
+class _Round(torch.autograd.Function):
+    """Saves the logits (alive anyway as the router's output), the scores, their experts and the token offsets."""
 
     @staticmethod
-    def forward(logits_TE: Tensor, kept_TE: Tensor, pair_C: Tensor, scale: float | None) -> Tensor:
-        weight_TE = _kept_weights(logits_TE, kept_TE, scale)
-        used_C = pair_C < weight_TE.numel()
-        picked_C = weight_TE.flatten().index_select(0, torch.where(used_C, pair_C, 0))
-        return torch.where(used_C, picked_C, 0.0)
+    def forward(
+        logits: Tensor,
+        scores: Tensor,
+        ids: Tensor,
+        config: TokenRounding,
+        step: Tensor | int,
+        capacity: int,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        on_device = isinstance(step, Tensor)
+        outputs: tuple[Tensor, ...] = torch.ops.supersonic_moe.token_rounding_forward.default(
+            logits,
+            scores,
+            ids,
+            _scale(config),
+            config.mode,
+            config.tile,
+            config.seed,
+            0 if on_device else step,
+            step if on_device else None,
+            capacity,
+            backend,
+        )
+        return outputs
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        logits_TE, kept_TE, _, ctx.scale = inputs
-        ctx.save_for_backward(logits_TE, kept_TE)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        logits, _, _, config, _, _, ctx.backend = inputs
+        _, experts, scores, _, token_offsets = output
+        ctx.scale = _scale(config)
+        ctx.mark_non_differentiable(*(t for t in output if t is not scores))
+        ctx.save_for_backward(logits, scores, experts, token_offsets)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dscores_C: Tensor) -> tuple[Tensor | None, ...]:
-        logits_TE, kept_TE = ctx.saved_tensors
-        weight_TE = _kept_weights(logits_TE, kept_TE, ctx.scale)
-        slot = (_running_count(kept_TE) - 1).clamp(min=0)
-        g_TE = torch.where(kept_TE, dscores_C.index_select(0, slot).view_as(kept_TE), 0.0)
-        g_dot_w_T1 = (g_TE * weight_TE).sum(1, keepdim=True)
-        if ctx.scale is None:
-            dlogits_TE = weight_TE * (g_TE - g_dot_w_T1)
-        else:
-            x_TE = logits_TE.to(weight_TE.dtype)
-            a_TE = torch.where(kept_TE, x_TE.sigmoid(), 0.0)
-            da_TE = (ctx.scale * g_TE - g_dot_w_T1) / (a_TE.sum(1, keepdim=True) + SUM_EPS)
-            dlogits_TE = torch.where(kept_TE, da_TE * a_TE * (-x_TE).sigmoid(), 0.0)
-        return dlogits_TE.to(logits_TE.dtype), None, None, None
+    def backward(ctx: Any, _tokens: Tensor, _experts: Tensor, dscores: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        dlogits = torch.ops.supersonic_moe.token_rounding_backward.default(
+            dscores, *ctx.saved_tensors, ctx.scale, ctx.backend
+        )
+        return dlogits, *[None] * 6
 
 
-def _kept_weights(logits_TE: Tensor, kept_TE: Tensor, scale: float | None) -> Tensor:
-    """(T, E) weights over the kept experts of each token, 0 elsewhere; a token that no expert keeps has zeros only."""
-    x_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
-    if scale is None:
-        return torch.where(kept_TE, x_TE.masked_fill(~kept_TE, float("-inf")).softmax(1), 0.0)
-    a_TE = torch.where(kept_TE, x_TE.sigmoid(), 0.0)
-    return scale * a_TE / (a_TE.sum(1, keepdim=True) + SUM_EPS)
+def _scale(config: TokenRounding) -> float | None:
+    """What tells the backends the two kinds of weights apart: a factor for sigmoids, None for a softmax."""
+    return float(config.base.scaling_factor) if isinstance(config.base, SigmoidGroupedTopK) else None

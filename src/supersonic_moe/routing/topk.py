@@ -205,8 +205,9 @@ def _decode(kind: str, renormalize: bool, num_groups: int, topk_groups: int, sca
     )
 
 
-def _kernels(logits: Tensor, backend: str) -> ModuleType:
-    exact = logits.dtype is torch.float64  # the Triton router computes in fp32
+def router_kernels(logits: Tensor, backend: str) -> ModuleType:
+    """The backend that routes these logits."""
+    exact = logits.dtype is torch.float64  # the Triton kernels for routing compute in fp32
     return registry.kernels(registry.choose(logits.device, backend="reference" if exact else backend).name)
 
 
@@ -235,7 +236,7 @@ def _route_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     router = _decode(kind, renorm, groups, topk_groups, scale)
-    outputs: tuple[Tensor, Tensor] = _kernels(logits, backend).route_forward(logits.contiguous(), k, router, bias)
+    outputs: tuple[Tensor, Tensor] = router_kernels(logits, backend).route_forward(logits.contiguous(), k, router, bias)
     return outputs
 
 
@@ -253,7 +254,7 @@ def _route_backward(
     backend: str,
 ) -> Tensor:
     router = _decode(kind, renorm, groups, topk_groups, scale)
-    dlogits: Tensor = _kernels(logits, backend).route_backward(
+    dlogits: Tensor = router_kernels(logits, backend).route_backward(
         dscores.contiguous(), logits.contiguous(), scores, ids, router
     )
     return dlogits

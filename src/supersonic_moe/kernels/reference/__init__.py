@@ -13,6 +13,7 @@ from supersonic_moe.kernels.reference.grouped_mm import grouped_mm, grouped_mm_w
 from supersonic_moe.kernels.reference.plan import build_plan
 from supersonic_moe.kernels.reference.reductions import row_dot, segment_sum
 from supersonic_moe.kernels.reference.router import route_backward, route_forward
+from supersonic_moe.kernels.reference.token_rounding import token_rounding_backward, token_rounding_forward
 
 up_projection = compose_up_projection(grouped_mm, activation_forward)
 down_backward = compose_down_backward(grouped_mm, activation_backward)
@@ -30,5 +31,7 @@ __all__ = [
     "route_forward",
     "row_dot",
     "segment_sum",
+    "token_rounding_backward",
+    "token_rounding_forward",
     "up_projection",
 ]

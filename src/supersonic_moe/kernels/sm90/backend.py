@@ -11,6 +11,8 @@ from supersonic_moe.kernels.triton import (
     route_forward,
     row_dot,
     segment_sum,
+    token_rounding_backward,
+    token_rounding_forward,
 )
 
 __all__ = [
@@ -23,5 +25,7 @@ __all__ = [
     "route_forward",
     "row_dot",
     "segment_sum",
+    "token_rounding_backward",
+    "token_rounding_forward",
     "up_projection",
 ]

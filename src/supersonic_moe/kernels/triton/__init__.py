@@ -16,6 +16,7 @@ from supersonic_moe.kernels.triton.grouped_mm import grouped_mm, grouped_mm_wgra
 from supersonic_moe.kernels.triton.plan import build_plan
 from supersonic_moe.kernels.triton.router import route_backward, route_forward
 from supersonic_moe.kernels.triton.score_gradient import row_dot
+from supersonic_moe.kernels.triton.token_rounding import token_rounding_backward, token_rounding_forward
 
 up_projection = compose_up_projection(grouped_mm, activation_forward)
 down_backward = compose_down_backward(grouped_mm, activation_backward)
@@ -33,5 +34,7 @@ __all__ = [
     "route_forward",
     "row_dot",
     "segment_sum",
+    "token_rounding_backward",
+    "token_rounding_forward",
     "up_projection",
 ]
