@@ -9,9 +9,11 @@ import torch
 
 import supersonic_moe as sm
 from supersonic_moe.activation import GateUpLayout, as_activation
+from supersonic_moe.kernels.sm90 import grouped_gemm, grouped_wgrad
 from supersonic_moe.kernels.sm90.down_backward import down_backward
 from supersonic_moe.kernels.sm90.grouped_gemm import grouped_mm
 from supersonic_moe.kernels.sm90.grouped_wgrad import grouped_mm_wgrad
+from supersonic_moe.kernels.sm90.mainloop import WIDE_BLOCK_N
 from supersonic_moe.kernels.sm90.up_projection import up_projection
 
 CUDA, BF16 = torch.device("cuda"), torch.bfloat16
@@ -50,6 +52,9 @@ def kernels(counts: list[int]) -> None:
 
 def main() -> None:
     kernels([70, 0, 1, 129, 15])
+    kernels([300, 0, 513])
+    for module in (grouped_gemm, grouped_wgrad):
+        module.tile_columns = lambda columns, depth: WIDE_BLOCK_N  # type: ignore[assignment]
     kernels([300, 0, 513])
     layer = sm.MoE(8, 2, HIDDEN, WIDTH, "swiglu", True, 0.02).to(CUDA, BF16)
     x = torch.randn(77, HIDDEN, device=CUDA, dtype=BF16, requires_grad=True)

@@ -72,16 +72,17 @@ def test_micro_batches_add_up():
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_bf16_products_are_added_in_fp32(backend):
+def test_bf16_products_are_added_in_fp32(backend, device):
     """The reference adds the product before it is rounded to bf16, so rounding main_grad gives the plain gradient. The
     triton backend adds torch's product, which is rounded.
     """
     kernels = {"reference": sm.KernelBackendMoE.torch, "triton": sm.KernelBackendMoE.triton}[backend]
     if backend == "triton" and not registry.HAS_TRITON:
         pytest.skip("needs triton")
-    plain, fused = twins(torch.bfloat16)
+    device = device if backend == "triton" else torch.device("cpu")
+    plain, fused = twins(torch.bfloat16, device)
     give_main_grads(fused, zero=True)
-    x = torch.randn(T, H, dtype=torch.bfloat16)
+    x = torch.randn(T, H, dtype=torch.bfloat16, device=device)
     assert torch.equal(step(fused, x, kernels), step(plain, x, kernels))
     for w, want in zip(weights_of(fused), weights_of(plain), strict=True):
         assert torch.equal(w.main_grad.bfloat16(), want.grad)
@@ -94,15 +95,16 @@ def test_bf16_products_are_added_in_fp32(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_experts_without_rows_are_left_alone(backend):
-    w1, b1, w2, b2 = oracle.weights(E, H, I, 2, dtype=torch.bfloat16)
+def test_experts_without_rows_are_left_alone(backend, device):
+    device = device if backend == "triton" else torch.device("cpu")
+    w1, b1, w2, b2 = oracle.weights(E, H, I, 2, dtype=torch.bfloat16, device=device)
     for w in (w1, w2):
-        w.main_grad = torch.randn(w.shape)
+        w.main_grad = torch.randn(w.shape, device=device)
     before = [w.main_grad.clone() for w in (w1, w2)]
-    x, ids = torch.randn(T, H, dtype=torch.bfloat16), torch.randint(1, 3, (T, 1))
+    x, ids = torch.randn(T, H, dtype=torch.bfloat16, device=device), torch.randint(1, 3, (T, 1), device=device)
     kwargs = dict(b1=b1, b2=b2, accumulate_into_main_grad=True, backend=backend)
     for tokens in (T, 0):
-        out = sm.topk_experts(x[:tokens], ids[:tokens], torch.rand(tokens, 1), w1, w2, **kwargs)
+        out = sm.topk_experts(x[:tokens], ids[:tokens], torch.rand(tokens, 1, device=device), w1, w2, **kwargs)
         out.sum().backward()
         for old, w in zip(before, (w1, w2), strict=True):
             changed = (w.main_grad != old).flatten(1).any(1)

@@ -20,6 +20,7 @@ from supersonic_moe.jit.build import build
 from supersonic_moe.jit.cache import CubinCache
 from supersonic_moe.jit.nvrtc import parse_ptxas_log
 from supersonic_moe.kernels.sm90 import registered_specs
+from supersonic_moe.kernels.sm90.mainloop import tile_columns
 from supersonic_moe.kernels.sm90.self_test import self_test_spec
 
 TEST_KERNELS = Path(__file__).parent / "kernels"
@@ -87,6 +88,14 @@ def test_wgmma_has_the_width_and_layout_it_is_named_for(spec: KernelSpec, cubins
     assert len(lines) >= 4 and all(shape in line for line in lines), lines
     for operand, flag in (("A_MN_MAJOR", ".tnspA"), ("B_MN_MAJOR", ".tnspB")):
         assert all((flag in line) == bool(constants[operand]) for line in lines), (operand, lines)
+
+
+@pytest.mark.parametrize(
+    ("columns", "depth", "tile"),
+    [(3072, 4096, 384), (3072, 4095, 256), (2048, 8192, 256), (4096, 4096, 384), (384, 9000, 384), (8, 9000, 256)],
+)
+def test_wide_tiles_are_for_deep_products_that_fill_them(columns: int, depth: int, tile: int) -> None:
+    assert tile_columns(columns, depth) == tile
 
 
 def test_registers_are_reallocated_at_the_limit_that_three_warpgroups_start_with(cubins: CubinCache) -> None:

@@ -37,7 +37,8 @@ ROUTING_KERNELS = frozenset({"route_forward", "build_plan", "route_backward"})
 #: How a backend tiles its work.
 TILES = {
     "reference": "none: one torch call per expert, or over all rows",
-    "sm90": "128 x 256 x 64 for grouped products; two blocks share B where experts average 256 rows",
+    "sm90": "grouped products 128 x 256 x 64, or 128 x 384 where a contraction of 4096 and more fills it; two blocks "
+    "share B where experts average 256 rows",
     "triton": "grouped products by torch's own choice; memory-bound kernels by row width (kernels/triton/tiling.py)",
 }
 

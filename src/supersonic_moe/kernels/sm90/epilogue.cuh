@@ -1,7 +1,7 @@
 // From accumulators to global memory, through the ring.
 //
-// After the K blocks of a tile the loading warpgroup lends the math warps the next few stages (lend_stages). A stage has three rooms
-// of 128 lines; each math warp writes its 16 lines of as many as it needs, hands them to TMA and goes on without waiting. The
+// After the K blocks of a tile the loading warpgroup lends the math warps the next few stages (lend_stages). A stage has three or four
+// rooms of 128 lines; each math warp writes its 16 lines of as many as it needs, hands them to TMA and goes on without waiting. The
 // stages go back once the next tile's first product is in flight (Lent::give_back). So the staging buffers are as large as the
 // ring, cost no shared memory of their own, and hold nothing while the main loop runs.
 #pragma once
@@ -31,6 +31,7 @@ struct Lent {
         ring.advance();
         return rooms;
     }
+    DEVICE u32 stage_of(u32 i) const { return stage + i < STAGES ? stage + i : stage + i - STAGES; }
     // `group`: the math warpgroup whose first thread issued all its stores, or NONE where each warp's lane 0 did.
     static constexpr u32 NONE = ~0u;
     DEVICE void give_back(const Shared& shared, u32 group = NONE) {
@@ -47,14 +48,6 @@ struct Lent {
         }
     }
 };
-
-// Lane and row of the output that this thread handles. Read from the special register each time, or the compiler keeps every
-// address of the epilogue in registers across the main loop.
-DEVICE u32 fresh_thread_index() {
-    u32 index;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
-    return index;
-}
 
 // First of this warp's 16 lines of a room.
 DEVICE u32 first_line(u32 group, u32 thread) { return group * GROUP_LINES + thread % 128 / 32 * WARP_ROWS; }

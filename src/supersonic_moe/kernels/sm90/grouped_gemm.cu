@@ -6,7 +6,7 @@
 // Constants: those of mainloop.cuh, and B_MN_MAJOR.
 #include "load.cuh"
 
-constexpr u32 LENT_STAGES = 2;  // two rooms of 64 columns each
+constexpr u32 LENT_STAGES = 2, ROOMS_EACH = BLOCK_N / 64 / LENT_STAGES;  // rooms of 64 columns
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     grouped_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
@@ -59,12 +59,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 const u32 lines = lent.borrow(shared, ring) + line * LINE;
                 if (rows <= 0) continue;
 #pragma unroll
-                for (u32 i = 0; i < 2; ++i) stage_bf16(acc + (stage * 2 + i) * 32, lines + i * ROOM_BYTES, lane);
+                for (u32 i = 0; i < ROOMS_EACH; ++i) stage_bf16(acc + (stage * ROOMS_EACH + i) * 32, lines + i * ROOM_BYTES, lane);
                 fence_proxy_async();
                 __syncwarp();
 #pragma unroll
-                for (u32 i = 0; i < 2; ++i) {
-                    const i32 column = note.column + static_cast<i32>((stage * 2 + i) * 64);
+                for (u32 i = 0; i < ROOMS_EACH; ++i) {
+                    const i32 column = note.column + static_cast<i32>((stage * ROOMS_EACH + i) * 64);
                     store_lines(&map_d, {d, d_row_bytes, columns}, lines + i * ROOM_BYTES, row, rows, column, 0, lane);
                 }
                 if (lane == 0) tma_commit();

@@ -6,8 +6,9 @@ Layout (row-major)
     contiguous) without a copy. D (P, N). offsets (E + 1) int32 on the device; any number of rows an expert, none
     included; rows past offsets[E] are not written.
 Tiles
-    128 × 256 a block, two math warpgroups of 64 × 256 that share B, K in stages of 64 (128 bytes), four stages. A
-    cluster of two blocks takes 256 rows of one expert and loads each half of B for both. Persistent: one block a
+    128 × 256 a block, two math warpgroups of 64 × 256 that share B, K in stages of 64 (128 bytes), four stages; or, for
+    a long K, 128 × 384 and three. A cluster of two blocks takes 256 rows of one expert and loads each half of B for
+    both. Persistent: one block a
     multiprocessor, tiles in grouped order (schedule.cuh). The last tile of an expert stores its rows one by one, since
     TMA would write into the next expert.
 Maths
@@ -33,27 +34,34 @@ from supersonic_moe.kernels.sm90.mainloop import (
     BLOCK_N,
     OPCODES,
     WARP_ROWS,
+    WIDE_BLOCK_N,
     cluster_size,
     mainloop_spec,
     map_of_rows,
     multiprocessors,
     num_rows,
+    tile_columns,
 )
 
 
-def gemm_spec(*, b_n_contiguous: bool, gather: bool, cluster: int) -> KernelSpec:
+def gemm_spec(*, b_n_contiguous: bool, gather: bool, cluster: int, block_n: int) -> KernelSpec:
     constants = (("B_MN_MAJOR", int(b_n_contiguous)),)
-    return mainloop_spec("grouped_gemm", cluster=cluster, gather=gather, constants=constants, opcodes=OPCODES)
+    return mainloop_spec(
+        "grouped_gemm", block_n=block_n, cluster=cluster, gather=gather, constants=constants, opcodes=OPCODES
+    )
 
 
 SPECS = tuple(
-    gemm_spec(b_n_contiguous=n, gather=g, cluster=c) for n in (False, True) for g in (False, True) for c in (1, 2)
+    gemm_spec(b_n_contiguous=n, gather=g, cluster=c, block_n=w)
+    for n in (False, True)
+    for g in (False, True)
+    for c, w in ((1, BLOCK_N), (2, BLOCK_N), (2, WIDE_BLOCK_N))
 )
 
 
 @functools.cache
-def _kernel(b_n_contiguous: bool, gather: bool, cluster: int) -> Kernel:
-    spec = gemm_spec(b_n_contiguous=b_n_contiguous, gather=gather, cluster=cluster)
+def _kernel(b_n_contiguous: bool, gather: bool, cluster: int, block_n: int) -> Kernel:
+    spec = gemm_spec(b_n_contiguous=b_n_contiguous, gather=gather, cluster=cluster, block_n=block_n)
     return Kernel(spec, (*[TENSOR_MAP] * 3, PTR, PTR, I32, I32, I32, PTR, I64))
 
 
@@ -68,13 +76,14 @@ def grouped_mm(a_TK: Tensor, b_EKN: Tensor, expert_offsets: Tensor, *, gather_in
         return d_PN
     n_contiguous = b_EKN.stride(2) == 1
     cluster = cluster_size(rows, num_experts)
+    block_n = tile_columns(columns, depth) if cluster == 2 else BLOCK_N
     if n_contiguous:
         map_b = tensor_map(b_EKN, box=(1, BLOCK_K, 64))
     else:
-        map_b = tensor_map(b_EKN.transpose(1, 2), box=(1, BLOCK_N // cluster, BLOCK_K))
+        map_b = tensor_map(b_EKN.transpose(1, 2), box=(1, block_n // cluster, BLOCK_K))
     with torch.cuda.device(a_TK.device):
         grid = multiprocessors(a_TK.device.index) // cluster * cluster
-        _kernel(n_contiguous, gather_index is not None, cluster).launch(
+        _kernel(n_contiguous, gather_index is not None, cluster, block_n).launch(
             (grid, 1, 1),
             map_of_rows(a_TK, gather_index, box=(BLOCK_M, BLOCK_K)),
             map_b,

@@ -7,10 +7,9 @@
 #include "load.cuh"
 
 constexpr i32 ROWS = BLOCK_M * CLUSTER;
-constexpr u32 WGRAD_LOAD_REGISTERS = 56, WGRAD_MATH_REGISTERS = 224;  // half as many row indices to hold as in load.cuh
 constexpr u32 ROOM_COLUMNS = OUTPUT == 0 ? 64 : 32;  // accumulators' columns in a room
-constexpr u32 ROOMS_USED = BLOCK_N / ROOM_COLUMNS, LENT_STAGES = OUTPUT == 0 ? 2 : 3;
-constexpr u32 ROOMS_EACH = (ROOMS_USED + LENT_STAGES - 1) / LENT_STAGES;
+constexpr u32 ROOMS_USED = BLOCK_N / ROOM_COLUMNS, ROOMS_EACH = OUTPUT == 0 ? ROOMS_USED / 2 : ROOMS;
+constexpr u32 TURNS = (ROOMS_USED + ROOMS_EACH - 1) / ROOMS_EACH, LENT_STAGES = TURNS < STAGES ? TURNS : STAGES - 1;
 
 // Rows past the expert's end belong to the next one, or to nobody: zero them in both operands (0 * NaN is NaN). Each warpgroup
 // clears its slab of A and half of B's slabs; both meet before either multiplies.
@@ -41,13 +40,14 @@ DEVICE void stage_bf16_transposed(float* acc, u32 lines, u32 thread) {
 }
 
 // 32 columns as lines of rows, fp32: 32 lines for the first 32 rows, then 32 for the others. A store instruction of a warp touches
-// four lines at eight neighbouring places, which the swizzle spreads over all banks.
+// four lines at eight neighbouring places, which the swizzle spreads over all banks. It repeats every eight lines.
 DEVICE void stage_f32_transposed(const float* acc, u32 lines, u32 thread) {
     const u32 warp = thread % 128 / 32, block = lines + warp / 2 * 32 * LINE, row = warp % 2 * 16 + thread % 32 / 4;
 #pragma unroll
-    for (u32 i = 0; i < 16; ++i) {
-        const u32 line = i / 4 * 8 + thread % 4 * 2 + i % 2, at = row + i % 4 / 2 * 8;
-        asm volatile("st.shared.f32 [%0], %1;" ::"r"(block + swizzle<LINE>(line * LINE + at * 4)), "f"(acc[i]) : "memory");
+    for (u32 i = 0; i < 4; ++i) {
+        const u32 from = block + swizzle<LINE>((thread % 4 * 2 + i % 2) * LINE + (row + i / 2 * 8) * 4);
+#pragma unroll
+        for (u32 j = 0; j < 4; ++j) asm volatile("st.shared.f32 [%0], %1;" ::"r"(from + j * 8 * LINE), "f"(acc[j * 4 + i]) : "memory");
     }
 }
 
@@ -64,15 +64,19 @@ DEVICE void store_block(const TensorMap* map, u32 lines, i32 column, i32 row, i3
 // make one line, so the warpgroup stores together.
 DEVICE void store_tile(float (&acc)[BLOCK_N / 2], const Shared& shared, Ring& ring, Lent& lent, u32 group, const TileNote& note,
                        const TensorMap* map) {
-    const u32 thread = fresh_thread_index(), lane = thread % 32;
-    const u32 line = TRANSPOSED ? group * GROUP_LINES : first_line(group, thread);
-    const i32 row = note.row + static_cast<i32>(line);
 #pragma unroll
-    for (u32 stage = 0; stage < LENT_STAGES; ++stage) {
-        const u32 lines = lent.borrow(shared, ring) + line * LINE;
+    for (u32 turn = 0; turn < TURNS; ++turn) {
+        const u32 thread = fresh_thread_index(), lane = thread % 32;
+        const u32 line = TRANSPOSED ? group * GROUP_LINES : first_line(group, thread);
+        const i32 row = note.row + static_cast<i32>(line);
+        if (turn >= LENT_STAGES) {  // a stage again, once TMA has read it
+            tma_wait_read<LENT_STAGES - 1>();
+            TRANSPOSED ? named_barrier_sync(1 + group, 128) : __syncwarp();
+        }
+        const u32 lines = (turn < LENT_STAGES ? lent.borrow(shared, ring) : shared.tile_a(lent.stage_of(turn - LENT_STAGES))) + line * LINE;
 #pragma unroll
         for (u32 i = 0; i < ROOMS_EACH; ++i) {
-            const u32 room = stage * ROOMS_EACH + i;
+            const u32 room = turn * ROOMS_EACH + i;
             if (room >= ROOMS_USED) continue;
             float* part = acc + room * (ROOM_COLUMNS / 2);
             if constexpr (OUTPUT == 0) {
@@ -86,7 +90,7 @@ DEVICE void store_tile(float (&acc)[BLOCK_N / 2], const Shared& shared, Ring& ri
         if (TRANSPOSED ? thread % 128 == 0 : lane == 0) {
 #pragma unroll
             for (u32 i = 0; i < ROOMS_EACH; ++i) {
-                const u32 room = stage * ROOMS_EACH + i, from = lines + i * ROOM_BYTES;
+                const u32 room = turn * ROOMS_EACH + i, from = lines + i * ROOM_BYTES;
                 if (room >= ROOMS_USED) continue;
                 const i32 column = note.column + static_cast<i32>(room * ROOM_COLUMNS);
                 if constexpr (!TRANSPOSED) {
@@ -99,11 +103,6 @@ DEVICE void store_tile(float (&acc)[BLOCK_N / 2], const Shared& shared, Ring& ri
             tma_commit();
         }
     }
-}
-
-DEVICE void store_index(u32 address, i32 index) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(index) : "memory"); }
-DEVICE void load_four_indices(i32* rows, u32 address) {
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(rows[0]), "=r"(rows[1]), "=r"(rows[2]), "=r"(rows[3]) : "r"(address) : "memory");
 }
 
 constexpr u32 WARP_LINES = BLOCK_K / 4;  // rows of the contraction that a loading warp fetches in a stage, with GATHER
@@ -156,14 +155,16 @@ DEVICE void load_ragged_depth(const Shared& shared, const TensorMap* map_a, cons
             }
             if constexpr (GATHER) {
                 if (elect_one()) {
-                    i32 rows[WARP_LINES];
 #pragma unroll
-                    for (u32 i = 0; i < WARP_LINES; i += 4) load_four_indices(rows + i, shared.row_index(warp * WARP_LINES + i));
+                    for (u32 first = warp * WARP_LINES; first < (warp + 1) * WARP_LINES; first += HELD) {
+                        i32 rows[HELD];
+                        load_indices(rows, shared.row_index(first));
 #pragma unroll
-                    for (u32 i = 0; i < WARP_LINES; ++i) {
-                        const u32 line = tile_a + (warp * WARP_LINES + i) * LINE;
-                        tma_load(line, map_a, full, note.row, rows[i]);
-                        tma_load(line + SLAB_BYTES, map_a, full, note.row + 64, rows[i]);
+                        for (u32 i = 0; i < HELD; ++i) {
+                            const u32 line = tile_a + (first + i) * LINE;
+                            tma_load(line, map_a, full, note.row, rows[i]);
+                            tma_load(line + SLAB_BYTES, map_a, full, note.row + 64, rows[i]);
+                        }
                     }
                 }
                 __syncwarp();
@@ -183,10 +184,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
     const u32 warp = warp_index();
     if (warp < 4) {
-        register_dealloc<WGRAD_LOAD_REGISTERS>();
+        register_dealloc<LOAD_REGISTERS>();
         load_ragged_depth(shared, &map_a, &map_b, offsets, index, experts, blocks_m, blocks_n);
     } else {
-        register_alloc<WGRAD_MATH_REGISTERS>();
+        register_alloc<MATH_REGISTERS>();
         const u32 group = warp / 4 - 1;
         Ring ring;
         Lent lent;
@@ -194,8 +195,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         while (true) {
             const TileNote first = await_tile(shared, ring);
             if (first.row == TileNote::STOP_ROW) break;
-            const i32 blocks_k = __shfl_sync(0xffffffffu, first.blocks_k, 0);
-            const i32 valid = first.row_end - (blocks_k - 1) * static_cast<i32>(BLOCK_K);  // rows of the last block
+            const i32 blocks_k = first.blocks_k, valid = first.row_end - (blocks_k - 1) * static_cast<i32>(BLOCK_K);  // rows of the last block
             const u32 last = multiply_tile<Major::MN, Major::MN>(
                 acc, shared, ring, group, blocks_k, [&] { lent.give_back(shared, TRANSPOSED ? group : Lent::NONE); },
                 [&](u32 stage) {

@@ -6,8 +6,9 @@ Layout (row-major)
     (``main_grad``). offsets (E + 1) int32 on the device. An expert without rows gets exact zeros, or is left alone
     when accumulating.
 Tiles
-    As in grouped_gemm.py, 128 × 256 of one expert's D, with both operands MN-major: a stage is 64 rows of A and B. The
-    rows that the last stage of an expert shares with the next expert, or with nobody, are cleared in shared memory.
+    As in grouped_gemm.py, 128 × 256 or 128 × 384 of one expert's D, with both operands MN-major: a stage is 64 rows of
+    A and B. The rows that the last stage of an expert shares with the next expert, or with nobody, are cleared in
+    shared memory.
 Maths
     fp32 accumulation in the tensor core; one rounding for bf16. ``+=`` is a TMA reduction in L2 with one writer a tile,
     hence deterministic. M and N are multiples of 8.
@@ -31,10 +32,12 @@ from supersonic_moe.kernels.sm90.mainloop import (
     BLOCK_M,
     BLOCK_N,
     WARP_ROWS,
+    WIDE_BLOCK_N,
     mainloop_spec,
     map_of_rows,
     multiprocessors,
     num_rows,
+    tile_columns,
 )
 
 CLUSTER = 2
@@ -42,24 +45,27 @@ BF16, FP32, FP32_ADD = 0, 1, 2  # the kernel's OUTPUT
 _STORE = {BF16: "UTMASTG", FP32: "UTMASTG", FP32_ADD: "UTMAREDG"}
 
 
-def wgrad_spec(*, output: int, transposed: bool, gather: bool) -> KernelSpec:
+def wgrad_spec(*, output: int, transposed: bool, gather: bool, block_n: int) -> KernelSpec:
     constants = (("TRANSPOSED", int(transposed)), ("OUTPUT", output))
     opcodes = ("HGMMA", "UTMALDG", _STORE[output], "USETMAXREG")
-    return mainloop_spec("grouped_wgrad", cluster=CLUSTER, gather=gather, constants=constants, opcodes=opcodes)
+    return mainloop_spec(
+        "grouped_wgrad", block_n=block_n, cluster=CLUSTER, gather=gather, constants=constants, opcodes=opcodes
+    )
 
 
 SPECS = tuple(
-    wgrad_spec(output=o, transposed=t, gather=g)
+    wgrad_spec(output=o, transposed=t, gather=g, block_n=w)
     for o in (BF16, FP32, FP32_ADD)
     for t in (False, True)
     for g in (False, True)
+    for w in (BLOCK_N, WIDE_BLOCK_N)
 )
 
 
 @functools.cache
-def _kernel(output: int, transposed: bool, gather: bool) -> Kernel:
+def _kernel(output: int, transposed: bool, gather: bool, block_n: int) -> Kernel:
     argtypes = (*[TENSOR_MAP] * 3, PTR, PTR, I32, I32, I32)
-    return Kernel(wgrad_spec(output=output, transposed=transposed, gather=gather), argtypes)
+    return Kernel(wgrad_spec(output=output, transposed=transposed, gather=gather, block_n=block_n), argtypes)
 
 
 def grouped_mm_wgrad(
@@ -90,9 +96,10 @@ def grouped_mm_wgrad(
     if rows == 0 or a_TM.shape[0] == 0:
         return out if accumulate else out.zero_()
     output = BF16 if out.dtype is torch.bfloat16 else FP32_ADD if accumulate else FP32
+    block_n = tile_columns(n, rows // num_experts)
     rows_d = WARP_ROWS if not transposed else 64 if output == BF16 else 32
     with torch.cuda.device(a_TM.device):
-        _kernel(output, transposed, gather_index is not None).launch(
+        _kernel(output, transposed, gather_index is not None, block_n).launch(
             (multiprocessors(a_TM.device.index) // CLUSTER * CLUSTER, 1, 1),
             map_of_rows(a_TM, gather_index, box=(BLOCK_K, 64)),
             tensor_map(b_PN[None], box=(1, BLOCK_K, 64)),
@@ -101,6 +108,6 @@ def grouped_mm_wgrad(
             gather_index,
             num_experts,
             -(-m // (BLOCK_M * CLUSTER)),
-            -(-n // BLOCK_N),
+            -(-n // block_n),
         )
     return out

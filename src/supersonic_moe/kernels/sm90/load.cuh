@@ -1,20 +1,31 @@
 // The loading warpgroup: tiles of A and B into the ring, for kernels whose A has ragged rows, and rows of A by an index.
 //
 // Without GATHER one thread issues TMA loads of whole tiles. With GATHER, A comes row by row: TMA on sm_90 has no gather, but a box
-// of one row works, 128 of them a stage. The engine keeps up with the tensor cores as long as four warps issue boxes back to back,
-// each with the indices of its 32 rows in registers before the stage is free. With a shuffle for each box the GEMM falls to 0.9 of
-// its speed, with a box a lane to 0.55; cp.async, 16 bytes a thread, gives 0.92 (docs/log.md). An index of -1 lies outside the
+// of one row works, 128 of them a stage. The engine keeps up with the tensor cores as long as four warps issue boxes back to back, with
+// the indices of their rows at hand in shared memory. With a shuffle for each box the GEMM falls to 0.9 of its speed, with a box a
+// lane to 0.55; cp.async, 16 bytes a thread, gives 0.92 (docs/log.md). An index of -1 lies outside the
 // tensor and gives zeros, but such boxes are slow: lines past the expert's end repeat its last row, or are not loaded where a warp
 // has no other. What they hold reaches no row that is stored.
 #pragma once
 #include "epilogue.cuh"
 
-// Registers of a loading thread, which holds 32 row indices, and of a math thread. The block is launched with 168 for each of its
-// threads, and register_alloc waits for ever if the two roles ask for more than that.
-constexpr u32 LOAD_REGISTERS = 72, MATH_REGISTERS = 216;
+// Registers of a loading and of a math thread. The block is launched with 168 for each of its threads, and register_alloc waits for
+// ever if the two roles ask for more than that.
+constexpr u32 LOAD_REGISTERS = 40, MATH_REGISTERS = 232;
 static_assert(LOAD_REGISTERS * 128 + MATH_REGISTERS * 256 <= 168 * THREADS, "more registers than the block has");
 constexpr u32 LOAD_WARPS = GATHER ? 4 : 1;
 constexpr u32 BOXES = 32;  // of a warp in a stage, with GATHER
+constexpr u32 HELD = 8;    // row indices in registers at a time
+
+DEVICE void store_index(u32 address, i32 index) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(index) : "memory"); }
+DEVICE void load_indices(i32 (&rows)[HELD], u32 address) {
+#pragma unroll
+    for (u32 i = 0; i < HELD; i += 4)
+        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(rows[i]), "=r"(rows[i + 1]), "=r"(rows[i + 2]), "=r"(rows[i + 3])
+                     : "r"(address + i * 4)
+                     : "memory");
+}
 
 // The loading thread's last word: one more stage, empty, whose note says that no tile follows.
 DEVICE void announce_end(const Shared& shared, const Ring& ring, u32 warp) {
@@ -55,11 +66,10 @@ DEVICE void load_ragged_rows(const Shared& shared, const RaggedGemm& gemm, const
         const TileNote note{tiles.begin + m * rows + rank * static_cast<i32>(BLOCK_M), tiles.end, n * TileColumns, tiles.expert,
                             gemm.blocks_k};
         const bool has_rows = note.row + static_cast<i32>(warp * BOXES) < note.row_end;
-        i32 lines[BOXES];  // rows of A of this warp's lines
-        if constexpr (GATHER) {
-#pragma unroll
-            for (u32 i = 0; i < BOXES; ++i)
-                if (has_rows) lines[i] = gemm.index[min(note.row + static_cast<i32>(warp * BOXES + i), note.row_end - 1)];
+        if (GATHER && has_rows) {
+            const u32 line = warp * BOXES + lane_index();
+            store_index(shared.row_index(line), gemm.index[min(note.row + static_cast<i32>(line), note.row_end - 1)]);
+            __syncwarp();
         }
         for (i32 block = 0; block < gemm.blocks_k; ++block, ring.advance()) {
             const u32 full = shared.full(ring.stage), tile_a = shared.tile_a(ring.stage);
@@ -74,9 +84,14 @@ DEVICE void load_ragged_rows(const Shared& shared, const RaggedGemm& gemm, const
             if constexpr (GATHER) {
                 if (has_rows && elect_one()) {
 #pragma unroll
-                    for (u32 i = 0; i < BOXES; ++i)
-                        tma_load(tile_a + (warp * BOXES + i) * LINE, map_a, full, k, lines[i]);
+                    for (u32 first = warp * BOXES; first < (warp + 1) * BOXES; first += HELD) {
+                        i32 rows_of_a[HELD];
+                        load_indices(rows_of_a, shared.row_index(first));
+#pragma unroll
+                        for (u32 i = 0; i < HELD; ++i) tma_load(tile_a + (first + i) * LINE, map_a, full, k, rows_of_a[i]);
+                    }
                 }
+                __syncwarp();
             }
         }
         load_tail(ring, note, warp);

@@ -1,8 +1,11 @@
 // The bf16 main loop of the GEMMs: a ring of stages, each one K block of 64 of an A tile (128 rows) and a B tile (BLOCK_N).
 //
-// Two math warpgroups own 64 rows each and share B, so an instruction is m64 n256 k16: 2 KB of A and 8 KB of B from shared memory
-// for 0.5 MFLOP, the widest there is. With a cluster of two blocks that work on neighbouring row blocks of one expert, each
-// block loads half of B for both: a third less L2 traffic.
+// Two math warpgroups own 64 rows each and share B: with BLOCK_N 256 an instruction is m64 n256 k16, 2 KB of A and 8 KB of B from shared
+// memory for 0.5 MFLOP, the widest there is; with 384 it is two of n192. With a cluster of two blocks that work on neighbouring
+// row blocks of one expert, each block loads half of B for both: a third less L2 traffic.
+//
+// The chip is limited by power, and a GEMM that skips its loads runs 1.29 times as fast (docs/log.md). So the tile is as large as the
+// registers allow: 128 x 384 loads 17 % less for a product than 128 x 256.
 //
 // Constants of every kernel built on it: BLOCK_N, STAGES, CLUSTER (blocks along M that share B), GROUP_M (row blocks walked before
 // the next column), GATHER (rows of A come through an index, see load.cuh).
@@ -21,8 +24,17 @@ constexpr u32 BYTES_A = BLOCK_M * LINE;                // 128 lines of 64 k, or 
 constexpr u32 BYTES_B = BLOCK_N * LINE;
 constexpr u32 STAGE_BYTES = BYTES_A + BYTES_B;
 constexpr u32 MATH_WARPS = 8, THREADS = 384;
+constexpr u32 PARTS = BLOCK_N > 256 ? 2 : 1, PART_N = BLOCK_N / PARTS;  // instructions a step, and their columns
 
-// Shared memory, from its base: stages | notes | full barriers | empty barriers | 64 row indices.
+// Index of this thread, read from the special register each time: where registers are short, an address that is computed anew
+// is better than one that the compiler keeps across the main loop.
+DEVICE u32 fresh_thread_index() {
+    u32 index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+}
+
+// Shared memory, from its base: stages | notes | full barriers | empty barriers | row indices.
 struct Shared {
     u32 base;
     DEVICE u32 tile_a(u32 stage) const { return base + stage * STAGE_BYTES; }
@@ -48,10 +60,11 @@ struct Shared {
         }
     }
 
-    // One arrival of this warp for each block that loads into this stage. All lanes have waited for their wgmma.
+    // One arrival of this warp for each block that loads into this stage, lane 0's for its own. All lanes have waited for their wgmma.
     DEVICE void release(u32 stage) const {
         if constexpr (CLUSTER > 1) {
-            if (lane_index() < CLUSTER) mbarrier_arrive_remote(empty(stage), lane_index());
+            const u32 lane = fresh_thread_index() % 32;
+            if (lane < CLUSTER) mbarrier_arrive_remote(empty(stage), cluster_block_rank() ^ lane);
         } else {
             if (lane_index() == 0) mbarrier_arrive(empty(stage));
         }
@@ -69,18 +82,20 @@ DEVICE void multiply_stage(float (&acc)[BLOCK_N / 2], const Shared& shared, u32 
 #pragma unroll
     for (u32 step = 0; step < BLOCK_K / 16; ++step) {
         const u64 step_a = MajorA == Major::K ? k_major_descriptor(a + step * 32) : mn_major_descriptor(a + step * 16 * LINE, SLAB_BYTES);
-        const u64 step_b = MajorB == Major::K ? k_major_descriptor(b + step * 32) : mn_major_descriptor(b + step * 16 * LINE, SLAB_BYTES);
-        WgmmaBf16<BLOCK_N, MajorA, MajorB>::multiply(acc, step_a, step_b, accumulate || step > 0);
+#pragma unroll
+        for (u32 part = 0; part < PARTS; ++part) {
+            const u32 from = b + part * PART_N * LINE;
+            const u64 step_b = MajorB == Major::K ? k_major_descriptor(from + step * 32) : mn_major_descriptor(from + step * 16 * LINE, SLAB_BYTES);
+            float(&d)[PART_N / 2] = *reinterpret_cast<float(*)[PART_N / 2]>(acc + part * (PART_N / 2));
+            WgmmaBf16<PART_N, MajorA, MajorB>::multiply(d, step_a, step_b, accumulate || step > 0);
+        }
     }
 }
 
-// Waits for the first stage of the next tile; its note, with row and row_end in uniform registers.
+// Waits for the first stage of the next tile; its note.
 DEVICE TileNote await_tile(const Shared& shared, const Ring& ring) {
     mbarrier_wait(shared.full(ring.stage), ring.phase);
-    TileNote note = read_note(shared.note(ring.stage));
-    note.row = __shfl_sync(0xffffffffu, note.row, 0);
-    note.row_end = __shfl_sync(0xffffffffu, note.row_end, 0);
-    return note;
+    return read_note(shared.note(ring.stage));
 }
 
 // Consumes `count` stages without reading them: those of a tile of which this warpgroup has no row.

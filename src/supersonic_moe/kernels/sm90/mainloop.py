@@ -10,33 +10,39 @@ from torch import Tensor
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
 
-BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64
-STAGES = 4
+BLOCK_M, BLOCK_K = 128, 64
+BLOCK_N, WIDE_BLOCK_N = 256, 384
+STAGES = {BLOCK_N: 4, WIDE_BLOCK_N: 3}  # as many as fit
 GROUP_M = 16  # row blocks walked before the next column: 8 to 64 measured within 2-3 % (docs/log.md)
 THREADS = 384
-STAGE_BYTES = (BLOCK_M + BLOCK_N) * 128
 WARP_ROWS = 16  # rows of an output box
-SMEM_BYTES = STAGES * (STAGE_BYTES + 32 + 16) + 256  # stages, notes, barriers; row indices
 OPCODES = ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "STSM")
 
 
 def mainloop_spec(
-    name: str, *, cluster: int, gather: bool, constants: tuple[tuple[str, int], ...] = (), opcodes: tuple[str, ...]
+    name: str,
+    *,
+    block_n: int = BLOCK_N,
+    cluster: int,
+    gather: bool,
+    constants: tuple[tuple[str, int], ...] = (),
+    opcodes: tuple[str, ...],
 ) -> KernelSpec:
     """Kernel ``name`` of the file of that name; ``gather``: rows of A come through an index."""
+    stages, line = STAGES[block_n], 128
     return KernelSpec(
         name=name,
         source=f"{name}.cu",
         constants=(
-            ("BLOCK_N", BLOCK_N),
-            ("STAGES", STAGES),
+            ("BLOCK_N", block_n),
+            ("STAGES", stages),
             ("CLUSTER", cluster),
             ("GROUP_M", GROUP_M),
             ("GATHER", int(gather)),
             *constants,
         ),
         threads=THREADS,
-        smem_bytes=SMEM_BYTES,
+        smem_bytes=stages * ((BLOCK_M + block_n) * line + 32 + 16) + 4 * BLOCK_M,  # notes, barriers; row indices
         cluster=cluster,
         opcodes=opcodes,
     )
@@ -50,6 +56,14 @@ def multiprocessors(device: int) -> int:
 def cluster_size(rows: int, num_experts: int) -> int:
     """Two blocks share B where an expert has at least two blocks of rows on average; else the second would idle."""
     return 2 if rows >= 2 * BLOCK_M * num_experts else 1
+
+
+def tile_columns(columns: int, depth: int) -> int:
+    """384 for a deep contraction of columns that it covers well, else 256. The wide tile moves less and gains 2-4 %;
+    the price, one stage less, is paid at each tile (docs/log.md).
+    """
+    padded, padded_wide = -(-columns // BLOCK_N) * BLOCK_N, -(-columns // WIDE_BLOCK_N) * WIDE_BLOCK_N
+    return WIDE_BLOCK_N if depth >= 4096 and padded_wide <= 1.04 * padded else BLOCK_N
 
 
 def num_rows(a_TK: Tensor, gather_index: Tensor | None) -> int:

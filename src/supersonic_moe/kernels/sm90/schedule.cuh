@@ -24,14 +24,22 @@ DEVICE void write_note(u32 address, const TileNote& note) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(address + 16), "r"(note.blocks_k) : "memory");
 }
 
+// All lanes of a warp get the note. Lane 0 alone reads it: it is the one that later hands the stage back.
 DEVICE TileNote read_note(u32 address) {
-    TileNote note;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(note.row), "=r"(note.row_end), "=r"(note.column), "=r"(note.expert)
-                 : "r"(address)
-                 : "memory");
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(note.blocks_k) : "r"(address + 16) : "memory");
-    return note;
+    i32 v[5];
+    asm volatile(
+        "{\n"
+        ".reg .pred first;\n"
+        "setp.eq.u32 first, %6, 0;\n"
+        "@first ld.shared.v4.b32 {%0, %1, %2, %3}, [%5];\n"
+        "@first ld.shared.b32 %4, [%5 + 16];\n"
+        "}\n"
+        : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]), "=r"(v[4])
+        : "r"(address), "r"(lane_index())
+        : "memory");
+#pragma unroll
+    for (u32 i = 0; i < 5; ++i) v[i] = __shfl_sync(0xffffffffu, v[i], 0);
+    return {v[0], v[1], v[2], v[3], v[4]};
 }
 
 // Grouped order of a grid of `blocks_m` x `blocks_n` tiles.
