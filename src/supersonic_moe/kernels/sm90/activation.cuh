@@ -1,10 +1,10 @@
-// Expert activations in fp32, as supersonic_moe/activation.py defines them. ACTIVATION is the index in its ActivationType.
+// Expert activations in fp32, as supersonic_moe/activation.py defines them. ACTIVATION is the number of one of these.
 #pragma once
 #include "types.cuh"
 
-enum class Act : int { SwiGLU = 0, GeGLU = 1, ReGLU = 2, ReLUSquared = 3, ReLU = 4, GELU = 5, SiLU = 6 };
+enum class Act : int { SwiGLU = 0, GeGLU = 1, ReGLU = 2, ClampedSwiGLU = 3 };
 
-struct ActivationConstants {  // of SwiGLU; limit is infinite where nothing is clamped
+struct ActivationConstants {  // of ClampedSwiGLU; limit is infinite where nothing is clamped
     float alpha, limit, up_offset;
 };
 
@@ -29,6 +29,8 @@ DEVICE float relu(float x) { return x < 0.0f ? 0.0f : x; }  // a NaN stays
 template <Act Kind>
 DEVICE float gated(float gate, float up, const ActivationConstants& c) {
     if constexpr (Kind == Act::SwiGLU) {
+        return gate * sigmoid(gate) * up;
+    } else if constexpr (Kind == Act::ClampedSwiGLU) {
         const float g = min_nan(gate, c.limit), u = -min_nan(-min_nan(up, c.limit), c.limit);
         return g * sigmoid(c.alpha * g) * (u + c.up_offset);
     } else if constexpr (Kind == Act::GeGLU) {
@@ -46,6 +48,9 @@ struct GatedSlopes {
 template <Act Kind>
 DEVICE GatedSlopes gated_slopes(float gate, float up, const ActivationConstants& c) {
     if constexpr (Kind == Act::SwiGLU) {
+        const float s = sigmoid(gate), silu = gate * s;
+        return {silu * up, (s + (silu - silu * s)) * up, silu};
+    } else if constexpr (Kind == Act::ClampedSwiGLU) {
         const float g = min_nan(gate, c.limit), u = -min_nan(-min_nan(up, c.limit), c.limit) + c.up_offset;
         const float s = sigmoid(c.alpha * g), by_up = g * s;
         const float by_gate = (s + c.alpha * by_up * (1.0f - s)) * u;

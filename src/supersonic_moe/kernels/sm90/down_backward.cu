@@ -16,19 +16,37 @@ struct RowPair {  // what one thread knows of its rows r and r + 8
     float dscore[2];
 };
 
+struct Bias {  // of one expert
+    const u16* values;  // or null
+    i32 width, gate_base, up_base;
+};
+
 // Eight activations of a thread: d[0, 1] and d[2, 3] are columns c, c + 1 of rows r and r + 8, d[4..7] the same of c + 8. Gate and up
 // come packed and leave as gradients; `scaled` gets s * A.
-DEVICE void backward_eight(const float* d, u32 (&gate)[4], u32 (&up)[4], u32 (&scaled)[4], RowPair& rows, const float (&bias_gate)[2][2],
-                           const float (&bias_up)[2][2], const ActivationConstants& constants) {
+DEVICE void backward_eight(const float* d, u32 (&gate)[4], u32 (&up)[4], u32 (&scaled)[4], RowPair& rows, const Bias& bias, i32 c,
+                           const ActivationConstants& constants) {
+    float g[4][2], u[4][2];  // row r + 8 * (i % 2), columns c + 8 * (i / 2) and the next
 #pragma unroll
-    for (u32 i = 0; i < 4; ++i) {  // row r + 8 * (i % 2), columns c + 8 * (i / 2) and the next
+    for (u32 i = 0; i < 4; ++i) {
+        g[i][0] = bf16_low(gate[i]), g[i][1] = bf16_high(gate[i]);
+        u[i][0] = bf16_low(up[i]), u[i][1] = bf16_high(up[i]);
+    }
+    if (bias.values != nullptr) {
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half) {
+            float of_gate[2], of_up[2];
+            load_bias(bias.values, c + static_cast<i32>(half) * 8, bias.width, bias.gate_base, bias.up_base, of_gate, of_up);
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) g[half * 2 + i / 2][i % 2] += of_gate[i % 2], u[half * 2 + i / 2][i % 2] += of_up[i % 2];
+        }
+    }
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i) {
         const float s = rows.score[i % 2];
         float dgate[2], dup[2], a[2];
 #pragma unroll
         for (u32 j = 0; j < 2; ++j) {
-            const float g = (j == 0 ? bf16_low(gate[i]) : bf16_high(gate[i])) + bias_gate[i / 2][j];
-            const float u = (j == 0 ? bf16_low(up[i]) : bf16_high(up[i])) + bias_up[i / 2][j];
-            const GatedSlopes slopes = gated_slopes<static_cast<Act>(ACTIVATION)>(g, u, constants);
+            const GatedSlopes slopes = gated_slopes<static_cast<Act>(ACTIVATION)>(g[i][j], u[i][j], constants);
             const float da = d[i * 2 + j], scaled_da = s * da;
             rows.dscore[i % 2] += da * slopes.value;
             dgate[j] = scaled_da * slopes.by_gate, dup[j] = scaled_da * slopes.by_up, a[j] = s * slopes.value;
@@ -116,6 +134,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
             const u32 lane = fresh_thread_index() % 32, line = first_line(group, fresh_thread_index());
             const i32 row = note.row + static_cast<i32>(line), rows = note.row_end - row;
+            const Bias bias{b1 == nullptr ? nullptr : b1 + static_cast<i64>(note.expert) * 2 * width, width, gate_base, up_base};
             RowPair pair{{0.0f, 0.0f}, {0.0f, 0.0f}};
 #pragma unroll
             for (i32 i = 0; i < 2; ++i) {
@@ -133,14 +152,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     for (u32 part = 0; part < 4; ++part) {  // 16 activations
                         float* d = acc + chunk * 32 + part * 8;
                         pin_four(d), pin_four(d + 4);
-                        float bias_gate[2][2] = {}, bias_up[2][2] = {};
-                        if (b1 != nullptr) {
-                            const u16* bias = b1 + static_cast<i64>(note.expert) * 2 * width;
-                            const i32 c = column + static_cast<i32>(part * 16 + lane % 4 * 2);
-#pragma unroll
-                            for (u32 i = 0; i < 2; ++i)
-                                load_bias(bias, c + static_cast<i32>(i) * 8, width, gate_base, up_base, bias_gate[i], bias_up[i]);
-                        }
                         u32 gate[4], up[4], scaled[4];
                         const u32 at = swizzle<LINE>((line + lane % 16) * LINE + (part * 2 + lane / 16) * 16);
                         if constexpr (INTERLEAVED) {
@@ -149,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                             load_matrices(gate, tile + at);
                             load_matrices(up, tile + ROOM_BYTES + at);
                         }
-                        backward_eight(d, gate, up, scaled, pair, bias_gate, bias_up, constants);
+                        backward_eight(d, gate, up, scaled, pair, bias, column + static_cast<i32>(part * 16 + lane % 4 * 2), constants);
                         if constexpr (INTERLEAVED) {
                             store_pairs(tile, line + lane / 4, part, lane, gate, up);
                         } else {

@@ -44,7 +44,13 @@ from supersonic_moe.kernels.sm90.mainloop import (
     multiprocessors,
     num_rows,
 )
-from supersonic_moe.kernels.sm90.up_projection import KINDS, activation_constants, half_bases, map_of_halves
+from supersonic_moe.kernels.sm90.up_projection import (
+    ALL_KINDS,
+    activation_constants,
+    half_bases,
+    kind_of,
+    map_of_halves,
+)
 from supersonic_moe.kernels.triton import activation_backward
 
 
@@ -55,7 +61,7 @@ def down_backward_spec(kind: int, *, interleaved: bool, gather: bool, cluster: i
 
 SPECS = tuple(
     down_backward_spec(kind, interleaved=i, gather=g, cluster=c)
-    for kind in KINDS.values()
+    for kind in ALL_KINDS
     for i in (False, True)
     for g in (False, True)
     for c in (1, 2)
@@ -101,7 +107,7 @@ def down_backward(
     cluster = cluster_size(rows, num_experts)
     with torch.cuda.device(dout_TH.device):
         grid = multiprocessors(dout_TH.device.index) // cluster * cluster
-        _kernel(KINDS[activation.type], interleaved, gather_index is not None, cluster).launch(
+        _kernel(kind_of(activation), interleaved, gather_index is not None, cluster).launch(
             (grid, 1, 1),
             map_of_rows(dout_TH, gather_index, box=(BLOCK_M, BLOCK_K)),
             tensor_map(w2_EHI, box=(1, BLOCK_K, 64)),
