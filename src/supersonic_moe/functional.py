@@ -23,12 +23,11 @@ skipped, a NaN stays in its token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from supersonic_moe import checks
 from supersonic_moe.activation import Activation, ActivationType, GateUpLayout, as_activation, as_layout
@@ -43,6 +42,7 @@ from supersonic_moe.routing.plan import (
 from supersonic_moe.routing.token_rounding import TokenRounding, token_rounding
 from supersonic_moe.routing.topk import TopKRouter, as_router, route
 from supersonic_moe.training.experts import run_experts
+from supersonic_moe.training.router_linear import router_linear
 
 
 class MoEOutput(NamedTuple):
@@ -85,7 +85,8 @@ def moe_layer(
     experts = _checked(x_TH, w1, b1, w2, b2, activation, layout, backend, accumulate_into_main_grad)
     _check_router_weight(x_TH, router_weight_EH, w1)
     policy = as_router(router)
-    logits_TE = F.linear(experts.x, router_weight_EH.to(experts.x.dtype))
+    logits_TE, x_for_experts = router_linear(experts.x, router_weight_EH.to(experts.x.dtype))
+    experts = replace(experts, x=x_for_experts)
     if validate:
         checks.finite_logits(logits_TE)
     num_experts = w1.shape[0]

@@ -1,0 +1,47 @@
+"""The router's projection, ``logits = x W^T``, with the two gradients of x summed inside its GEMM.
+
+x goes to the router and to the experts. Autograd would write the router's share of dx and add the experts' in a pass of
+its own: 8·T·H bytes in BF16, 0.4 % of a training step. Here x passes through the function, so its backward receives the
+experts' dx and accumulates ``dlogits W`` into it: half of that traffic, one rounding less.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+def router_linear(x_TH: Tensor, weight_EH: Tensor) -> tuple[Tensor, Tensor]:
+    """(logits (T, E), x). The x that comes back is for the experts, and for nobody else: the buffer of its gradient
+    becomes the gradient of ``x_TH``. Both in the dtype of ``x_TH``, which is the weight's.
+    """
+    if torch.compiler.is_compiling():  # the compiler places the sum itself
+        return F.linear(x_TH, weight_EH), x_TH
+    logits_TE, same_TH = RouterLinear.apply(x_TH, weight_EH)  # type: ignore[no-untyped-call]
+    return logits_TE, same_TH
+
+
+class RouterLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(x_TH: Tensor, weight_EH: Tensor) -> tuple[Tensor, Tensor]:
+        return F.linear(x_TH, weight_EH), x_TH.view_as(x_TH)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlogits_TE: Tensor | None, dx_TH: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        x_TH, weight_EH = ctx.saved_tensors
+        needs_x, needs_weight = ctx.needs_input_grad
+        if dlogits_TE is None:
+            return dx_TH, None
+        if needs_x:
+            dx_TH = dlogits_TE @ weight_EH if dx_TH is None else dx_TH.addmm_(dlogits_TE, weight_EH)
+        return dx_TH if needs_x else None, dlogits_TE.t() @ x_TH if needs_weight else None
