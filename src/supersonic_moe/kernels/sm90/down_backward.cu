@@ -68,7 +68,10 @@ DEVICE void load_pairs(u32 tile, u32 row, u32 part, u32 lane, u32 (&gate)[4], u3
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {
         u32 first, second;
-        asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(first), "=r"(second) : "r"(pair_address(tile, row, part, i, lane)) : "memory");
+        asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
+                     : "=r"(first), "=r"(second)
+                     : "r"(pair_address(tile, row, part, i, lane))
+                     : "memory");
         gate[i] = __byte_perm(first, second, 0x5410), up[i] = __byte_perm(first, second, 0x7632);
     }
 }
@@ -83,8 +86,8 @@ DEVICE void store_pairs(u32 tile, u32 row, u32 part, u32 lane, const u32 (&gate)
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     down_backward(const __grid_constant__ TensorMap map_do, const __grid_constant__ TensorMap map_w,
                   const __grid_constant__ TensorMap map_h, const __grid_constant__ TensorMap map_dh,
-                  const __grid_constant__ TensorMap map_as, const i32* offsets, const i32* index, const i32 experts, const i32 width, const i32 blocks_k, const u16* b1,
-                  const float* scores, u8* dh, u8* as, float* dscores, const i32 rows_allocated, const i32 gate_base,
+                  const __grid_constant__ TensorMap map_as, const i32* offsets, const i32* index, const i32 experts,
+                  const i32 width, const i32 blocks_k, const u16* b1, const float* scores, u8* dh, u8* as, float* dscores, const i32 rows_allocated, const i32 gate_base,
                   const i32 up_base, const float alpha, const float limit, const float up_offset) {
     extern __shared__ __align__(1024) u8 raw[];
     const Shared shared{smem_address(raw)};
@@ -95,7 +98,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const u32 warp = warp_index();
     if (warp < 4) {
         register_dealloc<LOAD_REGISTERS>();
-        const auto load_w = [&](u32 tile_b, u32 full, i32 k, const TileNote& note) { load_b_mn_major(tile_b, &map_w, full, k, note.column, note.expert); };
+        const auto load_w = [&](u32 tile_b, u32 full, i32 k, const TileNote& note) {
+            load_b_mn_major(tile_b, &map_w, full, k, note.column, note.expert);
+        };
         const auto load_h = [&](Ring& ring, const TileNote& note, u32 loader) {
             const i32 end = min(note.column + static_cast<i32>(BLOCK_N), width);
             for (i32 column = note.column; column < end; column += CHUNK, ring.advance()) {
@@ -123,7 +128,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             if (first.row == TileNote::STOP_ROW) break;
             if (first.row + static_cast<i32>(group * GROUP_LINES) >= first.row_end) {
                 lent.give_back(shared);
-                skip_stages(shared, ring, blocks_k + (min(static_cast<i32>(BLOCK_N), width - first.column) + static_cast<i32>(CHUNK) - 1) / static_cast<i32>(CHUNK));
+                const i32 columns = min(static_cast<i32>(BLOCK_N), width - first.column);
+                skip_stages(shared, ring, blocks_k + (columns + static_cast<i32>(CHUNK) - 1) / static_cast<i32>(CHUNK));
                 continue;
             }
             const u32 last = multiply_tile<Major::K, Major::MN>(
@@ -188,7 +194,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 sum += __shfl_xor_sync(0xffffffffu, sum, 1);
                 sum += __shfl_xor_sync(0xffffffffu, sum, 2);
                 const i32 at = static_cast<i32>(lane / 4) + 8 * i;
-                if (lane % 4 == 0 && at < rows) dscores[static_cast<i64>(note.column / static_cast<i32>(BLOCK_N)) * rows_allocated + row + at] = sum;
+                const i64 block = note.column / static_cast<i32>(BLOCK_N);
+                if (lane % 4 == 0 && at < rows) dscores[block * rows_allocated + row + at] = sum;
             }
         }
         tma_wait_read<0>();

@@ -30,7 +30,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 tma_load(tile_b, &map_b, full, k, note.column, note.expert);
             }
         };
-        load_ragged_rows<BLOCK_N>(shared, gemm, &map_a, load_b, [&](Ring& ring, const TileNote&, u32 loader) { lend_stages(shared, ring, LENT_STAGES, loader); });
+        const auto lend = [&](Ring& ring, const TileNote&, u32 loader) { lend_stages(shared, ring, LENT_STAGES, loader); };
+        load_ragged_rows<BLOCK_N>(shared, gemm, &map_a, load_b, lend);
     } else {
         register_alloc<MATH_REGISTERS>();
         const u32 group = warp / 4 - 1;

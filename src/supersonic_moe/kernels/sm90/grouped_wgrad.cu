@@ -73,7 +73,8 @@ DEVICE void store_tile(float (&acc)[BLOCK_N / 2], const Shared& shared, Ring& ri
             tma_wait_read<LENT_STAGES - 1>();
             TRANSPOSED ? named_barrier_sync(1 + group, 128) : __syncwarp();
         }
-        const u32 lines = (turn < LENT_STAGES ? lent.borrow(shared, ring) : shared.tile_a(lent.stage_of(turn - LENT_STAGES))) + line * LINE;
+        const u32 rooms = turn < LENT_STAGES ? lent.borrow(shared, ring) : shared.tile_a(lent.stage_of(turn - LENT_STAGES));
+        const u32 lines = rooms + line * LINE;
 #pragma unroll
         for (u32 i = 0; i < ROOMS_EACH; ++i) {
             const u32 room = turn * ROOMS_EACH + i;
@@ -177,7 +178,8 @@ DEVICE void load_ragged_depth(const Shared& shared, const TensorMap* map_a, cons
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     grouped_wgrad(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
-                  const __grid_constant__ TensorMap map_d, const i32* offsets, const i32* index, const i32 experts, const i32 blocks_m, const i32 blocks_n) {
+                  const __grid_constant__ TensorMap map_d, const i32* offsets, const i32* index, const i32 experts,
+                  const i32 blocks_m, const i32 blocks_n) {
     extern __shared__ __align__(1024) u8 raw[];
     const Shared shared{smem_address(raw)};
     shared.prepare();
@@ -195,7 +197,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         while (true) {
             const TileNote first = await_tile(shared, ring);
             if (first.row == TileNote::STOP_ROW) break;
-            const i32 blocks_k = first.blocks_k, valid = first.row_end - (blocks_k - 1) * static_cast<i32>(BLOCK_K);  // rows of the last block
+            const i32 blocks_k = first.blocks_k;
+            const i32 valid = first.row_end - (blocks_k - 1) * static_cast<i32>(BLOCK_K);  // rows of the last block
             const u32 last = multiply_tile<Major::MN, Major::MN>(
                 acc, shared, ring, group, blocks_k, [&] { lent.give_back(shared, TRANSPOSED ? group : Lent::NONE); },
                 [&](u32 stage) {

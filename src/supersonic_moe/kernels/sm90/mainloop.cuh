@@ -73,6 +73,12 @@ struct Shared {
 
 using Ring = RingCursor<STAGES>;
 
+// 16 of k, the `step`-th, of an operand's tile.
+template <Major Order>
+DEVICE u64 step_descriptor(u32 tile, u32 step) {
+    return Order == Major::K ? k_major_descriptor(tile + step * 32) : mn_major_descriptor(tile + step * 16 * LINE, SLAB_BYTES);
+}
+
 // acc (+)= 64 rows of A times B over one stage. The stage index passes through a shuffle, because the descriptors have to be in
 // uniform registers and the compiler cannot see that all lanes agree on it.
 template <Major MajorA, Major MajorB>
@@ -81,11 +87,10 @@ DEVICE void multiply_stage(float (&acc)[BLOCK_N / 2], const Shared& shared, u32 
     const u32 a = shared.tile_a(uniform_stage) + group * (BYTES_A / 2), b = shared.tile_b(uniform_stage);
 #pragma unroll
     for (u32 step = 0; step < BLOCK_K / 16; ++step) {
-        const u64 step_a = MajorA == Major::K ? k_major_descriptor(a + step * 32) : mn_major_descriptor(a + step * 16 * LINE, SLAB_BYTES);
+        const u64 step_a = step_descriptor<MajorA>(a, step);
 #pragma unroll
         for (u32 part = 0; part < PARTS; ++part) {
-            const u32 from = b + part * PART_N * LINE;
-            const u64 step_b = MajorB == Major::K ? k_major_descriptor(from + step * 32) : mn_major_descriptor(from + step * 16 * LINE, SLAB_BYTES);
+            const u64 step_b = step_descriptor<MajorB>(b + part * PART_N * LINE, step);
             float(&d)[PART_N / 2] = *reinterpret_cast<float(*)[PART_N / 2]>(acc + part * (PART_N / 2));
             WgmmaBf16<PART_N, MajorA, MajorB>::multiply(d, step_a, step_b, accumulate || step > 0);
         }

@@ -24,9 +24,9 @@ DEVICE void stage_interleaved(float* gate, float* up, u32 lines, u32 lane) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     up_projection(const __grid_constant__ TensorMap map_x, const __grid_constant__ TensorMap map_w,
-                  const __grid_constant__ TensorMap map_h, const __grid_constant__ TensorMap map_a, const i32* offsets, const i32* index, const i32 experts, const i32 width,
-                  const i32 blocks_k, u8* h, u8* a, const u16* b1, const i32 gate_base, const i32 up_base,
-                  const float alpha, const float limit, const float up_offset) {
+                  const __grid_constant__ TensorMap map_h, const __grid_constant__ TensorMap map_a, const i32* offsets,
+                  const i32* index, const i32 experts, const i32 width, const i32 blocks_k, u8* h, u8* a, const u16* b1,
+                  const i32 gate_base, const i32 up_base, const float alpha, const float limit, const float up_offset) {
     extern __shared__ __align__(1024) u8 raw[];
     const Shared shared{smem_address(raw)};
     shared.prepare();
@@ -48,7 +48,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 tma_load(tile_b + BYTES_B / 2, &map_w, full, k, note.column, 1 - gate_half, note.expert);
             }
         };
-        load_ragged_rows<WIDTH>(shared, gemm, &map_x, load_b, [&](Ring& ring, const TileNote&, u32 loader) { lend_stages(shared, ring, lent_stages, loader); });
+        const auto lend = [&](Ring& ring, const TileNote&, u32 loader) { lend_stages(shared, ring, lent_stages, loader); };
+        load_ragged_rows<WIDTH>(shared, gemm, &map_x, load_b, lend);
     } else {
         register_alloc<MATH_REGISTERS>();
         const u32 group = warp / 4 - 1;
