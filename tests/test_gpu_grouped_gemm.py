@@ -65,22 +65,22 @@ def picked(x: Tensor, index: Tensor) -> Tensor:
 
 
 @pytest.fixture(params=[256, 384])
-def block_n(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+def block_n(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Columns of a tile, which the size of the problem decides otherwise."""
     for module in (grouped_gemm, grouped_wgrad):
         monkeypatch.setattr(module, "tile_columns", lambda columns, depth: request.param)
-    return int(request.param)
 
 
 def segments(offsets: Tensor) -> list[tuple[int, slice]]:
     return [(e, slice(a, b)) for e, (a, b) in enumerate(itertools.pairwise(offsets.tolist()))]
 
 
+@pytest.mark.usefixtures("block_n")
+@pytest.mark.parametrize("positive", [False, True])
 @pytest.mark.parametrize("n_contiguous", [False, True])
 @pytest.mark.parametrize(("depth", "columns"), SIZES)
 @pytest.mark.parametrize("counts", GROUPS.values(), ids=GROUPS)
-def test_rows(counts: list[int], depth: int, columns: int, n_contiguous: bool, block_n: int) -> None:
-    positive = block_n == 384
+def test_rows(counts: list[int], depth: int, columns: int, n_contiguous: bool, positive: bool) -> None:
     offsets, (a,) = case(counts, 5, depth, positive=positive)
     shape = (len(counts), depth, columns) if n_contiguous else (len(counts), columns, depth)
     b = torch.randn(shape, device=CUDA, dtype=torch.bfloat16)
@@ -93,10 +93,11 @@ def test_rows(counts: list[int], depth: int, columns: int, n_contiguous: bool, b
     assert torch.equal(got[: sum(counts)], grouped_mm(a, b, offsets)[: sum(counts)])
 
 
+@pytest.mark.usefixtures("block_n")
+@pytest.mark.parametrize("positive", [False, True])
 @pytest.mark.parametrize(("m", "n"), [(64, 256), (136, 8), (8, 264), (520, 2880), (1000, 1000)])
 @pytest.mark.parametrize("counts", GROUPS.values(), ids=GROUPS)
-def test_weight_gradient(counts: list[int], m: int, n: int, block_n: int) -> None:
-    positive = block_n == 384
+def test_weight_gradient(counts: list[int], m: int, n: int, positive: bool) -> None:
     offsets, (a, b) = case(counts, 70, m, n, positive=positive)
     got = grouped_mm_wgrad(a, b, offsets)
     exact = torch.full((len(counts), m, n), float("nan"), device=CUDA)
@@ -128,13 +129,14 @@ def test_rows_through_an_index(counts: list[int], depth: int, columns: int, n_co
     assert torch.equal(got[:rows], grouped_mm(picked(x, index).bfloat16(), b, offsets)[:rows])
 
 
+@pytest.mark.usefixtures("block_n")
+@pytest.mark.parametrize("positive", [False, True])
 @pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize(("m", "n"), [(64, 256), (136, 8), (8, 264), (520, 2880)])
 @pytest.mark.parametrize("counts", GROUPS.values(), ids=GROUPS)
 def test_weight_gradient_of_indexed_rows_and_its_transpose(
-    counts: list[int], m: int, n: int, gathered: bool, block_n: int
+    counts: list[int], m: int, n: int, gathered: bool, positive: bool
 ) -> None:
-    positive = block_n == 384
     offsets, x, index = indexed(counts, 70, m, positive=positive)
     _, (b,) = case(counts, 70, n, positive=positive)
     a, rows = picked(x, index), sum(counts)

@@ -87,8 +87,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     down_backward(const __grid_constant__ TensorMap map_do, const __grid_constant__ TensorMap map_w,
                   const __grid_constant__ TensorMap map_h, const __grid_constant__ TensorMap map_dh,
                   const __grid_constant__ TensorMap map_as, const i32* offsets, const i32* index, const i32 experts,
-                  const i32 width, const i32 blocks_k, const u16* b1, const float* scores, u8* dh, u8* as, float* dscores, const i32 rows_allocated, const i32 gate_base,
-                  const i32 up_base, const float alpha, const float limit, const float up_offset) {
+                  const i32 width, const i32 blocks_k, const u16* b1, const float* scores, u8* dh, u8* as,
+                  float* dscores, const i32 rows_allocated, const i32 gate_base, const i32 up_base, const float alpha,
+                  const float limit, const float up_offset) {
     extern __shared__ __align__(1024) u8 raw[];
     const Shared shared{smem_address(raw)};
     shared.prepare();

@@ -4,8 +4,8 @@
 // memory for 0.5 MFLOP, the widest there is; with 384 it is two of n192. With a cluster of two blocks that work on neighbouring
 // row blocks of one expert, each block loads half of B for both: a third less L2 traffic.
 //
-// The chip is limited by power, and a GEMM that skips its loads runs 1.29 times as fast (docs/log.md). So the tile is as large as the
-// registers allow: 128 x 384 loads 17 % less for a product than 128 x 256.
+// The chip is limited by power, and a GEMM that skips its loads runs 1.29 times as fast (docs/log.md): 128 x 384, as large as the
+// registers allow, loads 17 % less for a product than 128 x 256. It leaves room for one stage less, so short products keep 256.
 //
 // Constants of every kernel built on it: BLOCK_N, STAGES, CLUSTER (blocks along M that share B), GROUP_M (row blocks walked before
 // the next column), GATHER (rows of A come through an index, see load.cuh).
