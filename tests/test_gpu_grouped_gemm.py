@@ -267,3 +267,12 @@ def test_down_backward(
     assert oracle.rel_fro(ds[:rows][scored], want[2][scored]) < 1e-4
     again = down_backward(*arguments)
     assert all(torch.equal(x[:rows][scored], y[:rows][scored]) for x, y in zip((dh, scaled, ds), again, strict=True))
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("width", [320, 576])
+def test_clusters_stay_in_step(width: int, gathered: bool) -> None:
+    """Short tails, their columns split between the blocks of a cluster, then tiles of the same cluster that share B: both
+    blocks must have used as many stages, although the last column tile has fewer stages of H than the others.
+    """
+    test_down_backward([300] * 60, 136, width, gathered, as_activation("swiglu"), GateUpLayout.GATE_UP, bias=False)

@@ -99,8 +99,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const u32 warp = warp_index();
     if (warp < 4) {
         register_dealloc<LOAD_REGISTERS>();
-        const auto load_w = [&](u32 tile_b, u32 full, i32 k, const TileNote& note) {
-            load_b_mn_major(tile_b, &map_w, full, k, note.column, note.expert);
+        const auto load_w = [&](u32 tile_b, u32 full, i32 k, const TileNote& note, u32 part, u16 blocks) {
+            load_b_mn_major(tile_b, &map_w, full, k, note.column, note.expert, part, blocks);
         };
         const auto load_h = [&](Ring& ring, const TileNote& note, u32 loader) {
             const i32 end = min(note.column + static_cast<i32>(BLOCK_N), width);

@@ -20,12 +20,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const u32 warp = warp_index();
     if (warp < 4) {
         register_dealloc<LOAD_REGISTERS>();
-        const auto load_b = [&](u32 tile_b, u32 full, i32 k, const TileNote& note) {
+        const auto load_b = [&](u32 tile_b, u32 full, i32 k, const TileNote& note, u32 part, u16 blocks) {
             if constexpr (B_MN_MAJOR) {
-                load_b_mn_major(tile_b, &map_b, full, k, note.column, note.expert);
+                load_b_mn_major(tile_b, &map_b, full, k, note.column, note.expert, part, blocks);
             } else if constexpr (CLUSTER > 1) {
-                const u32 first = cluster_block_rank() * (BLOCK_N / CLUSTER);
-                tma_load_multicast(tile_b + first * LINE, &map_b, full, (1 << CLUSTER) - 1, k, note.column + first, note.expert);
+                const u32 first = part * (BLOCK_N / CLUSTER);
+                tma_load_multicast(tile_b + first * LINE, &map_b, full, blocks, k, note.column + first, note.expert);
             } else {
                 tma_load(tile_b, &map_b, full, k, note.column, note.expert);
             }

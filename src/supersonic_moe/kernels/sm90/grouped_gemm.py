@@ -8,8 +8,9 @@ Layout (row-major)
 Tiles
     128 × 256 a block, two math warpgroups of 64 × 256 that share B, K in stages of 64 (128 bytes), four stages; or, for
     a long K, 128 × 384 and three. A cluster of two blocks takes 256 rows of one expert and loads each half of B for
-    both. Persistent: one block a multiprocessor, tiles in grouped order (schedule.cuh). The last tile of an expert
-    stores its rows one by one, since TMA would write into the next expert.
+    both; where an expert's last rows fill at most one block, the two take neighbouring columns of them instead.
+    Persistent: one block a multiprocessor, tiles in grouped order (schedule.cuh). The last tile of an expert stores its
+    rows one by one, since TMA would write into the next expert.
 Maths
     fp32 accumulation in the tensor core, one rounding to bf16. N and K are multiples of 8; what lies past N or K loads
     as zero.

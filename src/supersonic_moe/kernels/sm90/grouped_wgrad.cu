@@ -152,7 +152,7 @@ DEVICE void load_ragged_depth(const Shared& shared, const TensorMap* map_a, cons
                     tma_load(tile_a, map_a, full, note.row, k);
                     tma_load(tile_a + SLAB_BYTES, map_a, full, note.row + 64, k);
                 }
-                load_b_mn_major(shared.tile_b(ring.stage), map_b, full, k, note.column, 0);
+                load_b_mn_major(shared.tile_b(ring.stage), map_b, full, k, note.column, 0, cluster_block_rank(), (1 << CLUSTER) - 1);
             }
             if constexpr (GATHER) {
                 if (elect_one()) {

@@ -51,7 +51,7 @@ DEVICE u32 bytes_of_a(const TileNote& note) {
 
 // Loads all tiles of this block: `blocks_k` stages each, of BLOCK_M rows of A and of a B of TileColumns columns, then what
 // `load_tail` adds to a tile.
-//   load_b(tile_b, full, k, note)     one thread: this block's share of B
+//   load_b(tile_b, full, k, note, part, blocks)  one thread: part `part` of CLUSTER of B, for those `blocks` of the cluster
 //   load_tail(ring, note, warp)       all warps that load: they wait for each stage; advances the ring
 template <i32 TileColumns, typename LoadB, typename LoadTail>
 DEVICE void load_ragged_rows(const Shared& shared, const RaggedGemm& gemm, const TensorMap* map_a, LoadB load_b, LoadTail load_tail) {
@@ -59,12 +59,15 @@ DEVICE void load_ragged_rows(const Shared& shared, const RaggedGemm& gemm, const
     if (warp >= LOAD_WARPS) return;
     constexpr i32 rows = BLOCK_M * CLUSTER;
     const i32 rank = CLUSTER > 1 ? static_cast<i32>(cluster_block_rank()) : 0;
-    RaggedRows<rows, GROUP_M / CLUSTER> tiles(gemm.offsets, gemm.experts, (gemm.columns + TileColumns - 1) / TileColumns);
+    RaggedRows<rows, TileColumns, GROUP_M / CLUSTER, CLUSTER == 2> tiles(gemm.offsets, gemm.experts, gemm.columns);
     Ring ring;
     i32 m, n;
     for (i32 tile = blockIdx.x / CLUSTER; tiles.find(tile, m, n); tile += gridDim.x / CLUSTER) {
-        const TileNote note{tiles.begin + m * rows + rank * static_cast<i32>(BLOCK_M), tiles.end, n * TileColumns, tiles.expert,
-                            gemm.blocks_k};
+        // Blocks with the same columns load a part of B each, for all of them; one that has its columns for itself loads every part.
+        const u32 first_part = tiles.split ? 0 : static_cast<u32>(rank), parts = tiles.split ? CLUSTER : 1;
+        const u16 sharers = static_cast<u16>(tiles.split ? 1 << rank : (1 << CLUSTER) - 1);
+        const i32 row = tiles.begin + m * rows + (tiles.split ? 0 : rank * static_cast<i32>(BLOCK_M));
+        const TileNote note{row, tiles.end, (tiles.split ? n + rank : n) * TileColumns, tiles.expert, gemm.blocks_k};
         const bool has_rows = note.row + static_cast<i32>(warp * BOXES) < note.row_end;
         if (GATHER && has_rows) {
             const u32 line = warp * BOXES + lane_index();
@@ -79,7 +82,9 @@ DEVICE void load_ragged_rows(const Shared& shared, const RaggedGemm& gemm, const
                 write_note(shared.note(ring.stage), note);
                 mbarrier_arrive_expect_tx(full, bytes_of_a(note) + BYTES_B);
                 if constexpr (!GATHER) tma_load(tile_a, map_a, full, k, note.row);
-                load_b(shared.tile_b(ring.stage), full, k, note);
+#pragma unroll 1
+                for (u32 part = first_part; part < first_part + parts; ++part)
+                    load_b(shared.tile_b(ring.stage), full, k, note, part, sharers);
             }
             if constexpr (GATHER) {
                 if (has_rows && elect_one()) {
@@ -99,16 +104,15 @@ DEVICE void load_ragged_rows(const Shared& shared, const RaggedGemm& gemm, const
     announce_end(shared, ring, warp);
 }
 
-// This block's share of an N-contiguous B, BLOCK_N columns from first_column on in slabs of 64: rows k.. of slice `slice`.
-DEVICE void load_b_mn_major(u32 tile_b, const TensorMap* map, u32 full, i32 k, i32 first_column, i32 slice) {
-    constexpr u32 share = SLABS_N / CLUSTER;
-    const u32 first = CLUSTER > 1 ? cluster_block_rank() * share : 0;
+// Part `part` of CLUSTER of an N-contiguous B, BLOCK_N columns from first_column on in slabs of 64: rows k.. of slice `slice`.
+DEVICE void load_b_mn_major(u32 tile_b, const TensorMap* map, u32 full, i32 k, i32 first_column, i32 slice, u32 part, u16 blocks) {
+    constexpr u32 slabs = SLABS_N / CLUSTER;
 #pragma unroll
-    for (u32 i = 0; i < share; ++i) {
-        const u32 at = tile_b + (first + i) * SLAB_BYTES;
-        const i32 column = first_column + static_cast<i32>((first + i) * 64);
+    for (u32 i = 0; i < slabs; ++i) {
+        const u32 at = tile_b + (part * slabs + i) * SLAB_BYTES;
+        const i32 column = first_column + static_cast<i32>((part * slabs + i) * 64);
         if constexpr (CLUSTER > 1) {
-            tma_load_multicast(at, map, full, (1 << CLUSTER) - 1, column, k, slice);
+            tma_load_multicast(at, map, full, blocks, column, k, slice);
         } else {
             tma_load(at, map, full, column, k, slice);
         }

@@ -52,27 +52,42 @@ DEVICE void grouped_order(i32 tile, i32 blocks_m, i32 blocks_n, i32& m, i32& n) 
     n = inside / rows;
 }
 
-// Ragged rows: expert e has ceil(rows of e / BlockM) x blocks_n tiles. Ask for tiles in increasing order.
-template <i32 BlockM, i32 GroupM>
+// Ragged rows: expert e has ceil(rows of e / BlockM) x ceil(columns / BlockN) tiles, BlockM rows for a cluster. Where the last rows of
+// an expert fit into one block of a cluster of two, the second would idle: there the two take neighbouring columns of the same rows
+// (`split`), and the tile counts for two. Only full columns are paired, so both blocks of a cluster use as many stages of their
+// rings, whatever a tile's columns cost. Ask for tiles in increasing order.
+template <i32 BlockM, i32 BlockN, i32 GroupM, bool Pairs>
 struct RaggedRows {
     const i32* offsets;  // (experts + 1)
-    i32 experts, blocks_n;
+    i32 experts, blocks_n, pairs_n;
     i32 expert = 0, first_tile = 0, begin, end;
+    bool split = false;
 
-    DEVICE RaggedRows(const i32* offsets_, i32 experts_, i32 blocks_n_) : offsets(offsets_), experts(experts_), blocks_n(blocks_n_) {
+    DEVICE RaggedRows(const i32* offsets_, i32 experts_, i32 columns)
+        : offsets(offsets_), experts(experts_), blocks_n((columns + BlockN - 1) / BlockN), pairs_n(columns / (2 * BlockN)) {
         begin = offsets[0];
         end = offsets[1];
     }
 
-    // False past the last tile; else m and n, in blocks, of `tile` inside the current expert.
+    // False past the last tile; else m and n, in blocks, of `tile` inside the current expert. Of a split tile, n is the first of two.
     DEVICE bool find(i32 tile, i32& m, i32& n) {
         while (true) {
             const i32 blocks_m = (end - begin + BlockM - 1) / BlockM;
-            if (tile < first_tile + blocks_m * blocks_n) {
-                grouped_order<GroupM>(tile - first_tile, blocks_m, blocks_n, m, n);
+            const bool short_tail = Pairs && blocks_m > 0 && end - begin <= (blocks_m - 1) * BlockM + BlockM / 2;
+            const i32 full_m = short_tail ? blocks_m - 1 : blocks_m, full_tiles = full_m * blocks_n;
+            const i32 tiles = full_tiles + (short_tail ? blocks_n - pairs_n : 0);
+            const i32 inside = tile - first_tile;
+            if (inside < tiles) {
+                split = inside >= full_tiles && inside - full_tiles < pairs_n;
+                if (inside < full_tiles) {
+                    grouped_order<GroupM>(inside, full_m, blocks_n, m, n);
+                } else {
+                    m = full_m;
+                    n = inside - full_tiles + min(inside - full_tiles, pairs_n);
+                }
                 return true;
             }
-            first_tile += blocks_m * blocks_n;
+            first_tile += tiles;
             if (++expert == experts) return false;
             begin = end;
             end = offsets[expert + 1];

@@ -37,12 +37,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const u32 warp = warp_index();
     if (warp < 4) {
         register_dealloc<LOAD_REGISTERS>();
-        const auto load_b = [&](u32 tile_b, u32 full, i32 k, const TileNote& note) {
+        const auto load_b = [&](u32 tile_b, u32 full, i32 k, const TileNote& note, u32 part, u16 blocks) {
             const i32 gate_half = gate_base != 0;  // [up; gate]: the second half of the weight's rows
-            if constexpr (CLUSTER > 1) {  // this block loads the gate half (rank 0) or the up half for both
-                const u32 rank = cluster_block_rank();
-                tma_load_multicast(tile_b + rank * (BYTES_B / 2), &map_w, full, (1 << CLUSTER) - 1, k, note.column,
-                                   static_cast<i32>(rank) ^ gate_half, note.expert);
+            if constexpr (CLUSTER > 1) {           // part 0 is gate, part 1 is up
+                tma_load_multicast(tile_b + part * (BYTES_B / 2), &map_w, full, blocks, k, note.column,
+                                   static_cast<i32>(part) ^ gate_half, note.expert);
             } else {
                 tma_load(tile_b, &map_w, full, k, note.column, gate_half, note.expert);
                 tma_load(tile_b + BYTES_B / 2, &map_w, full, k, note.column, 1 - gate_half, note.expert);
