@@ -272,7 +272,7 @@ def test_down_backward(
 @pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("width", [320, 576])
 def test_clusters_stay_in_step(width: int, gathered: bool) -> None:
-    """Short tails, their columns split between the blocks of a cluster, then tiles of the same cluster that share B: both
-    blocks must have used as many stages, although the last column tile has fewer stages of H than the others.
+    """Short tails, their columns split between the blocks of a cluster, then tiles of the same cluster that share B.
+    Both blocks must have used as many stages, although the last column tile has fewer stages of H than others.
     """
-    test_down_backward([300] * 60, 136, width, gathered, as_activation("swiglu"), GateUpLayout.GATE_UP, bias=False)
+    test_down_backward([300, 560] * 30, 136, width, gathered, as_activation("swiglu"), GateUpLayout.GATE_UP, bias=False)
