@@ -308,6 +308,7 @@ def test_switch_loss_matches_its_definition():
     want = 6 * sum(p * int(c) / 22 for p, c in zip(share, counts, strict=True))
     torch.testing.assert_close(switch_load_balancing_loss(logits, counts), want)
     assert torch.autograd.gradcheck(lambda x: switch_load_balancing_loss(x, counts), logits)
+    assert torch.autograd.gradgradcheck(lambda x: switch_load_balancing_loss(x, counts), logits)
 
 
 def test_switch_loss_extremes():
@@ -316,6 +317,39 @@ def test_switch_loss_extremes():
     assert switch_load_balancing_loss(torch.zeros(8, 4), torch.full((4,), 4)) == pytest.approx(1)
     assert switch_load_balancing_loss(torch.zeros(0, 4), torch.zeros(4, dtype=torch.int32)) == 0
     assert switch_load_balancing_loss(torch.zeros(3, 4), torch.zeros(4)) == 0
+    assert switch_load_balancing_loss(torch.tensor([[0.0, math.nan]]), torch.tensor([2, 0])).isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_switch_loss_computes_low_precision_logits_in_fp32(dtype):
+    low = torch.randn(9, 8).to(dtype).requires_grad_()
+    full = low.detach().float().requires_grad_()
+    counts = torch.arange(8)
+    losses = [switch_load_balancing_loss(x, counts) for x in (low, full)]
+    assert losses[0].dtype == torch.float32 and torch.equal(*losses)
+    (dlow,), (dfull,) = (torch.autograd.grad(loss, x) for loss, x in zip(losses, (low, full), strict=True))
+    assert dlow.dtype == dtype and torch.equal(dlow, dfull.to(dtype))
+
+
+def test_switch_loss_compiles_without_graph_breaks():
+    compiled = torch.compile(switch_load_balancing_loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    counts = torch.arange(8)
+    for tokens in (6, 9):
+        x = torch.randn(tokens, 8, requires_grad=True)
+        got, want = compiled(x, counts), switch_load_balancing_loss(x, counts)
+        assert torch.equal(got, want)
+        assert torch.equal(*(torch.autograd.grad(loss.square(), x)[0] for loss in (got, want)))
+
+
+def test_losses_and_routers_under_functional_transforms():
+    """torch.func reaches the autograd functions by a path of its own."""
+    x, counts = torch.randn(5, 8, dtype=torch.float64), torch.arange(8)
+
+    def total(logits):
+        return switch_load_balancing_loss(logits, counts) + route(logits, 2)[0].square().sum()
+
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(total)(x), torch.autograd.grad(total(leaf), leaf)[0])
 
 
 def test_switch_loss_is_hugging_faces_over_k():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ pytest.importorskip("triton")
 from poison import poisoned_allocations  # noqa: F401
 
 from supersonic_moe.activation import Activation, ActivationType, GateUpLayout, as_activation
+from supersonic_moe.kernels import reference
 from supersonic_moe.kernels import triton as kernels
 from supersonic_moe.kernels.triton import bias_gradient
 
@@ -376,3 +378,22 @@ def test_element_offsets_past_2_to_31(device: torch.device) -> None:
     offsets = torch.tensor([0, num_rows - 16, num_rows], dtype=torch.int32, device=device)
     sums = kernels.segment_sum(rows, None, offsets)
     torch.testing.assert_close(sums[1], rows[-16:].float().sum(0), rtol=1e-5, atol=1e-4)
+
+
+# ---- entries by index ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("out", [None, torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", [kernels, reference], ids=["triton", "reference"])
+def test_pick(backend: ModuleType, out: torch.dtype | None, dtype: torch.dtype, device: torch.device) -> None:
+    """Strided values, NaN where no index points; an index below 0 reads nothing and gives 0."""
+    index = torch.randint(-3, 350, (2500,), dtype=torch.int32, device=device)
+    values = torch.full((700, 2), math.nan, dtype=dtype, device=device)[:, 1]
+    values[index[index >= 0].long()] = torch.randn(int((index >= 0).sum()), dtype=dtype, device=device)
+    got = backend.pick(values, index, out)
+    want = torch.tensor([values[i].item() if i >= 0 else 0.0 for i in index.tolist()], dtype=torch.float64)
+    assert got.dtype is (out or dtype)
+    assert torch.equal(got.cpu(), want.to(got.dtype))
+    assert backend.pick(values[:0], torch.full((5,), -1, dtype=torch.int32, device=device)).tolist() == [0.0] * 5
+    assert backend.pick(values, index[:0], out).shape == (0,)

@@ -14,7 +14,7 @@ from poison import poisoned_allocations  # noqa: F401
 
 from supersonic_moe.kernels.triton import build_plan, plan
 
-NAMES = ("expert_offsets", "gather_index", "scatter_index", "row_expert", "reverse_index")
+NAMES = ("expert_offsets", "gather_index", "scatter_index", "row_expert", "reverse_index", "expert_counts")
 
 
 def oracle(
@@ -41,6 +41,9 @@ def oracle(
         "scatter_index": rows,
         "row_expert": (owners + [num_experts] * capacity)[:capacity],
         "reverse_index": reverse,
+        "expert_counts": [
+            sum(s >= 0 and o == e for s, o in zip(rows, owners, strict=False)) for e in range(num_experts)
+        ],
     }
 
 

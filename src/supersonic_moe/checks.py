@@ -75,6 +75,8 @@ def dense(name: str, t: Tensor) -> None:
     """Rows, or in a 3-D weight rows or columns, must be contiguous: kernels read 16 bytes at a time along one
     dimension.
     """
+    if t.is_contiguous():  # the common case, at a tenth of the time
+        return
     allowed = (-1, -2) if t.dim() == 3 else (-1,)
     if t.numel() and not any(t.stride(d) == 1 or t.shape[d] == 1 for d in allowed):
         which = "one of its last two dimensions" if t.dim() == 3 else "its last dimension"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from supersonic_moe import checks
+from supersonic_moe.kernels.reference.aux_loss import switch_loss_backward as differentiable_backward
+from supersonic_moe.positional import positional
+from supersonic_moe.routing.topk import router_kernels
 
 
-def switch_load_balancing_loss(router_logits_TE: Tensor, expert_counts_E: Tensor) -> Tensor:
+def switch_load_balancing_loss(router_logits_TE: Tensor, expert_counts_E: Tensor, *, backend: str = "auto") -> Tensor:
     """The Switch Transformer's load-balancing loss (Fedus et al. 2021, arXiv 2101.03961, eq. 4-6, without its alpha).
 
         loss = E * sum_e f_e P_e      f_e = counts_e / sum(counts)       P_e = (1/T) sum_t softmax(logits_t)_e
@@ -22,15 +26,15 @@ def switch_load_balancing_loss(router_logits_TE: Tensor, expert_counts_E: Tensor
     Args:
         router_logits_TE: (T, E).
         expert_counts_E: (E,) tokens routed to each expert, integer or float.
+        backend: see ``kernels/registry.py``.
     """
     _check_logits(router_logits_TE)
     checks.tensor("expert_counts", expert_counts_E, 1, "(E,)")
     num_experts = router_logits_TE.shape[1]
     checks.size("expert_counts", "length", expert_counts_E.shape[0], num_experts, "the number of experts")
     checks.same_device("router_logits", router_logits_TE, "expert_counts", expert_counts_E)
-    acc = torch.promote_types(router_logits_TE.dtype, torch.float32)
-    probability_E = router_logits_TE.softmax(1, dtype=acc).sum(0)
-    return num_experts * torch.dot(normalize(probability_E, p=1, dim=0), normalize(expert_counts_E.to(acc), p=1, dim=0))
+    loss: Tensor = _SwitchLoss.apply(router_logits_TE, expert_counts_E, backend)  # type: ignore[no-untyped-call]
+    return loss
 
 
 def router_z_loss(router_logits_TE: Tensor) -> Tensor:
@@ -46,3 +50,56 @@ def router_z_loss(router_logits_TE: Tensor) -> Tensor:
 def _check_logits(logits: Tensor) -> None:
     checks.tensor("router_logits", logits, 2, "(T, E)")
     checks.floating("router_logits", logits)
+
+
+# ---- the ops: switch_loss_forward, switch_loss_backward --------------------------------------------------------------
+
+torch.library.define("supersonic_moe::switch_loss_forward", "(Tensor logits, Tensor counts, str backend) -> Tensor")
+torch.library.define(
+    "supersonic_moe::switch_loss_backward", "(Tensor dloss, Tensor logits, Tensor counts, str backend) -> Tensor"
+)
+
+
+@torch.library.impl("supersonic_moe::switch_loss_forward", ("cpu", "cuda"))
+def _forward(logits: Tensor, counts: Tensor, backend: str) -> Tensor:
+    loss: Tensor = router_kernels(logits, backend).switch_loss_forward(logits.contiguous(), counts.contiguous())
+    return loss
+
+
+@torch.library.impl("supersonic_moe::switch_loss_backward", ("cpu", "cuda"))
+def _backward(dloss: Tensor, logits: Tensor, counts: Tensor, backend: str) -> Tensor:
+    dlogits: Tensor = router_kernels(logits, backend).switch_loss_backward(
+        dloss, logits.contiguous(), counts.contiguous()
+    )
+    return dlogits
+
+
+@torch.library.register_fake("supersonic_moe::switch_loss_forward")  # type: ignore[untyped-decorator]
+def _forward_fake(logits: Tensor, counts: Tensor, backend: str) -> Tensor:
+    return logits.new_empty((), dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+@torch.library.register_fake("supersonic_moe::switch_loss_backward")  # type: ignore[untyped-decorator]
+def _backward_fake(dloss: Tensor, logits: Tensor, counts: Tensor, backend: str) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+class _SwitchLoss(torch.autograd.Function):
+    """Saves the logits, alive anyway as the router's output, and the counts."""
+
+    @staticmethod
+    @positional
+    def forward(logits: Tensor, counts: Tensor, backend: str) -> Tensor:
+        loss: Tensor = torch.ops.supersonic_moe.switch_loss_forward.default(logits, counts, backend)
+        return loss
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+        logits, counts, ctx.backend = inputs
+        ctx.save_for_backward(logits, counts)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None]:
+        if torch.is_grad_enabled():  # create_graph: the op has no derivative, plain torch has
+            return differentiable_backward(dloss, *ctx.saved_tensors), None, None
+        return torch.ops.supersonic_moe.switch_loss_backward.default(dloss, *ctx.saved_tensors, ctx.backend), None, None

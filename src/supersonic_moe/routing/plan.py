@@ -50,6 +50,8 @@ class RoutingPlan:
     """(P,) row -> expert; dead rows have E."""
     reverse_index: Tensor
     """(S,) slot -> row; -1 for skipped slots."""
+    counts: Tensor | None
+    """(E,) real rows of each expert, padding excluded; None where they are the differences of ``expert_offsets``."""
     token_rows: Tensor
     """(S,) the rows of each token, in the order in which they are summed; -1 entries are skipped."""
     token_offsets: Tensor | None
@@ -70,12 +72,7 @@ class RoutingPlan:
     @property
     def expert_counts(self) -> Tensor:
         """(E,) int32 real rows of each expert, padding excluded."""
-        if self.tile == 1:
-            return self.expert_offsets.diff()
-        real = (self.scatter_index >= 0).to(torch.int32)
-        return torch.zeros(self.num_experts + 1, dtype=torch.int32, device=real.device).index_add_(
-            0, self.row_expert, real
-        )[:-1]
+        return self.expert_offsets.diff() if self.counts is None else self.counts
 
 
 def plan_from_topk(topk_ids_TK: Tensor, num_experts: int, *, tile: int = 1, validate: bool = False) -> RoutingPlan:
@@ -174,6 +171,7 @@ def plan_from_offsets(offs_E: Tensor, num_rows: int, *, validate: bool = False) 
         index,
         row_expert,
         index,
+        counts=None,
         token_rows=index,
         token_offsets=None,
         identity=True,
@@ -244,16 +242,16 @@ def _check_sizes(num_experts: int, tile: int) -> None:
     checks.positive("tile", tile)
 
 
-# ---- the op: (ids, ...) -> (expert_offsets, gather_index, scatter_index, row_expert, reverse_index) ------------------
+# ---- the op: (ids, ...) -> (expert_offsets, gather_index, scatter_index, row_expert, reverse_index, counts) ----------
 
 torch.library.define(
     "supersonic_moe::build_plan",
     "(Tensor ids, Tensor? slot_tokens, SymInt slots_per_token, SymInt num_tokens, SymInt num_experts, SymInt tile,"
     " SymInt capacity)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
-PlanTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+PlanTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.impl("supersonic_moe::build_plan", ("cpu", "cuda"))
@@ -284,7 +282,8 @@ def _build_plan_fake(
     def empty(n: int) -> Tensor:
         return ids.new_empty(n, dtype=torch.int32)
 
-    return empty(num_experts + 1), empty(capacity), empty(capacity), empty(capacity), empty(ids.shape[0])
+    by_row = empty(capacity), empty(capacity), empty(capacity)
+    return empty(num_experts + 1), *by_row, empty(ids.shape[0]), empty(num_experts)
 
 
 def _build(

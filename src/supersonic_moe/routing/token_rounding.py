@@ -47,6 +47,7 @@ import torch
 from torch import Tensor
 
 from supersonic_moe import checks
+from supersonic_moe.positional import positional
 from supersonic_moe.routing.topk import (
     SigmoidGroupedTopK,
     SoftmaxAfterTopK,
@@ -241,6 +242,7 @@ class _Round(torch.autograd.Function):
     """Saves the logits (alive anyway as the router's output), the scores, their experts and the token offsets."""
 
     @staticmethod
+    @positional
     def forward(
         logits: Tensor,
         scores: Tensor,

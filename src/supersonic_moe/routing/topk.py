@@ -37,6 +37,7 @@ from torch import Tensor
 
 from supersonic_moe import checks
 from supersonic_moe.kernels import registry
+from supersonic_moe.positional import positional
 
 if TYPE_CHECKING:
     from supersonic_moe.routing.token_rounding import TokenRounding
@@ -276,6 +277,7 @@ class _Route(torch.autograd.Function):
     """Saves the logits (alive anyway as the router's output), the scores and the ids."""
 
     @staticmethod
+    @positional
     def forward(logits: Tensor, bias: Tensor | None, k: int, config: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         outputs: tuple[Tensor, Tensor] = torch.ops.supersonic_moe.route_forward.default(logits, bias, k, *config)
         return outputs

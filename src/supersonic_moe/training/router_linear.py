@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from supersonic_moe.positional import positional
+
 
 def router_linear(x_TH: Tensor, weight_EH: Tensor) -> tuple[Tensor, Tensor]:
     """(logits (T, E), x). The x that comes back is for the experts, and for nobody else: the buffer of its gradient
@@ -27,6 +29,7 @@ def router_linear(x_TH: Tensor, weight_EH: Tensor) -> tuple[Tensor, Tensor]:
 
 class RouterLinear(torch.autograd.Function):
     @staticmethod
+    @positional
     def forward(x_TH: Tensor, weight_EH: Tensor) -> tuple[Tensor, Tensor]:
         return F.linear(x_TH, weight_EH), x_TH.view_as(x_TH)
 

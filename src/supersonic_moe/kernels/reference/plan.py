@@ -14,8 +14,9 @@ def build_plan(
     num_experts: int,
     tile: int,
     capacity: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns int32 (expert_offsets (E+1), gather_index (P), scatter_index (P), row_expert (P), reverse_index (S)).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns int32 (expert_offsets (E+1), gather_index (P), scatter_index (P), row_expert (P), reverse_index (S),
+    expert_counts (E)).
 
     A slot is skipped (reverse -1) when its expert id is outside [0, E), its token outside [0, T), or its row past
     ``capacity``.
@@ -49,4 +50,5 @@ def build_plan(
         filled(capacity, row, order),
         row_expert.to(torch.int32),
         filled(ids_S.shape[0], order, row),
+        torch.bincount(expert[kept], minlength=num_experts).to(torch.int32),
     )

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from supersonic_moe.activation import Activation, GateUpLayout
-from supersonic_moe.kernels.triton.tiling import column_block
+from supersonic_moe.kernels.triton.tiling import cdiv, column_block
 
 TILE = 1024  # activations per program step: 8 for each of 128 threads, one 16-byte access per operand in bf16
 
@@ -215,7 +215,7 @@ def activation_forward(
     if a_PI.numel() == 0:
         return a_PI
     arguments = _arguments(activation, layout, width, b1_EN)
-    grid = (triton.cdiv(num_rows, arguments["BLOCK_P"]), triton.cdiv(width, arguments["BLOCK_I"]))
+    grid = (cdiv(num_rows, arguments["BLOCK_P"]), cdiv(width, arguments["BLOCK_I"]))
     with torch.cuda.device_of(h_PN):
         _forward_kernel[grid](h_PN, b1_EN, row_expert_P, a_PI, num_rows, h_PN.stride(0), **arguments)
     return a_PI
@@ -238,7 +238,7 @@ def activation_backward(
         return dh_PN, as_PI, ds_P
     arguments = _arguments(activation, layout, width, b1_EN)
     with torch.cuda.device_of(h_PN):
-        _backward_kernel[(triton.cdiv(num_rows, arguments["BLOCK_P"]),)](
+        _backward_kernel[(cdiv(num_rows, arguments["BLOCK_P"]),)](
             h_PN, b1_EN, da_PI, row_scores_P, row_expert_P, dh_PN, as_PI, ds_P,
             num_rows, h_PN.stride(0), da_PI.stride(0), **arguments,
         )  # fmt: skip

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from supersonic_moe.kernels.triton.tiling import column_block, expert_chunks, next_power_of_2
+from supersonic_moe.kernels.triton.tiling import cdiv, column_block, expert_chunks, next_power_of_2
 
 CHUNK = 256  # rows of one stage 1 program: partials are then 1/64 of the bf16 data
 TILE = 4096  # elements per step of a program: four 16-byte accesses in flight for each of 128 threads
@@ -94,7 +94,7 @@ def segment_sum(
         "BLOCK_N": block_n,
         "num_warps": 4,
     }
-    panels = triton.cdiv(columns, block_n)
+    panels = cdiv(columns, block_n)
     with torch.cuda.device_of(a_TN):
         if max_chunks:
             _partial_kernel[(max_chunks, panels)](

@@ -1,7 +1,7 @@
 """Routing metadata: a stable counting sort of slots by expert, in three launches and without a word to the host.
 
-    1 count   program c: histogram of the expert ids in its chunk of slots -> counts (C, E)
-    2 scan    a program for 8 experts: exclusive sum of counts over chunks, in place, and the totals (E)
+    1 count   program c: histogram of the expert ids in its chunk of slots -> counts (C + 1, E)
+    2 scan    a program for 8 experts: exclusive sum of counts over chunks, in place, and the totals, row C of counts
     3 place   program c: offsets from totals; row = offsets[e] + counts[c, e] + rank among the slots of e in the chunk,
               for each of its slots; then its share of the padding and dead rows
 
@@ -9,7 +9,7 @@ The result is unique (slot order inside an expert), so how slots are cut into ch
 block of B slots come from a B x B comparison: B compares a slot, whatever E is (a one-hot cumulative sum costs E a
 slot; a bitonic sort of the block about the same as this).
 
-Index spaces and the five outputs: ``routing/plan.py``. All counts and outputs are int32; ids and tokens are compared
+Index spaces and the six outputs: ``routing/plan.py``. All counts and outputs are int32; ids and tokens are compared
 in their own width first, so any garbage in them is skipped. Row and slot arithmetic that may pass 2^31 is 64-bit.
 
 Bytes: S ids twice, S + 3P written, C·E counts five times. Roofline on H200 at 4.26 TB/s, T 32768, K 8, E 128: 8 MB =
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from supersonic_moe.kernels.triton.tiling import next_power_of_2
+from supersonic_moe.kernels.triton.tiling import cdiv, next_power_of_2
 
 BLOCK_S = 128  # slots ranked at once, one a thread; twice that past 1024 experts, whose vectors need 8 warps' registers
 SCAN_C = 512  # chunks per step of the scan
@@ -66,7 +66,7 @@ def _count_kernel(
 
 
 @triton.jit(do_not_specialize=["num_chunks"])
-def _scan_kernel(counts_ptr, totals_ptr, num_chunks, E, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr):
+def _scan_kernel(counts_ptr, num_chunks, E, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr):
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     total = tl.zeros([BLOCK_E], dtype=tl.int32)
     first = 0
@@ -78,7 +78,7 @@ def _scan_kernel(counts_ptr, totals_ptr, num_chunks, E, BLOCK_C: tl.constexpr, B
         tl.store(at, tl.cumsum(count, 0) - count + total[None, :], mask=mask)
         total += tl.sum(count, 0)
         first += BLOCK_C
-    tl.store(totals_ptr + e, total, mask=e < E)
+    tl.store(counts_ptr + num_chunks.to(tl.int64) * E + e, total, mask=e < E)
 
 
 @triton.jit
@@ -91,20 +91,27 @@ def _segments(totals_ptr, tile, E, BLOCK_E: tl.constexpr):
     return end - padded, total, end
 
 
-@triton.jit(do_not_specialize=["num_slots", "slots_per_token", "num_tokens", "slots_per_chunk", "tile", "capacity"])
+@triton.jit(
+    do_not_specialize=[
+        "num_slots", "slots_per_token", "num_tokens", "slots_per_chunk", "num_chunks", "tile", "capacity"
+    ]
+)  # fmt: skip
 def _place_kernel(
-    ids_ptr, tokens_ptr, counts_ptr, totals_ptr,
-    expert_offsets_ptr, gather_ptr, scatter_ptr, row_expert_ptr, reverse_ptr,
-    num_slots, slots_per_token, num_tokens, slots_per_chunk, tile, capacity, E,
+    ids_ptr, tokens_ptr, counts_ptr,
+    expert_offsets_ptr, gather_ptr, scatter_ptr, row_expert_ptr, reverse_ptr, expert_counts_ptr,
+    num_slots, slots_per_token, num_tokens, slots_per_chunk, num_chunks, tile, capacity, E,
     BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK_E)
-    start, _, end = _segments(totals_ptr, tile, E, BLOCK_E)
+    totals_ptr = counts_ptr + num_chunks.to(tl.int64) * E
+    start, total, end = _segments(totals_ptr, tile, E, BLOCK_E)
     num_live = tl.minimum(tl.max(end, 0), capacity)
     if chunk == 0:
         tl.store(expert_offsets_ptr + e, tl.minimum(start, capacity), mask=e < E)
         tl.store(expert_offsets_ptr + E, num_live)
+        real = tl.minimum(start + total, capacity) - tl.minimum(start, capacity)
+        tl.store(expert_counts_ptr + e, real, mask=e < E)
 
     has_slots = chunk * slots_per_chunk < num_slots  # small batches get more programs than chunks, for the fills below
     next_row = start + tl.load(counts_ptr + chunk * E + e, mask=(e < E) & has_slots, other=0)
@@ -161,8 +168,9 @@ def build_plan(
     num_experts: int,
     tile: int,
     capacity: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns int32 (expert_offsets (E+1), gather_index (P), scatter_index (P), row_expert (P), reverse_index (S)).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns int32 (expert_offsets (E+1), gather_index (P), scatter_index (P), row_expert (P), reverse_index (S),
+    expert_counts (E)).
 
     A slot is skipped (reverse -1) when its expert id is outside [0, E), its token outside [0, T), or its row past
     ``capacity``.
@@ -179,21 +187,20 @@ def build_plan(
 
     block_e = max(32, next_power_of_2(num_experts))
     block_s = BLOCK_S if block_e <= 1024 else 2 * BLOCK_S
-    blocks = max(1, triton.cdiv(num_slots, block_s))
-    blocks_per_chunk = triton.cdiv(blocks, max(MIN_CHUNKS, MAX_COUNTS // block_e))
-    num_chunks = triton.cdiv(blocks, blocks_per_chunk)
-    counts_CE, totals_E = empty(num_chunks * num_experts), empty(num_experts)
-    plan = empty(num_experts + 1), empty(capacity), empty(capacity), empty(capacity), empty(num_slots)
+    blocks = max(1, cdiv(num_slots, block_s))
+    blocks_per_chunk = cdiv(blocks, max(MIN_CHUNKS, MAX_COUNTS // block_e))
+    num_chunks = cdiv(blocks, blocks_per_chunk)
+    counts_CE = empty((num_chunks + 1) * num_experts)
+    by_row = empty(capacity), empty(capacity), empty(capacity)
+    plan = empty(num_experts + 1), *by_row, empty(num_slots), empty(num_experts)
     slots = num_slots, max(1, slots_per_token), num_tokens, blocks_per_chunk * block_s
     with torch.cuda.device_of(ids_S):
         _count_kernel[(num_chunks,)](
             ids_S, slot_tokens_S, counts_CE, *slots, num_experts, block_e, block_s, num_warps=block_s // 32
         )
-        _scan_kernel[(triton.cdiv(num_experts, SCAN_E),)](
-            counts_CE, totals_E, num_chunks, num_experts, SCAN_C, SCAN_E, num_warps=8
-        )
-        _place_kernel[(max(num_chunks, min(MIN_PLACERS, triton.cdiv(capacity, block_s))),)](
-            ids_S, slot_tokens_S, counts_CE, totals_E, *plan, *slots, tile, capacity, num_experts, block_e, block_s,
+        _scan_kernel[(cdiv(num_experts, SCAN_E),)](counts_CE, num_chunks, num_experts, SCAN_C, SCAN_E, num_warps=8)
+        _place_kernel[(max(num_chunks, min(MIN_PLACERS, cdiv(capacity, block_s))),)](
+            ids_S, slot_tokens_S, counts_CE, *plan, *slots, num_chunks, tile, capacity, num_experts, block_e, block_s,
             num_warps=block_s // 32,
         )  # fmt: skip
     return plan

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from supersonic_moe.kernels.triton.tiling import next_power_of_2, warps
+from supersonic_moe.kernels.triton.tiling import cdiv, next_power_of_2, warps
 from supersonic_moe.routing.topk import SUM_EPS, SigmoidGroupedTopK, SoftmaxBeforeTopK, TopKRouter
 
 TILE = 2048  # logits of one program: 16 for each of 128 threads, 16 tokens at E = 128
@@ -214,7 +214,7 @@ def route_forward(
     width = block_g * block_m
     tokens = min(MAX_TOKENS, max(1, TILE // width))
     with torch.cuda.device_of(logits_TE):
-        _forward_kernel[(triton.cdiv(num_tokens, tokens),)](
+        _forward_kernel[(cdiv(num_tokens, tokens),)](
             logits_TE, correction_bias_E, scores_TK, ids_TK, num_tokens, logits_TE.stride(0),
             E=num_experts, K=k, **_rule(router), GROUPS=groups, TOPK_GROUPS=topk_groups,
             TOKENS=tokens, BLOCK_G=block_g, BLOCK_M=block_m, BLOCK_K=next_power_of_2(k),
@@ -236,7 +236,7 @@ def route_backward(
     tokens = min(MAX_TOKENS, max(1, TILE // block_e))
     k = ids_TK.shape[1]
     with torch.cuda.device_of(logits_TE):
-        _backward_kernel[(triton.cdiv(num_tokens, tokens),)](
+        _backward_kernel[(cdiv(num_tokens, tokens),)](
             dscores_TK, logits_TE, scores_TK, ids_TK, dlogits_TE, num_tokens, logits_TE.stride(0),
             E=num_experts, K=k, **_rule(router),
             TOKENS=tokens, BLOCK_E=block_e, BLOCK_K=next_power_of_2(k), num_warps=warps(tokens * block_e),

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from supersonic_moe.kernels.triton.select_tokens import CHOSEN, EXTRA, ROW_MULTIPLE, select
-from supersonic_moe.kernels.triton.tiling import next_power_of_2
+from supersonic_moe.kernels.triton.tiling import cdiv, next_power_of_2
 from supersonic_moe.routing.topk import SUM_EPS
 
 TILE = 4096  # (token, expert) pairs of one program: 16 tokens, or 64 bytes of a key row, at E = 256
@@ -229,7 +229,7 @@ def ranking_keys(logits_TE: Tensor, scores_TK: Tensor, ids_TK: Tensor, scale: fl
     """(E, N) int32, N = T rounded up to 64. Logits, scores and ids are contiguous."""
     num_tokens, num_experts = logits_TE.shape
     k = ids_TK.shape[1]
-    row_blocks = triton.cdiv(num_tokens, MAX_TOKENS)
+    row_blocks = cdiv(num_tokens, MAX_TOKENS)
     keys_EN = logits_TE.new_empty(num_experts, row_blocks * MAX_TOKENS, dtype=torch.int32)
     tokens, block_e = _block(num_experts)
     with torch.cuda.device_of(logits_TE):
@@ -262,11 +262,11 @@ def token_rounding_forward(
         return zeros(0), zeros(0), scores_TK.new_zeros(0), zeros(num_experts), zeros(1)
     keys_EN = ranking_keys(logits_TE, scores_TK, ids_TK, scale)
     threshold_E, last_E, counts_E = select(keys_EN, num_tokens, mode, tile, seed, step)
-    row_blocks = triton.cdiv(num_tokens, MAX_TOKENS)
+    row_blocks = cdiv(num_tokens, MAX_TOKENS)
     tokens, block_e = _block(num_experts)
-    blocks = triton.cdiv(num_tokens, tokens)
-    blocks_per_chunk = triton.cdiv(blocks, MAX_CHUNKS)
-    num_chunks = triton.cdiv(blocks, blocks_per_chunk)
+    blocks = cdiv(num_tokens, tokens)
+    blocks_per_chunk = cdiv(blocks, MAX_CHUNKS)
+    num_chunks = cdiv(blocks, blocks_per_chunk)
     starts, totals = ids_TK.new_empty(blocks), ids_TK.new_empty(num_chunks)
     tokens_C, experts_C, offsets_T1 = (ids_TK.new_empty(n) for n in (capacity, capacity, num_tokens + 1))
     scores_C = scores_TK.new_empty(capacity)
@@ -299,7 +299,7 @@ def token_rounding_backward(
         return dlogits_TE
     tokens, block_e = _block(num_experts)
     with torch.cuda.device_of(logits_TE):
-        _backward_kernel[(triton.cdiv(num_tokens, tokens),)](
+        _backward_kernel[(cdiv(num_tokens, tokens),)](
             dscores_C, logits_TE, scores_C, experts_C, token_offsets_T1, dlogits_TE,
             num_tokens, scale,
             E=num_experts, TOKENS=tokens, BLOCK_E=block_e, SLOTS=SLOTS, num_warps=WARPS,
