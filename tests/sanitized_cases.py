@@ -9,12 +9,18 @@ import torch
 
 import supersonic_moe as sm
 from supersonic_moe.activation import GateUpLayout, as_activation
+from supersonic_moe.kernels.fp8_format import padded_capacity
 from supersonic_moe.kernels.sm90 import grouped_gemm, grouped_wgrad
 from supersonic_moe.kernels.sm90.down_backward import down_backward
+from supersonic_moe.kernels.sm90.down_backward_fp8 import down_backward_fp8
 from supersonic_moe.kernels.sm90.grouped_gemm import grouped_mm
+from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import grouped_mm_fp8
 from supersonic_moe.kernels.sm90.grouped_wgrad import grouped_mm_wgrad
+from supersonic_moe.kernels.sm90.grouped_wgrad_fp8 import grouped_mm_wgrad_fp8
 from supersonic_moe.kernels.sm90.mainloop import WIDE_BLOCK_N
 from supersonic_moe.kernels.sm90.up_projection import up_projection
+from supersonic_moe.kernels.triton.pad_segments import pad_segments
+from supersonic_moe.kernels.triton.quantize import quantize_blocks, quantize_columns, quantize_rows
 
 CUDA, BF16 = torch.device("cuda"), torch.bfloat16
 HIDDEN, WIDTH = 136, 200  # no multiple of a tile, more than one block
@@ -33,10 +39,19 @@ def kernels(counts: list[int]) -> None:
     index = torch.randint(0, rows, (rows,), device=CUDA, dtype=torch.int32)
     index[::13] = -1
     swiglu = as_activation("swiglu")
+    w1_q, _, w1_scale = quantize_blocks(w1)
+    _, w2_q, w2_scale = quantize_blocks(w2)
     for gather in (None, index):
+        x_q, x_scale = quantize_rows(x, tma=gather is None)
+        grouped_mm_fp8(x_q, x_scale, w1_q, w1_scale, offsets, gather_index=gather)
+        grouped_mm_fp8(x_q, x_scale, w1_q[:, :200], w1_scale, offsets, gather_index=gather)  # one block of columns
         for layout in (GateUpLayout.INTERLEAVED, GateUpLayout.UP_GATE):
             h, a = up_projection(x, gather, w1, b1, offsets, row_expert, swiglu, layout, True)
             dh, scaled, _ = down_backward(x, gather, w2, h, b1, scores, offsets, row_expert, swiglu, layout)
+            for saved in (quantize_rows(h, tma=True), (h, None)):  # e4m3 in halves of this width is not fused
+                down_backward_fp8(
+                    x_q, x_scale, gather, w2_q, w2_scale.mT, *saved, b1, scores, offsets, row_expert, swiglu, layout
+                )
         grouped_mm(x, w1.transpose(1, 2), offsets, gather_index=gather)
         grouped_mm(x, w2, offsets, gather_index=gather)
         for transposed in (False, True):
@@ -48,6 +63,15 @@ def kernels(counts: list[int]) -> None:
             grouped_mm_wgrad(x, dh, offsets, out, gather_index=gather, transposed=transposed, accumulate=True)
     grouped_mm(a, w2.transpose(1, 2), offsets)
     grouped_mm_wgrad(x, scaled, offsets)
+    positions, row_index, token_index = pad_segments(offsets, index, padded_capacity(rows, num_experts))
+    columns, tiles = quantize_columns(x, token_index), quantize_columns(dh, row_index, tiled=True)
+    for transposed in (False, True):
+        out = torch.zeros(
+            (num_experts, 2 * WIDTH, HIDDEN) if transposed else (num_experts, HIDDEN, 2 * WIDTH), device=CUDA
+        )
+        grouped_mm_wgrad_fp8(*columns, *tiles, positions, transposed=transposed)
+        grouped_mm_wgrad_fp8(*columns, *tiles, positions, out, transposed=transposed)
+        grouped_mm_wgrad_fp8(*columns, *tiles, positions, out, transposed=transposed, accumulate=True)
 
 
 def main() -> None:

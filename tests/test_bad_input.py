@@ -132,7 +132,11 @@ BAD = [
     ("unknown layout", lambda: layer(layout="concat"), ValueError, "unknown gate/up layout 'concat'; choose one of interleaved"),
     ("unknown backend", lambda: layer(backend="cutlass"), ValueError, "unknown backend 'cutlass'; choose one of auto"),
     ("backend that cannot run", lambda: layer(backend="triton"), ValueError, "backend 'triton' cannot run this call"),
-    ("unknown recipe", lambda: moe(recipe="fp8"), TypeError, "recipe must be None or a Bf16Recipe"),
+    ("unknown recipe", lambda: moe(recipe="fp8"), TypeError, "recipe must be None, a Bf16Recipe or an Fp8Recipe; got str"),
+    ("FP8 of fp32", lambda: layer(recipe=sm.Fp8Recipe()), TypeError, "Fp8Recipe needs bfloat16 inputs and weights; got x as float32"),
+    ("FP8 without its kernels", lambda: moe(recipe=sm.Fp8Recipe()).bfloat16()(X.bfloat16(), kernel_backend_moe=sm.KernelBackendMoE.triton), ValueError, "backend 'triton' cannot run an Fp8Recipe"),
+    ("FP8 for a model without MoE", lambda: sm.fp8_training(torch.nn.Linear(2, 2)).__enter__(), ValueError, "fp8_training needs a model with at least one MoE layer; Linear has none"),
+    ("FP8 training in BF16", lambda: sm.fp8_training(moe(), sm.Bf16Recipe()).__enter__(), TypeError, "fp8_training needs an Fp8Recipe; got Bf16Recipe"),
     # top-k tables
     ("ids rank", lambda: topk(topk_ids_TK=IDS[:, 0]), ValueError, "topk_ids must have 2 dimensions"),
     ("ids dtype", lambda: topk(topk_ids_TK=IDS.float()), TypeError, "topk_ids must be int32 or int64"),

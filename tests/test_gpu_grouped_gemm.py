@@ -270,7 +270,7 @@ def test_down_backward(
 
 
 @pytest.mark.parametrize("gathered", [False, True])
-@pytest.mark.parametrize("width", [320, 576])
+@pytest.mark.parametrize("width", [320, 832])
 def test_clusters_stay_in_step(width: int, gathered: bool) -> None:
     """Short tails, their columns split between the blocks of a cluster, then tiles of the same cluster that share B.
     Both blocks must have used as many stages, although the last column tile has fewer stages of H than others.

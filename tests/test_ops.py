@@ -10,9 +10,11 @@ import torch
 from torch.library import opcheck
 
 import supersonic_moe as sm
+import supersonic_moe.moe  # defines every op
 from supersonic_moe.activation import as_activation
 from supersonic_moe.kernels.reference.activation import acc_dtype
-from supersonic_moe.training.experts import Experts, plan_args, static_args
+from supersonic_moe.training.experts import Experts
+from supersonic_moe.training.op_arguments import plan_args, static_args
 
 T, H, I, E, K = 6, 8, 4, 3, 2  # noqa: E741
 ops = torch.ops.supersonic_moe
@@ -59,6 +61,7 @@ def cases():
         ]:
             args = (dout, h, needs, main_w1, main_w2, *operands, *plan_args(plan), *static)
             yield f"experts_backward-{name}-{kind}", args
+    yield from fp8_cases()
     for int64 in (True, False):
         ids = torch.randint(-1, E + 1, (T * K,), dtype=torch.int64 if int64 else torch.int32)
         yield f"build_plan-{int64}", (ids, None, K, T, E, 4, T * K + E * 3)
@@ -77,6 +80,10 @@ def cases():
                 f"route_backward-{router[0]}-{str(dtype)[6:]}",
                 (torch.randn_like(scores), logits, scores, ids, *router, "auto"),
             )
+    for dtype, counts in ((torch.float64, torch.arange(E)), (torch.bfloat16, torch.rand(E))):
+        logits, dloss = torch.randn(T, E, dtype=dtype), torch.tensor(0.5, dtype=acc_dtype(dtype))
+        yield f"switch_loss_forward-{str(dtype)[6:]}", (logits, counts, "auto")
+        yield f"switch_loss_backward-{str(dtype)[6:]}", (dloss, logits, counts, "auto")
     for dtype, scale, step in ((torch.float32, None, None), (torch.bfloat16, 2.5, torch.tensor(3))):
         logits = torch.randn(T, E, dtype=dtype)
         scores, ids = ops.route_forward.default(logits, None, K, *ROUTERS[0], "auto")
@@ -89,13 +96,44 @@ def cases():
         )
 
 
+def fp8_cases():
+    """Sizes that are no multiples of 16, so that the strides of FP8 buffers matter."""
+    for tokens, saved, wgrad, contiguous in [
+        (T, "fp8", "bf16", True),
+        (T, "recompute", "fp8", False),
+        (0, "bf16", "fp8", True),
+    ]:
+        name = f"T{tokens}-{saved}-{wgrad}"
+        (x, scores, w1, b1, w2, b2), plan, static = experts_args(tokens, torch.bfloat16, True, contiguous)
+        yield f"quantize_weight-{name}", (w1, "fp32", "auto")
+        (q1, t1, s1), (q2, t2, s2) = (ops.quantize_weight.default(w, "fp32", "auto") for w in (w1, w2))
+        rest = (*plan_args(plan), *static, "fp32", saved, wgrad)
+        forward = (x, scores, q1, s1, b1, q2, s2, b2, *rest)
+        for save in (True, False):
+            yield f"experts_fp8_forward-{name}-{save}", (*forward, save)
+        _, h, h_scale = ops.experts_fp8_forward.default(*forward, True)
+        dout = torch.randn(tokens, H, dtype=torch.bfloat16)
+        for kind, needs, main_w1 in [
+            ("all", [True] * 6, None),
+            ("dx", [True] + [False] * 5, None),
+            ("main_grad", [True] * 6, torch.randn(w1.shape)),
+        ]:
+            weights = (q1 if saved == "recompute" else None, t1, s1, b1, t2, s2, b2)
+            yield (
+                f"experts_fp8_backward-{name}-{kind}",
+                (dout, h, h_scale, needs, main_w1, None, x, scores, *weights, *rest),
+            )
+
+
 CASES = dict(cases())
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(name):
     op = getattr(ops, name.split("-")[0]).default
-    opcheck(op, CASES[name], test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+    in_fp8 = "fp8" in name or "quantize" in name
+    schema = () if in_fp8 else ("test_schema",)  # its comparison of inputs before and after multiplies, e4m3 cannot
+    opcheck(op, CASES[name], test_utils=(*schema, "test_faketensor", "test_aot_dispatch_dynamic"))
 
 
 def test_every_op_is_checked():

@@ -19,7 +19,7 @@ from poison import poisoned_allocations  # noqa: F401
 
 from supersonic_moe.kernels.fp8_format import BLOCK, E4M3, E4M3_MAX, SMALLEST_AMAX, blocks, padded_capacity
 from supersonic_moe.kernels.reference import quantize as reference
-from supersonic_moe.kernels.triton import pad_segments as triton_segments
+from supersonic_moe.kernels.triton import pad_segments
 from supersonic_moe.kernels.triton import quantize as triton
 
 EXAMPLES = settings(
@@ -209,7 +209,7 @@ COUNTS = st.lists(st.sampled_from([0, 0, 1, 5, 127, 128, 129, 200]), min_size=1,
 def test_pad_segments(device: torch.device, counts: list[int], tokens: int, seed: int) -> None:
     offsets, gather = plan_index(counts, tokens, seed, device)
     capacity = padded_capacity(len(gather), len(counts))
-    got = triton_segments.pad_segments(offsets, gather, capacity)
+    got = pad_segments(offsets, gather, capacity)
     assert_same_bytes(got, reference.pad_segments(offsets, gather, capacity))
     starts, row, token = (t.tolist() for t in got)
     assert starts == [0, *itertools.accumulate(blocks(n) * BLOCK for n in counts)] and starts[-1] <= capacity
@@ -278,7 +278,7 @@ def test_nothing_to_quantise(device: torch.device) -> None:
     assert_same_bytes(triton.quantize_rows(empty), reference.quantize_rows(empty))
     assert_same_bytes(triton.quantize_columns(empty, index), reference.quantize_columns(empty, index))
     assert_same_bytes(triton.quantize_tiles(empty, index), reference.quantize_tiles(empty, index))
-    assert_same_bytes(triton_segments.pad_segments(offsets, index, 0), reference.pad_segments(offsets, index, 0))
+    assert_same_bytes(pad_segments(offsets, index, 0), reference.pad_segments(offsets, index, 0))
     weight = torch.empty(0, 128, 128, dtype=torch.bfloat16, device=device)
     assert_same_bytes(triton.quantize_blocks(weight), reference.quantize_blocks(weight))
 

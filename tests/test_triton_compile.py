@@ -119,6 +119,9 @@ def main() -> None:
         logits = torch.zeros(t, e, dtype=dtype)
         scores, ids = kernels.route_forward(logits, k, router, bias)
         kernels.route_backward(scores, logits, scores, ids, router)
+        kernels.switch_loss_forward(logits, ids[0, :1].expand(e))
+        kernels.switch_loss_backward(scores[0, 0], logits, ids[0, :1].expand(e))
+        kernels.pick(scores.view(-1), ids.view(-1))
 
     def round_tokens(t: int, e: int, k: int, dtype: torch.dtype, scale: float | None, *modes: str) -> None:
         logits, scores, ids = torch.zeros(t, e, dtype=dtype), torch.zeros(t, k), torch.zeros(t, k, dtype=i32)
@@ -175,7 +178,7 @@ def main() -> None:
         round_tokens(40, e, k, bf16, None, "NR-f")
         round_tokens(40, e, k, torch.float32, 2.5, "SR-f", "Balance-f")
         plan(40, e, k, i32, 1)
-        pad_segments.pad_segments(torch.zeros(e + 1, dtype=i32), torch.zeros(40, dtype=i32), 256)
+        pad_segments(torch.zeros(e + 1, dtype=i32), torch.zeros(40, dtype=i32), 256)
     case = "E 256 in 8 groups, K 8"
     route(40, 256, 8, torch.float32, SigmoidGroupedTopK(num_groups=8, topk_groups=4), torch.zeros(256))
     case = "token rounding"
@@ -196,7 +199,7 @@ def main() -> None:
     case = "H 7168, I 2048, E 4096"
     experts(40, 7168, 2048, 4096, 8, bf16, as_activation("geglu"), layouts[1], biased=True)
     case = "scores"
-    kernels.gather_rows(torch.zeros(40, 1), torch.zeros(80, dtype=i32))
+    kernels.pick(torch.zeros(40, dtype=torch.float64), torch.zeros(80, dtype=i32), bf16)
     case = "H 100, I 36"
     experts(40, 100, 36, 8, 3, bf16, as_activation("swiglu"), layouts[0], biased=True)
 
@@ -207,7 +210,7 @@ def main() -> None:
         plan(t, 64, 2, i32, 128)
         experts(t, 64, 32, 64, 2, bf16, as_activation("swiglu"), layouts[0], biased=True)
         fp8(t, 64, 32, pow2=False)
-        pad_segments.pad_segments(torch.zeros(65, dtype=i32), torch.zeros(t, dtype=i32), 128 * t)
+        pad_segments(torch.zeros(65, dtype=i32), torch.zeros(t, dtype=i32), 128 * t)
         rows = torch.zeros(16 * t, 64, dtype=bf16)
         offsets = torch.tensor([0, *[16 * t] * 64], dtype=i32)
         kernels.grouped_mm_wgrad(rows, rows, offsets)

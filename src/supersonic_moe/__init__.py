@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from supersonic_moe.moe import Experts as Experts
     from supersonic_moe.moe import KernelBackendMoE as KernelBackendMoE
     from supersonic_moe.moe import MoE as MoE
+    from supersonic_moe.moe import constant_weights as constant_weights
+    from supersonic_moe.moe import fp8_training as fp8_training
     from supersonic_moe.recipe import Bf16Recipe as Bf16Recipe
+    from supersonic_moe.recipe import Fp8Recipe as Fp8Recipe
     from supersonic_moe.routing.aux_loss import router_z_loss as router_z_loss
     from supersonic_moe.routing.aux_loss import switch_load_balancing_loss as switch_load_balancing_loss
     from supersonic_moe.routing.plan import RoutingPlan as RoutingPlan
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from supersonic_moe.routing.topk import SoftmaxBeforeTopK as SoftmaxBeforeTopK
     from supersonic_moe.routing.topk import TopKRouter as TopKRouter
     from supersonic_moe.routing.topk import route as route
+    from supersonic_moe.training.weight_cache import WeightCache as WeightCache
 
 __version__ = "0.1.0"
 
@@ -51,12 +55,13 @@ _HOME = {
         "routed_experts",
         "topk_experts",
     ),
-    "moe": ("Experts", "KernelBackendMoE", "MoE"),
-    "recipe": ("Bf16Recipe",),
+    "moe": ("Experts", "KernelBackendMoE", "MoE", "constant_weights", "fp8_training"),
+    "recipe": ("Bf16Recipe", "Fp8Recipe"),
     "routing.aux_loss": ("router_z_loss", "switch_load_balancing_loss"),
     "routing.plan": ("RoutingPlan", "plan_from_deepep", "plan_from_offsets", "plan_from_topk", "plan_from_triples"),
     "routing.token_rounding": ("TokenRounding", "token_rounding"),
     "routing.topk": ("SigmoidGroupedTopK", "SoftmaxAfterTopK", "SoftmaxBeforeTopK", "TopKRouter", "route"),
+    "training.weight_cache": ("WeightCache",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

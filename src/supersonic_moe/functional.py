@@ -15,6 +15,10 @@ fp32 whatever the dtype of x.
 and leaves ``.grad`` alone: Megatron's gradient accumulation fusion (``training/main_grad.py``). Biases and router keep
 ordinary gradients.
 
+``recipe=Fp8Recipe()`` multiplies in e4m3 (``recipe.py``; bfloat16 inputs or autocast to it). The weights are quantised
+in every call, unless ``weight_cache`` holds their FP8 copies: one cache for each pair of weights
+(``training/weight_cache.py``).
+
 ``inference=True`` saves nothing for backward and returns a tensor without gradient. ``validate=True`` adds the checks
 that only device data can answer (NaN logits, repeated or out-of-range expert ids, offsets that do not add up); they
 cost a host synchronisation, so they are off by default, and such values then have a memory-safe result: a bad id is
@@ -32,6 +36,7 @@ from torch import Tensor
 from supersonic_moe import checks
 from supersonic_moe.activation import Activation, ActivationType, GateUpLayout, as_activation, as_layout
 from supersonic_moe.kernels import registry
+from supersonic_moe.recipe import Fp8Recipe, Recipe, as_recipe
 from supersonic_moe.routing.plan import (
     RoutingPlan,
     plan_from_offsets,
@@ -42,7 +47,9 @@ from supersonic_moe.routing.plan import (
 from supersonic_moe.routing.token_rounding import TokenRounding, token_rounding
 from supersonic_moe.routing.topk import TopKRouter, as_router, route
 from supersonic_moe.training.experts import run_experts
+from supersonic_moe.training.experts_fp8 import run_experts_fp8
 from supersonic_moe.training.router_linear import router_linear
+from supersonic_moe.training.weight_cache import WeightCache
 
 
 class MoEOutput(NamedTuple):
@@ -68,6 +75,8 @@ def moe_layer(
     rounding_step: Tensor | int = 0,
     activation: Activation | ActivationType | str = ActivationType.SWIGLU,
     layout: GateUpLayout | str = GateUpLayout.INTERLEAVED,
+    recipe: Recipe | None = None,
+    weight_cache: WeightCache | None = None,
     inference: bool = False,
     accumulate_into_main_grad: bool = False,
     backend: str = "auto",
@@ -82,7 +91,9 @@ def moe_layer(
         correction_bias: (E,) fp32, only with SigmoidGroupedTopK.
         rounding_step: which draw of the sampled modes of token rounding, see :func:`token_rounding`.
     """
-    experts = _checked(x_TH, w1, b1, w2, b2, activation, layout, backend, accumulate_into_main_grad)
+    experts = _checked(
+        x_TH, w1, b1, w2, b2, activation, layout, recipe, weight_cache, backend, accumulate_into_main_grad
+    )
     _check_router_weight(x_TH, router_weight_EH, w1)
     policy = as_router(router)
     logits_TE, x_for_experts = router_linear(experts.x, router_weight_EH.to(experts.x.dtype))
@@ -123,6 +134,8 @@ def topk_experts(
     b2: Tensor | None = None,
     activation: Activation | ActivationType | str = ActivationType.SWIGLU,
     layout: GateUpLayout | str = GateUpLayout.INTERLEAVED,
+    recipe: Recipe | None = None,
+    weight_cache: WeightCache | None = None,
     inference: bool = False,
     accumulate_into_main_grad: bool = False,
     backend: str = "auto",
@@ -133,7 +146,9 @@ def topk_experts(
 
     Ids outside [0, E) are skipped (masked, not multiplied by zero): -1, or the sentinel E of expert parallelism.
     """
-    experts = _checked(x_TH, w1, b1, w2, b2, activation, layout, backend, accumulate_into_main_grad)
+    experts = _checked(
+        x_TH, w1, b1, w2, b2, activation, layout, recipe, weight_cache, backend, accumulate_into_main_grad
+    )
     checks.ids("topk_ids", topk_ids_TK, 2)
     checks.size("topk_ids", "one row per token,", topk_ids_TK.shape[0], x_TH.shape[0], "the rows of x")
     checks.same_shape("topk_ids", topk_ids_TK, "topk_scores", topk_scores_TK)
@@ -155,6 +170,8 @@ def routed_experts(
     b2: Tensor | None = None,
     activation: Activation | ActivationType | str = ActivationType.SWIGLU,
     layout: GateUpLayout | str = GateUpLayout.INTERLEAVED,
+    recipe: Recipe | None = None,
+    weight_cache: WeightCache | None = None,
     inference: bool = False,
     accumulate_into_main_grad: bool = False,
     backend: str = "auto",
@@ -165,7 +182,9 @@ def routed_experts(
 
     Triples with a token outside [0, T) or an expert outside [0, E) are skipped; a token without experts gets zeros.
     """
-    experts = _checked(x_TH, w1, b1, w2, b2, activation, layout, backend, accumulate_into_main_grad)
+    experts = _checked(
+        x_TH, w1, b1, w2, b2, activation, layout, recipe, weight_cache, backend, accumulate_into_main_grad
+    )
     checks.ids("token_indices", token_indices_S, 1)
     checks.same_shape("token_indices", token_indices_S, "scores", scores_S)
     _check_scores("scores", scores_S, x_TH, validate)
@@ -185,6 +204,8 @@ def dispatched_experts(
     b2: Tensor | None = None,
     activation: Activation | ActivationType | str = ActivationType.SWIGLU,
     layout: GateUpLayout | str = GateUpLayout.INTERLEAVED,
+    recipe: Recipe | None = None,
+    weight_cache: WeightCache | None = None,
     inference: bool = False,
     accumulate_into_main_grad: bool = False,
     backend: str = "auto",
@@ -198,7 +219,9 @@ def dispatched_experts(
         scores_R: (R,) optional row weights, applied to the outputs. Rows at and past ``offs[-1]`` are not computed and
             come out as zeros.
     """
-    experts = _checked(x_RH, w1, b1, w2, b2, activation, layout, backend, accumulate_into_main_grad)
+    experts = _checked(
+        x_RH, w1, b1, w2, b2, activation, layout, recipe, weight_cache, backend, accumulate_into_main_grad
+    )
     checks.ids("offs", offs_E, 1)
     checks.size("offs", "length", offs_E.shape[0], w1.shape[0], "one cumulative end for each expert of w1")
     checks.same_device("offs", offs_E, "x", x_RH)
@@ -222,6 +245,8 @@ def experts_from_plan(
     b2: Tensor | None = None,
     activation: Activation | ActivationType | str = ActivationType.SWIGLU,
     layout: GateUpLayout | str = GateUpLayout.INTERLEAVED,
+    recipe: Recipe | None = None,
+    weight_cache: WeightCache | None = None,
     inference: bool = False,
     accumulate_into_main_grad: bool = False,
     backend: str = "auto",
@@ -229,7 +254,9 @@ def experts_from_plan(
     """Experts under a ready :class:`RoutingPlan` (``plan_from_deepep``, tile-padded plans, one plan for several
     layers); scores (S,) by slot.
     """
-    experts = _checked(x_TH, w1, b1, w2, b2, activation, layout, backend, accumulate_into_main_grad)
+    experts = _checked(
+        x_TH, w1, b1, w2, b2, activation, layout, recipe, weight_cache, backend, accumulate_into_main_grad
+    )
     checks.size("plan", "num_experts", plan.num_experts, w1.shape[0], "the experts of w1")
     checks.size("plan", "num_tokens", plan.num_tokens, x_TH.shape[0], "the rows of x")
     checks.tensor("scores", scores_S, 1, "(S,)")
@@ -253,26 +280,29 @@ class _Experts:
     b2: Tensor | None
     activation: Activation
     layout: GateUpLayout
+    recipe: Recipe
+    weight_cache: WeightCache | None
     backend: str
-    owners: tuple[Tensor, Tensor] | None
-    """w1 and w2 as they were passed, if their gradients go to ``main_grad``."""
+    passed: tuple[Tensor, Tensor]
+    """w1 and w2 as they were passed."""
+    accumulate: bool
+    """Their gradients go to their ``main_grad``."""
 
     def run(self, scores: Tensor, plan: RoutingPlan, inference: bool) -> Tensor:
         scores_S = scores.reshape(-1).to(torch.promote_types(scores.dtype, torch.float32))
-        return run_experts(
-            self.x,
-            scores_S,
-            self.w1,
-            self.b1,
-            self.w2,
-            self.b2,
-            plan,
-            self.activation,
-            self.layout,
-            backend=self.backend,
-            inference=inference,
-            owners=self.owners,
-        )
+        arguments = (self.x, scores_S, self.w1, self.b1, self.w2, self.b2, plan, self.activation, self.layout)
+        if isinstance(self.recipe, Fp8Recipe):
+            return run_experts_fp8(
+                *arguments,
+                self.recipe,
+                passed=self.passed,
+                cache=self.weight_cache,
+                backend=self.backend,
+                inference=inference,
+                accumulate=self.accumulate,
+            )
+        owners = self.passed if self.accumulate else None
+        return run_experts(*arguments, backend=self.backend, inference=inference, owners=owners)
 
 
 def _checked(
@@ -283,13 +313,15 @@ def _checked(
     b2: Tensor | None,
     activation: Activation | ActivationType | str,
     layout: GateUpLayout | str,
+    recipe: Recipe | None,
+    weight_cache: WeightCache | None,
     backend: str,
     accumulate_into_main_grad: bool,
 ) -> _Experts:
     """Check everything that metadata shows. Under ``torch.autocast`` the layer computes in the autocast dtype, like a
     linear layer.
     """
-    act, order = as_activation(activation), as_layout(layout)
+    act, order, numerics = as_activation(activation), as_layout(layout), as_recipe(recipe)
     checks.tensor("x", x, 2, "(T, H)")
     checks.floating("x", x)
     checks.tensor("w1", w1, 3, "(E, N1, H)")
@@ -322,14 +354,24 @@ def _checked(
             checks.same_dtype(name, t, "x", x)
         else:
             checks.floating(name, t)
-    owners = (w1, w2) if accumulate_into_main_grad else None
+    passed = (w1, w2)
+    if isinstance(numerics, Fp8Recipe) and (dtype or x.dtype) is not torch.bfloat16:
+        raise TypeError(
+            f"Fp8Recipe needs bfloat16 inputs and weights; got x as {checks.describe(x)}. Convert the model with "
+            ".to(torch.bfloat16), or run under torch.autocast(dtype=torch.bfloat16)."
+        )
     if dtype is not None:
         x, w1, w2 = x.to(dtype), w1.to(dtype), w2.to(dtype)
         b1, b2 = (None if b is None else b.to(dtype) for b in (b1, b2))
     checks.index_count("tokens", x.shape[0])
     if not torch.compiler.is_compiling():  # the op chooses again when it runs
-        registry.choose(x.device, x.dtype, hidden=hidden, intermediate=intermediate, backend=backend)
-    return _Experts(x, w1, b1, w2, b2, act, order, backend, owners)
+        if isinstance(numerics, Fp8Recipe):
+            registry.choose_fp8(
+                x.device, hidden=hidden, intermediate=intermediate, wgrad=numerics.wgrad, backend=backend
+            )
+        else:
+            registry.choose(x.device, x.dtype, hidden=hidden, intermediate=intermediate, backend=backend)
+    return _Experts(x, w1, b1, w2, b2, act, order, numerics, weight_cache, backend, passed, accumulate_into_main_grad)
 
 
 def _check_router_weight(x: Tensor, weight: Tensor, w1: Tensor) -> None:

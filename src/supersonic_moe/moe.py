@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 from supersonic_moe import checks
 from supersonic_moe.activation import Activation, ActivationType, GateUpLayout, as_activation, as_layout
 from supersonic_moe.functional import moe_layer
-from supersonic_moe.recipe import Bf16Recipe, as_recipe
+from supersonic_moe.recipe import Fp8Recipe, Recipe, as_recipe
 from supersonic_moe.routing.aux_loss import router_z_loss, switch_load_balancing_loss
 from supersonic_moe.routing.token_rounding import TokenRounding
 from supersonic_moe.routing.topk import SigmoidGroupedTopK, TopKRouter, as_router
+from supersonic_moe.training.weight_cache import WeightCache
 
 
 class KernelBackendMoE(Enum):
@@ -70,7 +72,7 @@ class MoE(nn.Module):
         router: a config of ``routing.topk`` or :class:`TokenRounding` (which rounds in training and routes by its base
             in evaluation), or a name.
         layout: how the 2I rows of ``c_fc.weight`` hold gate and up; ``"gate_up"`` is Hugging Face's ``gate_up_proj``.
-        recipe: numeric recipe; None is :class:`Bf16Recipe`.
+        recipe: numeric recipe, a :class:`Bf16Recipe` or an :class:`Fp8Recipe`; None is the former. Also an attribute.
         z_loss_weight: adds this times the router z-loss to ``aux_loss``.
         accumulate_into_main_grad: add the gradients of ``c_fc.weight`` and ``c_proj.weight`` to their fp32
             ``main_grad``, not to ``.grad`` (Megatron's gradient accumulation fusion, ``training/main_grad.py``).
@@ -93,7 +95,7 @@ class MoE(nn.Module):
         *,
         router: TopKRouter | TokenRounding | str = "softmax_after_topk",
         layout: GateUpLayout | str = GateUpLayout.INTERLEAVED,
-        recipe: Bf16Recipe | None = None,
+        recipe: Recipe | None = None,
         z_loss_weight: float = 0.0,
         accumulate_into_main_grad: bool = False,
         validate: bool = False,
@@ -115,6 +117,7 @@ class MoE(nn.Module):
         self.routing = as_router(router)
         self.layout = as_layout(layout)
         self.recipe = as_recipe(recipe)
+        self.weight_cache = WeightCache()
         self.z_loss_weight = z_loss_weight
         self.accumulate_into_main_grad = accumulate_into_main_grad
         self.validate = validate
@@ -172,6 +175,8 @@ class MoE(nn.Module):
             rounding_step=rounding_step,
             activation=self.activation,
             layout=self.layout,
+            recipe=self.recipe,
+            weight_cache=self.weight_cache,
             inference=is_inference_mode,
             accumulate_into_main_grad=self.accumulate_into_main_grad,
             backend=_backend(kernel_backend_moe),
@@ -201,3 +206,39 @@ class MoE(nn.Module):
             f"intermediate_size={self.intermediate_size}, activation={self.activation.type.value}, "
             f"layout={self.layout.value}"
         )
+
+
+@contextmanager
+def fp8_training(model: nn.Module, recipe: Fp8Recipe | None = None) -> Iterator[None]:
+    """Every :class:`MoE` of ``model`` computes with ``recipe``, by default ``Fp8Recipe()``, inside the block; then each
+    has its own recipe again. Backward may run outside: a pass ends in the recipe that its forward had.
+    """
+    recipe = Fp8Recipe() if recipe is None else recipe
+    if not isinstance(recipe, Fp8Recipe):
+        raise TypeError(f"fp8_training needs an Fp8Recipe; got {type(recipe).__name__} ({recipe!r}).")
+    before = [(layer, layer.recipe) for layer in _layers(model, "fp8_training")]
+    try:
+        for layer, _ in before:
+            layer.recipe = recipe
+        yield
+    finally:
+        for layer, own in before:
+            layer.recipe = own
+
+
+@contextmanager
+def constant_weights(model: nn.Module) -> Iterator[None]:
+    """No expert weight of ``model`` changes inside the block, so that FP8 layers quantise each once: the micro-batches
+    of one optimizer step, or an evaluation. See ``training/weight_cache.py`` for what is noticed nevertheless.
+    """
+    with ExitStack() as held:
+        for layer in _layers(model, "constant_weights"):
+            held.enter_context(layer.weight_cache.hold())
+        yield
+
+
+def _layers(model: nn.Module, what: str) -> list[MoE]:
+    layers = [m for m in model.modules() if isinstance(m, MoE)]
+    if not layers:
+        raise ValueError(f"{what} needs a model with at least one MoE layer; {type(model).__name__} has none.")
+    return layers

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from supersonic_moe.activation import Activation, GateUpLayout
+from supersonic_moe.kernels.fp8_format import BLOCK, E4M3, blocks
+from supersonic_moe.recipe import Fp8Recipe
 
 UpProjection = Callable[
     [Tensor, Tensor | None, Tensor, Tensor | None, Tensor, Tensor, Activation, GateUpLayout, bool],
@@ -16,6 +19,8 @@ DownBackward = Callable[
     [Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Activation, GateUpLayout],
     tuple[Tensor, Tensor, Tensor],
 ]
+UpProjectionFp8 = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+DownBackwardFp8 = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def compose_up_projection(grouped_mm: Callable[..., Tensor], activation_forward: Callable[..., Tensor]) -> UpProjection:
@@ -64,3 +69,81 @@ def compose_down_backward(
         return activation_backward(h_PN, b1_EN, da_PI, row_scores_P, row_expert_P, activation, layout)
 
     return down_backward
+
+
+def compose_up_projection_fp8(
+    grouped_mm_fp8: Callable[..., Tensor],
+    activation_forward: Callable[..., Tensor],
+    quantize_rows: Callable[..., tuple[Tensor, Tensor]],
+) -> UpProjectionFp8:
+    """``up_projection_fp8`` as a grouped GEMM, an activation pass and quantising passes."""
+
+    def up_projection_fp8(
+        xq_TH: Tensor,
+        x_scale: Tensor,
+        gather_index: Tensor | None,
+        w1q_ENH: Tensor,
+        w1_scale: Tensor,
+        b1_EN: Tensor | None,
+        expert_offsets: Tensor,
+        row_expert_P: Tensor,
+        activation: Activation,
+        layout: GateUpLayout,
+        recipe: Fp8Recipe,
+        save: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(H as backward will see it, its scales, A = act(H + b1) (P, I) in e4m3, its scales).
+
+        H (P, N1) is without the bias: e4m3 with scales (P, N1/128), or bf16 without scales (0, N1/128), after
+        ``recipe.save_preactivation``; (0, N1) bf16 if not ``save``, or if backward computes it again. All scales are
+        stored transposed, as TMA loads them (``tma`` of ``quantize_rows``).
+        """
+        h_PN = grouped_mm_fp8(xq_TH, x_scale, w1q_ENH, w1_scale, expert_offsets, gather_index=gather_index)
+        a_PI = activation_forward(h_PN, b1_EN, row_expert_P, activation, layout)
+        aq_PI, a_scale = quantize_rows(a_PI, recipe.pow2, True)
+        if save and recipe.save_preactivation == "fp8":
+            return *quantize_rows(h_PN, recipe.pow2, True), aq_PI, a_scale
+        kept = save and recipe.save_preactivation == "bf16"
+        no_scale = h_PN.new_empty(0, blocks(h_PN.shape[1]), dtype=torch.float32)
+        return h_PN if kept else h_PN.new_empty(0, h_PN.shape[1]), no_scale, aq_PI, a_scale
+
+    return up_projection_fp8
+
+
+def compose_down_backward_fp8(
+    grouped_mm_fp8: Callable[..., Tensor], activation_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+) -> DownBackwardFp8:
+    """``down_backward_fp8`` as a grouped GEMM, dequantisation and a pass of the activation's backward."""
+
+    def down_backward_fp8(
+        doutq_TH: Tensor,
+        dout_scale: Tensor,
+        gather_index: Tensor | None,
+        w2q_EIH: Tensor,
+        w2_scale: Tensor,
+        h_PN: Tensor,
+        h_scale: Tensor,
+        b1_EN: Tensor | None,
+        row_scores_P: Tensor,
+        expert_offsets: Tensor,
+        row_expert_P: Tensor,
+        activation: Activation,
+        layout: GateUpLayout,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dH (P, N1), s · A (P, I), both bf16, dS (P) without the part of b2), from dA = dO · W2 before the score.
+
+        W2 comes transposed, (E, I, H), and its scales too: Hopper's FP8 products read both operands along the
+        contraction. H is e4m3 with scales, or bf16: what ``up_projection_fp8`` saved.
+        """
+        da_PI = grouped_mm_fp8(doutq_TH, dout_scale, w2q_EIH, w2_scale, expert_offsets, gather_index=gather_index)
+        if h_PN.dtype is E4M3:
+            h_PN = _dequantize_rows(h_PN, h_scale)
+        dh_PN, as_PI, ds_P = activation_backward(h_PN, b1_EN, da_PI, row_scores_P, row_expert_P, activation, layout)
+        return dh_PN.to(da_PI.dtype), as_PI.to(da_PI.dtype), ds_P
+
+    return down_backward_fp8
+
+
+def _dequantize_rows(q_RC: Tensor, scale_RB: Tensor) -> Tensor:
+    """q · scale of the rows format in fp32."""
+    return q_RC.float() * scale_RB.repeat_interleave(BLOCK, 1)[:, : q_RC.shape[1]]

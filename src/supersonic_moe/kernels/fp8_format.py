@@ -41,6 +41,7 @@ add nothing to a gradient.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -57,3 +58,16 @@ def blocks(n: int) -> int:
 def padded_capacity(num_rows: int, num_experts: int) -> int:
     """Upper bound of the positions that any split of ``num_rows`` among ``num_experts`` needs, a multiple of 128."""
     return (num_rows + min(num_rows, num_experts) * (BLOCK - 1)) // BLOCK * BLOCK
+
+
+def empty_e4m3(like: Tensor, *shape: int) -> Tensor:
+    """Rows start at multiples of 16 bytes, as TMA wants: a view of a wider buffer where columns is no such multiple."""
+    *outer, columns = shape
+    return like.new_empty(*outer, -(-columns // 16) * 16, dtype=E4M3)[..., :columns]
+
+
+def empty_scales(like: Tensor, rows: int, columns: int, tma: bool) -> Tensor:
+    """(rows, columns) fp32; ``tma`` stores it transposed, at a stride that is a multiple of 16 bytes."""
+    if not tma:
+        return like.new_empty(rows, columns, dtype=torch.float32)
+    return like.new_empty(columns, -(-rows // 4) * 4, dtype=torch.float32).T[:rows]

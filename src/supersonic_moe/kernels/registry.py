@@ -1,8 +1,10 @@
 """The only place that picks a backend, and says why (``supersonic-moe explain`` prints the reason).
 
 A backend is a module with one set of function names: route_forward, route_backward, token_rounding_forward,
-token_rounding_backward, build_plan, up_projection, grouped_mm, down_backward, grouped_mm_wgrad, gather_sum, row_dot,
-segment_sum (signatures: ``kernels/reference``).
+token_rounding_backward, switch_loss_forward, switch_loss_backward, build_plan, pick, up_projection, grouped_mm,
+down_backward, grouped_mm_wgrad, gather_sum, row_dot, segment_sum (signatures: ``kernels/reference``). One that runs FP8
+layers adds quantize_rows, quantize_blocks, grouped_mm_fp8, up_projection_fp8 and down_backward_fp8; and for weight
+gradients in FP8 pad_segments, quantize_columns, quantize_tiles and grouped_mm_wgrad_fp8.
 """
 
 from __future__ import annotations
@@ -90,6 +92,33 @@ def choose(
     return Choice("reference", f"{device.type} device: per-expert torch loop")
 
 
+def choose_fp8(device: torch.device, *, hidden: int, intermediate: int, wgrad: str, backend: str = "auto") -> Choice:
+    """Pick the backend of one call of an FP8 layer: sm_90 on Hopper, the reference on a CPU or where it is asked for.
+
+    Raises:
+        ValueError: any other device, or a backend without the FP8 products; nothing falls back to a slow path.
+    """
+    if backend == "triton":
+        raise ValueError(
+            "backend 'triton' cannot run an Fp8Recipe: it has no FP8 products. Use backend='auto' on a Hopper GPU, or "
+            "recipe=Bf16Recipe()."
+        )
+    if backend == "auto" and device.type == "cuda":
+        obstacle = _triton_obstacle(device, torch.bfloat16, hidden, intermediate) or _sm90_obstacle(device)
+        if obstacle:
+            raise ValueError(
+                f"Fp8Recipe cannot run on {device}: {obstacle}. Use recipe=Bf16Recipe(), or backend='reference', which "
+                "is slow."
+            )
+    choice = choose(device, torch.bfloat16, hidden=hidden, intermediate=intermediate, backend=backend)
+    if wgrad == "fp8" and not hasattr(kernels(choice.name), "grouped_mm_wgrad_fp8"):
+        raise ValueError(
+            f"Fp8Recipe.wgrad = 'fp8' needs weight-gradient products in FP8, which backend {choice.name!r} does not "
+            "have. Use Fp8Recipe(wgrad='bf16')."
+        )
+    return choice
+
+
 def _triton_obstacle(device: torch.device, dtype: torch.dtype | None, hidden: int, intermediate: int) -> str | None:
     if not HAS_TRITON:
         return "the package triton is not installed (pip install triton)"
@@ -109,10 +138,16 @@ def _sm90_obstacle(device: torch.device) -> str | None:
         return f"the sm_90 kernels need a CUDA device, the tensors are on {device}"
     if not HAS_DRIVER_BINDINGS:
         return "the package cuda-bindings is not installed (pip install cuda-bindings)"
-    capability = torch.cuda.get_device_capability(device)
+    capability = _capability(torch.cuda.current_device() if device.index is None else device.index)
     if capability != (9, 0):
         return f"the sm_90 kernels need compute capability 9.0, {device} has {capability[0]}.{capability[1]}"
     return None
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    """Compute capability of a GPU; asking torch takes longer than the rest of a choice."""
+    return torch.cuda.get_device_capability(index)
 
 
 @functools.cache

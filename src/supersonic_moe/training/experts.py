@@ -20,114 +20,59 @@ The pair of custom ops below is opaque to ``torch.compile``; autograd is attache
 
 from __future__ import annotations
 
-import math
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from supersonic_moe.activation import Activation, ActivationType, GateUpLayout
+from supersonic_moe.activation import Activation, GateUpLayout
 from supersonic_moe.kernels import registry
+from supersonic_moe.positional import positional
 from supersonic_moe.routing.plan import RoutingPlan
-from supersonic_moe.training.main_grad import main_grad_of, stand_in
+from supersonic_moe.training.main_grad import main_grads, stand_ins
+from supersonic_moe.training.op_arguments import (
+    PLAN_SCHEMA,
+    STATIC_SCHEMA,
+    PlanArgs,
+    StaticArgs,
+    gradients_or_empty,
+    plan_args,
+    static_args,
+)
 
 # One argument list, shared by both ops: operands, the plan's tensors, then what is static.
 _OPERANDS = "Tensor x, Tensor scores, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2"
-_PLAN = (
-    "Tensor expert_offsets, Tensor gather_index, Tensor scatter_index, Tensor row_expert, Tensor reverse_index, "
-    "Tensor token_rows, Tensor? token_offsets, bool identity"
-)
-_STATIC = "str activation, float alpha, float limit, float up_offset, str layout, str backend"
 
 torch.library.define(
-    "supersonic_moe::experts_forward", f"({_OPERANDS}, {_PLAN}, {_STATIC}, bool save) -> (Tensor, Tensor)"
+    "supersonic_moe::experts_forward",
+    f"({_OPERANDS}, {PLAN_SCHEMA}, {STATIC_SCHEMA}, bool save) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "supersonic_moe::experts_backward",
-    f"(Tensor dout, Tensor h, bool[6] needs, Tensor(a!)? main_w1, Tensor(b!)? main_w2, {_OPERANDS}, {_PLAN}, {_STATIC})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor dout, Tensor h, bool[6] needs, Tensor(a!)? main_w1, Tensor(b!)? main_w2, {_OPERANDS}, {PLAN_SCHEMA}, "
+    f"{STATIC_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
-def static_args(activation: Activation, layout: GateUpLayout, backend: str) -> tuple[object, ...]:
-    limit = math.inf if activation.limit is None else activation.limit
-    return activation.type.value, activation.alpha, limit, activation.up_offset, layout.value, backend
-
-
-def plan_args(plan: RoutingPlan) -> tuple[object, ...]:
-    return (
-        plan.expert_offsets,
-        plan.gather_index,
-        plan.scatter_index,
-        plan.row_expert,
-        plan.reverse_index,
-        plan.token_rows,
-        plan.token_offsets,
-        plan.identity,
-    )
-
-
-def _resolve(
-    x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    activation: str,
-    alpha: float,
-    limit: float,
-    up_offset: float,
-    layout: str,
-    backend: str,
-) -> tuple[ModuleType, Activation, GateUpLayout]:
-    choice = registry.choose(x.device, x.dtype, hidden=w1.shape[2], intermediate=w2.shape[2], backend=backend)
-    act = Activation(ActivationType(activation), alpha, None if math.isinf(limit) else limit, up_offset)
-    return registry.kernels(choice.name), act, GateUpLayout(layout)
-
-
-def _pick(values: Tensor, index: Tensor) -> Tensor:
-    """values[index], exactly 0 where the index is negative: scores of rows, score gradients of slots."""
-    if values.shape[0] == 0:
-        return values.new_zeros(index.shape[0])
-    return torch.where(index >= 0, values[index.clamp(min=0)], 0)
-
-
-def _per_token(token_rows: Tensor, token_offsets: Tensor | None, num_tokens: int) -> int:
-    return token_rows.shape[0] // num_tokens if token_offsets is None and num_tokens else 0
+def _kernels(x: Tensor, w2: Tensor, backend: str) -> ModuleType:
+    choice = registry.choose(x.device, x.dtype, hidden=w2.shape[1], intermediate=w2.shape[2], backend=backend)
+    return registry.kernels(choice.name)
 
 
 @torch.library.impl("supersonic_moe::experts_forward", ("cpu", "cuda"))
 def _forward(
-    x: Tensor,
-    scores: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    expert_offsets: Tensor,
-    gather_index: Tensor,
-    scatter_index: Tensor,
-    row_expert: Tensor,
-    reverse_index: Tensor,
-    token_rows: Tensor,
-    token_offsets: Tensor | None,
-    identity: bool,
-    activation: str,
-    alpha: float,
-    limit: float,
-    up_offset: float,
-    layout: str,
-    backend: str,
-    save: bool,
+    x: Tensor, scores: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    k, act, order = _resolve(x, w1, w2, activation, alpha, limit, up_offset, layout, backend)
+    plan, static, save = PlanArgs(*rest[:8]), StaticArgs(*rest[8:14]), rest[14]
+    k, (act, layout) = _kernels(x, w2, static.backend), static.parsed()
     with torch.autocast(x.device.type, enabled=False):
-        index = None if identity else gather_index
-        h_PN, a_PI = k.up_projection(x, index, w1, b1, expert_offsets, row_expert, act, order, save)
-        y_PH = k.grouped_mm(a_PI, w2.transpose(1, 2), expert_offsets)
+        h_PN, a_PI = k.up_projection(
+            x, plan.read_index, w1, b1, plan.expert_offsets, plan.row_expert, act, layout, save
+        )
+        y_PH = k.grouped_mm(a_PI, w2.transpose(1, 2), plan.expert_offsets)
         del a_PI
-        s_P = _pick(scores, scatter_index)
-        per_token = _per_token(token_rows, token_offsets, x.shape[0])
-        out_TH = k.gather_sum(y_PH, s_P, b2, row_expert, token_rows, token_offsets, per_token, x.shape[0])
+        out_TH = k.gather_sum(y_PH, k.pick(scores, plan.scatter_index), b2, *plan.summing(x.shape[0]))
     return out_TH, h_PN
 
 
@@ -144,55 +89,41 @@ def _backward(
     b1: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
-    expert_offsets: Tensor,
-    gather_index: Tensor,
-    scatter_index: Tensor,
-    row_expert: Tensor,
-    reverse_index: Tensor,
-    token_rows: Tensor,
-    token_offsets: Tensor | None,
-    identity: bool,
-    activation: str,
-    alpha: float,
-    limit: float,
-    up_offset: float,
-    layout: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    k, act, order = _resolve(x, w1, w2, activation, alpha, limit, up_offset, layout, backend)
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    plan, static = PlanArgs(*rest[:8]), StaticArgs(*rest[8:])
+    k, (act, layout) = _kernels(x, w2, static.backend), static.parsed()
     need_x, need_s, need_w1, need_b1, need_w2, need_b2 = needs
     dx = dscores = dw1 = db1 = dw2 = db2 = None
-    index = None if identity else gather_index
+    index, offsets = plan.read_index, plan.expert_offsets
 
     def weight_gradient(a: Tensor, b: Tensor, main: Tensor | None, transposed: bool) -> Tensor | None:
         added = main is not None
         dw: Tensor = k.grouped_mm_wgrad(
-            a, b, expert_offsets, main, gather_index=index, transposed=transposed, accumulate=added
+            a, b, offsets, main, gather_index=index, transposed=transposed, accumulate=added
         )
         return None if added else dw
 
     with torch.autocast(x.device.type, enabled=False):
-        s_P = _pick(scores, scatter_index)
-        dh_PN, as_PI, ds_P = k.down_backward(dout, index, w2, h, b1, s_P, expert_offsets, row_expert, act, order)
+        s_P = k.pick(scores, plan.scatter_index)
+        dh_PN, as_PI, ds_P = k.down_backward(dout, index, w2, h, b1, s_P, offsets, plan.row_expert, act, layout)
         if need_s:
             if b2 is not None:
-                k.row_dot(dout, b2, row_expert, ds_P, gather_index=index)
-            dscores = _pick(ds_P, reverse_index).to(scores.dtype)
+                k.row_dot(dout, b2, plan.row_expert, ds_P, gather_index=index)
+            dscores = k.pick(ds_P, plan.reverse_index, scores.dtype)
         if need_w2:
             dw2 = weight_gradient(dout, as_PI, main_w2, transposed=False)
         del as_PI
         if need_b2 and b2 is not None:
-            db2 = k.segment_sum(dout, s_P, expert_offsets, gather_index=index).to(b2.dtype)
+            db2 = k.segment_sum(dout, s_P, offsets, gather_index=index).to(b2.dtype)
         if need_b1 and b1 is not None:
-            db1 = k.segment_sum(dh_PN, None, expert_offsets).to(b1.dtype)
+            db1 = k.segment_sum(dh_PN, None, offsets).to(b1.dtype)
         if need_w1:
             dw1 = weight_gradient(x, dh_PN, main_w1, transposed=True)
         if need_x:
-            dx_PH = k.grouped_mm(dh_PN, w1, expert_offsets)
-            per_token = _per_token(token_rows, token_offsets, x.shape[0])
-            dx = k.gather_sum(dx_PH, None, None, row_expert, token_rows, token_offsets, per_token, x.shape[0])
-    nothing = x.new_empty(0)
-    return tuple(nothing.clone() if g is None else g for g in (dx, dscores, dw1, db1, dw2, db2))  # type: ignore[return-value]
+            dx_PH = k.grouped_mm(dh_PN, w1, offsets)
+            dx = k.gather_sum(dx_PH, None, None, *plan.summing(x.shape[0]))
+    return gradients_or_empty(x, dx, dscores, dw1, db1, dw2, db2)
 
 
 @torch.library.register_fake("supersonic_moe::experts_forward")  # type: ignore[untyped-decorator]
@@ -219,7 +150,7 @@ def _backward_fake(
     inputs = (x, scores, w1, b1, w2, b2)
     added = (False, False, main_w1 is not None, False, main_w2 is not None, False)
     wanted = [t if need and not add else None for t, need, add in zip(inputs, needs, added, strict=True)]
-    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in wanted)
+    return gradients_or_empty(x, *(None if t is None else t.new_empty(t.shape) for t in wanted))
 
 
 class Experts(torch.autograd.Function):
@@ -228,6 +159,7 @@ class Experts(torch.autograd.Function):
     """
 
     @staticmethod
+    @positional
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         *operands, plan, static, _ = args
         out: tuple[Tensor, Tensor] = torch.ops.supersonic_moe.experts_forward.default(*operands, *plan, *static, True)
@@ -248,18 +180,14 @@ class Experts(torch.autograd.Function):
         if dout is None:
             return (None,) * 9
         needs = list(ctx.needs_input_grad[:6])
-        main_w1 = main_grad_of("w1", ctx.owners[0]) if ctx.owners and needs[2] else None
-        main_w2 = main_grad_of("w2", ctx.owners[1]) if ctx.owners and needs[4] else None
+        mains = main_grads(ctx.owners, needs)
         h, *tensors = ctx.saved_tensors  # may recompute forward, so look for what is missing first
         grads: list[Tensor | None] = list(
             torch.ops.supersonic_moe.experts_backward.default(
-                dout.contiguous(), h, needs, main_w1, main_w2, *tensors, ctx.identity, *ctx.static
+                dout.contiguous(), h, needs, *mains, *tensors, ctx.identity, *ctx.static
             )
         )
-        if main_w1 is not None:
-            grads[2] = stand_in(ctx.owners[0], tensors[2])
-        if main_w2 is not None:
-            grads[4] = stand_in(ctx.owners[1], tensors[4])
+        grads[2], grads[4] = stand_ins(ctx.owners, mains, grads[2], grads[4], tensors[0].dtype)
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None
 
 

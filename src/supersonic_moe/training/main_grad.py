@@ -21,6 +21,8 @@ breaks the graph for Megatron's parameters. Parameters that FSDP shards have no 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -51,9 +53,39 @@ def main_grad_of(name: str, weight: Tensor) -> Tensor:
     return main
 
 
-def stand_in(weight: Tensor, used: Tensor) -> Tensor | None:
-    """What autograd gets as the gradient of ``used``, which is ``weight`` or its autocast copy."""
+def main_grads(owners: tuple[Tensor, Tensor] | None, needs: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
+    """Buffers of w1 and w2, if the caller asked for accumulation, for those that need a gradient; ``needs`` of (x,
+    scores, w1, b1, w2, b2).
+    """
+    if owners is None:
+        return None, None
+    return (
+        main_grad_of("w1", owners[0]) if needs[2] else None,
+        main_grad_of("w2", owners[1]) if needs[4] else None,
+    )
+
+
+def stand_ins(
+    owners: tuple[Tensor, Tensor] | None,
+    mains: tuple[Tensor | None, Tensor | None],
+    dw1: Tensor | None,
+    dw2: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None]:
+    """What autograd gets for w1 and w2: dW, or its stand-in where dW was added to a buffer. ``dtype``: that of the
+    weights in the layer, under autocast that of their copies.
+    """
+    if owners is None:
+        return dw1, dw2
+    return (
+        dw1 if mains[0] is None else _stand_in(owners[0], dtype),
+        dw2 if mains[1] is None else _stand_in(owners[1], dtype),
+    )
+
+
+def _stand_in(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None
     weight.grad_added_to_main_grad = True
-    return used.new_zeros(used.shape) if getattr(weight, "zero_out_wgrad", False) else used.new_empty(used.shape)
+    make = weight.new_zeros if getattr(weight, "zero_out_wgrad", False) else weight.new_empty
+    return make(weight.shape, dtype=dtype)

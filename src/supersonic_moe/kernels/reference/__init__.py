@@ -6,32 +6,62 @@ Shapes: T tokens, S slots, P rows, E experts, K choices, H hidden, I intermediat
 one is caught by the tests.
 """
 
-from supersonic_moe.kernels.compose import compose_down_backward, compose_up_projection
+from supersonic_moe.kernels.compose import (
+    compose_down_backward,
+    compose_down_backward_fp8,
+    compose_up_projection,
+    compose_up_projection_fp8,
+)
 from supersonic_moe.kernels.reference.activation import activation_backward, activation_forward
+from supersonic_moe.kernels.reference.aux_loss import switch_loss_backward, switch_loss_forward
 from supersonic_moe.kernels.reference.gather import gather_rows, gather_sum
 from supersonic_moe.kernels.reference.grouped_mm import grouped_mm, grouped_mm_wgrad
+from supersonic_moe.kernels.reference.pick import pick
 from supersonic_moe.kernels.reference.plan import build_plan
+from supersonic_moe.kernels.reference.quantize import (
+    grouped_mm_fp8,
+    grouped_mm_wgrad_fp8,
+    pad_segments,
+    quantize_blocks,
+    quantize_columns,
+    quantize_rows,
+    quantize_tiles,
+)
 from supersonic_moe.kernels.reference.reductions import row_dot, segment_sum
 from supersonic_moe.kernels.reference.router import route_backward, route_forward
 from supersonic_moe.kernels.reference.token_rounding import token_rounding_backward, token_rounding_forward
 
 up_projection = compose_up_projection(grouped_mm, activation_forward)
 down_backward = compose_down_backward(grouped_mm, activation_backward)
+up_projection_fp8 = compose_up_projection_fp8(grouped_mm_fp8, activation_forward, quantize_rows)
+down_backward_fp8 = compose_down_backward_fp8(grouped_mm_fp8, activation_backward)
 
 __all__ = [
     "activation_backward",
     "activation_forward",
     "build_plan",
     "down_backward",
+    "down_backward_fp8",
     "gather_rows",
     "gather_sum",
     "grouped_mm",
+    "grouped_mm_fp8",
     "grouped_mm_wgrad",
+    "grouped_mm_wgrad_fp8",
+    "pad_segments",
+    "pick",
+    "quantize_blocks",
+    "quantize_columns",
+    "quantize_rows",
+    "quantize_tiles",
     "route_backward",
     "route_forward",
     "row_dot",
     "segment_sum",
+    "switch_loss_backward",
+    "switch_loss_forward",
     "token_rounding_backward",
     "token_rounding_forward",
     "up_projection",
+    "up_projection_fp8",
 ]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from supersonic_moe.kernels.fp8_format import BLOCK, E4M3, INVERSE_MAX, SMALLEST_AMAX, blocks
+from supersonic_moe.kernels.fp8_format import BLOCK, E4M3, INVERSE_MAX, SMALLEST_AMAX, blocks, empty_e4m3, empty_scales
 from supersonic_moe.kernels.reference.gather import gather_rows
 from supersonic_moe.kernels.reference.grouped_mm import grouped_mm, grouped_mm_wgrad
 
@@ -58,15 +58,18 @@ def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float64) -> 
 # ---- the formats -----------------------------------------------------------------------------------------------------
 
 
-def quantize_rows(x_RC: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
-    """(q (R, C), scale (R, B)): 1 x 128 along the columns."""
-    return _quantize(x_RC, 1, pow2)
+def quantize_rows(x_RC: Tensor, pow2: bool = False, tma: bool = False) -> tuple[Tensor, Tensor]:
+    """(q (R, C), scale (R, B)): 1 x 128 along the columns. ``tma``: see ``empty_scales``."""
+    q_RC, scale_RB = _quantize(x_RC, 1, pow2)
+    stored_RB = empty_scales(x_RC, x_RC.shape[0], blocks(x_RC.shape[1]), tma)
+    return empty_e4m3(x_RC, *x_RC.shape).copy_(q_RC), stored_RB.copy_(scale_RB)
 
 
 def quantize_blocks(w_ENK: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """(q (E, N, K), its transpose (E, K, N), scale (E, N/128, K/128)). The transpose's scales are ``scale.mT``."""
     q_ENK, scale = _quantize(w_ENK, BLOCK, pow2)
-    return q_ENK, q_ENK.mT.contiguous(), scale
+    q_EKN = empty_e4m3(w_ENK, *q_ENK.mT.shape).copy_(q_ENK.mT)
+    return empty_e4m3(w_ENK, *q_ENK.shape).copy_(q_ENK), q_EKN, scale
 
 
 def quantize_columns(x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: bool = False) -> tuple[Tensor, Tensor]:
@@ -114,6 +117,41 @@ def pad_segments(expert_offsets: Tensor, gather_index_P: Tensor, capacity: int) 
 
 
 # ---- products --------------------------------------------------------------------------------------------------------
+
+
+def grouped_mm_fp8(
+    a_TK: Tensor,
+    a_scale: Tensor,
+    b_ENK: Tensor,
+    b_scale: Tensor,
+    expert_offsets: Tensor,
+    *,
+    gather_index: Tensor | None = None,
+) -> Tensor:
+    """(P, N) bf16: rows of expert e are a[rows] @ b[e].T of the dequantised operands, fp32 products and one rounding;
+    dead rows are undefined (NaN here). ``gather_index`` (P) names the rows of a.
+    """
+    a, b = dequantize(a_TK, a_scale, torch.float32), dequantize(b_ENK, b_scale, torch.float32)
+    return grouped_mm(a, b.mT, expert_offsets, gather_index=gather_index).bfloat16()
+
+
+def grouped_mm_wgrad_fp8(
+    a_MG: Tensor,
+    a_scale: Tensor,
+    b_NG: Tensor,
+    b_scale: Tensor,
+    padded_offsets: Tensor,
+    out: Tensor | None = None,
+    *,
+    transposed: bool = False,
+    accumulate: bool = False,
+) -> Tensor:
+    """(E, M, N): a[:, positions of e] @ b[:, positions of e].T of the dequantised operands, or its transpose (E, N, M);
+    exact zeros for an expert without rows. In bf16, or into ``out`` (fp32) if given; ``accumulate`` adds to it.
+    """
+    a, b = dequantize(a_MG, a_scale, torch.float32), dequantize(b_NG, b_scale, torch.float32)
+    dw = grouped_mm_wgrad(a.T, b.T, padded_offsets, out, transposed=transposed, accumulate=accumulate)
+    return dw if out is not None else dw.bfloat16()
 
 
 def fp8_grouped_mm_reference(qa_PK: Tensor, sa: Tensor, qb_ENK: Tensor, sb: Tensor, expert_offsets: Tensor) -> Tensor:

@@ -9,13 +9,26 @@ from supersonic_moe.kernels.sm90 import launch_probe, self_test
 
 def registered_specs() -> tuple[KernelSpec, ...]:
     """Every kernel configuration that the package may launch: what `warmup` compiles and the tests inspect."""
-    from supersonic_moe.kernels.sm90 import down_backward, grouped_gemm, grouped_wgrad, up_projection  # need triton
+    from supersonic_moe.kernels.sm90 import (  # need triton
+        down_backward,
+        down_backward_fp8,
+        grouped_gemm,
+        grouped_gemm_fp8,
+        grouped_wgrad,
+        grouped_wgrad_fp8,
+        up_projection,
+        up_projection_fp8,
+    )
 
     return (
         *self_test.SPECS,
         *launch_probe.SPECS,
         *grouped_gemm.SPECS,
+        *grouped_gemm_fp8.SPECS,
         *grouped_wgrad.SPECS,
+        *grouped_wgrad_fp8.SPECS,
         *up_projection.SPECS,
+        *up_projection_fp8.SPECS,
         *down_backward.SPECS,
+        *down_backward_fp8.SPECS,
     )

@@ -15,7 +15,7 @@ constexpr u32 GROUP_LINES = 64;  // of a math warpgroup in a room
 DEVICE void lend_stages(const Shared& shared, Ring& ring, u32 count, u32 warp) {
     for (u32 i = 0; i < count; ++i, ring.advance()) {
         mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
-        if (warp == 0 && elect_one()) mbarrier_arrive(shared.full(ring.stage));
+        if (warp < FULL_ARRIVALS && elect_one()) mbarrier_arrive(shared.full(ring.stage));
     }
 }
 
@@ -83,25 +83,31 @@ struct Rows {
     i32 columns;
 };
 
-// This warp's 16 staged lines to (row, column) of slice `half` of the map: by TMA where all rows are the expert's, else those that
-// are, 16 bytes a lane.
-DEVICE void store_lines(const TensorMap* map, const Rows& out, u32 lines, i32 row, i32 rows, i32 column, i32 half, u32 lane) {
-    if (rows >= static_cast<i32>(WARP_ROWS)) {
-        if (lane == 0) tma_store(map, lines, column, half, row);
-        return;
-    }
+// Those `rows` < 16 of this warp's staged lines that are the expert's, 16 bytes a lane. Bytes: of an element.
+template <u32 Bytes = 2>
+DEVICE void store_rows(const Rows& out, u32 lines, i32 row, i32 rows, i32 column, u32 lane) {
 #pragma unroll
     for (u32 part = 0; part < WARP_ROWS * 8 / 32; ++part) {
         const u32 line = part * 4 + lane / 8, chunk = lane % 8;
-        if (static_cast<i32>(line) < rows && column + static_cast<i32>(chunk) * 8 < out.columns) {
+        if (static_cast<i32>(line) < rows && column + static_cast<i32>(chunk * 16 / Bytes) < out.columns) {
             u32 v[4];
             asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                          : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
                          : "r"(lines + swizzle<LINE>(line * LINE + chunk * 16))
                          : "memory");
-            u8* target = out.pointer + (row + static_cast<i32>(line)) * out.row_bytes + (column + static_cast<i32>(chunk) * 8) * 2;
+            u8* target = out.pointer + (row + static_cast<i32>(line)) * out.row_bytes + column * static_cast<i32>(Bytes) + chunk * 16;
             asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
                          : "memory");
         }
     }
+}
+
+// This warp's 16 staged lines to (row, column) of slice `half` of the map: by TMA where all rows are the expert's.
+template <u32 Bytes = 2>
+DEVICE void store_lines(const TensorMap* map, const Rows& out, u32 lines, i32 row, i32 rows, i32 column, i32 half, u32 lane) {
+    if (rows >= static_cast<i32>(WARP_ROWS)) {
+        if (lane == 0) tma_store(map, lines, column, half, row);
+        return;
+    }
+    store_rows<Bytes>(out, lines, row, rows, column, lane);
 }

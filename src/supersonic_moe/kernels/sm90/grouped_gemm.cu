@@ -31,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             }
         };
         const auto lend = [&](Ring& ring, const TileNote&, u32 loader) { lend_stages(shared, ring, LENT_STAGES, loader); };
-        load_ragged_rows<BLOCK_N>(shared, gemm, &map_a, load_b, lend);
+        load_ragged_rows<BLOCK_N>(shared, gemm, &map_a, Unscaled{}, load_b, lend);
     } else {
         register_alloc<MATH_REGISTERS>();
         const u32 group = warp / 4 - 1;

@@ -3,12 +3,12 @@
 // The contraction runs over the rows of an expert, which are the outer dimension of both operands, so both are MN-major: lines of
 // 64 elements of M or N, one for each row. Roles as in grouped_gemm.cu.
 //
-// Constants: those of mainloop.cuh, TRANSPOSED (D is (E, N, M)), OUTPUT (0: bf16, 1: fp32, 2: fp32 +=).
+// Constants: those of mainloop.cuh and wgrad_store.cuh.
 #include "load.cuh"
+#include "wgrad_store.cuh"
 
 constexpr i32 ROWS = BLOCK_M * CLUSTER;
-constexpr u32 ROOM_COLUMNS = OUTPUT == 0 ? 64 : 32;  // accumulators' columns in a room
-constexpr u32 ROOMS_USED = BLOCK_N / ROOM_COLUMNS, ROOMS_EACH = OUTPUT == 0 ? ROOMS_USED / 2 : ROOMS;
+constexpr u32 ROOMS_EACH = OUTPUT == 0 ? ROOMS_USED / 2 : ROOMS;
 constexpr u32 TURNS = (ROOMS_USED + ROOMS_EACH - 1) / ROOMS_EACH, LENT_STAGES = TURNS < STAGES ? TURNS : STAGES - 1;
 
 // Rows past the expert's end belong to the next one, or to nobody: zero them in both operands (0 * NaN is NaN). Each warpgroup
@@ -26,80 +26,32 @@ DEVICE void clear_rows(const Shared& shared, u32 stage, u32 group, u32 valid) {
     named_barrier_sync(3, 256);
 }
 
-// 64 columns of a warpgroup's accumulators as 64 lines of 64 rows, bf16.
-DEVICE void stage_bf16_transposed(float* acc, u32 lines, u32 thread) {
-    const u32 warp = thread % 128 / 32, matrix = thread % 32 / 8;
-#pragma unroll
-    for (u32 part = 0; part < 4; ++part) {  // 16 columns
-        float* d = acc + part * 8;
-        pin_four(d), pin_four(d + 4);
-        const u32 matrices[4] = {pack_bf16(d[0], d[1]), pack_bf16(d[2], d[3]), pack_bf16(d[4], d[5]), pack_bf16(d[6], d[7])};
-        const u32 line = part * 16 + matrix / 2 * 8 + thread % 8, chunk = warp * 2 + matrix % 2;
-        store_matrices<true>(lines + swizzle<LINE>(line * LINE + chunk * 16), matrices);
-    }
-}
-
-// 32 columns as lines of rows, fp32: 32 lines for the first 32 rows, then 32 for the others. A store instruction of a warp touches
-// four lines at eight neighbouring places, which the swizzle spreads over all banks. It repeats every eight lines.
-DEVICE void stage_f32_transposed(const float* acc, u32 lines, u32 thread) {
-    const u32 warp = thread % 128 / 32, block = lines + warp / 2 * 32 * LINE, row = warp % 2 * 16 + thread % 32 / 4;
-#pragma unroll
-    for (u32 i = 0; i < 4; ++i) {
-        const u32 from = block + swizzle<LINE>((thread % 4 * 2 + i % 2) * LINE + (row + i / 2 * 8) * 4);
-#pragma unroll
-        for (u32 j = 0; j < 4; ++j) asm volatile("st.shared.f32 [%0], %1;" ::"r"(from + j * 8 * LINE), "f"(acc[j * 4 + i]) : "memory");
-    }
-}
-
-// A staged block to D.
-DEVICE void store_block(const TensorMap* map, u32 lines, i32 column, i32 row, i32 expert) {
-    if constexpr (OUTPUT == 2) {
-        tma_reduce_add(map, lines, column, row, expert);
-    } else {
-        tma_store(map, lines, column, row, expert);
-    }
-}
-
-// The accumulators of a warpgroup through the lent stages. As D lies, each warp stores its own 16 rows; transposed, its 64 rows
-// make one line, so the warpgroup stores together.
+// The accumulators of a warpgroup through the lent stages.
 DEVICE void store_tile(float (&acc)[BLOCK_N / 2], const Shared& shared, Ring& ring, Lent& lent, u32 group, const TileNote& note,
                        const TensorMap* map) {
 #pragma unroll
     for (u32 turn = 0; turn < TURNS; ++turn) {
-        const u32 thread = fresh_thread_index(), lane = thread % 32;
-        const u32 line = TRANSPOSED ? group * GROUP_LINES : first_line(group, thread);
+        const u32 thread = fresh_thread_index(), line = own_line(group, thread);
         const i32 row = note.row + static_cast<i32>(line);
         if (turn >= LENT_STAGES) {  // a stage again, once TMA has read it
             tma_wait_read<LENT_STAGES - 1>();
-            TRANSPOSED ? named_barrier_sync(1 + group, 128) : __syncwarp();
+            meet_writers(group);
         }
         const u32 rooms = turn < LENT_STAGES ? lent.borrow(shared, ring) : shared.tile_a(lent.stage_of(turn - LENT_STAGES));
         const u32 lines = rooms + line * LINE;
 #pragma unroll
         for (u32 i = 0; i < ROOMS_EACH; ++i) {
             const u32 room = turn * ROOMS_EACH + i;
-            if (room >= ROOMS_USED) continue;
-            float* part = acc + room * (ROOM_COLUMNS / 2);
-            if constexpr (OUTPUT == 0) {
-                TRANSPOSED ? stage_bf16_transposed(part, lines + i * ROOM_BYTES, thread) : stage_bf16(part, lines + i * ROOM_BYTES, lane);
-            } else {
-                TRANSPOSED ? stage_f32_transposed(part, lines + i * ROOM_BYTES, thread) : stage_f32(part, lines + i * ROOM_BYTES, lane);
-            }
+            if (room < ROOMS_USED) fill_room(acc + room * (ROOM_COLUMNS / 2), lines + i * ROOM_BYTES, thread);
         }
         fence_proxy_async();
-        TRANSPOSED ? named_barrier_sync(1 + group, 128) : __syncwarp();
-        if (TRANSPOSED ? thread % 128 == 0 : lane == 0) {
+        meet_writers(group);
+        if (hands_over(thread)) {
 #pragma unroll
             for (u32 i = 0; i < ROOMS_EACH; ++i) {
-                const u32 room = turn * ROOMS_EACH + i, from = lines + i * ROOM_BYTES;
-                if (room >= ROOMS_USED) continue;
-                const i32 column = note.column + static_cast<i32>(room * ROOM_COLUMNS);
-                if constexpr (!TRANSPOSED) {
-                    store_block(map, from, column, row, note.expert);
-                } else {
-                    store_block(map, from, row, column, note.expert);
-                    if constexpr (OUTPUT != 0) store_block(map, from + 32 * LINE, row + 32, column, note.expert);
-                }
+                const u32 room = turn * ROOMS_EACH + i;
+                if (room < ROOMS_USED)
+                    store_room(map, lines + i * ROOM_BYTES, row, note.column + static_cast<i32>(room * ROOM_COLUMNS), note.expert);
             }
             tma_commit();
         }
@@ -109,32 +61,36 @@ DEVICE void store_tile(float (&acc)[BLOCK_N / 2], const Shared& shared, Ring& ri
 constexpr u32 WARP_LINES = BLOCK_K / 4;  // rows of the contraction that a loading warp fetches in a stage, with GATHER
 
 // Loads all tiles of this block: for each, the K blocks of its expert. With GATHER the rows change from block to block: a
-// warp reads their indices one block ahead, one a lane, and its issuing lane picks them up from shared memory.
+// warp reads their indices one block ahead, past the end of a tile those of the next, one a lane, and its issuing lane picks them up
+// from shared memory.
 DEVICE void load_ragged_depth(const Shared& shared, const TensorMap* map_a, const TensorMap* map_b, const i32* offsets, const i32* index,
                               i32 experts, i32 blocks_m, i32 blocks_n) {
     const u32 warp = warp_index();
     if (warp >= LOAD_WARPS) return;
     const i32 rank = CLUSTER > 1 ? static_cast<i32>(cluster_block_rank()) : 0;
     const i32 tiles = experts * blocks_m * blocks_n;
+    const auto fetch = [&](i32 first, i32 end) {
+        const i32 row = first + static_cast<i32>(warp * WARP_LINES + lane_index() % WARP_LINES);
+        return GATHER ? index[max(min(row, end - 1), 0)] : 0;  // past the end: loaded, then cleared by the math warps
+    };
     Ring ring;
+    const i32* rows = offsets + min(static_cast<i32>(blockIdx.x / CLUSTER) / (blocks_m * blocks_n), experts - 1);
+    i32 next_begin = rows[0], next_end = rows[1];
+    i32 mine = fetch(next_begin, next_end);
     for (i32 tile = blockIdx.x / CLUSTER; tile < tiles; tile += gridDim.x / CLUSTER) {
-        const i32 expert = tile / (blocks_m * blocks_n);
-        const i32 begin = offsets[expert], end = offsets[expert + 1];
+        const i32 expert = tile / (blocks_m * blocks_n), begin = next_begin, end = next_end;
+        rows = offsets + min(static_cast<i32>(tile + gridDim.x / CLUSTER) / (blocks_m * blocks_n), experts - 1);
+        next_begin = rows[0], next_end = rows[1];
         i32 m, n;
         grouped_order<GROUP_M / CLUSTER>(tile % (blocks_m * blocks_n), blocks_m, blocks_n, m, n);
         const i32 blocks_k = max((end - begin + static_cast<i32>(BLOCK_K) - 1) / static_cast<i32>(BLOCK_K), 1);  // none: zeros, once
         const TileNote note{m * ROWS + rank * static_cast<i32>(BLOCK_M), end - begin, n * static_cast<i32>(BLOCK_N), expert, blocks_k};
-        const auto fetch = [&](i32 first) {
-            const i32 row = first + static_cast<i32>(warp * WARP_LINES + lane_index() % WARP_LINES);
-            return GATHER ? index[max(min(row, end - 1), 0)] : 0;  // past the end: loaded, then cleared by the math warps
-        };
-        i32 mine = fetch(begin);
         for (i32 block = 0; block < blocks_k; ++block, ring.advance()) {
             const u32 full = shared.full(ring.stage), tile_a = shared.tile_a(ring.stage);
             const i32 k = begin + block * BLOCK_K;
             if constexpr (GATHER) {
                 if (lane_index() < WARP_LINES) store_index(shared.row_index(warp * WARP_LINES + lane_index()), mine);
-                mine = fetch(k + BLOCK_K);
+                mine = block + 1 < blocks_k ? fetch(k + BLOCK_K, end) : fetch(next_begin, next_end);
                 __syncwarp();
             }
             mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
@@ -157,11 +113,11 @@ DEVICE void load_ragged_depth(const Shared& shared, const TensorMap* map_a, cons
             if constexpr (GATHER) {
                 if (elect_one()) {
 #pragma unroll
-                    for (u32 first = warp * WARP_LINES; first < (warp + 1) * WARP_LINES; first += HELD) {
-                        i32 rows[HELD];
+                    for (u32 first = warp * WARP_LINES; first < (warp + 1) * WARP_LINES; first += 4) {
+                        i32 rows[4];
                         load_indices(rows, shared.row_index(first));
 #pragma unroll
-                        for (u32 i = 0; i < HELD; ++i) {
+                        for (u32 i = 0; i < 4; ++i) {
                             const u32 line = tile_a + (first + i) * LINE;
                             tma_load(line, map_a, full, note.row, rows[i]);
                             tma_load(line + SLAB_BYTES, map_a, full, note.row + 64, rows[i]);

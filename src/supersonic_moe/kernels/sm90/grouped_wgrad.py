@@ -26,7 +26,7 @@ from torch import Tensor
 from supersonic_moe import checks
 from supersonic_moe.jit.launch import I32, PTR, TENSOR_MAP, Kernel
 from supersonic_moe.jit.spec import KernelSpec
-from supersonic_moe.jit.tma import tensor_map
+from supersonic_moe.jit.tma import TensorMap, tensor_map
 from supersonic_moe.kernels.sm90.mainloop import (
     BLOCK_K,
     BLOCK_M,
@@ -42,12 +42,12 @@ from supersonic_moe.kernels.sm90.mainloop import (
 
 CLUSTER = 2
 BF16, FP32, FP32_ADD = 0, 1, 2  # the kernel's OUTPUT
-_STORE = {BF16: "UTMASTG", FP32: "UTMASTG", FP32_ADD: "UTMAREDG"}
+STORE = {BF16: "UTMASTG", FP32: "UTMASTG", FP32_ADD: "UTMAREDG"}
 
 
 def wgrad_spec(*, output: int, transposed: bool, gather: bool, block_n: int) -> KernelSpec:
     constants = (("TRANSPOSED", int(transposed)), ("OUTPUT", output))
-    opcodes = ("HGMMA", "UTMALDG", _STORE[output], "USETMAXREG")
+    opcodes = ("HGMMA", "UTMALDG", STORE[output], "USETMAXREG")
     return mainloop_spec(
         "grouped_wgrad", block_n=block_n, cluster=CLUSTER, gather=gather, constants=constants, opcodes=opcodes
     )
@@ -68,6 +68,30 @@ def _kernel(output: int, transposed: bool, gather: bool, block_n: int) -> Kernel
     return Kernel(wgrad_spec(output=output, transposed=transposed, gather=gather, block_n=block_n), argtypes)
 
 
+def gradient_buffer(out: Tensor | None, operand: Tensor, shape: tuple[int, int, int], accumulate: bool) -> Tensor:
+    """``out``, checked, or a new bf16 one beside ``operand``."""
+    if accumulate and (out is None or out.dtype is not torch.float32):
+        raise TypeError(
+            f"accumulate adds to an fp32 out of shape {shape}; got {checks.describe(out)}. "
+            "Pass a float32 buffer, or accumulate=False."
+        )
+    if out is None:
+        return operand.new_empty(shape, dtype=torch.bfloat16)
+    if out.shape != shape or out.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"out must be bfloat16 or float32 of shape {shape}; got {checks.describe(out)}.")
+    return out
+
+
+def output_kind(out: Tensor, accumulate: bool) -> int:
+    return BF16 if out.dtype is torch.bfloat16 else FP32_ADD if accumulate else FP32
+
+
+def map_of_output(out: Tensor, transposed: bool) -> TensorMap:
+    """D as wgrad_store.cuh writes it: boxes 128 bytes wide, of a warp's rows or, transposed, of a room's columns."""
+    columns = 128 // out.itemsize
+    return tensor_map(out, box=(1, columns if transposed else WARP_ROWS, columns))
+
+
 def grouped_mm_wgrad(
     a_TM: Tensor,
     b_PN: Tensor,
@@ -84,26 +108,16 @@ def grouped_mm_wgrad(
     num_experts = expert_offsets.shape[0] - 1
     rows, m, n = num_rows(a_TM, gather_index), a_TM.shape[1], b_PN.shape[1]
     shape = (num_experts, n, m) if transposed else (num_experts, m, n)
-    if accumulate and (out is None or out.dtype is not torch.float32):
-        raise TypeError(
-            f"accumulate adds to an fp32 out of shape {shape}; got {checks.describe(out)}. "
-            "Pass a float32 buffer, or accumulate=False."
-        )
-    if out is None:
-        out = a_TM.new_empty(shape)
-    if out.shape != shape or out.dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"out must be bfloat16 or float32 of shape {shape}; got {checks.describe(out)}.")
+    out = gradient_buffer(out, a_TM, shape, accumulate)
     if rows == 0 or a_TM.shape[0] == 0:
         return out if accumulate else out.zero_()
-    output = BF16 if out.dtype is torch.bfloat16 else FP32_ADD if accumulate else FP32
     block_n = tile_columns(n, rows // num_experts)
-    rows_d = WARP_ROWS if not transposed else 64 if output == BF16 else 32
     with torch.cuda.device(a_TM.device):
-        _kernel(output, transposed, gather_index is not None, block_n).launch(
+        _kernel(output_kind(out, accumulate), transposed, gather_index is not None, block_n).launch(
             (multiprocessors(a_TM.device.index) // CLUSTER * CLUSTER, 1, 1),
             map_of_rows(a_TM, gather_index, box=(BLOCK_K, 64)),
             tensor_map(b_PN[None], box=(1, BLOCK_K, 64)),
-            tensor_map(out, box=(1, rows_d, 64 if output == BF16 else 32)),
+            map_of_output(out, transposed),
             expert_offsets,
             gather_index,
             num_experts,

@@ -11,27 +11,27 @@
 
 // Registers of a loading and of a math thread. The block is launched with 168 for each of its threads, and register_alloc waits for
 // ever if the two roles ask for more than that.
-constexpr u32 LOAD_REGISTERS = 40, MATH_REGISTERS = 232;
+constexpr u32 LOAD_REGISTERS = SCALED ? 56 : 40, MATH_REGISTERS = SCALED ? 224 : 232;
 static_assert(LOAD_REGISTERS * 128 + MATH_REGISTERS * 256 <= 168 * THREADS, "more registers than the block has");
-constexpr u32 LOAD_WARPS = GATHER ? 4 : 1;
-constexpr u32 BOXES = 32;  // of a warp in a stage, with GATHER
+constexpr u32 BOXES = SHARE_A ? 32 / CLUSTER : 32;  // of a warp in a stage, with GATHER
 constexpr u32 HELD = 8;    // row indices in registers at a time
 
 DEVICE void store_index(u32 address, i32 index) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(index) : "memory"); }
-DEVICE void load_indices(i32 (&rows)[HELD], u32 address) {
+template <u32 Held>
+DEVICE void load_indices(i32 (&rows)[Held], u32 address) {
 #pragma unroll
-    for (u32 i = 0; i < HELD; i += 4)
+    for (u32 i = 0; i < Held; i += 4)
         asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                      : "=r"(rows[i]), "=r"(rows[i + 1]), "=r"(rows[i + 2]), "=r"(rows[i + 3])
                      : "r"(address + i * 4)
                      : "memory");
 }
 
-// The loading thread's last word: one more stage, empty, whose note says that no tile follows.
+// The loading warps' last word: one more stage, empty, whose note says that no tile follows.
 DEVICE void announce_end(const Shared& shared, const Ring& ring, u32 warp) {
     mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
-    if (warp == 0 && elect_one()) {
-        write_note(shared.note(ring.stage), {TileNote::STOP_ROW, 0, 0, 0, 0});
+    if (warp < FULL_ARRIVALS && elect_one()) {
+        if (warp == 0) write_note(shared.note(ring.stage), {TileNote::STOP_ROW, 0, 0, 0, 0});
         mbarrier_arrive(shared.full(ring.stage));
     }
 }
@@ -43,63 +43,166 @@ struct RaggedGemm {
     i32 experts, columns, blocks_k;
 };
 
-// Bytes of A that the loading warps fetch for a stage of a tile: those that have a row of it, with GATHER.
+// Block scales as the loading warpgroup sees them, with SCALED. Those of A lie by K block, (K blocks, rows), for TMA; with GATHER by
+// row, (rows, K blocks): a lane reads its row's one K block ahead. A tile has two of B, for the blocks of 128 columns that
+// `blocks_of(note)` names; the thread that loads B reads them one K block ahead and leaves them beside the note.
+template <typename BlocksOf>
+struct Scales {
+    const TensorMap* map_a;
+    const float* a;
+    i64 a_row;
+    const float* b;  // (experts, blocks of columns, K blocks), with these strides
+    i64 b_expert;
+    i32 b_column, b_k;
+    BlocksOf blocks_of;
+};
+struct Unscaled {};
+struct ColumnBlocks {
+    i32 first, second;
+};
+
+DEVICE void store_scale(u32 address, float scale) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(scale) : "memory"); }
+DEVICE void store_scales(u32 address, float first, float second) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(first), "f"(second) : "memory");
+}
+
+// The scales of one tile, one K block ahead of their use. `row`: of A's matrix, this lane's, with GATHER.
+template <typename AllScales>
+struct TileScales {
+    DEVICE TileScales(const AllScales&, const TileNote&, i32) {}
+};
+template <typename BlocksOf>
+struct TileScales<Scales<BlocksOf>> {
+    const float *a = nullptr, *first, *second;
+    float next_a = 0.0f, next_first, next_second;
+    DEVICE TileScales(const Scales<BlocksOf>& scales, const TileNote& note, i32 row) {
+        if constexpr (GATHER) next_a = __ldg(a = scales.a + max(row, 0) * scales.a_row);
+        const ColumnBlocks blocks = scales.blocks_of(note);
+        const float* b = scales.b + note.expert * scales.b_expert;
+        next_first = __ldg(first = b + static_cast<i64>(blocks.first) * scales.b_column);
+        next_second = __ldg(second = b + static_cast<i64>(blocks.second) * scales.b_column);
+    }
+    DEVICE void advance(const Scales<BlocksOf>& scales, u32 warp) {
+        if constexpr (GATHER) next_a = __ldg(++a);
+        if (warp == 0) next_first = __ldg(first += scales.b_k), next_second = __ldg(second += scales.b_k);
+    }
+};
+
+// Bytes of A that reach a stage of a tile: the boxes that have a row of it, with GATHER.
 DEVICE u32 bytes_of_a(const TileNote& note) {
     const u32 rows = static_cast<u32>(max(min(note.row_end - note.row, static_cast<i32>(BLOCK_M)), 0));
     return GATHER ? (rows + BOXES - 1) / BOXES * (BOXES * LINE) : BYTES_A;
 }
 
+// A tile as the loading warps walk it.
+struct LoadedTile {
+    TileNote note;
+    bool own_columns;  // no other block of the cluster has the same
+    bool found;
+};
+
 // Loads all tiles of this block: `blocks_k` stages each, of BLOCK_M rows of A and of a B of TileColumns columns, then what
-// `load_tail` adds to a tile.
+// `load_tail` adds to a tile. The next tile is looked up, and its indices and first scales are read, while the current one is loaded:
+// each of these reads takes as long as a K block.
 //   load_b(tile_b, full, k, note, part, blocks)  one thread: part `part` of CLUSTER of B, for those `blocks` of the cluster
 //   load_tail(ring, note, warp)       all warps that load: they wait for each stage; advances the ring
-template <i32 TileColumns, typename LoadB, typename LoadTail>
-DEVICE void load_ragged_rows(const Shared& shared, const RaggedGemm& gemm, const TensorMap* map_a, LoadB load_b, LoadTail load_tail) {
+template <i32 TileColumns, typename AllScales, typename LoadB, typename LoadTail>
+DEVICE void load_ragged_rows(const Shared& shared, const RaggedGemm& gemm, const TensorMap* map_a, const AllScales& scales, LoadB load_b,
+                             LoadTail load_tail) {
     const u32 warp = warp_index();
     if (warp >= LOAD_WARPS) return;
-    constexpr i32 rows = BLOCK_M * CLUSTER;
+    constexpr i32 rows = SHARE_A ? BLOCK_M : BLOCK_M * CLUSTER, columns = SHARE_A ? TileColumns * CLUSTER : TileColumns;
     const i32 rank = CLUSTER > 1 ? static_cast<i32>(cluster_block_rank()) : 0;
-    RaggedRows<rows, TileColumns, GROUP_M / CLUSTER, CLUSTER == 2> tiles(gemm.offsets, gemm.experts, gemm.columns);
+    RaggedRows<rows, columns, SHARE_A ? GROUP_M : GROUP_M / CLUSTER, !SHARE_A && CLUSTER == 2> tiles(gemm.offsets, gemm.experts, gemm.columns);
+    i32 tile = blockIdx.x / CLUSTER;
+    const auto find = [&] {
+        i32 m, n;
+        LoadedTile found;
+        found.found = tiles.find(tile, m, n);
+        tile += gridDim.x / CLUSTER;
+        found.own_columns = SHARE_A || tiles.split;
+        const i32 row = tiles.begin + m * rows + (found.own_columns ? 0 : rank * static_cast<i32>(BLOCK_M));
+        const i32 column = SHARE_A ? (n * static_cast<i32>(CLUSTER) + rank) * TileColumns : (tiles.split ? n + rank : n) * TileColumns;
+        found.note = {row, tiles.end, column, tiles.expert, gemm.blocks_k};
+        return found;
+    };
+    // Row of A's matrix that line `line` of a tile reads; past the expert's end, its last.
+    const auto row_of = [&](const TileNote& note, u32 line) {
+        return GATHER ? gemm.index[max(min(note.row + static_cast<i32>(line), note.row_end - 1), 0)] : 0;
+    };
+    const u32 first_line = (SHARE_A ? rank * (BLOCK_M / CLUSTER) : 0) + warp * BOXES;  // this warp's boxes, with GATHER
+    const u32 box_line = first_line + lane_index() % BOXES, scale_line = warp * 32 + lane_index();
+
     Ring ring;
-    i32 m, n;
-    for (i32 tile = blockIdx.x / CLUSTER; tiles.find(tile, m, n); tile += gridDim.x / CLUSTER) {
-        // Blocks with the same columns load a part of B each, for all of them; one that has its columns for itself loads every part.
-        const u32 first_part = tiles.split ? 0 : static_cast<u32>(rank), parts = tiles.split ? CLUSTER : 1;
-        const u16 sharers = static_cast<u16>(tiles.split ? 1 << rank : (1 << CLUSTER) - 1);
-        const i32 row = tiles.begin + m * rows + (tiles.split ? 0 : rank * static_cast<i32>(BLOCK_M));
-        const TileNote note{row, tiles.end, (tiles.split ? n + rank : n) * TileColumns, tiles.expert, gemm.blocks_k};
-        const bool has_rows = note.row + static_cast<i32>(warp * BOXES) < note.row_end;
-        if (GATHER && has_rows) {
-            const u32 line = warp * BOXES + lane_index();
-            store_index(shared.row_index(line), gemm.index[min(note.row + static_cast<i32>(line), note.row_end - 1)]);
-            __syncwarp();
-        }
-        for (i32 block = 0; block < gemm.blocks_k; ++block, ring.advance()) {
-            const u32 full = shared.full(ring.stage), tile_a = shared.tile_a(ring.stage);
-            const i32 k = block * BLOCK_K;
-            mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
-            if (warp == 0 && elect_one()) {
-                write_note(shared.note(ring.stage), note);
-                mbarrier_arrive_expect_tx(full, bytes_of_a(note) + BYTES_B);
-                if constexpr (!GATHER) tma_load(tile_a, map_a, full, k, note.row);
-#pragma unroll 1
-                for (u32 part = first_part; part < first_part + parts; ++part)
-                    load_b(shared.tile_b(ring.stage), full, k, note, part, sharers);
-            }
+    LoadedTile now = find();
+    if (now.found) {
+        i32 box_row = row_of(now.note, box_line), scale_row = SHARE_A ? row_of(now.note, scale_line) : box_row;
+        TileScales<AllScales> tile_scales(scales, now.note, scale_row);
+        while (true) {
+            const TileNote note = now.note;
+            // Blocks with the same columns load a part of B each, for all of them; one that has its columns for itself loads every part.
+            const u32 first_part = now.own_columns ? 0 : static_cast<u32>(rank), parts = now.own_columns ? CLUSTER : 1;
+            const u16 sharers = static_cast<u16>(now.own_columns ? 1 << rank : (1 << CLUSTER) - 1);
+            const bool has_rows = note.row + static_cast<i32>(first_line) < note.row_end;
             if constexpr (GATHER) {
-                if (has_rows && elect_one()) {
-#pragma unroll
-                    for (u32 first = warp * BOXES; first < (warp + 1) * BOXES; first += HELD) {
-                        i32 rows_of_a[HELD];
-                        load_indices(rows_of_a, shared.row_index(first));
-#pragma unroll
-                        for (u32 i = 0; i < HELD; ++i) tma_load(tile_a + (first + i) * LINE, map_a, full, k, rows_of_a[i]);
-                    }
-                }
+                store_index(shared.row_index(warp * BOXES + lane_index() % BOXES), box_row);
                 __syncwarp();
             }
+            for (i32 block = 0; block < gemm.blocks_k; ++block, ring.advance()) {
+                const u32 full = shared.full(ring.stage), tile_a = shared.tile_a(ring.stage);
+                const i32 k = block * BLOCK_K;
+                mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
+                if constexpr (SCALED && GATHER) {
+                    store_scale(shared.scale_a(ring.stage) + scale_line * 4, tile_scales.next_a);
+                    __syncwarp();
+                    if (warp > 0 && elect_one()) mbarrier_arrive(full);
+                }
+                if (warp == 0 && elect_one()) {
+                    write_note(shared.note(ring.stage), note);
+                    if constexpr (SCALED) store_scales(shared.scale_b(ring.stage), tile_scales.next_first, tile_scales.next_second);
+                    mbarrier_arrive_expect_tx(full, bytes_of_a(note) + BYTES_B + (SCALED && !GATHER ? SCALE_LOAD_BYTES : 0));
+                    if constexpr (!GATHER) {
+                        if constexpr (SCALED) tma_load(shared.scale_a(ring.stage), scales.map_a, full, note.row / 4 * 4, block);
+                        tma_load(tile_a, map_a, full, k, note.row);
+                    }
+#pragma unroll 1
+                    for (u32 part = first_part; part < first_part + parts; ++part)
+                        load_b(shared.tile_b(ring.stage), full, k, note, part, sharers);
+                }
+                if constexpr (GATHER) {
+                    if (has_rows && elect_one()) {
+#pragma unroll
+                        for (u32 first = 0; first < BOXES; first += HELD) {
+                            i32 rows_of_a[HELD];
+                            load_indices(rows_of_a, shared.row_index(warp * BOXES + first));
+#pragma unroll
+                            for (u32 i = 0; i < HELD; ++i) {
+                                const u32 line = tile_a + (first_line + first + i) * LINE;
+                                if constexpr (SHARE_A) {
+                                    tma_load_multicast(line, map_a, full, (1 << CLUSTER) - 1, k, rows_of_a[i]);
+                                } else {
+                                    tma_load(line, map_a, full, k, rows_of_a[i]);
+                                }
+                            }
+                        }
+                    }
+                    __syncwarp();
+                }
+                if constexpr (SCALED) {
+                    if (block + 1 < gemm.blocks_k) tile_scales.advance(scales, warp);
+                }
+                if (block == (SCALED ? 0 : gemm.blocks_k - 1)) {
+                    now = find();
+                    if (GATHER && now.found) {
+                        box_row = row_of(now.note, box_line);
+                        scale_row = SHARE_A ? row_of(now.note, scale_line) : box_row;
+                    }
+                }
+            }
+            if (now.found) tile_scales = TileScales<AllScales>(scales, now.note, scale_row);
+            load_tail(ring, note, warp);
+            if (!now.found) break;
         }
-        load_tail(ring, note, warp);
     }
     announce_end(shared, ring, warp);
 }

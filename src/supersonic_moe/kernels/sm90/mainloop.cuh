@@ -1,4 +1,5 @@
-// The bf16 main loop of the GEMMs: a ring of stages, each one K block of 64 of an A tile (128 rows) and a B tile (BLOCK_N).
+// The ring that every GEMM here multiplies from, and the bf16 main loop. A stage is one K block, 128 bytes wide (64 bf16 or 128 e4m3),
+// of an A tile (128 rows) and a B tile (BLOCK_N). The FP8 loop is in mainloop_fp8.cuh.
 //
 // Two math warpgroups own 64 rows each and share B: with BLOCK_N 256 an instruction is m64 n256 k16, 2 KB of A and 8 KB of B from shared
 // memory for 0.5 MFLOP, the widest there is; with 384 it is two of n192. With a cluster of two blocks that work on neighbouring
@@ -8,7 +9,7 @@
 // registers allow, loads 17 % less for a product than 128 x 256. It leaves room for one stage less, so short products keep 256.
 //
 // Constants of every kernel built on it: BLOCK_N, STAGES, CLUSTER (blocks along M that share B), GROUP_M (row blocks walked before
-// the next column), GATHER (rows of A come through an index, see load.cuh).
+// the next column), GATHER (rows of A come through an index, see load.cuh), SCALED (e4m3 with block scales).
 #pragma once
 #include "barrier.cuh"
 #include "copy.cuh"
@@ -17,13 +18,18 @@
 #include "wgmma.cuh"
 
 constexpr u32 LINE = 128;                              // bytes of a swizzled line
-constexpr u32 BLOCK_M = 128, BLOCK_K = 64;
+constexpr u32 BLOCK_M = 128, BLOCK_K = SCALED ? LINE : LINE / 2;
 constexpr u32 SLAB_BYTES = BLOCK_K * LINE;             // MN-major: 64 elements of M or N, one line for each k
 constexpr u32 SLABS_N = BLOCK_N / 64;
 constexpr u32 BYTES_A = BLOCK_M * LINE;                // 128 lines of 64 k, or two slabs
 constexpr u32 BYTES_B = BLOCK_N * LINE;
 constexpr u32 STAGE_BYTES = BYTES_A + BYTES_B;
+// Scales of A in a stage; the two of B stand at the end of the note. TMA wants a box to start at a multiple of 16 bytes, so it loads
+// four scales more, from the multiple of four rows at or before the tile's first.
+constexpr u32 SCALE_LOAD_BYTES = (BLOCK_M + 4) * 4, SCALE_BYTES = SCALED ? (SCALE_LOAD_BYTES + 127) / 128 * 128 : 0;
 constexpr u32 MATH_WARPS = 8, THREADS = 384;
+constexpr u32 LOAD_WARPS = GATHER ? 4 : 1;
+constexpr u32 FULL_ARRIVALS = SCALED ? LOAD_WARPS : 1;  // each loading warp stores the scales of its rows
 constexpr u32 PARTS = BLOCK_N > 256 ? 2 : 1, PART_N = BLOCK_N / PARTS;  // instructions a step, and their columns
 
 // Index of this thread, read from the special register each time: where registers are short, an address that is computed anew
@@ -34,21 +40,25 @@ DEVICE u32 fresh_thread_index() {
     return index;
 }
 
-// Shared memory, from its base: stages | notes | full barriers | empty barriers | row indices.
+// Shared memory, from its base: stages | scales of A | notes | full barriers | empty barriers | row indices | staging, where a kernel
+// has it.
 struct Shared {
     u32 base;
     DEVICE u32 tile_a(u32 stage) const { return base + stage * STAGE_BYTES; }
     DEVICE u32 tile_b(u32 stage) const { return tile_a(stage) + BYTES_A; }
-    DEVICE u32 note(u32 stage) const { return base + STAGES * STAGE_BYTES + stage * NOTE_BYTES; }
+    DEVICE u32 scale_a(u32 stage) const { return base + STAGES * STAGE_BYTES + stage * SCALE_BYTES; }
+    DEVICE u32 note(u32 stage) const { return scale_a(STAGES) + stage * NOTE_BYTES; }
+    DEVICE u32 scale_b(u32 stage) const { return note(stage) + NOTE_BYTES - 8; }
     DEVICE u32 full(u32 stage) const { return note(STAGES) + 8 * stage; }
     DEVICE u32 empty(u32 stage) const { return full(STAGES) + 8 * stage; }
     DEVICE u32 row_index(u32 row) const { return empty(STAGES) + 4 * row; }
+    DEVICE u32 staging() const { return base + STAGES * STAGE_BYTES + (STAGES * (SCALE_BYTES + NOTE_BYTES + 16) + 4 * BLOCK_M + 1023) / 1024 * 1024; }
 
     // Barriers of the ring, ready for the whole cluster on return.
     DEVICE void prepare() const {
         if (threadIdx.x == 0) {
             for (u32 stage = 0; stage < STAGES; ++stage) {
-                mbarrier_init(full(stage), 1);
+                mbarrier_init(full(stage), FULL_ARRIVALS);
                 mbarrier_init(empty(stage), MATH_WARPS * CLUSTER);
             }
             fence_mbarrier_init();

@@ -1,4 +1,4 @@
-"""What the host knows of mainloop.cuh and load.cuh: tile sizes, shared memory, what all launches share."""
+"""What the host knows of mainloop.cuh, mainloop_fp8.cuh and load.cuh: tile sizes, shared memory, common launch code."""
 
 from __future__ import annotations
 
@@ -13,10 +13,16 @@ from supersonic_moe.jit.tma import TensorMap, tensor_map
 BLOCK_M, BLOCK_K = 128, 64
 BLOCK_N, WIDE_BLOCK_N = 256, 384
 STAGES = {BLOCK_N: 4, WIDE_BLOCK_N: 3}  # as many as fit
+FP8_BLOCK_K, FP8_STAGES = 128, 3
 GROUP_M = 16  # row blocks walked before the next column: 8 to 64 measured within 2-3 % (docs/log.md)
 THREADS = 384
 WARP_ROWS = 16  # rows of an output box
 OPCODES = ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "STSM")
+FP8_OPCODES = ("QGMMA", *OPCODES[1:])
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
 
 def mainloop_spec(
@@ -27,9 +33,18 @@ def mainloop_spec(
     gather: bool,
     constants: tuple[tuple[str, int], ...] = (),
     opcodes: tuple[str, ...],
+    scaled: bool = False,
+    share_a: bool = False,
+    staging_rooms: int = 4,
 ) -> KernelSpec:
-    """Kernel ``name`` of the file of that name; ``gather``: rows of A come through an index."""
-    stages, line = STAGES[block_n], 128
+    """Kernel ``name`` of the file of that name. ``gather``: rows of A come through an index; ``scaled``: e4m3 with
+    block scales; ``share_a``: a cluster shares rows of A, not columns of B; ``staging_rooms``: of 128 lines, where
+    ``scaled``.
+    """
+    stages, line = FP8_STAGES if scaled else STAGES[block_n], 128
+    ring, side = stages * (BLOCK_M + block_n) * line, stages * (32 + 16) + 4 * BLOCK_M  # notes, barriers; row indices
+    if scaled:  # scales of A; staging
+        side = _round_up(side + stages * _round_up((BLOCK_M + 4) * 4, 128), 1024) + staging_rooms * BLOCK_M * line
     return KernelSpec(
         name=name,
         source=f"{name}.cu",
@@ -39,10 +54,12 @@ def mainloop_spec(
             ("CLUSTER", cluster),
             ("GROUP_M", GROUP_M),
             ("GATHER", int(gather)),
+            ("SHARE_A", int(share_a)),
+            ("SCALED", int(scaled)),
             *constants,
         ),
         threads=THREADS,
-        smem_bytes=stages * ((BLOCK_M + block_n) * line + 32 + 16) + 4 * BLOCK_M,  # notes, barriers; row indices
+        smem_bytes=ring + side,
         cluster=cluster,
         opcodes=opcodes,
     )

@@ -65,6 +65,21 @@ DEVICE u16 pack_e4m3(float low, float high) {
     return packed;
 }
 
+// Two e4m3 values in the low half of `packed`, by way of f16, which holds each of them.
+DEVICE void unpack_e4m3(u32 packed, float& low, float& high) {
+    asm("{\n"
+        ".reg .b16 pair, ignored, l, h;\n"
+        ".reg .b32 both;\n"
+        "mov.b32 {pair, ignored}, %2;\n"
+        "cvt.rn.f16x2.e4m3x2 both, pair;\n"
+        "mov.b32 {l, h}, both;\n"
+        "cvt.f32.f16 %0, l;\n"
+        "cvt.f32.f16 %1, h;\n"
+        "}\n"
+        : "=f"(low), "=f"(high)
+        : "r"(packed));
+}
+
 // ---- shared-memory swizzle ----
 
 // Where the TMA engine puts byte `offset` of a tile whose rows are Span bytes and whose base is aligned to 8 * Span:

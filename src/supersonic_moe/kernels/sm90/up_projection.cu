@@ -48,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             }
         };
         const auto lend = [&](Ring& ring, const TileNote&, u32 loader) { lend_stages(shared, ring, lent_stages, loader); };
-        load_ragged_rows<WIDTH>(shared, gemm, &map_x, load_b, lend);
+        load_ragged_rows<WIDTH>(shared, gemm, &map_x, Unscaled{}, load_b, lend);
     } else {
         register_alloc<MATH_REGISTERS>();
         const u32 group = warp / 4 - 1;

@@ -9,11 +9,15 @@ imported).
 
 from supersonic_moe.kernels.compose import compose_down_backward, compose_up_projection
 from supersonic_moe.kernels.triton.activation import activation_backward, activation_forward
+from supersonic_moe.kernels.triton.aux_loss import switch_loss_backward, switch_loss_forward
 from supersonic_moe.kernels.triton.bias_gradient import segment_sum
 from supersonic_moe.kernels.triton.gather_rows import gather_rows
 from supersonic_moe.kernels.triton.gather_sum import gather_sum
 from supersonic_moe.kernels.triton.grouped_mm import grouped_mm, grouped_mm_wgrad
+from supersonic_moe.kernels.triton.pad_segments import pad_segments
+from supersonic_moe.kernels.triton.pick import pick
 from supersonic_moe.kernels.triton.plan import build_plan
+from supersonic_moe.kernels.triton.quantize import quantize_blocks, quantize_columns, quantize_rows, quantize_tiles
 from supersonic_moe.kernels.triton.router import route_backward, route_forward
 from supersonic_moe.kernels.triton.score_gradient import row_dot
 from supersonic_moe.kernels.triton.token_rounding import token_rounding_backward, token_rounding_forward
@@ -30,10 +34,18 @@ __all__ = [
     "gather_sum",
     "grouped_mm",
     "grouped_mm_wgrad",
+    "pad_segments",
+    "pick",
+    "quantize_blocks",
+    "quantize_columns",
+    "quantize_rows",
+    "quantize_tiles",
     "route_backward",
     "route_forward",
     "row_dot",
     "segment_sum",
+    "switch_loss_backward",
+    "switch_loss_forward",
     "token_rounding_backward",
     "token_rounding_forward",
     "up_projection",

@@ -6,9 +6,11 @@ The arithmetic is that of ``kernels/fp8_format.py``, bit for bit. What costs tim
 * ``quantize_blocks``, ``quantize_columns``, ``quantize_tiles``: a program owns a tile of 128 x 128 elements and writes
   it transposed. A tile is indexed (32, 4, 128): Triton keeps the middle dimension in the registers of one thread, so
   the four bytes of four consecutive rows become one 32-bit word without an exchange, and the transposition through
-  shared memory moves words, not bytes: a quarter of the accesses. (Left to itself, Triton would transpose the bf16
-  tile and convert it twice, with 215 registers a thread.) 128 threads hold 128 elements each, 16 loads of 16 bytes in
-  flight, in at most 168 registers: three programs an SM.
+  shared memory moves words, not bytes: a quarter of the accesses. 128 threads hold 128 elements each, 16 loads of 16
+  bytes in flight. Instructions and registers are what limits: a tile stays in bf16 pairs, as loaded, until its codes
+  are computed, and the conversion, which makes two of them, writes them where the words want them (``_codes_ptx``).
+  That is 7 to 9 instructions an element in 96 to 111 registers, for four or five programs an SM; with fp32 tiles it
+  was 10 to 12, and two or three programs.
 
 Rows of the FP8 outputs start at multiples of 16 bytes, and so do the scales that TMA loads: what its descriptors want.
 
@@ -31,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from supersonic_moe.kernels import fp8_format
-from supersonic_moe.kernels.fp8_format import blocks
+from supersonic_moe.kernels.fp8_format import blocks, empty_e4m3, empty_scales
 from supersonic_moe.kernels.triton.tiling import column_block
 
 TILE = 8192  # elements of a program of quantize_rows: eight 16-byte loads in flight for each of 128 threads
@@ -49,7 +51,9 @@ def _block_scale(amax, POW2: tl.constexpr):
     scale = tl.where(amax > SMALLEST_AMAX, amax, SMALLEST_AMAX) * INVERSE_MAX
     if POW2:
         scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-    return scale, tl.div_rn(1.0, scale)
+    if INTERPRETED:
+        return scale, tl.div_rn(1.0, scale)
+    return scale, tl.inline_asm_elementwise("rcp.rn.f32 $0, $1;", "=f,f", [scale], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -74,11 +78,84 @@ def _tile_rows():
     return tl.arange(0, BLOCK // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
 
 
+def _codes_ptx(rows: bool) -> str:
+    """Codes of four rows of four adjacent columns. $0..3: a word for each column, the first row in its lowest byte;
+    with ``rows``, $4..7: a word for each row. Then the rows, two registers of bf16 pairs each, and a factor a column.
+    """
+    outputs, convert = (8 if rows else 4), "cvt.rn.satfinite.e4m3x2.f32"  # its first source goes to the higher byte
+    lines = ["{ .reg .f32 x<8>; .reg .b16 h<10>;"]
+    for pair in range(2):
+        for row in range(4):
+            source = outputs + 2 * row + pair
+            lines += [f"shl.b32 x{row}, ${source}, 16;", f"and.b32 x{4 + row}, ${source}, 0xffff0000;"]
+        for side in range(2):
+            column, factor = [f"x{4 * side + row}" for row in range(4)], outputs + 8 + 2 * pair + side
+            lines += [f"mul.rn.f32 {x}, {x}, ${factor};" for x in column]
+            lines += [f"{convert} h{8 + i}, {column[2 * i + 1]}, {column[2 * i]};" for i in range(2)]
+            lines += [f"mov.b32 ${2 * pair + side}, {{h8, h9}};"]
+        if rows:
+            lines += [f"{convert} h{4 * pair + row}, x{4 + row}, x{row};" for row in range(4)]
+    if rows:
+        lines += [f"mov.b32 ${4 + row}, {{h{row}, h{4 + row}}};" for row in range(4)]
+    return "\n".join([*lines, "}"])
+
+
+TRANSPOSED = tl.constexpr(_codes_ptx(rows=False))
+BOTH_ORDERS = tl.constexpr(_codes_ptx(rows=True))
+LARGEST = tl.constexpr(  # of two columns of four rows in bf16, with a sign that means nothing
+    "{ .reg .b32 a, b; max.xorsign.abs.bf16x2 a, $1, $2; max.xorsign.abs.bf16x2 b, $3, $4; "
+    "max.xorsign.abs.bf16x2 $0, a, b; }"
+)
+
+
 @triton.jit
-def _transposed_words(q):
-    """(32, 4, 128) of e4m3 -> (128, 32) words of four bytes, the lowest row in the lowest byte."""
-    shift = 8 * tl.arange(0, 4)[None, :, None]
-    return tl.trans(tl.sum(q.to(tl.uint8, bitcast=True).to(tl.int32) << shift, 1))
+def _four_rows(x):
+    """(32, 4, 128) -> four of (32, 128), the n-th of every four rows. They are in one thread: nothing moves."""
+    even, odd = tl.split(tl.reshape(tl.permute(x, (0, 2, 1)), (BLOCK // 4, BLOCK, 2, 2)))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def _column_amax(x):
+    """(32, 4, 128) bf16 -> (32, 128) fp32: the largest magnitude of four rows, NaN left out."""
+    if INTERPRETED:
+        return tl.max(tl.abs(x.to(tl.float32)), 1)
+    tl.static_assert(x.dtype == tl.bfloat16, "quantisers take bfloat16")
+    x0, x1, x2, x3 = _four_rows(x)
+    largest = tl.inline_asm_elementwise(LARGEST, "=r,r,r,r,r", [x0, x1, x2, x3], tl.bfloat16, is_pure=True, pack=2)
+    return tl.abs(largest.to(tl.float32))
+
+
+@triton.jit
+def _transposed_words(x, inverse):
+    """e4m3 of x * inverse, (32, 4, 128) bf16 and (1, 128) fp32, as (128, 32) words of four codes, the lowest row in the
+    lowest byte.
+    """
+    if INTERPRETED:
+        codes = _e4m3(x.to(tl.float32) * inverse[:, None, :]).to(tl.uint8, bitcast=True).to(tl.int32)
+        return tl.trans(tl.sum(codes << (8 * tl.arange(0, 4)[None, :, None]), 1))
+    x0, x1, x2, x3 = _four_rows(x)
+    words = tl.inline_asm_elementwise(
+        TRANSPOSED, "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,f,f,f,f", [x0, x1, x2, x3, inverse], tl.int32,
+        is_pure=True, pack=4,
+    )  # fmt: skip
+    return tl.trans(words)
+
+
+@triton.jit
+def _both_orders(x, inverse):
+    """The same words, and the codes as x lies."""
+    if INTERPRETED:
+        return _transposed_words(x, inverse), _e4m3(x.to(tl.float32) * inverse[:, None, :])
+    x0, x1, x2, x3 = _four_rows(x)
+    words, q0, q1, q2, q3 = tl.inline_asm_elementwise(
+        BOTH_ORDERS, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,f,f,f,f", [x0, x1, x2, x3, inverse],
+        (tl.int32, tl.uint8, tl.uint8, tl.uint8, tl.uint8), is_pure=True, pack=4,
+    )  # fmt: skip
+    codes = tl.reshape(tl.join(tl.join(q0, q2), tl.join(q1, q3)), (BLOCK // 4, BLOCK, 4))
+    return tl.trans(words), tl.permute(codes, (0, 2, 1)).to(tl.float8e4nv, bitcast=True)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -107,7 +184,7 @@ def quantize_rows(x_RC: Tensor, pow2: bool = False, tma: bool = False) -> tuple[
     with a tile of rows; otherwise those of one row, as a gather of rows does.
     """
     num_rows, columns = x_RC.shape
-    q_RC, scale_RB = _empty_e4m3(x_RC, num_rows, columns), _empty_scales(x_RC, num_rows, blocks(columns), tma)
+    q_RC, scale_RB = empty_e4m3(x_RC, num_rows, columns), empty_scales(x_RC, num_rows, blocks(columns), tma)
     if q_RC.numel() == 0:
         return q_RC, scale_RB
     panel = max(1, column_block(columns, (2 if tma else 8) * fp8_format.BLOCK) // fp8_format.BLOCK)
@@ -134,13 +211,13 @@ def _blocks_kernel(
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = (n < N)[:, :, None] & (k < K)[None, None, :]
     w_ptrs = w_ptr + expert * w_expert_stride + (n * w_stride)[:, :, None] + k[None, None, :]
-    w = tl.load(w_ptrs, mask=mask, other=0.0).to(tl.float32)
-    scale, inverse = _block_scale(tl.max(tl.abs(w)), POW2)
-    q = _e4m3(w * inverse)
+    w = tl.load(w_ptrs, mask=mask, other=0.0)
+    scale, inverse = _block_scale(tl.max(_column_amax(w)), POW2)
+    transposed, q = _both_orders(w, tl.broadcast_to(inverse, (1, BLOCK)))
     tl.store(q_ptr + expert * N * Q_STRIDE + (n * Q_STRIDE)[:, :, None] + k[None, None, :], q, mask=mask)
     word = tl.program_id(1) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
     transposed_ptrs = transposed_ptr + expert * K * WORDS + k[:, None] * WORDS + word
-    tl.store(transposed_ptrs, _transposed_words(q), mask=(k < K)[:, None] & (word < WORDS))
+    tl.store(transposed_ptrs, transposed, mask=(k < K)[:, None] & (word < WORDS))
     block = (expert * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
     tl.store(scale_ptr + block, scale)
 
@@ -154,7 +231,7 @@ def quantize_blocks(w_ENK: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor, 
         transposed_ENK, q_EKN, scale = quantize_blocks(w_ENK.mT, pow2)
         return q_EKN, transposed_ENK, scale.mT
     experts, n, k = w_ENK.shape
-    q_ENK, q_EKN = _empty_e4m3(w_ENK, experts, n, k), _empty_e4m3(w_ENK, experts, k, n)
+    q_ENK, q_EKN = empty_e4m3(w_ENK, experts, n, k), empty_e4m3(w_ENK, experts, k, n)
     scale = w_ENK.new_empty(experts, blocks(n), blocks(k), dtype=torch.float32)
     if q_ENK.numel():
         with torch.cuda.device_of(w_ENK):
@@ -180,22 +257,25 @@ def _columns_kernel(
     column = panel * BLOCK + tl.arange(0, BLOCK)
     mask = held[:, :, None] & (column < C)[None, None, :]
     x_ptrs = x_ptr + (row * x_stride)[:, :, None] + column[None, None, :]
-    x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptrs, mask=mask, other=0.0)
+    amax = _column_amax(x)
     if TILED:
-        scale, inverse = _block_scale(tl.max(tl.abs(x)), POW2)
+        scale, inverse = _block_scale(tl.max(amax), POW2)
         tl.store(scale_ptr + block * scale_stride + panel, scale)
-        q = _e4m3(x * inverse)
+        inverse = tl.broadcast_to(inverse, (1, BLOCK))
     else:
-        scale, inverse = _block_scale(tl.max(tl.max(tl.abs(x), 1), 0), POW2)
-        tl.store(scale_ptr + block * scale_stride + column, scale, mask=column < C)
-        q = _e4m3(x * inverse[None, None, :])
+        scale, inverse = _block_scale(tl.max(amax, 0, keep_dims=True), POW2)
+        tl.store(scale_ptr + block * scale_stride + column[None, :], scale, mask=(column < C)[None, :])
     if q_ptr is not None:
+        transposed, q = _both_orders(x, inverse)
         tl.store(q_ptr + (row * q_stride)[:, :, None] + column[None, None, :], q, mask=mask)
         tl.store(row_scale_ptr + row + panel * row_scale_stride.to(tl.int64), scale, mask=held)
+    else:
+        transposed = _transposed_words(x, inverse)
     words = num_blocks.to(tl.int64) * (BLOCK // 4)
     word = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
     transposed_ptrs = transposed_ptr + column[:, None] * words + word[None, :]
-    tl.store(transposed_ptrs, _transposed_words(q), mask=(column < C)[:, None])
+    tl.store(transposed_ptrs, transposed, mask=(column < C)[:, None])
 
 
 def _columns(
@@ -203,8 +283,8 @@ def _columns(
 ) -> tuple[Tensor, Tensor]:
     """(q (C, G), scale); fills q (R, C) and its row scales where they are given."""
     columns, num_blocks = x_RC.shape[1], index_G.shape[0] // fp8_format.BLOCK
-    q_CG = _empty_e4m3(x_RC, columns, index_G.shape[0])
-    scale = _empty_scales(x_RC, blocks(columns) if tiled else columns, num_blocks, tma=True)
+    q_CG = empty_e4m3(x_RC, columns, index_G.shape[0])
+    scale = empty_scales(x_RC, blocks(columns) if tiled else columns, num_blocks, tma=True)
     if q_CG.numel():
         with torch.cuda.device_of(x_RC):
             _columns_kernel[(num_blocks, blocks(columns))](
@@ -234,7 +314,7 @@ def quantize_tiles(x_RC: Tensor, index_G: Tensor, pow2: bool = False) -> tuple[T
     unwritten.
     """
     num_rows, columns = x_RC.shape
-    q_RC, row_scale_RB = _empty_e4m3(x_RC, num_rows, columns), _empty_scales(x_RC, num_rows, blocks(columns), tma=True)
+    q_RC, row_scale_RB = empty_e4m3(x_RC, num_rows, columns), empty_scales(x_RC, num_rows, blocks(columns), tma=True)
     q_CG, scale = _columns(x_RC, index_G, pow2, True, q_RC, row_scale_RB)
     return q_RC, row_scale_RB, q_CG, scale
 
@@ -242,20 +322,7 @@ def quantize_tiles(x_RC: Tensor, index_G: Tensor, pow2: bool = False) -> tuple[T
 # ---- buffers ---------------------------------------------------------------------------------------------------------
 
 
-def _empty_e4m3(like: Tensor, *shape: int) -> Tensor:
-    """Rows start at multiples of 16 bytes: a view of a wider buffer where ``columns`` is no such multiple."""
-    *outer, columns = shape
-    return like.new_empty(*outer, triton.cdiv(columns, 16) * 16, dtype=fp8_format.E4M3)[..., :columns]
-
-
 def _words(q: Tensor) -> Tensor:
     """The buffer behind ``q``, four elements a word."""
     wide = q.as_strided((*q.shape[:-1], q.stride(-2)), q.stride())
     return wide.view(torch.int32)
-
-
-def _empty_scales(like: Tensor, rows: int, columns: int, tma: bool) -> Tensor:
-    """(rows, columns) fp32; ``tma`` stores it transposed, at a stride that is a multiple of 16 bytes."""
-    if not tma:
-        return like.new_empty(rows, columns, dtype=torch.float32)
-    return like.new_empty(columns, triton.cdiv(rows, 4) * 4, dtype=torch.float32).T[:rows]

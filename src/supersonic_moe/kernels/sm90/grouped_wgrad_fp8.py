@@ -1,0 +1,127 @@
+"""Grouped GEMM in FP8 with a ragged contraction on sm_90a: D[e] = or += A[:, positions of e] · B[:, positions of e]ᵀ.
+
+Layout (formats: ``kernels/fp8_format.py``)
+    A (M, G) and B (N, G) e4m3, positions contiguous, as the transposing quantisers write them. Expert e owns the
+    positions [padded_offsets[e], padded_offsets[e + 1]), int32 on the device, multiples of 128: what an expert lacks to
+    whole blocks is zeros. A has a scale for each row and block of 128 positions, (M, G/128), stored block by block, as
+    TMA loads 128 of them; B one for each 128 × 128 tile, (N/128, G/128), in any strides. D (E, M, N), or (E, N, M),
+    bf16, or fp32, which may be accumulated into (``main_grad``). An expert without positions gets exact zeros, or is
+    left alone when accumulating.
+Tiles
+    128 × 256 of one expert's D, K blocks of 128 positions, three stages and 64 KB of staging, as in grouped_gemm_fp8.py
+    without an index: there the scales of B are one number for 128 columns, and a product is promoted by one number for
+    each row. With rows scaled on both sides it would take one for each element.
+Maths
+    The tensor core sums 128 positions, fp32 registers the rest (mainloop_fp8.cuh); one rounding for bf16. ``+=`` is a
+    TMA reduction in L2 with one writer a tile, hence deterministic. M and N are multiples of 8.
+Cost
+    2·G·M·N FLOP. Bytes: G·(M + N), 1/32 of G·M for the scales, and the output at least; a tile reads (128 + 256) bytes
+    from L2 a position.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from supersonic_moe import checks
+from supersonic_moe.jit.launch import I32, I64, PTR, TENSOR_MAP, Kernel
+from supersonic_moe.jit.spec import KernelSpec
+from supersonic_moe.jit.tma import tensor_map
+from supersonic_moe.kernels.fp8_format import BLOCK, E4M3, blocks
+from supersonic_moe.kernels.sm90.grouped_wgrad import (
+    BF16,
+    FP32,
+    FP32_ADD,
+    STORE,
+    gradient_buffer,
+    map_of_output,
+    output_kind,
+)
+from supersonic_moe.kernels.sm90.mainloop import BLOCK_M, BLOCK_N, FP8_BLOCK_K, mainloop_spec, multiprocessors
+
+
+def wgrad_fp8_spec(*, output: int, transposed: bool) -> KernelSpec:
+    return mainloop_spec(
+        "grouped_wgrad_fp8",
+        cluster=1,
+        gather=False,
+        constants=(("TRANSPOSED", int(transposed)), ("OUTPUT", output)),
+        opcodes=("QGMMA", "UTMALDG", STORE[output], "USETMAXREG"),
+        scaled=True,
+    )
+
+
+SPECS = tuple(wgrad_fp8_spec(output=o, transposed=t) for o in (BF16, FP32, FP32_ADD) for t in (False, True))
+
+
+@functools.cache
+def _kernel(output: int, transposed: bool) -> Kernel:
+    argtypes = (*[TENSOR_MAP] * 4, PTR, I32, I32, I32, PTR, I64, I64)
+    return Kernel(wgrad_fp8_spec(output=output, transposed=transposed), argtypes)
+
+
+def _check(a_MG: Tensor, a_scale: Tensor, b_NG: Tensor, b_scale: Tensor) -> None:
+    m, positions = a_MG.shape
+    n = b_NG.shape[0]
+    for name, operand in (("a", a_MG), ("b", b_NG)):
+        if operand.dtype is not E4M3:
+            raise TypeError(f"{name} must be {E4M3}; got {checks.describe(operand)}. Quantise it (quantize_columns).")
+    if b_NG.shape[1] != positions or positions % BLOCK:
+        raise ValueError(
+            f"a (M, G) and b (N, G) must have the same G, a multiple of {BLOCK}; got shapes {tuple(a_MG.shape)} and "
+            f"{tuple(b_NG.shape)}. Quantise both along one pad_segments index."
+        )
+    for name, scale, shape, way in (
+        ("a_scale", a_scale, (m, blocks(positions)), "quantize_columns(...)"),
+        ("b_scale", b_scale, (blocks(n), blocks(positions)), "quantize_columns(..., tiled=True) or quantize_tiles"),
+    ):
+        if scale.shape != shape:
+            raise ValueError(
+                f"{name} must have shape {shape}, one scale for {'each row' if name == 'a_scale' else '128 rows'} and "
+                f"128 positions; got {tuple(scale.shape)}. Quantise with {way}."
+            )
+    if m > 1 and a_scale.stride(0) != 1:
+        raise ValueError(
+            f"a_scale must be stored transposed, the scales of a block of positions next to each other; got strides "
+            f"{a_scale.stride()} for shape {tuple(a_scale.shape)}. Quantise with quantize_columns(...)."
+        )
+
+
+def grouped_mm_wgrad_fp8(
+    a_MG: Tensor,
+    a_scale: Tensor,
+    b_NG: Tensor,
+    b_scale: Tensor,
+    padded_offsets: Tensor,
+    out: Tensor | None = None,
+    *,
+    transposed: bool = False,
+    accumulate: bool = False,
+) -> Tensor:
+    """A[:, positions of e] · B[:, positions of e]ᵀ, (E, M, N), or its transpose (E, N, M): bf16, or into ``out`` (bf16
+    or fp32; ``accumulate`` adds to an fp32 one). ``a_scale`` (M, G/128), ``b_scale`` (N/128, G/128), both fp32.
+    """
+    _check(a_MG, a_scale, b_NG, b_scale)
+    (m, positions), n = a_MG.shape, b_NG.shape[0]
+    num_experts = padded_offsets.shape[0] - 1
+    out = gradient_buffer(out, a_MG, (num_experts, n, m) if transposed else (num_experts, m, n), accumulate)
+    if positions == 0:
+        return out if accumulate else out.zero_()
+    with torch.cuda.device(a_MG.device):
+        _kernel(output_kind(out, accumulate), transposed).launch(
+            (multiprocessors(a_MG.device.index), 1, 1),
+            tensor_map(a_MG, box=(BLOCK_M, FP8_BLOCK_K)),
+            tensor_map(a_scale.t(), box=(1, BLOCK_M + 4), swizzle=0),
+            tensor_map(b_NG, box=(BLOCK_N, FP8_BLOCK_K)),
+            map_of_output(out, transposed),
+            padded_offsets,
+            num_experts,
+            m,
+            n,
+            b_scale,
+            *b_scale.stride(),
+        )
+    return out

@@ -1,0 +1,21 @@
+// Quantising in registers: the arithmetic of kernels/fp8_format.py, bit for bit.
+#pragma once
+#include "types.cuh"
+
+constexpr float SMALLEST_AMAX = 7.888609052210118e-31f;  // 2^-100
+constexpr float INVERSE_MAX = 0x1.24924ap-9f;            // fp32(1 / 448)
+
+// Scale of a block whose largest magnitude is `amax`; fmaxf leaves NaN out.
+DEVICE float block_scale(float amax, bool pow2) {
+    const float scale = __fmul_rn(fmaxf(amax, SMALLEST_AMAX), INVERSE_MAX);
+    return pow2 ? __uint_as_float((__float_as_uint(scale) + 0x7fffffu) & 0x7f800000u) : scale;
+}
+
+// Largest of the four lanes that share a row of the accumulators.
+DEVICE float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+DEVICE void store_shared(u32 address, u16 value) { asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(value) : "memory"); }
+DEVICE void store_shared(u32 address, u32 value) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory"); }

@@ -1,0 +1,62 @@
+"""The FP8 grouped GEMM against the fp64 product of the dequantised operands."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from poison import poisoned_allocations  # noqa: F401
+from test_gpu_grouped_gemm import CUDA, GROUPS, case, indexed, picked, segments
+
+from supersonic_moe.kernels.reference.quantize import dequantize
+from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import grouped_mm_fp8
+from supersonic_moe.kernels.triton.quantize import quantize_blocks, quantize_rows
+
+pytestmark = pytest.mark.gpu
+
+# Depths below, at and between whole laps of three stages of 128; columns that fill tiles of 256 and that do not.
+SIZES = [(64, 256), (128, 8), (72, 264), (384, 512), (512, 520), (2880, 520), (1000, 1000)]
+
+
+@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize(("depth", "columns"), SIZES)
+@pytest.mark.parametrize("counts", GROUPS.values(), ids=GROUPS)
+def test_rows(counts: list[int], depth: int, columns: int, gathered: bool, transposed: bool, positive: bool) -> None:
+    """Rows as they lie or through an index, weights as they lie or transposed with transposed scales."""
+    if gathered:
+        offsets, a, index = indexed(counts, 5, depth, positive=positive)
+    else:
+        offsets, (a,) = case(counts, 5, depth, positive=positive)
+        index = None
+    a[:, : depth // 2] *= 100  # a scale in the wrong K block shows
+    w = torch.randn(len(counts), columns, depth, device=CUDA, dtype=torch.bfloat16)
+    w = w.abs() if positive else w
+    if transposed:
+        _, b, scale = quantize_blocks(w.mT.contiguous())
+        b_scale = scale.mT
+    else:
+        b, _, b_scale = quantize_blocks(w)
+    q, q_scale = quantize_rows(a, tma=not gathered)
+    rows = sum(counts)
+    # Tensor cores cut each e4m3 product at about 2^-13 of the running sum: sums of positive products come out low.
+    tolerance = 5e-3 if positive else 3e-3
+    operand = dequantize(q, q_scale)
+    operand = operand[:rows] if index is None else picked(operand, index)[:rows]
+    want = dequantize(b, b_scale)
+    got = grouped_mm_fp8(q, q_scale, b, b_scale, offsets, gather_index=index)
+    for e, part in segments(offsets):
+        if part.start < part.stop:
+            assert oracle.rel_fro(got[part], operand[part] @ want[e].T) < tolerance, f"expert {e}"
+    assert torch.equal(got[:rows], grouped_mm_fp8(q, q_scale, b, b_scale, offsets, gather_index=index)[:rows])
+
+
+def test_scales_in_the_wrong_order_are_refused() -> None:
+    offsets, (a,) = case([300], 0, 256)
+    b, _, b_scale = quantize_blocks(torch.randn(1, 256, 256, device=CUDA, dtype=torch.bfloat16))
+    index = torch.arange(300, device=CUDA, dtype=torch.int32)
+    for gather_index, tma in ((None, False), (index, True)):
+        q, scale = quantize_rows(a, tma=tma)
+        with pytest.raises(ValueError, match=f"tma={not tma}"):
+            grouped_mm_fp8(q, scale, b, b_scale, offsets, gather_index=gather_index)
