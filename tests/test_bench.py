@@ -244,7 +244,7 @@ def test_our_own_failure_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_saved_bytes_counts_storages_once_and_no_parameters() -> None:
     x, w = torch.randn(100, requires_grad=True), torch.randn(100, requires_grad=True)
-    assert layer.saved_bytes(lambda: (x * w) * x.view(10, 10).view(100), [w]) == 2 * 400  # x once, x * w once
+    assert layer.saved_bytes(lambda: (x * w) * x.view(10, 10).view(100), [w]) == (2 * 400, 0)  # x once, x * w once
 
 
 def test_our_layer_saves_what_the_formula_says() -> None:

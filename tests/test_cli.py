@@ -17,14 +17,15 @@ from typer.testing import CliRunner, Result
 
 import supersonic_moe
 from supersonic_moe.bench.shapes import LAYER_SETS
-from supersonic_moe.cli import explain, health
+from supersonic_moe.cli import explain, health, options, warmup
 from supersonic_moe.cli.app import app
 from supersonic_moe.jit.build import BuildResult
 from supersonic_moe.jit.cache import CACHE_DIR_VARIABLE, Cubin, CubinCache, default_cache
 from supersonic_moe.jit.nvrtc import CompileError, CompileReport, KernelResources
 from supersonic_moe.kernels import registry
 from supersonic_moe.kernels.sm90 import launch_probe, registered_specs, self_test
-from supersonic_moe.perf_model import LayerShape
+from supersonic_moe.perf_model import STEP_KERNELS, LayerShape, fp8_step_kernels
+from supersonic_moe.recipe import Bf16Recipe, Fp8Recipe
 
 SHAPE = "64,32,16,4,2"
 COMMANDS = ("doctor", "demo", "warmup", "bench", "explain", "cache")
@@ -78,12 +79,18 @@ def test_version() -> None:
         (["bench", "layer", "--backend", "abacus"], "unknown backend 'abacus'"),
         (["bench", "layer", "--skew", "-1"], "'--skew'"),
         (["warmup", "--compile-only", "--shape", SHAPE], "--compile-only runs nothing"),
+        (["warmup", "--compile-only", "--scale", "pow2"], "Add --recipe fp8"),
         (["warmup", "--workers", "0"], "'--workers'"),
         (["demo", "--device", "cuda:77"], "got 'cuda:77'"),
-        (["bench", "layer", "--set", "coarse"], "a set is one of default, fine-grained; got 'coarse'"),
+        (["bench", "layer", "--set", "coarse"], "a set is one of default, fine-grained, fp8; got 'coarse'"),
         (["bench", "layer", "--set", "default", "--shape", SHAPE], "by --shape or by --set, not both"),
+        (["bench", "layer", "--recipe", "int4"], "a recipe is bf16 or fp8; got 'int4'"),
+        (["bench", "layer", "--wgrad", "fp8"], "Add --recipe fp8"),
+        (["bench", "layer", "--recipe", "fp8", "--scale", "ue8"], "Fp8Recipe.scale must be one of 'fp32', 'pow2'"),
+        (["explain", "--shape", SHAPE, "--recipe", "fp8", "--dtype", "float16"], "an FP8 layer takes bfloat16"),
         (["bench", "gemm", "--case", "gemm:1,2,3"], "a case is one of ref_up,"),
         (["bench", "gemm", "--device", "cpu"], "got cpu, a CPU"),
+        (["bench", "gemm", "--precision", "int4"], "a precision is bf16 or fp8; got 'int4'"),
         (["bench", "cold-start", "--shape", "1,2"], "a shape is five whole numbers T,H,I,E,K"),
         (["bench", "cold-start", "--repeats", "0"], "'--repeats'"),
         (["bench", "bakery"], "No such command 'bakery'"),
@@ -166,11 +173,24 @@ def test_explain_shows_every_step_with_its_floor() -> None:
     assert "floor" not in run("explain", "--shape", SHAPE, "--dtype", "float32", "--device", "cpu").output
 
 
+def test_explain_knows_the_fp8_recipe() -> None:
+    options = ["--shape", "8192,3072,1536,8,8", "--device", "cpu", "--recipe", "fp8"]
+    result = run("explain", *options, "--wgrad", "fp8", "--save-preactivation", "bf16")
+    assert result.exit_code == 0, result.output
+    rows = {line.partition("  ")[0]: line for line in result.output.splitlines()}
+    assert {*"12345678", "q W1", "q X", "q dO", "q dH", "q dO^T", "q A'^T", "q X^T"} <= rows.keys()
+    assert "963.4" in rows["1"] and "compute" in rows["1"]  # 1237 GFLOP at 1284 TFLOP/s
+    assert "grouped_mm_wgrad_fp8" in result.output and "432.0 MiB" in result.output
+    other = run("explain", *options, "--wgrad", "bf16").output
+    assert "q A'^T" not in other and "246.0 MiB" in other
+
+
 @pytest.mark.parametrize("backend", [name for name in registry.BACKENDS if name != "auto"])
 def test_explain_names_kernels_that_exist(backend: str) -> None:
     module = registry.kernels(backend)
-    for names in explain.STEP_KERNELS.values():
-        assert all(callable(getattr(module, name)) for name in names)
+    fp8 = fp8_step_kernels(Fp8Recipe(wgrad="fp8")) | fp8_step_kernels(Fp8Recipe(save_preactivation="recompute"))
+    kernels = {*STEP_KERNELS.values(), *(fp8.values() if backend != "triton" else ())}
+    assert all(callable(getattr(module, name)) for name in kernels)
     assert backend in explain.TILES
 
 
@@ -202,6 +222,26 @@ def test_warmup_compiles_everything_once(kernel_cache: CubinCache) -> None:
     assert "(1 damaged)" in run("cache", "info").output
     assert f"Removed {kernels} compiled kernels" in run("cache", "clear").output
     assert kernel_cache.info().entries == ()
+
+
+@pytest.mark.parametrize("args", [[], ["--recipe", "fp8", "--wgrad", "fp8"]], ids=["bf16", "fp8"])
+def test_warmup_runs_the_layers_in_their_recipe(monkeypatch: pytest.MonkeyPatch, args: list[str]) -> None:
+    seen = []
+    forward = supersonic_moe.MoE.forward
+
+    def spy(self: supersonic_moe.MoE, *operands: object, **how: object) -> object:
+        seen.append(self.recipe)
+        return forward(self, *operands, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(supersonic_moe.MoE, "forward", spy)
+    monkeypatch.setattr("supersonic_moe.jit.compile_all", lambda specs, progress, workers: [])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    run_once = warmup._run_once
+    monkeypatch.setattr(warmup, "_run_once", lambda layer, device, recipe: run_once(layer, torch.device("cpu"), recipe))
+    monkeypatch.setattr(options, "device", lambda name: torch.device("cuda", 0))
+    result = run("warmup", "--shape", "32,64,32,4,2", *args)
+    assert result.exit_code == 0, result.output
+    assert seen == 2 * [Fp8Recipe(wgrad="fp8") if args else Bf16Recipe()]
 
 
 def test_warmup_reports_spills_and_failures(kernel_cache: CubinCache, monkeypatch: pytest.MonkeyPatch) -> None:

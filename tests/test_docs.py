@@ -204,7 +204,9 @@ def test_every_op_is_listed() -> None:
 def test_every_backend_function_is_described() -> None:
     pytest.importorskip("triton")
     functions = set(registry.kernels("sm90").__all__)  # the others export the parts of what they compose as well
-    assert all(functions <= set(registry.kernels(name).__all__) for name in registry.BACKENDS if name != "auto")
+    fp8 = {name for name in functions if name.endswith("_fp8")}
+    assert functions <= set(registry.kernels("reference").__all__)
+    assert functions - fp8 <= set(registry.kernels("triton").__all__)
     for document in ("kernels.md", "design.md"):
         assert functions <= set(code_spans((ROOT / "docs" / document).read_text(encoding="utf-8")))
 
@@ -238,7 +240,7 @@ def test_render_shows_values_ratios_and_where_they_come_from(tmp_path: Path) -> 
         "**layer-test** · GPU · torch 2.11 · commit `0123456789ab-dirty` · 2026-11-21 · `supersonic-moe bench layer`"
     )
     assert table[:-1] == [
-        "| case | forward + backward, µs | MFU, % of 989 TFLOP/s | vs loop | vs other |",
+        "| case | forward + backward, µs | MFU, % of 989 or 1979 TFLOP/s | vs loop | vs other |",
         "| --- | ---: | ---: | ---: | ---: |",
         "| `T1` | 2,000 | 25 | 2.00× | 1.50× |",
         "| `T2` | 4,000 | 25 | 8.00× | missing |",

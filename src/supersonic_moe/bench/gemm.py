@@ -13,14 +13,16 @@ in wgrad torch's too. In the file each variant is a case of its own: ``ref_up``,
 Nobody's speed is reported before the first, the middle and the last expert of its result agree with an fp64 product of
 the same operands: a relative Frobenius error over ``LIMITS`` is a reason to be missing.
 
-What is multiplied, by whom and with what exact result is told by an :data:`OperandFormat`: ``gemm_bf16.contenders``.
+What is multiplied, by whom and with what exact result is told by an :data:`OperandFormat`: ``gemm_bf16.contenders``, or
+``gemm_fp8.contenders``, which has variants of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +32,9 @@ from supersonic_moe.bench.shapes import GemmCase
 from supersonic_moe.bench.timing import Clock, Missing, attempt, measure, required
 
 #: By kind of case: which of ours meets whom. A case in the file is named by its shape and what follows ``ours``.
-COMPARED: dict[str, dict[str, tuple[str, ...]]] = {
+Compared = Mapping[str, Mapping[str, tuple[str, ...]]]
+
+COMPARED: Compared = {
     "gemm": {"ours": ("deep_gemm", "torch_grouped_mm"), "ours_gathered": ("ours",)},
     "wgrad": {
         "ours": ("torch_grouped_mm",),
@@ -45,9 +49,11 @@ LIMITS = {torch.bfloat16: 3e-3, torch.float32: 1e-4}
 
 @dataclass(frozen=True)
 class Contender:
-    run: Callable[[], Tensor]  # the whole product: (P, N) of a gemm, (E, M, N) of a wgrad
+    run: Callable[[], Any]  # the whole product: (P, N) of a gemm, (E, M, N) of a wgrad
     exact: Callable[[int], Tensor]  # the product of one expert in fp64
     initial: float = 0.0  # what every element of the output holds before the first call, where calls add to it
+    value: Callable[[Any], Tensor] = lambda result: result  # what of a result is compared with ``exact``
+    limit: float | None = None  # of its error, where that of its dtype in LIMITS is not meant
 
 
 #: Allocates the operands of a case, and returns how to build each contender: a peer may not be installed.
@@ -59,16 +65,17 @@ class GemmResult(CaseResult):
     """All contenders of one shape."""
 
     kind: str = "gemm"
+    compared: Compared = field(default_factory=lambda: COMPARED)
 
     @property
     def failed(self) -> list[str]:
         """Variants of ours without a result."""
-        return [name for name in COMPARED[self.kind] if name in self.missing]
+        return [name for name in self.compared[self.kind] if name in self.missing]
 
     def comparisons(self) -> list[CaseResult]:
         """A case for each variant of ours that was measured, with the peers that do the same work."""
         found = []
-        for name, peers in COMPARED[self.kind].items():
+        for name, peers in self.compared[self.kind].items():
             if name in self.metrics:
                 metrics = {who: self.metrics[who] for who in (name, *peers) if who in self.metrics}
                 missing = {who: self.missing[who] for who in peers if who in self.missing}
@@ -95,11 +102,12 @@ def run_case(
     *,
     warm_ms: float,
     min_ms: float,
+    compared: Compared = COMPARED,
     progress: Callable[[str], None] = lambda _: None,
 ) -> GemmResult:
     """Check every contender, then time those that are right."""
     progress("random operands")
-    result, calls = GemmResult(case.name, kind=case.kind), {}
+    result, calls = GemmResult(case.name, kind=case.kind, compared=compared), {}
     for name, build in required(case.name, partial(_allocate, case, operands, device)).items():
         progress(f"checking {name}")
         checked = attempt(partial(_checked, case, build))
@@ -126,11 +134,12 @@ def _allocate(case: GemmCase, operands: OperandFormat, device: torch.device) -> 
     return operands(case, device)
 
 
-def _checked(case: GemmCase, build: Callable[[], Contender]) -> tuple[Callable[[], Tensor], dict[str, float]]:
+def _checked(case: GemmCase, build: Callable[[], Contender]) -> tuple[Callable[[], Any], dict[str, float]]:
     """The call to time and the error of its first result; raises ArithmeticError if that is wrong."""
     contender = build()
-    got = contender.run()
-    limit, experts = LIMITS[got.dtype], {0, case.experts // 2, case.experts - 1}
+    got = contender.value(contender.run())
+    limit = LIMITS[got.dtype] if contender.limit is None else contender.limit
+    experts = {0, case.experts // 2, case.experts - 1}
     error = float(torch.stack([_relative_error(case, contender, got, e) for e in experts]).max())  # NaN stays NaN
     if not error <= limit:
         raise ArithmeticError(f"wrong result: its relative Frobenius error is {error:.2g}, over the limit of {limit:g}")

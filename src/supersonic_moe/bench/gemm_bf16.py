@@ -36,18 +36,18 @@ def contenders(case: GemmCase, device: torch.device) -> Builders:
 def _products(case: GemmCase, device: torch.device) -> Builders:
     """D (P, N) = A (P, K) · W (E, N, K)ᵀ of each row's expert. W is passed as it is stored: B has K contiguous."""
     N, K = case.sizes
-    a_PK, w_ENK = _normal(device, case.rows, K), _normal(device, case.experts, N, K)
+    a_PK, w_ENK = normal(device, case.rows, K), normal(device, case.experts, N, K)
     b_EKN = w_ENK.transpose(1, 2)
-    offsets, index_P = _offsets(case, device), _permutation(case, device)
+    offsets, index_P = offsets_of(case, device), permutation(case, device)
 
     def exact(expert: int) -> Tensor:
-        return a_PK[_rows(case, expert)].double() @ b_EKN[expert].double()
+        return a_PK[rows_of(case, expert)].double() @ b_EKN[expert].double()
 
     def exact_gathered(expert: int) -> Tensor:
-        return a_PK[index_P[_rows(case, expert)]].double() @ b_EKN[expert].double()
+        return a_PK[index_P[rows_of(case, expert)]].double() @ b_EKN[expert].double()
 
     def deep_gemm() -> Contender:
-        gemm = _deep_gemm(case).m_grouped_bf16_gemm_nt_contiguous
+        gemm = deep_gemm_module(case).m_grouped_bf16_gemm_nt_contiguous
         d_PN = a_PK.new_full((case.rows, N), torch.nan)
         expert_P = torch.arange(case.rows, device=device).div(case.rows_per_expert, rounding_mode="floor").int()
 
@@ -70,15 +70,15 @@ def _products(case: GemmCase, device: torch.device) -> Builders:
 def _weight_gradients(case: GemmCase, device: torch.device) -> Builders:
     """D (E, M, N) = A (P, M)ᵀ · B (P, N) over the rows of each expert."""
     M, N = case.sizes
-    a_PM, b_PN = _normal(device, case.rows, M), _normal(device, case.rows, N)
-    offsets, index_P = _offsets(case, device), _permutation(case, device)
+    a_PM, b_PN = normal(device, case.rows, M), normal(device, case.rows, N)
+    offsets, index_P = offsets_of(case, device), permutation(case, device)
 
     def exact(expert: int) -> Tensor:
-        rows = _rows(case, expert)
+        rows = rows_of(case, expert)
         return a_PM[rows].double().T @ b_PN[rows].double()
 
     def exact_gathered(expert: int) -> Tensor:
-        rows = _rows(case, expert)
+        rows = rows_of(case, expert)
         return a_PM[index_P[rows]].double().T @ b_PN[rows].double()
 
     def main_grad_EMN() -> Tensor:
@@ -92,7 +92,7 @@ def _weight_gradients(case: GemmCase, device: torch.device) -> Builders:
         )
 
     def deep_gemm() -> Contender:
-        gemm = _deep_gemm(case).k_grouped_bf16_gemm_tn_contiguous
+        gemm = deep_gemm_module(case).k_grouped_bf16_gemm_tn_contiguous
         counts = [case.rows_per_expert] * case.experts
         counts_E = torch.tensor(counts, device=device, dtype=torch.int32)
         d_EMN = main_grad_EMN()
@@ -114,25 +114,25 @@ def _weight_gradients(case: GemmCase, device: torch.device) -> Builders:
     }
 
 
-def _normal(device: torch.device, *shape: int) -> Tensor:
+def normal(device: torch.device, *shape: int) -> Tensor:
     return torch.randn(shape, device=device, dtype=torch.bfloat16)
 
 
-def _offsets(case: GemmCase, device: torch.device) -> Tensor:
+def offsets_of(case: GemmCase, device: torch.device) -> Tensor:
     """(E + 1) int32: expert e has the rows from offsets[e] up to offsets[e + 1]."""
     return torch.arange(case.experts + 1, device=device, dtype=torch.int32) * case.rows_per_expert
 
 
-def _permutation(case: GemmCase, device: torch.device) -> Tensor:
+def permutation(case: GemmCase, device: torch.device) -> Tensor:
     """(P) int32: which row of A stands in for each. Random, so a gather has no locality to live on."""
     return torch.randperm(case.rows, device=device, dtype=torch.int32)
 
 
-def _rows(case: GemmCase, expert: int) -> slice:
+def rows_of(case: GemmCase, expert: int) -> slice:
     return slice(expert * case.rows_per_expert, (expert + 1) * case.rows_per_expert)
 
 
-def _deep_gemm(case: GemmCase) -> ModuleType:
+def deep_gemm_module(case: GemmCase) -> ModuleType:
     if case.rows_per_expert % DEEP_GEMM_ROWS:
         raise ValueError(f"its rows of an expert must be a multiple of {DEEP_GEMM_ROWS}; got {case.rows_per_expert}.")
     return importlib.import_module("deep_gemm")

@@ -7,13 +7,17 @@ Timed calls, each eager and complete (router product, routing, metadata, experts
     fwd_bwd  fwd, then autograd.grad of the output with respect to x and every parameter (fresh gradients)
 
 ``busy_us`` is the GPU-busy part of fwd_bwd, ``wall_us`` what a row of such calls takes each, both with this contender
-alone on the GPU. Saved bytes are the distinct storages that a forward packs for backward, x included, parameters not.
-Peak bytes are the allocator's peak over one fwd_bwd, minus what was resident before (parameters and x): saved
-activations, transients and gradients. TFLOP/s counts 6 or 4 R H I forward and three times that with backward, R the
-rows of all experts: T K but for token rounding. MFU divides by the datasheet's 989 TFLOP/s.
+alone on the GPU. Saved bytes are the distinct storages that a forward packs for backward, x included, parameters not;
+FP8 copies of weights that it keeps are counted apart. Peak bytes are the allocator's peak over one fwd_bwd, minus what
+was resident before (parameters and x): saved activations, transients and gradients. TFLOP/s counts 6 or 4 R H I forward
+and three times that with backward, R the rows of all experts: T K but for token rounding. MFU divides by the
+datasheet's 989 TFLOP/s, for a layer in FP8 by 1979.
 
 Under token rounding, ``plain_topk`` is one of the contenders: our layer with the same weights, routed by the base
 router, as in evaluation. What rounding is worth is the ratio of the two TFLOP/s, because R differs a little.
+
+With an FP8 recipe, ``ours-BF16`` is one of the contenders: our layer with the same weights and Bf16Recipe. Weights
+are quantised in every forward, as in a training step without micro-batches.
 
 A peer is only compared if it computes the same function: the median over tokens of its relative distance to our
 output is checked first (the median, because a tie between two equal bf16 logits may legally be broken either way).
@@ -26,7 +30,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import partial
 
 import torch
@@ -36,6 +40,7 @@ from supersonic_moe import ActivationType, KernelBackendMoE, MoE
 from supersonic_moe.activation import as_activation
 from supersonic_moe.bench.peers import PEERS
 from supersonic_moe.bench.report import OURS, CaseResult, Metrics
+from supersonic_moe.bench.spans import marks_for, measure_spans
 from supersonic_moe.bench.timing import (
     Missing,
     NoResultError,
@@ -46,12 +51,16 @@ from supersonic_moe.bench.timing import (
     required,
     wall_and_busy_us,
 )
-from supersonic_moe.perf_model import H200, LayerShape, Machine, layer_flops
+from supersonic_moe.kernels.fp8_format import E4M3
+from supersonic_moe.perf_model import H200, LayerShape, Machine, layer_flops, saved_activation_bytes
+from supersonic_moe.recipe import Bf16Recipe, Fp8Recipe, Recipe
 from supersonic_moe.routing.token_rounding import TokenRounding
 from supersonic_moe.routing.topk import as_router
 
 PLAIN = "plain_topk"
+OURS_BF16 = "ours-BF16"
 SAME_FUNCTION = 0.03  # median relative distance of a token's output; bf16 rounding alone gives 0.005
+SAME_FUNCTION_FP8 = 0.1  # rounding four operands to e4m3 gives 0.06
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,7 @@ class LayerConfig:
     dtype: torch.dtype
     activation: str = "swiglu"
     router: str = "softmax_after_topk"
+    recipe: Recipe = field(default_factory=Bf16Recipe)
     skew: float = 0.0  # spread of the experts' popularity, in standard deviations of a router logit
     backend: str = "auto"
     peers: Sequence[str] = ("torch_loop", "grouped_mm")
@@ -81,18 +91,32 @@ class LayerConfig:
                 raise ValueError(f"unknown {what} {name!r}; choose from {', '.join(known)}.")
 
     @property
+    def fp8(self) -> bool:
+        return isinstance(self.recipe, Fp8Recipe)
+
+    @property
     def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+        return recipe_name(self.recipe) if self.fp8 else str(self.dtype).removeprefix("torch.")
 
     def case_name(self, shape: LayerShape) -> str:
         """The shape, then whatever differs from a uniformly routed bf16 SwiGLU layer."""
         usual = {"activation": "swiglu", "router": "softmax_after_topk"}
         odd = [getattr(self, name) for name, value in usual.items() if getattr(self, name) != value]
-        if self.dtype is not torch.bfloat16:
+        if self.fp8 or self.dtype is not torch.bfloat16:
             odd.append(self.dtype_name)
         if self.skew:
             odd.append(f"skew{self.skew:g}")
         return "_".join([str(shape), *odd])
+
+
+def recipe_name(recipe: Recipe) -> str:
+    """ "bf16", or "fp8" with what differs from the default FP8 recipe: "fp8_z-bf16_wgrad-fp8"."""
+    if not isinstance(recipe, Fp8Recipe):
+        return "bf16"
+    usual, short = Fp8Recipe(), {"save_preactivation": "z", "keep_transposed": "kept"}
+    pairs = [(f.name, getattr(recipe, f.name)) for f in fields(recipe)]
+    odd = [f"{short.get(name, name)}-{value}" for name, value in pairs if value != getattr(usual, name)]
+    return "_".join(["fp8", *odd])
 
 
 @dataclass
@@ -126,10 +150,10 @@ def run_case(shape: LayerShape, config: LayerConfig, progress: Callable[[str], N
     """Measure every contender at one shape. Raises NoResultError where we have no result ourselves."""
     case = config.case_name(shape)
     progress("building the layer and its peers")
-    layer, contenders, ours_TH = required(case, partial(_prepare, shape, config))
+    layer, contenders, ours_TH = required(case, partial(prepare, shape, config))
     result = LayerResult(case, {name: {} for name in contenders}, load_ratio=_load_ratio(layer.expert_counts))
     progress("checking that all compute the same function")
-    contenders = _same_function(contenders, ours_TH, result.missing)
+    contenders = _same_function(contenders, ours_TH, result.missing, SAME_FUNCTION_FP8 if config.fp8 else SAME_FUNCTION)
     if OURS in result.missing:
         raise NoResultError(f"{case}: our own output is not the same twice: {result.missing[OURS]}.")
 
@@ -143,7 +167,7 @@ def run_case(shape: LayerShape, config: LayerConfig, progress: Callable[[str], N
         for name, timing in required(f"{case}, {mode}", run).items():
             if not isinstance(timing, Missing):
                 flops = layer_flops(shape, gated=gated, rows=rows[name])
-                _record_timing(result.metrics[name], mode, timing, flops, config)
+                _record_timing(result.metrics[name], mode, timing, flops, config, fp8=config.fp8 and name == OURS)
             elif name == OURS:
                 raise NoResultError(f"{case}, {mode}: {timing.reason}.")
             else:
@@ -154,11 +178,22 @@ def run_case(shape: LayerShape, config: LayerConfig, progress: Callable[[str], N
         progress(f"memory and GPU-busy time of {name}")
         result.metrics[name]["rows"] = rows[name]
         _record_state(result.metrics[name], contender, config)
+    if config.fp8:
+        formula = saved_activation_bytes(shape, gated=gated)
+        for metrics in result.metrics.values():
+            metrics["saved_of_formula"] = metrics["saved_bytes"] / max(formula, 1)
+        progress("every function of a step")
+        spans = measure_spans(
+            contenders[OURS].fwd_bwd, marks_for(config.device), warm_ms=config.warm_ms, min_ms=config.min_ms
+        )
+        result.metrics[OURS]["quantise_share"] = spans.quantise_share
     result.metrics = {name: metrics for name, metrics in result.metrics.items() if metrics}
     return result
 
 
-def _record_timing(metrics: Metrics, mode: str, timing: Timing, flops: tuple[int, int], config: LayerConfig) -> None:
+def _record_timing(
+    metrics: Metrics, mode: str, timing: Timing, flops: tuple[int, int], config: LayerConfig, *, fp8: bool
+) -> None:
     work = flops[1] if mode == "fwd_bwd" else flops[0]
     metrics[f"{mode}_us"] = timing.us
     metrics[f"{mode}_spread"] = timing.spread
@@ -166,12 +201,14 @@ def _record_timing(metrics: Metrics, mode: str, timing: Timing, flops: tuple[int
     if mode != "fwd_bwd":
         return
     if machine := machine_of(config.device, config.dtype):
-        metrics["mfu"] = work / (timing.us * 1e-6) / machine.datasheet_flops
+        metrics["mfu"] = work / (timing.us * 1e-6) / machine.peak_flops(fp8=fp8)
     metrics.update(timing.energy(work))
 
 
 def _record_state(metrics: Metrics, contender: Contender, config: LayerConfig) -> None:
-    metrics["saved_bytes"] = saved_bytes(contender.fwd, contender.parameters)
+    metrics["saved_bytes"], weight_copies = saved_bytes(contender.fwd, contender.parameters)
+    if weight_copies:
+        metrics["weight_copy_bytes"] = weight_copies
     if config.device.type != "cuda":
         return
     metrics["peak_bytes"] = peak_bytes(contender.fwd_bwd, config.device)
@@ -191,7 +228,7 @@ def machine_of(device: torch.device, dtype: torch.dtype) -> Machine | None:
 # ---- the contenders ------------------------------------------------------------------------------------------------
 
 
-def _prepare(shape: LayerShape, config: LayerConfig) -> tuple[MoE, dict[str, Contender], Tensor]:
+def prepare(shape: LayerShape, config: LayerConfig) -> tuple[MoE, dict[str, Contender], Tensor]:
     """Our layer, everyone who runs on its weights, and our output."""
     if config.device.type == "cuda":
         torch.cuda.empty_cache()  # one shape's fragments must not starve the next
@@ -212,6 +249,7 @@ def _build_layer(shape: LayerShape, config: LayerConfig) -> MoE:
             add_bias=False,
             std=0.02,
             router=config.router,
+            recipe=config.recipe,
         ).to(config.dtype)
     with torch.no_grad():
         layer.router.weight.normal_(0, shape.hidden**-0.5)
@@ -237,6 +275,10 @@ def _contenders(shape: LayerShape, config: LayerConfig, layer: MoE) -> dict[str,
     if isinstance(layer.routing, TokenRounding):
         plain = copy(layer).eval()  # shares the parameters
         contenders[PLAIN] = Contender(partial(ours, plain), x_TH, list(layer.parameters()), dout_TH)
+    if config.fp8:
+        bf16 = copy(layer)
+        bf16.recipe = Bf16Recipe()
+        contenders[OURS_BF16] = Contender(partial(ours, bf16), x_TH, list(layer.parameters()), dout_TH)
     w1_ENH = _hugging_face_w1(layer)
     parameters = [layer.router.weight, w1_ENH, layer.c_proj.weight]
     for name in config.peers:
@@ -263,14 +305,16 @@ def _hugging_face_w1(layer: MoE) -> Tensor:
     return w1_ENH.requires_grad_()
 
 
-def _same_function(contenders: dict[str, Contender], ours_TH: Tensor, missing: dict[str, str]) -> dict[str, Contender]:
+def _same_function(
+    contenders: dict[str, Contender], ours_TH: Tensor, missing: dict[str, str], limit: float
+) -> dict[str, Contender]:
     """The contenders whose output agrees with ours; ``missing`` gets a reason for each of the others."""
     kept = {}
     for name, contender in contenders.items():
         theirs = attempt(contender.infer)
         if isinstance(theirs, Missing):
             missing[name] = theirs.reason
-        elif name != PLAIN and not (distance := _median_distance(theirs, ours_TH)) <= SAME_FUNCTION:  # nor is NaN
+        elif name != PLAIN and not (distance := _median_distance(theirs, ours_TH)) <= limit:  # nor is NaN
             missing[name] = f"computes something else: median relative distance of a token's output {distance:.3g}"
         else:
             kept[name] = contender
@@ -287,25 +331,28 @@ def _median_distance(a_TH: Tensor, b_TH: Tensor) -> float:
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 
-def saved_bytes(forward: Callable[[], Tensor], parameters: Sequence[Tensor]) -> int:
-    """Bytes of the distinct storages that autograd keeps for backward, parameters excluded."""
+def saved_bytes(forward: Callable[[], Tensor], parameters: Sequence[Tensor]) -> tuple[int, int]:
+    """(bytes of the distinct storages that autograd keeps for backward, those of FP8 copies of weights), parameters in
+    neither.
+    """
     with _packed_storages(parameters) as storages:
-        out = forward()  # keeps the graph, hence every packed tensor, alive until the sum is taken
-        total = sum(storages.values())
+        out = forward()  # keeps the graph, hence every packed tensor, alive until the sums are taken
+        copies = sum(size for size, is_weight in storages.values() if is_weight)
+        total = sum(size for size, _ in storages.values())
     del out
-    return total
+    return total - copies, copies
 
 
 @contextmanager
-def _packed_storages(parameters: Sequence[Tensor]) -> Iterator[dict[int, int]]:
-    """Storage address -> bytes of what is packed inside the block."""
+def _packed_storages(parameters: Sequence[Tensor]) -> Iterator[dict[int, tuple[int, bool]]]:
+    """Storage address -> (bytes of what is packed inside the block, whether it is an (E, rows, columns) FP8 weight)."""
     resident = {p.untyped_storage().data_ptr() for p in parameters}
-    storages: dict[int, int] = {}
+    storages: dict[int, tuple[int, bool]] = {}
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
         if storage.data_ptr() not in resident:
-            storages[storage.data_ptr()] = storage.nbytes()
+            storages[storage.data_ptr()] = storage.nbytes(), t.dtype is E4M3 and t.dim() == 3
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):

@@ -27,7 +27,9 @@ No results are committed yet. On an H200, these commands measure them and fill t
 
 ```bash
 supersonic-moe bench layer --json {RESULTS}/layer-bf16.json
+supersonic-moe bench layer --recipe fp8 --json {RESULTS}/layer-fp8.json
 supersonic-moe bench gemm --json {RESULTS}/gemm-bf16.json
+supersonic-moe bench gemm --precision fp8 --json {RESULTS}/gemm-fp8.json
 supersonic-moe bench cold-start --json {RESULTS}/cold-start.json
 python -m supersonic_moe.bench.readme
 ```"""
@@ -46,7 +48,7 @@ SUITES = {
     "gemm": Headline(("us", "tflops", "sm_mhz", "watts", "pj_per_flop", "rel_fro"), compared="us"),
     "cold-start": Headline(("first_call_s", "call_s", "total_s", "import_s", "context_s"), compared="first_call_s"),
 }
-UNSHOWN = frozenset({"kernels"})  # a row for each kernel and shape is too long, and compares with no peer
+UNSHOWN = frozenset({"kernels", "breakdown", "precision", "train"})  # a row for each kernel, or each error: too long
 _METRICS = {metric.name: metric for metric in METRICS}
 
 

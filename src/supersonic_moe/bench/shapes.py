@@ -29,7 +29,10 @@ FINE_GRAINED_SHAPES = (
     LayerShape(32768, 4096, 512, 256, 16),
 )
 
-LAYER_SETS = {"default": LAYER_SHAPES, "fine-grained": FINE_GRAINED_SHAPES}
+#: The default set, and short batches of the reference shape, where quantising the weights weighs most.
+FP8_SHAPES = (*LAYER_SHAPES, *(LayerShape(tokens, 3072, 1536, 8, 8) for tokens in (1024, 2048, 4096)))
+
+LAYER_SETS = {"default": LAYER_SHAPES, "fine-grained": FINE_GRAINED_SHAPES, "fp8": FP8_SHAPES}
 
 #: What runs on a CPU when no shape is given: the same code paths in a second or two.
 CPU_LAYER_SHAPES = (LayerShape(512, 256, 128, 8, 2),)

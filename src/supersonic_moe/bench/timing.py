@@ -166,7 +166,7 @@ def measure(
     for name in running:
         warmed_us = 0.0
         while warmed_us < warm_slice_us:
-            calls = _calls(warm_slice_us - warmed_us, estimate_us[name])
+            calls = estimate_calls(warm_slice_us - warmed_us, estimate_us[name])
             part = clock.slice(contenders[name], 0, calls)
             estimate_us[name] = max(statistics.median(part.times_us), 1e-3)
             warmed_us += max(sum(part.times_us), 1.0)
@@ -176,8 +176,8 @@ def measure(
     while rounds < ROUNDS or any(_timed_us(s) < min_ms * 1e3 * (1 - 1e-6) for s in slices.values()):
         turn = rounds % len(running)
         for name in running[turn:] + running[:turn]:
-            calls = _calls(min_ms * 1e3 / ROUNDS, estimate_us[name])
-            settle = _calls(SETTLE * warm_ms * 1e3, estimate_us[name])
+            calls = estimate_calls(min_ms * 1e3 / ROUNDS, estimate_us[name])
+            settle = estimate_calls(SETTLE * warm_ms * 1e3, estimate_us[name])
             slices[name].append(clock.slice(contenders[name], settle, calls))
         rounds += 1
     return {name: summarise(slices[name]) if name in slices else results[name] for name in contenders}
@@ -206,7 +206,8 @@ def _first_sentence(error: BaseException) -> str:
     return lines[0].split(". ")[0].rstrip(".")[:160]
 
 
-def _calls(target_us: float, estimate_us: float) -> int:
+def estimate_calls(target_us: float, estimate_us: float) -> int:
+    """Calls that take at least ``target_us`` together, one at least."""
     return max(1, math.ceil(target_us / estimate_us))
 
 
@@ -235,7 +236,7 @@ def wall_and_busy_us(call: Call, estimate_us: float, *, warm_ms: float, min_ms: 
     """
     from torch.profiler import ProfilerActivity, profile, schedule
 
-    heat, calls = _calls(warm_ms * 1e3, estimate_us), _calls(min_ms * 1e3 / ROUNDS, estimate_us)
+    heat, calls = estimate_calls(warm_ms * 1e3, estimate_us), estimate_calls(min_ms * 1e3 / ROUNDS, estimate_us)
     start, end = _event(), _event()
     for _ in range(heat):
         call()

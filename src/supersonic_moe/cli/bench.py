@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from supersonic_moe.bench.kernels import KernelsResult
+    from supersonic_moe.bench.precision import PrecisionResult
     from supersonic_moe.bench.report import CaseResult
     from supersonic_moe.perf_model import LayerShape
 
@@ -43,8 +44,16 @@ Result = TypeVar("Result")
 def layer(
     shape: Shapes = None,
     set_name: Annotated[
-        str | None, typer.Option("--set", help="default: five layers of real models; fine-grained: small experts.")
+        str | None,
+        typer.Option(
+            "--set",
+            help="default: five layers of real models; fine-grained: small experts; fp8: default and short batches.",
+        ),
     ] = None,
+    recipe: options.RecipeName = "bf16",
+    save_preactivation: options.Saved = None,
+    wgrad: options.Wgrad = None,
+    scale: options.Scale = None,
     activation: Annotated[str, typer.Option(help="swiglu, geglu, reglu, relu_sq, relu, gelu or silu.")] = "swiglu",
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16, float16 or float32. Default: bfloat16, on a CPU float32.")
@@ -74,10 +83,12 @@ def layer(
     from supersonic_moe.bench.layer import LayerConfig, machine_of, run_case
 
     where = options.device(device)
-    cases = _layer_shapes(shape, set_name, where)
+    numerics = options.recipe(recipe, save_preactivation, wgrad, scale)
+    cases = _layer_shapes(shape, set_name, where, default="fp8" if recipe == "fp8" else "default")
     config = LayerConfig(
         device=where,
-        dtype=options.dtype(dtype, where),
+        dtype=options.dtype(dtype, where, numerics),
+        recipe=numerics,
         activation=activation,
         router=router,
         skew=skew,
@@ -112,7 +123,8 @@ def layer(
             report.Panel("forward + backward", "fwd_bwd_tflops", results),
         ]
         machine = machine_of(where, config.dtype)
-        report.write_png(png, panels, heading, machine.matrix_flops / 1e12 if machine else None)
+        ceiling = None if machine is None else machine.fp8_flops if config.fp8 else machine.matrix_flops
+        report.write_png(png, panels, heading, ceiling and ceiling / 1e12)
         console.print(f"Wrote {png}")
     if len(results) < len(cases):
         raise typer.Exit(1)
@@ -124,6 +136,7 @@ def gemm(
         list[str] | None,
         typer.Option(help="A case by name, else gemm:E,rows,N,K or wgrad:E,rows,M,N. Repeatable. Default: all named."),
     ] = None,
+    precision: Annotated[str, typer.Option(help="bf16, or fp8: e4m3 with block scales.")] = "bf16",
     device: Device = None,
     json: Json = None,
     png: Png = None,
@@ -132,21 +145,24 @@ def gemm(
     commit: Commit = None,
 ) -> None:
     """Grouped GEMM and weight gradient alone, plain, gathered, accumulating: TFLOP/s, watts, pJ/FLOP, error."""
-    from supersonic_moe.bench import gemm_bf16, report
-    from supersonic_moe.bench.gemm import check_device, run_case
+    from supersonic_moe.bench import gemm as suite
+    from supersonic_moe.bench import gemm_bf16, gemm_fp8, report
     from supersonic_moe.bench.shapes import GEMM_CASES, GemmCase
     from supersonic_moe.bench.timing import clock_for
     from supersonic_moe.perf_model import H200
 
     where = options.device(device)
+    if precision not in ("bf16", "fp8"):
+        raise typer.BadParameter(f"a precision is bf16 or fp8; got {precision!r}.", param_hint="--precision")
+    fp8 = precision == "fp8"
     with options.usage_errors("--case"):
         cases = [GemmCase.parse(text) for text in case or []] or list(GEMM_CASES)
     with options.usage_errors("--device"):
-        check_device(where)
+        suite.check_device(where)
     _make_current(where)
 
     console, clock = Console(), clock_for(where)
-    heading = f"Grouped GEMMs on {report.device_name(where)}, bfloat16"
+    heading = f"Grouped GEMMs on {report.device_name(where)}, {'FP8, block scales' if fp8 else 'bfloat16'}"
     console.print(f"{heading}\n[dim]{_method(min_ms, warm_ms)}.[/dim]\n")
 
     def show(result: CaseResult) -> None:
@@ -156,8 +172,15 @@ def gemm(
 
     results = _each(
         cases,
-        lambda case, progress: run_case(
-            case, gemm_bf16.contenders, where, clock, warm_ms=warm_ms, min_ms=min_ms, progress=progress
+        lambda case, progress: suite.run_case(
+            case,
+            gemm_fp8.contenders if fp8 else gemm_bf16.contenders,
+            where,
+            clock,
+            warm_ms=warm_ms,
+            min_ms=min_ms,
+            compared=gemm_fp8.COMPARED if fp8 else suite.COMPARED,
+            progress=progress,
         ),
         show,
         console,
@@ -173,7 +196,7 @@ def gemm(
             for title, kind in kinds.items()
             if (measured := [result for result in results if result.kind == kind and result.metrics])
         ]
-        report.write_png(png, panels, heading, H200.matrix_flops / 1e12)
+        report.write_png(png, panels, heading, (H200.fp8_flops if fp8 else H200.matrix_flops) / 1e12)
         console.print(f"Wrote {png}")
     if len(results) < len(cases) or any(result.failed for result in results):
         raise typer.Exit(1)
@@ -227,6 +250,57 @@ def kernels(
 
 
 @app.command()
+def breakdown(
+    shape: Shapes = None,
+    recipe: options.RecipeName = "bf16",
+    save_preactivation: options.Saved = None,
+    wgrad: options.Wgrad = None,
+    scale: options.Scale = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32. Default: bfloat16, on a CPU float32.")
+    ] = None,
+    device: Device = None,
+    json: Json = None,
+    min_ms: MinMs = 400,
+    warm_ms: WarmMs = 300,
+    commit: Commit = None,
+) -> None:
+    """What one forward + backward spends its time on: every function of the backend in order, beside its floor."""
+    from supersonic_moe.bench import report
+    from supersonic_moe.bench.breakdown import breakdown_table, run_case
+    from supersonic_moe.bench.layer import LayerConfig
+
+    where = options.device(device)
+    shapes = _layer_shapes(shape, None, where)
+    cases = shapes if shape else shapes[:1]  # on a GPU the reference layer
+    numerics = options.recipe(recipe, save_preactivation, wgrad, scale)
+    config = LayerConfig(
+        device=where,
+        dtype=options.dtype(dtype, where, numerics),
+        recipe=numerics,
+        peers=(),
+        warm_ms=warm_ms,
+        min_ms=min_ms,
+    )
+    _make_current(where)
+
+    console = Console()
+    console.print(
+        f"One forward + backward on {report.device_name(where)}, {config.dtype_name}\n[dim]Medians of at least "
+        f"{min_ms:g} ms of calls after {warm_ms:g} ms of load; every function between two events.[/dim]\n"
+    )
+    results = _each(
+        cases,
+        lambda case, progress: run_case(case, config, progress),
+        lambda result: console.print(breakdown_table(result)),
+        console,
+    )
+    _write_json(json, "breakdown", [line for r in results for line in r.cases()], where, commit, console)
+    if len(results) < len(cases):
+        raise typer.Exit(1)
+
+
+@app.command()
 def cold_start(
     shape: Shapes = None,
     repeats: Annotated[int, typer.Option(min=1, help="New processes for each state of the caches.")] = 3,
@@ -258,12 +332,90 @@ def cold_start(
         raise typer.Exit(1)
 
 
-def _layer_shapes(shapes: list[str] | None, set_name: str | None, where: torch.device) -> Sequence[LayerShape]:
+@app.command()
+def precision(
+    shape: Shapes = None,
+    device: Device = None,
+    json: Json = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the ablation table here.")] = None,
+    min_ms: MinMs = 400,
+    warm_ms: WarmMs = 300,
+    commit: Commit = None,
+) -> None:
+    """Every choice of the FP8 recipe: step time, saved bytes, and errors against fp32 on easy and hard inputs."""
+    import torch
+
+    from supersonic_moe.bench import report
+    from supersonic_moe.bench.layer import LayerConfig
+    from supersonic_moe.bench.precision import ablation_table, run_case, write_markdown
+
+    where = options.device(device)
+    shapes = _layer_shapes(shape, None, where)
+    cases = shapes if shape else shapes[:1]  # on a GPU the reference layer
+    config = LayerConfig(where, torch.bfloat16, peers=(), warm_ms=warm_ms, min_ms=min_ms)
+    _make_current(where)
+
+    console = Console()
+    heading = f"FP8 recipes on {report.device_name(where)}, experts alone, forward + backward"
+    console.print(f"{heading}\n[dim]{_method(min_ms, warm_ms)}. Errors against the reference in fp32.[/dim]\n")
+
+    def show(result: PrecisionResult) -> None:
+        console.print(ablation_table(result))
+        _print_missing(result, console)
+
+    results = _each(cases, lambda case, progress: run_case(case, config, progress), show, console)
+    _write_json(json, "precision", [case for r in results for case in r.cases()], where, commit, console)
+    if results and markdown:
+        write_markdown(markdown, results, report.document("precision", [], where, commit))
+        console.print(f"Wrote {markdown}")
+    if len(results) < len(cases) or any(result.missing for result in results):
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each run.")] = 600,
+    save_preactivation: options.Saved = None,
+    wgrad: options.Wgrad = None,
+    scale: options.Scale = None,
+    seed: Annotated[int, typer.Option(help="Weights and batches.")] = 0,
+    device: Device = None,
+    json: Json = None,
+    png: Png = None,
+    commit: Commit = None,
+) -> None:
+    """The demo's model trained in BF16 and in FP8 from the same weights on the same batches: held-out bits per byte."""
+    from supersonic_moe.bench import report
+    from supersonic_moe.bench import train as suite
+    from supersonic_moe.demo.train import corpus_for
+    from supersonic_moe.recipe import Bf16Recipe
+
+    where = options.device(device)
+    fp8 = options.recipe("fp8", save_preactivation, wgrad, scale)
+    _make_current(where)
+    console, config = Console(), suite.config_for(where)
+    corpus, runs = corpus_for(config), {}
+    for recipe in (Bf16Recipe(), fp8):
+        console.print(f"[bold]{recipe}[/bold], {steps} steps on {report.device_name(where)}", highlight=False)
+        runs[recipe] = suite.train(recipe, config, corpus, steps, seed, where, console)
+    in_fp8, in_bf16 = runs[fp8], runs[Bf16Recipe()]
+
+    cases = suite.cases(in_fp8, in_bf16, config)
+    console.print(report.case_table(cases[-1]))
+    _write_json(json, "train", cases, where, commit, console)
+    if png:
+        suite.write_curve(png, in_fp8, in_bf16, f"{steps} steps of the demo's model on {report.device_name(where)}")
+        console.print(f"Wrote {png}")
+
+
+def _layer_shapes(
+    shapes: list[str] | None, set_name: str | None, where: torch.device, default: str = "default"
+) -> Sequence[LayerShape]:
     """Those asked for, else a set by name, else the default set or, on a CPU, what a CPU can do in seconds."""
     from supersonic_moe.bench.shapes import CPU_LAYER_SHAPES, LAYER_SETS
 
     if set_name is None:
-        return options.shapes(shapes or []) or (LAYER_SETS["default"] if where.type == "cuda" else CPU_LAYER_SHAPES)
+        return options.shapes(shapes or []) or (LAYER_SETS[default] if where.type == "cuda" else CPU_LAYER_SHAPES)
     if shapes:
         raise typer.BadParameter("choose shapes by --shape or by --set, not both.", param_hint="--set")
     if set_name not in LAYER_SETS:

@@ -12,33 +12,29 @@ from rich.table import Table
 from rich.text import Text
 
 from supersonic_moe.cli import options
-from supersonic_moe.perf_model import H200, LayerShape, layer_flops, layer_steps, saved_activation_bytes
+from supersonic_moe.perf_model import (
+    H200,
+    STEP_KERNELS,
+    LayerShape,
+    fp8_saved_bytes,
+    fp8_step_kernels,
+    fp8_steps,
+    layer_flops,
+    layer_steps,
+    saved_activation_bytes,
+)
+from supersonic_moe.recipe import Fp8Recipe, Recipe
 
 if TYPE_CHECKING:
     from supersonic_moe.kernels.registry import Choice
 
-#: Step of perf_model -> functions of the backend that run it, in order (training/experts.py, routing/). A step without
-#: an entry is plain torch on every backend.
-STEP_KERNELS = {
-    "top-k": ("route_forward",),
-    "metadata": ("build_plan",),
-    "1": ("up_projection",),
-    "2": ("grouped_mm",),
-    "3": ("gather_sum",),
-    "4": ("down_backward",),
-    "5": ("grouped_mm_wgrad",),
-    "6": ("grouped_mm",),
-    "7": ("grouped_mm_wgrad",),
-    "8": ("gather_sum",),
-    "d top-k": ("route_backward",),
-}
 ROUTING_KERNELS = frozenset({"route_forward", "build_plan", "route_backward"})
 
 #: How a backend tiles its work.
 TILES = {
     "reference": "none: one torch call per expert, or over all rows",
     "sm90": "grouped products 128 x 256 x 64, or 128 x 384 where a contraction of 4096 and more fills it; two blocks "
-    "share B where experts average 256 rows",
+    "share B where experts average 256 rows; in FP8 128 x 256 x 128, promoted to fp32 every 128 of K",
     "triton": "grouped products by torch's own choice; memory-bound kernels by row width (kernels/triton/tiling.py)",
 }
 
@@ -52,6 +48,10 @@ def explain(
     ] = None,
     activation: Annotated[str, typer.Option(help="swiglu, geglu, reglu, relu_sq, relu, gelu or silu.")] = "swiglu",
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU if there is one.")] = None,
+    recipe: options.RecipeName = "bf16",
+    save_preactivation: options.Saved = None,
+    wgrad: options.Wgrad = None,
+    scale: options.Scale = None,
 ) -> None:
     """Show which backend and kernels run each step of a layer, why, and each step's FLOPs, bytes and roofline time."""
     from supersonic_moe.activation import as_activation
@@ -59,23 +59,30 @@ def explain(
 
     cases = options.shapes(shape)
     where = options.device(device)
-    precision = options.dtype(dtype, where)
+    numerics = options.recipe(recipe, save_preactivation, wgrad, scale)
+    precision = options.dtype(dtype, where, numerics)
     with options.usage_errors("--activation"):
         gated = as_activation(activation).gated
     console = Console()
     for case in cases:
-        choice = registry.choose(where, precision, hidden=case.hidden, intermediate=case.intermediate)
+        hidden, intermediate = case.hidden, case.intermediate
+        with options.usage_errors("--recipe"):
+            if isinstance(numerics, Fp8Recipe):
+                choice = registry.choose_fp8(where, hidden=hidden, intermediate=intermediate, wgrad=numerics.wgrad)
+            else:
+                choice = registry.choose(where, precision, hidden=hidden, intermediate=intermediate)
         routing = registry.choose(where)
-        console.print(f"[bold]{case}[/bold]   {activation}, {str(precision).removeprefix('torch.')}, on {where}\n")
+        dtype_name = "FP8" if isinstance(numerics, Fp8Recipe) else str(precision).removeprefix("torch.")
+        console.print(f"[bold]{case}[/bold]   {activation}, {dtype_name}, on {where}\n")
         for what, picked in (("experts", choice), ("routing", routing)):
             console.print(f"{what}  [bold]{picked.name}[/bold]: {escape(picked.reason)}", highlight=False)
         console.print(f"tiles    {TILES[choice.name]}\n", highlight=False)
-        console.print(_steps(case, gated, precision.itemsize))
+        console.print(_steps(case, gated, precision.itemsize, numerics))
         console.print()
-        console.print(_kernels(choice, routing))
+        console.print(_kernels(choice, routing, numerics))
 
 
-def _steps(shape: LayerShape, gated: bool, element_bytes: int) -> Group:
+def _steps(shape: LayerShape, gated: bool, element_bytes: int, recipe: Recipe) -> Group:
     """The table of steps, then its totals. No roofline in fp32: the measured rate is that of 16-bit products."""
     timed = element_bytes == 2
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -83,16 +90,22 @@ def _steps(shape: LayerShape, gated: bool, element_bytes: int) -> Group:
     table.add_column("computes", no_wrap=True)
     for heading in ("GFLOP", "MB", *(("floor µs", "bound") if timed else ())):
         table.add_column(heading, justify="right", no_wrap=True)
-    steps = layer_steps(shape, gated=gated, element_bytes=element_bytes)
+    if isinstance(recipe, Fp8Recipe):
+        steps = fp8_steps(shape, recipe, gated=gated)
+        saved, copies = fp8_saved_bytes(shape, recipe, gated=gated)
+    else:
+        steps = layer_steps(shape, gated=gated, element_bytes=element_bytes)
+        saved, copies = saved_activation_bytes(shape, gated=gated, element_bytes=element_bytes), 0
     for step in steps:
         floor = (f"{step.roofline_us(H200):,.1f}", step.bound(H200)) if timed else ()
         gflop = f"{step.flops / 1e9:,.1f}" if step.flops else "-"
         table.add_row(step.key, step.what, gflop, f"{step.bytes / 1e6:,.1f}", *floor)
     forward, both = layer_flops(shape, gated=gated)
-    saved = saved_activation_bytes(shape, gated=gated, element_bytes=element_bytes)
+    with_copies = f", and {copies / 2**20:,.1f} MiB of FP8 weights" if copies else ""
     lines = [
         f"model FLOPs (router not counted): {forward / 1e12:,.3f} T forward, {both / 1e12:,.3f} T with backward",
-        f"saved for backward: {saved / 2**20:,.1f} MiB = X and the pre-activation, plus a few int32 per routed row",
+        f"saved for backward: {saved / 2**20:,.1f} MiB = X and the pre-activation, plus a few int32 per routed row"
+        + with_copies,
     ]
     if timed:
         sums = {phase: sum(s.roofline_us(H200) for s in steps if s.phase == phase) for phase in ("forward", "backward")}
@@ -105,16 +118,17 @@ def _steps(shape: LayerShape, gated: bool, element_bytes: int) -> Group:
     return Group(table, Text(), *(Text(line, style="dim") for line in lines))
 
 
-def _kernels(experts: Choice, routing: Choice) -> Table:
+def _kernels(experts: Choice, routing: Choice, recipe: Recipe) -> Table:
     """Every kernel of this layer, the steps it takes part in and where it is written."""
     from supersonic_moe.kernels import registry
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("kernel", "steps", "source"):
         table.add_column(heading)
-    for name in dict.fromkeys(name for names in STEP_KERNELS.values() for name in names):
+    kernels = fp8_step_kernels(recipe) if isinstance(recipe, Fp8Recipe) else STEP_KERNELS
+    for name in dict.fromkeys(kernels.values()):
         choice = routing if name in ROUTING_KERNELS else experts
         module = sys.modules[getattr(registry.kernels(choice.name), name).__module__]
-        steps = ", ".join(step for step, names in STEP_KERNELS.items() if name in names)
+        steps = ", ".join(step for step, kernel in kernels.items() if kernel == name)
         table.add_row(name, steps, module.__name__.removeprefix("supersonic_moe.").replace(".", "/") + ".py")
     return table

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from supersonic_moe.perf_model import LayerShape
+from supersonic_moe.recipe import Bf16Recipe, Fp8Recipe, Recipe
 
 if TYPE_CHECKING:
     import torch
 
 DTYPES = ("bfloat16", "float16", "float32")
+
+RecipeName = Annotated[str, typer.Option("--recipe", help="bf16 (computes in --dtype) or fp8.")]
+Saved = Annotated[
+    str | None, typer.Option("--save-preactivation", help="fp8, bf16 or recompute; only with --recipe fp8.")
+]
+Wgrad = Annotated[str | None, typer.Option("--wgrad", help="Weight gradients in fp8 or bf16; only with --recipe fp8.")]
+Scale = Annotated[str | None, typer.Option("--scale", help="Scales of blocks, fp32 or pow2; only with --recipe fp8.")]
 
 
 @contextmanager
@@ -48,13 +56,31 @@ def device(name: str | None) -> torch.device:
     return torch.device("cuda", chosen.index or 0) if chosen.type == "cuda" else chosen
 
 
-def dtype(name: str | None, where: torch.device) -> torch.dtype:
-    """The named dtype, else bfloat16 on a GPU and float32 on a CPU."""
+def dtype(name: str | None, where: torch.device, recipe: Recipe | None = None) -> torch.dtype:
+    """The named dtype, else bfloat16 on a GPU and float32 on a CPU. An FP8 layer takes bfloat16 only."""
     import torch
 
+    fp8 = isinstance(recipe, Fp8Recipe)
+    if fp8 and name not in (None, "bfloat16"):
+        raise typer.BadParameter(f"an FP8 layer takes bfloat16; got {name!r}.", param_hint="--dtype")
     if name is None:
-        return torch.bfloat16 if where.type == "cuda" else torch.float32
+        return torch.bfloat16 if fp8 or where.type == "cuda" else torch.float32
     if name not in DTYPES:
         raise typer.BadParameter(f"a dtype is one of {', '.join(DTYPES)}; got {name!r}.", param_hint="--dtype")
     chosen: torch.dtype = getattr(torch, name)
     return chosen
+
+
+def recipe(name: str, saved: str | None, wgrad: str | None, scale: str | None) -> Recipe:
+    """The numeric recipe of that name, with the options that were given."""
+    given = {"save_preactivation": saved, "wgrad": wgrad, "scale": scale}
+    changes = {field: value for field, value in given.items() if value is not None}
+    if name not in ("bf16", "fp8"):
+        raise typer.BadParameter(f"a recipe is bf16 or fp8; got {name!r}.", param_hint="--recipe")
+    if name == "bf16":
+        if changes:
+            option = "--" + next(iter(changes)).replace("_", "-")
+            raise typer.BadParameter("only an FP8 layer has this choice. Add --recipe fp8.", param_hint=option)
+        return Bf16Recipe()
+    with usage_errors():
+        return Fp8Recipe(**changes)  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from supersonic_moe.jit import BuildResult
     from supersonic_moe.perf_model import LayerShape
+    from supersonic_moe.recipe import Recipe
 
 
 def warmup(
@@ -31,12 +32,19 @@ def warmup(
             help="Also run this layer once, which compiles its Triton kernels. Repeatable.",
         ),
     ] = None,
+    recipe: options.RecipeName = "bf16",
+    save_preactivation: options.Saved = None,
+    wgrad: options.Wgrad = None,
+    scale: options.Scale = None,
 ) -> None:
-    """Compile every registered CUDA kernel into the cache; given shapes, the Triton kernels of those layers too."""
+    """Compile every registered CUDA kernel, BF16 and FP8, into the cache; given shapes, the Triton kernels of those
+    layers in the given recipe too.
+    """
     from supersonic_moe.jit import compile_all, default_cache
     from supersonic_moe.kernels.sm90 import registered_specs
 
     layers = options.shapes(shape or [])
+    numerics = options.recipe(recipe, save_preactivation, wgrad, scale)
     device = options.device(None)
     if layers and (compile_only or device.type != "cuda"):
         reason = "--compile-only runs nothing" if compile_only else "torch sees no CUDA GPU here"
@@ -55,7 +63,7 @@ def warmup(
             triton = progress.add_task("Triton kernels", total=len(layers), now="")
             for layer in layers:
                 progress.update(triton, now=str(layer))
-                _run_once(layer, device)
+                _run_once(layer, device, numerics)
                 progress.advance(triton)
 
     console.print(_summary(results))
@@ -99,14 +107,15 @@ def _summary(results: list[BuildResult]) -> Table:
     return table
 
 
-def _run_once(shape: LayerShape, device: torch.device) -> None:
-    """One training and one inference call of a bf16 SwiGLU layer."""
+def _run_once(shape: LayerShape, device: torch.device, recipe: Recipe) -> None:
+    """One training and one inference call of a SwiGLU layer with bf16 weights."""
     import torch
 
     from supersonic_moe import MoE
 
     with torch.device(device):
-        layer = MoE(shape.experts, shape.top_k, shape.hidden, shape.intermediate, "swiglu", False, 0.02).bfloat16()
+        sizes = (shape.experts, shape.top_k, shape.hidden, shape.intermediate)
+        layer = MoE(*sizes, "swiglu", False, 0.02, recipe=recipe).bfloat16()
         x_TH = torch.randn(shape.tokens, shape.hidden, dtype=torch.bfloat16, requires_grad=True)
     out_TH, aux_loss = layer(x_TH)
     (out_TH.float().sum() + aux_loss).backward()

@@ -138,15 +138,19 @@ def print_result(console: Console, result: DemoResult, flops_per_s: float) -> No
     console.print("charts: " + ", ".join(str(path) for path in result.paths), highlight=False, soft_wrap=True)
 
 
+def smoothed(values: list[float]) -> list[float]:
+    """Means over the last fortieth of the run."""
+    values_S, window = torch.tensor(values), max(1, len(values) // 40)
+    smooth: list[float] = torch.cat([values_S[:1].expand(window - 1), values_S]).unfold(0, window, 1).mean(1).tolist()
+    return smooth
+
+
 def plot_loss(path: Path, train_bpb: list[float], held_out: float, bigram: float, unigram: float) -> Path:
     """Training loss over steps, raw and smoothed, with the held-out score and the n-gram models as level lines."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    loss_S = torch.tensor(train_bpb)
-    window = max(1, len(train_bpb) // 40)
-    smooth_S = torch.cat([loss_S[:1].expand(window - 1), loss_S]).unfold(0, window, 1).mean(1)
-    axes.plot(loss_S.numpy(), color="tab:blue", alpha=0.25, linewidth=0.8)
-    axes.plot(smooth_S.numpy(), color="tab:blue", label="training batches")
+    axes.plot(train_bpb, color="tab:blue", alpha=0.25, linewidth=0.8)
+    axes.plot(smoothed(train_bpb), color="tab:blue", label="training batches")
     for name, level, color in (
         ("unigram", unigram, "tab:gray"),
         ("bigram", bigram, "tab:red"),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -152,7 +152,7 @@ def run(
     config = config or default_config(place)
     if seconds is not None:
         config = replace(config, seconds=seconds)
-    corpus = corpus or split(standard_library(), train_bytes=config.train_bytes, held_out_bytes=config.held_out_bytes)
+    corpus = corpus or corpus_for(config)
     out.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(seed)
@@ -160,7 +160,7 @@ def run(
     parameters = sum(weight.numel() for weight in model.parameters())
     report.print_header(console, model.config, corpus, parameters, place, config.dtype)
 
-    history = _train(model, config, corpus, steps, seed, console)
+    history = train_model(model, config, corpus, steps, seed, console)
 
     with console.status("Reading the held-out files…"):
         judged = whole_windows(corpus.held_out, config.model.context)  # the same bytes for all three
@@ -224,9 +224,20 @@ class History:
         return (last - first) * self.tokens_per_step / (end - start)
 
 
-def _train(
-    model: ByteTransformer, config: TrainConfig, corpus: Corpus, steps: int | None, seed: int, console: Console
+def corpus_for(config: TrainConfig) -> Corpus:
+    return split(standard_library(), train_bytes=config.train_bytes, held_out_bytes=config.held_out_bytes)
+
+
+def train_model(
+    model: ByteTransformer,
+    config: TrainConfig,
+    corpus: Corpus,
+    steps: int | None,
+    seed: int,
+    console: Console,
+    after_step: Callable[[int], None] = lambda _: None,
 ) -> History:
+    """For ``steps``, or for the time of the config. ``after_step`` gets the number of steps done."""
     optimizer = MasterAdamW(model, config)
     generator = torch.Generator().manual_seed(seed)
     device = model.embedding.weight.device
@@ -241,6 +252,7 @@ def _train(
             (loss + config.aux_weight * aux_loss).backward()
             optimizer.step(learning_rate(config, progress))
             history.add(loss, model.expert_counts())
+            after_step(step + 1)
             if step % config.read_every == 0:
                 history.read()
                 display.update(progress, history.train_bpb, history.tokens_per_s(), history.expert_counts[-1])

@@ -30,6 +30,7 @@ def kernel_steps(shape: LayerShape, *, gated: bool, element_bytes: int = 2) -> d
     step = {step.key: step for step in layer_steps(shape, gated=gated, element_bytes=element_bytes)}
     H, I, E, R = shape.hidden, shape.intermediate, shape.experts, shape.rows  # noqa: E741
     N1, b = I * (2 if gated else 1), element_bytes
+    passes = quantizer_bytes(shape, gated=gated, element_bytes=element_bytes)
     plan_bytes = step["top-k"].bytes + step["metadata"].bytes
 
     def accumulating(key: str, elements: int) -> Step:
@@ -52,28 +53,37 @@ def kernel_steps(shape: LayerShape, *, gated: bool, element_bytes: int = 2) -> d
         "wgrad_dw1_accumulate": accumulating("7", H * N1),
         "grouped_mm_dx": step["6"],
         "gather_sum_dx": step["8"],
-        **_quantizers(shape, N1, b),
+        "quantize_rows_x": Step("q x", "forward", "X in FP8", 0, passes["x"]),
+        "quantize_blocks_w1": Step("q w1", "forward", "W1 and W1^T in FP8", 0, passes["w1"]),
+        "quantize_blocks_w2": Step("q w2", "forward", "W2 and W2^T in FP8", 0, passes["w2"]),
+        "quantize_columns_x": Step("q x^T", "backward", "gather(X)^T in FP8", 0, passes["columns_x"]),
+        "quantize_tiles_dz": Step("q dz", "backward", "dH and dH^T in FP8", 0, passes["tiles_dh"]),
     }
 
 
-def _quantizers(shape: LayerShape, N1: int, b: int) -> dict[str, Step]:
+def quantizer_bytes(shape: LayerShape, *, gated: bool, element_bytes: int = 2) -> dict[str, int]:
+    """Bytes of every quantising pass, and "positions", G itself. ``a`` is s A (R, I), gathered by row."""
     from supersonic_moe.kernels.fp8_format import blocks, padded_capacity  # imports torch, for which --help cannot wait
 
     T, H, I, E, R = shape.tokens, shape.hidden, shape.intermediate, shape.experts, shape.rows  # noqa: E741
-    G = padded_capacity(R, E)
+    N1, b, G = I * (2 if gated else 1), element_bytes, padded_capacity(R, E)
 
-    def row_bytes(rows: int, columns: int) -> int:
-        return rows * ((b + 1) * columns + FP32_BYTES * blocks(columns))
+    def rows(count: int, columns: int) -> int:
+        return count * ((b + 1) * columns + FP32_BYTES * blocks(columns))
 
-    def weight_bytes(n: int, k: int) -> int:
+    def weight(n: int, k: int) -> int:
         return E * ((b + 2) * n * k + FP32_BYTES * blocks(n) * blocks(k))
 
-    columns_x = b * T * H + INDEX_BYTES * G + H * G + FP32_BYTES * H * blocks(G)
-    transposed_dz = INDEX_BYTES * G + N1 * G + FP32_BYTES * blocks(N1) * blocks(G)
+    def transposed(columns: int, scales: int) -> int:
+        return INDEX_BYTES * G + columns * G + FP32_BYTES * scales * blocks(G)
+
     return {
-        "quantize_rows_x": Step("q x", "forward", "X in FP8", 0, row_bytes(T, H)),
-        "quantize_blocks_w1": Step("q w1", "forward", "W1 and W1^T in FP8", 0, weight_bytes(N1, H)),
-        "quantize_blocks_w2": Step("q w2", "forward", "W2 and W2^T in FP8", 0, weight_bytes(H, I)),
-        "quantize_columns_x": Step("q x^T", "backward", "gather(X)^T in FP8", 0, columns_x),
-        "quantize_tiles_dz": Step("q dz", "backward", "dH and dH^T in FP8", 0, row_bytes(R, N1) + transposed_dz),
+        "positions": G,
+        "x": rows(T, H),
+        "w1": weight(N1, H),
+        "w2": weight(H, I),
+        "rows_dh": rows(R, N1),
+        "columns_x": b * T * H + transposed(H, H),
+        "columns_a": b * R * I + transposed(I, blocks(I)),
+        "tiles_dh": rows(R, N1) + transposed(N1, blocks(N1)),
     }

@@ -25,6 +25,7 @@ step's roofline, max(FLOPs / rate, bytes / bandwidth), is a floor and not a pred
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -81,9 +82,15 @@ class Machine:
 
     name: str
     matrix_flops: float  # FLOP/s of 16-bit matrix products that the chip sustains
-    datasheet_flops: float  # FLOP/s of the datasheet: the denominator of MFU
+    datasheet_flops: float
     bandwidth: float  # bytes/s of a large copy, read + written
     source: str
+    fp8_flops: float = math.nan  # as matrix_flops and datasheet_flops, of FP8 products
+    fp8_datasheet_flops: float = math.nan
+
+    def peak_flops(self, *, fp8: bool) -> float:
+        """FLOP/s of the datasheet, the denominator of MFU."""
+        return self.fp8_datasheet_flops if fp8 else self.datasheet_flops
 
 
 H200 = Machine(
@@ -91,7 +98,10 @@ H200 = Machine(
     matrix_flops=680e12,
     datasheet_flops=989e12,
     bandwidth=4.26e12,
-    source="measured warm, at its 700 W cap: cuBLAS bf16 8192^3 on random data 672-680 TFLOP/s, copy 4.26 TB/s",
+    source="measured warm, at its 700 W cap: cuBLAS 8192^3 on random data, bf16 672-680 TFLOP/s, e4m3 unscaled and "
+    "unpromoted 1268-1300; copy 4.26 TB/s",
+    fp8_flops=1284e12,
+    fp8_datasheet_flops=1979e12,
 )
 
 
@@ -104,12 +114,32 @@ class Step:
     what: str
     flops: int
     bytes: int
+    fp8: bool = False  # its products multiply e4m3
 
     def roofline_us(self, machine: Machine) -> float:
-        return 1e6 * max(self.flops / machine.matrix_flops, self.bytes / machine.bandwidth)
+        return 1e6 * max(self._matrix_seconds(machine), self.bytes / machine.bandwidth)
 
     def bound(self, machine: Machine) -> Literal["compute", "memory"]:
-        return "compute" if self.flops / machine.matrix_flops > self.bytes / machine.bandwidth else "memory"
+        return "compute" if self._matrix_seconds(machine) > self.bytes / machine.bandwidth else "memory"
+
+    def _matrix_seconds(self, machine: Machine) -> float:
+        return self.flops / (machine.fp8_flops if self.fp8 else machine.matrix_flops) if self.flops else 0.0
+
+
+#: Step -> function of the backend that runs it (training/experts.py, routing/). A step without an entry is plain torch.
+STEP_KERNELS = {
+    "top-k": "route_forward",
+    "metadata": "build_plan",
+    "1": "up_projection",
+    "2": "grouped_mm",
+    "3": "gather_sum",
+    "4": "down_backward",
+    "5": "grouped_mm_wgrad",
+    "6": "grouped_mm",
+    "7": "grouped_mm_wgrad",
+    "8": "gather_sum",
+    "d top-k": "route_backward",
+}
 
 
 def layer_flops(shape: LayerShape, *, gated: bool, rows: int | None = None) -> tuple[int, int]:

@@ -1,0 +1,125 @@
+"""FLOPs, compulsory bytes and floors of an FP8 layer, step by step, in the order of ``training/experts_fp8.py``.
+
+Symbols and rules are those of ``roofline.py``. An element in e4m3 is 1 byte; its scale adds 4/128 where it is shared by
+1 x 128 elements, and next to nothing where it is shared by 128 x 128. The eight steps of the BF16 layer keep their
+numbers, and ``q ..`` are the passes that quantise what no product's epilogue could:
+
+    forward    q W1, q W2   each weight once: q, its transpose and their shared scales
+               q X          at T rows
+    backward   q dO         at T rows
+               q dH         in rows for step 6; with FP8 weight gradients also transposed for step 7
+    wgrad=fp8  q dO^T, q A'^T, q X^T      transposed, each expert's rows padded to whole blocks of 128: G positions
+    recompute  q X again, H again
+
+Weight gradients in bf16 count at the rate of 16-bit products.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from supersonic_moe.perf_model.kernels import FP32_BYTES, quantizer_bytes
+from supersonic_moe.perf_model.roofline import INDEX_BYTES, LayerShape, Step, layer_steps
+from supersonic_moe.recipe import Fp8Recipe
+
+SCALE = FP32_BYTES / 128  # bytes a scale adds to each of the 128 elements that share it
+
+
+def fp8_steps(shape: LayerShape, recipe: Fp8Recipe, *, gated: bool) -> list[Step]:
+    """The steps of one training call, in the order they run."""
+    T, H, I, E = shape.tokens, shape.hidden, shape.intermediate, shape.experts  # noqa: E741
+    R, N1, i = shape.rows, I * (2 if gated else 1), INDEX_BYTES
+    hit = min(E, R)
+    bf16 = {step.key: step for step in layer_steps(shape, gated=gated)}
+    passes = quantizer_bytes(shape, gated=gated)
+
+    def quantise(key: str, phase: Literal["forward", "backward"], what: str, moved: int) -> Step:
+        return Step(key, phase, what, 0, moved)
+
+    def product(key: str, what: str, *parts: float) -> Step:
+        step = bf16[key.rstrip("'")]  # 1' is step 1 once more, in backward
+        phase = step.phase if key == step.key else "backward"
+        return Step(key, phase, what, step.flops, round(sum(parts)), fp8=True)
+
+    x_q, w1_q, w2_q = T * H * (1 + SCALE), hit * N1 * H, hit * H * I  # read
+    a_q, routed_rows, index, scores = R * I * (1 + SCALE), 2 * R * H, i * R, i * R
+    saved = {"fp8": R * N1 * (1 + SCALE), "bf16": 2 * R * N1, "recompute": 0}[recipe.save_preactivation]
+    seen = saved or 2 * R * N1  # by backward
+
+    forward = [
+        *(bf16[key] for key in ("router", "top-k", "metadata")),
+        quantise("q W1", "forward", "W1 and W1^T in FP8", passes["w1"]),
+        quantise("q W2", "forward", "W2 and W2^T in FP8", passes["w2"]),
+        quantise("q X", "forward", "X in FP8", passes["x"]),
+        product("1", "q(H), q(A), A = act(gather(q X) @ q W1)", x_q, w1_q, a_q, saved, index),
+        product("2", "Y = q(A) @ q W2", a_q, w2_q, routed_rows),
+        bf16["3"],
+    ]
+    again = [
+        quantise("q X again", "backward", "X in FP8", passes["x"]),
+        product("1'", "H = gather(q X) @ q W1", x_q, w1_q, 2 * R * N1, index),
+    ]
+    dgated = product(
+        "4", "dH, A', dS of gather(q dO) @ q W2^T", x_q, w2_q, seen, 2 * R * N1, 2 * R * I, 2 * scores, index
+    )
+    in_fp8 = recipe.wgrad == "fp8"
+    to_dw2 = [
+        quantise("segments", "backward", "positions of padded experts", 2 * index + 2 * i * passes["positions"]),
+        quantise("q dO^T", "backward", "gather(dO)^T in FP8", passes["columns_x"]),
+        quantise("q A'^T", "backward", "A'^T in FP8", passes["columns_a"]),
+    ]
+    dw2 = product("5", "dW2 = q(dO)^T @ q(A')", R * (H + I) + SCALE * R * H, 2 * E * H * I)
+    dw1 = product("7", "dW1 = q(X)^T @ q(dH)", R * (H + N1) + SCALE * R * H, 2 * E * H * N1)
+    dh_q = passes["tiles_dh"] if in_fp8 else passes["rows_dh"]
+    return [
+        *forward,
+        *(again if recipe.save_preactivation == "recompute" else ()),
+        quantise("q dO", "backward", "dO in FP8", passes["x"]),
+        dgated,
+        *(to_dw2 if in_fp8 else ()),
+        dw2 if in_fp8 else bf16["5"],
+        quantise("q dH", "backward", "dH and dH^T in FP8" if in_fp8 else "dH in FP8", dh_q),
+        *([quantise("q X^T", "backward", "gather(X)^T in FP8", passes["columns_x"])] if in_fp8 else ()),
+        dw1 if in_fp8 else bf16["7"],
+        product("6", "dX~ = q(dH) @ q W1^T", R * N1 * (1 + SCALE), w1_q, routed_rows),
+        *(bf16[key] for key in ("8", "d top-k", "d router")),
+    ]
+
+
+def fp8_step_kernels(recipe: Fp8Recipe) -> dict[str, str]:
+    """``STEP_KERNELS`` of an FP8 layer, in the order in which its steps run."""
+    in_fp8 = recipe.wgrad == "fp8"
+    wgrad = "grouped_mm_wgrad_fp8" if in_fp8 else "grouped_mm_wgrad"
+    again = {"q X again": "quantize_rows", "1'": "grouped_mm_fp8"}
+    to_dw2 = {"segments": "pad_segments", "q dO^T": "quantize_columns", "q A'^T": "quantize_columns"}
+    return {
+        "top-k": "route_forward",
+        "metadata": "build_plan",
+        "q W1": "quantize_blocks",
+        "q W2": "quantize_blocks",
+        "q X": "quantize_rows",
+        "1": "up_projection_fp8",
+        "2": "grouped_mm_fp8",
+        "3": "gather_sum",
+        **(again if recipe.save_preactivation == "recompute" else {}),
+        "q dO": "quantize_rows",
+        "4": "down_backward_fp8",
+        **(to_dw2 if in_fp8 else {}),
+        "5": wgrad,
+        "q dH": "quantize_tiles" if in_fp8 else "quantize_rows",
+        **({"q X^T": "quantize_columns"} if in_fp8 else {}),
+        "7": wgrad,
+        "6": "grouped_mm_fp8",
+        "8": "gather_sum",
+        "d top-k": "route_backward",
+    }
+
+
+def fp8_saved_bytes(shape: LayerShape, recipe: Fp8Recipe, *, gated: bool) -> tuple[int, int]:
+    """Bytes that a training forward keeps: (activations: X in bf16 and the pre-activation; FP8 copies of weights)."""
+    pre_activation = shape.rows * shape.intermediate * (2 if gated else 1)
+    kept = {"fp8": 1 + SCALE, "bf16": 2, "recompute": 0}[recipe.save_preactivation]
+    activations = 2 * shape.tokens * shape.hidden + round(kept * pre_activation)
+    fan, matrix = 2 if gated else 1, shape.experts * shape.hidden * shape.intermediate
+    w1 = fan * matrix * (2 if recipe.save_preactivation == "recompute" else 1)  # recomputing reads W1 as it lies, too
+    return activations, (w1 + matrix) if recipe.keep_transposed else 0

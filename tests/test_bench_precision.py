@@ -1,0 +1,110 @@
+"""The precision suite on a CPU: every combination, errors that see what is wrong, files and tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fp8_oracle import LIMITS, cosine
+from fp8_oracle import error as relative
+from typer.testing import CliRunner, Result
+
+from supersonic_moe import Bf16Recipe, Fp8Recipe
+from supersonic_moe.bench import precision
+from supersonic_moe.bench.layer import OURS_BF16, LayerConfig, recipe_name
+from supersonic_moe.bench.precision import INPUTS, RECIPES, TENSORS, Layer, run_case
+from supersonic_moe.cli.app import app
+from supersonic_moe.kernels import reference
+from supersonic_moe.perf_model import LayerShape
+
+SHAPE = LayerShape(256, 256, 128, 4, 2)
+CONFIG = LayerConfig(torch.device("cpu"), torch.bfloat16, peers=(), warm_ms=0, min_ms=0)
+FEW = (Bf16Recipe(), Fp8Recipe(wgrad="bf16"), Fp8Recipe(wgrad="fp8", save_preactivation="recompute"))
+
+
+def test_recipes_are_all_combinations_once() -> None:
+    fp8 = [recipe for recipe in RECIPES if isinstance(recipe, Fp8Recipe)]
+    assert len({recipe_name(recipe) for recipe in RECIPES}) == 14 and len(fp8) == 2 * 3 * 2 + 1
+    assert RECIPES[0] == Bf16Recipe() and Fp8Recipe() in fp8
+
+
+def test_errors_are_those_of_the_oracle() -> None:
+    ours, exact = torch.randn(7, 5), torch.randn(7, 5)
+    assert precision.error(ours, exact) == pytest.approx({"rrmse": relative(ours, exact), "cos": cosine(ours, exact)})
+
+
+def test_the_exact_layer_differs_from_bf16_by_rounding_alone() -> None:
+    layer = Layer(SHAPE, CONFIG, "gaussian")
+    for tensor, ours, exact in zip(TENSORS, layer.fwd_bwd(Bf16Recipe()), layer.exact(), strict=True):
+        assert exact.dtype is torch.float32 and 1e-4 < relative(ours, exact) < 6e-3, tensor
+
+
+def test_inputs_are_what_they_are_called() -> None:
+    layers = {kind: Layer(SHAPE, CONFIG, kind).operands for kind in INPUTS}
+    assert all((t >= 0).all() for t in layers["positive"][:3]) and (layers["positive"].dout_TH < 0).any()
+    of_channel = layers["outliers"].x_TH.float().norm(dim=0)
+    assert int((of_channel > 10 * of_channel.median()).sum()) == 256 // 100 + 1
+    of_token = layers["uneven"].dout_TH.float().norm(dim=1)
+    assert of_token.max() / of_token.min() > 1000 > 2 > layers["gaussian"].dout_TH.float().norm(dim=1).std()
+
+
+def test_case_has_time_memory_and_errors_within_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "RECIPES", FEW)
+    result = run_case(SHAPE, CONFIG)
+    assert result.missing == {} and list(result.metrics) == [recipe_name(recipe) for recipe in FEW]
+    for name in list(result.metrics)[1:]:
+        assert result.errors[name].keys() == {(kind, tensor) for kind in INPUTS for tensor in TENSORS}
+        for (kind, tensor), error in result.errors[name].items():
+            limit, cosine_limit = (0.15, 0.99) if tensor == "ds" else (LIMITS[tensor], 0.997)  # ds has few elements
+            assert error["rrmse"] < limit and error["cos"] > cosine_limit, (name, kind, tensor)
+            assert error["rrmse"] > 2 * result.errors["bf16"][kind, tensor]["rrmse"]
+    bf16, fp8, again = result.metrics.values()
+    assert again["saved_bytes"] < fp8["saved_bytes"] < 0.7 * bf16["saved_bytes"]
+    cases = {case.case: case for case in result.cases()}
+    assert len(cases) == 2 * (1 + 4 * 5)
+    name = f"{SHAPE}_{recipe_name(FEW[1])}"
+    assert cases[name].peers == [OURS_BF16] == cases[f"{name}/uneven/dw1"].peers
+
+
+def test_a_recipe_that_does_not_run_is_missing_and_a_wrong_one_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return 0.5 * product(*args, **kwargs)
+
+    product = reference.grouped_mm_wgrad
+    monkeypatch.setattr(precision, "RECIPES", FEW)
+    monkeypatch.setattr(precision, "INPUTS", {"gaussian": precision.gaussian})
+    monkeypatch.delattr(reference, "grouped_mm_wgrad_fp8")
+    result = run_case(LayerShape(32, 128, 128, 2, 1), CONFIG)
+    assert (
+        list(result.metrics) == [recipe_name(recipe) for recipe in FEW[:2]]
+        and "does not have" in result.missing[recipe_name(FEW[2])]
+    )
+
+    layer = Layer(SHAPE, CONFIG, "gaussian")
+    exact = layer.exact()
+    monkeypatch.setattr(reference, "grouped_mm_wgrad", half)
+    wrong = dict(zip(TENSORS, map(precision.error, layer.fwd_bwd(FEW[1]), exact), strict=True))
+    assert wrong["dw1"]["rrmse"] == pytest.approx(0.5, abs=0.01) and wrong["dw1"]["cos"] > 0.99
+    assert wrong["dx"]["rrmse"] < 0.08
+
+
+def run(*args: str) -> Result:
+    return CliRunner(env={"COLUMNS": "160", "NO_COLOR": "1"}).invoke(app, ["bench", "precision", *args])
+
+
+def test_command_prints_and_writes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(precision, "RECIPES", FEW)
+    file, page = tmp_path / "precision-fp8.json", tmp_path / "docs" / "fp8.md"
+    options = ["--device", "cpu", "--min-ms", "0", "--warm-ms", "0", "--json", str(file), "--markdown", str(page)]
+    result = run("--shape", "64,128,128,4,2", *options)
+    assert result.exit_code == 0, result.output
+    content = json.loads(file.read_text())
+    assert content["suite"] == "precision" and {row["peer"] for row in content["rows"]} == {OURS_BF16}
+    metrics = {row["metric"] for row in content["rows"]}
+    assert metrics == {"fwd_bwd_us", "fwd_bwd_spread", "saved_bytes", "weight_copy_bytes", "rrmse", "cos"}
+    table = [line for line in page.read_text().splitlines() if line.startswith("| ")]
+    assert len(table) == 2 + len(FEW) and len({line.count("|") for line in table}) == 1
+    assert "| fp8 | recompute | fp32 |" in table[-1] and "recompute" in result.output

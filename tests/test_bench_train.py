@@ -1,0 +1,102 @@
+"""Training in FP8 beside BF16, tiny and on a CPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from supersonic_moe import Bf16Recipe, Fp8Recipe, MoE
+from supersonic_moe.bench import train as suite
+from supersonic_moe.bench.layer import OURS_BF16
+from supersonic_moe.bench.report import OURS
+from supersonic_moe.bench.train import Run, gap
+from supersonic_moe.cli.app import app
+from supersonic_moe.demo import data
+from supersonic_moe.demo import train as demo
+from supersonic_moe.demo.model import ModelConfig
+
+TINY = demo.TrainConfig(
+    model=ModelConfig(context=16, hidden=32, layers=1, heads=2, experts=4, experts_per_token=2, intermediate=16),
+    dtype=torch.bfloat16,
+    batch=4,
+    learning_rate=1e-2,
+)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def corpus() -> data.Corpus:
+    return data.split(data.standard_library(), train_bytes=50_000, held_out_bytes=300)
+
+
+def test_runs_share_weights_and_batches_and_differ_in_their_recipe(
+    corpus: data.Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[object, bool, torch.Tensor]] = []
+    forward = MoE.forward
+
+    def spy(self: MoE, x: torch.Tensor, *args: object, **kwargs: object) -> object:
+        seen.append((self.recipe, self.training, x.detach().clone()))
+        return forward(self, x, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(MoE, "forward", spy)
+    fp8 = Fp8Recipe(wgrad="fp8")
+    runs = {}
+    for recipe in (Bf16Recipe(), fp8):
+        first = len(seen)
+        runs[recipe] = suite.train(recipe, TINY, corpus, 4, 7, CPU, Console(quiet=True))
+        assert {r for r, _, _ in seen[first:]} == {recipe}, "training and evaluation"
+        runs[recipe].first_input = seen[first][2]  # type: ignore[attr-defined]
+    in_bf16, in_fp8 = runs[Bf16Recipe()], runs[fp8]
+    assert torch.equal(in_bf16.first_input, in_fp8.first_input)  # type: ignore[attr-defined]
+    assert list(in_bf16.held_out_bpb) == [1, 2, 3, 4] and len(in_bf16.train_bpb) == len(in_fp8.train_bpb) == 4
+    assert in_bf16.train_bpb != in_fp8.train_bpb
+    assert in_bf16.train_bpb == pytest.approx(in_fp8.train_bpb, rel=0.03)
+    assert abs(gap(in_fp8, in_bf16)) < 0.03
+    again = suite.train(fp8, TINY, corpus, 4, 7, CPU, Console(quiet=True))
+    assert again.train_bpb == in_fp8.train_bpb and again.held_out_bpb == in_fp8.held_out_bpb
+
+
+def test_long_runs_are_judged_at_ten_points_and_at_the_end(
+    corpus: data.Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite, "evaluate", lambda model, text: model.eval().training or 2.0)
+    run = suite.train(Bf16Recipe(), TINY, corpus, 23, 0, CPU, Console(quiet=True))
+    assert list(run.held_out_bpb) == [*range(2, 23, 2), 23]
+
+
+def test_gap_and_cases_by_hand() -> None:
+    bf16 = Run(Bf16Recipe(), [4.0] * 60 + [2.0] * 40, {50: 4.0, 100: 2.0})
+    fp8 = Run(Fp8Recipe(), [4.0] * 60 + [2.2] * 40, {50: 4.0, 100: 2.01})
+    assert gap(fp8, bf16) == pytest.approx(0.005)
+    middle, end = suite.cases(fp8, bf16, TINY)
+    assert end.case == "demo_1layers_T64_H32_I16_E4_K2_fp8/100steps" and middle.case.endswith("/50steps")
+    assert end.metrics[OURS_BF16] == {"held_out_bpb": 2.0, "train_bpb": pytest.approx((10 * 4 + 40 * 2) / 50)}
+    assert end.metrics[OURS]["gap"] == pytest.approx(0.005) and end.metrics[OURS]["steps"] == 100
+
+
+def test_command_prints_writes_and_draws(corpus: data.Corpus, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(suite, "default_config", lambda device: TINY)
+    monkeypatch.setattr(demo, "corpus_for", lambda config: corpus)
+    file, curve = tmp_path / "train-fp8.json", tmp_path / "train.png"
+    options = ["--steps", "3", "--device", "cpu", "--json", str(file), "--png", str(curve)]
+    result = CliRunner(env={"COLUMNS": "100", "NO_COLOR": "1"}).invoke(app, ["bench", "train", *options])
+    assert result.exit_code == 0, result.output
+    assert "held-out bits per byte" in result.output and "above BF16, %" in result.output
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["peer"] for row in rows} == {OURS_BF16} and len({row["case"] for row in rows}) == 3
+    assert curve.read_bytes().startswith(b"\x89PNG") and curve.stat().st_size > 10_000
