@@ -1,12 +1,12 @@
 """The FP8 training layer: its dataflow in fp64, its bits against ``kernels/reference/fp8_layer.py``, its
-accuracy against fp32, what it saves, and when it quantises its weights.
+accuracy against fp32, and what it saves.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -342,177 +342,6 @@ def test_switching_a_model() -> None:
     with pytest.raises(KeyError), sm.fp8_training(model):
         raise KeyError
     assert [m.recipe for m in layers] == before
-
-
-# ---- when weights are quantised --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def quantised(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
-    """The weights that were quantised so far."""
-    calls: list[Tensor] = []
-
-    def count(w: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        calls.append(w)
-        return original(w, pow2)
-
-    original = reference.quantize_blocks
-    monkeypatch.setattr(reference, "quantize_blocks", count)
-    return calls
-
-
-def fresh(layer: sm.MoE, x: Tensor) -> Tensor:
-    """What a layer with these weights and no past gives."""
-    other = moe(layer.recipe)
-    for p, q in zip(other.parameters(), layer.parameters(), strict=True):
-        p.data = q.data.clone()
-    return other(x)[0].detach()  # type: ignore[no-any-return]
-
-
-def optimizer_step(layer: sm.MoE, **options: Any) -> None:
-    torch.optim.AdamW(layer.parameters(), lr=0.1, **options).step()
-
-
-def assign(layer: sm.MoE) -> None:
-    for w in experts_of(layer):
-        w.data = 2 * w.data
-
-
-def each(function: Callable[[Tensor], Any]) -> Callable[[sm.MoE], None]:
-    def change(layer: sm.MoE) -> None:
-        with torch.no_grad():
-            for w in experts_of(layer):
-                function(w)
-
-    return change
-
-
-def all_gather(w: Tensor) -> None:
-    """FSDP2 writes into the unsharded weight like this."""
-    with torch.autograd._unsafe_preserve_version_counter(w):
-        w.copy_(2 * w)
-
-
-SHOWN = {
-    "optimizer": optimizer_step,
-    "fused optimizer": lambda layer: optimizer_step(layer, fused=True),
-    "in place": each(lambda w: w.mul_(2)),
-    "load_state_dict": lambda layer: layer.load_state_dict({n: 2 * t for n, t in layer.state_dict().items()}),
-    "load_state_dict, assigning": lambda layer: layer.load_state_dict(
-        {n: 2 * t for n, t in layer.state_dict().items()}, assign=True
-    ),
-    "data assigned": assign,
-}
-HIDDEN = {
-    "data copied": each(lambda w: w.data.copy_(2 * w.data)),
-    "foreach on data": lambda layer: torch._foreach_mul_([w.data for w in experts_of(layer)], 2),
-    "all-gather": each(all_gather),
-}
-
-
-@pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("change", (SHOWN | HIDDEN).values(), ids=SHOWN | HIDDEN)
-def test_no_change_of_a_weight_goes_unseen(change: Callable[[sm.MoE], None], grad: bool) -> None:
-    layer, x = moe(), tokens()
-    before = step(layer, x)
-    with torch.set_grad_enabled(grad):
-        layer(x)
-        change(layer)
-        after = layer(x)[0].detach()
-    assert torch.equal(after, fresh(layer, x))
-    assert not torch.equal(after, before)
-
-
-@pytest.mark.parametrize("change", (SHOWN | HIDDEN).values(), ids=SHOWN | HIDDEN)
-def test_changes_while_weights_are_held(change: Callable[[sm.MoE], None]) -> None:
-    """Most are seen even then; the others need ``invalidate``."""
-    layer, x = moe(), tokens()
-    with sm.constant_weights(layer):
-        before = step(layer, x)
-        change(layer)
-        if change in HIDDEN.values():
-            assert torch.equal(layer(x)[0], before), "seen after all: the table in weight_cache.py can promise more"
-            layer.weight_cache.invalidate()
-        assert torch.equal(layer(x)[0], fresh(layer, x))
-
-
-def test_held_weights_are_quantised_once(quantised: list[Tensor]) -> None:
-    layer, x = moe(), tokens()
-    want = [step(layer, x) for _ in range(3)]
-    assert len(quantised) == 6
-    quantised.clear()
-    with sm.constant_weights(layer):
-        with sm.constant_weights(layer):
-            got = [step(layer, x) for _ in range(2)]
-        got.append(step(layer, x))
-        with torch.no_grad():
-            layer(x)
-        checkpoint(layer, x, use_reentrant=False)[0].sum()
-        assert len(quantised) == 2
-        assert torch.equal(copy.deepcopy(layer)(x)[0], want[0])
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    with sm.constant_weights(layer):
-        with torch.inference_mode():
-            layer(x)
-        step(layer, x)  # autograd cannot save tensors that inference mode made
-    quantised.clear()
-    step(layer, x)
-    assert len(quantised) == 2
-    with pytest.raises(KeyError), sm.constant_weights(layer):
-        step(layer, x)
-        raise KeyError
-    quantised.clear()
-    step(layer, x)
-    assert len(quantised) == 2
-
-
-def test_held_weights_follow_recipe_and_dtype(quantised: list[Tensor]) -> None:
-    """One cache, several recipes and callers: what was quantised for one is not given to another."""
-    layer, x = sm.MoE(E, K, H, I, "swiglu", True, 0.1, recipe=Fp8Recipe()), tokens()
-    with sm.constant_weights(layer), torch.autocast("cpu", torch.bfloat16):
-        for _ in range(2):
-            layer(x)
-        assert len(quantised) == 2, "the copies that autocast makes are new each time, the parameters are not"
-        layer.recipe = Fp8Recipe(scale="pow2")
-        powers = layer(x)[0]
-        layer.recipe = Fp8Recipe()
-        assert not torch.equal(layer(x)[0], powers)
-    cache, (w1, w2) = sm.WeightCache(), (w.detach().bfloat16() for w in experts_of(layer))
-    ids, scores = torch.randint(E, (T, K)), torch.rand(T, K)
-    kwargs = dict(recipe=Fp8Recipe(), weight_cache=cache)
-    quantised.clear()
-    with cache.hold():
-        for _ in range(2):
-            sm.topk_experts(x, ids, scores, w1.mT.contiguous().mT, w2, **kwargs)
-        assert len(quantised) == 3, "w1 was a new tensor each time"
-        with torch.inference_mode():
-            sm.topk_experts(x, ids, scores, w1.clone(), w2.clone(), **kwargs)
-            sm.topk_experts(x, ids, scores, w1.clone(), w2.clone(), **kwargs)
-        assert len(quantised) == 7, "no version counter"
-
-
-@pytest.mark.gpu
-def test_capture_quantises_inside_the_graph() -> None:
-    """Neither may a graph read a copy made before it, nor the cache keep one that replays overwrite."""
-    cache = sm.WeightCache()
-    w = torch.randn(2, 128, 128, device="cuda", dtype=torch.bfloat16)
-
-    def get() -> Tensor:
-        def quantize() -> Any:
-            return SimpleNamespace(q=w * 2)
-
-        return cache.get("w1", w, (), quantize).q
-
-    with cache.hold():
-        eager = get()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = get()
-        assert get() is eager
-        assert captured is not eager
-        w.data.add_(1)
-        graph.replay()
-        assert torch.equal(captured, w * 2)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@
 // The chip is limited by power, and a GEMM that skips its loads runs 1.29 times as fast (docs/log.md): 128 x 384, as large as the
 // registers allow, loads 17 % less for a product than 128 x 256. It leaves room for one stage less, so short products keep 256.
 //
-// Constants of every kernel built on it: BLOCK_N, STAGES, CLUSTER (blocks along M that share B), GROUP_M (row blocks walked before
-// the next column), GATHER (rows of A come through an index, see load.cuh), SCALED (e4m3 with block scales).
+// Constants of every kernel built on it: BLOCK_N, STAGES, CLUSTER (blocks along M that share B), SHARE_A (blocks along N that share
+// gathered rows of A instead), GROUP_M (row blocks walked before the next column), GATHER (rows of A come through an index, see
+// load.cuh), SCALED (e4m3 with block scales).
 #pragma once
 #include "barrier.cuh"
 #include "copy.cuh"
