@@ -5,7 +5,8 @@
 // the indices of their rows at hand in shared memory. With a shuffle for each box the GEMM falls to 0.9 of its speed, with a box a
 // lane to 0.55; cp.async, 16 bytes a thread, gives 0.92 (docs/log.md). An index of -1 lies outside the
 // tensor and gives zeros, but such boxes are slow: lines past the expert's end repeat its last row, or are not loaded where a warp
-// has no other. What they hold reaches no row that is stored.
+// has no other. What they hold reaches no row that is stored. With SHARE_A the two blocks of a cluster have the same rows and
+// neighbouring columns: each gathers half of the rows, for both.
 #pragma once
 #include "epilogue.cuh"
 

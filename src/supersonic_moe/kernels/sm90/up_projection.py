@@ -110,7 +110,7 @@ def up_projection(
         _kernel(kind_of(activation), interleaved, gather_index is not None, cluster).launch(
             (grid, 1, 1),
             map_of_rows(x_TH, gather_index, box=(BLOCK_M, BLOCK_K)),
-            _map_w(w1_ENH, interleaved, width),
+            map_of_gate_and_up(w1_ENH, interleaved, width),
             map_h,
             map_a,
             expert_offsets,
@@ -128,24 +128,23 @@ def up_projection(
     return h_PN, a_PI
 
 
-def _map_w(w1_ENH: Tensor, interleaved: bool, width: int) -> TensorMap:
-    """W1 as (E, 2, I, H)."""
+def map_of_gate_and_up(w1_ENH: Tensor, interleaved: bool, width: int) -> TensorMap:
+    """W1 as (E, 2, I, H), bf16 or e4m3, in boxes of the rows of half a tile and 128 bytes."""
     expert, row, _ = w1_ENH.stride()
     half, step = (row, 2 * row) if interleaved else (width * row, row)
-    return tensor_map(
-        w1_ENH.data_ptr(),
-        box=(1, 1, BLOCK_N // 2, BLOCK_K),
-        dtype=w1_ENH.dtype,
-        shape=(w1_ENH.shape[0], 2, width, w1_ENH.shape[2]),
-        strides=(expert, half, step, 1),
-    )
+    shape = (w1_ENH.shape[0], 2, width, w1_ENH.shape[2])
+    box = (1, 1, BLOCK_N // 2, 128 // w1_ENH.element_size())
+    return tensor_map(w1_ENH, box=box, shape=shape, strides=(expert, half, step, 1))
 
 
 def map_of_halves(h_PN: Tensor, interleaved: bool, *, rows: int) -> TensorMap:
-    """H as (P, 1, 2I) or (P, 2, I), in boxes of 64 columns: none crosses from one half into the other."""
-    halves = 1 if interleaved else 2
-    view = h_PN.view(h_PN.shape[0], halves, h_PN.shape[1] // halves)
-    return tensor_map(view, box=(rows, 1, 64))
+    """H as (P, 1, 2I) or (P, 2, I), bf16 or e4m3, in boxes of 128 bytes a row: none crosses from one half into the
+    other.
+    """
+    capacity, columns = h_PN.shape
+    row, halves = h_PN.stride(0), 1 if interleaved else 2
+    shape, strides = (capacity, halves, columns // halves), (row, row if interleaved else columns // 2, 1)
+    return tensor_map(h_PN, box=(rows, 1, 128 // h_PN.element_size()), shape=shape, strides=strides)
 
 
 def half_bases(layout: GateUpLayout, width: int) -> tuple[int, int]:

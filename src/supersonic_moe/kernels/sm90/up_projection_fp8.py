@@ -26,7 +26,7 @@ from torch import Tensor
 from supersonic_moe.activation import Activation, GateUpLayout
 from supersonic_moe.jit.launch import F32, I32, I64, PTR, TENSOR_MAP, Kernel
 from supersonic_moe.jit.spec import KernelSpec
-from supersonic_moe.jit.tma import TensorMap, tensor_map
+from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.compose import compose_up_projection_fp8
 from supersonic_moe.kernels.fp8_format import BLOCK, blocks, empty_e4m3, empty_scales
 from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import gathering_cluster, grouped_mm_fp8, map_of_scales
@@ -40,7 +40,14 @@ from supersonic_moe.kernels.sm90.mainloop import (
     multiprocessors,
     num_rows,
 )
-from supersonic_moe.kernels.sm90.up_projection import ALL_KINDS, activation_constants, half_bases, kind_of
+from supersonic_moe.kernels.sm90.up_projection import (
+    ALL_KINDS,
+    activation_constants,
+    half_bases,
+    kind_of,
+    map_of_gate_and_up,
+    map_of_halves,
+)
 from supersonic_moe.kernels.triton import activation_forward, quantize_rows
 from supersonic_moe.recipe import Fp8Recipe
 
@@ -126,8 +133,8 @@ def up_projection_fp8(
             (grid, 1, 1),
             map_of_rows(xq_TH, gather_index, box=(BLOCK_M, FP8_BLOCK_K)),
             map_of_scales(x_scale, gather_index, map_a),
-            _map_w(w1q_ENH, interleaved, width),
-            map_a if saved == NOTHING else _map_h(h_PN, interleaved, width),
+            map_of_gate_and_up(w1q_ENH, interleaved, width),
+            map_a if saved == NOTHING else map_of_halves(h_PN, interleaved, rows=WARP_ROWS),
             map_a,
             expert_offsets,
             gather_index,
@@ -153,28 +160,3 @@ def up_projection_fp8(
             *activation_constants(activation),
         )
     return h_PN, h_scale, a_PI, a_scale
-
-
-def _map_w(w1q_ENH: Tensor, interleaved: bool, width: int) -> TensorMap:
-    """W1 as (E, 2, I, H)."""
-    expert, row, _ = w1q_ENH.stride()
-    half, step = (row, 2 * row) if interleaved else (width * row, row)
-    return tensor_map(
-        w1q_ENH.data_ptr(),
-        box=(1, 1, WIDTH, FP8_BLOCK_K),
-        dtype=w1q_ENH.dtype,
-        shape=(w1q_ENH.shape[0], 2, width, w1q_ENH.shape[2]),
-        strides=(expert, half, step, 1),
-    )
-
-
-def _map_h(h_PN: Tensor, interleaved: bool, width: int) -> TensorMap:
-    """H as (P, 1, 2I) or (P, 2, I), in boxes of 128 bytes a row."""
-    halves = 1 if interleaved else 2
-    return tensor_map(
-        h_PN.data_ptr(),
-        box=(WARP_ROWS, 1, 128 // h_PN.element_size()),
-        dtype=h_PN.dtype,
-        shape=(h_PN.shape[0], halves, 2 * width // halves),
-        strides=(h_PN.stride(0), h_PN.stride(0) if interleaved else width, 1),
-    )
