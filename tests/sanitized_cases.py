@@ -13,6 +13,7 @@ from supersonic_moe.kernels.fp8_format import padded_capacity
 from supersonic_moe.kernels.sm90 import grouped_gemm, grouped_wgrad
 from supersonic_moe.kernels.sm90.down_backward import down_backward
 from supersonic_moe.kernels.sm90.down_backward_fp8 import down_backward_fp8
+from supersonic_moe.kernels.sm90.down_backward_fp8_quantised import down_backward_fp8_quantised
 from supersonic_moe.kernels.sm90.grouped_gemm import grouped_mm
 from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import grouped_mm_fp8
 from supersonic_moe.kernels.sm90.grouped_wgrad import grouped_mm_wgrad
@@ -38,6 +39,7 @@ def kernels(counts: list[int]) -> None:
     scores = torch.rand(rows, device=CUDA)
     index = torch.randint(0, rows, (rows,), device=CUDA, dtype=torch.int32)
     index[::13] = -1
+    positions, row_index, token_index = pad_segments(offsets, index, padded_capacity(rows, num_experts))
     swiglu = as_activation("swiglu")
     w1_q, _, w1_scale = quantize_blocks(w1)
     _, w2_q, w2_scale = quantize_blocks(w2)
@@ -49,9 +51,9 @@ def kernels(counts: list[int]) -> None:
             h, a = up_projection(x, gather, w1, b1, offsets, row_expert, swiglu, layout, True)
             dh, scaled, _ = down_backward(x, gather, w2, h, b1, scores, offsets, row_expert, swiglu, layout)
             for saved in (quantize_rows(h, tma=True), (h, None)):  # e4m3 in halves of this width is not fused
-                down_backward_fp8(
-                    x_q, x_scale, gather, w2_q, w2_scale.mT, *saved, b1, scores, offsets, row_expert, swiglu, layout
-                )
+                to_down = (x_q, x_scale, gather, w2_q, w2_scale.mT, *saved, b1, scores, offsets, row_expert)
+                down_backward_fp8(*to_down, swiglu, layout)
+                down_backward_fp8_quantised(*to_down, swiglu, layout, positions, row_index, False)
         grouped_mm(x, w1.transpose(1, 2), offsets, gather_index=gather)
         grouped_mm(x, w2, offsets, gather_index=gather)
         for transposed in (False, True):
@@ -63,7 +65,6 @@ def kernels(counts: list[int]) -> None:
             grouped_mm_wgrad(x, dh, offsets, out, gather_index=gather, transposed=transposed, accumulate=True)
     grouped_mm(a, w2.transpose(1, 2), offsets)
     grouped_mm_wgrad(x, scaled, offsets)
-    positions, row_index, token_index = pad_segments(offsets, index, padded_capacity(rows, num_experts))
     columns, tiles = quantize_columns(x, token_index), quantize_columns(dh, row_index, tiled=True)
     for transposed in (False, True):
         out = torch.zeros(

@@ -20,7 +20,11 @@ import supersonic_moe as sm
 from supersonic_moe import Fp8Recipe
 from supersonic_moe.activation import Activation, ActivationType, GateUpLayout, as_activation
 from supersonic_moe.kernels import reference, registry
-from supersonic_moe.kernels.compose import compose_down_backward_fp8, compose_up_projection_fp8
+from supersonic_moe.kernels.compose import (
+    compose_down_backward_fp8,
+    compose_down_backward_fp8_quantised,
+    compose_up_projection_fp8,
+)
 from supersonic_moe.kernels.fp8_format import blocks
 from supersonic_moe.kernels.reference import fp8_layer
 from supersonic_moe.kernels.reference.gather import gather_rows
@@ -85,6 +89,7 @@ def lossless() -> SimpleNamespace:
         assert sb.shape == (blocks(b.shape[0]), blocks(b.shape[1]))
         return reference.grouped_mm_wgrad(a.T, b.T, offsets, out, **kw)
 
+    down_backward_fp8 = compose_down_backward_fp8(product, reference.activation_backward)
     same = "pick", "gather_sum", "row_dot", "segment_sum", "grouped_mm_wgrad", "pad_segments", "build_plan"
     return SimpleNamespace(
         **{name: getattr(reference, name) for name in same},
@@ -95,7 +100,8 @@ def lossless() -> SimpleNamespace:
         grouped_mm_fp8=product,
         grouped_mm_wgrad_fp8=wgrad,
         up_projection_fp8=compose_up_projection_fp8(product, reference.activation_forward, rows),
-        down_backward_fp8=compose_down_backward_fp8(product, reference.activation_backward),
+        down_backward_fp8=down_backward_fp8,
+        down_backward_fp8_quantised=compose_down_backward_fp8_quantised(down_backward_fp8, tiles, columns),
     )
 
 

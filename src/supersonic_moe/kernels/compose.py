@@ -21,6 +21,7 @@ DownBackward = Callable[
 ]
 UpProjectionFp8 = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 DownBackwardFp8 = Callable[..., tuple[Tensor, Tensor, Tensor]]
+DownBackwardFp8Quantised = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]
 
 
 def compose_up_projection(grouped_mm: Callable[..., Tensor], activation_forward: Callable[..., Tensor]) -> UpProjection:
@@ -142,6 +143,48 @@ def compose_down_backward_fp8(
         return dh_PN.to(da_PI.dtype), as_PI.to(da_PI.dtype), ds_P
 
     return down_backward_fp8
+
+
+def compose_down_backward_fp8_quantised(
+    down_backward_fp8: DownBackwardFp8,
+    quantize_tiles: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
+    quantize_columns: Callable[..., tuple[Tensor, Tensor]],
+) -> DownBackwardFp8Quantised:
+    """``down_backward_fp8_quantised`` as ``down_backward_fp8`` and quantising passes: dH and s · A are rounded to bf16
+    on the way.
+    """
+
+    def down_backward_fp8_quantised(
+        doutq_TH: Tensor,
+        dout_scale: Tensor,
+        gather_index: Tensor | None,
+        w2q_EIH: Tensor,
+        w2_scale: Tensor,
+        h_PN: Tensor,
+        h_scale: Tensor,
+        b1_EN: Tensor | None,
+        row_scores_P: Tensor,
+        expert_offsets: Tensor,
+        row_expert_P: Tensor,
+        activation: Activation,
+        layout: GateUpLayout,
+        padded_offsets: Tensor,
+        row_index_G: Tensor,
+        pow2: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(dH (P, N1), its row scales, dH transposed (N1, G), its tile scales, s · A transposed (I, G), its tile
+        scales, dS (P) without the part of b2): the formats of ``quantize_tiles`` and ``quantize_columns(tiled=True)``.
+
+        Arguments as of ``down_backward_fp8``; then what ``pad_segments`` says of positions, and the kind of scales.
+        """
+        dh_PN, as_PI, ds_P = down_backward_fp8(
+            doutq_TH, dout_scale, gather_index, w2q_EIH, w2_scale, h_PN, h_scale, b1_EN, row_scores_P, expert_offsets,
+            row_expert_P, activation, layout,
+        )  # fmt: skip
+        as_tiles = quantize_columns(as_PI, row_index_G, pow2, tiled=True)
+        return *quantize_tiles(dh_PN, row_index_G, pow2), *as_tiles, ds_P
+
+    return down_backward_fp8_quantised
 
 
 def _dequantize_rows(q_RC: Tensor, scale_RB: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ A backend is a module with one set of function names: route_forward, route_backw
 token_rounding_backward, switch_loss_forward, switch_loss_backward, build_plan, pick, up_projection, grouped_mm,
 down_backward, grouped_mm_wgrad, gather_sum, row_dot, segment_sum (signatures: ``kernels/reference``). One that runs FP8
 layers adds quantize_rows, quantize_blocks, grouped_mm_fp8, up_projection_fp8 and down_backward_fp8; and for weight
-gradients in FP8 pad_segments, quantize_columns, quantize_tiles and grouped_mm_wgrad_fp8.
+gradients in FP8 pad_segments, quantize_columns, quantize_tiles, down_backward_fp8_quantised and grouped_mm_wgrad_fp8.
 """
 
 from __future__ import annotations

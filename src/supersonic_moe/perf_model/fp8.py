@@ -7,8 +7,9 @@ numbers, and ``q ..`` are the passes that quantise what no product's epilogue co
     forward    q W1, q W2   each weight once: q, its transpose and their shared scales
                q X          at T rows
     backward   q dO         at T rows
-               q dH         in rows for step 6; with FP8 weight gradients also transposed for step 7
-    wgrad=fp8  q dO^T, q A'^T, q X^T      transposed, each expert's rows padded to whole blocks of 128: G positions
+    wgrad=bf16 q dH         in rows for step 6
+    wgrad=fp8  q dO^T, q X^T    transposed, each expert's rows padded to whole blocks of 128: G positions; step 4 gives
+                            dH in rows and transposed, and A' transposed (without a gradient of b1)
     recompute  q X again, H again
 
 Weight gradients in bf16 count at the rate of 16-bit products.
@@ -59,27 +60,27 @@ def fp8_steps(shape: LayerShape, recipe: Fp8Recipe, *, gated: bool) -> list[Step
         quantise("q X again", "backward", "X in FP8", passes["x"]),
         product("1'", "H = gather(q X) @ q W1", x_q, w1_q, 2 * R * N1, index),
     ]
-    dgated = product(
-        "4", "dH, A', dS of gather(q dO) @ q W2^T", x_q, w2_q, seen, 2 * R * N1, 2 * R * I, 2 * scores, index
-    )
-    in_fp8 = recipe.wgrad == "fp8"
-    to_dw2 = [
-        quantise("segments", "backward", "positions of padded experts", 2 * index + 2 * i * passes["positions"]),
-        quantise("q dO^T", "backward", "gather(dO)^T in FP8", passes["columns_x"]),
-        quantise("q A'^T", "backward", "A'^T in FP8", passes["columns_a"]),
-    ]
+    in_fp8, positions = recipe.wgrad == "fp8", passes["positions"]
+    segments = quantise("segments", "backward", "positions of padded experts", 2 * index + 2 * i * positions)
+    to_step_4 = x_q, w2_q, seen, 2 * scores, index
+    if in_fp8:
+        quantised = R * N1 * (1 + SCALE), positions * (N1 + I)
+        dgated = product("4", "q(dH), q(dH)^T, q(A')^T, dS of gather(q dO) @ q W2^T", *to_step_4, *quantised)
+    else:
+        dgated = product("4", "dH, A', dS of gather(q dO) @ q W2^T", *to_step_4, 2 * R * N1, 2 * R * I)
     dw2 = product("5", "dW2 = q(dO)^T @ q(A')", R * (H + I) + SCALE * R * H, 2 * E * H * I)
     dw1 = product("7", "dW1 = q(X)^T @ q(dH)", R * (H + N1) + SCALE * R * H, 2 * E * H * N1)
-    dh_q = passes["tiles_dh"] if in_fp8 else passes["rows_dh"]
     return [
         *forward,
         *(again if recipe.save_preactivation == "recompute" else ()),
         quantise("q dO", "backward", "dO in FP8", passes["x"]),
+        *((segments,) if in_fp8 else ()),
         dgated,
-        *(to_dw2 if in_fp8 else ()),
+        *((quantise("q dO^T", "backward", "gather(dO)^T in FP8", passes["columns_x"]),) if in_fp8 else ()),
         dw2 if in_fp8 else bf16["5"],
-        quantise("q dH", "backward", "dH and dH^T in FP8" if in_fp8 else "dH in FP8", dh_q),
-        *([quantise("q X^T", "backward", "gather(X)^T in FP8", passes["columns_x"])] if in_fp8 else ()),
+        quantise("q X^T", "backward", "gather(X)^T in FP8", passes["columns_x"])
+        if in_fp8
+        else quantise("q dH", "backward", "dH in FP8", passes["rows_dh"]),
         dw1 if in_fp8 else bf16["7"],
         product("6", "dX~ = q(dH) @ q W1^T", R * N1 * (1 + SCALE), w1_q, routed_rows),
         *(bf16[key] for key in ("8", "d top-k", "d router")),
@@ -91,7 +92,6 @@ def fp8_step_kernels(recipe: Fp8Recipe) -> dict[str, str]:
     in_fp8 = recipe.wgrad == "fp8"
     wgrad = "grouped_mm_wgrad_fp8" if in_fp8 else "grouped_mm_wgrad"
     again = {"q X again": "quantize_rows", "1'": "grouped_mm_fp8"}
-    to_dw2 = {"segments": "pad_segments", "q dO^T": "quantize_columns", "q A'^T": "quantize_columns"}
     return {
         "top-k": "route_forward",
         "metadata": "build_plan",
@@ -103,11 +103,11 @@ def fp8_step_kernels(recipe: Fp8Recipe) -> dict[str, str]:
         "3": "gather_sum",
         **(again if recipe.save_preactivation == "recompute" else {}),
         "q dO": "quantize_rows",
-        "4": "down_backward_fp8",
-        **(to_dw2 if in_fp8 else {}),
+        **({"segments": "pad_segments"} if in_fp8 else {}),
+        "4": "down_backward_fp8_quantised" if in_fp8 else "down_backward_fp8",
+        **({"q dO^T": "quantize_columns"} if in_fp8 else {}),
         "5": wgrad,
-        "q dH": "quantize_tiles" if in_fp8 else "quantize_rows",
-        **({"q X^T": "quantize_columns"} if in_fp8 else {}),
+        **({"q X^T": "quantize_columns"} if in_fp8 else {"q dH": "quantize_rows"}),
         "7": wgrad,
         "6": "grouped_mm_fp8",
         "8": "gather_sum",

@@ -62,7 +62,7 @@ def kernel_steps(shape: LayerShape, *, gated: bool, element_bytes: int = 2) -> d
 
 
 def quantizer_bytes(shape: LayerShape, *, gated: bool, element_bytes: int = 2) -> dict[str, int]:
-    """Bytes of every quantising pass, and "positions", G itself. ``a`` is s A (R, I), gathered by row."""
+    """Bytes of every quantising pass, and "positions", G itself."""
     from supersonic_moe.kernels.fp8_format import blocks, padded_capacity  # imports torch, for which --help cannot wait
 
     T, H, I, E, R = shape.tokens, shape.hidden, shape.intermediate, shape.experts, shape.rows  # noqa: E741
@@ -84,6 +84,5 @@ def quantizer_bytes(shape: LayerShape, *, gated: bool, element_bytes: int = 2) -
         "w2": weight(H, I),
         "rows_dh": rows(R, N1),
         "columns_x": b * T * H + transposed(H, H),
-        "columns_a": b * R * I + transposed(I, blocks(I)),
         "tiles_dh": rows(R, N1) + transposed(N1, blocks(N1)),
     }

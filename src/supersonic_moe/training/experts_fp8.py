@@ -15,7 +15,9 @@ but the weight gradients in e4m3 (``recipe.py``; the arithmetic alone: ``kernels
 Weight gradients multiply in bf16, or with ``wgrad="fp8"`` in e4m3 scaled along tokens: their operands are transposed
 and each expert's rows padded to whole blocks of 128 positions (``pad_segments``). dO and x have a scale for each
 column; s A and dH one for each tile of 128 x 128, which costs a product no more than the scales of a weight do, and
-lets one quantisation of dH serve dx as it lies and dW1 transposed.
+lets one quantisation of dH serve dx as it lies and dW1 transposed. Where both weights need a gradient, the kernel that
+computes dH and s A quantises them itself (``down_backward_fp8_quantised``). Not so with a gradient of b1, which is a
+sum of dH before: then both are stored in bf16 and quantised in passes of their own.
 
 Saved for backward: x in bf16, H, the scores, the plan and the transposed weights: 2 T H + R N1 (1 + 4/128) bytes and 1
 a weight, 57 % of the BF16 layer's 2 T H + 2 R N1 at T 8192, H 3072, I 1536, K 8. ``save_preactivation`` and
@@ -172,22 +174,29 @@ def _backward(
             del x_q, x_scale
         s_P = k.pick(scores, plan.scatter_index)
         dout_q, dout_scale = k.quantize_rows(dout, recipe.pow2, plan.identity)
-        dh_PN, as_PI, ds_P = k.down_backward_fp8(
-            dout_q, dout_scale, index, w2_transposed, w2_scale.mT, h, h_scale, b1, s_P, offsets, plan.row_expert, act,
-            layout,
-        )  # fmt: skip
-        del dout_q, dout_scale, h, h_scale
+        to_down = (dout_q, dout_scale, index, w2_transposed, w2_scale.mT, h, h_scale, b1, s_P, offsets, plan.row_expert)
+        if in_fp8 and (need_w1 or need_w2):
+            capacity = padded_capacity(plan.gather_index.shape[0], offsets.shape[0] - 1)
+            positions, row_index, token_index = k.pad_segments(offsets, plan.gather_index, capacity)
+        quantised = in_fp8 and need_w1 and need_w2 and not (need_b1 and b1 is not None)  # db1 sums dH itself
+        if not quantised:
+            dh_PN, as_PI, ds_P = k.down_backward_fp8(*to_down, act, layout)
+        else:
+            dh_q, dh_scale, *tiles, ds_P = k.down_backward_fp8_quantised(
+                *to_down, act, layout, positions, row_index, recipe.pow2
+            )
+            dh_tiles, as_tiles, dh_PN, as_PI = tiles[:2], tiles[2:], None, None
+            del tiles
+        del dout_q, dout_scale, h, h_scale, to_down
         if need_s:
             if b2 is not None:
                 k.row_dot(dout, b2, plan.row_expert, ds_P, gather_index=index)
             dscores = k.pick(ds_P, plan.reverse_index, scores.dtype)
-        if in_fp8 and (need_w1 or need_w2):
-            capacity = padded_capacity(plan.gather_index.shape[0], offsets.shape[0] - 1)
-            positions, row_index, token_index = k.pad_segments(offsets, plan.gather_index, capacity)
         if need_w2:
             if in_fp8:
                 dout_columns = k.quantize_columns(dout, token_index, recipe.pow2)
-                as_tiles = k.quantize_columns(as_PI, row_index, recipe.pow2, tiled=True)
+                if not quantised:
+                    as_tiles = k.quantize_columns(as_PI, row_index, recipe.pow2, tiled=True)
                 dw2 = product_fp8(dout_columns, as_tiles, main_w2, transposed=False)
                 del dout_columns, as_tiles
             else:
@@ -197,9 +206,9 @@ def _backward(
             db2 = k.segment_sum(dout, s_P, offsets, gather_index=index).to(b2.dtype)
         if need_b1 and b1 is not None:
             db1 = k.segment_sum(dh_PN, None, offsets).to(b1.dtype)
-        if in_fp8 and need_w1:
+        if in_fp8 and need_w1 and not quantised:
             dh_q, dh_scale, *dh_tiles = k.quantize_tiles(dh_PN, row_index, recipe.pow2)
-        elif need_x:
+        elif need_x and not quantised:
             dh_q, dh_scale = k.quantize_rows(dh_PN, recipe.pow2, True)
         if need_w1:
             if in_fp8:

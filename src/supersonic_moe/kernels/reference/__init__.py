@@ -9,6 +9,7 @@ one is caught by the tests.
 from supersonic_moe.kernels.compose import (
     compose_down_backward,
     compose_down_backward_fp8,
+    compose_down_backward_fp8_quantised,
     compose_up_projection,
     compose_up_projection_fp8,
 )
@@ -35,6 +36,7 @@ up_projection = compose_up_projection(grouped_mm, activation_forward)
 down_backward = compose_down_backward(grouped_mm, activation_backward)
 up_projection_fp8 = compose_up_projection_fp8(grouped_mm_fp8, activation_forward, quantize_rows)
 down_backward_fp8 = compose_down_backward_fp8(grouped_mm_fp8, activation_backward)
+down_backward_fp8_quantised = compose_down_backward_fp8_quantised(down_backward_fp8, quantize_tiles, quantize_columns)
 
 __all__ = [
     "activation_backward",
@@ -42,6 +44,7 @@ __all__ = [
     "build_plan",
     "down_backward",
     "down_backward_fp8",
+    "down_backward_fp8_quantised",
     "gather_rows",
     "gather_sum",
     "grouped_mm",

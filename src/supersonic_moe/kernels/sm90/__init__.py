@@ -12,6 +12,7 @@ def registered_specs() -> tuple[KernelSpec, ...]:
     from supersonic_moe.kernels.sm90 import (  # need triton
         down_backward,
         down_backward_fp8,
+        down_backward_fp8_quantised,
         grouped_gemm,
         grouped_gemm_fp8,
         grouped_wgrad,
@@ -31,4 +32,5 @@ def registered_specs() -> tuple[KernelSpec, ...]:
         *up_projection_fp8.SPECS,
         *down_backward.SPECS,
         *down_backward_fp8.SPECS,
+        *down_backward_fp8_quantised.SPECS,
     )

@@ -2,6 +2,7 @@
 
 from supersonic_moe.kernels.sm90.down_backward import down_backward
 from supersonic_moe.kernels.sm90.down_backward_fp8 import down_backward_fp8
+from supersonic_moe.kernels.sm90.down_backward_fp8_quantised import down_backward_fp8_quantised
 from supersonic_moe.kernels.sm90.grouped_gemm import grouped_mm
 from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import grouped_mm_fp8
 from supersonic_moe.kernels.sm90.grouped_wgrad import grouped_mm_wgrad
@@ -31,6 +32,7 @@ __all__ = [
     "build_plan",
     "down_backward",
     "down_backward_fp8",
+    "down_backward_fp8_quantised",
     "gather_sum",
     "grouped_mm",
     "grouped_mm_fp8",

@@ -61,10 +61,12 @@ CHUNKS = 4  # of 64 activations, in a tile
 SCALE_BYTES = 640  # 132 scales or scores of a tile's rows, in whole lines of 128 bytes
 
 
-def down_fp8_spec(kind: int, *, interleaved: bool, saved_fp8: bool, gather: bool, cluster: int) -> KernelSpec:
+def down_fp8_spec(
+    kind: int, *, interleaved: bool, saved_fp8: bool, gather: bool, cluster: int, name: str = "down_backward_fp8"
+) -> KernelSpec:
     constants = (("ACTIVATION", kind), ("INTERLEAVED", int(interleaved)), ("SAVED_FP8", int(saved_fp8)))
     spec = mainloop_spec(
-        "down_backward_fp8",
+        name,
         cluster=cluster,
         gather=gather,
         constants=constants,
@@ -129,19 +131,13 @@ def down_backward_fp8(
         return dh_PN, as_PI, partial_ds_BP.new_empty(0)
     gather = gather_index is not None
     cluster = gathering_cluster(blocks_n, gather)
-    scores_P = row_scores_P.contiguous()
-    scores_P = scores_P if scores_P.data_ptr() % 16 == 0 else scores_P.clone()  # TMA reads from multiples of 16 bytes
+    scores_P = loadable(row_scores_P)
     map_dh = map_of_halves(dh_PN, interleaved, rows=WARP_ROWS)
     with torch.cuda.device(doutq_TH.device):
         grid = multiprocessors(doutq_TH.device.index) // cluster * cluster
         _kernel(kind_of(activation), interleaved, saved_fp8, gather, cluster).launch(
             (grid, 1, 1),
-            map_of_rows(doutq_TH, gather_index, box=(BLOCK_M, FP8_BLOCK_K)),
-            map_of_scales(dout_scale, gather_index, map_dh),
-            tensor_map(w2q_EIH, box=(1, BLOCK_N, FP8_BLOCK_K)),
-            _map_of_saved(h_PN, interleaved),
-            tensor_map(h_scale.t(), box=(1, BLOCK_M + 4), swizzle=0) if saved_fp8 else map_dh,
-            tensor_map(scores_P[None], box=(1, BLOCK_M + 4), swizzle=0),
+            *input_maps(doutq_TH, dout_scale, gather_index, w2q_EIH, h_PN, h_scale, scores_P, interleaved),
             map_dh,
             tensor_map(as_PI.view(rows, 1, width), box=(WARP_ROWS, 1, 64)),
             expert_offsets,
@@ -162,6 +158,34 @@ def down_backward_fp8(
             *activation_constants(activation),
         )
     return dh_PN, as_PI, partial_ds_BP.sum(0)
+
+
+def loadable(scores_P: Tensor) -> Tensor:
+    """TMA reads from multiples of 16 bytes."""
+    scores_P = scores_P.contiguous()
+    return scores_P if scores_P.data_ptr() % 16 == 0 else scores_P.clone()
+
+
+def input_maps(
+    doutq_TH: Tensor,
+    dout_scale: Tensor,
+    gather_index: Tensor | None,
+    w2q_EIH: Tensor,
+    h_PN: Tensor,
+    h_scale: Tensor,
+    scores_P: Tensor,
+    interleaved: bool,
+) -> tuple[TensorMap, ...]:
+    """dO, its scales, W2, H, its scales, the rows' scores."""
+    map_h, vector = _map_of_saved(h_PN, interleaved), (1, BLOCK_M + 4)
+    return (
+        map_of_rows(doutq_TH, gather_index, box=(BLOCK_M, FP8_BLOCK_K)),
+        map_of_scales(dout_scale, gather_index, map_h),
+        tensor_map(w2q_EIH, box=(1, BLOCK_N, FP8_BLOCK_K)),
+        map_h,
+        tensor_map(h_scale.t(), box=vector, swizzle=0) if h_PN.dtype is E4M3 else map_h,
+        tensor_map(scores_P[None], box=vector, swizzle=0),
+    )
 
 
 def _map_of_saved(h_PN: Tensor, interleaved: bool) -> TensorMap:

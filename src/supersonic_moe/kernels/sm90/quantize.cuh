@@ -11,6 +11,14 @@ DEVICE float block_scale(float amax, bool pow2) {
     return pow2 ? __uint_as_float((__float_as_uint(scale) + 0x7fffffu) & 0x7f800000u) : scale;
 }
 
+// fp32(1 / scale). What __frcp_rn does for the numbers that a finite scale can be, 2^-109 to 2^120, without its call for the others.
+DEVICE float inverse_of_scale(float scale) {
+    float guess;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(guess) : "f"(scale));
+    const float inverse = __fmaf_rn(guess, __fmaf_rn(-scale, guess, 1.0f), guess);
+    return guess == 0.0f ? 0.0f : inverse;
+}
+
 // Largest of the four lanes that share a row of the accumulators.
 DEVICE float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
