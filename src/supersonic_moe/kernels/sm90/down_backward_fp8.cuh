@@ -38,21 +38,6 @@ struct Slots {
 };
 static_assert((STAGES * (SCALE_BYTES + NOTE_BYTES + 16) + 4 * BLOCK_M) % 1024 + 16 * SLOTS <= 1024, "barriers fit before the staging");
 
-// As await_tile, but every lane reads the note: a load under a predicate keeps its destination, five registers, alive through the main
-// loop. The shuffles hold lane 0, which hands the stage back, until all have read.
-DEVICE TileNote await_note(const Shared& shared, const Ring& ring) {
-    mbarrier_wait(shared.full(ring.stage), ring.phase);
-    i32 v[5];
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                 : "r"(shared.note(ring.stage))
-                 : "memory");
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v[4]) : "r"(shared.note(ring.stage) + 16) : "memory");
-#pragma unroll
-    for (u32 i = 0; i < 5; ++i) v[i] = __shfl_sync(0xffffffffu, v[i], 0);
-    return {v[0], v[1], v[2], v[3], v[4]};
-}
-
 // This lane's part of 16 activations of a chunk. `gate_at`: 0, or 64 where the first half is up.
 DEVICE Words load_saved(u32 room, u32 line, u32 part, u32 lane, u32 gate_at) {
     if constexpr (!SAVED_FP8) return load_words(room, line, part, lane);

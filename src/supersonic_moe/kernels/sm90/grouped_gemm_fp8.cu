@@ -54,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             if (lane == 0) tma_commit();
         };
         while (true) {
-            const TileNote note = await_tile(shared, ring);
+            const TileNote note = await_note(shared, ring);
             if (note.row == TileNote::STOP_ROW) break;
             if (note.row + static_cast<i32>(group * GROUP_LINES) >= note.row_end) {
                 skip_stages(shared, ring, blocks_k);

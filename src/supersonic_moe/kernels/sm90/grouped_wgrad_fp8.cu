@@ -157,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             held = true;
         };
         while (true) {
-            const TileNote note = await_tile(shared, ring);
+            const TileNote note = await_note(shared, ring);
             const bool stop = note.row == TileNote::STOP_ROW;
             if (!stop && note.row + static_cast<i32>(group * GROUP_LINES) >= rows) {
                 skip_stages(shared, ring, max(note.blocks_k, 1));

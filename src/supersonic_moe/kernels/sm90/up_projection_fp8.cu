@@ -21,7 +21,7 @@ DEVICE void scale_rows(float (&inverse)[2], float upper, float lower, bool pow2,
 #pragma unroll
     for (i32 i = 0; i < 2; ++i) {
         const float scale = block_scale(amax[i], pow2);
-        inverse[i] = __frcp_rn(scale);
+        inverse[i] = inverse_of_scale(scale);
         const i32 at = static_cast<i32>(lane / 4) + 8 * i;
         if (lane % 4 == 0 && at < rows) scales[at] = scale;
     }
@@ -114,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         Ring ring;
         float acc[BLOCK_N / 2];
         while (true) {
-            const TileNote note = await_tile(shared, ring);
+            const TileNote note = await_note(shared, ring);
             if (note.row == TileNote::STOP_ROW) break;
             if (note.row + static_cast<i32>(group * GROUP_LINES) >= note.row_end) {
                 skip_stages(shared, ring, blocks_k);
