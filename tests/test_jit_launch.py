@@ -29,7 +29,7 @@ from supersonic_moe.jit import launch as launch_module
 from supersonic_moe.jit import tma as tma_module
 from supersonic_moe.jit.build import build
 from supersonic_moe.jit.cache import CubinCache
-from supersonic_moe.jit.launch import slot_layout
+from supersonic_moe.jit.launch import on_device, slot_layout
 
 
 @pytest.fixture
@@ -178,6 +178,26 @@ def test_a_tensor_map_is_encoded_once_with_dimensions_reversed(monkeypatch: pyte
 
 def test_an_empty_grid_launches_nothing_even_without_a_gpu(spec: KernelSpec) -> None:
     Kernel(spec, (PTR, I32)).launch((0, 1, 1), None, 0)
+
+
+def test_the_device_of_a_tensor_is_selected_only_where_another_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor, selected = torch.empty(1), []
+
+    class Selected:
+        def __init__(self, device: torch.device) -> None:
+            assert device == tensor.device
+
+        def __enter__(self) -> None:
+            selected.append(True)
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(torch.cuda, "device", Selected)
+    for current, times in ((tensor.get_device(), 0), (tensor.get_device() + 1, 1)):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
+        with on_device(tensor):
+            assert len(selected) == times
 
 
 BAD_MAPS = [

@@ -17,6 +17,7 @@ Importing this module needs no driver; the first launch does.
 import ctypes
 import struct
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -168,6 +169,14 @@ class _Slots:
         base = ctypes.addressof(self.buffer) + self.offset
         self._table = (ctypes.c_void_p * len(offsets))(*(base + offset for offset in offsets))
         self.addresses = ctypes.addressof(self._table) if offsets else 0
+
+
+_HERE = nullcontext()
+
+
+def on_device(tensor: torch.Tensor) -> AbstractContextManager[None]:
+    """`torch.cuda.device(tensor.device)`; where that is current, nothing, at a tenth of the host time."""
+    return _HERE if tensor.get_device() == torch.cuda.current_device() else torch.cuda.device(tensor.device)
 
 
 def slot_layout(argtypes: tuple[ArgType, ...]) -> tuple[struct.Struct, list[int]]:

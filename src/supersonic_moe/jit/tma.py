@@ -63,7 +63,7 @@ def tensor_map(
     if isinstance(tensor, Tensor):
         address = tensor.data_ptr()
         dtype = tensor.dtype if dtype is None else dtype
-        shape = tuple(tensor.shape) if shape is None else shape
+        shape = tensor.shape if shape is None else shape
         strides = tensor.stride() if strides is None else strides
     else:
         address = tensor

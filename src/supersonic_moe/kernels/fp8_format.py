@@ -62,12 +62,14 @@ def padded_capacity(num_rows: int, num_experts: int) -> int:
 
 def empty_e4m3(like: Tensor, *shape: int) -> Tensor:
     """Rows start at multiples of 16 bytes, as TMA wants: a view of a wider buffer where columns is no such multiple."""
-    *outer, columns = shape
-    return like.new_empty(*outer, -(-columns // 16) * 16, dtype=E4M3)[..., :columns]
+    columns = shape[-1]
+    if columns % 16 == 0:
+        return like.new_empty(shape, dtype=E4M3)
+    return like.new_empty(*shape[:-1], -(-columns // 16) * 16, dtype=E4M3)[..., :columns]
 
 
 def empty_scales(like: Tensor, rows: int, columns: int, tma: bool) -> Tensor:
     """(rows, columns) fp32; ``tma`` stores it transposed, at a stride that is a multiple of 16 bytes."""
     if not tma:
         return like.new_empty(rows, columns, dtype=torch.float32)
-    return like.new_empty(columns, -(-rows // 4) * 4, dtype=torch.float32).T[:rows]
+    return like.new_empty_strided((rows, columns), (1, -(-rows // 4) * 4), dtype=torch.float32)

@@ -39,6 +39,7 @@ from supersonic_moe.training.op_arguments import (
     gradients_or_empty,
     plan_args,
     static_args,
+    without_autocast,
 )
 
 # One argument list, shared by both ops: operands, the plan's tensors, then what is static.
@@ -66,7 +67,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     plan, static, save = PlanArgs(*rest[:8]), StaticArgs(*rest[8:14]), rest[14]
     k, (act, layout) = _kernels(x, w2, static.backend), static.parsed()
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         h_PN, a_PI = k.up_projection(
             x, plan.read_index, w1, b1, plan.expert_offsets, plan.row_expert, act, layout, save
         )
@@ -104,7 +105,7 @@ def _backward(
         )
         return None if added else dw
 
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         s_P = k.pick(scores, plan.scatter_index)
         dh_PN, as_PI, ds_P = k.down_backward(dout, index, w2, h, b1, s_P, offsets, plan.row_expert, act, layout)
         if need_s:

@@ -51,6 +51,7 @@ from supersonic_moe.training.op_arguments import (
     gradients_or_empty,
     plan_args,
     static_args,
+    without_autocast,
 )
 from supersonic_moe.training.weight_cache import Fp8Weight, WeightCache
 
@@ -119,7 +120,7 @@ def _forward(
     k, plan, act, layout, recipe = _parsed(x, w2_q.shape[2], rest)
     save = rest[-1]
     offsets, row_expert = plan.expert_offsets, plan.row_expert
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         x_q, x_scale = k.quantize_rows(x, recipe.pow2, plan.identity)
         h, h_scale, a_q, a_scale = k.up_projection_fp8(
             x_q, x_scale, plan.read_index, w1_q, w1_scale, b1, offsets, row_expert, act, layout, recipe, save
@@ -167,7 +168,7 @@ def _backward(
         )
         return dw
 
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         if recipe.save_preactivation == "recompute":
             x_q, x_scale = k.quantize_rows(x, recipe.pow2, plan.identity)
             h = k.grouped_mm_fp8(x_q, x_scale, w1_q, w1_scale, offsets, gather_index=index)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from supersonic_moe.activation import Activation, ActivationType, GateUpLayout
@@ -52,8 +55,15 @@ class StaticArgs(NamedTuple):
     backend: str
 
     def parsed(self) -> tuple[Activation, GateUpLayout]:
-        limit = None if math.isinf(self.limit) else self.limit
-        return Activation(ActivationType(self.activation), self.alpha, limit, self.up_offset), GateUpLayout(self.layout)
+        return _parsed(self.activation, self.alpha, self.limit, self.up_offset, self.layout)
+
+
+@functools.cache
+def _parsed(
+    activation: str, alpha: float, limit: float, up_offset: float, layout: str
+) -> tuple[Activation, GateUpLayout]:
+    clamp = None if math.isinf(limit) else limit
+    return Activation(ActivationType(activation), alpha, clamp, up_offset), GateUpLayout(layout)
 
 
 def plan_args(plan: RoutingPlan) -> tuple[object, ...]:
@@ -74,6 +84,14 @@ def static_args(activation: Activation, layout: GateUpLayout, backend: str) -> t
     """The fields of :class:`StaticArgs`."""
     limit = math.inf if activation.limit is None else activation.limit
     return activation.type.value, activation.alpha, limit, activation.up_offset, layout.value, backend
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Kernels get the dtypes that they are called with. Entering ``torch.autocast`` takes as long as a launch, so only
+    where it is on.
+    """
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def gradients_or_empty(x: Tensor, *gradients: Tensor | None) -> tuple[Tensor, ...]:

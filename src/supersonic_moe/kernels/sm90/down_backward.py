@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from supersonic_moe.activation import Activation, GateUpLayout
-from supersonic_moe.jit.launch import F32, I32, PTR, TENSOR_MAP, Kernel
+from supersonic_moe.jit.launch import F32, I32, PTR, TENSOR_MAP, Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.compose import compose_down_backward
@@ -105,7 +105,7 @@ def down_backward(
         return dh_PN, as_PI, partial_ds_BP.new_empty(0)
     interleaved = layout is GateUpLayout.INTERLEAVED
     cluster = cluster_size(rows, num_experts)
-    with torch.cuda.device(dout_TH.device):
+    with on_device(dout_TH):
         grid = multiprocessors(dout_TH.device.index) // cluster * cluster
         _kernel(kind_of(activation), interleaved, gather_index is not None, cluster).launch(
             (grid, 1, 1),

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from supersonic_moe.activation import Activation, GateUpLayout
-from supersonic_moe.jit.launch import F32, I32, I64, PTR, TENSOR_MAP, Kernel
+from supersonic_moe.jit.launch import F32, I32, I64, PTR, TENSOR_MAP, Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.compose import compose_down_backward_fp8_quantised
@@ -106,7 +106,7 @@ def down_backward_fp8_quantised(
     gather = gather_index is not None
     cluster = gathering_cluster(blocks_n, gather)
     scores_P = loadable(row_scores_P)
-    with torch.cuda.device(doutq_TH.device):
+    with on_device(doutq_TH):
         grid = multiprocessors(doutq_TH.device.index) // cluster * cluster
         _kernel(kind_of(activation), gather, cluster).launch(
             (grid, 1, 1),

@@ -22,10 +22,9 @@ from __future__ import annotations
 
 import functools
 
-import torch
 from torch import Tensor
 
-from supersonic_moe.jit.launch import I32, I64, PTR, TENSOR_MAP, Kernel
+from supersonic_moe.jit.launch import I32, I64, PTR, TENSOR_MAP, Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.sm90.mainloop import (
@@ -81,7 +80,7 @@ def grouped_mm(a_TK: Tensor, b_EKN: Tensor, expert_offsets: Tensor, *, gather_in
         map_b = tensor_map(b_EKN, box=(1, BLOCK_K, 64))
     else:
         map_b = tensor_map(b_EKN.transpose(1, 2), box=(1, block_n // cluster, BLOCK_K))
-    with torch.cuda.device(a_TK.device):
+    with on_device(a_TK):
         grid = multiprocessors(a_TK.device.index) // cluster * cluster
         _kernel(n_contiguous, gather_index is not None, cluster, block_n).launch(
             (grid, 1, 1),

@@ -25,7 +25,7 @@ import functools
 import torch
 from torch import Tensor
 
-from supersonic_moe.jit.launch import I32, I64, PTR, TENSOR_MAP, Kernel
+from supersonic_moe.jit.launch import I32, I64, PTR, TENSOR_MAP, Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
 from supersonic_moe.kernels.sm90.mainloop import (
@@ -71,7 +71,13 @@ def map_of_scales(scale_RB: Tensor, gather_index: Tensor | None, unused: TensorM
             f"a_scale must be stored {way} {with_index} a gather_index; got strides {scale_RB.stride()} for shape "
             f"{tuple(scale_RB.shape)}. Quantise with quantize_rows(..., tma={gather_index is None})."
         )
-    return unused if gather_index is not None else tensor_map(scale_RB.t(), box=(1, BLOCK_M + 4), swizzle=0)
+    return unused if gather_index is not None else map_of_columns(scale_RB)
+
+
+def map_of_columns(scale_RB: Tensor) -> TensorMap:
+    """Scales stored transposed, as TMA loads those of 128 rows at once, of whichever row the first is."""
+    (rows, count), (row, column) = scale_RB.shape, scale_RB.stride()
+    return tensor_map(scale_RB, box=(1, BLOCK_M + 4), swizzle=0, shape=(count, rows), strides=(column, row))
 
 
 def grouped_mm_fp8(
@@ -93,8 +99,8 @@ def grouped_mm_fp8(
         return d_PN
     gather = gather_index is not None
     cluster = gathering_cluster(-(-columns // BLOCK_N), gather)
-    map_d = tensor_map(d_PN.view(rows, 1, columns), box=(WARP_ROWS, 1, 64))
-    with torch.cuda.device(a_TK.device):
+    map_d = tensor_map(d_PN, box=(WARP_ROWS, 1, 64), shape=(rows, 1, columns), strides=(columns, columns, 1))
+    with on_device(a_TK):
         grid = multiprocessors(a_TK.device.index) // cluster * cluster
         _kernel(gather, cluster).launch(
             (grid, 1, 1),

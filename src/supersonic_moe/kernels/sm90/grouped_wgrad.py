@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from supersonic_moe import checks
-from supersonic_moe.jit.launch import I32, PTR, TENSOR_MAP, Kernel
+from supersonic_moe.jit.launch import I32, PTR, TENSOR_MAP, Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
 from supersonic_moe.kernels.sm90.mainloop import (
@@ -112,7 +112,7 @@ def grouped_mm_wgrad(
     if rows == 0 or a_TM.shape[0] == 0:
         return out if accumulate else out.zero_()
     block_n = tile_columns(n, rows // num_experts)
-    with torch.cuda.device(a_TM.device):
+    with on_device(a_TM):
         _kernel(output_kind(out, accumulate), transposed, gather_index is not None, block_n).launch(
             (multiprocessors(a_TM.device.index) // CLUSTER * CLUSTER, 1, 1),
             map_of_rows(a_TM, gather_index, box=(BLOCK_K, 64)),

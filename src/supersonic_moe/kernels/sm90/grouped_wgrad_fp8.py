@@ -23,14 +23,14 @@ from __future__ import annotations
 
 import functools
 
-import torch
 from torch import Tensor
 
 from supersonic_moe import checks
-from supersonic_moe.jit.launch import I32, I64, PTR, TENSOR_MAP, Kernel
+from supersonic_moe.jit.launch import I32, I64, PTR, TENSOR_MAP, Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.fp8_format import BLOCK, E4M3, blocks
+from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import map_of_columns
 from supersonic_moe.kernels.sm90.grouped_wgrad import (
     BF16,
     FP32,
@@ -110,11 +110,11 @@ def grouped_mm_wgrad_fp8(
     out = gradient_buffer(out, a_MG, (num_experts, n, m) if transposed else (num_experts, m, n), accumulate)
     if positions == 0:
         return out if accumulate else out.zero_()
-    with torch.cuda.device(a_MG.device):
+    with on_device(a_MG):
         _kernel(output_kind(out, accumulate), transposed).launch(
             (multiprocessors(a_MG.device.index), 1, 1),
             tensor_map(a_MG, box=(BLOCK_M, FP8_BLOCK_K)),
-            tensor_map(a_scale.t(), box=(1, BLOCK_M + 4), swizzle=0),
+            map_of_columns(a_scale),
             tensor_map(b_NG, box=(BLOCK_N, FP8_BLOCK_K)),
             map_of_output(out, transposed),
             padded_offsets,

@@ -21,11 +21,10 @@ from __future__ import annotations
 import functools
 import math
 
-import torch
 from torch import Tensor
 
 from supersonic_moe.activation import Activation, ActivationType, GateUpLayout
-from supersonic_moe.jit.launch import F32, I32, PTR, TENSOR_MAP, Kernel
+from supersonic_moe.jit.launch import F32, I32, PTR, TENSOR_MAP, Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
 from supersonic_moe.kernels.compose import compose_up_projection
@@ -105,7 +104,7 @@ def up_projection(
     cluster = cluster_size(rows, num_experts)
     map_a = tensor_map(a_PI.view(rows, 1, width), box=(WARP_ROWS, 1, 64))
     map_h = map_of_halves(h_PN, interleaved, rows=WARP_ROWS) if save else map_a
-    with torch.cuda.device(x_TH.device):
+    with on_device(x_TH):
         grid = multiprocessors(x_TH.device.index) // cluster * cluster
         _kernel(kind_of(activation), interleaved, gather_index is not None, cluster).launch(
             (grid, 1, 1),

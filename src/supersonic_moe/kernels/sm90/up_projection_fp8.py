@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from supersonic_moe.activation import Activation, GateUpLayout
-from supersonic_moe.jit.launch import F32, I32, I64, PTR, TENSOR_MAP, Kernel
+from supersonic_moe.jit.launch import F32, I32, I64, PTR, TENSOR_MAP, Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.compose import compose_up_projection_fp8
@@ -127,7 +127,7 @@ def up_projection_fp8(
     gather = gather_index is not None
     cluster = gathering_cluster(-(-width // WIDTH), gather)
     map_a = tensor_map(a_PI[:, None], box=(WARP_ROWS, 1, 128))
-    with torch.cuda.device(xq_TH.device):
+    with on_device(xq_TH):
         grid = multiprocessors(xq_TH.device.index) // cluster * cluster
         _kernel(kind_of(activation), interleaved, gather, cluster).launch(
             (grid, 1, 1),

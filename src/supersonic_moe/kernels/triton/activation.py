@@ -17,14 +17,13 @@ forward, 283 us backward.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from supersonic_moe.activation import Activation, GateUpLayout
+from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.tiling import cdiv, column_block
 
 TILE = 1024  # activations per program step: 8 for each of 128 threads, one 16-byte access per operand in bf16
@@ -188,22 +187,19 @@ def _backward_kernel(
     tl.store(ds_ptr + row, tl.sum(partial_ds, axis=1), mask=in_rows)
 
 
-def _arguments(activation: Activation, layout: GateUpLayout, width: int, b1_EN: Tensor | None) -> dict[str, Any]:
-    """Keyword arguments that both kernels share."""
+def _bias_sizes(b1_EN: Tensor | None) -> tuple[int, int]:
+    """b1_stride and E of the kernels."""
+    return (0, 0) if b1_EN is None else (b1_EN.stride(0), b1_EN.shape[0])
+
+
+def _constants(
+    activation: Activation, layout: GateUpLayout, width: int
+) -> tuple[int, str, str, float, float | None, float, int, int]:
+    """The constants of both kernels, from WIDTH to BLOCK_P and BLOCK_I."""
     block_i = column_block(width, TILE)
-    return {
-        "b1_stride": 0 if b1_EN is None else b1_EN.stride(0),
-        "E": 0 if b1_EN is None else b1_EN.shape[0],
-        "WIDTH": width,
-        "KIND": activation.type.value,
-        "LAYOUT": layout.value if activation.gated else "single",
-        "ALPHA": activation.alpha,
-        "LIMIT": activation.limit,
-        "UP_OFFSET": activation.up_offset,
-        "BLOCK_P": TILE // block_i,
-        "BLOCK_I": block_i,
-        "num_warps": 4,
-    }
+    order = layout.value if activation.gated else "single"
+    numbers = activation.alpha, activation.limit, activation.up_offset
+    return width, activation.type.value, order, *numbers, TILE // block_i, block_i
 
 
 def activation_forward(
@@ -214,10 +210,9 @@ def activation_forward(
     a_PI = h_PN.new_empty(num_rows, width)
     if a_PI.numel() == 0:
         return a_PI
-    arguments = _arguments(activation, layout, width, b1_EN)
-    grid = (cdiv(num_rows, arguments["BLOCK_P"]), cdiv(width, arguments["BLOCK_I"]))
-    with torch.cuda.device_of(h_PN):
-        _forward_kernel[grid](h_PN, b1_EN, row_expert_P, a_PI, num_rows, h_PN.stride(0), **arguments)
+    *_, block_p, block_i = constants = _constants(activation, layout, width)
+    args = (h_PN, b1_EN, row_expert_P, a_PI, num_rows, h_PN.stride(0), *_bias_sizes(b1_EN))
+    launch(_forward_kernel, (cdiv(num_rows, block_p), cdiv(width, block_i)), args, constants)
     return a_PI
 
 
@@ -236,10 +231,8 @@ def activation_backward(
     ds_P = h_PN.new_empty(num_rows, dtype=torch.float32)
     if da_PI.numel() == 0:
         return dh_PN, as_PI, ds_P
-    arguments = _arguments(activation, layout, width, b1_EN)
-    with torch.cuda.device_of(h_PN):
-        _backward_kernel[(cdiv(num_rows, arguments["BLOCK_P"]),)](
-            h_PN, b1_EN, da_PI, row_scores_P, row_expert_P, dh_PN, as_PI, ds_P,
-            num_rows, h_PN.stride(0), da_PI.stride(0), **arguments,
-        )  # fmt: skip
+    *_, block_p, _ = constants = _constants(activation, layout, width)
+    tensors = h_PN, b1_EN, da_PI, row_scores_P, row_expert_P, dh_PN, as_PI, ds_P
+    args = (*tensors, num_rows, h_PN.stride(0), da_PI.stride(0), *_bias_sizes(b1_EN))
+    launch(_backward_kernel, (cdiv(num_rows, block_p),), args, constants)
     return dh_PN, as_PI, ds_P

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.tiling import cdiv, next_power_of_2, warps
 
 TILE = 2048  # logits of one program, 16 for each of 128 threads
@@ -88,11 +89,13 @@ def switch_loss_forward(logits_TE: Tensor, counts_E: Tensor) -> Tensor:
     tokens, block_e = _tile(num_experts)
     programs = cdiv(num_tokens, tokens)
     partial = logits_TE.new_empty(programs, dtype=torch.float32)
-    with torch.cuda.device_of(logits_TE):
-        _forward_kernel[(programs,)](
-            logits_TE, counts_E, partial, num_tokens, logits_TE.stride(0), num_experts, tokens, block_e,
-            num_warps=warps(tokens * block_e),
-        )  # fmt: skip
+    launch(
+        _forward_kernel,
+        (programs,),
+        (logits_TE, counts_E, partial, num_tokens, logits_TE.stride(0)),
+        (num_experts, tokens, block_e),
+        num_warps=warps(tokens * block_e),
+    )
     return partial.sum()
 
 
@@ -103,9 +106,11 @@ def switch_loss_backward(dloss: Tensor, logits_TE: Tensor, counts_E: Tensor) -> 
     if num_tokens == 0:
         return dlogits_TE
     tokens, block_e = _tile(num_experts)
-    with torch.cuda.device_of(logits_TE):
-        _backward_kernel[(cdiv(num_tokens, tokens),)](
-            dloss, logits_TE, counts_E, dlogits_TE, num_tokens, logits_TE.stride(0), num_experts, tokens, block_e,
-            num_warps=warps(tokens * block_e),
-        )  # fmt: skip
+    launch(
+        _backward_kernel,
+        (cdiv(num_tokens, tokens),),
+        (dloss, logits_TE, counts_E, dlogits_TE, num_tokens, logits_TE.stride(0)),
+        (num_experts, tokens, block_e),
+        num_warps=warps(tokens * block_e),
+    )
     return dlogits_TE

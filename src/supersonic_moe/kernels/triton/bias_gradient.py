@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.tiling import cdiv, column_block, expert_chunks, next_power_of_2
 
 CHUNK = 256  # rows of one stage 1 program: partials are then 1/64 of the bf16 data
@@ -86,19 +87,10 @@ def segment_sum(
     max_chunks = num_rows // CHUNK + min(num_experts, num_rows)
     partials_CN = a_TN.new_empty(max_chunks, columns, dtype=torch.float32)
     block_n = column_block(columns, 512)
-    static = {
-        "N": columns,
-        "CHUNK": CHUNK,
-        "BLOCK_E": next_power_of_2(num_experts),
-        "BLOCK_P": min(CHUNK, TILE // block_n),
-        "BLOCK_N": block_n,
-        "num_warps": 4,
-    }
+    static = columns, CHUNK, next_power_of_2(num_experts), min(CHUNK, TILE // block_n), block_n
     panels = cdiv(columns, block_n)
-    with torch.cuda.device_of(a_TN):
-        if max_chunks:
-            _partial_kernel[(max_chunks, panels)](
-                a_TN, gather_index, row_scale_P, expert_offsets, partials_CN, a_TN.stride(0), num_experts, **static
-            )
-        _combine_kernel[(num_experts, panels)](partials_CN, expert_offsets, out_EN, num_experts, **static)
+    if max_chunks:
+        args = (a_TN, gather_index, row_scale_P, expert_offsets, partials_CN, a_TN.stride(0), num_experts)
+        launch(_partial_kernel, (max_chunks, panels), args, static)
+    launch(_combine_kernel, (num_experts, panels), (partials_CN, expert_offsets, out_EN, num_experts), static)
     return out_EN

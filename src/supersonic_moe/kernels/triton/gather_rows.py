@@ -11,11 +11,11 @@ bf16: 50 + 403 MB = 106 us.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.tiling import cdiv, column_block
 
 TILE_BYTES = 16 * 1024  # per program: 4 accesses of 16 bytes in flight for each of 256 threads
@@ -44,8 +44,6 @@ def gather_rows(x_TH: Tensor, index_P: Tensor) -> Tensor:
     block_h = column_block(columns, 1024)
     block_p = min(1024, TILE_BYTES // (block_h * x_TH.element_size()))
     grid = (cdiv(num_rows, block_p), cdiv(columns, block_h))
-    with torch.cuda.device_of(x_TH):
-        _gather_rows_kernel[grid](
-            x_TH, index_P, out_PH, num_rows, x_TH.stride(0), columns, block_p, block_h, num_warps=8
-        )
+    args = (x_TH, index_P, out_PH, num_rows, x_TH.stride(0))
+    launch(_gather_rows_kernel, grid, args, (columns, block_p, block_h), num_warps=8)
     return out_PH

@@ -14,11 +14,11 @@ Bytes: (S + T)·H. Roofline on H200 at 4.26 TB/s, T 8192, K 8, H 3072, bf16: 403
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.tiling import cdiv, column_block, warps
 
 MAX_UNROLL = 8  # rows in flight; 8 rows of 16 bytes a thread already cover the DRAM latency at 2 warps a scheduler
@@ -75,10 +75,14 @@ def gather_sum(
     rounds = max(1, cdiv(slots_per_token, MAX_UNROLL))
     unroll = MAX_UNROLL // 2 if token_offsets_T1 is not None else max(1, cdiv(slots_per_token, rounds))
     block_h = column_block(columns, 2048)
-    with torch.cuda.device_of(y_PH):
-        _gather_sum_kernel[(num_tokens, cdiv(columns, block_h))](
+    launch(
+        _gather_sum_kernel,
+        (num_tokens, cdiv(columns, block_h)),
+        (
             y_PH, row_scale_P, bias_EH, row_expert_P, token_rows_S, token_offsets_T1, out_TH,
             y_PH.stride(0), 0 if bias_EH is None else bias_EH.stride(0),
-            columns, slots_per_token, unroll, block_h, num_warps=warps(block_h),
-        )  # fmt: skip
+        ),
+        (columns, slots_per_token, unroll, block_h),
+        num_warps=warps(block_h),
+    )  # fmt: skip
     return out_TH

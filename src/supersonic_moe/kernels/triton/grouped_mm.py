@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from supersonic_moe.kernels.triton.gather_rows import gather_rows
+from supersonic_moe.kernels.triton.launch import launch
 
 PROGRAMS_PER_EXPERT = 16  # they share the zeroing of one expert, so that E = 8 still fills the memory system
 BLOCK = 4096
@@ -69,8 +70,8 @@ def grouped_mm_wgrad(
         dw_EMN = left.new_zeros(num_experts, m, n)
     else:
         dw_EMN = torch.nn.functional.grouped_mm(left.t(), right, offs=expert_offsets[1:])
-        with torch.cuda.device_of(dw_EMN):
-            _zero_empty_experts_kernel[(num_experts, PROGRAMS_PER_EXPERT)](dw_EMN, expert_offsets, m * n, BLOCK)
+        grid = (num_experts, PROGRAMS_PER_EXPERT)
+        launch(_zero_empty_experts_kernel, grid, (dw_EMN, expert_offsets), (m * n, BLOCK))
     if out is None:
         return dw_EMN
     return out.add_(dw_EMN) if accumulate else out.copy_(dw_EMN)

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from supersonic_moe.kernels.fp8_format import BLOCK
+from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.tiling import cdiv, expert_chunks, next_power_of_2
 
 
@@ -50,9 +51,10 @@ def pad_segments(expert_offsets: Tensor, gather_index_P: Tensor, capacity: int) 
     num_experts = expert_offsets.shape[0] - 1
     padded_offsets = torch.empty_like(expert_offsets)
     row_index_G, token_index_G = gather_index_P.new_empty(capacity), gather_index_P.new_empty(capacity)
-    with torch.cuda.device_of(expert_offsets):
-        _pad_segments_kernel[(max(1, cdiv(capacity, BLOCK)),)](
-            expert_offsets, gather_index_P, padded_offsets, row_index_G, token_index_G, capacity, num_experts,
-            BLOCK, next_power_of_2(num_experts), num_warps=4,
-        )  # fmt: skip
+    launch(
+        _pad_segments_kernel,
+        (max(1, cdiv(capacity, BLOCK)),),
+        (expert_offsets, gather_index_P, padded_offsets, row_index_G, token_index_G, capacity, num_experts),
+        (BLOCK, next_power_of_2(num_experts)),
+    )
     return padded_offsets, row_index_G, token_index_G

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.tiling import cdiv
 
 BLOCK = 1024  # entries of one program: 8 a thread
@@ -33,6 +34,5 @@ def pick(values_N: Tensor, index_P: Tensor, dtype: torch.dtype | None = None) ->
     out_P = values_N.new_empty(count, dtype=dtype)
     if count == 0:
         return out_P
-    with torch.cuda.device_of(values_N):
-        _pick_kernel[(cdiv(count, BLOCK),)](values_N, index_P, out_P, count, values_N.stride(0), BLOCK, num_warps=4)
+    launch(_pick_kernel, (cdiv(count, BLOCK),), (values_N, index_P, out_P, count, values_N.stride(0)), (BLOCK,))
     return out_P

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.tiling import cdiv, next_power_of_2
 
 BLOCK_S = 128  # slots ranked at once, one a thread; twice that past 1024 experts, whose vectors need 8 warps' registers
@@ -194,13 +195,11 @@ def build_plan(
     by_row = empty(capacity), empty(capacity), empty(capacity)
     plan = empty(num_experts + 1), *by_row, empty(num_slots), empty(num_experts)
     slots = num_slots, max(1, slots_per_token), num_tokens, blocks_per_chunk * block_s
-    with torch.cuda.device_of(ids_S):
-        _count_kernel[(num_chunks,)](
-            ids_S, slot_tokens_S, counts_CE, *slots, num_experts, block_e, block_s, num_warps=block_s // 32
-        )
-        _scan_kernel[(cdiv(num_experts, SCAN_E),)](counts_CE, num_chunks, num_experts, SCAN_C, SCAN_E, num_warps=8)
-        _place_kernel[(max(num_chunks, min(MIN_PLACERS, cdiv(capacity, block_s))),)](
-            ids_S, slot_tokens_S, counts_CE, *plan, *slots, num_chunks, tile, capacity, num_experts, block_e, block_s,
-            num_warps=block_s // 32,
-        )  # fmt: skip
+    inputs, sizes, num_warps = (ids_S, slot_tokens_S, counts_CE), (block_e, block_s), block_s // 32
+    launch(_count_kernel, (num_chunks,), (*inputs, *slots, num_experts), sizes, num_warps=num_warps)
+    scanners = cdiv(num_experts, SCAN_E)
+    launch(_scan_kernel, (scanners,), (counts_CE, num_chunks, num_experts), (SCAN_C, SCAN_E), num_warps=8)
+    placers = max(num_chunks, min(MIN_PLACERS, cdiv(capacity, block_s)))
+    args = (*inputs, *plan, *slots, num_chunks, tile, capacity, num_experts)
+    launch(_place_kernel, (placers,), args, sizes, num_warps=num_warps)
     return plan

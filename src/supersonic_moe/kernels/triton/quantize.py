@@ -34,7 +34,8 @@ from torch import Tensor
 
 from supersonic_moe.kernels import fp8_format
 from supersonic_moe.kernels.fp8_format import blocks, empty_e4m3, empty_scales
-from supersonic_moe.kernels.triton.tiling import column_block
+from supersonic_moe.kernels.triton.launch import launch
+from supersonic_moe.kernels.triton.tiling import cdiv, column_block
 
 TILE = 8192  # elements of a program of quantize_rows: eight 16-byte loads in flight for each of 128 threads
 BLOCK = tl.constexpr(fp8_format.BLOCK)
@@ -189,12 +190,9 @@ def quantize_rows(x_RC: Tensor, pow2: bool = False, tma: bool = False) -> tuple[
         return q_RC, scale_RB
     panel = max(1, column_block(columns, (2 if tma else 8) * fp8_format.BLOCK) // fp8_format.BLOCK)
     rows = TILE // (panel * fp8_format.BLOCK)
-    grid = (triton.cdiv(num_rows, rows) * triton.cdiv(blocks(columns), panel),)
-    with torch.cuda.device_of(x_RC):
-        _rows_kernel[grid](
-            x_RC, q_RC, scale_RB, num_rows, x_RC.stride(0), q_RC.stride(0), *scale_RB.stride(),
-            columns, pow2, rows, panel, num_warps=4,
-        )  # fmt: skip
+    grid = (cdiv(num_rows, rows) * cdiv(blocks(columns), panel),)
+    strides = x_RC.stride(0), q_RC.stride(0), scale_RB.stride(0), scale_RB.stride(1)
+    launch(_rows_kernel, grid, (x_RC, q_RC, scale_RB, num_rows, *strides), (columns, pow2, rows, panel))
     return q_RC, scale_RB
 
 
@@ -234,11 +232,12 @@ def quantize_blocks(w_ENK: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor, 
     q_ENK, q_EKN = empty_e4m3(w_ENK, experts, n, k), empty_e4m3(w_ENK, experts, k, n)
     scale = w_ENK.new_empty(experts, blocks(n), blocks(k), dtype=torch.float32)
     if q_ENK.numel():
-        with torch.cuda.device_of(w_ENK):
-            _blocks_kernel[(blocks(k), blocks(n), experts)](
-                w_ENK, q_ENK, _words(q_EKN), scale, w_ENK.stride(0), w_ENK.stride(1),
-                n, k, q_ENK.stride(1), q_EKN.stride(1) // 4, pow2, num_warps=4,
-            )  # fmt: skip
+        launch(
+            _blocks_kernel,
+            (blocks(k), blocks(n), experts),
+            (w_ENK, q_ENK, _words(q_EKN), scale, w_ENK.stride(0), w_ENK.stride(1)),
+            (n, k, q_ENK.stride(1), q_EKN.stride(1) // 4, pow2),
+        )
     return q_ENK, q_EKN, scale
 
 
@@ -286,13 +285,17 @@ def _columns(
     q_CG = empty_e4m3(x_RC, columns, index_G.shape[0])
     scale = empty_scales(x_RC, blocks(columns) if tiled else columns, num_blocks, tma=True)
     if q_CG.numel():
-        with torch.cuda.device_of(x_RC):
-            _columns_kernel[(num_blocks, blocks(columns))](
+        q_stride = 0 if q_RC is None else q_RC.stride(0)
+        row_scale_stride = 0 if row_scale_RB is None else row_scale_RB.stride(1)
+        launch(
+            _columns_kernel,
+            (num_blocks, blocks(columns)),
+            (
                 x_RC, index_G, _words(q_CG), scale, q_RC, row_scale_RB,
-                num_blocks, x_RC.stride(0), scale.stride(1),
-                0 if q_RC is None else q_RC.stride(0), 0 if row_scale_RB is None else row_scale_RB.stride(1),
-                columns, pow2, tiled, num_warps=4,
-            )  # fmt: skip
+                num_blocks, x_RC.stride(0), scale.stride(1), q_stride, row_scale_stride,
+            ),
+            (columns, pow2, tiled),
+        )  # fmt: skip
     return q_CG, scale
 
 
@@ -324,5 +327,6 @@ def quantize_tiles(x_RC: Tensor, index_G: Tensor, pow2: bool = False) -> tuple[T
 
 def _words(q: Tensor) -> Tensor:
     """The buffer behind ``q``, four elements a word."""
-    wide = q.as_strided((*q.shape[:-1], q.stride(-2)), q.stride())
-    return wide.view(torch.int32)
+    if q.stride(-2) == q.shape[-1]:  # no padding
+        return q.view(torch.int32)
+    return q.as_strided((*q.shape[:-1], q.stride(-2)), q.stride()).view(torch.int32)

@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.tiling import cdiv, next_power_of_2, warps
 from supersonic_moe.routing.topk import SUM_EPS, SigmoidGroupedTopK, SoftmaxBeforeTopK, TopKRouter
 
@@ -181,12 +182,10 @@ def _backward_kernel(
     tl.store(row_ptr + id, dchosen.to(dlogits_ptr.dtype.element_ty), mask=in_choices)
 
 
-def _rule(router: TopKRouter) -> dict[str, object]:
-    return {
-        "RULE": router.kind,
-        "RENORMALIZE": isinstance(router, SigmoidGroupedTopK | SoftmaxBeforeTopK) and router.renormalize,
-        "SCALE": router.scaling_factor if isinstance(router, SigmoidGroupedTopK) else 1.0,
-    }
+def _rule(router: TopKRouter) -> tuple[str, bool, float]:
+    """RULE, RENORMALIZE and SCALE of the kernels."""
+    renormalize = isinstance(router, SigmoidGroupedTopK | SoftmaxBeforeTopK) and router.renormalize
+    return router.kind, renormalize, router.scaling_factor if isinstance(router, SigmoidGroupedTopK) else 1.0
 
 
 def _check(logits_TE: Tensor) -> None:
@@ -213,13 +212,13 @@ def route_forward(
     block_g, block_m = next_power_of_2(groups), next_power_of_2(num_experts // groups)
     width = block_g * block_m
     tokens = min(MAX_TOKENS, max(1, TILE // width))
-    with torch.cuda.device_of(logits_TE):
-        _forward_kernel[(cdiv(num_tokens, tokens),)](
-            logits_TE, correction_bias_E, scores_TK, ids_TK, num_tokens, logits_TE.stride(0),
-            E=num_experts, K=k, **_rule(router), GROUPS=groups, TOPK_GROUPS=topk_groups,
-            TOKENS=tokens, BLOCK_G=block_g, BLOCK_M=block_m, BLOCK_K=next_power_of_2(k),
-            num_warps=warps(tokens * width),
-        )  # fmt: skip
+    launch(
+        _forward_kernel,
+        (cdiv(num_tokens, tokens),),
+        (logits_TE, correction_bias_E, scores_TK, ids_TK, num_tokens, logits_TE.stride(0)),
+        (num_experts, k, *_rule(router), groups, topk_groups, tokens, block_g, block_m, next_power_of_2(k)),
+        num_warps=warps(tokens * width),
+    )
     return scores_TK, ids_TK
 
 
@@ -235,10 +234,11 @@ def route_backward(
     block_e = next_power_of_2(num_experts)
     tokens = min(MAX_TOKENS, max(1, TILE // block_e))
     k = ids_TK.shape[1]
-    with torch.cuda.device_of(logits_TE):
-        _backward_kernel[(cdiv(num_tokens, tokens),)](
-            dscores_TK, logits_TE, scores_TK, ids_TK, dlogits_TE, num_tokens, logits_TE.stride(0),
-            E=num_experts, K=k, **_rule(router),
-            TOKENS=tokens, BLOCK_E=block_e, BLOCK_K=next_power_of_2(k), num_warps=warps(tokens * block_e),
-        )  # fmt: skip
+    launch(
+        _backward_kernel,
+        (cdiv(num_tokens, tokens),),
+        (dscores_TK, logits_TE, scores_TK, ids_TK, dlogits_TE, num_tokens, logits_TE.stride(0)),
+        (num_experts, k, *_rule(router), tokens, block_e, next_power_of_2(k)),
+        num_warps=warps(tokens * block_e),
+    )
     return dlogits_TE

@@ -11,11 +11,11 @@ bf16: 95 us.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.tiling import cdiv, column_block
 
 TILE = 2048  # elements per program step: two 16-byte accesses in flight for each of 128 threads
@@ -54,8 +54,6 @@ def row_dot(
         return
     block_h = column_block(columns, 1024)
     block_p = TILE // block_h
-    with torch.cuda.device_of(a_TH):
-        _row_dot_kernel[(cdiv(num_rows, block_p),)](
-            a_TH, gather_index, b_EH, row_expert_P, out_P, num_rows, a_TH.stride(0), b_EH.stride(0), b_EH.shape[0],
-            columns, block_p, block_h, num_warps=4,
-        )  # fmt: skip
+    strides = a_TH.stride(0), b_EH.stride(0)
+    args = (a_TH, gather_index, b_EH, row_expert_P, out_P, num_rows, *strides, b_EH.shape[0])
+    launch(_row_dot_kernel, (cdiv(num_rows, block_p),), args, (columns, block_p, block_h))

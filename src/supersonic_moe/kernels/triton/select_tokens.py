@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.tiling import next_power_of_2
 
 ROW_MULTIPLE = 64  # N is a multiple of it, so that accesses to a row are wide whatever T is
@@ -250,20 +251,21 @@ def select(
     scratch = keys_EN.new_empty((2 if mode == "NR-s" else 1) * num_experts * SCRATCH)
     chosen_E = sums_E2 = None
     device_step, host_step = (step, 0) if isinstance(step, Tensor) else (None, step)
-    lanes = {"LANES": LANES, "num_warps": LANES // 128}
-    search = {**lanes, "ROWS": ROWS, "SCRATCH": SCRATCH}
-    with torch.cuda.device_of(keys_EN):
-        if mode == "Balance-f":
-            chosen_E = torch.empty_like(counts_E)
-            _chosen_kernel[(num_experts,)](keys_EN, chosen_E, row_blocks, **lanes)
-        if mode == "NR-s":
-            sums_E2 = keys_EN.new_empty(num_experts, 2, dtype=torch.float32)
-            _sums_kernel[(num_experts, 2)](keys_EN, scratch, sums_E2, num_tokens, row_blocks, tile, **search)
-        _select_kernel[(num_experts,)](
-            keys_EN, scratch, chosen_E, sums_E2, device_step, threshold_E, last_E, counts_E,
-            num_tokens, row_blocks, tile, _word(seed), _word(host_step),
-            MODE=mode, BLOCK_E=next_power_of_2(num_experts), **search,
-        )  # fmt: skip
+    search, num_warps, counts = (LANES, ROWS, SCRATCH), LANES // 128, (num_tokens, row_blocks, tile)
+    if mode == "Balance-f":
+        chosen_E = torch.empty_like(counts_E)
+        launch(_chosen_kernel, (num_experts,), (keys_EN, chosen_E, row_blocks), (LANES,), num_warps=num_warps)
+    if mode == "NR-s":
+        sums_E2 = keys_EN.new_empty(num_experts, 2, dtype=torch.float32)
+        launch(_sums_kernel, (num_experts, 2), (keys_EN, scratch, sums_E2, *counts), search, num_warps=num_warps)
+    tensors = keys_EN, scratch, chosen_E, sums_E2, device_step, threshold_E, last_E, counts_E
+    launch(
+        _select_kernel,
+        (num_experts,),
+        (*tensors, *counts, _word(seed), _word(host_step)),
+        (mode, next_power_of_2(num_experts), *search),
+        num_warps=num_warps,
+    )
     return threshold_E, last_E, counts_E
 
 

@@ -10,6 +10,8 @@ interpreter does in a way that NumPy 2.4 refuses.
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 
@@ -23,6 +25,7 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+@functools.cache
 def column_block(columns: int, limit: int) -> int:
     """Columns per program: the widest power of two up to ``limit`` that wastes at most 1/9 of its lanes.
 

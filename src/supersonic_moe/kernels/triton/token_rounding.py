@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.select_tokens import CHOSEN, EXTRA, ROW_MULTIPLE, select
 from supersonic_moe.kernels.triton.tiling import cdiv, next_power_of_2
 from supersonic_moe.routing.topk import SUM_EPS
@@ -232,12 +233,13 @@ def ranking_keys(logits_TE: Tensor, scores_TK: Tensor, ids_TK: Tensor, scale: fl
     row_blocks = cdiv(num_tokens, MAX_TOKENS)
     keys_EN = logits_TE.new_empty(num_experts, row_blocks * MAX_TOKENS, dtype=torch.int32)
     tokens, block_e = _block(num_experts)
-    with torch.cuda.device_of(logits_TE):
-        _keys_kernel[(row_blocks * MAX_TOKENS // tokens,)](
-            logits_TE, scores_TK, ids_TK, keys_EN, num_tokens, row_blocks,
-            E=num_experts, K=k, SIGMOID=scale is not None,
-            TOKENS=tokens, BLOCK_E=block_e, BLOCK_K=next_power_of_2(k), num_warps=WARPS,
-        )  # fmt: skip
+    launch(
+        _keys_kernel,
+        (row_blocks * MAX_TOKENS // tokens,),
+        (logits_TE, scores_TK, ids_TK, keys_EN, num_tokens, row_blocks),
+        (num_experts, k, scale is not None, tokens, block_e, next_power_of_2(k)),
+        num_warps=WARPS,
+    )
     return keys_EN
 
 
@@ -270,17 +272,11 @@ def token_rounding_forward(
     starts, totals = ids_TK.new_empty(blocks), ids_TK.new_empty(num_chunks)
     tokens_C, experts_C, offsets_T1 = (ids_TK.new_empty(n) for n in (capacity, capacity, num_tokens + 1))
     scores_C = scores_TK.new_empty(capacity)
-    shape = {"E": num_experts, "TOKENS": tokens, "BLOCK_E": block_e}
-    with torch.cuda.device_of(logits_TE):
-        _count_kernel[(num_chunks,)](
-            keys_EN, threshold_E, last_E, starts, totals, num_tokens, row_blocks, blocks_per_chunk,
-            **shape, num_warps=WARPS,
-        )  # fmt: skip
-        _place_kernel[(blocks,)](
-            keys_EN, threshold_E, last_E, starts, totals, logits_TE, tokens_C, experts_C, scores_C, offsets_T1,
-            num_tokens, row_blocks, blocks_per_chunk, num_chunks, capacity, scale,
-            **shape, MAX_CHUNKS=MAX_CHUNKS, SLOTS=SLOTS, num_warps=2 * WARPS,
-        )  # fmt: skip
+    inputs = keys_EN, threshold_E, last_E, starts, totals
+    counts, shape = (num_tokens, row_blocks, blocks_per_chunk), (num_experts, tokens, block_e)
+    launch(_count_kernel, (num_chunks,), (*inputs, *counts), shape, num_warps=WARPS)
+    args = (*inputs, logits_TE, tokens_C, experts_C, scores_C, offsets_T1, *counts, num_chunks, capacity, scale)
+    launch(_place_kernel, (blocks,), args, (*shape, MAX_CHUNKS, SLOTS), num_warps=2 * WARPS)
     return tokens_C, experts_C, scores_C, counts_E, offsets_T1
 
 
@@ -298,12 +294,13 @@ def token_rounding_backward(
     if num_tokens == 0:
         return dlogits_TE
     tokens, block_e = _block(num_experts)
-    with torch.cuda.device_of(logits_TE):
-        _backward_kernel[(cdiv(num_tokens, tokens),)](
-            dscores_C, logits_TE, scores_C, experts_C, token_offsets_T1, dlogits_TE,
-            num_tokens, scale,
-            E=num_experts, TOKENS=tokens, BLOCK_E=block_e, SLOTS=SLOTS, num_warps=WARPS,
-        )  # fmt: skip
+    launch(
+        _backward_kernel,
+        (cdiv(num_tokens, tokens),),
+        (dscores_C, logits_TE, scores_C, experts_C, token_offsets_T1, dlogits_TE, num_tokens, scale),
+        (num_experts, tokens, block_e, SLOTS),
+        num_warps=WARPS,
+    )
     return dlogits_TE
 
 
