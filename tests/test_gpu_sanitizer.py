@@ -24,7 +24,7 @@ def test_kernels_are_clean(check: str) -> None:
     assert TOOL is not None
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     quiet = ["--report-api-errors", "no"] if check == "memcheck" else []  # the driver is asked for symbols it lacks
-    command = [TOOL, "--tool", check, *quiet, "--error-exitcode", "9", sys.executable, "-m", "sanitized_cases"]
+    command = [TOOL, "--tool", check, *quiet, "--error-exitcode", "9", sys.executable, "-m", "sanitized_cases", check]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     report = run.stdout + run.stderr
     assert "all cases ran" in report, report[-4000:]

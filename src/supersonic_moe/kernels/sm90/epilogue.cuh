@@ -15,7 +15,7 @@ constexpr u32 GROUP_LINES = 64;  // of a math warpgroup in a room
 DEVICE void lend_stages(const Shared& shared, Ring& ring, u32 count, u32 warp) {
     for (u32 i = 0; i < count; ++i, ring.advance()) {
         mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
-        if (warp < FULL_ARRIVALS && elect_one()) mbarrier_arrive(shared.full(ring.stage));
+        if (warp < FULL_WARPS && arrives_full()) mbarrier_arrive(shared.full(ring.stage));
     }
 }
 

@@ -31,10 +31,10 @@ DEVICE void load_indices(i32 (&rows)[Held], u32 address) {
 // The loading warps' last word: one more stage, empty, whose note says that no tile follows.
 DEVICE void announce_end(const Shared& shared, const Ring& ring, u32 warp) {
     mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
-    if (warp < FULL_ARRIVALS && elect_one()) {
-        if (warp == 0) write_note(shared.note(ring.stage), {TileNote::STOP_ROW, 0, 0, 0, 0});
-        mbarrier_arrive(shared.full(ring.stage));
-    }
+    if (warp >= FULL_WARPS) return;
+    if (warp == 0 && elect_one()) write_note(shared.note(ring.stage), {TileNote::STOP_ROW, 0, 0, 0, 0});
+    __syncwarp();
+    if (arrives_full()) mbarrier_arrive(shared.full(ring.stage));
 }
 
 // A GEMM with ragged rows as the loading warpgroup sees it.
@@ -156,9 +156,11 @@ DEVICE void load_ragged_rows(const Shared& shared, const RaggedGemm& gemm, const
                 if constexpr (SCALED && GATHER) {
                     store_scale(shared.scale_a(ring.stage) + scale_line * 4, tile_scales.next_a);
                     __syncwarp();
-                    if (warp > 0 && elect_one()) mbarrier_arrive(full);
+                    if (warp > 0 && arrives_full()) mbarrier_arrive(full);
                 }
-                if (warp == 0 && elect_one()) {
+                const bool loads_b = warp == 0 && elect_one();
+                if (FULL_ARRIVALS > FULL_WARPS && warp == 0 && !loads_b) mbarrier_arrive(full);
+                if (loads_b) {
                     write_note(shared.note(ring.stage), note);
                     if constexpr (SCALED) store_scales(shared.scale_b(ring.stage), tile_scales.next_first, tile_scales.next_second);
                     mbarrier_arrive_expect_tx(full, bytes_of_a(note) + BYTES_B + (SCALED && !GATHER ? SCALE_LOAD_BYTES : 0));

@@ -10,7 +10,8 @@
 //
 // Constants of every kernel built on it: BLOCK_N, STAGES, CLUSTER (blocks along M that share B), SHARE_A (blocks along N that share
 // gathered rows of A instead), GROUP_M (row blocks walked before the next column), GATHER (rows of A come through an index, see
-// load.cuh), SCALED (e4m3 with block scales).
+// load.cuh), SCALED (e4m3 with block scales), ARRIVALS (lanes of a warp that arrive on a barrier for it: 1; 32 for racecheck, which takes
+// an arrival to order its own lane's accesses only, also after __syncwarp).
 #pragma once
 #include "barrier.cuh"
 #include "copy.cuh"
@@ -30,7 +31,8 @@ constexpr u32 STAGE_BYTES = BYTES_A + BYTES_B;
 constexpr u32 SCALE_LOAD_BYTES = (BLOCK_M + 4) * 4, SCALE_BYTES = SCALED ? (SCALE_LOAD_BYTES + 127) / 128 * 128 : 0;
 constexpr u32 MATH_WARPS = 8, THREADS = 384;
 constexpr u32 LOAD_WARPS = GATHER ? 4 : 1;
-constexpr u32 FULL_ARRIVALS = SCALED ? LOAD_WARPS : 1;  // each loading warp stores the scales of its rows
+constexpr u32 FULL_WARPS = SCALED ? LOAD_WARPS : 1;  // that arrive on a full barrier: with GATHER each stores the scales of its rows
+constexpr u32 FULL_ARRIVALS = SCALED && GATHER ? FULL_WARPS * ARRIVALS : 1;
 constexpr u32 PARTS = BLOCK_N > 256 ? 2 : 1, PART_N = BLOCK_N / PARTS;  // instructions a step, and their columns
 
 // Index of this thread, read from the special register each time: where registers are short, an address that is computed anew
@@ -60,7 +62,7 @@ struct Shared {
         if (threadIdx.x == 0) {
             for (u32 stage = 0; stage < STAGES; ++stage) {
                 mbarrier_init(full(stage), FULL_ARRIVALS);
-                mbarrier_init(empty(stage), MATH_WARPS * CLUSTER);
+                mbarrier_init(empty(stage), MATH_WARPS * CLUSTER * ARRIVALS);
             }
             fence_mbarrier_init();
         }
@@ -73,7 +75,10 @@ struct Shared {
 
     // One arrival of this warp for each block that loads into this stage, lane 0's for its own. All lanes have waited for their wgmma.
     DEVICE void release(u32 stage) const {
-        if constexpr (CLUSTER > 1) {
+        if constexpr (ARRIVALS > 1) {
+            for (u32 block = 1; block < CLUSTER; ++block) mbarrier_arrive_remote(empty(stage), cluster_block_rank() ^ block);
+            mbarrier_arrive(empty(stage));
+        } else if constexpr (CLUSTER > 1) {
             const u32 lane = fresh_thread_index() % 32;
             if (lane < CLUSTER) mbarrier_arrive_remote(empty(stage), cluster_block_rank() ^ lane);
         } else {
@@ -81,6 +86,9 @@ struct Shared {
         }
     }
 };
+
+// Whether this lane arrives on a full barrier for its loading warp.
+DEVICE bool arrives_full() { return FULL_ARRIVALS > FULL_WARPS || elect_one(); }
 
 using Ring = RingCursor<STAGES>;
 

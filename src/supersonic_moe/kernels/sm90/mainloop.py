@@ -17,6 +17,7 @@ FP8_BLOCK_K, FP8_STAGES = 128, 3
 GROUP_M = 16  # row blocks walked before the next column: 8 to 64 measured within 2-3 % (docs/log.md)
 THREADS = 384
 WARP_ROWS = 16  # rows of an output box
+ARRIVALS = 1  # lanes of a warp that arrive on a barrier; the test under racecheck sets 32
 OPCODES = ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "STSM")
 FP8_OPCODES = ("QGMMA", *OPCODES[1:])
 
@@ -56,6 +57,7 @@ def mainloop_spec(
             ("GATHER", int(gather)),
             ("SHARE_A", int(share_a)),
             ("SCALED", int(scaled)),
+            ("ARRIVALS", ARRIVALS),
             *constants,
         ),
         threads=THREADS,
