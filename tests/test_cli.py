@@ -178,7 +178,7 @@ def test_explain_knows_the_fp8_recipe() -> None:
     result = run("explain", *options, "--wgrad", "fp8", "--save-preactivation", "bf16")
     assert result.exit_code == 0, result.output
     rows = {line.partition("  ")[0]: line for line in result.output.splitlines()}
-    assert {*"12345678", "q W1", "q X", "q dO", "segments", "q dO^T", "q X^T"} <= rows.keys()
+    assert {*"12345678", "q W", "q X", "q dO", "segments", "q dO^T", "q X^T"} <= rows.keys()
     assert "963.4" in rows["1"] and "compute" in rows["1"]  # 1237 GFLOP at 1284 TFLOP/s
     assert "grouped_mm_wgrad_fp8" in result.output and "432.0 MiB" in result.output
     other = run("explain", *options, "--wgrad", "bf16").output

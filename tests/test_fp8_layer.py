@@ -70,8 +70,8 @@ def lossless() -> SimpleNamespace:
     def rows(x: Tensor, pow2: bool = False, tma: bool = False) -> tuple[Tensor, Tensor]:
         return x, x.new_ones(x.shape[0], blocks(x.shape[1]))
 
-    def weights(w: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        return w.clone(), w.mT.clone(), w.new_ones(w.shape[0], blocks(w.shape[1]), blocks(w.shape[2]))
+    def weights(both: list[Tensor], pow2: bool = False) -> list[tuple[Tensor, Tensor, Tensor]]:
+        return [(w.clone(), w.mT.clone(), w.new_ones(w.shape[0], blocks(w.shape[1]), blocks(w.shape[2]))) for w in both]
 
     def columns(x: Tensor, index: Tensor, pow2: bool = False, tiled: bool = False) -> tuple[Tensor, Tensor]:
         return gather_rows(x, index).T, x.new_ones(blocks(x.shape[1]) if tiled else x.shape[1], blocks(len(index)))
@@ -94,7 +94,7 @@ def lossless() -> SimpleNamespace:
     return SimpleNamespace(
         **{name: getattr(reference, name) for name in same},
         quantize_rows=rows,
-        quantize_blocks=weights,
+        quantize_weights=weights,
         quantize_columns=columns,
         quantize_tiles=tiles,
         grouped_mm_fp8=product,
@@ -367,3 +367,15 @@ def test_backends_without_fp8_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     assert registry.choose_fp8(torch.device("cuda"), **sizes, wgrad="bf16").name == "sm90"
     with pytest.raises(ValueError, match=r"Fp8Recipe.wgrad = 'fp8' .* 'sm90' does not have. Use Fp8Recipe\(wgrad"):
         registry.choose_fp8(torch.device("cuda"), **sizes, wgrad="fp8")
+
+
+def test_choices_for_a_gpu_are_made_once_and_refusals_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    nobodys, obstacles = torch.device("cuda", 63), ["a reason", "a reason", None]
+    monkeypatch.setattr(registry, "_triton_obstacle", lambda *_: None)
+    monkeypatch.setattr(registry, "_sm90_obstacle", lambda _: obstacles.pop(0))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="a reason"):
+            registry.choose(nobodys, torch.bfloat16, hidden=H, intermediate=I, backend="sm90")
+    for _ in range(2):
+        assert registry.choose(nobodys, torch.bfloat16, hidden=H, intermediate=I, backend="sm90").name == "sm90"
+    assert not obstacles

@@ -51,6 +51,7 @@ def cases():
         yield f"experts_forward-{name}", (*operands, *plan_args(plan), *static, True)
         yield f"experts_forward-{name}-inference", (*operands, *plan_args(plan), *static, False)
         h = torch.randn(plan.capacity, 2 * I, dtype=dtype)
+        s_P = ops.experts_forward.default(*operands, *plan_args(plan), *static, True)[2]
         dout = torch.randn(tokens, H, dtype=dtype)
         mains = [torch.randn(w.shape, dtype=acc_dtype(dtype)) for w in (operands[2], operands[4])]
         for kind, needs, main_w1, main_w2 in [
@@ -59,7 +60,8 @@ def cases():
             ("main_grad", [True] * 6, *mains),
             ("main_grad_of_w2", [True, True, True, False, True, False], None, mains[1]),
         ]:
-            args = (dout, h, needs, main_w1, main_w2, *operands, *plan_args(plan), *static)
+            x, _, *weights = operands
+            args = (dout, h, needs, main_w1, main_w2, x, s_P, *weights, *plan_args(plan), *static)
             yield f"experts_backward-{name}-{kind}", args
     yield from fp8_cases()
     for int64 in (True, False):
@@ -105,13 +107,13 @@ def fp8_cases():
     ]:
         name = f"T{tokens}-{saved}-{wgrad}"
         (x, scores, w1, b1, w2, b2), plan, static = experts_args(tokens, torch.bfloat16, True, contiguous)
-        yield f"quantize_weight-{name}", (w1, "fp32", "auto")
-        (q1, t1, s1), (q2, t2, s2) = (ops.quantize_weight.default(w, "fp32", "auto") for w in (w1, w2))
+        yield f"quantize_weights-{name}", ([w1, w2], "fp32", "auto")
+        q1, t1, s1, q2, t2, s2 = ops.quantize_weights.default([w1, w2], "fp32", "auto")
         rest = (*plan_args(plan), *static, "fp32", saved, wgrad)
         forward = (x, scores, q1, s1, b1, q2, s2, b2, *rest)
         for save in (True, False):
             yield f"experts_fp8_forward-{name}-{save}", (*forward, save)
-        _, h, h_scale = ops.experts_fp8_forward.default(*forward, True)
+        _, h, h_scale, s_P = ops.experts_fp8_forward.default(*forward, True)
         dout = torch.randn(tokens, H, dtype=torch.bfloat16)
         for kind, needs, main_w1 in [
             ("all", [True] * 6, None),
@@ -121,7 +123,7 @@ def fp8_cases():
             weights = (q1 if saved == "recompute" else None, t1, s1, b1, t2, s2, b2)
             yield (
                 f"experts_fp8_backward-{name}-{kind}",
-                (dout, h, h_scale, needs, main_w1, None, x, scores, *weights, *rest),
+                (dout, h, h_scale, needs, main_w1, None, x, s_P, *weights, *rest),
             )
 
 

@@ -197,8 +197,13 @@ def test_blocks(pow2: bool, device: torch.device, n: int, k: int, seed: int, tra
     w = hostile(w) if bad else w
     stored = w.mT.contiguous().mT if transposed else w
     got = triton.quantize_blocks(stored, pow2)
-    assert_same_bytes(got, reference.quantize_blocks(w, pow2))
+    want = reference.quantize_blocks(w, pow2)
+    assert_same_bytes(got, want)
     assert all(q.stride(1) % 16 == 0 and q.stride(2) == 1 for q in got[:2] if min(n, k) > 1)
+    other = sample(2, k, 130, seed=seed + 1, device=device)  # the second weight in the same launch
+    first, second = triton.quantize_weights((stored, other), pow2)
+    assert_same_bytes(first, want)
+    assert_same_bytes(second, reference.quantize_blocks(other, pow2))
 
 
 COUNTS = st.lists(st.sampled_from([0, 0, 1, 5, 127, 128, 129, 200]), min_size=1, max_size=5)

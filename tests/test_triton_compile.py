@@ -166,6 +166,7 @@ def main() -> None:
         quantize.quantize_rows(x, pow2)
         quantize.quantize_rows(x, pow2, tma=True)
         quantize.quantize_blocks(w, pow2)
+        quantize.quantize_weights((w, w.mT.contiguous()), pow2)
         quantize.quantize_columns(x, index, pow2)
         quantize.quantize_columns(x, index, pow2, tiled=True)
         quantize.quantize_tiles(x, index, pow2)

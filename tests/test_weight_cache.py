@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,12 +23,12 @@ def quantised(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     """The weights that were quantised so far."""
     calls: list[Tensor] = []
 
-    def count(w: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        calls.append(w)
-        return original(w, pow2)
+    def count(weights: Sequence[Tensor], pow2: bool = False) -> list[tuple[Tensor, Tensor, Tensor]]:
+        calls.extend(weights)
+        return original(weights, pow2)
 
-    original = reference.quantize_blocks
-    monkeypatch.setattr(reference, "quantize_blocks", count)
+    original = reference.quantize_weights
+    monkeypatch.setattr(reference, "quantize_weights", count)
     return calls
 
 
@@ -169,10 +169,10 @@ def test_capture_quantises_inside_the_graph() -> None:
     w = torch.randn(2, 128, 128, device="cuda", dtype=torch.bfloat16)
 
     def get() -> Tensor:
-        def quantize() -> Any:
-            return SimpleNamespace(q=w * 2)
+        def quantize(which: Sequence[int]) -> Any:
+            return [SimpleNamespace(q=w * 2) for _ in which]
 
-        return cache.get("w1", w, (), quantize).q
+        return cache.get([w], (), quantize)[0].q
 
     with cache.hold():
         eager = get()

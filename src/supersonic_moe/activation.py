@@ -92,6 +92,8 @@ def as_activation(value: Activation | ActivationType | str) -> Activation:
 
 
 def as_layout(value: GateUpLayout | str) -> GateUpLayout:
+    if isinstance(value, GateUpLayout):
+        return value
     try:
         return GateUpLayout(value)
     except ValueError:

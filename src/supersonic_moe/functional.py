@@ -27,7 +27,6 @@ skipped, a NaN stays in its token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -97,7 +96,7 @@ def moe_layer(
     _check_router_weight(x_TH, router_weight_EH, w1)
     policy = as_router(router)
     logits_TE, x_for_experts = router_linear(experts.x, router_weight_EH.to(experts.x.dtype))
-    experts = replace(experts, x=x_for_experts)
+    experts = experts._replace(x=x_for_experts)
     if validate:
         checks.finite_logits(logits_TE)
     num_experts = w1.shape[0]
@@ -113,14 +112,14 @@ def moe_layer(
         plan = plan_from_sorted_triples(
             rounded.token_indices, rounded.expert_indices, rounded.token_offsets, num_experts
         )
-        scores_S, counts_E = rounded.scores, rounded.counts
+        scores, counts_E = rounded.scores, rounded.counts
     else:
-        scores_TK, ids_TK = route(
+        scores, ids_TK = route(
             logits_TE, num_experts_per_tok, policy, correction_bias=correction_bias, backend=_router_backend(backend)
         )
         plan = plan_from_topk(ids_TK, num_experts)
-        scores_S, counts_E = scores_TK.reshape(-1), plan.expert_counts
-    return MoEOutput(experts.run(scores_S, plan, inference), logits_TE, counts_E)
+        counts_E = plan.expert_counts
+    return MoEOutput(experts.run(scores, plan, inference), logits_TE, counts_E)
 
 
 def topk_experts(
@@ -269,8 +268,7 @@ def experts_from_plan(
 # ---- what every entry point does first -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Experts:
+class _Experts(NamedTuple):
     """Checked operands of one call, in the dtype of the computation."""
 
     x: Tensor
@@ -289,7 +287,9 @@ class _Experts:
     """Their gradients go to their ``main_grad``."""
 
     def run(self, scores: Tensor, plan: RoutingPlan, inference: bool) -> Tensor:
-        scores_S = scores.reshape(-1).to(torch.promote_types(scores.dtype, torch.float32))
+        scores_S = scores if scores.dim() == 1 else scores.reshape(-1)
+        if scores_S.dtype not in (torch.float32, torch.float64):
+            scores_S = scores_S.float()
         arguments = (self.x, scores_S, self.w1, self.b1, self.w2, self.b2, plan, self.activation, self.layout)
         if isinstance(self.recipe, Fp8Recipe):
             return run_experts_fp8(
@@ -340,14 +340,16 @@ def _checked(
         act.fan * intermediate,
         f"{act.fan} I for {act.type.value}, and w2 has I = {intermediate}",
     )
-    weights = {"w1": w1, "w2": w2}
-    for name, bias, shape in (("b1", b1, (num_experts, n1)), ("b2", b2, (num_experts, hidden))):
+    operands = {"x": x, "w1": w1, "w2": w2}
+    for name, bias, columns in (("b1", b1, n1), ("b2", b2, hidden)):
         if bias is not None:
+            shape = (num_experts, columns)
             checks.tensor(name, bias, 2, str(shape))
             checks.size(name, "shape", tuple(bias.shape), shape, f"one bias for each row of w{name[1]}")
-            weights[name] = bias
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
-    for name, t in {"x": x, **weights}.items():
+            operands[name] = bias
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    for name, t in operands.items():
         checks.same_device(name, t, "x", x)
         checks.dense(name, t)
         if dtype is None:

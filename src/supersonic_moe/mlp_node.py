@@ -391,17 +391,20 @@ class _Copies(WeightCache):
 
     def __init__(self) -> None:
         super().__init__()
-        self._quantized: dict[str, Fp8Weight] = {}
+        self._quantized: list[Fp8Weight] = []
 
     def invalidate(self) -> None:
-        self._quantized.clear()
+        self._quantized = []
 
     def get(
-        self, name: str, weight: Tensor, options: tuple[object, ...], quantize: Callable[[], Fp8Weight]
-    ) -> Fp8Weight:
-        if name not in self._quantized:
-            self._quantized[name] = quantize()
-        return self._quantized[name]
+        self,
+        weights: Sequence[Tensor],
+        options: tuple[object, ...],
+        quantize: Callable[[Sequence[int]], list[Fp8Weight]],
+    ) -> list[Fp8Weight]:
+        if not self._quantized:
+            self._quantized = quantize(range(len(weights)))
+        return self._quantized
 
 
 # ---- one weight ------------------------------------------------------------------------------------------------------

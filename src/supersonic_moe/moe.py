@@ -162,14 +162,16 @@ class MoE(nn.Module):
             elif policy.mode in ("SR-f", "NR-s"):
                 # From torch's generator: fresh each step, the same when checkpointing recomputes, new at each replay.
                 rounding_step = torch.randint(2**31, (1,), device=hidden_states.device)
+        up, down = self.c_fc, self.c_proj  # looking a submodule up takes longer than most checks
+        flat = hidden_states.dim() == 2  # views cost the host two autograd nodes
         out_TH, logits_TE, counts_E = moe_layer(
-            hidden_states.reshape(-1, self.hidden_size),
+            hidden_states if flat else hidden_states.reshape(-1, self.hidden_size),
             self.router.weight,
-            self.c_fc.weight,
-            self.c_proj.weight,
+            up.weight,
+            down.weight,
             self.top_k,
-            b1=self.c_fc.bias,
-            b2=self.c_proj.bias,
+            b1=up.bias,
+            b2=down.bias,
             router=policy,
             correction_bias=self.correction_bias,
             rounding_step=rounding_step,
@@ -183,7 +185,7 @@ class MoE(nn.Module):
             validate=self.validate,
         )
         self.expert_counts = counts_E
-        output = out_TH.view(hidden_states.shape)
+        output = out_TH if flat else out_TH.view(hidden_states.shape)
         if is_inference_mode:
             return output, None
         aux_loss = switch_load_balancing_loss(logits_TE, counts_E)

@@ -21,7 +21,7 @@ import torch
 from supersonic_moe.bench.timing import Call, NoResultError, estimate_calls
 from supersonic_moe.kernels import registry
 
-QUANTISING = ("quantize_rows", "quantize_blocks", "quantize_columns", "quantize_tiles", "pad_segments")
+QUANTISING = ("quantize_rows", "quantize_weights", "quantize_columns", "quantize_tiles", "pad_segments")
 CYCLES_PER_US = 2000  # at least those of any clock that a GPU has today
 
 

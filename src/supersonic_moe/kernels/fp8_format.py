@@ -64,7 +64,7 @@ def empty_e4m3(like: Tensor, *shape: int) -> Tensor:
     """Rows start at multiples of 16 bytes, as TMA wants: a view of a wider buffer where columns is no such multiple."""
     columns = shape[-1]
     if columns % 16 == 0:
-        return like.new_empty(shape, dtype=E4M3)
+        return like.new_empty(*shape, dtype=E4M3)  # a tuple takes torch half as long again
     return like.new_empty(*shape[:-1], -(-columns // 16) * 16, dtype=E4M3)[..., :columns]
 
 

@@ -3,7 +3,7 @@
 A backend is a module with one set of function names: route_forward, route_backward, token_rounding_forward,
 token_rounding_backward, switch_loss_forward, switch_loss_backward, build_plan, pick, up_projection, grouped_mm,
 down_backward, grouped_mm_wgrad, gather_sum, row_dot, segment_sum (signatures: ``kernels/reference``). One that runs FP8
-layers adds quantize_rows, quantize_blocks, grouped_mm_fp8, up_projection_fp8 and down_backward_fp8; and for weight
+layers adds quantize_rows, quantize_weights, grouped_mm_fp8, up_projection_fp8 and down_backward_fp8; and for weight
 gradients in FP8 pad_segments, quantize_columns, quantize_tiles, down_backward_fp8_quantised and grouped_mm_wgrad_fp8.
 """
 
@@ -14,8 +14,10 @@ import importlib
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 
@@ -45,6 +47,24 @@ def kernels(name: str) -> ModuleType:
     return importlib.import_module(f"supersonic_moe.kernels.{module}")
 
 
+_Chooser = TypeVar("_Chooser", bound=Callable[..., Choice])
+
+
+def _once(choose: _Chooser) -> _Chooser:
+    """Remembers a choice for a GPU and the same sizes: all that it depends on is fixed in a process. A step of a layer
+    asks up to ten times. Refusals, and devices that stand for another, are thought over each time.
+    """
+    remembered = functools.lru_cache(maxsize=1024)(choose)
+
+    @functools.wraps(choose)
+    def chosen(device: torch.device, *args: object, **sizes: object) -> Choice:
+        one_gpu = device.type == "cuda" and device.index is not None
+        return (remembered if one_gpu else choose)(device, *args, **sizes)
+
+    return chosen  # type: ignore[return-value]
+
+
+@_once
 def choose(
     device: torch.device,
     dtype: torch.dtype | None = None,
@@ -92,6 +112,7 @@ def choose(
     return Choice("reference", f"{device.type} device: per-expert torch loop")
 
 
+@_once
 def choose_fp8(device: torch.device, *, hidden: int, intermediate: int, wgrad: str, backend: str = "auto") -> Choice:
     """Pick the backend of one call of an FP8 layer: sm_90 on Hopper, the reference on a CPU or where it is asked for.
 

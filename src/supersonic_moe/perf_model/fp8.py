@@ -4,7 +4,7 @@ Symbols and rules are those of ``roofline.py``. An element in e4m3 is 1 byte; it
 1 x 128 elements, and next to nothing where it is shared by 128 x 128. The eight steps of the BF16 layer keep their
 numbers, and ``q ..`` are the passes that quantise what no product's epilogue could:
 
-    forward    q W1, q W2   each weight once: q, its transpose and their shared scales
+    forward    q W          both weights, each once: q, its transpose and their shared scales
                q X          at T rows
     backward   q dO         at T rows
     wgrad=bf16 q dH         in rows for step 6
@@ -49,8 +49,7 @@ def fp8_steps(shape: LayerShape, recipe: Fp8Recipe, *, gated: bool) -> list[Step
 
     forward = [
         *(bf16[key] for key in ("router", "top-k", "metadata")),
-        quantise("q W1", "forward", "W1 and W1^T in FP8", passes["w1"]),
-        quantise("q W2", "forward", "W2 and W2^T in FP8", passes["w2"]),
+        quantise("q W", "forward", "W1, W1^T, W2 and W2^T in FP8", passes["w1"] + passes["w2"]),
         quantise("q X", "forward", "X in FP8", passes["x"]),
         product("1", "q(H), q(A), A = act(gather(q X) @ q W1)", x_q, w1_q, a_q, saved, index),
         product("2", "Y = q(A) @ q W2", a_q, w2_q, routed_rows),
@@ -95,8 +94,7 @@ def fp8_step_kernels(recipe: Fp8Recipe) -> dict[str, str]:
     return {
         "top-k": "route_forward",
         "metadata": "build_plan",
-        "q W1": "quantize_blocks",
-        "q W2": "quantize_blocks",
+        "q W": "quantize_weights",
         "q X": "quantize_rows",
         "1": "up_projection_fp8",
         "2": "grouped_mm_fp8",

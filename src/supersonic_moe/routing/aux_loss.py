@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from supersonic_moe import checks
+from supersonic_moe.autograd import apply
 from supersonic_moe.kernels.reference.aux_loss import switch_loss_backward as differentiable_backward
-from supersonic_moe.positional import positional
 from supersonic_moe.routing.topk import router_kernels
 
 
@@ -33,7 +33,7 @@ def switch_load_balancing_loss(router_logits_TE: Tensor, expert_counts_E: Tensor
     num_experts = router_logits_TE.shape[1]
     checks.size("expert_counts", "length", expert_counts_E.shape[0], num_experts, "the number of experts")
     checks.same_device("router_logits", router_logits_TE, "expert_counts", expert_counts_E)
-    loss: Tensor = _SwitchLoss.apply(router_logits_TE, expert_counts_E, backend)  # type: ignore[no-untyped-call]
+    loss: Tensor = apply(_SwitchLoss, router_logits_TE, expert_counts_E, backend)
     return loss
 
 
@@ -88,7 +88,6 @@ class _SwitchLoss(torch.autograd.Function):
     """Saves the logits, alive anyway as the router's output, and the counts."""
 
     @staticmethod
-    @positional
     def forward(logits: Tensor, counts: Tensor, backend: str) -> Tensor:
         loss: Tensor = torch.ops.supersonic_moe.switch_loss_forward.default(logits, counts, backend)
         return loss

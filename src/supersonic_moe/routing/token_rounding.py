@@ -39,7 +39,6 @@ expert; ``kernels/triton/token_rounding.py`` finds the same tokens without a sor
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -47,7 +46,7 @@ import torch
 from torch import Tensor
 
 from supersonic_moe import checks
-from supersonic_moe.positional import positional
+from supersonic_moe.autograd import apply
 from supersonic_moe.routing.topk import (
     SigmoidGroupedTopK,
     SoftmaxAfterTopK,
@@ -153,8 +152,7 @@ def token_rounding(
     with torch.no_grad():
         scores_TK, ids_TK = route(logits_TE, k, config.base, correction_bias=correction_bias, backend=backend)
     capacity = token_rounding_capacity(logits_TE.shape[0], k, logits_TE.shape[1], config)
-    apply: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = _Round.apply
-    return TokenRoundingResult(*apply(logits_TE, scores_TK, ids_TK, config, step, capacity, backend))
+    return TokenRoundingResult(*apply(_Round, logits_TE, scores_TK, ids_TK, config, step, capacity, backend))
 
 
 def _check_step(step: object, logits_TE: Tensor) -> None:
@@ -242,7 +240,6 @@ class _Round(torch.autograd.Function):
     """Saves the logits (alive anyway as the router's output), the scores, their experts and the token offsets."""
 
     @staticmethod
-    @positional
     def forward(
         logits: Tensor,
         scores: Tensor,

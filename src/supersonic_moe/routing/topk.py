@@ -27,7 +27,6 @@ Precision. Weights are fp32 for bf16, fp16 and fp32 logits, fp64 for fp64 logits
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -36,8 +35,8 @@ import torch
 from torch import Tensor
 
 from supersonic_moe import checks
+from supersonic_moe.autograd import apply
 from supersonic_moe.kernels import registry
-from supersonic_moe.positional import positional
 
 if TYPE_CHECKING:
     from supersonic_moe.routing.token_rounding import TokenRounding
@@ -141,8 +140,8 @@ def route(
     """
     config = as_router(router)
     _check(logits_TE, k, config, correction_bias)
-    apply: Callable[..., tuple[Tensor, Tensor]] = _Route.apply
-    return apply(logits_TE, correction_bias, k, (*_encode(config), backend))
+    scores_TK, ids_TK = apply(_Route, logits_TE, correction_bias, k, (*_encode(config), backend))
+    return scores_TK, ids_TK
 
 
 def _check(logits: Tensor, k: int, router: TopKRouter | TokenRounding, bias: Tensor | None) -> None:
@@ -277,7 +276,6 @@ class _Route(torch.autograd.Function):
     """Saves the logits (alive anyway as the router's output), the scores and the ids."""
 
     @staticmethod
-    @positional
     def forward(logits: Tensor, bias: Tensor | None, k: int, config: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         outputs: tuple[Tensor, Tensor] = torch.ops.supersonic_moe.route_forward.default(logits, bias, k, *config)
         return outputs

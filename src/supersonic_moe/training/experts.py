@@ -9,7 +9,7 @@
                                                      db1, db2: sums over rows
                                                      dx  = sum over the token's rows of dH W1
 
-Saved for backward: x, H, the scores and the plan: 2 T H + 2 R N1 bytes in BF16 (= 2TH + 4RI when gated). FLOPs: 6 R H I
+Saved for backward: x, H, s and the plan: 2 T H + 2 R N1 bytes in BF16 (= 2TH + 4RI when gated). FLOPs: 6 R H I
 forward and 12 R H I backward (gated). A tilde marks rows read through an index: the sm_90 kernels do that inside their
 loads, so that neither X~ nor dO~ nor dA exists in memory; other backends copy.
 
@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from supersonic_moe.activation import Activation, GateUpLayout
+from supersonic_moe.autograd import apply
 from supersonic_moe.kernels import registry
-from supersonic_moe.positional import positional
 from supersonic_moe.routing.plan import RoutingPlan
 from supersonic_moe.training.main_grad import main_grads, stand_ins
 from supersonic_moe.training.op_arguments import (
@@ -42,12 +42,13 @@ from supersonic_moe.training.op_arguments import (
     without_autocast,
 )
 
-# One argument list, shared by both ops: operands, the plan's tensors, then what is static.
+# One argument list, shared by both ops: operands, the plan's tensors, then what is static. Scores are those of the
+# slots in forward, and those of the rows in backward.
 _OPERANDS = "Tensor x, Tensor scores, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2"
 
 torch.library.define(
     "supersonic_moe::experts_forward",
-    f"({_OPERANDS}, {PLAN_SCHEMA}, {STATIC_SCHEMA}, bool save) -> (Tensor, Tensor)",
+    f"({_OPERANDS}, {PLAN_SCHEMA}, {STATIC_SCHEMA}, bool save) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "supersonic_moe::experts_backward",
@@ -64,7 +65,7 @@ def _kernels(x: Tensor, w2: Tensor, backend: str) -> ModuleType:
 @torch.library.impl("supersonic_moe::experts_forward", ("cpu", "cuda"))
 def _forward(
     x: Tensor, scores: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     plan, static, save = PlanArgs(*rest[:8]), StaticArgs(*rest[8:14]), rest[14]
     k, (act, layout) = _kernels(x, w2, static.backend), static.parsed()
     with without_autocast(x):
@@ -73,8 +74,9 @@ def _forward(
         )
         y_PH = k.grouped_mm(a_PI, w2.transpose(1, 2), plan.expert_offsets)
         del a_PI
-        out_TH = k.gather_sum(y_PH, k.pick(scores, plan.scatter_index), b2, *plan.summing(x.shape[0]))
-    return out_TH, h_PN
+        s_P = k.pick(scores, plan.scatter_index)
+        out_TH = k.gather_sum(y_PH, s_P, b2, *plan.summing(x.shape[0]))
+    return out_TH, h_PN, s_P
 
 
 @torch.library.impl("supersonic_moe::experts_backward", ("cpu", "cuda"))
@@ -85,7 +87,7 @@ def _backward(
     main_w1: Tensor | None,
     main_w2: Tensor | None,
     x: Tensor,
-    scores: Tensor,
+    s_P: Tensor,
     w1: Tensor,
     b1: Tensor | None,
     w2: Tensor,
@@ -106,12 +108,11 @@ def _backward(
         return None if added else dw
 
     with without_autocast(x):
-        s_P = k.pick(scores, plan.scatter_index)
         dh_PN, as_PI, ds_P = k.down_backward(dout, index, w2, h, b1, s_P, offsets, plan.row_expert, act, layout)
         if need_s:
             if b2 is not None:
                 k.row_dot(dout, b2, plan.row_expert, ds_P, gather_index=index)
-            dscores = k.pick(ds_P, plan.reverse_index, scores.dtype)
+            dscores = k.pick(ds_P, plan.reverse_index, s_P.dtype)
         if need_w2:
             dw2 = weight_gradient(dout, as_PI, main_w2, transposed=False)
         del as_PI
@@ -128,9 +129,9 @@ def _backward(
 
 
 @torch.library.register_fake("supersonic_moe::experts_forward")  # type: ignore[untyped-decorator]
-def _forward_fake(x: Tensor, scores: Tensor, w1: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    gather_index, save = rest[4], rest[-1]
-    return x.new_empty(x.shape), x.new_empty(gather_index.shape[0] if save else 0, w1.shape[1])
+def _forward_fake(x: Tensor, scores: Tensor, w1: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows, save = rest[4].shape[0], rest[-1]
+    return x.new_empty(x.shape), x.new_empty(rows if save else 0, w1.shape[1]), scores.new_empty(rows)
 
 
 @torch.library.register_fake("supersonic_moe::experts_backward")  # type: ignore[untyped-decorator]
@@ -141,14 +142,14 @@ def _backward_fake(
     main_w1: Tensor | None,
     main_w2: Tensor | None,
     x: Tensor,
-    scores: Tensor,
+    s_P: Tensor,
     w1: Tensor,
     b1: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    inputs = (x, scores, w1, b1, w2, b2)
+    inputs = (x, s_P.new_empty(PlanArgs(*rest[:8]).reverse_index.shape), w1, b1, w2, b2)
     added = (False, False, main_w1 is not None, False, main_w2 is not None, False)
     wanted = [t if need and not add else None for t, need, add in zip(inputs, needs, added, strict=True)]
     return gradients_or_empty(x, *(None if t is None else t.new_empty(t.shape) for t in wanted))
@@ -160,24 +161,24 @@ class Experts(torch.autograd.Function):
     """
 
     @staticmethod
-    @positional
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         *operands, plan, static, _ = args
-        out: tuple[Tensor, Tensor] = torch.ops.supersonic_moe.experts_forward.default(*operands, *plan, *static, True)
+        op = torch.ops.supersonic_moe.experts_forward.default
+        out: tuple[Tensor, Tensor, Tensor] = op(*operands, *plan, *static, True)
         return out
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *operands, plan, static, owners = inputs
-        h = output[1]
-        ctx.mark_non_differentiable(h)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, _, *weights, plan, static, owners = inputs
+        _, h, s_P = output
+        ctx.mark_non_differentiable(h, s_P)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(h, *operands, *plan[:-1])
+        ctx.save_for_backward(h, x, s_P, *weights, *plan[:-1])
         ctx.identity, ctx.static = plan[-1], static
         ctx.owners = owners  # the objects themselves: saved tensors may come back without attributes
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, _dh: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dout is None:
             return (None,) * 9
         needs = list(ctx.needs_input_grad[:6])
@@ -217,5 +218,5 @@ def run_experts(
         detached = (None if t is None else t.detach() for t in operands)
         out: Tensor = torch.ops.supersonic_moe.experts_forward.default(*detached, *plan_args(plan), *static, False)[0]
         return out
-    out = Experts.apply(*operands, plan_args(plan), static, owners)[0]  # type: ignore[no-untyped-call]
+    out = apply(Experts, *operands, plan_args(plan), static, owners)[0]
     return out

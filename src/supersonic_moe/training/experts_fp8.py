@@ -19,7 +19,7 @@ lets one quantisation of dH serve dx as it lies and dW1 transposed. Where both w
 computes dH and s A quantises them itself (``down_backward_fp8_quantised``). Not so with a gradient of b1, which is a
 sum of dH before: then both are stored in bf16 and quantised in passes of their own.
 
-Saved for backward: x in bf16, H, the scores, the plan and the transposed weights: 2 T H + R N1 (1 + 4/128) bytes and 1
+Saved for backward: x in bf16, H, s, the plan and the transposed weights: 2 T H + R N1 (1 + 4/128) bytes and 1
 a weight, 57 % of the BF16 layer's 2 T H + 2 R N1 at T 8192, H 3072, I 1536, K 8. ``save_preactivation`` and
 ``keep_transposed`` trade those bytes for precision or time.
 
@@ -30,6 +30,7 @@ They are quantised outside the op pair, so that ``training/weight_cache.py`` may
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -37,9 +38,9 @@ import torch
 from torch import Tensor
 
 from supersonic_moe.activation import Activation, GateUpLayout
+from supersonic_moe.autograd import apply
 from supersonic_moe.kernels import registry
 from supersonic_moe.kernels.fp8_format import blocks, empty_e4m3, empty_scales, padded_capacity
-from supersonic_moe.positional import positional
 from supersonic_moe.recipe import Fp8Recipe
 from supersonic_moe.routing.plan import RoutingPlan
 from supersonic_moe.training.main_grad import main_grads, stand_ins
@@ -57,18 +58,17 @@ from supersonic_moe.training.weight_cache import Fp8Weight, WeightCache
 
 _RECIPE_SCHEMA = "str scale, str save_preactivation, str wgrad"
 
-torch.library.define(
-    "supersonic_moe::quantize_weight", "(Tensor w, str scale, str backend) -> (Tensor q, Tensor q_transposed, Tensor s)"
-)
+torch.library.define("supersonic_moe::quantize_weights", "(Tensor[] weights, str scale, str backend) -> Tensor[]")
 torch.library.define(
     "supersonic_moe::experts_fp8_forward",
     "(Tensor x, Tensor scores, Tensor w1_q, Tensor w1_scale, Tensor? b1, Tensor w2_q, Tensor w2_scale, Tensor? b2, "
-    f"{PLAN_SCHEMA}, {STATIC_SCHEMA}, {_RECIPE_SCHEMA}, bool save) -> (Tensor out, Tensor h, Tensor h_scale)",
+    f"{PLAN_SCHEMA}, {STATIC_SCHEMA}, {_RECIPE_SCHEMA}, bool save) "
+    "-> (Tensor out, Tensor h, Tensor h_scale, Tensor row_scores)",
 )
 torch.library.define(
     "supersonic_moe::experts_fp8_backward",
     "(Tensor dout, Tensor h, Tensor h_scale, bool[6] needs, Tensor(a!)? main_w1, Tensor(b!)? main_w2, "
-    "Tensor x, Tensor scores, Tensor? w1_q, Tensor w1_transposed, Tensor w1_scale, Tensor? b1, "
+    "Tensor x, Tensor row_scores, Tensor? w1_q, Tensor w1_transposed, Tensor w1_scale, Tensor? b1, "
     "Tensor w2_transposed, Tensor w2_scale, Tensor? b2, "
     f"{PLAN_SCHEMA}, {STATIC_SCHEMA}, {_RECIPE_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -98,11 +98,13 @@ def _recipe(scale: Any, save_preactivation: Any, wgrad: Any) -> Fp8Recipe:
     return Fp8Recipe(scale=scale, save_preactivation=save_preactivation, wgrad=wgrad)
 
 
-@torch.library.impl("supersonic_moe::quantize_weight", ("cpu", "cuda"))
-def _quantize_weight(w: Tensor, scale: str, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    choice = registry.choose_fp8(w.device, hidden=w.shape[2], intermediate=w.shape[1], wgrad="bf16", backend=backend)
-    q_ENK, q_EKN, scale_ENK = registry.kernels(choice.name).quantize_blocks(w, scale == "pow2")
-    return q_ENK, q_EKN, scale_ENK.contiguous()
+@torch.library.impl("supersonic_moe::quantize_weights", ("cpu", "cuda"))
+def _quantize_weights(weights: list[Tensor], scale: str, backend: str) -> list[Tensor]:
+    """(q, q transposed, scale) of each weight in a row."""
+    _, n, k = weights[0].shape
+    choice = registry.choose_fp8(weights[0].device, hidden=k, intermediate=n, wgrad="bf16", backend=backend)
+    quantised = registry.kernels(choice.name).quantize_weights(weights, scale == "pow2")
+    return [t for q_ENK, q_EKN, scale_ENK in quantised for t in (q_ENK, q_EKN, scale_ENK.contiguous())]
 
 
 @torch.library.impl("supersonic_moe::experts_fp8_forward", ("cpu", "cuda"))
@@ -116,7 +118,7 @@ def _forward(
     w2_scale: Tensor,
     b2: Tensor | None,
     *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     k, plan, act, layout, recipe = _parsed(x, w2_q.shape[2], rest)
     save = rest[-1]
     offsets, row_expert = plan.expert_offsets, plan.row_expert
@@ -127,8 +129,9 @@ def _forward(
         )
         y_PH = k.grouped_mm_fp8(a_q, a_scale, w2_q, w2_scale, offsets)
         del x_q, x_scale, a_q, a_scale
-        out_TH = k.gather_sum(y_PH, k.pick(scores, plan.scatter_index), b2, *plan.summing(x.shape[0]))
-    return out_TH, h, h_scale
+        s_P = k.pick(scores, plan.scatter_index)
+        out_TH = k.gather_sum(y_PH, s_P, b2, *plan.summing(x.shape[0]))
+    return out_TH, h, h_scale, s_P
 
 
 @torch.library.impl("supersonic_moe::experts_fp8_backward", ("cpu", "cuda"))
@@ -140,7 +143,7 @@ def _backward(
     main_w1: Tensor | None,
     main_w2: Tensor | None,
     x: Tensor,
-    scores: Tensor,
+    s_P: Tensor,
     w1_q: Tensor | None,
     w1_transposed: Tensor,
     w1_scale: Tensor,
@@ -173,7 +176,6 @@ def _backward(
             x_q, x_scale = k.quantize_rows(x, recipe.pow2, plan.identity)
             h = k.grouped_mm_fp8(x_q, x_scale, w1_q, w1_scale, offsets, gather_index=index)
             del x_q, x_scale
-        s_P = k.pick(scores, plan.scatter_index)
         dout_q, dout_scale = k.quantize_rows(dout, recipe.pow2, plan.identity)
         to_down = (dout_q, dout_scale, index, w2_transposed, w2_scale.mT, h, h_scale, b1, s_P, offsets, plan.row_expert)
         if in_fp8 and (need_w1 or need_w2):
@@ -192,7 +194,7 @@ def _backward(
         if need_s:
             if b2 is not None:
                 k.row_dot(dout, b2, plan.row_expert, ds_P, gather_index=index)
-            dscores = k.pick(ds_P, plan.reverse_index, scores.dtype)
+            dscores = k.pick(ds_P, plan.reverse_index, s_P.dtype)
         if need_w2:
             if in_fp8:
                 dout_columns = k.quantize_columns(dout, token_index, recipe.pow2)
@@ -229,20 +231,25 @@ def _backward(
 # ---- what the compiler knows of the ops ------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("supersonic_moe::quantize_weight")  # type: ignore[untyped-decorator]
-def _quantize_weight_fake(w: Tensor, scale: str, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    e, n, k = w.shape
-    return empty_e4m3(w, e, n, k), empty_e4m3(w, e, k, n), w.new_empty(e, blocks(n), blocks(k), dtype=torch.float32)
+@torch.library.register_fake("supersonic_moe::quantize_weights")  # type: ignore[untyped-decorator]
+def _quantize_weights_fake(weights: list[Tensor], scale: str, backend: str) -> list[Tensor]:
+    quantised = []
+    for w in weights:
+        e, n, k = w.shape
+        scales = w.new_empty(e, blocks(n), blocks(k), dtype=torch.float32)
+        quantised += [empty_e4m3(w, e, n, k), empty_e4m3(w, e, k, n), scales]
+    return quantised
 
 
 @torch.library.register_fake("supersonic_moe::experts_fp8_forward")  # type: ignore[untyped-decorator]
-def _forward_fake(x: Tensor, scores: Tensor, w1_q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(x: Tensor, scores: Tensor, w1_q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gather_index, saved, save = rest[6], rest[-3], rest[-1]
     rows, n1 = gather_index.shape[0], w1_q.shape[1]
+    out, s_P = x.new_empty(x.shape), scores.new_empty(rows)
     if save and saved == "fp8":
-        return x.new_empty(x.shape), empty_e4m3(x, rows, n1), empty_scales(x, rows, blocks(n1), True)
+        return out, empty_e4m3(x, rows, n1), empty_scales(x, rows, blocks(n1), True), s_P
     h = x.new_empty(rows if save and saved == "bf16" else 0, n1)
-    return x.new_empty(x.shape), h, x.new_empty(0, blocks(n1), dtype=torch.float32)
+    return out, h, x.new_empty(0, blocks(n1), dtype=torch.float32), s_P
 
 
 @torch.library.register_fake("supersonic_moe::experts_fp8_backward")  # type: ignore[untyped-decorator]
@@ -254,7 +261,7 @@ def _backward_fake(
     main_w1: Tensor | None,
     main_w2: Tensor | None,
     x: Tensor,
-    scores: Tensor,
+    s_P: Tensor,
     w1_q: Tensor | None,
     w1_transposed: Tensor,
     w1_scale: Tensor,
@@ -265,7 +272,8 @@ def _backward_fake(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     dw1, dw2 = x.new_empty(w1_transposed.mT.shape), x.new_empty(w2_transposed.mT.shape)
-    outputs = (x, scores, None if main_w1 is not None else dw1, b1, None if main_w2 is not None else dw2, b2)
+    dscores = s_P.new_empty(PlanArgs(*rest[:8]).reverse_index.shape)
+    outputs = (x, dscores, None if main_w1 is not None else dw1, b1, None if main_w2 is not None else dw2, b2)
     wanted = [t if need else None for t, need in zip(outputs, needs, strict=True)]
     return gradients_or_empty(x, *(None if t is None else t.new_empty(t.shape) for t in wanted))
 
@@ -280,25 +288,24 @@ class ExpertsFp8(torch.autograd.Function):
     """
 
     @staticmethod
-    @positional
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, scores, _w1, b1, _w2, b2, q1, q2, plan, static, _ = args
         weights = (q1[0], q1[2], b1, q2[0], q2[2], b2)
         op = torch.ops.supersonic_moe.experts_fp8_forward.default
-        out: tuple[Tensor, Tensor, Tensor] = op(x, scores, *weights, *plan, *static, True)
+        out: tuple[Tensor, Tensor, Tensor, Tensor] = op(x, scores, *weights, *plan, *static, True)
         return out
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, scores, w1, b1, w2, b2, q1, q2, plan, static, owners = inputs
-        _, h, h_scale = output
-        ctx.mark_non_differentiable(h, h_scale)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+        x, _, w1, b1, w2, b2, q1, q2, plan, static, owners = inputs
+        _, h, h_scale, s_P = output
+        ctx.mark_non_differentiable(h, h_scale, s_P)
         ctx.set_materialize_grads(False)
         ctx.kept = q1[1] is not None
         recomputes = static[-2] == "recompute"
         # (q of w1 or None, transposed w1, its scale, transposed w2, its scale), or the weights themselves
         weights = (q1[0] if recomputes else None, *q1[1:], *q2[1:]) if ctx.kept else (w1, w2, None, None, None)
-        ctx.save_for_backward(h, h_scale, x, scores, b1, b2, *weights, *plan[:-1])
+        ctx.save_for_backward(h, h_scale, x, s_P, b1, b2, *weights, *plan[:-1])
         ctx.identity, ctx.static = plan[-1], static
         ctx.owners = owners  # the objects themselves: saved tensors may come back without attributes
 
@@ -308,17 +315,16 @@ class ExpertsFp8(torch.autograd.Function):
             return (None,) * 11
         needs = list(ctx.needs_input_grad[:6])
         mains = main_grads(ctx.owners, needs)
-        h, h_scale, x, scores, b1, b2, *tensors = ctx.saved_tensors
+        h, h_scale, x, s_P, b1, b2, *tensors = ctx.saved_tensors
         (w1_q, w1_t, w1_scale, w2_t, w2_scale), plan = tensors[:5], (*tensors[5:], ctx.identity)
         if not ctx.kept:
             scale, backend = ctx.static[-3], ctx.static[5]
-            w1, w2 = tensors[:2]
-            w1_q, w1_t, w1_scale = torch.ops.supersonic_moe.quantize_weight.default(w1, scale, backend)
-            _, w2_t, w2_scale = torch.ops.supersonic_moe.quantize_weight.default(w2, scale, backend)
+            op = torch.ops.supersonic_moe.quantize_weights.default
+            w1_q, w1_t, w1_scale, _, w2_t, w2_scale = op(tensors[:2], scale, backend)
         weights = (w1_q, w1_t, w1_scale, b1, w2_t, w2_scale, b2)
         grads: list[Tensor | None] = list(
             torch.ops.supersonic_moe.experts_fp8_backward.default(
-                dout.contiguous(), h, h_scale, needs, *mains, x, scores, *weights, *plan, *ctx.static
+                dout.contiguous(), h, h_scale, needs, *mains, x, s_P, *weights, *plan, *ctx.static
             )
         )
         grads[2], grads[4] = stand_ins(ctx.owners, mains, grads[2], grads[4], x.dtype)
@@ -336,17 +342,18 @@ def quantized_weights(
 ) -> tuple[Fp8Weight, Fp8Weight]:
     """Both weights in FP8. ``passed``: them as the caller holds them, w1 and w2 may be copies that autocast made."""
 
-    def quantized(name: str, weight: Tensor, owner: Tensor) -> Fp8Weight:
-        def quantize() -> Fp8Weight:
-            op = torch.ops.supersonic_moe.quantize_weight.default
-            q, transposed, scale = op(weight.detach(), recipe.scale, backend)
-            return Fp8Weight(q, transposed if recipe.keep_transposed else None, scale)
+    weights = w1.detach(), w2.detach()
 
-        if cache is None:
-            return quantize()
-        return cache.get(name, owner, (weight.dtype, recipe.scale, recipe.keep_transposed, backend), quantize)
+    def quantize(which: Sequence[int]) -> list[Fp8Weight]:
+        flat = torch.ops.supersonic_moe.quantize_weights.default([weights[i] for i in which], recipe.scale, backend)
+        kept = recipe.keep_transposed
+        return [Fp8Weight(flat[i], flat[i + 1] if kept else None, flat[i + 2]) for i in range(0, len(flat), 3)]
 
-    return quantized("w1", w1, passed[0]), quantized("w2", w2, passed[1])
+    if cache is None:
+        first, second = quantize((0, 1))
+    else:
+        first, second = cache.get(passed, (w1.dtype, recipe.scale, recipe.keep_transposed, backend), quantize)
+    return first, second
 
 
 def run_experts_fp8(
@@ -381,5 +388,5 @@ def run_experts_fp8(
         out: Tensor = op(x, scores, *weights, *plan_args(plan), *static, False)[0]
         return out
     owners = passed if accumulate else None
-    out = ExpertsFp8.apply(*operands, q1, q2, plan_args(plan), static, owners)[0]  # type: ignore[no-untyped-call]
+    out = apply(ExpertsFp8, *operands, q1, q2, plan_args(plan), static, owners)[0]
     return out

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from supersonic_moe.positional import positional
+from supersonic_moe.autograd import apply
 
 
 def router_linear(x_TH: Tensor, weight_EH: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,13 +23,12 @@ def router_linear(x_TH: Tensor, weight_EH: Tensor) -> tuple[Tensor, Tensor]:
     """
     if torch.compiler.is_compiling():  # the compiler places the sum itself
         return F.linear(x_TH, weight_EH), x_TH
-    logits_TE, same_TH = RouterLinear.apply(x_TH, weight_EH)  # type: ignore[no-untyped-call]
+    logits_TE, same_TH = apply(RouterLinear, x_TH, weight_EH)
     return logits_TE, same_TH
 
 
 class RouterLinear(torch.autograd.Function):
     @staticmethod
-    @positional
     def forward(x_TH: Tensor, weight_EH: Tensor) -> tuple[Tensor, Tensor]:
         return F.linear(x_TH, weight_EH), x_TH.view_as(x_TH)
 

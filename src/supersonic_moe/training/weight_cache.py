@@ -37,7 +37,7 @@ stream that made it, because another stream would have to wait for it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -47,7 +47,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class Fp8Weight(NamedTuple):
-    """One weight as ``quantize_blocks`` gives it."""
+    """One weight as ``quantize_weights`` gives it."""
 
     q: Tensor
     """(E, N, K)"""
@@ -68,7 +68,7 @@ class WeightCache:
 
     def __init__(self) -> None:
         self._holds = 0
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[int, _Entry] = {}
 
     def __reduce__(self) -> tuple[type[WeightCache], tuple[()]]:
         """Copies and pickles of a layer start with an empty cache."""
@@ -92,20 +92,35 @@ class WeightCache:
         self._entries.clear()
 
     def get(
-        self, name: str, weight: Tensor, options: tuple[object, ...], quantize: Callable[[], Fp8Weight]
-    ) -> Fp8Weight:
-        """``quantize()``, or what it gave before for the same ``name``, ``weight`` and ``options``.
+        self,
+        weights: Sequence[Tensor],
+        options: tuple[object, ...],
+        quantize: Callable[[Sequence[int]], list[Fp8Weight]],
+    ) -> list[Fp8Weight]:
+        """``quantize`` of the indices of all ``weights``; or only of those that it has not got here before for the same
+        weight and ``options``, and what it gave for the others.
 
-        ``weight`` is the tensor as the caller passed it; a view stands for its base.
+        ``weights`` are the tensors as the caller passed them, always in the same places; a view stands for its base.
         """
-        if torch.compiler.is_compiling() or not self._holds or weight.is_inference() or _capturing(weight):
-            return quantize()
-        owner = weight if weight._base is None else weight._base
-        signs = (*_signs(weight), *options)
-        entry = self._entries.get(name)
-        if entry is None or entry.weight() is not owner or entry.signs != signs:
-            entry = self._entries[name] = _Entry(weakref.ref(owner), signs, quantize())
-        return entry.quantized
+        everything = range(len(weights))
+        if (
+            not self._holds
+            or torch.compiler.is_compiling()
+            or any(weight.is_inference() or _capturing(weight) for weight in weights)
+        ):
+            return quantize(everything)
+        owners = [weight if weight._base is None else weight._base for weight in weights]
+        signs = [(*_signs(weight), *options) for weight in weights]
+        entries = [self._entries.get(i) for i in everything]
+        missing = [
+            i
+            for i, entry in enumerate(entries)
+            if entry is None or entry.weight() is not owners[i] or entry.signs != signs[i]
+        ]
+        if missing:
+            for i, quantized in zip(missing, quantize(missing), strict=True):
+                self._entries[i] = _Entry(weakref.ref(owners[i]), signs[i], quantized)
+        return [self._entries[i].quantized for i in everything]
 
 
 def _signs(weight: Tensor) -> tuple[object, ...]:

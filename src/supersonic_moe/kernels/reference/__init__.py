@@ -27,6 +27,7 @@ from supersonic_moe.kernels.reference.quantize import (
     quantize_columns,
     quantize_rows,
     quantize_tiles,
+    quantize_weights,
 )
 from supersonic_moe.kernels.reference.reductions import row_dot, segment_sum
 from supersonic_moe.kernels.reference.router import route_backward, route_forward
@@ -57,6 +58,7 @@ __all__ = [
     "quantize_columns",
     "quantize_rows",
     "quantize_tiles",
+    "quantize_weights",
     "route_backward",
     "route_forward",
     "row_dot",

@@ -7,6 +7,7 @@ each expert, padded to blocks of 128).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,11 @@ def quantize_blocks(w_ENK: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor, 
     q_ENK, scale = _quantize(w_ENK, BLOCK, pow2)
     q_EKN = empty_e4m3(w_ENK, *q_ENK.mT.shape).copy_(q_ENK.mT)
     return empty_e4m3(w_ENK, *q_ENK.shape).copy_(q_ENK), q_EKN, scale
+
+
+def quantize_weights(weights_ENK: Sequence[Tensor], pow2: bool = False) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """``quantize_blocks`` of each."""
+    return [quantize_blocks(w_ENK, pow2) for w_ENK in weights_ENK]
 
 
 def quantize_columns(x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: bool = False) -> tuple[Tensor, Tensor]:

@@ -76,7 +76,7 @@ def gradient_buffer(out: Tensor | None, operand: Tensor, shape: tuple[int, int, 
             "Pass a float32 buffer, or accumulate=False."
         )
     if out is None:
-        return operand.new_empty(shape, dtype=torch.bfloat16)
+        return operand.new_empty(*shape, dtype=torch.bfloat16)
     if out.shape != shape or out.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"out must be bfloat16 or float32 of shape {shape}; got {checks.describe(out)}.")
     return out

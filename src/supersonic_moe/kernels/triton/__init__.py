@@ -17,7 +17,7 @@ from supersonic_moe.kernels.triton.grouped_mm import grouped_mm, grouped_mm_wgra
 from supersonic_moe.kernels.triton.pad_segments import pad_segments
 from supersonic_moe.kernels.triton.pick import pick
 from supersonic_moe.kernels.triton.plan import build_plan
-from supersonic_moe.kernels.triton.quantize import quantize_blocks, quantize_columns, quantize_rows, quantize_tiles
+from supersonic_moe.kernels.triton.quantize import quantize_columns, quantize_rows, quantize_tiles, quantize_weights
 from supersonic_moe.kernels.triton.router import route_backward, route_forward
 from supersonic_moe.kernels.triton.score_gradient import row_dot
 from supersonic_moe.kernels.triton.token_rounding import token_rounding_backward, token_rounding_forward
@@ -36,10 +36,10 @@ __all__ = [
     "grouped_mm_wgrad",
     "pad_segments",
     "pick",
-    "quantize_blocks",
     "quantize_columns",
     "quantize_rows",
     "quantize_tiles",
+    "quantize_weights",
     "route_backward",
     "route_forward",
     "row_dot",

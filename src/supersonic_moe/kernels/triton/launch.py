@@ -10,6 +10,9 @@ Here the same signs are a tuple, looked up in a dictionary of launchers that Tri
 tells apart at least what Triton tells apart, so a launcher found by it is the one that Triton would find
 (``tests/test_triton_launch.py``). Options that Triton reads from its environment (``TRITON_DEBUG``) count as of a
 variant's first call.
+
+Tensors are passed on as addresses: of a tensor Triton's launcher would ask the address once more, and the driver
+whether it can be reached.
 """
 
 from __future__ import annotations
@@ -39,21 +42,24 @@ def launch(
     if device < 0:  # on a CPU: Triton's interpreter
         kernel[grid](*args, *constants, num_warps=num_warps)
         return
-    if device != torch.cuda.current_device():
+    if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             launch(kernel, grid, args, constants, num_warps=num_warps)
         return
-    signs: list[Any] = [kernel.fn, device, num_warps]
+    signs: list[Any] = [kernel.fn, device, num_warps, constants]
+    passed: list[Any] = []
     for arg in args:
-        if arg is None:
+        if isinstance(arg, Tensor):
+            arg_dtype, arg = arg.dtype, arg.data_ptr()
+            signs.append((arg_dtype, arg % 16 == 0))
+        elif arg is None:
             signs.append(None)
         elif type(arg) is int:
             signs.append((arg == 1, arg % 16 == 0, arg >> 31))
-        elif isinstance(arg, Tensor):
-            signs.append((arg.dtype, arg.data_ptr() % 16 == 0))
         else:
             signs.append(type(arg))  # a float: not specialised on
-    key = (*signs, *constants)
+        passed.append(arg)
+    key = tuple(signs)
     launcher = _LAUNCHERS.get(key)
     if launcher is None or _profiled():
         compiled = kernel[grid](*args, *constants, num_warps=num_warps)
@@ -63,7 +69,7 @@ def launch(
     run, function, metadata = launcher
     x, y, z = (*grid, 1, 1)[:3]
     stream = torch._C._cuda_getCurrentRawStream(device)
-    run(x, y, z, stream, function, metadata, None, None, None, *args, *constants)
+    run(x, y, z, stream, function, metadata, None, None, None, *passed, *constants)
 
 
 def _profiled() -> bool:

@@ -3,7 +3,7 @@
 The arithmetic is that of ``kernels/fp8_format.py``, bit for bit. What costs time is moving bytes, and turning tiles:
 
 * ``quantize_rows``: a program owns a few rows of a few 128-column blocks; each maximum takes three warp shuffles.
-* ``quantize_blocks``, ``quantize_columns``, ``quantize_tiles``: a program owns a tile of 128 x 128 elements and writes
+* ``quantize_weights``, ``quantize_columns``, ``quantize_tiles``: a program owns a tile of 128 x 128 elements and writes
   it transposed. A tile is indexed (32, 4, 128): Triton keeps the middle dimension in the registers of one thread, so
   the four bytes of four consecutive rows become one 32-bit word without an exchange, and the transposition through
   shared memory moves words, not bytes: a quarter of the accesses. 128 threads hold 128 elements each, 16 loads of 16
@@ -19,13 +19,16 @@ Bytes an element, bf16 in, and roofline on H200 at 4.26 TB/s:
 | function | read + written | case | roofline |
 |---|---|---|---|
 | quantize_rows | 2 + 1 | 8192 x 3072 | 18 us |
-| quantize_blocks | 2 + 2 | 8 x 3072 x 3072 | 71 us |
+| quantize_weights | 2 + 2 | 8 x 3072 x 3072 | 71 us |
 | quantize_columns | 2 + 1 | 65536 x 1536 | 71 us |
 | quantize_columns, gathered | 2 of each token + 1 | 8192 tokens to 65536 x 3072 | 59 us; 403 MB come from L2 |
 | quantize_tiles | 2 + 2 | 65536 x 3072 | 189 us |
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -200,45 +203,80 @@ def quantize_rows(x_RC: Tensor, pow2: bool = False, tma: bool = False) -> tuple[
 
 
 @triton.jit
-def _blocks_kernel(
-    w_ptr, q_ptr, transposed_ptr, scale_ptr, w_expert_stride, w_stride,
+def _quantize_tile(
+    tile, w_ptr, q_ptr, transposed_ptr, scale_ptr, w_expert_stride, w_stride,
     N: tl.constexpr, K: tl.constexpr, Q_STRIDE: tl.constexpr, WORDS: tl.constexpr, POW2: tl.constexpr,
 ):  # fmt: skip
-    expert = tl.program_id(2).to(tl.int64)
-    n = tl.program_id(1) * BLOCK + _tile_rows()
-    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """One of the tiles of an expert's weight, counted along K first."""
+    TILES_N: tl.constexpr = (N + BLOCK - 1) // BLOCK
+    TILES_K: tl.constexpr = (K + BLOCK - 1) // BLOCK
+    expert = tl.program_id(1).to(tl.int64)
+    n = tile // TILES_K * BLOCK + _tile_rows()
+    k = tile % TILES_K * BLOCK + tl.arange(0, BLOCK)
     mask = (n < N)[:, :, None] & (k < K)[None, None, :]
     w_ptrs = w_ptr + expert * w_expert_stride + (n * w_stride)[:, :, None] + k[None, None, :]
     w = tl.load(w_ptrs, mask=mask, other=0.0)
     scale, inverse = _block_scale(tl.max(_column_amax(w)), POW2)
     transposed, q = _both_orders(w, tl.broadcast_to(inverse, (1, BLOCK)))
     tl.store(q_ptr + expert * N * Q_STRIDE + (n * Q_STRIDE)[:, :, None] + k[None, None, :], q, mask=mask)
-    word = tl.program_id(1) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
-    transposed_ptrs = transposed_ptr + expert * K * WORDS + k[:, None] * WORDS + word
+    word = tile // TILES_K * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
+    words_ptr = transposed_ptr.to(tl.pointer_type(tl.int32))
+    transposed_ptrs = words_ptr + expert * K * WORDS + k[:, None] * WORDS + word
     tl.store(transposed_ptrs, transposed, mask=(k < K)[:, None] & (word < WORDS))
-    block = (expert * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(scale_ptr + block, scale)
+    tl.store(scale_ptr + expert * TILES_N * TILES_K + tile, scale)
+
+
+@triton.jit
+def _blocks_kernel(
+    w1_ptr, q1_ptr, transposed1_ptr, scale1_ptr, w1_expert_stride, w1_stride,
+    w2_ptr, q2_ptr, transposed2_ptr, scale2_ptr, w2_expert_stride, w2_stride,
+    N1: tl.constexpr, K1: tl.constexpr, Q1_STRIDE: tl.constexpr, WORDS1: tl.constexpr,
+    N2: tl.constexpr, K2: tl.constexpr, Q2_STRIDE: tl.constexpr, WORDS2: tl.constexpr, POW2: tl.constexpr,
+):  # fmt: skip
+    TILES1: tl.constexpr = ((N1 + BLOCK - 1) // BLOCK) * ((K1 + BLOCK - 1) // BLOCK)
+    tile = tl.program_id(0)
+    if tile < TILES1:
+        _quantize_tile(
+            tile, w1_ptr, q1_ptr, transposed1_ptr, scale1_ptr, w1_expert_stride, w1_stride,
+            N1, K1, Q1_STRIDE, WORDS1, POW2,
+        )  # fmt: skip
+    elif w2_ptr is not None:
+        _quantize_tile(
+            tile - TILES1, w2_ptr, q2_ptr, transposed2_ptr, scale2_ptr, w2_expert_stride, w2_stride,
+            N2, K2, Q2_STRIDE, WORDS2, POW2,
+        )  # fmt: skip
+
+
+_NO_WEIGHT = (None, None, None, None, 0, 0), (0, 0, 0, 0), 0
+
+
+def quantize_weights(weights_ENK: Sequence[Tensor], pow2: bool = False) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(q (E, N, K), its transpose (E, K, N), scale (E, N/128, K/128)) of one weight, or of both of a layer in one
+    launch; the transpose's scales are ``scale.mT``.
+
+    Either N or K is contiguous in a weight, and a program reads along it. Where that is N, scale is a transposed view.
+    """
+    results = []
+    launched: list[tuple[tuple[Any, ...], tuple[int, ...], int]] = [_NO_WEIGHT, _NO_WEIGHT]
+    for i, stored in enumerate(weights_ENK):
+        turned = stored.stride(2) != 1 and stored.stride(1) == 1
+        w_ENK = stored.mT if turned else stored
+        experts, n, k = w_ENK.shape
+        q_ENK, q_EKN = empty_e4m3(w_ENK, experts, n, k), empty_e4m3(w_ENK, experts, k, n)
+        scale = w_ENK.new_empty(experts, blocks(n), blocks(k), dtype=torch.float32)
+        results.append((q_EKN, q_ENK, scale.mT) if turned else (q_ENK, q_EKN, scale))
+        tensors = w_ENK, q_ENK, q_EKN, scale, w_ENK.stride(0), w_ENK.stride(1)
+        launched[i] = tensors, (n, k, q_ENK.stride(1), q_EKN.stride(1) // 4), blocks(n) * blocks(k)
+    (args1, sizes1, tiles1), (args2, sizes2, tiles2) = launched
+    grid = tiles1 + tiles2, weights_ENK[0].shape[0]
+    if 0 not in grid:
+        launch(_blocks_kernel, grid, (*args1, *args2), (*sizes1, *sizes2, pow2))
+    return results
 
 
 def quantize_blocks(w_ENK: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """(q (E, N, K), its transpose (E, K, N), scale (E, N/128, K/128)); the transpose's scales are ``scale.mT``.
-
-    Either N or K is contiguous in w, and a program reads along it. Where that is N, scale is a transposed view.
-    """
-    if w_ENK.stride(2) != 1 and w_ENK.stride(1) == 1:
-        transposed_ENK, q_EKN, scale = quantize_blocks(w_ENK.mT, pow2)
-        return q_EKN, transposed_ENK, scale.mT
-    experts, n, k = w_ENK.shape
-    q_ENK, q_EKN = empty_e4m3(w_ENK, experts, n, k), empty_e4m3(w_ENK, experts, k, n)
-    scale = w_ENK.new_empty(experts, blocks(n), blocks(k), dtype=torch.float32)
-    if q_ENK.numel():
-        launch(
-            _blocks_kernel,
-            (blocks(k), blocks(n), experts),
-            (w_ENK, q_ENK, _words(q_EKN), scale, w_ENK.stride(0), w_ENK.stride(1)),
-            (n, k, q_ENK.stride(1), q_EKN.stride(1) // 4, pow2),
-        )
-    return q_ENK, q_EKN, scale
+    """``quantize_weights`` of one weight."""
+    return quantize_weights((w_ENK,), pow2)[0]
 
 
 # ---- operands of weight gradients ------------------------------------------------------------------------------------
@@ -273,7 +311,7 @@ def _columns_kernel(
         transposed = _transposed_words(x, inverse)
     words = num_blocks.to(tl.int64) * (BLOCK // 4)
     word = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-    transposed_ptrs = transposed_ptr + column[:, None] * words + word[None, :]
+    transposed_ptrs = transposed_ptr.to(tl.pointer_type(tl.int32)) + column[:, None] * words + word[None, :]
     tl.store(transposed_ptrs, transposed, mask=(column < C)[:, None])
 
 
@@ -291,7 +329,7 @@ def _columns(
             _columns_kernel,
             (num_blocks, blocks(columns)),
             (
-                x_RC, index_G, _words(q_CG), scale, q_RC, row_scale_RB,
+                x_RC, index_G, q_CG, scale, q_RC, row_scale_RB,
                 num_blocks, x_RC.stride(0), scale.stride(1), q_stride, row_scale_stride,
             ),
             (columns, pow2, tiled),
@@ -320,13 +358,3 @@ def quantize_tiles(x_RC: Tensor, index_G: Tensor, pow2: bool = False) -> tuple[T
     q_RC, row_scale_RB = empty_e4m3(x_RC, num_rows, columns), empty_scales(x_RC, num_rows, blocks(columns), tma=True)
     q_CG, scale = _columns(x_RC, index_G, pow2, True, q_RC, row_scale_RB)
     return q_RC, row_scale_RB, q_CG, scale
-
-
-# ---- buffers ---------------------------------------------------------------------------------------------------------
-
-
-def _words(q: Tensor) -> Tensor:
-    """The buffer behind ``q``, four elements a word."""
-    if q.stride(-2) == q.shape[-1]:  # no padding
-        return q.view(torch.int32)
-    return q.as_strided((*q.shape[:-1], q.stride(-2)), q.stride()).view(torch.int32)
