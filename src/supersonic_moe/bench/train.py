@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from rich.console import Console
 
 from supersonic_moe import constant_weights, fp8_training
@@ -105,7 +106,8 @@ def write_curve(path: Path, fp8: Run, bf16: Run, title: str) -> None:
     right.plot(*_points(excess), "o-", color="#0b6e4f", label="held-out files")
     right.axhspan(-100 * GOAL, 100 * GOAL, color="#8d99ae", alpha=0.2, label=f"± {100 * GOAL:g} %")
     top = 1.2 * max(100 * GOAL, *map(abs, excess.values()))
-    left.set(xlabel="step", ylabel="bits per byte", ylim=(0.9 * min(bf16.held_out_bpb.values()), None), yscale="log")
+    left.set(xlabel="step", ylabel="bits per byte", yscale="log")
+    left.yaxis.set(major_formatter=ScalarFormatter(), minor_formatter=ScalarFormatter())  # 0.8, not 8 x 10^-1
     right.set(xlabel="step", ylabel="FP8 above BF16, %", ylim=(-top, top))
     for axes in (left, right):
         axes.legend(frameon=False, fontsize=8)

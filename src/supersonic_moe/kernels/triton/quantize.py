@@ -9,7 +9,7 @@ The arithmetic is that of ``kernels/fp8_format.py``, bit for bit. What costs tim
   shared memory moves words, not bytes: a quarter of the accesses. 128 threads hold 128 elements each, 16 loads of 16
   bytes in flight. Instructions and registers are what limits: a tile stays in bf16 pairs, as loaded, until its codes
   are computed, and the conversion, which makes two of them, writes them where the words want them (``_codes_ptx``).
-  That is 7 to 9 instructions an element in 96 to 111 registers, for four or five programs an SM; with fp32 tiles it
+  That is 7 to 9 instructions an element in 96 to 128 registers, for four or five programs an SM; with fp32 tiles it
   was 10 to 12, and two or three programs.
 
 Rows of the FP8 outputs start at multiples of 16 bytes, and so do the scales that TMA loads: what its descriptors want.
