@@ -59,7 +59,11 @@ def test_runs_share_weights_and_batches_and_differ_in_their_recipe(
     for recipe in (Bf16Recipe(), fp8):
         first = len(seen)
         runs[recipe] = suite.train(recipe, TINY, corpus, 4, 7, CPU, Console(quiet=True))
-        assert {r for r, _, _ in seen[first:]} == {recipe}, "training and evaluation"
+        calls = [(r, training) for r, training, _ in seen[first:]]
+        in_recipe = sum(r == recipe for r, _ in calls)
+        assert {r for r, _ in calls[:in_recipe]} == {recipe}, "training and evaluation"
+        at_the_end = [(Bf16Recipe(), False)] * (len(calls) - in_recipe)
+        assert calls[in_recipe:] == at_the_end and bool(at_the_end) == (recipe is fp8), "judged in BF16 too"
         runs[recipe].first_input = seen[first][2]  # type: ignore[attr-defined]
     in_bf16, in_fp8 = runs[Bf16Recipe()], runs[fp8]
     assert torch.equal(in_bf16.first_input, in_fp8.first_input)  # type: ignore[attr-defined]
@@ -67,6 +71,11 @@ def test_runs_share_weights_and_batches_and_differ_in_their_recipe(
     assert in_bf16.train_bpb != in_fp8.train_bpb
     assert in_bf16.train_bpb == pytest.approx(in_fp8.train_bpb, rel=0.03)
     assert abs(gap(in_fp8, in_bf16)) < 0.03
+    assert in_bf16.held_out_in_bf16 == in_bf16.held_out_bpb[4]
+    assert in_fp8.held_out_in_bf16 not in (in_bf16.held_out_bpb[4], in_fp8.held_out_bpb[4])
+    first = len(seen)
+    suite.train(Bf16Recipe(), TINY, corpus, 1, 7, CPU, Console(quiet=True), batch_seed=8)
+    assert not torch.equal(seen[first][2], in_bf16.first_input)  # type: ignore[attr-defined]
     again = suite.train(fp8, TINY, corpus, 4, 7, CPU, Console(quiet=True))
     assert again.train_bpb == in_fp8.train_bpb and again.held_out_bpb == in_fp8.held_out_bpb
 
@@ -81,12 +90,15 @@ def test_long_runs_are_judged_at_ten_points_and_at_the_end(
 
 def test_gap_and_cases_by_hand() -> None:
     bf16 = Run(Bf16Recipe(), [4.0] * 60 + [2.0] * 40, {50: 4.0, 100: 2.0})
-    fp8 = Run(Fp8Recipe(), [4.0] * 60 + [2.2] * 40, {50: 4.0, 100: 2.01})
+    fp8 = Run(Fp8Recipe(), [4.0] * 60 + [2.2] * 40, {50: 4.0, 100: 2.01}, held_out_in_bf16=2.004)
+    other_batches = Run(Bf16Recipe(), [4.0] * 100, {50: 4.0, 100: 1.98})
     assert gap(fp8, bf16) == pytest.approx(0.005)
-    middle, end = suite.cases(fp8, bf16, TINY)
+    middle, end = suite.cases(fp8, bf16, other_batches, TINY)
     assert end.case == "demo_1layers_T64_H32_I16_E4_K2_fp8/100steps" and middle.case.endswith("/50steps")
     assert end.metrics[OURS_BF16] == {"held_out_bpb": 2.0, "train_bpb": pytest.approx((10 * 4 + 40 * 2) / 50)}
     assert end.metrics[OURS]["gap"] == pytest.approx(0.005) and end.metrics[OURS]["steps"] == 100
+    assert end.metrics[OURS]["gap_in_bf16"] == pytest.approx(0.002)
+    assert end.metrics[OURS]["gap_other_batches"] == pytest.approx(-0.01)
 
 
 def test_command_prints_writes_and_draws(corpus: data.Corpus, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -102,6 +102,8 @@ METRICS = (
     Metric("held_out_bpb", "held-out bits per byte", "bits", "lower"),
     Metric("train_bpb", "training bits per byte", "bits", "lower"),
     Metric("gap", "above BF16, %", "fraction", None, shown_in=0.01),
+    Metric("gap_in_bf16", "  judged in BF16, %", "fraction", None, shown_in=0.01),
+    Metric("gap_other_batches", "  BF16 on other batches, %", "fraction", None, shown_in=0.01),
     Metric("steps", "optimizer steps", "steps", None),
     Metric("rrmse", "relative RMS error", "fraction", None),
     Metric("cos", "cosine", "ratio", None),

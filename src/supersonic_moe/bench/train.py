@@ -4,11 +4,14 @@ held-out files as training goes on.
 Model, optimizer and learning rate are those of the demo (``demo/train.py``: bf16 weights, fp32 master copies); only the
 recipe of the MoE layers differs. Each run is evaluated in the recipe that it trains in, at about ``EVALUATIONS`` points
 and at its end. What counts is the last: ``gap``, by how much the FP8 run's held-out bits per byte exceed the BF16
-run's.
+run's. Beside it stand ``gap_in_bf16``, the same with the FP8-trained weights judged in BF16, which leaves out what FP8
+costs in the evaluation, and as a yardstick ``gap_other_batches``, by how much another BF16 run from the same weights
+exceeds the first if it draws other batches.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -40,6 +43,7 @@ class Run:
     recipe: Recipe
     train_bpb: list[float] = field(default_factory=list)  # of every step
     held_out_bpb: dict[int, float] = field(default_factory=dict)  # by steps done
+    held_out_in_bf16: float = math.nan  # at the end
 
     def metrics(self, steps_done: int) -> Metrics:
         last = self.train_bpb[max(0, steps_done - LAST) : steps_done]
@@ -52,9 +56,17 @@ def config_for(device: torch.device) -> TrainConfig:
 
 
 def train(
-    recipe: Recipe, config: TrainConfig, corpus: Corpus, steps: int, seed: int, device: torch.device, console: Console
+    recipe: Recipe,
+    config: TrainConfig,
+    corpus: Corpus,
+    steps: int,
+    seed: int,
+    device: torch.device,
+    console: Console,
+    *,
+    batch_seed: int | None = None,
 ) -> Run:
-    """Train one model, from the weights and on the batches of ``seed``."""
+    """Train one model, from the weights and on the batches of ``seed``, or on those of ``batch_seed``."""
     torch.manual_seed(seed)
     model = ByteTransformer(config.model).to(device, config.dtype)
     judged = whole_windows(corpus.held_out, config.model.context)
@@ -67,17 +79,19 @@ def train(
             model.train()
 
     with fp8_training(model, recipe) if isinstance(recipe, Fp8Recipe) else nullcontext():
-        run.train_bpb = train_model(model, config, corpus, steps, seed, console, after_step=judge).train_bpb
+        batches = seed if batch_seed is None else batch_seed
+        run.train_bpb = train_model(model, config, corpus, steps, batches, console, after_step=judge).train_bpb
+    run.held_out_in_bf16 = evaluate(model, judged) if isinstance(recipe, Fp8Recipe) else run.held_out_bpb[steps]
     return run
 
 
-def gap(fp8: Run, bf16: Run) -> float:
-    """By how much the FP8 run ends above the BF16 run; negative where it ends below."""
+def gap(run: Run, bf16: Run) -> float:
+    """By how much a run ends above the BF16 run; negative where it ends below."""
     end = max(bf16.held_out_bpb)
-    return fp8.held_out_bpb[end] / bf16.held_out_bpb[end] - 1
+    return run.held_out_bpb[end] / bf16.held_out_bpb[end] - 1
 
 
-def cases(fp8: Run, bf16: Run, config: TrainConfig) -> list[CaseResult]:
+def cases(fp8: Run, bf16: Run, other_batches: Run, config: TrainConfig) -> list[CaseResult]:
     """A case for each point at which both runs were judged; the last is the result and has the gap."""
     m = config.model
     tokens, end = config.batch * m.context, max(bf16.held_out_bpb)
@@ -87,7 +101,12 @@ def cases(fp8: Run, bf16: Run, config: TrainConfig) -> list[CaseResult]:
     for steps_done in bf16.held_out_bpb:
         both = {OURS: fp8.metrics(steps_done), OURS_BF16: bf16.metrics(steps_done)}
         found.append(CaseResult(f"{name}/{steps_done}steps", both))
-    found[-1].metrics[OURS] |= {"gap": gap(fp8, bf16), "steps": end}
+    found[-1].metrics[OURS] |= {
+        "gap": gap(fp8, bf16),
+        "gap_in_bf16": fp8.held_out_in_bf16 / bf16.held_out_bpb[end] - 1,
+        "gap_other_batches": gap(other_batches, bf16),
+        "steps": end,
+    }
     return found
 
 
