@@ -23,6 +23,9 @@ from supersonic_moe.kernels.sm90 import registered_specs
 from supersonic_moe.kernels.sm90.mainloop import tile_columns
 from supersonic_moe.kernels.sm90.self_test import self_test_spec
 
+# The first test compiles what all of them look at: three to five minutes of two cores, more where the cores are shared.
+pytestmark = pytest.mark.timeout(1500)
+
 TEST_KERNELS = Path(__file__).parent / "kernels"
 
 # The wgmma wrappers at every width in each type, and every pair of layouts.
