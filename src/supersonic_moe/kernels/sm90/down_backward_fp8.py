@@ -18,8 +18,8 @@ Maths
     With gate and up in two halves, a scale of H may serve only one of them: I is a multiple of 128 then.
 Cost
     2·P·H·I FLOP. Bytes: P·H + E·I·H + 8·P·I, and 1/32 of e4m3 for scales; apart, dA would be written and read, 4·P·I
-    more, and the GEMM would wait for nothing. The epilogue is some 25 instructions for an activation, 22 of them
-    arithmetic, while the tensor cores idle: a fifth of a tile's time at H 3072.
+    more, and the GEMM would wait for nothing. The epilogue is some 32 instructions for an activation, while
+    the tensor cores idle: a third of the time at H 3072 (docs/log.md).
 """
 
 from __future__ import annotations

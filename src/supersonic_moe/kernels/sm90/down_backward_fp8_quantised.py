@@ -19,7 +19,7 @@ Maths
     row that reads no token has the score 0.
 Cost
     2·P·H·I FLOP. Bytes: P·H + E·I·H + 7·P·I, and 1/32 of what is scaled by rows for scales. Stored in bf16 and
-    quantised by passes of their own, dH and sA would move 12·P·I more. The epilogue has some 33 instructions for an
+    quantised by passes of their own, dH and sA would move 12·P·I more. The epilogue has some 40 instructions for an
     activation, 8 more than that of down_backward_fp8.py.
 """
 
