@@ -17,6 +17,7 @@ def registered_specs() -> tuple[KernelSpec, ...]:
         grouped_gemm_fp8,
         grouped_wgrad,
         grouped_wgrad_fp8,
+        quantize_columns,
         up_projection,
         up_projection_fp8,
     )
@@ -33,4 +34,5 @@ def registered_specs() -> tuple[KernelSpec, ...]:
         *down_backward.SPECS,
         *down_backward_fp8.SPECS,
         *down_backward_fp8_quantised.SPECS,
+        *quantize_columns.SPECS,
     )

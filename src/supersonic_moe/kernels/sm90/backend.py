@@ -7,6 +7,7 @@ from supersonic_moe.kernels.sm90.grouped_gemm import grouped_mm
 from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import grouped_mm_fp8
 from supersonic_moe.kernels.sm90.grouped_wgrad import grouped_mm_wgrad
 from supersonic_moe.kernels.sm90.grouped_wgrad_fp8 import grouped_mm_wgrad_fp8
+from supersonic_moe.kernels.sm90.quantize_columns import quantize_columns
 from supersonic_moe.kernels.sm90.up_projection import up_projection
 from supersonic_moe.kernels.sm90.up_projection_fp8 import up_projection_fp8
 from supersonic_moe.kernels.triton import (
@@ -14,7 +15,6 @@ from supersonic_moe.kernels.triton import (
     gather_sum,
     pad_segments,
     pick,
-    quantize_columns,
     quantize_rows,
     quantize_tiles,
     quantize_weights,

@@ -27,3 +27,17 @@ DEVICE float quad_max(float x) {
 
 DEVICE void store_shared(u32 address, u16 value) { asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(value) : "memory"); }
 DEVICE void store_shared(u32 address, u32 value) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory"); }
+
+// Codes of four values, the first in the lowest byte.
+DEVICE u32 pack_four_e4m3(float a, float b, float c, float d) {
+    u32 word;
+    asm("{\n"
+        ".reg .b16 low, high;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+        "mov.b32 %0, {low, high};\n"
+        "}\n"
+        : "=r"(word)
+        : "f"(a), "f"(b), "f"(c), "f"(d));
+    return word;
+}

@@ -10,20 +10,6 @@
 #pragma once
 #include "epilogue.cuh"
 
-// Codes of four values, the first in the lowest byte.
-DEVICE u32 pack_four_e4m3(float a, float b, float c, float d) {
-    u32 word;
-    asm("{\n"
-        ".reg .b16 low, high;\n"
-        "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
-        "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-        "mov.b32 %0, {low, high};\n"
-        "}\n"
-        : "=r"(word)
-        : "f"(a), "f"(b), "f"(c), "f"(d));
-    return word;
-}
-
 // Bytes of two registers by four selectors.
 DEVICE u32 permute_bytes(u32 a, u32 b, u32 selectors) {
     u32 word;

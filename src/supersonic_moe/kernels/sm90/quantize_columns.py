@@ -1,0 +1,59 @@
+"""Rows gathered by an index, transposed and quantised along the rows, on sm_90a: operands of FP8 weight gradients.
+
+    q[c][g] = e4m3(x[index[g]][c] / scale[c][block of g])        zeros where index[g] < 0
+
+Layout (formats: ``kernels/fp8_format.py``, *columns*)
+    x (R, C) bf16, index (G) int32, q (C, G), scale (C, G/128), the scales of one block of positions next to each other.
+Tiles
+    128 positions × 128 columns a block of 256 threads, all positions of one column panel before the next: rows that
+    many positions gather then come from DRAM once. A thread holds 8 consecutive positions of 8 columns, so its codes of
+    a column are 8 consecutive bytes (quantize_columns.cu).
+Maths
+    ``fp8_format``, bit for bit, as ``kernels/triton/quantize.py``, which also does what is not done here: one scale for
+    a whole tile, other types, and rows that do not start at multiples of 16 bytes.
+Cost
+    Bytes: 2·C for each row that is read, from L2 when it is read again, and C·G. 7 instructions an element.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from supersonic_moe.jit.launch import I32, I64, PTR, Kernel, on_device
+from supersonic_moe.jit.spec import KernelSpec
+from supersonic_moe.kernels import triton
+from supersonic_moe.kernels.fp8_format import BLOCK, blocks, empty_e4m3, empty_scales
+
+SPECS = (KernelSpec("quantize_columns", "quantize_columns.cu", threads=256, opcodes=("F2FP.SATFINITE.E4M3", "HMNMX2")),)
+
+
+@functools.cache
+def _kernel() -> Kernel:
+    return Kernel(SPECS[0], (PTR, I64, PTR, PTR, I64, PTR, I64, I32, I32))
+
+
+def quantize_columns(x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: bool = False) -> tuple[Tensor, Tensor]:
+    """(q (C, G), scale (C, G/128), or (C/128, G/128) where ``tiled``): see ``kernels/triton/quantize.py``."""
+    columns, positions = x_RC.shape[1], index_G.shape[0]
+    whole_chunks = columns % 8 == 0 and x_RC.stride() == (x_RC.stride(0) // 8 * 8, 1) and x_RC.data_ptr() % 16 == 0
+    if tiled or x_RC.dtype is not torch.bfloat16 or not whole_chunks or columns * positions == 0:
+        return triton.quantize_columns(x_RC, index_G, pow2, tiled)
+    q_CG = empty_e4m3(x_RC, columns, positions)
+    scale = empty_scales(x_RC, columns, positions // BLOCK, tma=True)
+    with on_device(x_RC):
+        _kernel().launch(
+            (positions // BLOCK, blocks(columns), 1),
+            x_RC,
+            x_RC.stride(0),
+            index_G,
+            q_CG,
+            q_CG.stride(0),
+            scale,
+            scale.stride(1),
+            columns,
+            int(pow2),
+        )
+    return q_CG, scale
