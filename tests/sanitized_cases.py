@@ -22,9 +22,10 @@ from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import grouped_mm_fp8
 from supersonic_moe.kernels.sm90.grouped_wgrad import grouped_mm_wgrad
 from supersonic_moe.kernels.sm90.grouped_wgrad_fp8 import grouped_mm_wgrad_fp8
 from supersonic_moe.kernels.sm90.mainloop import WIDE_BLOCK_N
+from supersonic_moe.kernels.sm90.quantize_columns import quantize_columns
 from supersonic_moe.kernels.sm90.up_projection import up_projection
 from supersonic_moe.kernels.triton.pad_segments import pad_segments
-from supersonic_moe.kernels.triton.quantize import quantize_blocks, quantize_columns, quantize_rows
+from supersonic_moe.kernels.triton.quantize import quantize_blocks, quantize_rows
 
 CUDA, BF16 = torch.device("cuda"), torch.bfloat16
 HIDDEN, WIDTH = 136, 200  # no multiple of a tile, more than one block

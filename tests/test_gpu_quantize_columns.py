@@ -18,7 +18,12 @@ def same_bytes(x: torch.Tensor, index: torch.Tensor, pow2: bool) -> None:
     got, want = quantize_columns(x, index, pow2), triton.quantize_columns(x, index, pow2)
     for a, b in zip(got, want, strict=True):
         assert a.shape == b.shape and a.stride() == b.stride() and a.dtype is b.dtype
-        assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+        assert torch.equal(words(a), words(b))
+
+
+def words(t: torch.Tensor) -> torch.Tensor:
+    """Bits, so that NaN equals itself. A copy: a view needs a last stride of 1, whatever the length."""
+    return t.clone(memory_format=torch.contiguous_format).view(torch.uint8 if t.element_size() == 1 else torch.int32)
 
 
 @pytest.mark.parametrize("pow2", [False, True])
@@ -45,9 +50,7 @@ def test_strided_and_unaligned_rows() -> None:
     index = torch.arange(256, device=CUDA, dtype=torch.int32) % 200
     wide = torch.randn(200, 512, device=CUDA, dtype=torch.bfloat16)
     same_bytes(wide[:, 128:256], index, False)
-    same_bytes(wide[:, 4:132], index, False)  # left to Triton, as is what follows
-    same_bytes(wide[:, ::2], index, False)
-    same_bytes(wide[:, :128].float(), index, False)
+    same_bytes(wide[:, 4:132], index, False)  # left to Triton
 
 
 def test_large() -> None:

@@ -231,12 +231,17 @@ def summarise(slices: list[Slice]) -> Timing:
 def wall_and_busy_us(call: Call, estimate_us: float, *, warm_ms: float, min_ms: float) -> tuple[float, float]:
     """What a call takes on a GPU in a row of such calls, gaps included, and how much of that some kernel or copy runs.
 
-    Both after the same load by the same contender alone, hence at the same clock. They cannot come from one pass: the
-    profiler slows the host down.
+    They cannot come from one pass: the profiler slows the host down. So passes alternate, each after the same load by
+    the same contender alone, and the medians are what counts: from one pass to the next the clock drifts by several
+    per cent, which would read as gaps.
     """
-    from torch.profiler import ProfilerActivity, profile, schedule
-
     heat, calls = estimate_calls(warm_ms * 1e3, estimate_us), estimate_calls(min_ms * 1e3 / ROUNDS, estimate_us)
+    passes = [(_wall_us(call, heat, calls), _busy_us(call, heat, calls)) for _ in range(ROUNDS)]
+    wall_us, busy_us = zip(*passes, strict=True)
+    return statistics.median(wall_us), statistics.median(busy_us)
+
+
+def _wall_us(call: Call, heat: int, calls: int) -> float:
     start, end = _event(), _event()
     for _ in range(heat):
         call()
@@ -245,13 +250,19 @@ def wall_and_busy_us(call: Call, estimate_us: float, *, warm_ms: float, min_ms: 
         call()
     end.record()
     torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) * 1e3 / calls
+
+
+def _busy_us(call: Call, heat: int, calls: int) -> float:
+    from torch.profiler import ProfilerActivity, profile, schedule
+
     with profile(activities=[ProfilerActivity.CUDA], schedule=schedule(wait=0, warmup=1, active=1, repeat=1)) as trace:
         for repeats in (heat, calls):  # only the second pass is recorded
             for _ in range(repeats):
                 call()
             torch.cuda.synchronize()
             trace.step()
-    return start.elapsed_time(end) * 1e3 / calls, covered(gpu_intervals(trace.events())) / calls
+    return covered(gpu_intervals(trace.events())) / calls
 
 
 def gpu_intervals(events: Iterable[Any]) -> list[tuple[float, float]]:

@@ -4,9 +4,11 @@ held-out files as training goes on.
 Model, optimizer and learning rate are those of the demo (``demo/train.py``: bf16 weights, fp32 master copies); only the
 recipe of the MoE layers differs. Each run is evaluated in the recipe that it trains in, at about ``EVALUATIONS`` points
 and at its end. What counts is the last: ``gap``, by how much the FP8 run's held-out bits per byte exceed the BF16
-run's. Beside it stand ``gap_in_bf16``, the same with the FP8-trained weights judged in BF16, which leaves out what FP8
-costs in the evaluation, and as a yardstick ``gap_other_batches``, by how much another BF16 run from the same weights
-exceeds the first if it draws other batches.
+run's, the mean over the seeds. Beside it stand ``gap_error``, the standard error of that mean, and ``gap_in_bf16``,
+the same with the FP8-trained weights judged in BF16, which leaves out what FP8 costs in the evaluation.
+
+One pair of runs says little. The layer repeats to the bit, torch's attention backward does not, and two BF16 runs from
+one seed already end 1 to 2 % apart (docs/fp8-training.md): hence several seeds, and the error of their mean.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean, stdev
+from typing import TypeAlias
 
 import torch
 from matplotlib.figure import Figure
@@ -31,9 +35,10 @@ from supersonic_moe.demo.report import smoothed
 from supersonic_moe.demo.train import TrainConfig, default_config, evaluate, train_model, whole_windows
 from supersonic_moe.recipe import Fp8Recipe, Recipe
 
-EVALUATIONS = 10
+EVALUATIONS = 5
 LAST = 50  # steps whose training loss is averaged
 GOAL = 0.005  # the gap that FP8 may have
+FP8_COLOR, BF16_COLOR = "#0b6e4f", "#c8553d"
 
 
 @dataclass
@@ -50,9 +55,15 @@ class Run:
         return {"held_out_bpb": self.held_out_bpb[steps_done], "train_bpb": sum(last) / len(last)}
 
 
-def config_for(device: torch.device) -> TrainConfig:
-    """The demo's configuration of this device, in bf16: FP8 layers take nothing else."""
-    return replace(default_config(device), dtype=torch.bfloat16)
+Pair: TypeAlias = tuple[Run, Run]  # in FP8 and in BF16
+
+
+def config_for(device: torch.device, batch: int | None = None) -> TrainConfig:
+    """The demo's configuration of this device, in bf16, since FP8 layers take nothing else, and with ``batch``
+    sequences a step instead of the demo's.
+    """
+    config = replace(default_config(device), dtype=torch.bfloat16)
+    return config if batch is None else replace(config, batch=batch)
 
 
 def train(
@@ -63,10 +74,8 @@ def train(
     seed: int,
     device: torch.device,
     console: Console,
-    *,
-    batch_seed: int | None = None,
 ) -> Run:
-    """Train one model, from the weights and on the batches of ``seed``, or on those of ``batch_seed``."""
+    """Train one model, from the weights and on the batches of ``seed``."""
     torch.manual_seed(seed)
     model = ByteTransformer(config.model).to(device, config.dtype)
     judged = whole_windows(corpus.held_out, config.model.context)
@@ -79,8 +88,7 @@ def train(
             model.train()
 
     with fp8_training(model, recipe) if isinstance(recipe, Fp8Recipe) else nullcontext():
-        batches = seed if batch_seed is None else batch_seed
-        run.train_bpb = train_model(model, config, corpus, steps, batches, console, after_step=judge).train_bpb
+        run.train_bpb = train_model(model, config, corpus, steps, seed, console, after_step=judge).train_bpb
     run.held_out_in_bf16 = evaluate(model, judged) if isinstance(recipe, Fp8Recipe) else run.held_out_bpb[steps]
     return run
 
@@ -91,40 +99,61 @@ def gap(run: Run, bf16: Run) -> float:
     return run.held_out_bpb[end] / bf16.held_out_bpb[end] - 1
 
 
-def cases(fp8: Run, bf16: Run, other_batches: Run, config: TrainConfig) -> list[CaseResult]:
-    """A case for each point at which both runs were judged; the last is the result and has the gap."""
-    m = config.model
-    tokens, end = config.batch * m.context, max(bf16.held_out_bpb)
+def cases(pairs: Sequence[Pair], config: TrainConfig) -> list[CaseResult]:
+    """A case for each point at which the runs were judged, of means over the pairs, then one for each pair's end, and
+    last the result: the end's means and the gap.
+    """
+    m, (some_fp8, some_bf16) = config.model, pairs[0]
+    tokens, end = config.batch * m.context, max(some_bf16.held_out_bpb)
     sizes = f"T{tokens}_H{m.hidden}_I{m.intermediate}_E{m.experts}_K{m.experts_per_token}"
-    name = f"demo_{m.layers}layers_{sizes}_{recipe_name(fp8.recipe)}"
+    name = f"demo_{m.layers}layers_{sizes}_{recipe_name(some_fp8.recipe)}"
+
+    def means(which: int, steps_done: int) -> Metrics:
+        each = [pair[which].metrics(steps_done) for pair in pairs]
+        return {metric: fmean(metrics[metric] for metrics in each) for metric in each[0]}
+
     found = []
-    for steps_done in bf16.held_out_bpb:
-        both = {OURS: fp8.metrics(steps_done), OURS_BF16: bf16.metrics(steps_done)}
-        found.append(CaseResult(f"{name}/{steps_done}steps", both))
-    found[-1].metrics[OURS] |= {
-        "gap": gap(fp8, bf16),
-        "gap_in_bf16": fp8.held_out_in_bf16 / bf16.held_out_bpb[end] - 1,
-        "gap_other_batches": gap(other_batches, bf16),
+    for done in some_bf16.held_out_bpb:
+        found.append(CaseResult(f"{name}/{done}steps", {OURS: means(0, done), OURS_BF16: means(1, done)}))
+    for i, (fp8, bf16) in enumerate(pairs):
+        of_pair = {OURS: fp8.metrics(end) | {"gap": gap(fp8, bf16)}, OURS_BF16: bf16.metrics(end)}
+        found.append(CaseResult(f"{name}/pair{i}", of_pair))
+    gaps = [gap(fp8, bf16) for fp8, bf16 in pairs]
+    result = CaseResult(name, {OURS: means(0, end), OURS_BF16: means(1, end)})
+    result.metrics[OURS] |= {
+        "gap": fmean(gaps),
+        "gap_in_bf16": fmean(fp8.held_out_in_bf16 / bf16.held_out_bpb[end] - 1 for fp8, bf16 in pairs),
         "steps": end,
     }
-    return found
+    if len(pairs) > 1:
+        result.metrics[OURS]["gap_error"] = stdev(gaps) / math.sqrt(len(pairs))
+    return [*found, result]
 
 
-def write_curve(path: Path, fp8: Run, bf16: Run, title: str) -> None:
-    """Left the two curves, which should look like one; right how far apart they are, beside the goal."""
+def write_curve(path: Path, pairs: Sequence[Pair], title: str) -> None:
+    """Left the means over the pairs, two curves that should look like one; right how far apart the runs of a pair are,
+    and the mean of that, beside the goal.
+    """
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    for run, color in ((bf16, "#c8553d"), (fp8, "#0b6e4f")):
-        name = recipe_name(run.recipe)
-        left.plot(smoothed(run.train_bpb), color=color, linewidth=1, label=f"{name}, training batches")
-        end = max(run.held_out_bpb)
-        label = f"{name}, held-out files: {run.held_out_bpb[end]:.4f} at the end"
-        left.plot(*_points(run.held_out_bpb), "o", color=color, markersize=4, label=label)
-    excess = {step: 100 * (fp8.held_out_bpb[step] / bits - 1) for step, bits in bf16.held_out_bpb.items()}
-    right.plot(*_points(excess), "o-", color="#0b6e4f", label="held-out files")
+    in_fp8, in_bf16 = zip(*pairs, strict=True)
+    for runs, color in ((in_bf16, BF16_COLOR), (in_fp8, FP8_COLOR)):
+        name = recipe_name(runs[0].recipe)
+        training = [fmean(bits) for bits in zip(*(run.train_bpb for run in runs), strict=True)]
+        left.plot(smoothed(training), color=color, linewidth=1, label=f"{name}, training batches")
+        held_out = _mean([run.held_out_bpb for run in runs])
+        label = f"{name}, held-out files: {held_out[max(held_out)]:.4f} at the end"
+        left.plot(*_points(held_out), "o", color=color, markersize=4, label=label)
+    excesses = [
+        {step: 100 * (fp8.held_out_bpb[step] / bits - 1) for step, bits in bf16.held_out_bpb.items()}
+        for fp8, bf16 in pairs
+    ]
+    for excess in excesses:
+        right.plot(*_points(excess), color=FP8_COLOR, alpha=0.3, linewidth=1)
+    right.plot(*_points(_mean(excesses)), "o-", color=FP8_COLOR, label=f"held-out files, mean of {len(pairs)}")
     right.axhspan(-100 * GOAL, 100 * GOAL, color="#8d99ae", alpha=0.2, label=f"± {100 * GOAL:g} %")
-    top = 1.2 * max(100 * GOAL, *map(abs, excess.values()))
+    top = 1.2 * max(100 * GOAL, *(abs(value) for excess in excesses for value in excess.values()))
     left.set(xlabel="step", ylabel="bits per byte", yscale="log")
     left.yaxis.set(major_formatter=ScalarFormatter(), minor_formatter=ScalarFormatter())  # 0.8, not 8 x 10^-1
     right.set(xlabel="step", ylabel="FP8 above BF16, %", ylim=(-top, top))
@@ -133,6 +162,10 @@ def write_curve(path: Path, fp8: Run, bf16: Run, title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def _mean(curves: Sequence[dict[int, float]]) -> dict[int, float]:
+    return {step: fmean(curve[step] for curve in curves) for step in curves[0]}
 
 
 def _points(values: dict[int, float]) -> tuple[Sequence[int], Sequence[float]]:
