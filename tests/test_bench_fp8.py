@@ -205,7 +205,15 @@ def test_commands_on_a_gpu(device: torch.device, tmp_path: Path) -> None:
     result = run("bench", "layer", *short, "--peers", "", "--json", str(layer_file))
     assert result.exit_code == 0, result.output
     rows = {row["metric"]: row for row in json.loads(layer_file.read_text())["rows"]}
-    assert {"mfu", "busy_us", "wall_over_busy", "peak_bytes", "saved_of_formula", "quantise_share"} <= rows.keys()
+    assert {
+        "mfu",
+        "busy_us",
+        "wall_over_busy",
+        "graph_us",
+        "peak_bytes",
+        "saved_of_formula",
+        "quantise_share",
+    } <= rows.keys()
     ours, bf16 = rows["mfu"]["value"], rows["mfu"]["peer_value"]
     assert ours / bf16 == pytest.approx(rows["fwd_bwd_us"]["ratio"] * 989 / 1979, rel=1e-3)
 

@@ -7,11 +7,11 @@ Timed calls, each eager and complete (router product, routing, metadata, experts
     fwd_bwd  fwd, then autograd.grad of the output with respect to x and every parameter (fresh gradients)
 
 ``busy_us`` is the GPU-busy part of fwd_bwd, ``wall_us`` what a row of such calls takes each, both with this contender
-alone on the GPU. Saved bytes are the distinct storages that a forward packs for backward, x included, parameters not;
-FP8 copies of weights that it keeps are counted apart. Peak bytes are the allocator's peak over one fwd_bwd, minus what
-was resident before (parameters and x): saved activations, transients and gradients. TFLOP/s counts 6 or 4 R H I forward
-and three times that with backward, R the rows of all experts: T K but for token rounding. MFU divides by the
-datasheet's 989 TFLOP/s, for a layer in FP8 by 1979.
+alone on the GPU; ``graph_us`` is what the same call of our layer takes as a CUDA graph. Saved bytes are the distinct
+storages that a forward packs for backward, x included, parameters not; FP8 copies of weights that it keeps are counted
+apart. Peak bytes are the allocator's peak over one fwd_bwd, minus what was resident before (parameters and x): saved
+activations, transients and gradients. TFLOP/s counts 6 or 4 R H I forward and three times that with backward, R the
+rows of all experts: T K but for token rounding. MFU divides by the datasheet's 989 TFLOP/s, for a layer in FP8 by 1979.
 
 Under token rounding, ``plain_topk`` is one of the contenders: our layer with the same weights, routed by the base
 router, as in evaluation. What rounding is worth is the ratio of the two TFLOP/s, because R differs a little.
@@ -47,6 +47,7 @@ from supersonic_moe.bench.timing import (
     Timing,
     attempt,
     clock_for,
+    graph_us,
     measure,
     required,
     wall_and_busy_us,
@@ -178,6 +179,11 @@ def run_case(shape: LayerShape, config: LayerConfig, progress: Callable[[str], N
         progress(f"memory and GPU-busy time of {name}")
         result.metrics[name]["rows"] = rows[name]
         _record_state(result.metrics[name], contender, config)
+        if config.device.type == "cuda" and name in (OURS, OURS_BF16):
+            us = result.metrics[name]["fwd_bwd_us"]
+            result.metrics[name]["graph_us"] = graph_us(
+                contender.fwd_bwd, us, warm_ms=config.warm_ms, min_ms=config.min_ms
+            )
     if config.fp8:
         formula = saved_activation_bytes(shape, gated=gated)
         for metrics in result.metrics.values():
