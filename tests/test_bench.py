@@ -247,6 +247,19 @@ def test_saved_bytes_counts_storages_once_and_no_parameters() -> None:
     assert layer.saved_bytes(lambda: (x * w) * x.view(10, 10).view(100), [w]) == (2 * 400, 0)  # x once, x * w once
 
 
+def test_saved_bytes_leaves_no_graph_behind() -> None:
+    """A graph that lives on keeps its leaves' nodes, on whose stream a later CUDA graph capture would fail."""
+    x = torch.randn(100, requires_grad=True)
+
+    def forward() -> torch.Tensor:
+        out = x.exp()  # saves its output
+        out.grad_fn.next_functions[0][0].metadata["of"] = "this graph"  # type: ignore[union-attr]
+        return out
+
+    assert layer.saved_bytes(forward, []) == (400, 0)
+    assert x.exp().grad_fn.next_functions[0][0].metadata == {}, "a new node"  # type: ignore[union-attr]
+
+
 def test_our_layer_saves_what_the_formula_says() -> None:
     shape = LayerShape(256, 64, 32, 4, 2)
     result = run_case(shape, quick(peers=()))

@@ -359,7 +359,7 @@ def _packed_storages(parameters: Sequence[Tensor]) -> Iterator[dict[int, tuple[i
         storage = t.untyped_storage()
         if storage.data_ptr() not in resident:
             storages[storage.data_ptr()] = storage.nbytes(), t.dtype is E4M3 and t.dim() == 3
-        return t
+        return t.detach()  # an output that kept its own node alive would keep the whole graph
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         yield storages
