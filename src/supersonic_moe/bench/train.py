@@ -8,7 +8,7 @@ run's, the mean over the seeds. Beside it stand ``gap_error``, the standard erro
 the same with the FP8-trained weights judged in BF16, which leaves out what FP8 costs in the evaluation.
 
 One pair of runs says little. The layer repeats to the bit, torch's attention backward does not, and two BF16 runs from
-one seed already end 1 to 2 % apart (docs/fp8-training.md): hence several seeds, and the error of their mean.
+one seed already end 1 to 2 % apart (docs/log.md): hence several seeds, and the error of their mean.
 """
 
 from __future__ import annotations
