@@ -7,8 +7,8 @@ and at its end. What counts is the last: ``gap``, by how much the FP8 run's held
 run's, the mean over the seeds. Beside it stand ``gap_error``, the standard error of that mean, and ``gap_in_bf16``,
 the same with the FP8-trained weights judged in BF16, which leaves out what FP8 costs in the evaluation.
 
-One pair of runs says little. The layer repeats to the bit, torch's attention backward does not, and two BF16 runs from
-one seed already end 1 to 2 % apart (docs/log.md): hence several seeds, and the error of their mean.
+One pair of runs says little. The layer repeats to the bit, torch promises no such thing of attention's backward, and
+two BF16 runs from one seed already end 1 to 2 % apart (docs/log.md): hence several seeds, and the error of their mean.
 """
 
 from __future__ import annotations

@@ -9,10 +9,11 @@ Tiles
     many positions gather then come from DRAM once. A thread holds 8 consecutive positions of 8 columns, so its codes of
     a column are 8 consecutive bytes (quantize_columns.cu).
 Maths
-    ``fp8_format``, bit for bit, as ``kernels/triton/quantize.py``, which also does what is not done here: one scale for
-    a whole tile, other types, and rows that do not start at multiples of 16 bytes.
+    ``fp8_format``, bit for bit, as ``kernels/triton/quantize.py``, which does what is not done here: one scale for a
+    whole tile, and rows that do not start at multiples of 16 bytes. It refuses types other than bf16.
 Cost
-    Bytes: 2·C for each row that is read, from L2 when it is read again, and C·G. 7 instructions an element.
+    Bytes: 2·C for each position, all but the first read of a row from L2, and C·G: together 6 TB/s where each row is
+    read eight times, which is what L2 gives. 7 instructions an element.
 """
 
 from __future__ import annotations
