@@ -247,6 +247,22 @@ def test_saved_bytes_counts_storages_once_and_no_parameters() -> None:
     assert layer.saved_bytes(lambda: (x * w) * x.view(10, 10).view(100), [w]) == (2 * 400, 0)  # x once, x * w once
 
 
+def test_a_call_that_cannot_be_captured_has_no_time_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    def captured(call: object, estimate_us: float, *, warm_ms: float, min_ms: float) -> float:
+        assert (warm_ms, min_ms) == (0, 0)
+        if estimate_us > 100:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return estimate_us / 2
+
+    monkeypatch.setattr(layer, "graph_us", captured)
+    for us, want in ((80.0, {"graph_us": 40.0}), (200.0, {})):
+        metrics = {"fwd_bwd_us": us}
+        layer._record_graph(
+            metrics, layer.Contender(lambda _: torch.ones(1), torch.ones(1), [], torch.ones(1)), quick()
+        )
+        assert metrics == {"fwd_bwd_us": us, **want}
+
+
 def test_saved_bytes_leaves_no_graph_behind() -> None:
     """A graph that lives on keeps its leaves' nodes, on whose stream a later CUDA graph capture would fail."""
     x = torch.randn(100, requires_grad=True)

@@ -28,7 +28,6 @@ from supersonic_moe.bench.layer import LayerConfig
 from supersonic_moe.bench.timing import NoResultError, Timing, WallClock
 from supersonic_moe.cli.app import app
 from supersonic_moe.kernels import reference
-from supersonic_moe.kernels.reference import quantize
 from supersonic_moe.perf_model import STEP_KERNELS, LayerShape, kernel_steps
 
 CPU = torch.device("cpu")
@@ -111,10 +110,9 @@ def test_the_bytes_are_those_of_the_tensors_that_pass(monkeypatch: pytest.Monkey
         return call
 
     for name in ("route_forward", "build_plan", "route_backward", "up_projection", "grouped_mm", "gather_sum",
-                 "down_backward", "grouped_mm_wgrad"):  # fmt: skip
+                 "down_backward", "grouped_mm_wgrad", "quantize_rows", "quantize_weights", "quantize_columns",
+                 "quantize_tiles"):  # fmt: skip
         monkeypatch.setattr(reference, name, counting(getattr(reference, name)))
-    for name in ("quantize_rows", "quantize_blocks", "quantize_columns", "quantize_tiles"):
-        monkeypatch.setattr(quantize, name, counting(getattr(quantize, name)))
     calls = kernel_calls(SHAPE, config())
     called.clear()
     steps = kernel_steps(SHAPE, gated=True, element_bytes=4)

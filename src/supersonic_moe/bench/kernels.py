@@ -207,7 +207,7 @@ def kernel_calls(shape: LayerShape, config: LayerConfig) -> dict[str, Call]:
     """A call for each kernel, as ``training/experts.py`` and ``routing/`` make them."""
     T, H, I, E, K = shape.tokens, shape.hidden, shape.intermediate, shape.experts, shape.top_k  # noqa: E741
     backend = backend_of(shape, config)
-    k, fp8 = registry.kernels(backend), _quantizers(backend)
+    k = registry.kernels(backend)
     activation, layout, router = as_activation(config.activation), GateUpLayout.INTERLEAVED, as_router(config.router)
     normal = partial(torch.randn, device=config.device, dtype=config.dtype)
 
@@ -253,21 +253,12 @@ def kernel_calls(shape: LayerShape, config: LayerConfig) -> dict[str, Call]:
         "wgrad_dw1_accumulate": lambda: wgrad(x_TH, dh_PN, transposed=True, out=grad_w1, accumulate=True),
         "grouped_mm_dx": lambda: k.grouped_mm(dh_PN, w1_ENH, offsets),
         "gather_sum_dx": lambda: k.gather_sum(y_PH, None, None, *of_tokens),
-        "quantize_rows_x": lambda: fp8.quantize_rows(x_TH),
-        "quantize_blocks_w1": lambda: fp8.quantize_blocks(w1_ENH),
-        "quantize_blocks_w2": lambda: fp8.quantize_blocks(w2_EHI),
-        "quantize_columns_x": lambda: fp8.quantize_columns(x_TH, token_index_G),
-        "quantize_tiles_dz": lambda: fp8.quantize_tiles(dh_PN, row_index_G),
+        "quantize_rows_x": lambda: k.quantize_rows(x_TH),
+        "quantize_blocks_w1": lambda: k.quantize_weights([w1_ENH])[0],
+        "quantize_blocks_w2": lambda: k.quantize_weights([w2_EHI])[0],
+        "quantize_columns_x": lambda: k.quantize_columns(x_TH, token_index_G),
+        "quantize_tiles_dz": lambda: k.quantize_tiles(dh_PN, row_index_G),
     }
-
-
-def _quantizers(backend: str) -> Any:
-    """The FP8 quantisers that go with a backend: Triton's wherever it runs."""
-    if backend == "reference":
-        return reference_quantize
-    from supersonic_moe.kernels.triton import quantize
-
-    return quantize
 
 
 def _ceiling_calls(config: LayerConfig) -> dict[str, Call]:

@@ -10,7 +10,7 @@ Tiles
     a column are 8 consecutive bytes (quantize_columns.cu).
 Maths
     ``fp8_format``, bit for bit, as ``kernels/triton/quantize.py``, which does what is not done here: one scale for a
-    whole tile, and rows that do not start at multiples of 16 bytes. It refuses types other than bf16.
+    whole tile, and rows or indices that do not start at multiples of 16 bytes. It refuses types other than bf16.
 Cost
     Bytes: 2·C for each position, all but the first read of a row from L2, and C·G: together 6 TB/s where each row is
     read eight times, which is what L2 gives. 7 instructions an element.
@@ -39,7 +39,8 @@ def _kernel() -> Kernel:
 def quantize_columns(x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: bool = False) -> tuple[Tensor, Tensor]:
     """(q (C, G), scale (C, G/128), or (C/128, G/128) where ``tiled``): see ``kernels/triton/quantize.py``."""
     columns, positions = x_RC.shape[1], index_G.shape[0]
-    whole_chunks = columns % 8 == 0 and x_RC.stride() == (x_RC.stride(0) // 8 * 8, 1) and x_RC.data_ptr() % 16 == 0
+    whole_chunks = columns % 8 == 0 and x_RC.stride() == (x_RC.stride(0) // 8 * 8, 1)
+    whole_chunks = whole_chunks and x_RC.data_ptr() % 16 == 0 and index_G.data_ptr() % 16 == 0
     if tiled or x_RC.dtype is not torch.bfloat16 or not whole_chunks or columns * positions == 0:
         return triton.quantize_columns(x_RC, index_G, pow2, tiled)
     q_CG = empty_e4m3(x_RC, columns, positions)
