@@ -1,274 +1,36 @@
-// down_backward_fp8.cu with FP8 outputs: dH in e4m3 as it lies and transposed, s * A transposed, one scale for each tile of 128 x 128. See
+// down_backward_fp8.cu with FP8 outputs: dZ in e4m3 as it lies and transposed, s * A transposed, one scale for each tile of 128 x 128. See
 // down_backward_fp8_quantised.py.
-//
-// A kernel tile is 128 rows from an expert's first on, one block of positions, and its 256 activations are four tiles of dH, a chunk each
-// since gate and up alternate, and two of s * A, a pair of chunks each. So no scale takes more than one block: each warp finds its largest
-// magnitude, then the eight meet (MEETING). Until then a thread holds its values in registers: 64 of dH and up to 64 of s * A, beside the
-// products of the chunks to come. That is as much as the main loop takes, and a few too many for some activations: 16 values of chunk 0
-// wait in shared memory (park).
-//
-// Rows that the expert does not have count as rows of score 0: they raise no maximum and become zeros, in the transposed outputs up to the
-// end of the block of positions. So a warp, or a warpgroup, without rows computes like the others.
-//
-// Where outputs wait for TMA. A warp's 16 lines of the chunk's H are its own again once the warps have met: they hold s * A of the pair
-// while it is turned, then dH as it lies. What is turned goes to the ring, which the math warps have for one lap. One warp, STORING_WARP,
-// hands it to TMA when the warps meet next; chunk 3 has nothing after it, so there they count in at END.
-//
-//   stage    0            |  1           |  2                  handed over when the warps meet over
-//   room     0      1     |  0     1     |  0     1     2      chunk 1: dH 0         chunk 2: dH 1, sA 0
-//            dH 0   park  |  dH 1  sA 0  |  dH 2  dH 3  sA 1   chunk 3: dH 2         END: dH 3, sA 1
-//
-// Slots and stages go back as in down_backward_fp8.cu: slot c and stage c - 1 in the middle of chunk c + 1, the last ones behind the next
-// tile's first product. A warp gives back once TMA has read what this warp handed over; a stage waits for all eight, the storing
-// warp among them. Every tile takes all four meetings, whatever rows and columns it has. The maxima of a chunk are overwritten a tile later.
-//
-// Constants: those of down_backward_fp8.cuh, with INTERLEAVED and SAVED_FP8.
-#include "down_backward_fp8.cuh"
-#include "quantize.cuh"
-#include "turn_e4m3.cuh"
+#include "epilogue/gated_backward_quantise.cuh"
+#include "gemm/roles.cuh"
 
-static_assert(INTERLEAVED && SAVED_FP8, "a chunk is a tile of dH where gate and up alternate; a slot is what one chunk stages");
-static_assert(SHARE_A || CLUSTER == 1, "every block of a cluster has rows: a block of positions belongs to an expert");
-constexpr u32 MEETING = 1, END = 2, MATH_THREADS = 32 * MATH_WARPS;  // named barriers
-constexpr u32 STORING_WARP = 4;
-constexpr i32 PAIR = 2 * CHUNK;
-constexpr u32 MAXIMA_BYTES = 2 * CHUNKS * MATH_WARPS * 4;
-static_assert((STAGES * (SCALE_BYTES + NOTE_BYTES + 16) + 4 * BLOCK_M) % 1024 + 16 * SLOTS + MAXIMA_BYTES <= 1024, "and maxima behind them");
+constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .cluster = CLUSTER, .group_m = GROUP_M, .gather = GATHER, .share_a = SHARE_A, .scaled = true, .arrivals = ARRIVALS};
+using Epilogue = GatedBackwardQuantised<CONFIG, Gate{static_cast<Act>(ACTIVATION), INTERLEAVED}>;
+static_assert(SAVED_FP8, "a slot is what one chunk stages");
 
-// Largest magnitudes that the warps found, of dH of a chunk and of s * A of the pair that it completes.
-struct Maxima {
-    u32 base;
-    DEVICE u32 at(u32 chunk, bool of_a) const { return base + (2 * chunk + of_a) * MATH_WARPS * 4; }
-    // Magnitudes order as their bits do.
-    DEVICE static float of_warp(float x) {
-        u32 largest;
-        asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(largest) : "r"(__float_as_uint(x)));
-        return __uint_as_float(largest);
-    }
-    DEVICE void put(u32 chunk, bool of_a, u32 warp, u32 lane, float x) const {
-        const float largest = of_warp(x);
-        if (lane == 0) store_scale(at(chunk, of_a) + warp * 4, largest);
-    }
-    DEVICE float get(u32 chunk, bool of_a, u32 lane) const { return of_warp(load_scale(at(chunk, of_a) + lane % MATH_WARPS * 4)); }
-};
-
-// Eight values of each math thread, to half a room and back.
-DEVICE void park(u32 half_room, const float (&values)[4][2]) {
-    const u32 at = half_room + fresh_thread_index() % MATH_THREADS * 8;
-#pragma unroll
-    for (u32 i = 0; i < 4; ++i) store_scales(at + i * MATH_THREADS * 8, values[i][0], values[i][1]);
-}
-DEVICE void unpark(u32 half_room, float (&values)[4][2]) {
-    const u32 at = half_room + fresh_thread_index() % MATH_THREADS * 8;
-#pragma unroll
-    for (u32 i = 0; i < 4; ++i)
-        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(values[i][0]), "=f"(values[i][1]) : "r"(at + i * MATH_THREADS * 8) : "memory");
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS, 1) down_backward_fp8_quantised(
+extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1) down_backward_fp8_quantised(
     const __grid_constant__ TensorMap map_do, const __grid_constant__ TensorMap map_scale_do, const __grid_constant__ TensorMap map_w,
-    const __grid_constant__ TensorMap map_h, const __grid_constant__ TensorMap map_scale_h, const __grid_constant__ TensorMap map_scores,
-    const __grid_constant__ TensorMap map_dh, const __grid_constant__ TensorMap map_dh_turned,
-    const __grid_constant__ TensorMap map_as_turned, const i32* offsets, const i32* padded_offsets, const i32* index, const i32 experts,
+    const __grid_constant__ TensorMap map_z, const __grid_constant__ TensorMap map_scale_z, const __grid_constant__ TensorMap map_scores,
+    const __grid_constant__ TensorMap map_dz, const __grid_constant__ TensorMap map_dz_transposed,
+    const __grid_constant__ TensorMap map_as_transposed, const i32* offsets, const i32* padded_offsets, const i32* index, const i32 experts,
     const i32 width, const i32 blocks_k, const float* scale_do, const i64 scale_do_row, const float* scale_w, const i64 scale_w_expert,
-    const i32 scale_w_column, const i32 scale_w_k, const u16* b1, u8* dh, float* row_scales, const i64 row_scales_stride,
-    float* dh_scales, const i64 dh_scales_stride, float* as_scales, const i64 as_scales_stride, float* dscores,
+    const i32 scale_w_column, const i32 scale_w_k, const u16* b1, u8* dz, float* row_scales, const i64 row_scales_stride,
+    float* dz_scales, const i64 dz_scales_stride, float* as_scales, const i64 as_scales_stride, float* dscores,
     const i32 rows_allocated, const i32 pow2, const float alpha, const float limit, const float up_offset) {
     extern __shared__ __align__(1024) u8 raw[];
-    const Shared shared{smem_address(raw)};
-    const Slots slots{shared};
+    const Shared<CONFIG> shared{smem_address(raw)};
+    const Slots<CONFIG, Epilogue::SAVED> slots{shared};
     slots.prepare();
-    shared.prepare();
     const RaggedGemm gemm{offsets, index, experts, width, blocks_k};
-
-    const u32 warp = warp_index();
-    if (warp < 4) {
-        register_dealloc<LOAD_REGISTERS>();
-        const Scales<BlocksOfW> scales{&map_scale_do, scale_do, scale_do_row, scale_w, scale_w_expert, scale_w_column, scale_w_k, {width}};
-        load_tiles<PAIR>(shared, slots, gemm, &map_do, &map_w, scales, {&map_h, &map_scale_h, &map_scores, width, 0, 1});
-    } else {
-        register_alloc<MATH_REGISTERS>();
-        const u32 group = warp / 4 - 1;
-        const Operands operands(shared, group);
-        const ActivationConstants constants{alpha, limit, up_offset};
-        const Maxima maxima{slots.empty(SLOTS)};
-        Ring ring;
-        u32 lap = 0;           // of the slots, its parity
-        bool leaving = false;  // the last chunk of the tile before may still be read by TMA
-        float acc[BLOCK_N / 2];
-        // What `chunk` was the last to use, once TMA has read all that this warp has stored.
-        const auto give_back = [&](u32 chunk) {
-            tma_wait_read<0>();
-            __syncwarp();
-            slots.release(chunk);
-            if (chunk > 0) shared.release(chunk - 1);
-        };
-        const auto give_back_last = [&] {
-            if (leaving) give_back(CHUNKS - 1);
-        };
-        const auto room_of_dh = [&](u32 chunk) { return shared.tile_a(min(chunk, STAGES - 1)) + chunk / STAGES * ROOM_BYTES; };
-        const auto room_of_a = [&](u32 pair) { return shared.tile_a(pair + 1) + (pair + 1) * ROOM_BYTES; };
-        const u32 parking = shared.tile_a(0) + ROOM_BYTES;
-        while (true) {
-            const TileNote note = await_note(shared, ring);
-            if (note.row == TileNote::STOP_ROW) break;
-            if (note.row + static_cast<i32>(group * GROUP_LINES) < note.row_end) {
-                multiply_scaled_tile<false>(acc, shared, ring, operands, note, give_back_last);
-            } else {
-                give_back_last();
-                skip_stages(shared, ring, stages_of_laps(blocks_k));
-#pragma unroll
-                for (u32 i = 0; i < BLOCK_N / 2; ++i) acc[i] = 0.0f;
-            }
-
-            const u32 lane = fresh_thread_index() % 32, line = group * GROUP_LINES + warp % 4 * WARP_ROWS;
-            const i32 row = note.row + static_cast<i32>(line), rows = note.row_end - row;
-            const i32 position = note.row - offsets[note.expert] + padded_offsets[note.expert];
-            const u32 row_offset = (note.row % 4 + line + lane / 4) * 4;  // of scales and scores
-            const Bias bias{b1, note.expert, width, 0, 1};
-            RowPair rows_held{{0.0f, 0.0f}, {0.0f, 0.0f}};
-            bool padded = false;  // a row of this warp has the score 0
-            const auto clear_padded = [&](u32 lines) {  // zeros whatever H holds there
-                if (!padded) return;
-                __syncwarp();
-#pragma unroll
-                for (u32 i = 0; i < 2; ++i)
-                    if (rows_held.score[i] == 0.0f) clear_line(lines + (lane / 4 + i * 8) * LINE, lane);
-            };
-            // Its H is there, and the room for what it writes.
-            const auto await_chunk = [&](u32 chunk) {
-                mbarrier_wait(slots.full(chunk), lap);
-                if (chunk < STAGES) mbarrier_wait(shared.full(chunk), ring.phase);
-            };
-            // What all warps have staged of a chunk, and of the pair that it completes.
-            const auto store_turned = [&](u32 chunk) {
-                const i32 column = note.column + static_cast<i32>(chunk * CHUNK), first_of_pair = column - static_cast<i32>(CHUNK);
-                if (warp != STORING_WARP || !elect_one()) return;
-                if (column < width) tma_store(&map_dh_turned, room_of_dh(chunk), position, 2 * column);
-                if (chunk % 2 == 1 && first_of_pair < width) tma_store(&map_as_turned, room_of_a(chunk / 2), position, first_of_pair);
-                tma_commit();
-            };
-#pragma unroll
-            for (u32 pair = 0; pair < CHUNKS / 2; ++pair) {
-                const i32 first_of_pair = note.column + static_cast<i32>(pair) * PAIR;
-                if (first_of_pair >= width) {
-                    for (u32 chunk = 2 * pair; chunk < 2 * pair + 2; ++chunk) {
-                        await_chunk(chunk);
-                        give_back(chunk - 1);
-                        named_barrier_sync(MEETING, MATH_THREADS);
-                        store_turned(chunk - 1);
-                    }
-                    continue;
-                }
-                float scaled[8][4][2];  // s * A
-                float largest_a = 0.0f;
-#pragma unroll
-                for (u32 chunk = 2 * pair; chunk < 2 * pair + 2; ++chunk) {
-                    const i32 column = note.column + static_cast<i32>(chunk * CHUNK);
-                    const u32 room = slots.room(chunk), lines = room + line * LINE;
-                    await_chunk(chunk);
-                    if (chunk == 0) {
-#pragma unroll
-                        for (u32 i = 0; i < 2; ++i)
-                            if (static_cast<i32>(lane / 4 + 8 * i) < rows) rows_held.score[i] = load_scale(slots.scores() + row_offset + i * 32);
-                        padded = __any_sync(0xffffffffu, rows_held.score[0] == 0.0f || rows_held.score[1] == 0.0f);
-                    }
-                    const u32 scales = slots.scales(chunk, 0) + row_offset;
-                    const float scale[2] = {load_scale(scales), load_scale(scales + 32)};
-
-                    Eight h[4];
-                    float largest = 0.0f;
-                    Words saved = load_saved(room, line, 0, lane, 0);
-#pragma unroll
-                    for (u32 part = 0; part < 4; ++part) {
-                        float* d = acc + chunk * 32 + part * 8;
-                        pin_four(d), pin_four(d + 4);
-                        if (part == 2 && chunk > 0) give_back(chunk - 1);
-                        h[part] = unpack_words(saved, unpack_e4m3);
-                        if (part < 3) saved = load_saved(room, line, part + 1, lane, 0);
-#pragma unroll
-                        for (u32 i = 0; i < 8; ++i) h[part].gate[i / 2][i % 2] *= scale[i / 2 % 2], h[part].up[i / 2][i % 2] *= scale[i / 2 % 2];
-                        bias.add(column + static_cast<i32>(part * 16 + lane % 4 * 2), h[part]);
-                        float(&a)[4][2] = scaled[chunk % 2 * 4 + part];
-                        backward_eight(d, h[part], a, rows_held, constants);
-#pragma unroll
-                        for (u32 i = 0; i < 8; ++i) {
-                            largest = fmaxf(largest, fmaxf(fabsf(h[part].gate[i / 2][i % 2]), fabsf(h[part].up[i / 2][i % 2])));
-                            largest_a = fmaxf(largest_a, fabsf(a[i / 2][i % 2]));
-                        }
-                        if (chunk == 0 && part < 2) park(parking + part * (ROOM_BYTES / 2), a);
-                    }
-                    maxima.put(chunk, false, warp - 4, lane, largest);
-                    if (chunk % 2 == 1) maxima.put(chunk, true, warp - 4, lane, largest_a);
-                    named_barrier_sync(MEETING, MATH_THREADS);
-                    if (chunk > 0) store_turned(chunk - 1);
-                    const u32 lane = fresh_thread_index() % 32;
-
-                    if (chunk % 2 == 1) {
-                        const float scale_a = block_scale(maxima.get(chunk, true, lane), pow2), inverse = inverse_of_scale(scale_a);
-                        if (warp == STORING_WARP && lane == 0) as_scales[position / 128 * as_scales_stride + first_of_pair / 128] = scale_a;
-#pragma unroll
-                        for (u32 back = 0; back < 8; back += 2) {  // parked ones last
-                            const u32 part = 6 - back;
-                            if (pair == 0 && part == 0) unpark(parking, scaled[0]), unpark(parking + ROOM_BYTES / 2, scaled[1]);
-                            u32 words[4];
-#pragma unroll
-                            for (u32 i = 0; i < 4; ++i) {
-                                const float(&a)[2] = scaled[part + i / 2][i % 2], (&b)[2] = scaled[part + i / 2][i % 2 + 2];
-                                words[i] = pack_four_e4m3(a[0] * inverse, a[1] * inverse, b[0] * inverse, b[1] * inverse);
-                            }
-                            store_matrices(matrix_address(room, line, part / 2, lane), words);
-                        }
-                        clear_padded(lines);
-                        __syncwarp();
-                        turn_lines<true>(lines, room_of_a(pair), line / WARP_ROWS, lane);
-                        __syncwarp();
-                    }
-                    const float scale_h = block_scale(maxima.get(chunk, false, lane), pow2), inverse = inverse_of_scale(scale_h);
-                    if (column < width) {
-                        if (static_cast<i32>(lane) < min(rows, static_cast<i32>(WARP_ROWS)))
-                            row_scales[column / 64 * row_scales_stride + row + lane] = scale_h;
-                        if (warp == STORING_WARP && lane == 0) dh_scales[position / 128 * dh_scales_stride + column / 64] = scale_h;
-                    }
-#pragma unroll
-                    for (u32 part = 0; part < 4; ++part) {
-                        u32 words[4];
-#pragma unroll
-                        for (u32 i = 0; i < 4; ++i) {
-                            const float(&gate)[2] = h[part].gate[i], (&up)[2] = h[part].up[i];
-                            words[i] = pack_four_e4m3(gate[0] * inverse, up[0] * inverse, gate[1] * inverse, up[1] * inverse);
-                        }
-                        store_matrices(matrix_address(room, line, part, lane), words);
-                    }
-                    clear_padded(lines);
-                    __syncwarp();
-                    turn_lines<false>(lines, room_of_dh(chunk), line / WARP_ROWS, lane);
-                    fence_proxy_async();
-                    __syncwarp();
-                    if (column >= width) continue;
-                    if (rows >= static_cast<i32>(WARP_ROWS)) {
-                        if (elect_one()) {
-                            tma_store(&map_dh, lines, 2 * column, row);
-                            tma_commit();
-                        }
-                    } else {
-                        store_rows<1>({dh, static_cast<i64>(width) * 2, 2 * width}, lines, row, rows, 2 * column, lane);
-                    }
-                }
-            }
-            if (warp == STORING_WARP) {
-                named_barrier_sync(END, MATH_THREADS);
-                store_turned(CHUNKS - 1);
-            } else {
-                named_barrier_arrive(END, MATH_THREADS);
-            }
-            if (rows > 0)
-                store_dscores(rows_held, dscores + static_cast<i64>(note.column / static_cast<i32>(BLOCK_N)) * rows_allocated + row, rows, lane);
-            ring.phase ^= 1;
-            lap ^= 1;
-            leaving = true;
-        }
-        tma_wait_read<0>();
-    }
-    if constexpr (CLUSTER > 1) cluster_sync();
+    const auto produce = [&](u32) {
+        const Scales<ColumnBlocksOf> scales{&map_scale_do, scale_do, scale_do_row, scale_w, scale_w_expert, scale_w_column, scale_w_k, {width}};
+        const LoadSaved<CONFIG, Epilogue::SAVED> saved{&map_z, &map_scale_z, &map_scores, width, 0, 1};
+        load_tiles<PAIR>(shared, slots, gemm, &map_do, &map_w, scales, saved);
+    };
+    run_roles(shared, produce, [&](u32 warp) {
+        const Epilogue epilogue{shared, slots, {slots.empty(Epilogue::SLOTS)}, {alpha, limit, up_offset}, &map_dz, &map_dz_transposed,
+                                &map_as_transposed, offsets, padded_offsets, b1, dz, row_scales, row_scales_stride, dz_scales,
+                                dz_scales_stride, as_scales, as_scales_stride, dscores, rows_allocated, pow2, width, blocks_k,
+                                warp / 4 - 1, warp, shared.tile_a(0) + CONFIG.room_bytes()};
+        for_each_scaled_tile<Walk::Laps, false>(shared, warp, epilogue);
+    });
 }

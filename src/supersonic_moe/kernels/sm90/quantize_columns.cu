@@ -5,7 +5,7 @@
 // pass through shared memory only to leave in whole lines.
 //
 //   warp w: positions 64 (w % 2) .., columns 32 (w / 2) ..      lane l: positions + 8 (l / 4), columns + 8 (l % 4)
-#include "quantize.cuh"
+#include "epilogue/quantize.cuh"
 
 constexpr u32 BLOCK = 128, THREADS = 256, EACH = 8;
 

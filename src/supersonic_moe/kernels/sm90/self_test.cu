@@ -5,10 +5,10 @@
 //
 // Constants: E4M3 (0: bf16), BLOCK_N, A_MN_MAJOR, B_MN_MAJOR, STAGES. Blocks take the tiles blockIdx.x, + gridDim.x, ...;
 // the ring runs on from one tile to the next.
-#include "barrier.cuh"
-#include "copy.cuh"
-#include "types.cuh"
-#include "wgmma.cuh"
+#include "ptx/barrier.cuh"
+#include "ptx/copy.cuh"
+#include "ptx/types.cuh"
+#include "ptx/wgmma.cuh"
 
 constexpr u32 LINE = 128;                        // bytes of a swizzled line: BLOCK_K elements of a K-major operand
 constexpr u32 BLOCK_M = 128;                     // 64 rows for each math warpgroup

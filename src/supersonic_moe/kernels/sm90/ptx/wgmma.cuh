@@ -16,7 +16,7 @@
 //   MN-major  (bf16) one 128-byte line for each k, holding 64 elements along M or N; a tile that is wider than 64 is a
 //             sequence of such slabs, `slab_bytes` = 128 * (k in the tile) apart. Stepping K by 16 moves by 16 * 128 bytes.
 #pragma once
-#include "types.cuh"
+#include "ptx/types.cuh"
 
 // ---- shared-memory matrix descriptor ----
 // bits 0..13 address / 16 | 16..29 leading offset / 16 | 32..45 stride offset / 16 | 49..51 base offset | 62..63 swizzle, 1: 128 B

@@ -2,12 +2,16 @@
 // of the tile, from there to D by TMA, which stores or adds. As D lies, each warp fills and stores its own 16 rows of a room; transposed,
 // the 64 rows of a warpgroup make up the lines, so a warpgroup fills and stores together.
 //
-// Constants: those of mainloop.cuh, TRANSPOSED (D is (E, N, M)), OUTPUT (0: bf16, 1: fp32, 2: fp32 +=).
+// Constants: those of mainloop.cuh, O.transposed (D is (E, N, M)), OUTPUT (0: bf16, 1: fp32, 2: fp32 +=).
 #pragma once
-#include "epilogue.cuh"
+#include "epilogue/staging.cuh"
 
-constexpr u32 ROOM_COLUMNS = OUTPUT == 0 ? 64 : 32;  // accumulators' columns in a room
-constexpr u32 ROOMS_USED = BLOCK_N / ROOM_COLUMNS;
+enum class Format : int { BF16 = 0, FP32 = 1, FP32_ADD = 2 };
+struct Output {
+    bool transposed;  // D is (E, N, M)
+    Format format;
+    DEVICE constexpr u32 room_columns() const { return format == Format::BF16 ? 64 : 32; }  // accumulators' columns in a room
+};
 
 // 64 columns of a warpgroup's accumulators as 64 lines of 64 rows, bf16.
 DEVICE void stage_bf16_transposed(float* acc, u32 lines, u32 thread) {
@@ -35,26 +39,31 @@ DEVICE void stage_f32_transposed(const float* acc, u32 lines, u32 thread) {
 }
 
 // First line of a room that this thread's warp fills, or its warpgroup.
-DEVICE u32 own_line(u32 group, u32 thread) { return TRANSPOSED ? group * GROUP_LINES : first_line(group, thread); }
+template <Config C, Output O>
+DEVICE u32 own_line(u32 group, u32 thread) { return O.transposed ? group * C.group_lines() : first_line<C>(group, thread); }
 
 // All who fill lines together have come this far.
-DEVICE void meet_writers(u32 group) { TRANSPOSED ? named_barrier_sync(1 + group, 128) : __syncwarp(); }
+template <Output O>
+DEVICE void meet_writers(u32 group) { O.transposed ? named_barrier_sync(1 + group, 128) : __syncwarp(); }
 
 // The one of them that hands the lines to TMA.
-DEVICE bool hands_over(u32 thread) { return TRANSPOSED ? thread % 128 == 0 : thread % 32 == 0; }
+template <Output O>
+DEVICE bool hands_over(u32 thread) { return O.transposed ? thread % 128 == 0 : thread % 32 == 0; }
 
 // A room's columns of the accumulators, from acc on, into its lines.
+template <Output O>
 DEVICE void fill_room(float* acc, u32 lines, u32 thread) {
-    if constexpr (OUTPUT == 0) {
-        TRANSPOSED ? stage_bf16_transposed(acc, lines, thread) : stage_bf16(acc, lines, thread % 32);
+    if constexpr (O.format == Format::BF16) {
+        O.transposed ? stage_bf16_transposed(acc, lines, thread) : stage_bf16(acc, lines, thread % 32);
     } else {
-        TRANSPOSED ? stage_f32_transposed(acc, lines, thread) : stage_f32(acc, lines, thread % 32);
+        O.transposed ? stage_f32_transposed(acc, lines, thread) : stage_f32(acc, lines, thread % 32);
     }
 }
 
 // A box of staged lines to D.
+template <Output O>
 DEVICE void store_box(const TensorMap* map, u32 lines, i32 column, i32 row, i32 expert) {
-    if constexpr (OUTPUT == 2) {
+    if constexpr (O.format == Format::FP32_ADD) {
         tma_reduce_add(map, lines, column, row, expert);
     } else {
         tma_store(map, lines, column, row, expert);
@@ -62,11 +71,12 @@ DEVICE void store_box(const TensorMap* map, u32 lines, i32 column, i32 row, i32 
 }
 
 // The lines of a room, whose first is `row` of the tile's matrix and which start at `column`, to D[expert].
+template <Output O>
 DEVICE void store_room(const TensorMap* map, u32 lines, i32 row, i32 column, i32 expert) {
-    if constexpr (!TRANSPOSED) {
-        store_box(map, lines, column, row, expert);
+    if constexpr (!O.transposed) {
+        store_box<O>(map, lines, column, row, expert);
     } else {
-        store_box(map, lines, row, column, expert);
-        if constexpr (OUTPUT != 0) store_box(map, lines + 32 * LINE, row + 32, column, expert);
+        store_box<O>(map, lines, row, column, expert);
+        if constexpr (O.format != Format::BF16) store_box<O>(map, lines + 32 * LINE, row + 32, column, expert);
     }
 }

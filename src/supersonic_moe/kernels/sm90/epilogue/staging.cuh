@@ -5,36 +5,36 @@
 // stages go back once the next tile's first product is in flight (Lent::give_back). So the staging buffers are as large as the
 // ring, cost no shared memory of their own, and hold nothing while the main loop runs.
 #pragma once
-#include "mainloop.cuh"
+#include "gemm/shared_memory.cuh"
+#include "ptx/copy.cuh"
 
-constexpr u32 ROOM_BYTES = BLOCK_M * LINE, ROOMS = STAGE_BYTES / ROOM_BYTES;
-constexpr u32 WARP_ROWS = 16;
-constexpr u32 GROUP_LINES = 64;  // of a math warpgroup in a room
 
 // The loading warpgroup's part; all warps that load.
-DEVICE void lend_stages(const Shared& shared, Ring& ring, u32 count, u32 warp) {
+template <Config C>
+DEVICE void lend_stages(const Shared<C>& shared, Ring<C>& ring, u32 count, u32 warp) {
     for (u32 i = 0; i < count; ++i, ring.advance()) {
         mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
-        if (warp < FULL_WARPS && arrives_full()) mbarrier_arrive(shared.full(ring.stage));
+        if (warp < C.full_warps() && arrives_full<C>()) mbarrier_arrive(shared.full(ring.stage));
     }
 }
 
 // Stages that TMA may still read from.
+template <Config C>
 struct Lent {
     u32 stage = 0, count = 0;
 
     // The next stage is this warp's to write to on return; the address of its rooms.
-    DEVICE u32 borrow(const Shared& shared, Ring& ring) {
+    DEVICE u32 borrow(const Shared<C>& shared, Ring<C>& ring) {
         mbarrier_wait(shared.full(ring.stage), ring.phase);
         if (count++ == 0) stage = ring.stage;
         const u32 rooms = shared.tile_a(ring.stage);
         ring.advance();
         return rooms;
     }
-    DEVICE u32 stage_of(u32 i) const { return stage + i < STAGES ? stage + i : stage + i - STAGES; }
+    DEVICE u32 stage_of(u32 i) const { return stage + i < C.stages ? stage + i : stage + i - C.stages; }
     // `group`: the math warpgroup whose first thread issued all its stores, or NONE where each warp's lane 0 did.
     static constexpr u32 NONE = ~0u;
-    DEVICE void give_back(const Shared& shared, u32 group = NONE) {
+    DEVICE void give_back(const Shared<C>& shared, u32 group = NONE) {
         if (count == 0) return;
         tma_wait_read<0>();
         if (group == NONE) {
@@ -44,13 +44,14 @@ struct Lent {
         }
         for (; count > 0; --count) {
             shared.release(stage);
-            stage = stage + 1 == STAGES ? 0 : stage + 1;
+            stage = stage + 1 == C.stages ? 0 : stage + 1;
         }
     }
 };
 
 // First of this warp's 16 lines of a room.
-DEVICE u32 first_line(u32 group, u32 thread) { return group * GROUP_LINES + thread % 128 / 32 * WARP_ROWS; }
+template <Config C>
+DEVICE u32 first_line(u32 group, u32 thread) { return group * C.group_lines() + thread % 128 / 32 * WARP_ROWS; }
 
 // Four accumulators as they are from here on: what packs them cannot move ahead of this point. Without it the compiler converts
 // all rooms before the first store and runs out of registers.

@@ -1,6 +1,6 @@
 // Quantising in registers: the arithmetic of kernels/fp8_format.py, bit for bit.
 #pragma once
-#include "types.cuh"
+#include "ptx/types.cuh"
 
 constexpr float SMALLEST_AMAX = 7.888609052210118e-31f;  // 2^-100
 constexpr float INVERSE_MAX = 0x1.24924ap-9f;            // fp32(1 / 448)

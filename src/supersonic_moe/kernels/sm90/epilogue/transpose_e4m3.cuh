@@ -8,7 +8,7 @@
 // lie in different banks, swizzled as they are: rows 0 1 4 5 10 11 14 15 | 2 3 6 7 8 9 12 13 are read together, and of the eight
 // pairs of columns half give the even one to the first matrix, half the odd one.
 #pragma once
-#include "epilogue.cuh"
+#include "epilogue/staging.cuh"
 
 // Bytes of two registers by four selectors.
 DEVICE u32 permute_bytes(u32 a, u32 b, u32 selectors) {

@@ -4,7 +4,7 @@
 // those rows before the next ones, rows innermost. Tiles that run together then share few rows and few columns, so operands come
 // from L2. Only the loading thread walks; it tells the math warps what it loaded (TileNote).
 #pragma once
-#include "types.cuh"
+#include "gemm/config.cuh"
 
 // What the loading thread leaves beside a stage for those who multiply it. Written before it arrives on the full barrier.
 struct TileNote {
@@ -15,7 +15,6 @@ struct TileNote {
     i32 blocks_k;   // stages of the tile
     static constexpr i32 STOP_ROW = -1;
 };
-constexpr u32 NOTE_BYTES = 32;
 
 DEVICE void write_note(u32 address, const TileNote& note) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(note.row), "r"(note.row_end), "r"(note.column),
@@ -52,21 +51,65 @@ DEVICE void grouped_order(i32 tile, i32 blocks_m, i32 blocks_n, i32& m, i32& n) 
     n = inside / rows;
 }
 
+// ---- which tiles a block takes: policies of the loader ----
+
+// Every tile, in turn.
+template <Config C>
+struct AllTiles {
+    static constexpr bool CLIPS = false;
+    DEVICE i32 first() const { return blockIdx.x / C.cluster; }
+    DEVICE i32 next(i32 tile) const { return tile + gridDim.x / C.cluster; }
+};
+// Of each expert, row blocks [begin_block[e], end_block[e]) only, in blocks of `block_rows` rows (those of a cluster).
+template <Config C>
+struct RowBlocks : AllTiles<C> {
+    static constexpr bool CLIPS = true;
+    const i32 *begin_block, *end_block;
+    i32 block_rows;
+    DEVICE RowBlocks(const i32* begin_block_, const i32* end_block_, i32 block_rows_)
+        : begin_block(begin_block_), end_block(end_block_), block_rows(block_rows_) {}
+    DEVICE void clip(i32 expert, i32& begin, i32& end) const {
+        const i32 from = begin;
+        begin = min(end, from + begin_block[expert] * block_rows);
+        end = min(end, from + end_block[expert] * block_rows);
+    }
+};
+// Every tile, handed out by a counter in global memory: for one loading warp, each block for itself.
+template <Config C>
+struct TileCounter {
+    static_assert(C.cluster == 1 && C.load_warps() == 1, "the number is shared by a shuffle");
+    static constexpr bool CLIPS = false;
+    i32* counter;
+    DEVICE i32 first() const { return next(0); }
+    DEVICE i32 next(i32) const {
+        i32 tile = 0;
+        if (lane_index() == 0) asm volatile("atom.global.relaxed.gpu.add.s32 %0, [%1], 1;" : "=r"(tile) : "l"(counter) : "memory");
+        return __shfl_sync(0xffffffffu, tile, 0);
+    }
+};
+
 // Ragged rows: expert e has ceil(rows of e / BlockM) x ceil(columns / BlockN) tiles, BlockM rows for a cluster. Where the last rows of
 // an expert fit into one block of a cluster of two, the second would idle: there the two take neighbouring columns of the same rows
 // (`split`), and the tile counts for two. Only full columns are paired, so both blocks of a cluster use as many stages of their
 // rings, whatever a tile's columns cost. Ask for tiles in increasing order.
-template <i32 BlockM, i32 BlockN, i32 GroupM, bool Pairs>
+template <i32 BlockM, i32 BlockN, i32 GroupM, bool Pairs, typename Schedule>
 struct RaggedRows {
     const i32* offsets;  // (experts + 1)
     i32 experts, blocks_n, pairs_n;
     i32 expert = 0, first_tile = 0, begin, end;
     bool split = false;
 
-    DEVICE RaggedRows(const i32* offsets_, i32 experts_, i32 columns)
-        : offsets(offsets_), experts(experts_), blocks_n((columns + BlockN - 1) / BlockN), pairs_n(columns / (2 * BlockN)) {
+    Schedule schedule;
+    i32 whole_end = 0;  // of the expert, where the schedule clips it
+
+    DEVICE RaggedRows(const i32* offsets_, i32 experts_, i32 columns, Schedule schedule_)
+        : offsets(offsets_), experts(experts_), blocks_n((columns + BlockN - 1) / BlockN), pairs_n(columns / (2 * BlockN)), schedule(schedule_) {
         begin = offsets[0];
         end = offsets[1];
+        clip();
+    }
+    DEVICE void clip() {
+        if constexpr (Schedule::CLIPS) whole_end = end, schedule.clip(expert, begin, end);
     }
 
     // False past the last tile; else m and n, in blocks, of `tile` inside the current expert. Of a split tile, n is the first of two.
@@ -89,8 +132,9 @@ struct RaggedRows {
             }
             first_tile += tiles;
             if (++expert == experts) return false;
-            begin = end;
+            begin = Schedule::CLIPS ? whole_end : end;
             end = offsets[expert + 1];
+            clip();
         }
     }
 };

@@ -2,10 +2,10 @@
 // memory, and what a row's score does to their gradients.
 //
 // A chunk is 64 activations of 128 rows. In bf16 its part of H takes two rooms: 32 activations each, gate and up alternating, where
-// H is INTERLEAVED, else gates and ups. A thread has rows r and r + 8 of its warp's 16 lines, as in an accumulator fragment.
+// H is G.interleaved, else gates and ups. A thread has rows r and r + 8 of its warp's 16 lines, as in an accumulator fragment.
 #pragma once
-#include "activation.cuh"
-#include "epilogue.cuh"
+#include "epilogue/activation.cuh"
+#include "epilogue/staging.cuh"
 
 constexpr u32 CHUNK = 64;
 
@@ -24,6 +24,7 @@ struct Words {
     u32 first[4], second[4];
 };
 
+template <Gate G>
 struct Bias {
     const u16* b1;  // (experts, 2 * width), or null
     i32 expert, width, gate_base, up_base;
@@ -35,7 +36,7 @@ struct Bias {
         float of_gate[2][2], of_up[2][2];
 #pragma unroll
         for (u32 half = 0; half < 2; ++half)
-            load_bias(values, c + static_cast<i32>(half) * 8, width, gate_base, up_base, of_gate[half], of_up[half]);
+            load_bias<G.interleaved>(values, c + static_cast<i32>(half) * 8, width, gate_base, up_base, of_gate[half], of_up[half]);
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) {
 #pragma unroll
@@ -44,37 +45,39 @@ struct Bias {
     }
 };
 
+template <Gate G>
 DEVICE Words pack_words(const Eight& h) {
     Words words;
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {
-        words.first[i] = INTERLEAVED ? pack_bf16(h.gate[i][0], h.up[i][0]) : pack_bf16(h.gate[i][0], h.gate[i][1]);
-        words.second[i] = INTERLEAVED ? pack_bf16(h.gate[i][1], h.up[i][1]) : pack_bf16(h.up[i][0], h.up[i][1]);
+        words.first[i] = G.interleaved ? pack_bf16(h.gate[i][0], h.up[i][0]) : pack_bf16(h.gate[i][0], h.gate[i][1]);
+        words.second[i] = G.interleaved ? pack_bf16(h.gate[i][1], h.up[i][1]) : pack_bf16(h.up[i][0], h.up[i][1]);
     }
     return words;
 }
 
 // `unpack(word, low, high)` gives the two values of a word.
-template <typename Unpack>
+template <Gate G, typename Unpack>
 DEVICE Eight unpack_words(const Words& words, Unpack unpack) {
     Eight h;
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {
-        unpack(words.first[i], h.gate[i][0], INTERLEAVED ? h.up[i][0] : h.gate[i][1]);
-        unpack(words.second[i], INTERLEAVED ? h.gate[i][1] : h.up[i][0], h.up[i][1]);
+        unpack(words.first[i], h.gate[i][0], G.interleaved ? h.up[i][0] : h.gate[i][1]);
+        unpack(words.second[i], G.interleaved ? h.gate[i][1] : h.up[i][0], h.up[i][1]);
     }
     return h;
 }
 
 // Eight activations at `h`, bias included; d[0, 1] and d[2, 3] are dA of columns c, c + 1 of rows r and r + 8, d[4..7] the same of c + 8.
 // H becomes its gradient, `scaled` gets s * A.
+template <Gate G>
 DEVICE void backward_eight(const float* d, Eight& h, float (&scaled)[4][2], RowPair& rows, const ActivationConstants& constants) {
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {
         const float s = rows.score[i % 2];
 #pragma unroll
         for (u32 j = 0; j < 2; ++j) {
-            const GatedSlopes slopes = gated_slopes<static_cast<Act>(ACTIVATION)>(h.gate[i][j], h.up[i][j], constants);
+            const GatedSlopes slopes = gated_slopes<G.kind>(h.gate[i][j], h.up[i][j], constants);
             const float da = d[i * 2 + j], scaled_da = s * da;
             rows.dscore[i % 2] += da * slopes.value;
             h.gate[i][j] = scaled_da * slopes.by_gate, h.up[i][j] = scaled_da * slopes.by_up, scaled[i][j] = s * slopes.value;
@@ -103,43 +106,47 @@ DEVICE u32 matrix_address(u32 room, u32 line, u32 part, u32 lane) {
 }
 
 // Gate and up where they alternate: this thread's two columns are 8 bytes.
+template <Config C>
 DEVICE u32 pair_address(u32 rooms, u32 line, u32 part, u32 i, u32 lane) {
     const u32 at = (rooms + (line + lane / 4) * LINE + (lane % 4 * 8 ^ lane / 4 * 16)) ^ (part % 2 * 64 + i / 2 * 32);
-    return at + part / 2 * ROOM_BYTES + i % 2 * 8 * LINE;
+    return at + part / 2 * C.room_bytes() + i % 2 * 8 * LINE;
 }
 
+template <Config C, Gate G>
 DEVICE Words load_words(u32 rooms, u32 line, u32 part, u32 lane) {
     Words words;
-    if constexpr (INTERLEAVED) {
+    if constexpr (G.interleaved) {
 #pragma unroll
         for (u32 i = 0; i < 4; ++i)
             asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
                          : "=r"(words.first[i]), "=r"(words.second[i])
-                         : "r"(pair_address(rooms, line, part, i, lane))
+                         : "r"(pair_address<C>(rooms, line, part, i, lane))
                          : "memory");
     } else {
         load_matrices(words.first, matrix_address(rooms, line, part, lane));
-        load_matrices(words.second, matrix_address(rooms + ROOM_BYTES, line, part, lane));
+        load_matrices(words.second, matrix_address(rooms + C.room_bytes(), line, part, lane));
     }
     return words;
 }
 
+template <Config C, Gate G>
 DEVICE void store_words(u32 rooms, u32 line, u32 part, u32 lane, const Words& words) {
-    if constexpr (INTERLEAVED) {
+    if constexpr (G.interleaved) {
 #pragma unroll
         for (u32 i = 0; i < 4; ++i)
-            asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(pair_address(rooms, line, part, i, lane)), "r"(words.first[i]),
+            asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(pair_address<C>(rooms, line, part, i, lane)), "r"(words.first[i]),
                          "r"(words.second[i])
                          : "memory");
     } else {
         store_matrices(matrix_address(rooms, line, part, lane), words.first);
-        store_matrices(matrix_address(rooms + ROOM_BYTES, line, part, lane), words.second);
+        store_matrices(matrix_address(rooms + C.room_bytes(), line, part, lane), words.second);
     }
 }
 
 // ---- global memory ----
 
 // dH (rows, 2 * width), seen as (rows, 1, 2 * width) or (rows, 2, width), and s * A (rows, width).
+template <Config C, Gate G>
 struct Gradients {
     const TensorMap *map_dh, *map_as;
     u8 *dh, *as;
@@ -148,21 +155,21 @@ struct Gradients {
     // This warp's lines of a chunk, staged in two rooms and in one, for rows `row`.. and activations `column`.. All but `lane` are the
     // same in the warp, and known to be: TMA takes uniform registers.
     DEVICE void store(u32 dh_lines, u32 as_lines, i32 row, i32 rows, i32 column, u32 lane) const {
-        const i32 gate_half = INTERLEAVED ? 0 : gate_base > up_base, up_half = INTERLEAVED ? 0 : 1 - gate_half;
-        const i32 first = INTERLEAVED ? 2 * column : column, second = INTERLEAVED ? first + 64 : column;
+        const i32 gate_half = G.interleaved ? 0 : gate_base > up_base, up_half = G.interleaved ? 0 : 1 - gate_half;
+        const i32 first = G.interleaved ? 2 * column : column, second = G.interleaved ? first + 64 : column;
         if (rows >= static_cast<i32>(WARP_ROWS)) {
             if (elect_one()) {
                 tma_store(map_dh, dh_lines, first, gate_half, row);
-                tma_store(map_dh, dh_lines + ROOM_BYTES, second, up_half, row);
+                tma_store(map_dh, dh_lines + C.room_bytes(), second, up_half, row);
                 tma_store(map_as, as_lines, column, 0, row);
                 tma_commit();
             }
             return;
         }
         const i64 row_bytes = static_cast<i64>(width) * 4;
-        const i32 columns = INTERLEAVED ? 2 * width : width;
-        store_rows({dh + (INTERLEAVED ? 0 : gate_base) * 2, row_bytes, columns}, dh_lines, row, rows, first, lane);
-        store_rows({dh + (INTERLEAVED ? 0 : up_base) * 2, row_bytes, columns}, dh_lines + ROOM_BYTES, row, rows, second, lane);
+        const i32 columns = G.interleaved ? 2 * width : width;
+        store_rows({dh + (G.interleaved ? 0 : gate_base) * 2, row_bytes, columns}, dh_lines, row, rows, first, lane);
+        store_rows({dh + (G.interleaved ? 0 : up_base) * 2, row_bytes, columns}, dh_lines + C.room_bytes(), row, rows, second, lane);
         store_rows({as, static_cast<i64>(width) * 2, width}, as_lines, row, rows, column, lane);
     }
 };

@@ -8,7 +8,7 @@
 //
 // No wait is unbounded: after WAIT_TIMEOUT_NS the kernel traps, and the host gets an error instead of a hang.
 #pragma once
-#include "types.cuh"
+#include "ptx/types.cuh"
 
 #ifndef WAIT_TIMEOUT_NS
 #define WAIT_TIMEOUT_NS 10000000000ull  // waits inside a kernel take microseconds; 10 s leaves room for debuggers

@@ -4,7 +4,7 @@
 // issues an instruction for the whole box of the tensor map. Elements outside the tensor load as zero, and still count as
 // bytes of the load; they are not stored. Tiles in shared memory are aligned to 8 * swizzle span (1024 bytes for 128 B).
 #pragma once
-#include "types.cuh"
+#include "ptx/types.cuh"
 
 // ---- TMA loads: complete on an mbarrier that expects the bytes of the box ----
 

@@ -10,10 +10,9 @@
 // unrolled, so that the stage is a constant and addresses are immediates; the scales of B lie beside the note, read from global
 // memory by the loading thread; the first K block assigns, the others add.
 #pragma once
-#include "load.cuh"
+#include "epilogue/staging.cuh"
+#include "ptx/wgmma.cuh"
 
-static_assert(SCALED && BLOCK_N == 256, "two halves of 128 columns");
-constexpr u32 HALF_N = BLOCK_N / 2;
 
 DEVICE float load_scale(u32 address) {
     float scale;
@@ -23,7 +22,8 @@ DEVICE float load_scale(u32 address) {
 
 // As await_tile, but every lane reads the note: a load under a predicate keeps its destination, five registers, alive through the main
 // loop. The shuffles hold lane 0, which hands the stage back, until all have read.
-DEVICE TileNote await_note(const Shared& shared, const Ring& ring) {
+template <Config C>
+DEVICE TileNote await_note(const Shared<C>& shared, const Ring<C>& ring) {
     mbarrier_wait(shared.full(ring.stage), ring.phase);
     i32 v[5];
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -53,17 +53,19 @@ DEVICE bool mbarrier_test(u32 barrier, u32 parity) {
 
 // Where a math warpgroup finds its operands in stage 0: low words of the matrix descriptors, which have to be in uniform registers,
 // and the scale of this thread's first row.
+template <Config C>
 struct Operands {
+    static_assert(C.scaled && C.block_n == 256, "two halves of 128 columns");
     u32 a, b, scale;
-    DEVICE Operands(const Shared& shared, u32 group)
-        : a(__shfl_sync(0xffffffffu, static_cast<u32>(k_major_descriptor(shared.tile_a(0) + group * (BYTES_A / 2))), 0)),
+    DEVICE Operands(const Shared<C>& shared, u32 group)
+        : a(__shfl_sync(0xffffffffu, static_cast<u32>(k_major_descriptor(shared.tile_a(0) + group * (C.group_lines() * LINE))), 0)),
           b(__shfl_sync(0xffffffffu, static_cast<u32>(k_major_descriptor(shared.tile_b(0))), 0)),
-          scale(shared.scale_a(0) + (group * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4) * 4) {}
+          scale(shared.scale_a(0) + (group * C.group_lines() + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4) * 4) {}
 
     // For a tile that starts at `row`. The address passes through an opaque move, or the compiler computes it anew each time.
-    DEVICE Operands of_tile(i32 row) const {
-        Operands tile = *this;
-        if (!GATHER) tile.scale += row % 4 * 4;
+    DEVICE Operands<C> of_tile(i32 row) const {
+        Operands<C> tile = *this;
+        if (!C.gather) tile.scale += row % 4 * 4;
         asm volatile("mov.u32 %0, %0;" : "+r"(tile.scale));
         return tile;
     }
@@ -82,21 +84,21 @@ DEVICE void run_underway(Underway& underway, u32 half) {
 
 // One K block, that of stage `stage`; False once it was the tile's last. `ready`: its loads are known to be complete. With
 // `Alternating` the two scales of B belong to the first and second 64 columns of each half, else to the halves.
-template <bool First, bool Alternating, typename Underway>
-DEVICE bool multiply_block(float (&acc)[BLOCK_N / 2], const Shared& shared, const Operands& at, const u32 stage, const u32 phase, bool& ready,
+template <bool First, bool Alternating, Config C, typename Underway>
+DEVICE bool multiply_block(float (&acc)[C.block_n / 2], const Shared<C>& shared, const Operands<C>& at, const u32 stage, const u32 phase, bool& ready,
                            i32& left, Underway underway) {
     if (!ready) mbarrier_wait(shared.full(stage), phase);
-    const u32 a = at.a + stage * (STAGE_BYTES / 16), b = at.b + stage * (STAGE_BYTES / 16);
-    const float upper = load_scale(at.scale + stage * SCALE_BYTES), lower = load_scale(at.scale + stage * SCALE_BYTES + 32);
+    const u32 a = at.a + stage * (C.stage_bytes() / 16), b = at.b + stage * (C.stage_bytes() / 16);
+    const float upper = load_scale(at.scale + stage * C.scale_bytes()), lower = load_scale(at.scale + stage * C.scale_bytes() + 32);
     const float scale_b[2] = {load_scale(shared.scale_b(stage)), load_scale(shared.scale_b(stage) + 4)};
 #pragma unroll
     for (u32 half = 0; half < 2; ++half) {
-        float product[HALF_N / 2];
+        float product[C.half_n() / 2];
         pin_accumulators(product);
         wgmma_fence();
 #pragma unroll
         for (u32 step = 0; step < 4; ++step)
-            WgmmaE4m3<HALF_N>::multiply(product, operand_descriptor(a + step * 2), operand_descriptor(b + half * (HALF_N * LINE / 16) + step * 2),
+            WgmmaE4m3<C.half_n()>::multiply(product, operand_descriptor(a + step * 2), operand_descriptor(b + half * (C.half_n() * LINE / 16) + step * 2),
                                         step > 0);
         wgmma_commit();
         if constexpr (First) run_underway(underway, half);
@@ -105,13 +107,13 @@ DEVICE bool multiply_block(float (&acc)[BLOCK_N / 2], const Shared& shared, cons
         if (half == 1) {
             __syncwarp();
             shared.release(stage);
-            const u32 next = stage + 1 == STAGES ? 0 : stage + 1;
+            const u32 next = stage + 1 == C.stages ? 0 : stage + 1;
             ready = mbarrier_test(shared.full(next), phase ^ (next == 0));
         }
 #pragma unroll
-        for (u32 i = 0; i < HALF_N / 2; i += 4) {
+        for (u32 i = 0; i < C.half_n() / 2; i += 4) {
             const float scale = scale_b[Alternating ? i / 32 : half], x = upper * scale, y = lower * scale;
-            float* sum = acc + half * (HALF_N / 2) + i;
+            float* sum = acc + half * (C.half_n() / 2) + i;
             const float* d = product + i;
             if constexpr (First) {
                 sum[0] = x * d[0], sum[1] = x * d[1], sum[2] = y * d[2], sum[3] = y * d[3];
@@ -126,13 +128,13 @@ DEVICE bool multiply_block(float (&acc)[BLOCK_N / 2], const Shared& shared, cons
 // All K blocks of a tile, from stage 0, whose loads are complete; the stages that it used of its last lap. Flips `phase` with each
 // lap. `underway` runs while the first product does; one that takes an argument, while those of half 0 and 1 do, each before that half's
 // columns of `acc` are assigned.
-template <bool Alternating, typename Underway>
-DEVICE u32 multiply_laps(float (&acc)[BLOCK_N / 2], const Shared& shared, const Operands& at, u32& phase, i32 left, Underway underway) {
+template <bool Alternating, Config C, typename Underway>
+DEVICE u32 multiply_laps(float (&acc)[C.block_n / 2], const Shared<C>& shared, const Operands<C>& at, u32& phase, i32 left, Underway underway) {
     bool ready = true;
     if (!multiply_block<true, Alternating>(acc, shared, at, 0, phase, ready, left, underway)) return 1;
     while (true) {
 #pragma unroll
-        for (u32 stage = 1; stage < STAGES; ++stage)
+        for (u32 stage = 1; stage < C.stages; ++stage)
             if (!multiply_block<false, Alternating>(acc, shared, at, stage, phase, ready, left, underway)) return stage + 1;
         phase ^= 1;
         if (!multiply_block<false, Alternating>(acc, shared, at, 0, phase, ready, left, underway)) return 1;
@@ -141,8 +143,8 @@ DEVICE u32 multiply_laps(float (&acc)[BLOCK_N / 2], const Shared& shared, const 
 
 // The same from any stage of the ring, without the rest of a lap: K blocks one by one up to stage 0, laps from there. A tile that takes
 // the rest of its lap as well keeps the loading warps from the next one: with one K block in its last lap nothing is loaded ahead.
-template <bool Alternating, typename Underway>
-DEVICE void multiply_stages(float (&acc)[BLOCK_N / 2], const Shared& shared, const Operands& at, Ring& ring, i32 left, Underway underway) {
+template <bool Alternating, Config C, typename Underway>
+DEVICE void multiply_stages(float (&acc)[C.block_n / 2], const Shared<C>& shared, const Operands<C>& at, Ring<C>& ring, i32 left, Underway underway) {
     bool ready = true;
     const u32 first = __shfl_sync(0xffffffffu, ring.stage, 0);
     bool more = multiply_block<true, Alternating>(acc, shared, at, first, ring.phase, ready, left, underway);
@@ -153,7 +155,7 @@ DEVICE void multiply_stages(float (&acc)[BLOCK_N / 2], const Shared& shared, con
     if (!more) return;
     while (true) {
 #pragma unroll
-        for (u32 stage = 0; stage < STAGES; ++stage) {
+        for (u32 stage = 0; stage < C.stages; ++stage) {
             if (!multiply_block<false, Alternating>(acc, shared, at, stage, ring.phase, ready, left, underway)) {
                 ring.stage = stage;
                 ring.advance();
@@ -165,16 +167,18 @@ DEVICE void multiply_stages(float (&acc)[BLOCK_N / 2], const Shared& shared, con
 }
 
 // acc = the tile of `note`, whose first stage is the ring's next; hands back every stage of its laps.
-template <bool Alternating, typename Underway>
-DEVICE void multiply_scaled_tile(float (&acc)[BLOCK_N / 2], const Shared& shared, Ring& ring, const Operands& at, const TileNote& note, Underway underway) {
-    ring.stage = multiply_laps<Alternating>(acc, shared, at.of_tile(note.row), ring.phase, note.blocks_k, underway) % STAGES;
+template <bool Alternating, Config C, typename Underway>
+DEVICE void multiply_scaled_tile(float (&acc)[C.block_n / 2], const Shared<C>& shared, Ring<C>& ring, const Operands<C>& at, const TileNote& note, Underway underway) {
+    ring.stage = multiply_laps<Alternating>(acc, shared, at.of_tile(note.row), ring.phase, note.blocks_k, underway) % C.stages;
     if (ring.stage == 0) ring.phase ^= 1;
     while (ring.stage != 0) skip_stages(shared, ring, 1);
 }
 
 // The loading warps' part: stages that the tile leaves of its last lap stay empty.
-DEVICE void finish_lap(const Shared& shared, Ring& ring, u32 warp) {
-    if (ring.stage != 0) lend_stages(shared, ring, STAGES - ring.stage, warp);
+template <Config C>
+DEVICE void finish_lap(const Shared<C>& shared, Ring<C>& ring, u32 warp) {
+    if (ring.stage != 0) lend_stages(shared, ring, C.stages - ring.stage, warp);
 }
 
-DEVICE i32 stages_of_laps(i32 blocks_k) { return (blocks_k + static_cast<i32>(STAGES) - 1) / static_cast<i32>(STAGES) * static_cast<i32>(STAGES); }
+template <Config C>
+DEVICE i32 stages_of_laps(i32 blocks_k) { return (blocks_k + static_cast<i32>(C.stages) - 1) / static_cast<i32>(C.stages) * static_cast<i32>(C.stages); }

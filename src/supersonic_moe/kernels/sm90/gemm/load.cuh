@@ -8,13 +8,9 @@
 // has no other. What they hold reaches no row that is stored. With SHARE_A the two blocks of a cluster have the same rows and
 // neighbouring columns: each gathers half of the rows, for both.
 #pragma once
-#include "epilogue.cuh"
+#include "epilogue/staging.cuh"
+#include "gemm/ready.cuh"
 
-// Registers of a loading and of a math thread. The block is launched with 168 for each of its threads, and register_alloc waits for
-// ever if the two roles ask for more than that.
-constexpr u32 LOAD_REGISTERS = SCALED ? 56 : 40, MATH_REGISTERS = SCALED ? 224 : 232;
-static_assert(LOAD_REGISTERS * 128 + MATH_REGISTERS * 256 <= 168 * THREADS, "more registers than the block has");
-constexpr u32 BOXES = SHARE_A ? 32 / CLUSTER : 32;  // of a warp in a stage, with GATHER
 constexpr u32 HELD = 8;    // row indices in registers at a time
 
 DEVICE void store_index(u32 address, i32 index) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(index) : "memory"); }
@@ -29,12 +25,13 @@ DEVICE void load_indices(i32 (&rows)[Held], u32 address) {
 }
 
 // The loading warps' last word: one more stage, empty, whose note says that no tile follows.
-DEVICE void announce_end(const Shared& shared, const Ring& ring, u32 warp) {
+template <Config C>
+DEVICE void announce_end(const Shared<C>& shared, const Ring<C>& ring, u32 warp) {
     mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
-    if (warp >= FULL_WARPS) return;
+    if (warp >= C.full_warps()) return;
     if (warp == 0 && elect_one()) write_note(shared.note(ring.stage), {TileNote::STOP_ROW, 0, 0, 0, 0});
     __syncwarp();
-    if (arrives_full()) mbarrier_arrive(shared.full(ring.stage));
+    if (arrives_full<C>()) mbarrier_arrive(shared.full(ring.stage));
 }
 
 // A GEMM with ragged rows as the loading warpgroup sees it.
@@ -68,31 +65,32 @@ DEVICE void store_scales(u32 address, float first, float second) {
 }
 
 // The scales of one tile, one K block ahead of their use. `row`: of A's matrix, this lane's, with GATHER.
-template <typename AllScales>
+template <Config C, typename AllScales>
 struct TileScales {
     DEVICE TileScales(const AllScales&, const TileNote&, i32) {}
 };
-template <typename BlocksOf>
-struct TileScales<Scales<BlocksOf>> {
+template <Config C, typename BlocksOf>
+struct TileScales<C, Scales<BlocksOf>> {
     const float *a = nullptr, *first, *second;
     float next_a = 0.0f, next_first, next_second;
     DEVICE TileScales(const Scales<BlocksOf>& scales, const TileNote& note, i32 row) {
-        if constexpr (GATHER) next_a = __ldg(a = scales.a + max(row, 0) * scales.a_row);
+        if constexpr (C.gather) next_a = __ldg(a = scales.a + max(row, 0) * scales.a_row);
         const ColumnBlocks blocks = scales.blocks_of(note);
         const float* b = scales.b + note.expert * scales.b_expert;
         next_first = __ldg(first = b + static_cast<i64>(blocks.first) * scales.b_column);
         next_second = __ldg(second = b + static_cast<i64>(blocks.second) * scales.b_column);
     }
     DEVICE void advance(const Scales<BlocksOf>& scales, u32 warp) {
-        if constexpr (GATHER) next_a = __ldg(++a);
+        if constexpr (C.gather) next_a = __ldg(++a);
         if (warp == 0) next_first = __ldg(first += scales.b_k), next_second = __ldg(second += scales.b_k);
     }
 };
 
 // Bytes of A that reach a stage of a tile: the boxes that have a row of it, with GATHER.
+template <Config C>
 DEVICE u32 bytes_of_a(const TileNote& note) {
-    const u32 rows = static_cast<u32>(max(min(note.row_end - note.row, static_cast<i32>(BLOCK_M)), 0));
-    return GATHER ? (rows + BOXES - 1) / BOXES * (BOXES * LINE) : BYTES_A;
+    const u32 rows = static_cast<u32>(max(min(note.row_end - note.row, static_cast<i32>(C.block_m)), 0));
+    return C.gather ? (rows + C.boxes() - 1) / C.boxes() * (C.boxes() * LINE) : C.bytes_a();
 }
 
 // A tile as the loading warps walk it.
@@ -107,82 +105,83 @@ struct LoadedTile {
 // each of these reads takes as long as a K block.
 //   load_b(tile_b, full, k, note, part, blocks)  one thread: part `part` of CLUSTER of B, for those `blocks` of the cluster
 //   load_tail(ring, note, warp)       all warps that load: they wait for each stage; advances the ring
-template <i32 TileColumns, typename AllScales, typename LoadB, typename LoadTail>
-DEVICE void load_ragged_rows(const Shared& shared, const RaggedGemm& gemm, const TensorMap* map_a, const AllScales& scales, LoadB load_b,
-                             LoadTail load_tail) {
+template <i32 TileColumns, Config C, typename AllScales, typename LoadB, typename LoadTail, typename Ready = ReadyAtStart, typename Schedule = AllTiles<C>>
+DEVICE void load_ragged_rows(const Shared<C>& shared, const RaggedGemm& gemm, const TensorMap* map_a, const AllScales& scales, LoadB load_b,
+                             LoadTail load_tail, const Ready ready = {}, Schedule schedule = {}) {
     const u32 warp = warp_index();
-    if (warp >= LOAD_WARPS) return;
-    constexpr i32 rows = SHARE_A ? BLOCK_M : BLOCK_M * CLUSTER, columns = SHARE_A ? TileColumns * CLUSTER : TileColumns;
-    const i32 rank = CLUSTER > 1 ? static_cast<i32>(cluster_block_rank()) : 0;
-    RaggedRows<rows, columns, SHARE_A ? GROUP_M : GROUP_M / CLUSTER, !SHARE_A && CLUSTER == 2> tiles(gemm.offsets, gemm.experts, gemm.columns);
-    i32 tile = blockIdx.x / CLUSTER;
+    if (warp >= C.load_warps()) return;
+    constexpr i32 rows = C.share_a ? C.block_m : C.block_m * C.cluster, columns = C.share_a ? TileColumns * C.cluster : TileColumns;
+    const i32 rank = C.cluster > 1 ? static_cast<i32>(cluster_block_rank()) : 0;
+    RaggedRows<rows, columns, C.share_a ? C.group_m : C.group_m / C.cluster, !C.share_a && C.cluster == 2, Schedule> tiles(gemm.offsets, gemm.experts, gemm.columns, schedule);
+    i32 tile = schedule.first();
     const auto find = [&] {
         i32 m, n;
         LoadedTile found;
         found.found = tiles.find(tile, m, n);
-        tile += gridDim.x / CLUSTER;
-        found.own_columns = SHARE_A || tiles.split;
-        const i32 row = tiles.begin + m * rows + (found.own_columns ? 0 : rank * static_cast<i32>(BLOCK_M));
-        const i32 column = SHARE_A ? (n * static_cast<i32>(CLUSTER) + rank) * TileColumns : (tiles.split ? n + rank : n) * TileColumns;
+        tile = schedule.next(tile);
+        found.own_columns = C.share_a || tiles.split;
+        const i32 row = tiles.begin + m * rows + (found.own_columns ? 0 : rank * static_cast<i32>(C.block_m));
+        const i32 column = C.share_a ? (n * static_cast<i32>(C.cluster) + rank) * TileColumns : (tiles.split ? n + rank : n) * TileColumns;
         found.note = {row, tiles.end, column, tiles.expert, gemm.blocks_k};
         return found;
     };
     // Row of A's matrix that line `line` of a tile reads; past the expert's end, its last.
     const auto row_of = [&](const TileNote& note, u32 line) {
-        return GATHER ? gemm.index[max(min(note.row + static_cast<i32>(line), note.row_end - 1), 0)] : 0;
+        return C.gather ? gemm.index[max(min(note.row + static_cast<i32>(line), note.row_end - 1), 0)] : 0;
     };
-    const u32 first_line = (SHARE_A ? rank * (BLOCK_M / CLUSTER) : 0) + warp * BOXES;  // this warp's boxes, with GATHER
-    const u32 box_line = first_line + lane_index() % BOXES, scale_line = warp * 32 + lane_index();
+    const u32 first_line = (C.share_a ? rank * (C.block_m / C.cluster) : 0) + warp * C.boxes();  // this warp's boxes, with GATHER
+    const u32 box_line = first_line + lane_index() % C.boxes(), scale_line = warp * 32 + lane_index();
 
-    Ring ring;
+    Ring<C> ring;
     LoadedTile now = find();
     if (now.found) {
-        i32 box_row = row_of(now.note, box_line), scale_row = SHARE_A ? row_of(now.note, scale_line) : box_row;
-        TileScales<AllScales> tile_scales(scales, now.note, scale_row);
+        i32 box_row = row_of(now.note, box_line), scale_row = C.share_a ? row_of(now.note, scale_line) : box_row;
+        ready.wait(now.note);
+        TileScales<C, AllScales> tile_scales(scales, now.note, scale_row);
         while (true) {
             const TileNote note = now.note;
             // Blocks with the same columns load a part of B each, for all of them; one that has its columns for itself loads every part.
-            const u32 first_part = now.own_columns ? 0 : static_cast<u32>(rank), parts = now.own_columns ? CLUSTER : 1;
-            const u16 sharers = static_cast<u16>(now.own_columns ? 1 << rank : (1 << CLUSTER) - 1);
+            const u32 first_part = now.own_columns ? 0 : static_cast<u32>(rank), parts = now.own_columns ? C.cluster : 1;
+            const u16 sharers = static_cast<u16>(now.own_columns ? 1 << rank : (1 << C.cluster) - 1);
             const bool has_rows = note.row + static_cast<i32>(first_line) < note.row_end;
-            if constexpr (GATHER) {
-                store_index(shared.row_index(warp * BOXES + lane_index() % BOXES), box_row);
+            if constexpr (C.gather) {
+                store_index(shared.row_index(warp * C.boxes() + lane_index() % C.boxes()), box_row);
                 __syncwarp();
             }
             for (i32 block = 0; block < gemm.blocks_k; ++block, ring.advance()) {
                 const u32 full = shared.full(ring.stage), tile_a = shared.tile_a(ring.stage);
-                const i32 k = block * BLOCK_K;
+                const i32 k = block * C.block_k();
                 mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
-                if constexpr (SCALED && GATHER) {
+                if constexpr (C.scaled && C.gather) {
                     store_scale(shared.scale_a(ring.stage) + scale_line * 4, tile_scales.next_a);
                     __syncwarp();
-                    if (warp > 0 && arrives_full()) mbarrier_arrive(full);
+                    if (warp > 0 && arrives_full<C>()) mbarrier_arrive(full);
                 }
                 const bool loads_b = warp == 0 && elect_one();
-                if (FULL_ARRIVALS > FULL_WARPS && warp == 0 && !loads_b) mbarrier_arrive(full);
+                if (C.full_arrivals() > C.full_warps() && warp == 0 && !loads_b) mbarrier_arrive(full);
                 if (loads_b) {
                     write_note(shared.note(ring.stage), note);
-                    if constexpr (SCALED) store_scales(shared.scale_b(ring.stage), tile_scales.next_first, tile_scales.next_second);
-                    mbarrier_arrive_expect_tx(full, bytes_of_a(note) + BYTES_B + (SCALED && !GATHER ? SCALE_LOAD_BYTES : 0));
-                    if constexpr (!GATHER) {
-                        if constexpr (SCALED) tma_load(shared.scale_a(ring.stage), scales.map_a, full, note.row / 4 * 4, block);
+                    if constexpr (C.scaled) store_scales(shared.scale_b(ring.stage), tile_scales.next_first, tile_scales.next_second);
+                    mbarrier_arrive_expect_tx(full, bytes_of_a<C>(note) + C.bytes_b() + (C.scaled && !C.gather ? C.scale_load_bytes() : 0));
+                    if constexpr (!C.gather) {
+                        if constexpr (C.scaled) tma_load(shared.scale_a(ring.stage), scales.map_a, full, note.row / 4 * 4, block);
                         tma_load(tile_a, map_a, full, k, note.row);
                     }
 #pragma unroll 1
                     for (u32 part = first_part; part < first_part + parts; ++part)
                         load_b(shared.tile_b(ring.stage), full, k, note, part, sharers);
                 }
-                if constexpr (GATHER) {
+                if constexpr (C.gather) {
                     if (has_rows && elect_one()) {
 #pragma unroll
-                        for (u32 first = 0; first < BOXES; first += HELD) {
+                        for (u32 first = 0; first < C.boxes(); first += HELD) {
                             i32 rows_of_a[HELD];
-                            load_indices(rows_of_a, shared.row_index(warp * BOXES + first));
+                            load_indices(rows_of_a, shared.row_index(warp * C.boxes() + first));
 #pragma unroll
                             for (u32 i = 0; i < HELD; ++i) {
                                 const u32 line = tile_a + (first_line + first + i) * LINE;
-                                if constexpr (SHARE_A) {
-                                    tma_load_multicast(line, map_a, full, (1 << CLUSTER) - 1, k, rows_of_a[i]);
+                                if constexpr (C.share_a) {
+                                    tma_load_multicast(line, map_a, full, (1 << C.cluster) - 1, k, rows_of_a[i]);
                                 } else {
                                     tma_load(line, map_a, full, k, rows_of_a[i]);
                                 }
@@ -191,19 +190,27 @@ DEVICE void load_ragged_rows(const Shared& shared, const RaggedGemm& gemm, const
                     }
                     __syncwarp();
                 }
-                if constexpr (SCALED) {
+                if constexpr (C.scaled) {
                     if (block + 1 < gemm.blocks_k) tile_scales.advance(scales, warp);
                 }
-                if (block == (SCALED ? 0 : gemm.blocks_k - 1)) {
+                if (block == (C.scaled ? 0 : gemm.blocks_k - 1)) {
                     now = find();
-                    if (GATHER && now.found) {
+                    if (C.gather && now.found) {
                         box_row = row_of(now.note, box_line);
-                        scale_row = SHARE_A ? row_of(now.note, scale_line) : box_row;
+                        scale_row = C.share_a ? row_of(now.note, scale_line) : box_row;
                     }
                 }
             }
-            if (now.found) tile_scales = TileScales<AllScales>(scales, now.note, scale_row);
+            if constexpr (!Ready::WAITS) {  // ahead of time
+                if (now.found) tile_scales = TileScales<C, AllScales>(scales, now.note, scale_row);
+            }
             load_tail(ring, note, warp);
+            if constexpr (Ready::WAITS) {  // the epilogue of this tile must not wait for the next one's rows
+                if (now.found) {
+                    ready.wait(now.note);
+                    tile_scales = TileScales<C, AllScales>(scales, now.note, scale_row);
+                }
+            }
             if (!now.found) break;
         }
     }
@@ -211,13 +218,14 @@ DEVICE void load_ragged_rows(const Shared& shared, const RaggedGemm& gemm, const
 }
 
 // Part `part` of CLUSTER of an N-contiguous B, BLOCK_N columns from first_column on in slabs of 64: rows k.. of slice `slice`.
+template <Config C>
 DEVICE void load_b_mn_major(u32 tile_b, const TensorMap* map, u32 full, i32 k, i32 first_column, i32 slice, u32 part, u16 blocks) {
-    constexpr u32 slabs = SLABS_N / CLUSTER;
+    constexpr u32 slabs = C.slabs_n() / C.cluster;
 #pragma unroll
     for (u32 i = 0; i < slabs; ++i) {
-        const u32 at = tile_b + (part * slabs + i) * SLAB_BYTES;
+        const u32 at = tile_b + (part * slabs + i) * C.slab_bytes();
         const i32 column = first_column + static_cast<i32>((part * slabs + i) * 64);
-        if constexpr (CLUSTER > 1) {
+        if constexpr (C.cluster > 1) {
             tma_load_multicast(at, map, full, blocks, column, k, slice);
         } else {
             tma_load(at, map, full, column, k, slice);

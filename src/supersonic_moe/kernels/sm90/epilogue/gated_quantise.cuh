@@ -1,0 +1,177 @@
+// Gated activation, quantised: gate and up of a tile to A = act(H + b1) in e4m3 with scales of 1 x 128, and H in e4m3 or bf16 if it is
+// wanted. A row of a tile is one block of A and two of H, whose maxima are found among the four lanes that hold the row. Results go
+// through staging: A in room 0, H behind it.
+#pragma once
+#include "epilogue/activation.cuh"
+#include "epilogue/quantize.cuh"
+#include "epilogue/staging.cuh"
+
+constexpr i32 NOTHING = 0, IN_FP8 = 1, IN_BF16 = 2;  // what of H is stored
+
+// Reciprocals of the scales of this thread's rows r and r + 8, whose largest magnitudes these are; stores the scales of those that exist.
+DEVICE void scale_rows(float (&inverse)[2], float upper, float lower, bool pow2, float* scales, i32 rows, u32 lane) {
+    const float amax[2] = {quad_max(upper), quad_max(lower)};
+#pragma unroll
+    for (i32 i = 0; i < 2; ++i) {
+        const float scale = block_scale(amax[i], pow2);
+        inverse[i] = inverse_of_scale(scale);
+        const i32 at = static_cast<i32>(lane / 4) + 8 * i;
+        if (lane % 4 == 0 && at < rows) scales[at] = scale;
+    }
+}
+
+// Maxima of the magnitudes of 32 accumulators: those of row r (0, 1 of each four) and of row r + 8 (2, 3).
+DEVICE void row_maxima(const float* d, float& upper, float& lower) {
+#pragma unroll
+    for (u32 i = 0; i < 32; i += 4) {
+        upper = fmaxf(upper, fmaxf(fabsf(d[i]), fabsf(d[i + 1])));
+        lower = fmaxf(lower, fmaxf(fabsf(d[i + 2]), fabsf(d[i + 3])));
+    }
+}
+
+// Where this thread writes in a warp's lines, swizzled: 16-byte chunk c of row r is at start ^ 16 c, and that of row r + 8 eight lines
+// further on. `bytes`: what a lane stores at a time.
+DEVICE u32 chunk_start(u32 lines, u32 lane, u32 bytes) { return lines + lane / 4 * LINE + ((lane / 4 * 16) ^ (lane % 4 * bytes)); }
+
+// 64 columns of e4m3 in four chunks from `chunk` on: `d` are this thread's accumulators of them.
+DEVICE void stage_e4m3(float* d, const float (&inverse)[2], u32 start, u32 chunk) {
+#pragma unroll
+    for (u32 i = 0; i < 32; i += 4) {
+        pin_four(d + i);
+        const u32 at = (start ^ (chunk + i / 8) * 16) + i % 8 * 2;
+        store_shared(at, pack_e4m3(d[i] * inverse[0], d[i + 1] * inverse[0]));
+        store_shared(at + 8 * LINE, pack_e4m3(d[i + 2] * inverse[1], d[i + 3] * inverse[1]));
+    }
+}
+
+// 64 activations' gate and up, alternating: a whole line, 8 activations a chunk.
+DEVICE void stage_e4m3_pairs(float* gate, float* up, const float (&inverse)[2], u32 start) {
+#pragma unroll
+    for (u32 i = 0; i < 32; i += 4) {
+        pin_four(gate + i), pin_four(up + i);
+        const u32 at = start ^ i / 4 * 16;
+#pragma unroll
+        for (u32 j = 0; j < 4; j += 2) {  // rows r and r + 8, activations c and c + 1
+            const float by = inverse[j / 2], *g = gate + i + j, *u = up + i + j;
+            const u32 first = pack_e4m3(g[0] * by, u[0] * by), second = pack_e4m3(g[1] * by, u[1] * by);
+            store_shared(at + j / 2 * 8 * LINE, first | second << 16);
+        }
+    }
+}
+
+// 32 activations' worth of gate and up, alternating, in bf16: a whole line, 4 activations a chunk.
+DEVICE void stage_bf16_pairs(float* gate, float* up, u32 start) {
+#pragma unroll
+    for (u32 i = 0; i < 16; i += 4) {
+        pin_four(gate + i), pin_four(up + i);
+#pragma unroll
+        for (u32 j = 0; j < 4; ++j)  // activation c or c + 1 of row r or r + 8; c + 1 is in this lane's 8 bytes too
+            store_shared((start ^ (i / 4 * 2 * 16)) + j % 2 * 4 + j / 2 * 8 * LINE, pack_bf16(gate[i + j], up[i + j]));
+    }
+}
+
+template <Config C, Gate G>
+struct GatedActivationQuantised {
+    static constexpr bool RUNS_WITHOUT_ROWS = false;
+    static constexpr u32 WIDTH = C.half_n(), EACH = WIDTH / 2;  // activations of a tile; accumulators of gate, and of up, of a thread
+    const Shared<C> shared;
+    const TensorMap *map_h, *map_a;
+    const u16* b1;
+    u8* h;
+    float* scale_h;
+    u8* a;
+    float* scale_a;
+    i64 h_row_bytes, a_row_bytes, scale_stride;
+    i32 saved, pow2, gate_base, up_base, width, blocks_k;
+    ActivationConstants constants;
+    u32 group;
+
+    DEVICE void underway(float (&)[C.block_n / 2]) const {}
+    DEVICE void skip(float (&)[C.block_n / 2], const TileNote&, Ring<C>& ring) const { skip_stages(shared, ring, blocks_k); }
+    DEVICE void finish(float (&)[C.block_n / 2]) const {}
+    DEVICE void operator()(float (&acc)[C.block_n / 2], const TileNote& note, Ring<C>&) const {
+        float *gate = acc, *up = acc + EACH;
+        const u32 lane = fresh_thread_index() % 32, line = first_line<C>(group, fresh_thread_index());
+        const i32 row = note.row + static_cast<i32>(line), rows = note.row_end - row;
+        if (rows <= 0) return;
+        const u32 room_of_a = shared.staging() + line * LINE, rooms_of_h = room_of_a + C.room_bytes();
+        tma_wait_read<0>();
+        __syncwarp();
+        float inverse[2];
+        if (saved == IN_FP8) {
+#pragma unroll
+            for (u32 block = 0; block < 2; ++block) {  // 128 columns of H
+                float* first = G.interleaved ? gate + block * 32 : acc + block * EACH;
+                float* second = G.interleaved ? up + block * 32 : first + 32;
+                float upper = 0.0f, lower = 0.0f;
+                row_maxima(first, upper, lower);
+                row_maxima(second, upper, lower);
+                const i32 base = G.interleaved ? 2 * note.column + static_cast<i32>(block) * 128 : note.column + (block == 0 ? gate_base : up_base);
+                const bool exists = base < 2 * width;  // the second block of the last tile may not
+                scale_rows(inverse, upper, lower, pow2, scale_h + base / 128 * scale_stride + row, exists ? rows : 0, lane);
+                const u32 lines = rooms_of_h + block * C.room_bytes();
+                const u32 start = chunk_start(lines, lane, G.interleaved ? 4 : 2);
+                if constexpr (G.interleaved) {
+                    stage_e4m3_pairs(first, second, inverse, start);
+                } else {
+                    stage_e4m3(first, inverse, start, 0);
+                    stage_e4m3(second, inverse, start, 4);
+                }
+            }
+        } else if (saved == IN_BF16) {
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {  // 64 columns of H
+                if constexpr (G.interleaved) {
+                    stage_bf16_pairs(gate + i * 16, up + i * 16, chunk_start(rooms_of_h + i * C.room_bytes(), lane, 8));
+                } else {
+                    stage_bf16(acc + i * 32, rooms_of_h + i * C.room_bytes(), lane);
+                }
+            }
+        }
+        if (b1 != nullptr) {
+            const u16* bias = b1 + static_cast<i64>(note.expert) * 2 * width;
+            const i32 first = note.column + static_cast<i32>(lane % 4 * 2);
+#pragma unroll
+            for (u32 i = 0; i < EACH; i += 4) {
+                float g[2], u[2];
+                pin_four(gate + i), pin_four(up + i);
+                load_bias<G.interleaved>(bias, first + static_cast<i32>(i * 2), width, gate_base, up_base, g, u);
+#pragma unroll
+                for (u32 j = 0; j < 4; ++j) gate[i + j] += g[j % 2], up[i + j] += u[j % 2];  // rows r and r + 8
+            }
+        }
+#pragma unroll
+        for (u32 i = 0; i < EACH; i += 4) {
+            pin_four(gate + i), pin_four(up + i);
+#pragma unroll
+            for (u32 j = i; j < i + 4; ++j) gate[j] = gated<G.kind>(gate[j], up[j], constants);
+        }
+        float upper = 0.0f, lower = 0.0f;
+        row_maxima(gate, upper, lower);
+        row_maxima(gate + 32, upper, lower);
+        scale_rows(inverse, upper, lower, pow2, scale_a + note.column / 128 * scale_stride + row, rows, lane);
+        const u32 start = chunk_start(room_of_a, lane, 2);
+        stage_e4m3(gate, inverse, start, 0);
+        stage_e4m3(gate + 32, inverse, start, 4);
+        fence_proxy_async();
+        __syncwarp();
+        store_lines<1>(map_a, {a, a_row_bytes, width}, room_of_a, row, rows, note.column, 0, lane);
+        if (saved != NOTHING) {
+            const i32 gate_half = gate_base > up_base;
+            const u32 size = saved == IN_FP8 ? 1 : 2;
+            for (u32 i = 0; i < 2 * size; ++i) {  // 128 bytes of H: columns of one half of it, or of both alternating
+                const i32 half = G.interleaved ? 0 : static_cast<i32>(i / size) ^ gate_half;
+                const i32 in_half = static_cast<i32>((G.interleaved ? i : i % size) * (LINE / size));
+                const i32 column = G.interleaved ? 2 * note.column + in_half : note.column + in_half;
+                const Rows out{h + static_cast<i64>(half) * width * size, h_row_bytes, G.interleaved ? 2 * width : width};
+                const u32 lines = rooms_of_h + i * C.room_bytes();
+                if (saved == IN_FP8) {
+                    store_lines<1>(map_h, out, lines, row, rows, column, half, lane);
+                } else {
+                    store_lines<2>(map_h, out, lines, row, rows, column, half, lane);
+                }
+            }
+        }
+        if (lane == 0) tma_commit();
+    }
+};
