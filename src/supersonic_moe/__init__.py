@@ -11,9 +11,17 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from supersonic_moe.activation import Activation as Activation
-    from supersonic_moe.activation import ActivationType as ActivationType
-    from supersonic_moe.activation import GateUpLayout as GateUpLayout
+    from supersonic_moe.config.activation import Activation as Activation
+    from supersonic_moe.config.activation import ActivationType as ActivationType
+    from supersonic_moe.config.activation import GateUpLayout as GateUpLayout
+    from supersonic_moe.config.plan import RoutingPlan as RoutingPlan
+    from supersonic_moe.config.recipe import Bf16Recipe as Bf16Recipe
+    from supersonic_moe.config.recipe import Fp8Recipe as Fp8Recipe
+    from supersonic_moe.config.router import SigmoidGroupedTopK as SigmoidGroupedTopK
+    from supersonic_moe.config.router import SoftmaxAfterTopK as SoftmaxAfterTopK
+    from supersonic_moe.config.router import SoftmaxBeforeTopK as SoftmaxBeforeTopK
+    from supersonic_moe.config.router import TokenRounding as TokenRounding
+    from supersonic_moe.config.router import TopKRouter as TopKRouter
     from supersonic_moe.functional import MoEOutput as MoEOutput
     from supersonic_moe.functional import dispatched_experts as dispatched_experts
     from supersonic_moe.functional import experts_from_plan as experts_from_plan
@@ -26,28 +34,23 @@ if TYPE_CHECKING:
     from supersonic_moe.moe import MoE as MoE
     from supersonic_moe.moe import constant_weights as constant_weights
     from supersonic_moe.moe import fp8_training as fp8_training
-    from supersonic_moe.recipe import Bf16Recipe as Bf16Recipe
-    from supersonic_moe.recipe import Fp8Recipe as Fp8Recipe
+    from supersonic_moe.quantization.weight_cache import WeightCache as WeightCache
     from supersonic_moe.routing.aux_loss import router_z_loss as router_z_loss
     from supersonic_moe.routing.aux_loss import switch_load_balancing_loss as switch_load_balancing_loss
-    from supersonic_moe.routing.plan import RoutingPlan as RoutingPlan
     from supersonic_moe.routing.plan import plan_from_deepep as plan_from_deepep
     from supersonic_moe.routing.plan import plan_from_offsets as plan_from_offsets
     from supersonic_moe.routing.plan import plan_from_topk as plan_from_topk
     from supersonic_moe.routing.plan import plan_from_triples as plan_from_triples
-    from supersonic_moe.routing.token_rounding import TokenRounding as TokenRounding
     from supersonic_moe.routing.token_rounding import token_rounding as token_rounding
-    from supersonic_moe.routing.topk import SigmoidGroupedTopK as SigmoidGroupedTopK
-    from supersonic_moe.routing.topk import SoftmaxAfterTopK as SoftmaxAfterTopK
-    from supersonic_moe.routing.topk import SoftmaxBeforeTopK as SoftmaxBeforeTopK
-    from supersonic_moe.routing.topk import TopKRouter as TopKRouter
     from supersonic_moe.routing.topk import route as route
-    from supersonic_moe.training.weight_cache import WeightCache as WeightCache
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "activation": ("Activation", "ActivationType", "GateUpLayout"),
+    "config.activation": ("Activation", "ActivationType", "GateUpLayout"),
+    "config.plan": ("RoutingPlan",),
+    "config.recipe": ("Bf16Recipe", "Fp8Recipe"),
+    "config.router": ("SigmoidGroupedTopK", "SoftmaxAfterTopK", "SoftmaxBeforeTopK", "TokenRounding", "TopKRouter"),
     "functional": (
         "MoEOutput",
         "dispatched_experts",
@@ -58,12 +61,11 @@ _HOME = {
     ),
     "mlp_node": ("SonicMoEMlpNode",),
     "moe": ("Experts", "KernelBackendMoE", "MoE", "constant_weights", "fp8_training"),
-    "recipe": ("Bf16Recipe", "Fp8Recipe"),
+    "quantization.weight_cache": ("WeightCache",),
     "routing.aux_loss": ("router_z_loss", "switch_load_balancing_loss"),
-    "routing.plan": ("RoutingPlan", "plan_from_deepep", "plan_from_offsets", "plan_from_topk", "plan_from_triples"),
-    "routing.token_rounding": ("TokenRounding", "token_rounding"),
-    "routing.topk": ("SigmoidGroupedTopK", "SoftmaxAfterTopK", "SoftmaxBeforeTopK", "TopKRouter", "route"),
-    "training.weight_cache": ("WeightCache",),
+    "routing.plan": ("plan_from_deepep", "plan_from_offsets", "plan_from_topk", "plan_from_triples"),
+    "routing.token_rounding": ("token_rounding",),
+    "routing.topk": ("route",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -15,9 +15,9 @@ fp32 whatever the dtype of x.
 and leaves ``.grad`` alone: Megatron's gradient accumulation fusion (``training/main_grad.py``). Biases and router keep
 ordinary gradients.
 
-``recipe=Fp8Recipe()`` multiplies in e4m3 (``recipe.py``; bfloat16 inputs or autocast to it). The weights are quantised
-in every call, unless ``weight_cache`` holds their FP8 copies: one cache for each pair of weights
-(``training/weight_cache.py``).
+``recipe=Fp8Recipe()`` multiplies in e4m3 (``config/recipe.py``; bfloat16 inputs or autocast to it). The weights are
+quantised in every call, unless ``weight_cache`` holds their FP8 copies: one cache for each pair of weights
+(``quantization/weight_cache.py``).
 
 ``inference=True`` saves nothing for backward and returns a tensor without gradient. ``validate=True`` adds the checks
 that only device data can answer (NaN logits, repeated or out-of-range expert ids, offsets that do not add up); they
@@ -33,22 +33,18 @@ import torch
 from torch import Tensor
 
 from supersonic_moe import checks
-from supersonic_moe.activation import Activation, ActivationType, GateUpLayout, as_activation, as_layout
+from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout, as_activation, as_layout
+from supersonic_moe.config.plan import RoutingPlan
+from supersonic_moe.config.recipe import Fp8Recipe, Recipe, as_recipe
+from supersonic_moe.config.router import TokenRounding, TopKRouter, as_router
 from supersonic_moe.kernels import registry
-from supersonic_moe.recipe import Fp8Recipe, Recipe, as_recipe
-from supersonic_moe.routing.plan import (
-    RoutingPlan,
-    plan_from_offsets,
-    plan_from_sorted_triples,
-    plan_from_topk,
-    plan_from_triples,
-)
-from supersonic_moe.routing.token_rounding import TokenRounding, token_rounding
-from supersonic_moe.routing.topk import TopKRouter, as_router, route
+from supersonic_moe.quantization.weight_cache import WeightCache
+from supersonic_moe.routing.plan import plan_from_offsets, plan_from_sorted_triples, plan_from_topk, plan_from_triples
+from supersonic_moe.routing.token_rounding import token_rounding
+from supersonic_moe.routing.topk import route
 from supersonic_moe.training.experts import run_experts
 from supersonic_moe.training.experts_fp8 import run_experts_fp8
 from supersonic_moe.training.router_linear import router_linear
-from supersonic_moe.training.weight_cache import WeightCache
 
 
 class MoEOutput(NamedTuple):

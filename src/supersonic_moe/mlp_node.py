@@ -23,9 +23,9 @@ forward copies anew instead: after ``load_state_dict``, say, between evaluations
 one of the weights is stopped before it changes them if gradients are under way; any other one makes the next forward
 copy anew, with a warning.
 
-Some changes show no sign (``training/weight_cache.py`` lists them): ``.data`` written in place by Megatron's copy of
-master weights, fused optimizers outside ``torch.optim``, all-gathers. In a training loop they come after step(), which
-drops the copies, so they are seen. Elsewhere call step() or discard() after them. The weights are read from the
+Some changes show no sign (``quantization/weight_cache.py`` lists them): ``.data`` written in place by Megatron's
+copy of master weights, fused optimizers outside ``torch.optim``, all-gathers. In a training loop they come after step(),
+which drops the copies, so they are seen. Elsewhere call step() or discard() after them. The weights are read from the
 parameters, not through the modules: what a forward hook of an expert module would do (Megatron's
 ``overlap_param_gather``) must be done before. And no autograd hook of the parameters runs (``overlap_grad_reduce``):
 reduce after step().
@@ -48,11 +48,11 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from supersonic_moe import checks
-from supersonic_moe.activation import Activation, ActivationType, GateUpLayout, as_activation, as_layout
+from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout, as_activation, as_layout
+from supersonic_moe.config.recipe import Fp8Recipe, Recipe, as_recipe
 from supersonic_moe.functional import experts_from_plan
-from supersonic_moe.recipe import Fp8Recipe, Recipe, as_recipe
+from supersonic_moe.quantization.weight_cache import Fp8Weight, WeightCache
 from supersonic_moe.routing.plan import plan_from_deepep
-from supersonic_moe.training.weight_cache import Fp8Weight, WeightCache
 
 _PROJECTIONS = (("linear_fc1", "linear_fc2"), ("up_gate_proj", "down_proj"), ("w1", "w2"))
 """What modules call their projections: Megatron, PaddleFleet, and everybody else."""

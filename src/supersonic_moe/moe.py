@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from supersonic_moe import checks
-from supersonic_moe.activation import Activation, ActivationType, GateUpLayout, as_activation, as_layout
+from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout, as_activation, as_layout
+from supersonic_moe.config.recipe import Fp8Recipe, Recipe, as_recipe
+from supersonic_moe.config.router import SigmoidGroupedTopK, TokenRounding, TopKRouter, as_router
 from supersonic_moe.functional import moe_layer
-from supersonic_moe.recipe import Fp8Recipe, Recipe, as_recipe
+from supersonic_moe.quantization.weight_cache import WeightCache
 from supersonic_moe.routing.aux_loss import router_z_loss, switch_load_balancing_loss
-from supersonic_moe.routing.token_rounding import TokenRounding
-from supersonic_moe.routing.topk import SigmoidGroupedTopK, TopKRouter, as_router
-from supersonic_moe.training.weight_cache import WeightCache
 
 
 class KernelBackendMoE(Enum):
@@ -231,7 +230,7 @@ def fp8_training(model: nn.Module, recipe: Fp8Recipe | None = None) -> Iterator[
 @contextmanager
 def constant_weights(model: nn.Module) -> Iterator[None]:
     """No expert weight of ``model`` changes inside the block, so that FP8 layers quantise each once: the micro-batches
-    of one optimizer step, or an evaluation. See ``training/weight_cache.py`` for what is noticed nevertheless.
+    of one optimizer step, or an evaluation. See ``quantization/weight_cache.py`` for what is noticed nevertheless.
     """
     with ExitStack() as held:
         for layer in _layers(model, "constant_weights"):

@@ -13,13 +13,13 @@ from functools import partial
 import torch
 from rich.table import Table
 
-from supersonic_moe.activation import as_activation
 from supersonic_moe.bench.layer import LayerConfig, prepare
 from supersonic_moe.bench.report import OURS, CaseResult, Metrics, short
 from supersonic_moe.bench.spans import Spans, marks_for, measure_spans
 from supersonic_moe.bench.timing import required
+from supersonic_moe.config.activation import as_activation
+from supersonic_moe.config.recipe import Fp8Recipe, Recipe
 from supersonic_moe.perf_model import H200, STEP_KERNELS, LayerShape, Step, fp8_step_kernels, fp8_steps, layer_steps
-from supersonic_moe.recipe import Fp8Recipe, Recipe
 
 
 class BreakdownResult(CaseResult):

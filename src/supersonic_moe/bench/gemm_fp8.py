@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from supersonic_moe.activation import GateUpLayout, as_activation
 from supersonic_moe.bench.gemm import Contender
 from supersonic_moe.bench.gemm_bf16 import Builders, deep_gemm_module, normal, offsets_of, permutation, rows_of
 from supersonic_moe.bench.shapes import GemmCase
-from supersonic_moe.kernels.fp8_format import BLOCK, E4M3, blocks
+from supersonic_moe.config.activation import GateUpLayout, as_activation
+from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.kernels.reference.quantize import dequantize
 from supersonic_moe.kernels.sm90 import (
     grouped_gemm,
@@ -39,7 +39,7 @@ from supersonic_moe.kernels.sm90 import (
     up_projection_fp8,
 )
 from supersonic_moe.kernels.triton import pad_segments, quantize
-from supersonic_moe.recipe import Fp8Recipe
+from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks
 
 BF16 = "ours-BF16"
 DOWN = ("_down", "_l2")  # cases that end so are no up-projections

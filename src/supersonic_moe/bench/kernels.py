@@ -30,7 +30,6 @@ import torch
 from rich.table import Table
 
 from supersonic_moe import KernelBackendMoE
-from supersonic_moe.activation import GateUpLayout, as_activation
 from supersonic_moe.bench.layer import LayerConfig
 from supersonic_moe.bench.report import METRICS, OURS, CaseResult, Metrics, device_name, short
 from supersonic_moe.bench.timing import (
@@ -44,11 +43,14 @@ from supersonic_moe.bench.timing import (
     measure,
     required,
 )
-from supersonic_moe.kernels import fp8_format, reference, registry
+from supersonic_moe.config.activation import GateUpLayout, as_activation
+from supersonic_moe.config.router import as_router
+from supersonic_moe.kernels import reference, registry
 from supersonic_moe.kernels.reference import quantize as reference_quantize
 from supersonic_moe.perf_model import LayerShape, Machine, Step, kernel_steps
+from supersonic_moe.quantization import block_format
 from supersonic_moe.routing.plan import plan_from_topk
-from supersonic_moe.routing.topk import as_router, route
+from supersonic_moe.routing.topk import route
 
 #: Kernels in the order of a layer. route_and_plan is all of the routing in one call, ops of torch.library included.
 GROUPS = {
@@ -220,12 +222,12 @@ def kernel_calls(shape: LayerShape, config: LayerConfig) -> dict[str, Call]:
     plan = plan_from_topk(ids_TK, E)
     offsets, index, row_expert = plan.expert_offsets, plan.gather_index, plan.row_expert
     s_P = scores_TK.reshape(-1)[plan.scatter_index]  # plain top-k: every row has a slot
-    h_PN, da_PI = normal(plan.capacity, activation.fan * I), normal(plan.capacity, I)
-    a_PI = reference.activation_forward(h_PN, None, row_expert, activation, layout)
-    dh_PN, as_PI, _ = reference.activation_backward(h_PN, None, da_PI, s_P, row_expert, activation, layout)
+    z_PN, da_PI = normal(plan.capacity, activation.fan * I), normal(plan.capacity, I)
+    a_PI = reference.activation_forward(z_PN, None, row_expert, activation, layout)
+    dz_PN, as_PI, _ = reference.activation_backward(z_PN, None, da_PI, s_P, row_expert, activation, layout)
     del da_PI
     y_PH = normal(plan.capacity, H)  # and dx before its sum
-    positions = fp8_format.padded_capacity(plan.capacity, E)
+    positions = block_format.padded_capacity(plan.capacity, E)
     _, row_index_G, token_index_G = reference_quantize.pad_segments(offsets, index, positions)
     of_tokens = (row_expert, plan.token_rows, None, K, T)
     grad_w1, grad_w2 = (torch.zeros(w.shape, device=config.device) for w in (w1_ENH, w2_EHI))  # fp32, as main_grad is
@@ -245,19 +247,19 @@ def kernel_calls(shape: LayerShape, config: LayerConfig) -> dict[str, Call]:
         "grouped_mm_y": lambda: k.grouped_mm(a_PI, w2_EHI.transpose(1, 2), offsets),
         "gather_sum_out": lambda: k.gather_sum(y_PH, s_P, None, *of_tokens),
         "down_backward": lambda: k.down_backward(
-            dout_TH, index, w2_EHI, h_PN, None, s_P, offsets, row_expert, activation, layout
+            dout_TH, index, w2_EHI, z_PN, None, s_P, offsets, row_expert, activation, layout
         ),
         "wgrad_dw2": lambda: wgrad(dout_TH, as_PI),
         "wgrad_dw2_accumulate": lambda: wgrad(dout_TH, as_PI, out=grad_w2, accumulate=True),
-        "wgrad_dw1": lambda: wgrad(x_TH, dh_PN, transposed=True),
-        "wgrad_dw1_accumulate": lambda: wgrad(x_TH, dh_PN, transposed=True, out=grad_w1, accumulate=True),
-        "grouped_mm_dx": lambda: k.grouped_mm(dh_PN, w1_ENH, offsets),
+        "wgrad_dw1": lambda: wgrad(x_TH, dz_PN, transposed=True),
+        "wgrad_dw1_accumulate": lambda: wgrad(x_TH, dz_PN, transposed=True, out=grad_w1, accumulate=True),
+        "grouped_mm_dx": lambda: k.grouped_mm(dz_PN, w1_ENH, offsets),
         "gather_sum_dx": lambda: k.gather_sum(y_PH, None, None, *of_tokens),
         "quantize_rows_x": lambda: k.quantize_rows(x_TH),
         "quantize_blocks_w1": lambda: k.quantize_weights([w1_ENH])[0],
         "quantize_blocks_w2": lambda: k.quantize_weights([w2_EHI])[0],
         "quantize_columns_x": lambda: k.quantize_columns(x_TH, token_index_G),
-        "quantize_tiles_dz": lambda: k.quantize_tiles(dh_PN, row_index_G),
+        "quantize_tiles_dz": lambda: k.quantize_tiles(dz_PN, row_index_G),
     }
 
 

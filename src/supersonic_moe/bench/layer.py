@@ -37,7 +37,6 @@ import torch
 from torch import Tensor
 
 from supersonic_moe import ActivationType, KernelBackendMoE, MoE
-from supersonic_moe.activation import as_activation
 from supersonic_moe.bench.peers import PEERS
 from supersonic_moe.bench.report import OURS, CaseResult, Metrics
 from supersonic_moe.bench.spans import marks_for, measure_spans
@@ -52,11 +51,11 @@ from supersonic_moe.bench.timing import (
     required,
     wall_and_busy_us,
 )
-from supersonic_moe.kernels.fp8_format import E4M3
+from supersonic_moe.config.activation import as_activation
+from supersonic_moe.config.recipe import Bf16Recipe, Fp8Recipe, Recipe
+from supersonic_moe.config.router import TokenRounding, as_router
 from supersonic_moe.perf_model import H200, LayerShape, Machine, layer_flops, saved_activation_bytes
-from supersonic_moe.recipe import Bf16Recipe, Fp8Recipe, Recipe
-from supersonic_moe.routing.token_rounding import TokenRounding
-from supersonic_moe.routing.topk import as_router
+from supersonic_moe.quantization.block_format import E4M3
 
 PLAIN = "plain_topk"
 OURS_BF16 = "ours-BF16"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from supersonic_moe.activation import ActivationType
+from supersonic_moe.config.activation import ActivationType
 
 ACTIVATIONS: dict[ActivationType, Callable[[Tensor], Tensor]] = {
     ActivationType.SWIGLU: lambda h: F.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1],

@@ -28,12 +28,12 @@ from rich.table import Table
 from torch import Tensor
 
 from supersonic_moe import KernelBackendMoE, topk_experts
-from supersonic_moe.activation import as_activation
 from supersonic_moe.bench.layer import OURS_BF16, LayerConfig, recipe_name, saved_bytes
 from supersonic_moe.bench.report import MIB, OURS, CaseResult, Metrics, short
 from supersonic_moe.bench.timing import Missing, NoResultError, attempt, clock_for, measure, required
+from supersonic_moe.config.activation import as_activation
+from supersonic_moe.config.recipe import Bf16Recipe, Fp8Recipe, Recipe
 from supersonic_moe.perf_model import LayerShape
-from supersonic_moe.recipe import Bf16Recipe, Fp8Recipe, Recipe
 from supersonic_moe.routing.topk import route
 
 TENSORS = ("out", "dx", "ds", "dw1", "dw2")

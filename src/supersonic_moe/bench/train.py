@@ -29,11 +29,11 @@ from rich.console import Console
 from supersonic_moe import constant_weights, fp8_training
 from supersonic_moe.bench.layer import OURS_BF16, recipe_name
 from supersonic_moe.bench.report import OURS, CaseResult, Metrics
+from supersonic_moe.config.recipe import Fp8Recipe, Recipe
 from supersonic_moe.demo.data import Corpus
 from supersonic_moe.demo.model import ByteTransformer
 from supersonic_moe.demo.report import smoothed
 from supersonic_moe.demo.train import TrainConfig, default_config, evaluate, train_model, whole_windows
-from supersonic_moe.recipe import Fp8Recipe, Recipe
 
 EVALUATIONS = 5
 LAST = 50  # steps whose training loss is averaged

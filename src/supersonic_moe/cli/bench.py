@@ -391,8 +391,8 @@ def train(
     """
     from supersonic_moe.bench import report
     from supersonic_moe.bench import train as suite
+    from supersonic_moe.config.recipe import Bf16Recipe
     from supersonic_moe.demo.train import corpus_for
-    from supersonic_moe.recipe import Bf16Recipe
 
     where = options.device(device)
     fp8 = options.recipe("fp8", save_preactivation, wgrad, scale)

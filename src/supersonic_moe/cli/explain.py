@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from supersonic_moe.cli import options
+from supersonic_moe.config.recipe import Fp8Recipe, Recipe
 from supersonic_moe.perf_model import (
     H200,
     STEP_KERNELS,
@@ -23,7 +24,6 @@ from supersonic_moe.perf_model import (
     layer_steps,
     saved_activation_bytes,
 )
-from supersonic_moe.recipe import Fp8Recipe, Recipe
 
 if TYPE_CHECKING:
     from supersonic_moe.kernels.registry import Choice
@@ -54,7 +54,7 @@ def explain(
     scale: options.Scale = None,
 ) -> None:
     """Show which backend and kernels run each step of a layer, why, and each step's FLOPs, bytes and roofline time."""
-    from supersonic_moe.activation import as_activation
+    from supersonic_moe.config.activation import as_activation
     from supersonic_moe.kernels import registry
 
     cases = options.shapes(shape)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from supersonic_moe.config.recipe import Bf16Recipe, Fp8Recipe, Recipe
 from supersonic_moe.perf_model import LayerShape
-from supersonic_moe.recipe import Bf16Recipe, Fp8Recipe, Recipe
 
 if TYPE_CHECKING:
     import torch

@@ -15,9 +15,9 @@ from supersonic_moe.cli import options
 if TYPE_CHECKING:
     import torch
 
+    from supersonic_moe.config.recipe import Recipe
     from supersonic_moe.jit import BuildResult
     from supersonic_moe.perf_model import LayerShape
-    from supersonic_moe.recipe import Recipe
 
 
 def warmup(

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from supersonic_moe.activation import Activation, GateUpLayout
-from supersonic_moe.kernels.fp8_format import BLOCK, E4M3, blocks
-from supersonic_moe.recipe import Fp8Recipe
+from supersonic_moe.config.activation import Activation, GateUpLayout
+from supersonic_moe.config.recipe import Fp8Recipe
+from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks
 
 UpProjection = Callable[
     [Tensor, Tensor | None, Tensor, Tensor | None, Tensor, Tensor, Activation, GateUpLayout, bool],
@@ -41,9 +41,9 @@ def compose_up_projection(grouped_mm: Callable[..., Tensor], activation_forward:
         """(H (P, N1) without the bias, or (0, N1) if not ``save``; A = act(H + b1) (P, I)) of the rows of x, or of
         those that ``gather_index`` (P) names.
         """
-        h_PN = grouped_mm(x_TH, w1_ENH.transpose(1, 2), expert_offsets, gather_index=gather_index)
-        a_PI = activation_forward(h_PN, b1_EN, row_expert_P, activation, layout)
-        return h_PN if save else x_TH.new_empty(0, w1_ENH.shape[1]), a_PI
+        z_PN = grouped_mm(x_TH, w1_ENH.transpose(1, 2), expert_offsets, gather_index=gather_index)
+        a_PI = activation_forward(z_PN, b1_EN, row_expert_P, activation, layout)
+        return z_PN if save else x_TH.new_empty(0, w1_ENH.shape[1]), a_PI
 
     return up_projection
 
@@ -57,7 +57,7 @@ def compose_down_backward(
         dout_TH: Tensor,
         gather_index: Tensor | None,
         w2_EHI: Tensor,
-        h_PN: Tensor,
+        z_PN: Tensor,
         b1_EN: Tensor | None,
         row_scores_P: Tensor,
         expert_offsets: Tensor,
@@ -67,7 +67,7 @@ def compose_down_backward(
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dH (P, N1), s · A (P, I), dS (P) without the part of b2), from dA = dO · W2 before the score."""
         da_PI = grouped_mm(dout_TH, w2_EHI, expert_offsets, gather_index=gather_index)
-        return activation_backward(h_PN, b1_EN, da_PI, row_scores_P, row_expert_P, activation, layout)
+        return activation_backward(z_PN, b1_EN, da_PI, row_scores_P, row_expert_P, activation, layout)
 
     return down_backward
 
@@ -99,14 +99,14 @@ def compose_up_projection_fp8(
         ``recipe.save_preactivation``; (0, N1) bf16 if not ``save``, or if backward computes it again. All scales are
         stored transposed, as TMA loads them (``tma`` of ``quantize_rows``).
         """
-        h_PN = grouped_mm_fp8(xq_TH, x_scale, w1q_ENH, w1_scale, expert_offsets, gather_index=gather_index)
-        a_PI = activation_forward(h_PN, b1_EN, row_expert_P, activation, layout)
+        z_PN = grouped_mm_fp8(xq_TH, x_scale, w1q_ENH, w1_scale, expert_offsets, gather_index=gather_index)
+        a_PI = activation_forward(z_PN, b1_EN, row_expert_P, activation, layout)
         aq_PI, a_scale = quantize_rows(a_PI, recipe.pow2, True)
         if save and recipe.save_preactivation == "fp8":
-            return *quantize_rows(h_PN, recipe.pow2, True), aq_PI, a_scale
+            return *quantize_rows(z_PN, recipe.pow2, True), aq_PI, a_scale
         kept = save and recipe.save_preactivation == "bf16"
-        no_scale = h_PN.new_empty(0, blocks(h_PN.shape[1]), dtype=torch.float32)
-        return h_PN if kept else h_PN.new_empty(0, h_PN.shape[1]), no_scale, aq_PI, a_scale
+        no_scale = z_PN.new_empty(0, blocks(z_PN.shape[1]), dtype=torch.float32)
+        return z_PN if kept else z_PN.new_empty(0, z_PN.shape[1]), no_scale, aq_PI, a_scale
 
     return up_projection_fp8
 
@@ -122,8 +122,8 @@ def compose_down_backward_fp8(
         gather_index: Tensor | None,
         w2q_EIH: Tensor,
         w2_scale: Tensor,
-        h_PN: Tensor,
-        h_scale: Tensor,
+        z_PN: Tensor,
+        z_scale: Tensor,
         b1_EN: Tensor | None,
         row_scores_P: Tensor,
         expert_offsets: Tensor,
@@ -137,10 +137,10 @@ def compose_down_backward_fp8(
         contraction. H is e4m3 with scales, or bf16: what ``up_projection_fp8`` saved.
         """
         da_PI = grouped_mm_fp8(doutq_TH, dout_scale, w2q_EIH, w2_scale, expert_offsets, gather_index=gather_index)
-        if h_PN.dtype is E4M3:
-            h_PN = _dequantize_rows(h_PN, h_scale)
-        dh_PN, as_PI, ds_P = activation_backward(h_PN, b1_EN, da_PI, row_scores_P, row_expert_P, activation, layout)
-        return dh_PN.to(da_PI.dtype), as_PI.to(da_PI.dtype), ds_P
+        if z_PN.dtype is E4M3:
+            z_PN = _dequantize_rows(z_PN, z_scale)
+        dz_PN, as_PI, ds_P = activation_backward(z_PN, b1_EN, da_PI, row_scores_P, row_expert_P, activation, layout)
+        return dz_PN.to(da_PI.dtype), as_PI.to(da_PI.dtype), ds_P
 
     return down_backward_fp8
 
@@ -160,8 +160,8 @@ def compose_down_backward_fp8_quantised(
         gather_index: Tensor | None,
         w2q_EIH: Tensor,
         w2_scale: Tensor,
-        h_PN: Tensor,
-        h_scale: Tensor,
+        z_PN: Tensor,
+        z_scale: Tensor,
         b1_EN: Tensor | None,
         row_scores_P: Tensor,
         expert_offsets: Tensor,
@@ -177,12 +177,12 @@ def compose_down_backward_fp8_quantised(
 
         Arguments as of ``down_backward_fp8``; then what ``pad_segments`` says of positions, and the kind of scales.
         """
-        dh_PN, as_PI, ds_P = down_backward_fp8(
-            doutq_TH, dout_scale, gather_index, w2q_EIH, w2_scale, h_PN, h_scale, b1_EN, row_scores_P, expert_offsets,
+        dz_PN, as_PI, ds_P = down_backward_fp8(
+            doutq_TH, dout_scale, gather_index, w2q_EIH, w2_scale, z_PN, z_scale, b1_EN, row_scores_P, expert_offsets,
             row_expert_P, activation, layout,
         )  # fmt: skip
         as_tiles = quantize_columns(as_PI, row_index_G, pow2, tiled=True)
-        return *quantize_tiles(dh_PN, row_index_G, pow2), *as_tiles, ds_P
+        return *quantize_tiles(dz_PN, row_index_G, pow2), *as_tiles, ds_P
 
     return down_backward_fp8_quantised
 

@@ -19,9 +19,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.perf_model.kernels import FP32_BYTES, quantizer_bytes
 from supersonic_moe.perf_model.roofline import INDEX_BYTES, LayerShape, Step, layer_steps
-from supersonic_moe.recipe import Fp8Recipe
 
 SCALE = FP32_BYTES / 128  # bytes a scale adds to each of the 128 elements that share it
 

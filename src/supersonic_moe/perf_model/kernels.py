@@ -6,7 +6,7 @@ however often the gather reads them again. A variant differs from its step in wh
     up_projection_inference    no pre-activation
     wgrad_*_accumulate         fp32, read and written, of the experts that have rows; the others are left alone
 
-The quantisers write e4m3 (1 byte an element) and an fp32 scale a block (``kernels/fp8_format.py``). Where they
+The quantisers write e4m3 (1 byte an element) and an fp32 scale a block (``kernels/block_format.py``). Where they
 transpose for a weight gradient, rows become G positions: the rows of each expert padded to whole blocks of 128, as many
 as any routing may need.
 
@@ -63,7 +63,10 @@ def kernel_steps(shape: LayerShape, *, gated: bool, element_bytes: int = 2) -> d
 
 def quantizer_bytes(shape: LayerShape, *, gated: bool, element_bytes: int = 2) -> dict[str, int]:
     """Bytes of every quantising pass, and "positions", G itself."""
-    from supersonic_moe.kernels.fp8_format import blocks, padded_capacity  # imports torch, for which --help cannot wait
+    from supersonic_moe.quantization.block_format import (  # imports torch, for which --help cannot wait
+        blocks,
+        padded_capacity,
+    )
 
     T, H, I, E, R = shape.tokens, shape.hidden, shape.intermediate, shape.experts, shape.rows  # noqa: E741
     N1, b, G = I * (2 if gated else 1), element_bytes, padded_capacity(R, E)

@@ -39,62 +39,15 @@ expert; ``kernels/triton/token_rounding.py`` finds the same tokens without a sor
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from supersonic_moe import checks
 from supersonic_moe.autograd import apply
-from supersonic_moe.routing.topk import (
-    SigmoidGroupedTopK,
-    SoftmaxAfterTopK,
-    SoftmaxBeforeTopK,
-    TopKRouter,
-    route,
-    router_kernels,
-)
-
-MODES = ("NR-f", "SR-f", "NR-s", "Balance-f", "UP", "DOWN")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenRounding:
-    """Token rounding on top of a base router.
-
-    Args:
-        base: the top-K router of step 1, and the router of evaluation. Its weights must be normalised, as token
-            rounding's are: otherwise training and evaluation would see outputs of different scale.
-        mode: one of NR-f, SR-f, NR-s, Balance-f, UP, DOWN; see the module docstring.
-        tile: M, the row tile of the expert GEMM.
-        seed: of the sampled modes SR-f and NR-s; give each layer its own.
-    """
-
-    base: TopKRouter = field(default_factory=SoftmaxAfterTopK)
-    mode: str = "NR-f"
-    tile: int = 128
-    seed: int = 0
-    kind: ClassVar[str] = "token_rounding"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.base, SoftmaxAfterTopK | SoftmaxBeforeTopK | SigmoidGroupedTopK):
-            raise TypeError(
-                f"base must be a top-K router config; got {self.base!r}. Use SoftmaxAfterTopK() or the like."
-            )
-        if not isinstance(self.base, SoftmaxAfterTopK) and not self.base.renormalize:
-            raise ValueError(
-                "token rounding renormalises the weights of each token, so its base router must too; "
-                f"got {self.base!r}. Set renormalize=True."
-            )
-        if self.mode not in MODES:
-            raise ValueError(f"unknown token rounding mode {self.mode!r}; choose one of {', '.join(MODES)}.")
-        checks.positive("tile", self.tile)
-        if self.tile >= 2**31:
-            raise ValueError(f"tile must be below 2**31; got {self.tile}. Use the row tile of the expert GEMM.")
-        checks.non_negative("seed", self.seed)
-        if self.seed >= 2**32:
-            raise ValueError(f"seed must be below 2**32; got {self.seed}. Take it modulo 2**32.")
+from supersonic_moe.config.router import SigmoidGroupedTopK, TokenRounding
+from supersonic_moe.routing.topk import route, router_kernels
 
 
 class TokenRoundingResult(NamedTuple):

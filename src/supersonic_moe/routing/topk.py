@@ -1,15 +1,6 @@
 """Token choice: router logits (T, E) -> the K experts of each token and the weights of their outputs.
 
-Three rules cover the routers of today's models; ``x`` is a token's row of logits, ``I`` its K chosen experts:
-
-========================================  ===================================  =========================================
-config                                    weight of expert i in I              models
-========================================  ===================================  =========================================
-``SoftmaxAfterTopK()``                    softmax over ``x[I]``                Mixtral, gpt-oss; SonicMoE's default
-``SoftmaxBeforeTopK()``                   softmax over all of ``x``, entry i   OLMoE, Qwen2-MoE
-``SoftmaxBeforeTopK(renormalize=True)``   the same divided by its sum over I   Qwen3-MoE (equals softmax over ``x[I]``)
-``SigmoidGroupedTopK(...)``               c * sigmoid(x_i) / sum over I        DeepSeek-V3, GLM-4.5, Kimi-K2
-========================================  ===================================  =========================================
+The rules: ``config/router.py``.
 
 Choice. The softmax rules take the K largest logits (softmax is monotone, so ranking logits is ranking probabilities,
 without the ties that rounding them would add). The sigmoid rule (DeepSeek-V3, arXiv 2412.19437, eq. 13-16) takes the K
@@ -26,96 +17,23 @@ Precision. Weights are fp32 for bf16, fp16 and fp32 logits, fp64 for fp64 logits
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from supersonic_moe import checks
 from supersonic_moe.autograd import apply
+from supersonic_moe.config.router import (
+    SigmoidGroupedTopK,
+    SoftmaxAfterTopK,
+    SoftmaxBeforeTopK,
+    TokenRounding,
+    TopKRouter,
+    as_router,
+)
 from supersonic_moe.kernels import registry
-
-if TYPE_CHECKING:
-    from supersonic_moe.routing.token_rounding import TokenRounding
-
-
-@dataclass(frozen=True, kw_only=True)
-class SoftmaxAfterTopK:
-    """softmax(topk(logits)): the weights of a token sum to 1."""
-
-    kind: ClassVar[str] = "softmax_after_topk"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SoftmaxBeforeTopK:
-    """topk(softmax(logits)); ``renormalize`` divides the chosen probabilities by their sum (``norm_topk_prob``)."""
-
-    renormalize: bool = False
-    kind: ClassVar[str] = "softmax_before_topk"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SigmoidGroupedTopK:
-    """DeepSeek-V3's router: sigmoid affinities, choice by affinity + correction bias inside the best groups of experts.
-
-    Args:
-        num_groups: runs of E / num_groups consecutive experts; 1 turns the group limit off.
-        topk_groups: groups of which a token may use experts.
-        scaling_factor: c, multiplies the weights after normalisation (``routed_scaling_factor``).
-        renormalize: divide the chosen affinities by their sum + 1e-20 (``norm_topk_prob``).
-    """
-
-    num_groups: int = 1
-    topk_groups: int = 1
-    scaling_factor: float = 1.0
-    renormalize: bool = True
-    kind: ClassVar[str] = "sigmoid_grouped_topk"
-
-    def __post_init__(self) -> None:
-        checks.positive("num_groups", self.num_groups)
-        checks.positive("topk_groups", self.topk_groups)
-        if self.topk_groups > self.num_groups:
-            raise ValueError(
-                f"topk_groups must not exceed num_groups; got {self.topk_groups} of {self.num_groups}. "
-                "Lower topk_groups."
-            )
-        if not (math.isfinite(self.scaling_factor) and self.scaling_factor > 0):
-            raise ValueError(
-                f"scaling_factor must be a positive finite number; got {self.scaling_factor}. Use 1.0 for no scaling."
-            )
-
-
-TopKRouter: TypeAlias = SoftmaxAfterTopK | SoftmaxBeforeTopK | SigmoidGroupedTopK
-
-SUM_EPS = 1e-20
-"""Added to the sum of the chosen affinities before dividing by it (DeepSeek-V3's published code)."""
-
-_NAMES: dict[str, TopKRouter] = {
-    "softmax_after_topk": SoftmaxAfterTopK(),
-    "softmax_before_topk": SoftmaxBeforeTopK(),
-    "softmax_before_topk_renormalized": SoftmaxBeforeTopK(renormalize=True),
-    "sigmoid_grouped_topk": SigmoidGroupedTopK(),
-}
-
-
-def as_router(value: str | TopKRouter | TokenRounding) -> TopKRouter | TokenRounding:
-    """The config that a name stands for; a config passes through."""
-    from supersonic_moe.routing.token_rounding import TokenRounding  # imports this module
-
-    if isinstance(value, SoftmaxAfterTopK | SoftmaxBeforeTopK | SigmoidGroupedTopK | TokenRounding):
-        return value
-    if value == "token_rounding":
-        return TokenRounding()
-    if isinstance(value, str) and value in _NAMES:
-        return _NAMES[value]
-    choices = ", ".join([*_NAMES, "token_rounding"])
-    error = ValueError if isinstance(value, str) else TypeError
-    raise error(
-        f"unknown router {value!r}; choose one of {choices}, or pass a router config such as SoftmaxAfterTopK()."
-    )
 
 
 def route(

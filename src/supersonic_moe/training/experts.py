@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from supersonic_moe.activation import Activation, GateUpLayout
 from supersonic_moe.autograd import apply
+from supersonic_moe.config.activation import Activation, GateUpLayout
+from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.kernels import registry
-from supersonic_moe.routing.plan import RoutingPlan
 from supersonic_moe.training.main_grad import main_grads, stand_ins
 from supersonic_moe.training.op_arguments import (
     PLAN_SCHEMA,
@@ -69,14 +69,14 @@ def _forward(
     plan, static, save = PlanArgs(*rest[:8]), StaticArgs(*rest[8:14]), rest[14]
     k, (act, layout) = _kernels(x, w2, static.backend), static.parsed()
     with without_autocast(x):
-        h_PN, a_PI = k.up_projection(
+        z_PN, a_PI = k.up_projection(
             x, plan.read_index, w1, b1, plan.expert_offsets, plan.row_expert, act, layout, save
         )
         y_PH = k.grouped_mm(a_PI, w2.transpose(1, 2), plan.expert_offsets)
         del a_PI
         s_P = k.pick(scores, plan.scatter_index)
         out_TH = k.gather_sum(y_PH, s_P, b2, *plan.summing(x.shape[0]))
-    return out_TH, h_PN, s_P
+    return out_TH, z_PN, s_P
 
 
 @torch.library.impl("supersonic_moe::experts_backward", ("cpu", "cuda"))
@@ -108,7 +108,7 @@ def _backward(
         return None if added else dw
 
     with without_autocast(x):
-        dh_PN, as_PI, ds_P = k.down_backward(dout, index, w2, h, b1, s_P, offsets, plan.row_expert, act, layout)
+        dz_PN, as_PI, ds_P = k.down_backward(dout, index, w2, h, b1, s_P, offsets, plan.row_expert, act, layout)
         if need_s:
             if b2 is not None:
                 k.row_dot(dout, b2, plan.row_expert, ds_P, gather_index=index)
@@ -119,11 +119,11 @@ def _backward(
         if need_b2 and b2 is not None:
             db2 = k.segment_sum(dout, s_P, offsets, gather_index=index).to(b2.dtype)
         if need_b1 and b1 is not None:
-            db1 = k.segment_sum(dh_PN, None, offsets).to(b1.dtype)
+            db1 = k.segment_sum(dz_PN, None, offsets).to(b1.dtype)
         if need_w1:
-            dw1 = weight_gradient(x, dh_PN, main_w1, transposed=True)
+            dw1 = weight_gradient(x, dz_PN, main_w1, transposed=True)
         if need_x:
-            dx_PH = k.grouped_mm(dh_PN, w1, offsets)
+            dx_PH = k.grouped_mm(dz_PN, w1, offsets)
             dx = k.gather_sum(dx_PH, None, None, *plan.summing(x.shape[0]))
     return gradients_or_empty(x, dx, dscores, dw1, db1, dw2, db2)
 

@@ -1,5 +1,5 @@
 """Forward and backward of the expert MLPs in FP8 as a list of kernel calls: ``training/experts.py`` with every product
-but the weight gradients in e4m3 (``recipe.py``; the arithmetic alone: ``kernels/reference/fp8_layer.py``).
+but the weight gradients in e4m3 (``config/recipe.py``; the arithmetic alone: ``kernels/reference/fp8_layer.py``).
 
     q: e4m3, 1 x 128 scales for rows, 128 x 128 for weights    ~: rows read through an index inside a GEMM's loads
 
@@ -24,7 +24,8 @@ a weight, 57 % of the BF16 layer's 2 T H + 2 R N1 at T 8192, H 3072, I 1536, K 8
 ``keep_transposed`` trade those bytes for precision or time.
 
 Hopper's FP8 products contract along the contiguous dimension of both operands, so backward takes W1 and W2 transposed.
-They are quantised outside the op pair, so that ``training/weight_cache.py`` may keep them from one forward to the next.
+They are quantised outside the op pair, so that ``quantization/weight_cache.py`` may keep them from one forward to the
+next.
 """
 
 from __future__ import annotations
@@ -37,12 +38,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from supersonic_moe.activation import Activation, GateUpLayout
 from supersonic_moe.autograd import apply
+from supersonic_moe.config.activation import Activation, GateUpLayout
+from supersonic_moe.config.plan import RoutingPlan
+from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.kernels import registry
-from supersonic_moe.kernels.fp8_format import blocks, empty_e4m3, empty_scales, padded_capacity
-from supersonic_moe.recipe import Fp8Recipe
-from supersonic_moe.routing.plan import RoutingPlan
+from supersonic_moe.quantization.block_format import blocks, empty_e4m3, empty_scales, padded_capacity
+from supersonic_moe.quantization.weight_cache import Fp8Weight, WeightCache
 from supersonic_moe.training.main_grad import main_grads, stand_ins
 from supersonic_moe.training.op_arguments import (
     PLAN_SCHEMA,
@@ -54,7 +56,6 @@ from supersonic_moe.training.op_arguments import (
     static_args,
     without_autocast,
 )
-from supersonic_moe.training.weight_cache import Fp8Weight, WeightCache
 
 _RECIPE_SCHEMA = "str scale, str save_preactivation, str wgrad"
 
@@ -63,11 +64,11 @@ torch.library.define(
     "supersonic_moe::experts_fp8_forward",
     "(Tensor x, Tensor scores, Tensor w1_q, Tensor w1_scale, Tensor? b1, Tensor w2_q, Tensor w2_scale, Tensor? b2, "
     f"{PLAN_SCHEMA}, {STATIC_SCHEMA}, {_RECIPE_SCHEMA}, bool save) "
-    "-> (Tensor out, Tensor h, Tensor h_scale, Tensor row_scores)",
+    "-> (Tensor out, Tensor h, Tensor z_scale, Tensor row_scores)",
 )
 torch.library.define(
     "supersonic_moe::experts_fp8_backward",
-    "(Tensor dout, Tensor h, Tensor h_scale, bool[6] needs, Tensor(a!)? main_w1, Tensor(b!)? main_w2, "
+    "(Tensor dout, Tensor h, Tensor z_scale, bool[6] needs, Tensor(a!)? main_w1, Tensor(b!)? main_w2, "
     "Tensor x, Tensor row_scores, Tensor? w1_q, Tensor w1_transposed, Tensor w1_scale, Tensor? b1, "
     "Tensor w2_transposed, Tensor w2_scale, Tensor? b2, "
     f"{PLAN_SCHEMA}, {STATIC_SCHEMA}, {_RECIPE_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -124,21 +125,21 @@ def _forward(
     offsets, row_expert = plan.expert_offsets, plan.row_expert
     with without_autocast(x):
         x_q, x_scale = k.quantize_rows(x, recipe.pow2, plan.identity)
-        h, h_scale, a_q, a_scale = k.up_projection_fp8(
+        h, z_scale, a_q, a_scale = k.up_projection_fp8(
             x_q, x_scale, plan.read_index, w1_q, w1_scale, b1, offsets, row_expert, act, layout, recipe, save
         )
         y_PH = k.grouped_mm_fp8(a_q, a_scale, w2_q, w2_scale, offsets)
         del x_q, x_scale, a_q, a_scale
         s_P = k.pick(scores, plan.scatter_index)
         out_TH = k.gather_sum(y_PH, s_P, b2, *plan.summing(x.shape[0]))
-    return out_TH, h, h_scale, s_P
+    return out_TH, h, z_scale, s_P
 
 
 @torch.library.impl("supersonic_moe::experts_fp8_backward", ("cpu", "cuda"))
 def _backward(
     dout: Tensor,
     h: Tensor,
-    h_scale: Tensor,
+    z_scale: Tensor,
     needs: list[bool],
     main_w1: Tensor | None,
     main_w2: Tensor | None,
@@ -177,20 +178,20 @@ def _backward(
             h = k.grouped_mm_fp8(x_q, x_scale, w1_q, w1_scale, offsets, gather_index=index)
             del x_q, x_scale
         dout_q, dout_scale = k.quantize_rows(dout, recipe.pow2, plan.identity)
-        to_down = (dout_q, dout_scale, index, w2_transposed, w2_scale.mT, h, h_scale, b1, s_P, offsets, plan.row_expert)
+        to_down = (dout_q, dout_scale, index, w2_transposed, w2_scale.mT, h, z_scale, b1, s_P, offsets, plan.row_expert)
         if in_fp8 and (need_w1 or need_w2):
             capacity = padded_capacity(plan.gather_index.shape[0], offsets.shape[0] - 1)
             positions, row_index, token_index = k.pad_segments(offsets, plan.gather_index, capacity)
         quantised = in_fp8 and need_w1 and need_w2 and not (need_b1 and b1 is not None)  # db1 sums dH itself
         if not quantised:
-            dh_PN, as_PI, ds_P = k.down_backward_fp8(*to_down, act, layout)
+            dz_PN, as_PI, ds_P = k.down_backward_fp8(*to_down, act, layout)
         else:
-            dh_q, dh_scale, *tiles, ds_P = k.down_backward_fp8_quantised(
+            dh_q, dz_scale, *tiles, ds_P = k.down_backward_fp8_quantised(
                 *to_down, act, layout, positions, row_index, recipe.pow2
             )
-            dh_tiles, as_tiles, dh_PN, as_PI = tiles[:2], tiles[2:], None, None
+            dh_tiles, as_tiles, dz_PN, as_PI = tiles[:2], tiles[2:], None, None
             del tiles
-        del dout_q, dout_scale, h, h_scale, to_down
+        del dout_q, dout_scale, h, z_scale, to_down
         if need_s:
             if b2 is not None:
                 k.row_dot(dout, b2, plan.row_expert, ds_P, gather_index=index)
@@ -208,21 +209,21 @@ def _backward(
         if need_b2 and b2 is not None:
             db2 = k.segment_sum(dout, s_P, offsets, gather_index=index).to(b2.dtype)
         if need_b1 and b1 is not None:
-            db1 = k.segment_sum(dh_PN, None, offsets).to(b1.dtype)
+            db1 = k.segment_sum(dz_PN, None, offsets).to(b1.dtype)
         if in_fp8 and need_w1 and not quantised:
-            dh_q, dh_scale, *dh_tiles = k.quantize_tiles(dh_PN, row_index, recipe.pow2)
+            dh_q, dz_scale, *dh_tiles = k.quantize_tiles(dz_PN, row_index, recipe.pow2)
         elif need_x and not quantised:
-            dh_q, dh_scale = k.quantize_rows(dh_PN, recipe.pow2, True)
+            dh_q, dz_scale = k.quantize_rows(dz_PN, recipe.pow2, True)
         if need_w1:
             if in_fp8:
                 x_columns = k.quantize_columns(x, token_index, recipe.pow2)
                 dw1 = product_fp8(x_columns, dh_tiles, main_w1, transposed=True)
                 del dh_tiles, x_columns
             else:
-                dw1 = product_bf16(x, dh_PN, main_w1, transposed=True)
-        del dh_PN
+                dw1 = product_bf16(x, dz_PN, main_w1, transposed=True)
+        del dz_PN
         if need_x:
-            dx_PH = k.grouped_mm_fp8(dh_q, dh_scale, w1_transposed, w1_scale.mT, offsets)
+            dx_PH = k.grouped_mm_fp8(dh_q, dz_scale, w1_transposed, w1_scale.mT, offsets)
             dx = k.gather_sum(dx_PH, None, None, *plan.summing(x.shape[0]))
     dw1, dw2 = (None if main is not None else dw for main, dw in ((main_w1, dw1), (main_w2, dw2)))
     return gradients_or_empty(x, dx, dscores, dw1, db1, dw2, db2)
@@ -256,7 +257,7 @@ def _forward_fake(x: Tensor, scores: Tensor, w1_q: Tensor, *rest: Any) -> tuple[
 def _backward_fake(
     dout: Tensor,
     h: Tensor,
-    h_scale: Tensor,
+    z_scale: Tensor,
     needs: list[bool],
     main_w1: Tensor | None,
     main_w2: Tensor | None,
@@ -298,14 +299,14 @@ class ExpertsFp8(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
         x, _, w1, b1, w2, b2, q1, q2, plan, static, owners = inputs
-        _, h, h_scale, s_P = output
-        ctx.mark_non_differentiable(h, h_scale, s_P)
+        _, h, z_scale, s_P = output
+        ctx.mark_non_differentiable(h, z_scale, s_P)
         ctx.set_materialize_grads(False)
         ctx.kept = q1[1] is not None
         recomputes = static[-2] == "recompute"
         # (q of w1 or None, transposed w1, its scale, transposed w2, its scale), or the weights themselves
         weights = (q1[0] if recomputes else None, *q1[1:], *q2[1:]) if ctx.kept else (w1, w2, None, None, None)
-        ctx.save_for_backward(h, h_scale, x, s_P, b1, b2, *weights, *plan[:-1])
+        ctx.save_for_backward(h, z_scale, x, s_P, b1, b2, *weights, *plan[:-1])
         ctx.identity, ctx.static = plan[-1], static
         ctx.owners = owners  # the objects themselves: saved tensors may come back without attributes
 
@@ -315,7 +316,7 @@ class ExpertsFp8(torch.autograd.Function):
             return (None,) * 11
         needs = list(ctx.needs_input_grad[:6])
         mains = main_grads(ctx.owners, needs)
-        h, h_scale, x, s_P, b1, b2, *tensors = ctx.saved_tensors
+        h, z_scale, x, s_P, b1, b2, *tensors = ctx.saved_tensors
         (w1_q, w1_t, w1_scale, w2_t, w2_scale), plan = tensors[:5], (*tensors[5:], ctx.identity)
         if not ctx.kept:
             scale, backend = ctx.static[-3], ctx.static[5]
@@ -324,7 +325,7 @@ class ExpertsFp8(torch.autograd.Function):
         weights = (w1_q, w1_t, w1_scale, b1, w2_t, w2_scale, b2)
         grads: list[Tensor | None] = list(
             torch.ops.supersonic_moe.experts_fp8_backward.default(
-                dout.contiguous(), h, h_scale, needs, *mains, x, s_P, *weights, *plan, *ctx.static
+                dout.contiguous(), h, z_scale, needs, *mains, x, s_P, *weights, *plan, *ctx.static
             )
         )
         grads[2], grads[4] = stand_ins(ctx.owners, mains, grads[2], grads[4], x.dtype)

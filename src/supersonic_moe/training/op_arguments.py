@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from supersonic_moe.activation import Activation, ActivationType, GateUpLayout
-from supersonic_moe.routing.plan import RoutingPlan
+from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout
+from supersonic_moe.config.plan import RoutingPlan
 
 PLAN_SCHEMA = (
     "Tensor expert_offsets, Tensor gather_index, Tensor scatter_index, Tensor row_expert, Tensor reverse_index, "

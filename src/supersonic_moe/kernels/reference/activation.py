@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from supersonic_moe.activation import Activation, ActivationType, GateUpLayout
+from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -22,14 +22,14 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def activation_forward(
-    h_PN: Tensor, b1_EN: Tensor | None, row_expert_P: Tensor, activation: Activation, layout: GateUpLayout
+    z_PN: Tensor, b1_EN: Tensor | None, row_expert_P: Tensor, activation: Activation, layout: GateUpLayout
 ) -> Tensor:
-    a_PI, _ = _act(_preactivation(h_PN, b1_EN, row_expert_P), activation, layout)
-    return a_PI.to(h_PN.dtype)
+    a_PI, _ = _act(_preactivation(z_PN, b1_EN, row_expert_P), activation, layout)
+    return a_PI.to(z_PN.dtype)
 
 
 def activation_backward(
-    h_PN: Tensor,
+    z_PN: Tensor,
     b1_EN: Tensor | None,
     da_PI: Tensor,
     row_scores_P: Tensor,
@@ -38,27 +38,27 @@ def activation_backward(
     layout: GateUpLayout,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (dh (P, N1), s * a (P, I), ds (P,) in the accumulation dtype)."""
-    a_PI, partials = _act(_preactivation(h_PN, b1_EN, row_expert_P), activation, layout)
+    a_PI, partials = _act(_preactivation(z_PN, b1_EN, row_expert_P), activation, layout)
     da_acc_PI = da_PI.to(a_PI.dtype)
     s_P1 = row_scores_P.to(a_PI.dtype)[:, None]
-    dh_PN = _join([s_P1 * da_acc_PI * partial for partial in partials], layout)
-    return dh_PN.to(h_PN.dtype), (s_P1 * a_PI).to(h_PN.dtype), (da_acc_PI * a_PI).sum(1)
+    dz_PN = _join([s_P1 * da_acc_PI * partial for partial in partials], layout)
+    return dz_PN.to(z_PN.dtype), (s_P1 * a_PI).to(z_PN.dtype), (da_acc_PI * a_PI).sum(1)
 
 
-def _preactivation(h_PN: Tensor, b1_EN: Tensor | None, row_expert_P: Tensor) -> Tensor:
-    h = h_PN.to(acc_dtype(h_PN.dtype))
+def _preactivation(z_PN: Tensor, b1_EN: Tensor | None, row_expert_P: Tensor) -> Tensor:
+    h = z_PN.to(acc_dtype(z_PN.dtype))
     if b1_EN is None:
         return h
     return h + b1_EN.to(h.dtype)[row_expert_P.clamp(max=b1_EN.shape[0] - 1).long()]
 
 
-def _act(h_PN: Tensor, activation: Activation, layout: GateUpLayout) -> tuple[Tensor, list[Tensor]]:
+def _act(z_PN: Tensor, activation: Activation, layout: GateUpLayout) -> tuple[Tensor, list[Tensor]]:
     """Value and partial derivatives (by gate, by up) or (by h,)."""
     kind = activation.type
     if not activation.gated:
-        value, slope = _unary(kind, h_PN)
+        value, slope = _unary(kind, z_PN)
         return value, [slope]
-    gate, up = _split(h_PN, layout)
+    gate, up = _split(z_PN, layout)
     if kind is ActivationType.SWIGLU:
         value, slope = _swish(gate, activation)
         if activation.limit is None:
@@ -91,10 +91,10 @@ def _unary(kind: ActivationType, h: Tensor) -> tuple[Tensor, Tensor]:
     return relu, (h > 0).to(h.dtype)
 
 
-def _split(h_PN: Tensor, layout: GateUpLayout) -> tuple[Tensor, Tensor]:
+def _split(z_PN: Tensor, layout: GateUpLayout) -> tuple[Tensor, Tensor]:
     if layout is GateUpLayout.INTERLEAVED:
-        return h_PN[:, 0::2], h_PN[:, 1::2]
-    first, second = h_PN.chunk(2, dim=1)
+        return z_PN[:, 0::2], z_PN[:, 1::2]
+    first, second = z_PN.chunk(2, dim=1)
     return (first, second) if layout is GateUpLayout.GATE_UP else (second, first)
 
 

@@ -32,8 +32,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from supersonic_moe.activation import Activation, GateUpLayout
-from supersonic_moe.kernels.fp8_format import padded_capacity
+from supersonic_moe.config.activation import Activation, GateUpLayout
+from supersonic_moe.config.plan import RoutingPlan
+from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.kernels.reference.activation import acc_dtype, activation_backward, activation_forward
 from supersonic_moe.kernels.reference.gather import gather_rows, gather_sum
 from supersonic_moe.kernels.reference.grouped_mm import grouped_mm, grouped_mm_wgrad
@@ -46,8 +47,7 @@ from supersonic_moe.kernels.reference.quantize import (
     quantize_tiles,
 )
 from supersonic_moe.kernels.reference.reductions import row_dot, segment_sum
-from supersonic_moe.recipe import Fp8Recipe
-from supersonic_moe.routing.plan import RoutingPlan
+from supersonic_moe.quantization.block_format import padded_capacity
 
 
 class Fp8Gradients(NamedTuple):
@@ -74,21 +74,21 @@ def fp8_forward(
     """(O (T, H), the pre-activation H (P, N1) without the bias as backward will see it)."""
     acc, pow2 = acc_dtype(x_TH.dtype), recipe.scale == "pow2"
     x_PH = gather_rows(_rows(x_TH, pow2, acc), plan.gather_index)
-    h_PN = grouped_mm(x_PH, _blocks(w1_ENH, pow2, acc).mT, plan.expert_offsets)
-    a_PI = activation_forward(h_PN, b1_EN, plan.row_expert, activation, layout)
+    z_PN = grouped_mm(x_PH, _blocks(w1_ENH, pow2, acc).mT, plan.expert_offsets)
+    a_PI = activation_forward(z_PN, b1_EN, plan.row_expert, activation, layout)
     y_PH = grouped_mm(_rows(a_PI, pow2, acc), _blocks(w2_EHI, pow2, acc).mT, plan.expert_offsets)
     out_TH = _sum_by_token(y_PH, _row_scores(scores_S, plan), b2_EH, plan)
     saved = {
-        "fp8": lambda: _rows(h_PN, pow2, acc),
-        "bf16": lambda: h_PN.bfloat16().to(acc),
-        "recompute": lambda: h_PN,
+        "fp8": lambda: _rows(z_PN, pow2, acc),
+        "bf16": lambda: z_PN.bfloat16().to(acc),
+        "recompute": lambda: z_PN,
     }
     return out_TH, saved[recipe.save_preactivation]()
 
 
 def fp8_backward(
     dout_TH: Tensor,
-    h_PN: Tensor,
+    z_PN: Tensor,
     x_TH: Tensor,
     scores_S: Tensor,
     w1_ENH: Tensor,
@@ -107,7 +107,7 @@ def fp8_backward(
     da_PI = grouped_mm(
         gather_rows(_rows(dout_TH, pow2, acc), plan.gather_index), _blocks(w2_EHI, pow2, acc), plan.expert_offsets
     )
-    dz_PN, as_PI, ds_P = activation_backward(h_PN, b1_EN, da_PI, s_P, plan.row_expert, activation, layout)
+    dz_PN, as_PI, ds_P = activation_backward(z_PN, b1_EN, da_PI, s_P, plan.row_expert, activation, layout)
 
     dout_PH = gather_rows(dout_TH.to(acc), plan.gather_index)
     if b2_EH is not None:

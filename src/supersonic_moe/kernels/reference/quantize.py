@@ -1,4 +1,4 @@
-"""The FP8 quantisers in plain torch, any device: the definition that ``kernels/fp8_format.py`` gives in words.
+"""The FP8 quantisers in plain torch, any device: the definition that ``kernels/block_format.py`` gives in words.
 
 Shapes: R rows, C columns, E experts, N and K the sides of a weight, P rows of a routing plan, G positions (the rows of
 each expert, padded to blocks of 128).
@@ -13,9 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from supersonic_moe.kernels.fp8_format import BLOCK, E4M3, INVERSE_MAX, SMALLEST_AMAX, blocks, empty_e4m3, empty_scales
 from supersonic_moe.kernels.reference.gather import gather_rows
 from supersonic_moe.kernels.reference.grouped_mm import grouped_mm, grouped_mm_wgrad
+from supersonic_moe.quantization.block_format import (
+    BLOCK,
+    E4M3,
+    INVERSE_MAX,
+    SMALLEST_AMAX,
+    blocks,
+    empty_e4m3,
+    empty_scales,
+)
 
 # ---- one block -------------------------------------------------------------------------------------------------------
 

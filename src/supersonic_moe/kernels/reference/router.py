@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from supersonic_moe.config.router import SUM_EPS, SigmoidGroupedTopK, SoftmaxBeforeTopK, TopKRouter
 from supersonic_moe.kernels.reference.activation import acc_dtype
-from supersonic_moe.routing.topk import SUM_EPS, SigmoidGroupedTopK, SoftmaxBeforeTopK, TopKRouter
 
 
 def route_forward(

@@ -23,7 +23,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from supersonic_moe.routing.topk import SUM_EPS
+from supersonic_moe.config.router import SUM_EPS
 
 
 def token_rounding_forward(

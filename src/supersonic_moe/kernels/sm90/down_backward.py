@@ -26,7 +26,7 @@ import functools
 import torch
 from torch import Tensor
 
-from supersonic_moe.activation import Activation, GateUpLayout
+from supersonic_moe.config.activation import Activation, GateUpLayout
 from supersonic_moe.jit.launch import F32, I32, PTR, TENSOR_MAP, Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
@@ -82,7 +82,7 @@ def down_backward(
     dout_TH: Tensor,
     gather_index: Tensor | None,
     w2_EHI: Tensor,
-    h_PN: Tensor,
+    z_PN: Tensor,
     b1_EN: Tensor | None,
     row_scores_P: Tensor,
     expert_offsets: Tensor,
@@ -95,14 +95,14 @@ def down_backward(
     """
     if not activation.gated or w2_EHI.stride(2) != 1:
         return _unfused(
-            dout_TH, gather_index, w2_EHI, h_PN, b1_EN, row_scores_P, expert_offsets, row_expert_P, activation, layout
+            dout_TH, gather_index, w2_EHI, z_PN, b1_EN, row_scores_P, expert_offsets, row_expert_P, activation, layout
         )
     num_experts, hidden, width = w2_EHI.shape
     rows, blocks_n = num_rows(dout_TH, gather_index), -(-width // BLOCK_N)
-    dh_PN, as_PI = h_PN.new_empty(h_PN.shape), h_PN.new_empty(rows, width)
-    partial_ds_BP = h_PN.new_empty(blocks_n, rows, dtype=torch.float32)
+    dz_PN, as_PI = z_PN.new_empty(z_PN.shape), z_PN.new_empty(rows, width)
+    partial_ds_BP = z_PN.new_empty(blocks_n, rows, dtype=torch.float32)
     if rows == 0:
-        return dh_PN, as_PI, partial_ds_BP.new_empty(0)
+        return dz_PN, as_PI, partial_ds_BP.new_empty(0)
     interleaved = layout is GateUpLayout.INTERLEAVED
     cluster = cluster_size(rows, num_experts)
     with on_device(dout_TH):
@@ -111,8 +111,8 @@ def down_backward(
             (grid, 1, 1),
             map_of_rows(dout_TH, gather_index, box=(BLOCK_M, BLOCK_K)),
             tensor_map(w2_EHI, box=(1, BLOCK_K, 64)),
-            map_of_halves(h_PN, interleaved, rows=BLOCK_M),
-            map_of_halves(dh_PN, interleaved, rows=WARP_ROWS),
+            map_of_halves(z_PN, interleaved, rows=BLOCK_M),
+            map_of_halves(dz_PN, interleaved, rows=WARP_ROWS),
             tensor_map(as_PI.view(rows, 1, width), box=(WARP_ROWS, 1, 64)),
             expert_offsets,
             gather_index,
@@ -121,11 +121,11 @@ def down_backward(
             -(-hidden // BLOCK_K),
             None if b1_EN is None else b1_EN.contiguous(),
             row_scores_P,
-            dh_PN,
+            dz_PN,
             as_PI,
             partial_ds_BP,
             rows,
             *half_bases(layout, width),
             *activation_constants(activation),
         )
-    return dh_PN, as_PI, partial_ds_BP.sum(0)
+    return dz_PN, as_PI, partial_ds_BP.sum(0)

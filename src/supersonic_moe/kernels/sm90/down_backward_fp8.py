@@ -4,7 +4,7 @@
     dS[r] = <dA[r], act(H[r] + b1)>                   score gradient, without the part of b2
     dH[r] = act'(H[r] + b1) · (s[r] · dA[r])          sA[r] = s[r] · act(H[r] + b1)
 
-Layout (row-major; formats: ``kernels/fp8_format.py``)
+Layout (row-major; formats: ``kernels/block_format.py``)
     dO (T, H) e4m3 with row scales, through an index of P rows or as it lies, W2 transposed (E, I, H) with its scales in
     any strides: A and B of grouped_gemm_fp8.py. H (P, 2I) as the up-projection saved it, in the column order of the
     weight: e4m3 with scales stored transposed, or bf16. dH (P, 2I) and sA (P, I) bf16, s (P) fp32. dS comes as a
@@ -30,12 +30,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from supersonic_moe.activation import Activation, GateUpLayout
+from supersonic_moe.config.activation import Activation, GateUpLayout
 from supersonic_moe.jit.launch import F32, I32, I64, PTR, TENSOR_MAP, Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
 from supersonic_moe.kernels.compose import compose_down_backward_fp8
-from supersonic_moe.kernels.fp8_format import BLOCK, E4M3
 from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import gathering_cluster, grouped_mm_fp8, map_of_scales
 from supersonic_moe.kernels.sm90.mainloop import (
     BLOCK_M,
@@ -56,6 +55,7 @@ from supersonic_moe.kernels.sm90.up_projection import (
     map_of_halves,
 )
 from supersonic_moe.kernels.triton import activation_backward
+from supersonic_moe.quantization.block_format import BLOCK, E4M3
 
 CHUNKS = 4  # of 64 activations, in a tile
 SCALE_BYTES = 640  # 132 scales or scores of a tile's rows, in whole lines of 128 bytes
@@ -104,8 +104,8 @@ def down_backward_fp8(
     gather_index: Tensor | None,
     w2q_EIH: Tensor,
     w2_scale: Tensor,
-    h_PN: Tensor,
-    h_scale: Tensor,
+    z_PN: Tensor,
+    z_scale: Tensor,
     b1_EN: Tensor | None,
     row_scores_P: Tensor,
     expert_offsets: Tensor,
@@ -117,27 +117,27 @@ def down_backward_fp8(
     of 128 wide, take the grouped GEMM and the activation pass instead.
     """
     num_experts, width, hidden = w2q_EIH.shape
-    interleaved, saved_fp8 = layout is GateUpLayout.INTERLEAVED, h_PN.dtype is E4M3
+    interleaved, saved_fp8 = layout is GateUpLayout.INTERLEAVED, z_PN.dtype is E4M3
     if not activation.gated or (saved_fp8 and not interleaved and width % BLOCK):
         return _unfused(
-            doutq_TH, dout_scale, gather_index, w2q_EIH, w2_scale, h_PN, h_scale, b1_EN, row_scores_P, expert_offsets,
+            doutq_TH, dout_scale, gather_index, w2q_EIH, w2_scale, z_PN, z_scale, b1_EN, row_scores_P, expert_offsets,
             row_expert_P, activation, layout,
         )  # fmt: skip
     rows, blocks_n = num_rows(doutq_TH, gather_index), -(-width // BLOCK_N)
-    dh_PN = h_PN.new_empty(rows, 2 * width, dtype=torch.bfloat16)
-    as_PI = dh_PN.new_empty(rows, width)
-    partial_ds_BP = dh_PN.new_empty(blocks_n, rows, dtype=torch.float32)
+    dz_PN = z_PN.new_empty(rows, 2 * width, dtype=torch.bfloat16)
+    as_PI = dz_PN.new_empty(rows, width)
+    partial_ds_BP = dz_PN.new_empty(blocks_n, rows, dtype=torch.float32)
     if rows == 0:
-        return dh_PN, as_PI, partial_ds_BP.new_empty(0)
+        return dz_PN, as_PI, partial_ds_BP.new_empty(0)
     gather = gather_index is not None
     cluster = gathering_cluster(blocks_n, gather)
     scores_P = loadable(row_scores_P)
-    map_dh = map_of_halves(dh_PN, interleaved, rows=WARP_ROWS)
+    map_dh = map_of_halves(dz_PN, interleaved, rows=WARP_ROWS)
     with on_device(doutq_TH):
         grid = multiprocessors(doutq_TH.device.index) // cluster * cluster
         _kernel(kind_of(activation), interleaved, saved_fp8, gather, cluster).launch(
             (grid, 1, 1),
-            *input_maps(doutq_TH, dout_scale, gather_index, w2q_EIH, h_PN, h_scale, scores_P, interleaved),
+            *input_maps(doutq_TH, dout_scale, gather_index, w2q_EIH, z_PN, z_scale, scores_P, interleaved),
             map_dh,
             tensor_map(as_PI.view(rows, 1, width), box=(WARP_ROWS, 1, 64)),
             expert_offsets,
@@ -150,14 +150,14 @@ def down_backward_fp8(
             w2_scale,
             *w2_scale.stride(),
             None if b1_EN is None else b1_EN.contiguous(),
-            dh_PN,
+            dz_PN,
             as_PI,
             partial_ds_BP,
             rows,
             *half_bases(layout, width),
             *activation_constants(activation),
         )
-    return dh_PN, as_PI, partial_ds_BP.sum(0)
+    return dz_PN, as_PI, partial_ds_BP.sum(0)
 
 
 def loadable(scores_P: Tensor) -> Tensor:
@@ -171,35 +171,35 @@ def input_maps(
     dout_scale: Tensor,
     gather_index: Tensor | None,
     w2q_EIH: Tensor,
-    h_PN: Tensor,
-    h_scale: Tensor,
+    z_PN: Tensor,
+    z_scale: Tensor,
     scores_P: Tensor,
     interleaved: bool,
 ) -> tuple[TensorMap, ...]:
     """dO, its scales, W2, H, its scales, the rows' scores."""
-    map_h, vector = _map_of_saved(h_PN, interleaved), (1, BLOCK_M + 4)
+    map_h, vector = _map_of_saved(z_PN, interleaved), (1, BLOCK_M + 4)
     return (
         map_of_rows(doutq_TH, gather_index, box=(BLOCK_M, FP8_BLOCK_K)),
         map_of_scales(dout_scale, gather_index, map_h),
         tensor_map(w2q_EIH, box=(1, BLOCK_N, FP8_BLOCK_K)),
         map_h,
-        tensor_map(h_scale.t(), box=vector, swizzle=0) if h_PN.dtype is E4M3 else map_h,
+        tensor_map(z_scale.t(), box=vector, swizzle=0) if z_PN.dtype is E4M3 else map_h,
         tensor_map(scores_P[None], box=vector, swizzle=0),
     )
 
 
-def _map_of_saved(h_PN: Tensor, interleaved: bool) -> TensorMap:
+def _map_of_saved(z_PN: Tensor, interleaved: bool) -> TensorMap:
     """H in boxes of 64 activations: in e4m3 128 bytes a row, of both halves where there are two."""
-    if h_PN.dtype is not E4M3:
-        return map_of_halves(h_PN, interleaved, rows=BLOCK_M)
+    if z_PN.dtype is not E4M3:
+        return map_of_halves(z_PN, interleaved, rows=BLOCK_M)
     if interleaved:
-        return tensor_map(h_PN, box=(BLOCK_M, 128))
-    rows, columns = h_PN.shape
+        return tensor_map(z_PN, box=(BLOCK_M, 128))
+    rows, columns = z_PN.shape
     return tensor_map(
-        h_PN.data_ptr(),
+        z_PN.data_ptr(),
         box=(BLOCK_M, 2, 64),
         swizzle=64,
         dtype=E4M3,
         shape=(rows, 2, columns // 2),
-        strides=(h_PN.stride(0), columns // 2, 1),
+        strides=(z_PN.stride(0), columns // 2, 1),
     )

@@ -4,7 +4,7 @@
     dS[r] = <dA[r], act(H[r] + b1)>                   score gradient, without the part of b2
     dH[r] = act'(H[r] + b1) · (s[r] · dA[r])          sA[r] = s[r] · act(H[r] + b1)
 
-Layout (row-major; formats: ``kernels/fp8_format.py``)
+Layout (row-major; formats: ``kernels/block_format.py``)
     Inputs as in down_backward_fp8.py, H (P, 2I) e4m3, gate and up alternating. Row r of expert e has the position
     padded_offsets[e] + r - offsets[e], G positions in all. dH comes as it lies, (P, 2I), with the scale of its tile for
     each row, stored transposed, and transposed, (2I, G), with tile scales (2I/128, G/128): what ``quantize_tiles``
@@ -30,17 +30,17 @@ import functools
 import torch
 from torch import Tensor
 
-from supersonic_moe.activation import Activation, GateUpLayout
+from supersonic_moe.config.activation import Activation, GateUpLayout
 from supersonic_moe.jit.launch import F32, I32, I64, PTR, TENSOR_MAP, Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.compose import compose_down_backward_fp8_quantised
-from supersonic_moe.kernels.fp8_format import BLOCK, E4M3, blocks, empty_e4m3, empty_scales
 from supersonic_moe.kernels.sm90.down_backward_fp8 import down_backward_fp8, down_fp8_spec, input_maps, loadable
 from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import gathering_cluster
 from supersonic_moe.kernels.sm90.mainloop import BLOCK_N, FP8_BLOCK_K, WARP_ROWS, multiprocessors, num_rows
 from supersonic_moe.kernels.sm90.up_projection import ALL_KINDS, activation_constants, kind_of
 from supersonic_moe.kernels.triton import quantize_columns, quantize_tiles
+from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks, empty_e4m3, empty_scales
 
 
 def down_fp8_quantised_spec(kind: int, *, gather: bool, cluster: int) -> KernelSpec:
@@ -75,8 +75,8 @@ def down_backward_fp8_quantised(
     gather_index: Tensor | None,
     w2q_EIH: Tensor,
     w2_scale: Tensor,
-    h_PN: Tensor,
-    h_scale: Tensor,
+    z_PN: Tensor,
+    z_scale: Tensor,
     b1_EN: Tensor | None,
     row_scores_P: Tensor,
     expert_offsets: Tensor,
@@ -93,16 +93,16 @@ def down_backward_fp8_quantised(
     """
     num_experts, width, hidden = w2q_EIH.shape
     rows, blocks_n, capacity = num_rows(doutq_TH, gather_index), -(-width // BLOCK_N), row_index_G.shape[0]
-    if not activation.gated or layout is not GateUpLayout.INTERLEAVED or h_PN.dtype is not E4M3 or rows == 0:
+    if not activation.gated or layout is not GateUpLayout.INTERLEAVED or z_PN.dtype is not E4M3 or rows == 0:
         return _unfused(
-            doutq_TH, dout_scale, gather_index, w2q_EIH, w2_scale, h_PN, h_scale, b1_EN, row_scores_P, expert_offsets,
+            doutq_TH, dout_scale, gather_index, w2q_EIH, w2_scale, z_PN, z_scale, b1_EN, row_scores_P, expert_offsets,
             row_expert_P, activation, layout, padded_offsets, row_index_G, pow2,
         )  # fmt: skip
-    dhq_PN, dh_row_scale = empty_e4m3(h_PN, rows, 2 * width), empty_scales(h_PN, rows, blocks(2 * width), tma=True)
-    dhq_NG, asq_IG = empty_e4m3(h_PN, 2 * width, capacity), empty_e4m3(h_PN, width, capacity)
-    dh_scale = empty_scales(h_PN, blocks(2 * width), capacity // BLOCK, tma=True)
-    as_scale = empty_scales(h_PN, blocks(width), capacity // BLOCK, tma=True)
-    partial_ds_BP = h_PN.new_empty(blocks_n, rows, dtype=torch.float32)
+    dhq_PN, dh_row_scale = empty_e4m3(z_PN, rows, 2 * width), empty_scales(z_PN, rows, blocks(2 * width), tma=True)
+    dhq_NG, asq_IG = empty_e4m3(z_PN, 2 * width, capacity), empty_e4m3(z_PN, width, capacity)
+    dz_scale = empty_scales(z_PN, blocks(2 * width), capacity // BLOCK, tma=True)
+    as_scale = empty_scales(z_PN, blocks(width), capacity // BLOCK, tma=True)
+    partial_ds_BP = z_PN.new_empty(blocks_n, rows, dtype=torch.float32)
     gather = gather_index is not None
     cluster = gathering_cluster(blocks_n, gather)
     scores_P = loadable(row_scores_P)
@@ -110,7 +110,7 @@ def down_backward_fp8_quantised(
         grid = multiprocessors(doutq_TH.device.index) // cluster * cluster
         _kernel(kind_of(activation), gather, cluster).launch(
             (grid, 1, 1),
-            *input_maps(doutq_TH, dout_scale, gather_index, w2q_EIH, h_PN, h_scale, scores_P, True),
+            *input_maps(doutq_TH, dout_scale, gather_index, w2q_EIH, z_PN, z_scale, scores_P, True),
             tensor_map(dhq_PN, box=(WARP_ROWS, BLOCK)),
             tensor_map(dhq_NG, box=(BLOCK, BLOCK)),
             tensor_map(asq_IG, box=(BLOCK, BLOCK)),
@@ -128,8 +128,8 @@ def down_backward_fp8_quantised(
             dhq_PN,
             dh_row_scale,
             dh_row_scale.stride(1),
-            dh_scale,
-            dh_scale.stride(1),
+            dz_scale,
+            dz_scale.stride(1),
             as_scale,
             as_scale.stride(1),
             partial_ds_BP,
@@ -137,4 +137,4 @@ def down_backward_fp8_quantised(
             int(pow2),
             *activation_constants(activation),
         )
-    return dhq_PN, dh_row_scale, dhq_NG, dh_scale, asq_IG, as_scale, partial_ds_BP.sum(0)
+    return dhq_PN, dh_row_scale, dhq_NG, dz_scale, asq_IG, as_scale, partial_ds_BP.sum(0)

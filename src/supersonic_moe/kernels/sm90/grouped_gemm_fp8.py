@@ -1,6 +1,6 @@
 """Grouped GEMM in FP8 with ragged rows on sm_90a: D[r] = A[r] · B[expert of r], e4m3 with block scales, bf16 out.
 
-Layout (formats: ``kernels/fp8_format.py``)
+Layout (formats: ``kernels/block_format.py``)
     A (P, K) with scales (P, K/128) stored K block by K block, as TMA loads 128 rows of one; or (T, K) read through an
     index of P rows, -1 for a row of zeros, with scales stored row by row. B (E, N, K), K contiguous, with a scale for
     each 128 × 128 block in any strides: the transposed weights of the data gradient bring the same scales transposed.

@@ -1,6 +1,6 @@
 """Grouped GEMM in FP8 with a ragged contraction on sm_90a: D[e] = or += A[:, positions of e] · B[:, positions of e]ᵀ.
 
-Layout (formats: ``kernels/fp8_format.py``)
+Layout (formats: ``kernels/block_format.py``)
     A (M, G) and B (N, G) e4m3, positions contiguous, as the transposing quantisers write them. Expert e owns the
     positions [padded_offsets[e], padded_offsets[e + 1]), int32 on the device, multiples of 128: what an expert lacks to
     whole blocks is zeros. A has a scale for each row and block of 128 positions, (M, G/128), stored block by block, as
@@ -29,7 +29,6 @@ from supersonic_moe import checks
 from supersonic_moe.jit.launch import I32, I64, PTR, TENSOR_MAP, Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
-from supersonic_moe.kernels.fp8_format import BLOCK, E4M3, blocks
 from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import map_of_columns
 from supersonic_moe.kernels.sm90.grouped_wgrad import (
     BF16,
@@ -41,6 +40,7 @@ from supersonic_moe.kernels.sm90.grouped_wgrad import (
     output_kind,
 )
 from supersonic_moe.kernels.sm90.mainloop import BLOCK_M, BLOCK_N, FP8_BLOCK_K, mainloop_spec, multiprocessors
+from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks
 
 
 def wgrad_fp8_spec(*, output: int, transposed: bool) -> KernelSpec:

@@ -2,14 +2,14 @@
 
     q[c][g] = e4m3(x[index[g]][c] / scale[c][block of g])        zeros where index[g] < 0
 
-Layout (formats: ``kernels/fp8_format.py``, *columns*)
+Layout (formats: ``kernels/block_format.py``, *columns*)
     x (R, C) bf16, index (G) int32, q (C, G), scale (C, G/128), the scales of one block of positions next to each other.
 Tiles
     128 positions × 128 columns a block of 256 threads, all positions of one column panel before the next: rows that
     many positions gather then come from DRAM once. A thread holds 8 consecutive positions of 8 columns, so its codes of
     a column are 8 consecutive bytes (quantize_columns.cu).
 Maths
-    ``fp8_format``, bit for bit, as ``kernels/triton/quantize.py``, which does what is not done here: one scale for a
+    ``block_format``, bit for bit, as ``kernels/triton/quantize.py``, which does what is not done here: one scale for a
     whole tile, and rows or indices that do not start at multiples of 16 bytes. It refuses types other than bf16.
 Cost
     Bytes: 2·C for each position, all but the first read of a row from L2, and C·G: together 6 TB/s where each row is
@@ -26,7 +26,7 @@ from torch import Tensor
 from supersonic_moe.jit.launch import I32, I64, PTR, Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.kernels import triton
-from supersonic_moe.kernels.fp8_format import BLOCK, blocks, empty_e4m3, empty_scales
+from supersonic_moe.quantization.block_format import BLOCK, blocks, empty_e4m3, empty_scales
 
 SPECS = (KernelSpec("quantize_columns", "quantize_columns.cu", threads=256, opcodes=("F2FP.SATFINITE.E4M3", "HMNMX2")),)
 

@@ -23,7 +23,7 @@ import math
 
 from torch import Tensor
 
-from supersonic_moe.activation import Activation, ActivationType, GateUpLayout
+from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout
 from supersonic_moe.jit.launch import F32, I32, PTR, TENSOR_MAP, Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
@@ -95,15 +95,15 @@ def up_projection(
         return _unfused(x_TH, gather_index, w1_ENH, b1_EN, expert_offsets, row_expert_P, activation, layout, save)
     num_experts, n1, hidden = w1_ENH.shape
     rows, width = num_rows(x_TH, gather_index), n1 // 2
-    h_PN = x_TH.new_empty(rows if save else 0, n1)
+    z_PN = x_TH.new_empty(rows if save else 0, n1)
     a_PI = x_TH.new_empty(rows, width)
     if rows == 0:
-        return h_PN, a_PI
+        return z_PN, a_PI
     interleaved = layout is GateUpLayout.INTERLEAVED
     gate_base, up_base = half_bases(layout, width)
     cluster = cluster_size(rows, num_experts)
     map_a = tensor_map(a_PI.view(rows, 1, width), box=(WARP_ROWS, 1, 64))
-    map_h = map_of_halves(h_PN, interleaved, rows=WARP_ROWS) if save else map_a
+    map_h = map_of_halves(z_PN, interleaved, rows=WARP_ROWS) if save else map_a
     with on_device(x_TH):
         grid = multiprocessors(x_TH.device.index) // cluster * cluster
         _kernel(kind_of(activation), interleaved, gather_index is not None, cluster).launch(
@@ -117,14 +117,14 @@ def up_projection(
             num_experts,
             width,
             -(-hidden // BLOCK_K),
-            h_PN if save else None,
+            z_PN if save else None,
             a_PI,
             None if b1_EN is None else b1_EN.contiguous(),
             gate_base,
             up_base,
             *activation_constants(activation),
         )
-    return h_PN, a_PI
+    return z_PN, a_PI
 
 
 def map_of_gate_and_up(w1_ENH: Tensor, interleaved: bool, width: int) -> TensorMap:
@@ -136,14 +136,14 @@ def map_of_gate_and_up(w1_ENH: Tensor, interleaved: bool, width: int) -> TensorM
     return tensor_map(w1_ENH, box=box, shape=shape, strides=(expert, half, step, 1))
 
 
-def map_of_halves(h_PN: Tensor, interleaved: bool, *, rows: int) -> TensorMap:
+def map_of_halves(z_PN: Tensor, interleaved: bool, *, rows: int) -> TensorMap:
     """H as (P, 1, 2I) or (P, 2, I), bf16 or e4m3, in boxes of 128 bytes a row: none crosses from one half into the
     other.
     """
-    capacity, columns = h_PN.shape
-    row, halves = h_PN.stride(0), 1 if interleaved else 2
+    capacity, columns = z_PN.shape
+    row, halves = z_PN.stride(0), 1 if interleaved else 2
     shape, strides = (capacity, halves, columns // halves), (row, row if interleaved else columns // 2, 1)
-    return tensor_map(h_PN, box=(rows, 1, 128 // h_PN.element_size()), shape=shape, strides=strides)
+    return tensor_map(z_PN, box=(rows, 1, 128 // z_PN.element_size()), shape=shape, strides=strides)
 
 
 def half_bases(layout: GateUpLayout, width: int) -> tuple[int, int]:

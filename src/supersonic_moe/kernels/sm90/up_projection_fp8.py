@@ -1,7 +1,7 @@
 """FP8 up-projection and gated activation in one kernel on sm_90a: H[r] = X[r] · W1[expert of r]ᵀ and A[r] = act(H[r] +
 b1), quantised where they are computed.
 
-Layout (row-major; formats: ``kernels/fp8_format.py``)
+Layout (row-major; formats: ``kernels/block_format.py``)
     X (T, H) e4m3 read through an index of P rows sorted by expert (-1: zeros), or (P, H) as it lies, with scales as in
     grouped_gemm_fp8.py. W1 (E, 2I, H) e4m3 with 128 × 128 scales, gate and up rows in any of the three orders. A (P, I)
     e4m3. H (P, 2I), for backward only, in the column order of the weight and without the bias: e4m3, or bf16. Scales
@@ -23,12 +23,12 @@ import functools
 import torch
 from torch import Tensor
 
-from supersonic_moe.activation import Activation, GateUpLayout
+from supersonic_moe.config.activation import Activation, GateUpLayout
+from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.jit.launch import F32, I32, I64, PTR, TENSOR_MAP, Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.compose import compose_up_projection_fp8
-from supersonic_moe.kernels.fp8_format import BLOCK, blocks, empty_e4m3, empty_scales
 from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import gathering_cluster, grouped_mm_fp8, map_of_scales
 from supersonic_moe.kernels.sm90.mainloop import (
     BLOCK_M,
@@ -49,7 +49,7 @@ from supersonic_moe.kernels.sm90.up_projection import (
     map_of_halves,
 )
 from supersonic_moe.kernels.triton import activation_forward, quantize_rows
-from supersonic_moe.recipe import Fp8Recipe
+from supersonic_moe.quantization.block_format import BLOCK, blocks, empty_e4m3, empty_scales
 
 WIDTH = BLOCK_N // 2  # activations of a tile
 NOTHING, IN_FP8, IN_BF16 = 0, 1, 2  # what of H the kernel stores
@@ -116,13 +116,13 @@ def up_projection_fp8(
     forms = {"fp8": IN_FP8, "bf16": IN_BF16, "recompute": NOTHING}
     saved = forms[recipe.save_preactivation] if save else NOTHING
     if saved == IN_FP8:
-        h_PN, h_scale = empty_e4m3(xq_TH, rows, n1), empty_scales(xq_TH, rows, blocks(n1), tma=True)
+        z_PN, z_scale = empty_e4m3(xq_TH, rows, n1), empty_scales(xq_TH, rows, blocks(n1), tma=True)
     else:
-        h_PN = xq_TH.new_empty(rows if saved == IN_BF16 else 0, n1, dtype=torch.bfloat16)
-        h_scale = xq_TH.new_empty(0, blocks(n1), dtype=torch.float32)
+        z_PN = xq_TH.new_empty(rows if saved == IN_BF16 else 0, n1, dtype=torch.bfloat16)
+        z_scale = xq_TH.new_empty(0, blocks(n1), dtype=torch.float32)
     a_PI, a_scale = empty_e4m3(xq_TH, rows, width), empty_scales(xq_TH, rows, blocks(width), tma=True)
     if rows == 0:
-        return h_PN, h_scale, a_PI, a_scale
+        return z_PN, z_scale, a_PI, a_scale
     gate_base, up_base = half_bases(layout, width)
     gather = gather_index is not None
     cluster = gathering_cluster(-(-width // WIDTH), gather)
@@ -134,7 +134,7 @@ def up_projection_fp8(
             map_of_rows(xq_TH, gather_index, box=(BLOCK_M, FP8_BLOCK_K)),
             map_of_scales(x_scale, gather_index, map_a),
             map_of_gate_and_up(w1q_ENH, interleaved, width),
-            map_a if saved == NOTHING else map_of_halves(h_PN, interleaved, rows=WARP_ROWS),
+            map_a if saved == NOTHING else map_of_halves(z_PN, interleaved, rows=WARP_ROWS),
             map_a,
             expert_offsets,
             gather_index,
@@ -146,11 +146,11 @@ def up_projection_fp8(
             w1_scale,
             *w1_scale.stride(),
             None if b1_EN is None else b1_EN.contiguous(),
-            None if saved == NOTHING else h_PN,
-            None if saved != IN_FP8 else h_scale,
+            None if saved == NOTHING else z_PN,
+            None if saved != IN_FP8 else z_scale,
             a_PI,
             a_scale,
-            h_PN.stride(0) * h_PN.element_size(),
+            z_PN.stride(0) * z_PN.element_size(),
             a_PI.stride(0),
             a_scale.stride(1),
             saved,
@@ -159,4 +159,4 @@ def up_projection_fp8(
             up_base,
             *activation_constants(activation),
         )
-    return h_PN, h_scale, a_PI, a_scale
+    return z_PN, z_scale, a_PI, a_scale

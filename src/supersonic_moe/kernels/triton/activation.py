@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from supersonic_moe.activation import Activation, GateUpLayout
+from supersonic_moe.config.activation import Activation, GateUpLayout
 from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.tiling import cdiv, column_block
 
@@ -203,21 +203,21 @@ def _constants(
 
 
 def activation_forward(
-    h_PN: Tensor, b1_EN: Tensor | None, row_expert_P: Tensor, activation: Activation, layout: GateUpLayout
+    z_PN: Tensor, b1_EN: Tensor | None, row_expert_P: Tensor, activation: Activation, layout: GateUpLayout
 ) -> Tensor:
     """(P, I) in the dtype of h."""
-    num_rows, width = h_PN.shape[0], h_PN.shape[1] // activation.fan
-    a_PI = h_PN.new_empty(num_rows, width)
+    num_rows, width = z_PN.shape[0], z_PN.shape[1] // activation.fan
+    a_PI = z_PN.new_empty(num_rows, width)
     if a_PI.numel() == 0:
         return a_PI
     *_, block_p, block_i = constants = _constants(activation, layout, width)
-    args = (h_PN, b1_EN, row_expert_P, a_PI, num_rows, h_PN.stride(0), *_bias_sizes(b1_EN))
+    args = (z_PN, b1_EN, row_expert_P, a_PI, num_rows, z_PN.stride(0), *_bias_sizes(b1_EN))
     launch(_forward_kernel, (cdiv(num_rows, block_p), cdiv(width, block_i)), args, constants)
     return a_PI
 
 
 def activation_backward(
-    h_PN: Tensor,
+    z_PN: Tensor,
     b1_EN: Tensor | None,
     da_PI: Tensor,
     row_scores_P: Tensor,
@@ -227,12 +227,12 @@ def activation_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dh (P, N1), s * a (P, I), ds (P,) fp32). ds of a dead row is made of whatever h and da hold there."""
     num_rows, width = da_PI.shape
-    dh_PN, as_PI = h_PN.new_empty(h_PN.shape), h_PN.new_empty(da_PI.shape)
-    ds_P = h_PN.new_empty(num_rows, dtype=torch.float32)
+    dz_PN, as_PI = z_PN.new_empty(z_PN.shape), z_PN.new_empty(da_PI.shape)
+    ds_P = z_PN.new_empty(num_rows, dtype=torch.float32)
     if da_PI.numel() == 0:
-        return dh_PN, as_PI, ds_P
+        return dz_PN, as_PI, ds_P
     *_, block_p, _ = constants = _constants(activation, layout, width)
-    tensors = h_PN, b1_EN, da_PI, row_scores_P, row_expert_P, dh_PN, as_PI, ds_P
-    args = (*tensors, num_rows, h_PN.stride(0), da_PI.stride(0), *_bias_sizes(b1_EN))
+    tensors = z_PN, b1_EN, da_PI, row_scores_P, row_expert_P, dz_PN, as_PI, ds_P
+    args = (*tensors, num_rows, z_PN.stride(0), da_PI.stride(0), *_bias_sizes(b1_EN))
     launch(_backward_kernel, (cdiv(num_rows, block_p),), args, constants)
-    return dh_PN, as_PI, ds_P
+    return dz_PN, as_PI, ds_P

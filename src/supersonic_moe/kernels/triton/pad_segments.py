@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from supersonic_moe.kernels.fp8_format import BLOCK
 from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.tiling import cdiv, expert_chunks, next_power_of_2
+from supersonic_moe.quantization.block_format import BLOCK
 
 
 @triton.jit(do_not_specialize=["capacity"])

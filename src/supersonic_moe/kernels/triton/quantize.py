@@ -1,6 +1,6 @@
 """FP8 quantisers: rows, weight blocks, and operands of weight gradients, each in one pass over its bf16 input.
 
-The arithmetic is that of ``kernels/fp8_format.py``, bit for bit. What costs time is moving bytes, and turning tiles:
+The arithmetic is that of ``kernels/block_format.py``, bit for bit. What costs time is moving bytes, and turning tiles:
 
 * ``quantize_rows``: a program owns a few rows of a few 128-column blocks; each maximum takes three warp shuffles.
 * ``quantize_weights``, ``quantize_columns``, ``quantize_tiles``: a program owns a tile of 128 x 128 elements and writes
@@ -35,15 +35,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from supersonic_moe.kernels import fp8_format
-from supersonic_moe.kernels.fp8_format import blocks, empty_e4m3, empty_scales
 from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.tiling import cdiv, column_block
+from supersonic_moe.quantization import block_format
+from supersonic_moe.quantization.block_format import blocks, empty_e4m3, empty_scales
 
 TILE = 8192  # elements of a program of quantize_rows: eight 16-byte loads in flight for each of 128 threads
-BLOCK = tl.constexpr(fp8_format.BLOCK)
-SMALLEST_AMAX = tl.constexpr(fp8_format.SMALLEST_AMAX)
-INVERSE_MAX = tl.constexpr(fp8_format.INVERSE_MAX)
+BLOCK = tl.constexpr(block_format.BLOCK)
+SMALLEST_AMAX = tl.constexpr(block_format.SMALLEST_AMAX)
+INVERSE_MAX = tl.constexpr(block_format.INVERSE_MAX)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 # ---- arithmetic ------------------------------------------------------------------------------------------------------
@@ -191,8 +191,8 @@ def quantize_rows(x_RC: Tensor, pow2: bool = False, tma: bool = False) -> tuple[
     q_RC, scale_RB = empty_e4m3(x_RC, num_rows, columns), empty_scales(x_RC, num_rows, blocks(columns), tma)
     if q_RC.numel() == 0:
         return q_RC, scale_RB
-    panel = max(1, column_block(columns, (2 if tma else 8) * fp8_format.BLOCK) // fp8_format.BLOCK)
-    rows = TILE // (panel * fp8_format.BLOCK)
+    panel = max(1, column_block(columns, (2 if tma else 8) * block_format.BLOCK) // block_format.BLOCK)
+    rows = TILE // (panel * block_format.BLOCK)
     grid = (cdiv(num_rows, rows) * cdiv(blocks(columns), panel),)
     strides = x_RC.stride(0), q_RC.stride(0), scale_RB.stride(0), scale_RB.stride(1)
     launch(_rows_kernel, grid, (x_RC, q_RC, scale_RB, num_rows, *strides), (columns, pow2, rows, panel))
@@ -319,7 +319,7 @@ def _columns(
     x_RC: Tensor, index_G: Tensor, pow2: bool, tiled: bool, q_RC: Tensor | None, row_scale_RB: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(q (C, G), scale); fills q (R, C) and its row scales where they are given."""
-    columns, num_blocks = x_RC.shape[1], index_G.shape[0] // fp8_format.BLOCK
+    columns, num_blocks = x_RC.shape[1], index_G.shape[0] // block_format.BLOCK
     q_CG = empty_e4m3(x_RC, columns, index_G.shape[0])
     scale = empty_scales(x_RC, blocks(columns) if tiled else columns, num_blocks, tma=True)
     if q_CG.numel():

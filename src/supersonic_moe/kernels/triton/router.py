@@ -31,9 +31,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from supersonic_moe.config.router import SUM_EPS, SigmoidGroupedTopK, SoftmaxBeforeTopK, TopKRouter
 from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.tiling import cdiv, next_power_of_2, warps
-from supersonic_moe.routing.topk import SUM_EPS, SigmoidGroupedTopK, SoftmaxBeforeTopK, TopKRouter
 
 TILE = 2048  # logits of one program: 16 for each of 128 threads, 16 tokens at E = 128
 MAX_TOKENS = 64  # per program at small E

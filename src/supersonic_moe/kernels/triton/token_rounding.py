@@ -27,10 +27,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from supersonic_moe.config.router import SUM_EPS
 from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.select_tokens import CHOSEN, EXTRA, ROW_MULTIPLE, select
 from supersonic_moe.kernels.triton.tiling import cdiv, next_power_of_2
-from supersonic_moe.routing.topk import SUM_EPS
 
 TILE = 4096  # (token, expert) pairs of one program: 16 tokens, or 64 bytes of a key row, at E = 256
 MAX_TOKENS = ROW_MULTIPLE  # per program at small E

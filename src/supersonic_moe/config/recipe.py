@@ -1,0 +1,62 @@
+"""Numeric recipes: one immutable object says how a layer computes; it is resolved once, at construction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal, TypeAlias, get_args, get_type_hints
+
+
+@dataclass(frozen=True)
+class Bf16Recipe:
+    """Compute in the dtype of the inputs (BF16 in practice): fp32 accumulation, activation in fp32, one rounding at
+    each store.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Recipe:
+    """Multiply in e4m3 with a scale for every block: 1 x 128 of activations along the contraction, 128 x 128 of weights
+    (``kernels/block_format.py``). Sums, activations and gradients of biases and scores stay in fp32.
+    """
+
+    scale: Literal["fp32", "pow2"] = "fp32"
+    """Scales of the blocks. "pow2" rounds them up to powers of two, as UE8M0 checkpoints have them. That costs 3 to 6 %
+    more error on Gaussian data and up to 40 % with outlier channels, whose elements fp32 scales represent exactly.
+    """
+    save_preactivation: Literal["fp8", "bf16", "recompute"] = "fp8"
+    """What backward knows of the pre-activation: 1 byte an element, 2 bytes, or nothing, at the price of running the
+    up-projection again.
+    """
+    wgrad: Literal["fp8", "bf16"] = "fp8"
+    """Operands of the weight gradients. "fp8" multiplies faster than "bf16" and pays for it with transposed copies and
+    one rounding more; the whole step is faster with it (docs/log.md).
+    """
+    keep_transposed: Literal[True, False] = True
+    """Keep the transposed FP8 weights from forward to backward, 1 byte a weight. False quantises the BF16 weights once
+    more in backward, 4 bytes a weight through DRAM, and keeps nothing: for FSDP, where no whole copy of the weights
+    should outlive forward.
+    """
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            value, choices = getattr(self, field.name), get_args(hints[field.name])
+            if value not in choices:
+                raise ValueError(
+                    f"Fp8Recipe.{field.name} must be one of {', '.join(map(repr, choices))}; got {value!r}."
+                )
+
+    @property
+    def pow2(self) -> bool:
+        return self.scale == "pow2"
+
+
+Recipe: TypeAlias = Bf16Recipe | Fp8Recipe
+
+
+def as_recipe(value: Recipe | None) -> Recipe:
+    if value is None:
+        return Bf16Recipe()
+    if isinstance(value, Bf16Recipe | Fp8Recipe):
+        return value
+    raise TypeError(f"recipe must be None, a Bf16Recipe or an Fp8Recipe; got {type(value).__name__} ({value!r}).")

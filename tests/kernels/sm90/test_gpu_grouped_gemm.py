@@ -1,0 +1,278 @@
+"""The sm_90 grouped GEMMs against fp64: ragged and empty groups, odd sizes, both weight orders, rows through an index,
+fused epilogues, accumulation."""
+
+from __future__ import annotations
+
+import itertools
+
+import oracle
+import pytest
+import torch
+from poison import poisoned_allocations  # noqa: F401
+from torch import Tensor
+
+from supersonic_moe.config.activation import Activation, GateUpLayout, as_activation
+from supersonic_moe.kernels import reference
+from supersonic_moe.kernels.sm90 import grouped_gemm, grouped_wgrad
+from supersonic_moe.kernels.sm90.down_backward import down_backward
+from supersonic_moe.kernels.sm90.grouped_gemm import grouped_mm
+from supersonic_moe.kernels.sm90.grouped_wgrad import grouped_mm_wgrad
+from supersonic_moe.kernels.sm90.up_projection import up_projection
+
+pytestmark = pytest.mark.gpu
+
+CUDA = torch.device("cuda")
+GROUPS = {
+    "ragged": [0, 300, 1, 0, 255, 513, 128, 64, 0],
+    "tiny": [1, 2, 3, 0, 5, 7, 8, 9],
+    "one hot": [0, 0, 1999, 0],
+    "single": [1],
+    "even": [256, 256, 256, 256],
+    "many": [17] * 200,
+}
+SIZES = [(64, 256), (72, 8), (8, 264), (2880, 520), (1000, 1000)]
+
+
+def case(counts: list[int], dead: int, *widths: int, positive: bool = False) -> tuple[Tensor, list[Tensor]]:
+    """Offsets and one operand of each width; dead rows at the end are NaN and must not be read into a result."""
+    offsets = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=CUDA)
+    rows = sum(counts)
+    operands = []
+    for width in widths:
+        x = torch.randn(rows + dead, width, device=CUDA, dtype=torch.bfloat16)
+        x = x.abs() if positive else x
+        x[rows:] = float("nan")
+        operands.append(x)
+    return offsets, operands
+
+
+def indexed(counts: list[int], dead: int, width: int, positive: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Offsets, a matrix of fewer rows than the problem, and an index into it: repeats, a few zero rows (-1), and dead
+    rows at the end that name a row of NaN.
+    """
+    offsets, (x,) = case([max(1, sum(counts) // 3)], 1, width, positive=positive)
+    offsets = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=CUDA)
+    rows, tokens = sum(counts), x.shape[0] - 1
+    index = torch.randint(0, tokens, (rows + dead,), device=CUDA, dtype=torch.int32)
+    index[torch.rand(rows + dead, device=CUDA) < 0.05] = -1
+    index[rows:] = tokens
+    return offsets, x, index
+
+
+def picked(x: Tensor, index: Tensor) -> Tensor:
+    """fp64 rows that the index names."""
+    return torch.where(index[:, None] >= 0, x[index.clamp(min=0).long()], 0).double()
+
+
+@pytest.fixture(params=[256, 384])
+def block_n(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns of a tile, which the size of the problem decides otherwise."""
+    for module in (grouped_gemm, grouped_wgrad):
+        monkeypatch.setattr(module, "tile_columns", lambda columns, depth: request.param)
+
+
+def segments(offsets: Tensor) -> list[tuple[int, slice]]:
+    return [(e, slice(a, b)) for e, (a, b) in enumerate(itertools.pairwise(offsets.tolist()))]
+
+
+@pytest.mark.usefixtures("block_n")
+@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize("n_contiguous", [False, True])
+@pytest.mark.parametrize(("depth", "columns"), SIZES)
+@pytest.mark.parametrize("counts", GROUPS.values(), ids=GROUPS)
+def test_rows(counts: list[int], depth: int, columns: int, n_contiguous: bool, positive: bool) -> None:
+    offsets, (a,) = case(counts, 5, depth, positive=positive)
+    shape = (len(counts), depth, columns) if n_contiguous else (len(counts), columns, depth)
+    b = torch.randn(shape, device=CUDA, dtype=torch.bfloat16)
+    b = b.abs() if positive else b
+    b = b if n_contiguous else b.transpose(1, 2)
+    got = grouped_mm(a, b, offsets)
+    for e, rows in segments(offsets):
+        if rows.start < rows.stop:
+            assert oracle.rel_fro(got[rows], a[rows].double() @ b[e].double()) < 3e-3, f"expert {e}"
+    assert torch.equal(got[: sum(counts)], grouped_mm(a, b, offsets)[: sum(counts)])
+
+
+@pytest.mark.usefixtures("block_n")
+@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize(("m", "n"), [(64, 256), (136, 8), (8, 264), (520, 2880), (1000, 1000)])
+@pytest.mark.parametrize("counts", GROUPS.values(), ids=GROUPS)
+def test_weight_gradient(counts: list[int], m: int, n: int, positive: bool) -> None:
+    offsets, (a, b) = case(counts, 70, m, n, positive=positive)
+    got = grouped_mm_wgrad(a, b, offsets)
+    exact = torch.full((len(counts), m, n), float("nan"), device=CUDA)
+    grouped_mm_wgrad(a, b, offsets, exact)
+    start = torch.randn(len(counts), m, n, device=CUDA)
+    added = grouped_mm_wgrad(a, b, offsets, start.clone(), accumulate=True)
+    for e, rows in segments(offsets):
+        want = a[rows].double().T @ b[rows].double()
+        if rows.start == rows.stop:
+            assert (got[e] == 0).all() and (exact[e] == 0).all() and torch.equal(added[e], start[e])
+            continue
+        assert oracle.rel_fro(got[e], want) < 3e-3, f"expert {e}"
+        assert oracle.rel_fro(exact[e], want) < 1e-5, f"expert {e} fp32"
+        assert oracle.rel_fro(added[e] - start[e], want) < 1e-4, f"expert {e} accumulated"
+    assert torch.equal(got, grouped_mm_wgrad(a, b, offsets))
+    assert torch.equal(added, grouped_mm_wgrad(a, b, offsets, start.clone(), accumulate=True))
+
+
+@pytest.mark.parametrize("n_contiguous", [False, True])
+@pytest.mark.parametrize(("depth", "columns"), [(8, 264), (2880, 520)])
+@pytest.mark.parametrize("counts", GROUPS.values(), ids=GROUPS)
+@pytest.mark.usefixtures("block_n")
+def test_rows_through_an_index(counts: list[int], depth: int, columns: int, n_contiguous: bool) -> None:
+    """The same bits as from gathered rows."""
+    offsets, x, index = indexed(counts, 5, depth)
+    b = torch.randn(len(counts), depth, columns, device=CUDA, dtype=torch.bfloat16)
+    b = b if n_contiguous else b.transpose(1, 2).contiguous().transpose(1, 2)
+    got, rows = grouped_mm(x, b, offsets, gather_index=index), sum(counts)
+    assert torch.equal(got[:rows], grouped_mm(picked(x, index).bfloat16(), b, offsets)[:rows])
+
+
+@pytest.mark.usefixtures("block_n")
+@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize(("m", "n"), [(64, 256), (136, 8), (8, 264), (520, 2880)])
+@pytest.mark.parametrize("counts", GROUPS.values(), ids=GROUPS)
+def test_weight_gradient_of_indexed_rows_and_its_transpose(
+    counts: list[int], m: int, n: int, gathered: bool, positive: bool
+) -> None:
+    offsets, x, index = indexed(counts, 70, m, positive=positive)
+    _, (b,) = case(counts, 70, n, positive=positive)
+    a, rows = picked(x, index), sum(counts)
+    operands = (x, b, offsets) if gathered else (a.bfloat16(), b, offsets)
+    keys = {"gather_index": index} if gathered else {}
+    exact = torch.full((len(counts), m, n), float("nan"), device=CUDA)
+    grouped_mm_wgrad(*operands, exact, **keys)
+    for e, segment in segments(offsets):
+        want = a[segment].T @ b[:rows][segment].double()
+        assert oracle.rel_fro(exact[e], want) < 1e-5 or (want.abs().max() == 0 and (exact[e] == 0).all()), f"expert {e}"
+    got = grouped_mm_wgrad(*operands, **keys)
+    assert torch.equal(got, exact.bfloat16())
+    assert torch.equal(grouped_mm_wgrad(*operands, transposed=True, **keys), got.transpose(1, 2))
+    flipped = torch.full((len(counts), n, m), float("nan"), device=CUDA)
+    assert torch.equal(grouped_mm_wgrad(*operands, flipped, transposed=True, **keys), exact.transpose(1, 2))
+    start = torch.randn(len(counts), n, m, device=CUDA)
+    added = grouped_mm_wgrad(*operands, start.clone(), transposed=True, accumulate=True, **keys)
+    assert torch.equal(added, start + flipped)
+
+
+def test_rows_at_any_stride() -> None:
+    """A may be a slice of a wider buffer: row strides are free, with an index and without."""
+    offsets, (wide,) = case([100, 30], 0, 512)
+    a = wide[:, 128:256]
+    b = torch.randn(2, 128, 64, device=CUDA, dtype=torch.bfloat16)
+    got = grouped_mm(a, b, offsets)
+    assert oracle.rel_fro(got[:100], a[:100].double() @ b[0].double()) < 3e-3
+    index = torch.arange(130, device=CUDA, dtype=torch.int32)
+    assert torch.equal(grouped_mm(a, b, offsets, gather_index=index), got)
+    assert torch.equal(grouped_mm_wgrad(a, a, offsets, gather_index=index), grouped_mm_wgrad(a, a, offsets))
+
+
+@pytest.mark.parametrize(("bias", "save"), [(False, False), (False, True), (True, True)])
+@pytest.mark.parametrize("layout", GateUpLayout)
+@pytest.mark.parametrize(
+    "activation",
+    [as_activation("swiglu"), as_activation("geglu"), as_activation("reglu"), Activation.gpt_oss(limit=0.9)],
+    ids=["swiglu", "geglu", "reglu", "gpt_oss"],
+)
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize(("hidden", "width"), [(72, 8), (520, 1000)])
+@pytest.mark.parametrize("counts", [GROUPS["ragged"], GROUPS["tiny"], GROUPS["even"]], ids=["ragged", "tiny", "even"])
+def test_up_projection(
+    counts: list[int],
+    hidden: int,
+    width: int,
+    gathered: bool,
+    activation: Activation,
+    layout: GateUpLayout,
+    bias: bool,
+    save: bool,
+) -> None:
+    """H and A against fp64; rows that no expert owns are free, all others written, the bias outside H."""
+    if gathered:
+        offsets, source, index = indexed(counts, 3, hidden)
+        x = picked(source, index)
+    else:
+        offsets, (source,) = case(counts, 3, hidden)
+        x, index = source, None
+    num_experts, rows = len(counts), sum(counts)
+    w1 = torch.randn(num_experts, 2 * width, hidden, device=CUDA, dtype=torch.bfloat16)
+    b1 = torch.randn(num_experts, 2 * width, device=CUDA, dtype=torch.bfloat16) if bias else None
+    row_expert = torch.repeat_interleave(
+        torch.arange(num_experts + 1, device=CUDA), torch.tensor([*counts, 3], device=CUDA)
+    ).int()
+    h, a = up_projection(source, index, w1, b1, offsets, row_expert, activation, layout, save)
+    exact = reference.grouped_mm(x[:rows].double(), w1.double().transpose(1, 2), offsets)
+    want = reference.activation_forward(
+        exact, None if b1 is None else b1.double(), row_expert[:rows], activation, layout
+    )
+    assert oracle.rel_fro(a[:rows], want) < 3e-3
+    assert h.shape == ((rows + 3) if save else 0, 2 * width)
+    if save:
+        assert oracle.rel_fro(h[:rows], exact) < 3e-3
+    assert torch.equal(
+        a[:rows], up_projection(source, index, w1, b1, offsets, row_expert, activation, layout, save)[1][:rows]
+    )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layout", GateUpLayout)
+@pytest.mark.parametrize(
+    "activation",
+    [as_activation("swiglu"), as_activation("geglu"), as_activation("reglu"), Activation.gpt_oss(limit=0.9)],
+    ids=["swiglu", "geglu", "reglu", "gpt_oss"],
+)
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize(("hidden", "width"), [(72, 8), (520, 1000)])
+@pytest.mark.parametrize("counts", [GROUPS["ragged"], GROUPS["tiny"], GROUPS["even"]], ids=["ragged", "tiny", "even"])
+def test_down_backward(
+    counts: list[int],
+    hidden: int,
+    width: int,
+    gathered: bool,
+    activation: Activation,
+    layout: GateUpLayout,
+    bias: bool,
+) -> None:
+    """dH, s A and dS against fp64; rows of score 0 get exact zeros although H is NaN there."""
+    if gathered:
+        offsets, source, index = indexed(counts, 3, hidden)
+        dout = picked(source, index)
+    else:
+        offsets, (source,) = case(counts, 3, hidden)
+        dout, index = source, None
+    num_experts, rows = len(counts), sum(counts)
+    w2 = torch.randn(num_experts, hidden, width, device=CUDA, dtype=torch.bfloat16) / hidden**0.5
+    h = torch.randn(rows + 3, 2 * width, device=CUDA, dtype=torch.bfloat16)
+    scores = torch.randn(rows + 3, device=CUDA)
+    unscored = torch.rand(rows + 3, device=CUDA) < 0.1
+    scores[unscored], h[unscored] = 0, float("nan")
+    b1 = torch.randn(num_experts, 2 * width, device=CUDA, dtype=torch.bfloat16) if bias else None
+    row_expert = torch.repeat_interleave(
+        torch.arange(num_experts + 1, device=CUDA), torch.tensor([*counts, 3], device=CUDA)
+    ).int()
+    arguments = (source, index, w2, h, b1, scores, offsets, row_expert, activation, layout)
+    dh, scaled, ds = down_backward(*arguments)
+    h_read = torch.where(unscored[:, None], 0, h)
+    da = reference.grouped_mm(dout[:rows].double(), w2.double(), offsets)
+    want = reference.activation_backward(
+        h_read[:rows].double(), None if b1 is None else b1.double(), da, scores[:rows].double(), row_expert[:rows],
+        activation, layout,
+    )  # fmt: skip
+    zero, scored = unscored[:rows], ~unscored[:rows]
+    assert (dh[:rows][zero] == 0).all() and (scaled[:rows][zero] == 0).all()
+    assert oracle.rel_fro(dh[:rows], want[0]) < 3e-3
+    assert oracle.rel_fro(scaled[:rows], want[1]) < 3e-3
+    assert oracle.rel_fro(ds[:rows][scored], want[2][scored]) < 1e-4
+    again = down_backward(*arguments)
+    assert all(torch.equal(x[:rows][scored], y[:rows][scored]) for x, y in zip((dh, scaled, ds), again, strict=True))
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("width", [320, 832])
+def test_clusters_stay_in_step(width: int, gathered: bool) -> None:
+    """Short tails, their columns split between the blocks of a cluster, then tiles of the same cluster that share B.
+    Both blocks must have used as many stages, although the last column tile has fewer stages of H than others.
+    """
+    test_down_backward([300, 560] * 30, 136, width, gathered, as_activation("swiglu"), GateUpLayout.GATE_UP, bias=False)
