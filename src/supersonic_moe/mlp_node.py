@@ -24,8 +24,8 @@ one of the weights is stopped before it changes them if gradients are under way;
 copy anew, with a warning.
 
 Some changes show no sign (``quantization/weight_cache.py`` lists them): ``.data`` written in place by Megatron's
-copy of master weights, fused optimizers outside ``torch.optim``, all-gathers. In a training loop they come after step(),
-which drops the copies, so they are seen. Elsewhere call step() or discard() after them. The weights are read from the
+copy of master weights, fused optimizers outside ``torch.optim``, all-gathers. In a training loop they come after
+step(), which drops the copies, so they are seen. Elsewhere call step() or discard() after them. The weights are read from the
 parameters, not through the modules: what a forward hook of an expert module would do (Megatron's
 ``overlap_param_gather``) must be done before. And no autograd hook of the parameters runs (``overlap_grad_reduce``):
 reduce after step().
