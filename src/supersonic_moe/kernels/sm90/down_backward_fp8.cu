@@ -5,7 +5,7 @@
 
 constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .cluster = CLUSTER, .group_m = GROUP_M, .gather = GATHER, .share_a = SHARE_A, .scaled = true, .arrivals = ARRIVALS};
 constexpr Gate GATE{static_cast<Act>(ACTIVATION), INTERLEAVED};
-constexpr Saved SAVED{SAVED_FP8, INTERLEAVED};
+constexpr SavedFormat SAVED{SAVED_FP8, INTERLEAVED};
 
 extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
     down_backward_fp8(const __grid_constant__ TensorMap map_do, const __grid_constant__ TensorMap map_scale_do,
@@ -17,14 +17,14 @@ extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
                       const i32 scale_w_k, const u16* b1, u8* dz, u8* as, float* dscores, const i32 rows_allocated, const i32 gate_base,
                       const i32 up_base, const float alpha, const float limit, const float up_offset) {
     extern __shared__ __align__(1024) u8 raw[];
-    const Shared<CONFIG> shared{smem_address(raw)};
-    const Slots<CONFIG, SAVED> slots{shared};
+    const SharedMemory<CONFIG> shared{smem_address(raw)};
+    const SavedSlots<CONFIG, SAVED> slots{shared};
     slots.prepare();
     const RaggedGemm gemm{offsets, index, experts, width, blocks_k};
     const auto produce = [&](u32) {
         const Scales<ColumnBlocksOf> scales{&map_scale_do, scale_do, scale_do_row, scale_w, scale_w_expert, scale_w_column, scale_w_k, {width}};
-        const LoadSaved<CONFIG, SAVED> saved{&map_z, &map_scale_z, &map_scores, width, gate_base, up_base};
-        load_tiles<CHUNK>(shared, slots, gemm, &map_do, &map_w, scales, saved);
+        const LoadSavedSlots<CONFIG, SAVED> saved{&map_z, &map_scale_z, &map_scores, width, gate_base, up_base};
+        load_tiles_with_saved<CHUNK>(shared, slots, gemm, &map_do, &map_w, scales, saved);
     };
     run_roles(shared, produce, [&](u32 warp) {
         const GatedBackwardScaled<CONFIG, GATE, SAVED> epilogue{

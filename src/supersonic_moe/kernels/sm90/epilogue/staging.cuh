@@ -1,8 +1,8 @@
 // From accumulators to global memory, through the ring.
 //
-// After the K blocks of a tile the loading warpgroup lends the math warps the next few stages (lend_stages). A stage has three or four
-// rooms of 128 lines; each math warp writes its 16 lines of as many as it needs, hands them to TMA and goes on without waiting. The
-// stages go back once the next tile's first product is in flight (Lent::give_back). So the staging buffers are as large as the
+// After the K blocks of a tile the loading warpgroup lends the math warps the next few stages (offer_stages). A stage has three or four
+// buffers of 128 lines; each math warp writes its 16 lines of as many as it needs, hands them to TMA and goes on without waiting. The
+// stages go back once the next tile's first product is in flight (BorrowedStages::give_back). So the staging buffers are as large as the
 // ring, cost no shared memory of their own, and hold nothing while the main loop runs.
 #pragma once
 #include "gemm/shared_memory.cuh"
@@ -11,7 +11,7 @@
 
 // The loading warpgroup's part; all warps that load.
 template <Config C>
-DEVICE void lend_stages(const Shared<C>& shared, Ring<C>& ring, u32 count, u32 warp) {
+DEVICE void offer_stages(const SharedMemory<C>& shared, Ring<C>& ring, u32 count, u32 warp) {
     for (u32 i = 0; i < count; ++i, ring.advance()) {
         mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
         if (warp < C.full_warps() && arrives_full<C>()) mbarrier_arrive(shared.full(ring.stage));
@@ -20,21 +20,21 @@ DEVICE void lend_stages(const Shared<C>& shared, Ring<C>& ring, u32 count, u32 w
 
 // Stages that TMA may still read from.
 template <Config C>
-struct Lent {
+struct BorrowedStages {
     u32 stage = 0, count = 0;
 
-    // The next stage is this warp's to write to on return; the address of its rooms.
-    DEVICE u32 borrow(const Shared<C>& shared, Ring<C>& ring) {
+    // The next stage is this warp's to write to on return; the address of its buffers.
+    DEVICE u32 borrow(const SharedMemory<C>& shared, Ring<C>& ring) {
         mbarrier_wait(shared.full(ring.stage), ring.phase);
         if (count++ == 0) stage = ring.stage;
-        const u32 rooms = shared.tile_a(ring.stage);
+        const u32 buffers = shared.tile_a(ring.stage);
         ring.advance();
-        return rooms;
+        return buffers;
     }
     DEVICE u32 stage_of(u32 i) const { return stage + i < C.stages ? stage + i : stage + i - C.stages; }
     // `group`: the math warpgroup whose first thread issued all its stores, or NONE where each warp's lane 0 did.
     static constexpr u32 NONE = ~0u;
-    DEVICE void give_back(const Shared<C>& shared, u32 group = NONE) {
+    DEVICE void give_back(const SharedMemory<C>& shared, u32 group = NONE) {
         if (count == 0) return;
         tma_wait_read<0>();
         if (group == NONE) {
@@ -49,12 +49,12 @@ struct Lent {
     }
 };
 
-// First of this warp's 16 lines of a room.
+// First of this warp's 16 lines of a buffer.
 template <Config C>
 DEVICE u32 first_line(u32 group, u32 thread) { return group * C.group_lines() + thread % 128 / 32 * WARP_ROWS; }
 
 // Four accumulators as they are from here on: what packs them cannot move ahead of this point. Without it the compiler converts
-// all rooms before the first store and runs out of registers.
+// all buffers before the first store and runs out of registers.
 DEVICE void pin_four(float* acc) { asm volatile("" : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])::"memory"); }
 
 // 64 columns of a warp's accumulators, rounded to bf16, into its 16 lines, swizzled as TMA reads them.

@@ -5,7 +5,7 @@
 
 constexpr u32 LINE = 128;  // bytes of a swizzled line
 constexpr u32 WARP_ROWS = 16;
-constexpr u32 NOTE_BYTES = 32;
+constexpr u32 WORK_TILE_BYTES = 32;
 
 struct Config {
     // Choices.
@@ -28,11 +28,11 @@ struct Config {
     DEVICE constexpr u32 bytes_a() const { return block_m * LINE; }  // 128 lines of 64 k, or two slabs
     DEVICE constexpr u32 bytes_b() const { return block_n * LINE; }
     DEVICE constexpr u32 stage_bytes() const { return bytes_a() + bytes_b(); }
-    // Scales of A in a stage; the two of B stand at the end of the note. TMA wants a box to start at a multiple of 16 bytes, so it loads
+    // Scales of A in a stage; the two of B stand at the end of the tile. TMA wants a box to start at a multiple of 16 bytes, so it loads
     // four scales more, from the multiple of four rows at or before the tile's first.
     DEVICE constexpr u32 scale_load_bytes() const { return (block_m + 4) * 4; }
     DEVICE constexpr u32 scale_bytes() const { return scaled ? (scale_load_bytes() + 127) / 128 * 128 : 0; }
-    DEVICE constexpr u32 side_bytes() const { return stages * (scale_bytes() + NOTE_BYTES + 16) + 4 * block_m; }  // behind the stages
+    DEVICE constexpr u32 side_bytes() const { return stages * (scale_bytes() + WORK_TILE_BYTES + 16) + 4 * block_m; }  // behind the stages
     DEVICE constexpr u32 math_warps() const { return 4 * math_groups; }
     DEVICE constexpr u32 threads() const { return 128 * (1 + math_groups); }
     DEVICE constexpr u32 load_warps() const { return gather ? 4 : 1; }
@@ -42,8 +42,8 @@ struct Config {
     DEVICE constexpr u32 part_n() const { return block_n / parts(); }
     DEVICE constexpr u32 half_n() const { return block_n / 2; }
     DEVICE constexpr u32 accumulators() const { return block_n / 2; }  // of a thread
-    DEVICE constexpr u32 room_bytes() const { return block_m * LINE; }
-    DEVICE constexpr u32 rooms() const { return stage_bytes() / room_bytes(); }  // of a stage
+    DEVICE constexpr u32 buffer_bytes() const { return block_m * LINE; }
+    DEVICE constexpr u32 buffers() const { return stage_bytes() / buffer_bytes(); }  // of a stage
     DEVICE constexpr u32 boxes() const { return share_a ? 32 / cluster : 32; }   // of a warp in a stage, with gather
     // Registers of a loading and of a math thread. The block is launched with 168 for each of its threads, and register_alloc waits for
     // ever if the two roles ask for more than that.

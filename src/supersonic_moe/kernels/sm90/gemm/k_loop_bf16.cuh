@@ -6,7 +6,7 @@
 // row blocks of one expert, each block loads half of B for both: a third less L2 traffic.
 //
 // The chip is limited by power, and a GEMM that skips its loads runs 1.29 times as fast (docs/log.md): 128 x 384, as large as the
-// registers allow, loads 17 % less for a product than 128 x 256. It leaves room for one stage less, so short products keep 256.
+// registers allow, loads 17 % less for a product than 128 x 256. It leaves buffer for one stage less, so short products keep 256.
 #pragma once
 #include "gemm/shared_memory.cuh"
 #include "ptx/copy.cuh"
@@ -21,7 +21,7 @@ DEVICE u64 step_descriptor(u32 tile, u32 step) {
 // acc (+)= 64 rows of A times B over one stage. The stage index passes through a shuffle, because the descriptors have to be in
 // uniform registers and the compiler cannot see that all lanes agree on it.
 template <Major MajorA, Major MajorB, Config C>
-DEVICE void multiply_stage(float (&acc)[C.block_n / 2], const Shared<C>& shared, u32 stage, u32 group, bool accumulate) {
+DEVICE void multiply_stage(float (&acc)[C.block_n / 2], const SharedMemory<C>& shared, u32 stage, u32 group, bool accumulate) {
     const u32 uniform_stage = __shfl_sync(0xffffffffu, stage, 0);
     const u32 a = shared.tile_a(uniform_stage) + group * (C.group_lines() * LINE), b = shared.tile_b(uniform_stage);
 #pragma unroll
@@ -37,10 +37,10 @@ DEVICE void multiply_stage(float (&acc)[C.block_n / 2], const Shared<C>& shared,
 }
 
 // All stages of a tile; releases each stage but the last, one step late so that one batch of wgmma is always in flight. Returns
-// the last stage, complete and not yet released: its note is the tile's. `underway` runs once the first batch is in flight,
+// the last stage, complete and not yet released: its tile is the tile's. `overlap` runs once the first batch is in flight,
 // `prepare(stage)` before the last.
-template <Major MajorA, Major MajorB, Config C, typename Underway, typename Prepare>
-DEVICE u32 multiply_tile(float (&acc)[C.block_n / 2], const Shared<C>& shared, Ring<C>& ring, u32 group, i32 blocks_k, Underway underway,
+template <Major MajorA, Major MajorB, Config C, typename Overlapped, typename Prepare>
+DEVICE u32 multiply_tile(float (&acc)[C.block_n / 2], const SharedMemory<C>& shared, Ring<C>& ring, u32 group, i32 blocks_k, Overlapped overlap,
                          Prepare prepare) {
     u32 last = ring.stage;
     for (i32 block = 0; block < blocks_k; ++block, ring.advance()) {
@@ -50,7 +50,7 @@ DEVICE u32 multiply_tile(float (&acc)[C.block_n / 2], const Shared<C>& shared, R
         wgmma_fence();
         multiply_stage<MajorA, MajorB>(acc, shared, ring.stage, group, block > 0);
         wgmma_commit();
-        if (block == 0) underway();
+        if (block == 0) overlap();
         wgmma_wait<1>();
         pin_accumulators(acc);
         if (block > 0) shared.release(last);

@@ -6,7 +6,7 @@
 // A was complete before the kernel started.
 struct ReadyAtStart {
     static constexpr bool WAITS = false;
-    DEVICE void wait(const TileNote&) const {}
+    DEVICE void wait(const WorkTile&) const {}
 };
 
 // Rows arrive while the kernel runs: `arrived[b]` counts those of block b of `block_rows` rows, and its writer adds to it with release. All
@@ -17,8 +17,8 @@ struct ReadyByCount {
     const u32* arrived;
     const u32* expected;
     i32 block_rows;
-    DEVICE void wait(const TileNote& note) const {
-        const i32 block = note.row / block_rows;
+    DEVICE void wait(const WorkTile& tile) const {
+        const i32 block = tile.row / block_rows;
         asm volatile(
             "{\n"
             ".reg .pred p;\n"

@@ -1,10 +1,10 @@
 // Who does what in a block: four loading warps, then the math warpgroups.
 #pragma once
-#include "gemm/load.cuh"
+#include "gemm/load_rows.cuh"
 
 // The prologue and epilogue of every kernel: `produce(warp)` in the loading warps, 0 to 3, `consume(warp)` in math warp `warp`, 4 and up.
 template <Config C, typename Produce, typename Consume>
-DEVICE void run_roles(const Shared<C>& shared, Produce produce, Consume consume) {
+DEVICE void run_roles(const SharedMemory<C>& shared, Produce produce, Consume consume) {
     static_assert(C.load_registers() * 128 + C.math_registers() * 128 * C.math_groups <= 168 * C.threads(), "more registers than the block has");
     shared.prepare();
     const u32 warp = warp_index();

@@ -2,12 +2,12 @@
 //
 // Tiles are numbered expert by expert. Inside an expert the order is grouped: GROUP_M blocks of rows at a time, all columns of
 // those rows before the next ones, rows innermost. Tiles that run together then share few rows and few columns, so operands come
-// from L2. Only the loading thread walks; it tells the math warps what it loaded (TileNote).
+// from L2. Only the loading thread walks; it tells the math warps what it loaded (WorkTile).
 #pragma once
 #include "gemm/config.cuh"
 
 // What the loading thread leaves beside a stage for those who multiply it. Written before it arrives on the full barrier.
-struct TileNote {
+struct WorkTile {
     i32 row;        // first row of this block's output tile; STOP: no more tiles
     i32 row_end;    // rows from here on are not the tile's
     i32 column;     // first column
@@ -16,15 +16,15 @@ struct TileNote {
     static constexpr i32 STOP_ROW = -1;
 };
 
-DEVICE void write_note(u32 address, const TileNote& note) {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(note.row), "r"(note.row_end), "r"(note.column),
-                 "r"(note.expert)
+DEVICE void write_work_tile(u32 address, const WorkTile& tile) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(tile.row), "r"(tile.row_end), "r"(tile.column),
+                 "r"(tile.expert)
                  : "memory");
-    asm volatile("st.shared.b32 [%0], %1;" ::"r"(address + 16), "r"(note.blocks_k) : "memory");
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(address + 16), "r"(tile.blocks_k) : "memory");
 }
 
-// All lanes of a warp get the note. Lane 0 alone reads it: it is the one that later hands the stage back.
-DEVICE TileNote read_note(u32 address) {
+// All lanes of a warp get the tile. Lane 0 alone reads it: it is the one that later hands the stage back.
+DEVICE WorkTile read_work_tile(u32 address) {
     i32 v[5];
     asm volatile(
         "{\n"
@@ -43,22 +43,22 @@ DEVICE TileNote read_note(u32 address) {
 
 // Grouped order of a grid of `blocks_m` x `blocks_n` tiles.
 template <i32 GroupM>
-DEVICE void grouped_order(i32 tile, i32 blocks_m, i32 blocks_n, i32& m, i32& n) {
-    const i32 first = tile / (GroupM * blocks_n) * GroupM;
+DEVICE void grouped_order(i32 index, i32 blocks_m, i32 blocks_n, i32& m, i32& n) {
+    const i32 first = index / (GroupM * blocks_n) * GroupM;
     const i32 rows = min(GroupM, blocks_m - first);
-    const i32 inside = tile - first * blocks_n;
+    const i32 inside = index - first * blocks_n;
     m = first + inside % rows;
     n = inside / rows;
 }
 
 // ---- which tiles a block takes: policies of the loader ----
 
-// Every tile, in turn.
+// Every tile, in round.
 template <Config C>
 struct AllTiles {
     static constexpr bool CLIPS = false;
     DEVICE i32 first() const { return blockIdx.x / C.cluster; }
-    DEVICE i32 next(i32 tile) const { return tile + gridDim.x / C.cluster; }
+    DEVICE i32 next(i32 index) const { return index + gridDim.x / C.cluster; }
 };
 // Of each expert, row blocks [begin_block[e], end_block[e]) only, in blocks of `block_rows` rows (those of a cluster).
 template <Config C>
@@ -82,9 +82,9 @@ struct TileCounter {
     i32* counter;
     DEVICE i32 first() const { return next(0); }
     DEVICE i32 next(i32) const {
-        i32 tile = 0;
-        if (lane_index() == 0) asm volatile("atom.global.relaxed.gpu.add.s32 %0, [%1], 1;" : "=r"(tile) : "l"(counter) : "memory");
-        return __shfl_sync(0xffffffffu, tile, 0);
+        i32 index = 0;
+        if (lane_index() == 0) asm volatile("atom.global.relaxed.gpu.add.s32 %0, [%1], 1;" : "=r"(index) : "l"(counter) : "memory");
+        return __shfl_sync(0xffffffffu, index, 0);
     }
 };
 
@@ -112,14 +112,14 @@ struct RaggedRows {
         if constexpr (Schedule::CLIPS) whole_end = end, schedule.clip(expert, begin, end);
     }
 
-    // False past the last tile; else m and n, in blocks, of `tile` inside the current expert. Of a split tile, n is the first of two.
-    DEVICE bool find(i32 tile, i32& m, i32& n) {
+    // False past the last tile; else m and n, in blocks, of number `index` inside the current expert. Of a split tile, n is the first of two.
+    DEVICE bool find(i32 index, i32& m, i32& n) {
         while (true) {
             const i32 blocks_m = (end - begin + BlockM - 1) / BlockM;
             const bool short_tail = Pairs && blocks_m > 0 && end - begin <= (blocks_m - 1) * BlockM + BlockM / 2;
             const i32 full_m = short_tail ? blocks_m - 1 : blocks_m, full_tiles = full_m * blocks_n;
             const i32 tiles = full_tiles + (short_tail ? blocks_n - pairs_n : 0);
-            const i32 inside = tile - first_tile;
+            const i32 inside = index - first_tile;
             if (inside < tiles) {
                 split = inside >= full_tiles && inside - full_tiles < pairs_n;
                 if (inside < full_tiles) {

@@ -14,15 +14,15 @@ DEVICE u32 fresh_thread_index() {
 // Shared memory, from its base: stages | scales of A | notes | full barriers | empty barriers | row indices | staging, where a kernel
 // has it.
 template <Config C>
-struct Shared {
+struct SharedMemory {
     u32 base;
     static constexpr Config CONFIG = C;
     DEVICE u32 tile_a(u32 stage) const { return base + stage * C.stage_bytes(); }
     DEVICE u32 tile_b(u32 stage) const { return tile_a(stage) + C.bytes_a(); }
     DEVICE u32 scale_a(u32 stage) const { return base + C.stages * C.stage_bytes() + stage * C.scale_bytes(); }
-    DEVICE u32 note(u32 stage) const { return scale_a(C.stages) + stage * NOTE_BYTES; }
-    DEVICE u32 scale_b(u32 stage) const { return note(stage) + NOTE_BYTES - 8; }
-    DEVICE u32 full(u32 stage) const { return note(C.stages) + 8 * stage; }
+    DEVICE u32 work_tile(u32 stage) const { return scale_a(C.stages) + stage * WORK_TILE_BYTES; }
+    DEVICE u32 scale_b(u32 stage) const { return work_tile(stage) + WORK_TILE_BYTES - 8; }
+    DEVICE u32 full(u32 stage) const { return work_tile(C.stages) + 8 * stage; }
     DEVICE u32 empty(u32 stage) const { return full(C.stages) + 8 * stage; }
     DEVICE u32 row_index(u32 row) const { return empty(C.stages) + 4 * row; }
     DEVICE u32 staging() const { return base + C.stages * C.stage_bytes() + (C.side_bytes() + 1023) / 1024 * 1024; }
@@ -64,16 +64,16 @@ DEVICE bool arrives_full() { return C.full_arrivals() > C.full_warps() || elect_
 template <Config C>
 using Ring = RingCursor<C.stages>;
 
-// Waits for the first stage of the next tile; its note.
+// Waits for the first stage of the next tile; its tile.
 template <Config C>
-DEVICE TileNote await_tile(const Shared<C>& shared, const Ring<C>& ring) {
+DEVICE WorkTile await_tile(const SharedMemory<C>& shared, const Ring<C>& ring) {
     mbarrier_wait(shared.full(ring.stage), ring.phase);
-    return read_note(shared.note(ring.stage));
+    return read_work_tile(shared.work_tile(ring.stage));
 }
 
 // Consumes `count` stages without reading them: those of a tile of which this warpgroup has no row.
 template <Config C>
-DEVICE void skip_stages(const Shared<C>& shared, Ring<C>& ring, i32 count) {
+DEVICE void skip_stages(const SharedMemory<C>& shared, Ring<C>& ring, i32 count) {
     for (i32 i = 0; i < count; ++i, ring.advance()) {
         mbarrier_wait(shared.full(ring.stage), ring.phase);
         __syncwarp();

@@ -5,16 +5,16 @@
 #include "epilogue/gradient_staging.cuh"
 #include "gemm/k_loop_fp8.cuh"
 
-// Where a tile lies in D, as the first 16 bytes of its note say. A tile's note stays with its first stage, which is handed back before
+// Where a tile lies in D, as the first 16 bytes of its tile say. A tile's tile stays with its first stage, which is handed back before
 // the tile is stored, so a warp that stores it keeps a copy: in registers it would be three too many in the main loop.
 struct TilePlace {
     i32 row, row_end, column, expert;
 };
-DEVICE TilePlace load_place(u32 note) {
+DEVICE TilePlace load_place(u32 tile) {
     TilePlace place;
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(place.row), "=r"(place.row_end), "=r"(place.column), "=r"(place.expert)
-                 : "r"(note)
+                 : "r"(tile)
                  : "memory");
     return place;
 }
@@ -25,57 +25,57 @@ DEVICE void store_place(u32 copy, const TilePlace& place) {
 }
 // This warp's copy, where a kernel that gathers has row indices.
 template <Config C>
-DEVICE u32 held_note(const Shared<C>& shared) { return shared.row_index(fresh_thread_index() / 32 * 4); }
+DEVICE u32 held_note(const SharedMemory<C>& shared) { return shared.row_index(fresh_thread_index() / 32 * 4); }
 
 template <Config C, Output O>
-struct WeightGradientHeld {
+struct DeferredWeightGradient {
     static_assert(!C.gather && C.cluster == 1, "whole tiles, each block for itself");
-    static constexpr u32 ROOMS_EACH = C.block_n / O.room_columns() / 2;  // of half a tile
-    const Shared<C> shared;
+    static constexpr u32 BUFFERS_EACH = C.block_n / O.buffer_columns() / 2;  // of half a tile
+    const SharedMemory<C> shared;
     const TensorMap* map;
     u32 group;
-    bool held = false;  // a tile is in the accumulators; its note is in shared memory, for the thread that stores it
+    bool held = false;  // a tile is in the accumulators; its tile is in shared memory, for the thread that stores it
 
     DEVICE void store_half(float (&acc)[C.block_n / 2], u32 half) const {
         if (!held) return;
         const u32 thread = fresh_thread_index(), line = own_line<C, O>(group, thread);
-        const u32 lines = shared.staging() + (O.format == Format::BF16 ? half * ROOMS_EACH * C.room_bytes() : 0) + line * LINE;
+        const u32 lines = shared.staging() + (O.format == Format::BF16 ? half * BUFFERS_EACH * C.buffer_bytes() : 0) + line * LINE;
         if (O.format != Format::BF16 || half == 0) {
             tma_wait_read<0>();
-            meet_writers<O>(group);
+            sync_writers<O>(group);
         }
 #pragma unroll
-        for (u32 i = 0; i < ROOMS_EACH; ++i) fill_room<O>(acc + (half * ROOMS_EACH + i) * (O.room_columns() / 2), lines + i * C.room_bytes(), thread);
+        for (u32 i = 0; i < BUFFERS_EACH; ++i) fill_buffer<O>(acc + (half * BUFFERS_EACH + i) * (O.buffer_columns() / 2), lines + i * C.buffer_bytes(), thread);
         fence_proxy_async();
-        meet_writers<O>(group);
-        if (hands_over<O>(thread)) {
-            const TilePlace tile = load_place(held_note(shared));
+        sync_writers<O>(group);
+        if (issues_stores<O>(thread)) {
+            const TilePlace place = load_place(held_note(shared));
 #pragma unroll
-            for (u32 i = 0; i < ROOMS_EACH; ++i)
-                store_room<O>(map, lines + i * C.room_bytes(), tile.row + static_cast<i32>(line),
-                           tile.column + static_cast<i32>((half * ROOMS_EACH + i) * O.room_columns()), tile.expert);
+            for (u32 i = 0; i < BUFFERS_EACH; ++i)
+                store_buffer<O>(map, lines + i * C.buffer_bytes(), place.row + static_cast<i32>(line),
+                           place.column + static_cast<i32>((half * BUFFERS_EACH + i) * O.buffer_columns()), place.expert);
             tma_commit();
         }
     }
     // The tile whose first stage is this warp's is the one in the accumulators from here on.
     DEVICE void hold(const Ring<C>& ring) {
-        if (hands_over<O>(fresh_thread_index())) store_place(held_note(shared), load_place(shared.note(ring.stage)));
+        if (issues_stores<O>(fresh_thread_index())) store_place(held_note(shared), load_place(shared.work_tile(ring.stage)));
         held = true;
     }
     // Every tile of this block.
     DEVICE void run(i32 rows) {
-        const Operands<C> operands(shared, group);
+        const OperandAddresses<C> operands(shared, group);
         Ring<C> ring;
         float acc[C.block_n / 2];
         while (true) {
-            const TileNote note = await_note(shared, ring);
-            const bool stop = note.row == TileNote::STOP_ROW;
-            if (!stop && note.row + static_cast<i32>(group * C.group_lines()) >= rows) {
-                skip_stages(shared, ring, max(note.blocks_k, 1));
+            const WorkTile tile = await_tile_uniform(shared, ring);
+            const bool stop = tile.row == WorkTile::STOP_ROW;
+            if (!stop && tile.row + static_cast<i32>(group * C.group_lines()) >= rows) {
+                skip_stages(shared, ring, max(tile.blocks_k, 1));
                 continue;
             }
-            if (!stop && note.blocks_k > 0) {
-                multiply_stages<false>(acc, shared, operands.of_tile(note.row), ring, note.blocks_k, [&](u32 half) {
+            if (!stop && tile.blocks_k > 0) {
+                multiply_stages<false>(acc, shared, operands.of_tile(tile.row), ring, tile.blocks_k, [&](u32 half) {
                     store_half(acc, half);
                     if (half == 1) hold(ring);
                 });

@@ -24,12 +24,12 @@ DEVICE void load_indices(i32 (&rows)[Held], u32 address) {
                      : "memory");
 }
 
-// The loading warps' last word: one more stage, empty, whose note says that no tile follows.
+// The loading warps' last word: one more stage, empty, whose tile says that no tile follows.
 template <Config C>
-DEVICE void announce_end(const Shared<C>& shared, const Ring<C>& ring, u32 warp) {
+DEVICE void announce_end(const SharedMemory<C>& shared, const Ring<C>& ring, u32 warp) {
     mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
     if (warp >= C.full_warps()) return;
-    if (warp == 0 && elect_one()) write_note(shared.note(ring.stage), {TileNote::STOP_ROW, 0, 0, 0, 0});
+    if (warp == 0 && elect_one()) write_work_tile(shared.work_tile(ring.stage), {WorkTile::STOP_ROW, 0, 0, 0, 0});
     __syncwarp();
     if (arrives_full<C>()) mbarrier_arrive(shared.full(ring.stage));
 }
@@ -43,7 +43,7 @@ struct RaggedGemm {
 
 // Block scales as the loading warpgroup sees them, with SCALED. Those of A lie by K block, (K blocks, rows), for TMA; with GATHER by
 // row, (rows, K blocks): a lane reads its row's one K block ahead. A tile has two of B, for the blocks of 128 columns that
-// `blocks_of(note)` names; the thread that loads B reads them one K block ahead and leaves them beside the note.
+// `blocks_of(tile)` names; the thread that loads B reads them one K block ahead and leaves them beside the tile.
 template <typename BlocksOf>
 struct Scales {
     const TensorMap* map_a;
@@ -67,16 +67,16 @@ DEVICE void store_scales(u32 address, float first, float second) {
 // The scales of one tile, one K block ahead of their use. `row`: of A's matrix, this lane's, with GATHER.
 template <Config C, typename AllScales>
 struct TileScales {
-    DEVICE TileScales(const AllScales&, const TileNote&, i32) {}
+    DEVICE TileScales(const AllScales&, const WorkTile&, i32) {}
 };
 template <Config C, typename BlocksOf>
 struct TileScales<C, Scales<BlocksOf>> {
     const float *a = nullptr, *first, *second;
     float next_a = 0.0f, next_first, next_second;
-    DEVICE TileScales(const Scales<BlocksOf>& scales, const TileNote& note, i32 row) {
+    DEVICE TileScales(const Scales<BlocksOf>& scales, const WorkTile& tile, i32 row) {
         if constexpr (C.gather) next_a = __ldg(a = scales.a + max(row, 0) * scales.a_row);
-        const ColumnBlocks blocks = scales.blocks_of(note);
-        const float* b = scales.b + note.expert * scales.b_expert;
+        const ColumnBlocks blocks = scales.blocks_of(tile);
+        const float* b = scales.b + tile.expert * scales.b_expert;
         next_first = __ldg(first = b + static_cast<i64>(blocks.first) * scales.b_column);
         next_second = __ldg(second = b + static_cast<i64>(blocks.second) * scales.b_column);
     }
@@ -88,14 +88,14 @@ struct TileScales<C, Scales<BlocksOf>> {
 
 // Bytes of A that reach a stage of a tile: the boxes that have a row of it, with GATHER.
 template <Config C>
-DEVICE u32 bytes_of_a(const TileNote& note) {
-    const u32 rows = static_cast<u32>(max(min(note.row_end - note.row, static_cast<i32>(C.block_m)), 0));
+DEVICE u32 bytes_of_a(const WorkTile& tile) {
+    const u32 rows = static_cast<u32>(max(min(tile.row_end - tile.row, static_cast<i32>(C.block_m)), 0));
     return C.gather ? (rows + C.boxes() - 1) / C.boxes() * (C.boxes() * LINE) : C.bytes_a();
 }
 
 // A tile as the loading warps walk it.
-struct LoadedTile {
-    TileNote note;
+struct FoundTile {
+    WorkTile tile;
     bool own_columns;  // no other block of the cluster has the same
     bool found;
 };
@@ -103,47 +103,47 @@ struct LoadedTile {
 // Loads all tiles of this block: `blocks_k` stages each, of BLOCK_M rows of A and of a B of TileColumns columns, then what
 // `load_tail` adds to a tile. The next tile is looked up, and its indices and first scales are read, while the current one is loaded:
 // each of these reads takes as long as a K block.
-//   load_b(tile_b, full, k, note, part, blocks)  one thread: part `part` of CLUSTER of B, for those `blocks` of the cluster
-//   load_tail(ring, note, warp)       all warps that load: they wait for each stage; advances the ring
+//   load_b(tile_b, full, k, tile, part, blocks)  one thread: part `part` of CLUSTER of B, for those `blocks` of the cluster
+//   load_tail(ring, tile, warp)       all warps that load: they wait for each stage; advances the ring
 template <i32 TileColumns, Config C, typename AllScales, typename LoadB, typename LoadTail, typename Ready = ReadyAtStart, typename Schedule = AllTiles<C>>
-DEVICE void load_ragged_rows(const Shared<C>& shared, const RaggedGemm& gemm, const TensorMap* map_a, const AllScales& scales, LoadB load_b,
+DEVICE void load_ragged_rows(const SharedMemory<C>& shared, const RaggedGemm& gemm, const TensorMap* map_a, const AllScales& scales, LoadB load_b,
                              LoadTail load_tail, const Ready ready = {}, Schedule schedule = {}) {
     const u32 warp = warp_index();
     if (warp >= C.load_warps()) return;
     constexpr i32 rows = C.share_a ? C.block_m : C.block_m * C.cluster, columns = C.share_a ? TileColumns * C.cluster : TileColumns;
     const i32 rank = C.cluster > 1 ? static_cast<i32>(cluster_block_rank()) : 0;
     RaggedRows<rows, columns, C.share_a ? C.group_m : C.group_m / C.cluster, !C.share_a && C.cluster == 2, Schedule> tiles(gemm.offsets, gemm.experts, gemm.columns, schedule);
-    i32 tile = schedule.first();
+    i32 tile_index = schedule.first();
     const auto find = [&] {
         i32 m, n;
-        LoadedTile found;
-        found.found = tiles.find(tile, m, n);
-        tile = schedule.next(tile);
+        FoundTile found;
+        found.found = tiles.find(tile_index, m, n);
+        tile_index = schedule.next(tile_index);
         found.own_columns = C.share_a || tiles.split;
         const i32 row = tiles.begin + m * rows + (found.own_columns ? 0 : rank * static_cast<i32>(C.block_m));
         const i32 column = C.share_a ? (n * static_cast<i32>(C.cluster) + rank) * TileColumns : (tiles.split ? n + rank : n) * TileColumns;
-        found.note = {row, tiles.end, column, tiles.expert, gemm.blocks_k};
+        found.tile = {row, tiles.end, column, tiles.expert, gemm.blocks_k};
         return found;
     };
     // Row of A's matrix that line `line` of a tile reads; past the expert's end, its last.
-    const auto row_of = [&](const TileNote& note, u32 line) {
-        return C.gather ? gemm.index[max(min(note.row + static_cast<i32>(line), note.row_end - 1), 0)] : 0;
+    const auto row_of = [&](const WorkTile& tile, u32 line) {
+        return C.gather ? gemm.index[max(min(tile.row + static_cast<i32>(line), tile.row_end - 1), 0)] : 0;
     };
     const u32 first_line = (C.share_a ? rank * (C.block_m / C.cluster) : 0) + warp * C.boxes();  // this warp's boxes, with GATHER
     const u32 box_line = first_line + lane_index() % C.boxes(), scale_line = warp * 32 + lane_index();
 
     Ring<C> ring;
-    LoadedTile now = find();
+    FoundTile now = find();
     if (now.found) {
-        i32 box_row = row_of(now.note, box_line), scale_row = C.share_a ? row_of(now.note, scale_line) : box_row;
-        ready.wait(now.note);
-        TileScales<C, AllScales> tile_scales(scales, now.note, scale_row);
+        i32 box_row = row_of(now.tile, box_line), scale_row = C.share_a ? row_of(now.tile, scale_line) : box_row;
+        ready.wait(now.tile);
+        TileScales<C, AllScales> tile_scales(scales, now.tile, scale_row);
         while (true) {
-            const TileNote note = now.note;
+            const WorkTile tile = now.tile;
             // Blocks with the same columns load a part of B each, for all of them; one that has its columns for itself loads every part.
             const u32 first_part = now.own_columns ? 0 : static_cast<u32>(rank), parts = now.own_columns ? C.cluster : 1;
             const u16 sharers = static_cast<u16>(now.own_columns ? 1 << rank : (1 << C.cluster) - 1);
-            const bool has_rows = note.row + static_cast<i32>(first_line) < note.row_end;
+            const bool has_rows = tile.row + static_cast<i32>(first_line) < tile.row_end;
             if constexpr (C.gather) {
                 store_index(shared.row_index(warp * C.boxes() + lane_index() % C.boxes()), box_row);
                 __syncwarp();
@@ -160,16 +160,16 @@ DEVICE void load_ragged_rows(const Shared<C>& shared, const RaggedGemm& gemm, co
                 const bool loads_b = warp == 0 && elect_one();
                 if (C.full_arrivals() > C.full_warps() && warp == 0 && !loads_b) mbarrier_arrive(full);
                 if (loads_b) {
-                    write_note(shared.note(ring.stage), note);
+                    write_work_tile(shared.work_tile(ring.stage), tile);
                     if constexpr (C.scaled) store_scales(shared.scale_b(ring.stage), tile_scales.next_first, tile_scales.next_second);
-                    mbarrier_arrive_expect_tx(full, bytes_of_a<C>(note) + C.bytes_b() + (C.scaled && !C.gather ? C.scale_load_bytes() : 0));
+                    mbarrier_arrive_expect_tx(full, bytes_of_a<C>(tile) + C.bytes_b() + (C.scaled && !C.gather ? C.scale_load_bytes() : 0));
                     if constexpr (!C.gather) {
-                        if constexpr (C.scaled) tma_load(shared.scale_a(ring.stage), scales.map_a, full, note.row / 4 * 4, block);
-                        tma_load(tile_a, map_a, full, k, note.row);
+                        if constexpr (C.scaled) tma_load(shared.scale_a(ring.stage), scales.map_a, full, tile.row / 4 * 4, block);
+                        tma_load(tile_a, map_a, full, k, tile.row);
                     }
 #pragma unroll 1
                     for (u32 part = first_part; part < first_part + parts; ++part)
-                        load_b(shared.tile_b(ring.stage), full, k, note, part, sharers);
+                        load_b(shared.tile_b(ring.stage), full, k, tile, part, sharers);
                 }
                 if constexpr (C.gather) {
                     if (has_rows && elect_one()) {
@@ -196,19 +196,19 @@ DEVICE void load_ragged_rows(const Shared<C>& shared, const RaggedGemm& gemm, co
                 if (block == (C.scaled ? 0 : gemm.blocks_k - 1)) {
                     now = find();
                     if (C.gather && now.found) {
-                        box_row = row_of(now.note, box_line);
-                        scale_row = C.share_a ? row_of(now.note, scale_line) : box_row;
+                        box_row = row_of(now.tile, box_line);
+                        scale_row = C.share_a ? row_of(now.tile, scale_line) : box_row;
                     }
                 }
             }
             if constexpr (!Ready::WAITS) {  // ahead of time
-                if (now.found) tile_scales = TileScales<C, AllScales>(scales, now.note, scale_row);
+                if (now.found) tile_scales = TileScales<C, AllScales>(scales, now.tile, scale_row);
             }
-            load_tail(ring, note, warp);
+            load_tail(ring, tile, warp);
             if constexpr (Ready::WAITS) {  // the epilogue of this tile must not wait for the next one's rows
                 if (now.found) {
-                    ready.wait(now.note);
-                    tile_scales = TileScales<C, AllScales>(scales, now.note, scale_row);
+                    ready.wait(now.tile);
+                    tile_scales = TileScales<C, AllScales>(scales, now.tile, scale_row);
                 }
             }
             if (!now.found) break;

@@ -1,12 +1,12 @@
 // A contraction over the rows of an expert: the outer dimension of both operands, so both are MN-major.
 #pragma once
-#include "gemm/load.cuh"
+#include "gemm/load_rows.cuh"
 #include "ptx/wgmma.cuh"
 
 // Rows past the expert's end belong to the next one, or to nobody: zero them in both operands (0 * NaN is NaN). Each warpgroup
 // clears its slab of A and half of B's slabs; both meet before either multiplies.
 template <Config C>
-DEVICE void clear_rows(const Shared<C>& shared, u32 stage, u32 group, u32 valid) {
+DEVICE void clear_rows(const SharedMemory<C>& shared, u32 stage, u32 group, u32 valid) {
     constexpr u32 slabs = 1 + C.slabs_n() / 2;
     const u32 thread = fresh_thread_index() % 128;
     const u32 a = shared.tile_a(stage) + group * C.slab_bytes(), b = shared.tile_b(stage) + group * (C.slabs_n() / 2) * C.slab_bytes();
@@ -26,22 +26,22 @@ struct RaggedDepth {
     struct Tile {
         i32 blocks_k, valid;  // rows of the last block
         template <Config C>
-        DEVICE void prepare(const Shared<C>& shared, u32 stage, u32 group) const {
+        DEVICE void prepare(const SharedMemory<C>& shared, u32 stage, u32 group) const {
             if (valid < static_cast<i32>(C.block_k())) clear_rows(shared, stage, group, valid);
         }
     };
     i32 block_k;
-    DEVICE Tile of_tile(const TileNote& first) const { return {first.blocks_k, first.row_end - (first.blocks_k - 1) * block_k}; }
+    DEVICE Tile of_tile(const WorkTile& first) const { return {first.blocks_k, first.row_end - (first.blocks_k - 1) * block_k}; }
 };
 
 template <Config C>
 constexpr u32 WARP_LINES = C.block_k() / 4;  // rows of the contraction that a loading warp fetches in a stage, with GATHER
 
 // Loads all tiles of this block: for each, the K blocks of its expert. With GATHER the rows change from block to block: a
-// warp reads their indices one block ahead, past the end of a tile those of the next, one a lane, and its issuing lane picks them up
+// warp reads their indices one block ahead, past the end of a index_of_tile those of the next, one a lane, and its issuing lane picks them up
 // from shared memory.
-template <u32 LentStages, bool Adds, Config C>
-DEVICE void load_ragged_depth(const Shared<C>& shared, const TensorMap* map_a, const TensorMap* map_b, const i32* offsets, const i32* index,
+template <u32 BorrowedByTile, bool Adds, Config C>
+DEVICE void load_ragged_depth(const SharedMemory<C>& shared, const TensorMap* map_a, const TensorMap* map_b, const i32* offsets, const i32* index,
                               i32 experts, i32 blocks_m, i32 blocks_n) {
     const u32 warp = warp_index();
     if (warp >= C.load_warps()) return;
@@ -55,14 +55,14 @@ DEVICE void load_ragged_depth(const Shared<C>& shared, const TensorMap* map_a, c
     const i32* rows = offsets + min(static_cast<i32>(blockIdx.x / C.cluster) / (blocks_m * blocks_n), experts - 1);
     i32 next_begin = rows[0], next_end = rows[1];
     i32 mine = fetch(next_begin, next_end);
-    for (i32 tile = blockIdx.x / C.cluster; tile < tiles; tile += gridDim.x / C.cluster) {
-        const i32 expert = tile / (blocks_m * blocks_n), begin = next_begin, end = next_end;
-        rows = offsets + min(static_cast<i32>(tile + gridDim.x / C.cluster) / (blocks_m * blocks_n), experts - 1);
+    for (i32 index_of_tile = blockIdx.x / C.cluster; index_of_tile < tiles; index_of_tile += gridDim.x / C.cluster) {
+        const i32 expert = index_of_tile / (blocks_m * blocks_n), begin = next_begin, end = next_end;
+        rows = offsets + min(static_cast<i32>(index_of_tile + gridDim.x / C.cluster) / (blocks_m * blocks_n), experts - 1);
         next_begin = rows[0], next_end = rows[1];
         i32 m, n;
-        grouped_order<C.group_m / C.cluster>(tile % (blocks_m * blocks_n), blocks_m, blocks_n, m, n);
+        grouped_order<C.group_m / C.cluster>(index_of_tile % (blocks_m * blocks_n), blocks_m, blocks_n, m, n);
         const i32 blocks_k = max((end - begin + static_cast<i32>(C.block_k()) - 1) / static_cast<i32>(C.block_k()), 1);  // none: zeros, once
-        const TileNote note{m * static_cast<i32>(C.block_m * C.cluster) + rank * static_cast<i32>(C.block_m), end - begin, n * static_cast<i32>(C.block_n), expert, blocks_k};
+        const WorkTile tile{m * static_cast<i32>(C.block_m * C.cluster) + rank * static_cast<i32>(C.block_m), end - begin, n * static_cast<i32>(C.block_n), expert, blocks_k};
         for (i32 block = 0; block < blocks_k; ++block, ring.advance()) {
             const u32 full = shared.full(ring.stage), tile_a = shared.tile_a(ring.stage);
             const i32 k = begin + block * C.block_k();
@@ -74,19 +74,19 @@ DEVICE void load_ragged_depth(const Shared<C>& shared, const TensorMap* map_a, c
             mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
             if (begin == end) {
                 if (warp == 0 && elect_one()) {
-                    write_note(shared.note(ring.stage), note);
+                    write_work_tile(shared.work_tile(ring.stage), tile);
                     mbarrier_arrive(full);
                 }
                 continue;
             }
             if (warp == 0 && elect_one()) {
-                write_note(shared.note(ring.stage), note);
+                write_work_tile(shared.work_tile(ring.stage), tile);
                 mbarrier_arrive_expect_tx(full, C.stage_bytes());
                 if constexpr (!C.gather) {
-                    tma_load(tile_a, map_a, full, note.row, k);
-                    tma_load(tile_a + C.slab_bytes(), map_a, full, note.row + 64, k);
+                    tma_load(tile_a, map_a, full, tile.row, k);
+                    tma_load(tile_a + C.slab_bytes(), map_a, full, tile.row + 64, k);
                 }
-                load_b_mn_major<C>(shared.tile_b(ring.stage), map_b, full, k, note.column, 0, cluster_block_rank(), (1 << C.cluster) - 1);
+                load_b_mn_major<C>(shared.tile_b(ring.stage), map_b, full, k, tile.column, 0, cluster_block_rank(), (1 << C.cluster) - 1);
             }
             if constexpr (C.gather) {
                 if (elect_one()) {
@@ -97,15 +97,15 @@ DEVICE void load_ragged_depth(const Shared<C>& shared, const TensorMap* map_a, c
 #pragma unroll
                         for (u32 i = 0; i < 4; ++i) {
                             const u32 line = tile_a + (first + i) * LINE;
-                            tma_load(line, map_a, full, note.row, rows[i]);
-                            tma_load(line + C.slab_bytes(), map_a, full, note.row + 64, rows[i]);
+                            tma_load(line, map_a, full, tile.row, rows[i]);
+                            tma_load(line + C.slab_bytes(), map_a, full, tile.row + 64, rows[i]);
                         }
                     }
                 }
                 __syncwarp();
             }
         }
-        if (!Adds || begin < end) lend_stages(shared, ring, LentStages, warp);
+        if (!Adds || begin < end) offer_stages(shared, ring, BorrowedByTile, warp);
     }
     announce_end(shared, ring, warp);
 }

@@ -1,6 +1,6 @@
 // A contraction over the positions of an expert, e4m3: both operands lie along it, every expert fills whole K blocks.
 #pragma once
-#include "gemm/load.cuh"
+#include "gemm/load_rows.cuh"
 
 // The product as the loading warp sees it.
 struct ScaledDepth {
@@ -11,7 +11,7 @@ struct ScaledDepth {
 };
 
 struct DepthTile {
-    TileNote note;  // blocks_k 0: no position, zeros
+    WorkTile tile;  // blocks_k 0: no position, zeros
     i32 first_k;    // K block, of all experts'
     bool found;
 };
@@ -20,56 +20,56 @@ struct DepthTile {
 struct DepthScales {
     const float *first = nullptr, *second = nullptr;
     float next_first = 0.0f, next_second = 0.0f;
-    DEVICE DepthScales(const ScaledDepth& gemm, const DepthTile& tile) {
-        if (!tile.found || tile.note.blocks_k == 0) return;  // its positions may start where the scales end
-        const i32 column = tile.note.column / 128, last = (gemm.columns - 1) / 128;
-        const float* at = gemm.scale_b + tile.first_k * gemm.scale_k;
+    DEVICE DepthScales(const ScaledDepth& gemm, const DepthTile& of) {
+        if (!of.found || of.tile.blocks_k == 0) return;  // its positions may start where the scales end
+        const i32 column = of.tile.column / 128, last = (gemm.columns - 1) / 128;
+        const float* at = gemm.scale_b + of.first_k * gemm.scale_k;
         next_first = __ldg(first = at + column * gemm.scale_column);
         next_second = __ldg(second = at + min(column + 1, last) * gemm.scale_column);
     }
     DEVICE void advance(const ScaledDepth& gemm) { next_first = __ldg(first += gemm.scale_k), next_second = __ldg(second += gemm.scale_k); }
 };
 
-// Loads all tiles of this block: the K blocks of its expert, or one stage with nothing but a note. The next tile's offsets and first scales
+// Loads all tiles of this block: the K blocks of its expert, or one stage with nothing but a tile. The next tile's offsets and first scales
 // are read while the current one is loaded: each of these reads takes as long as a K block.
 template <bool Adds, Config C>
-DEVICE void load_scaled_depth(const Shared<C>& shared, const ScaledDepth& gemm, const TensorMap* map_a, const TensorMap* map_scale_a,
+DEVICE void load_scaled_depth(const SharedMemory<C>& shared, const ScaledDepth& gemm, const TensorMap* map_a, const TensorMap* map_scale_a,
                               const TensorMap* map_b) {
     const i32 blocks_m = (gemm.rows + static_cast<i32>(C.block_m) - 1) / static_cast<i32>(C.block_m);
     const i32 blocks_n = (gemm.columns + static_cast<i32>(C.block_n) - 1) / static_cast<i32>(C.block_n);
     const i32 tiles_each = blocks_m * blocks_n;
-    i32 tile = blockIdx.x;
+    i32 index = blockIdx.x;
     const auto find = [&]() -> DepthTile {
-        for (; tile < gemm.experts * tiles_each; tile += gridDim.x) {
-            const i32 expert = tile / tiles_each, begin = gemm.offsets[expert], blocks_k = (gemm.offsets[expert + 1] - begin) / 128;
+        for (; index < gemm.experts * tiles_each; index += gridDim.x) {
+            const i32 expert = index / tiles_each, begin = gemm.offsets[expert], blocks_k = (gemm.offsets[expert + 1] - begin) / 128;
             if (Adds && blocks_k == 0) continue;  // nothing to add
             i32 m, n;
-            grouped_order<C.group_m>(tile % tiles_each, blocks_m, blocks_n, m, n);
-            tile += gridDim.x;
+            grouped_order<C.group_m>(index % tiles_each, blocks_m, blocks_n, m, n);
+            index += gridDim.x;
             return {{m * static_cast<i32>(C.block_m), gemm.rows, n * static_cast<i32>(C.block_n), expert, blocks_k}, begin / 128, true};
         }
-        return {{TileNote::STOP_ROW, 0, 0, 0, 0}, 0, false};
+        return {{WorkTile::STOP_ROW, 0, 0, 0, 0}, 0, false};
     };
     Ring<C> ring;
     DepthTile now = find();
     DepthScales scales(gemm, now);
     while (now.found) {
-        const TileNote note = now.note;
-        const i32 first_k = now.first_k, stages = max(note.blocks_k, 1);
+        const WorkTile tile = now.tile;
+        const i32 first_k = now.first_k, stages = max(tile.blocks_k, 1);
         for (i32 block = 0; block < stages; ++block, ring.advance()) {
             const u32 full = shared.full(ring.stage);
             mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
             if (elect_one()) {
-                write_note(shared.note(ring.stage), note);
-                if (note.blocks_k == 0) {
+                write_work_tile(shared.work_tile(ring.stage), tile);
+                if (tile.blocks_k == 0) {
                     mbarrier_arrive(full);
                 } else {
                     const i32 k = (first_k + block) * static_cast<i32>(C.block_k());
                     store_scales(shared.scale_b(ring.stage), scales.next_first, scales.next_second);
                     mbarrier_arrive_expect_tx(full, C.stage_bytes() + C.scale_load_bytes());
-                    tma_load(shared.scale_a(ring.stage), map_scale_a, full, note.row, first_k + block);
-                    tma_load(shared.tile_a(ring.stage), map_a, full, k, note.row);
-                    tma_load(shared.tile_b(ring.stage), map_b, full, k, note.column);
+                    tma_load(shared.scale_a(ring.stage), map_scale_a, full, tile.row, first_k + block);
+                    tma_load(shared.tile_a(ring.stage), map_a, full, k, tile.row);
+                    tma_load(shared.tile_b(ring.stage), map_b, full, k, tile.column);
                 }
             }
             if (block + 1 < stages) scales.advance(gemm);
