@@ -21,7 +21,7 @@ extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
         load_ragged_rows<CONFIG.block_n>(shared, gemm, &map_a, scales, LoadOwnWeight{&map_b}, NoTail{});
     };
     run_roles(shared, produce, [&](u32 warp) {
-        const DeferredStore<CONFIG> epilogue{shared, &map_d, {d, d_row_bytes, columns}, blocks_k, warp / 4 - 1};
+        const DeferredStore<CONFIG> epilogue{shared, &map_d, {d, d_row_bytes, columns}, blocks_k, warp};
         for_each_scaled_tile<Walk::Stages, false>(shared, warp, epilogue);
     });
 }

@@ -18,5 +18,5 @@ extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
         const ScaledDepth gemm{offsets, experts, rows, columns, scale_b, scale_b_column, scale_b_k};
         load_scaled_depth<OUTPUT == 2>(shared, gemm, &map_a, &map_scale_a, &map_b);
     };
-    run_roles(shared, produce, [&](u32 warp) { Epilogue{shared, &map_d, warp / 4 - 1}.run(rows); });
+    run_roles(shared, produce, [&](u32 warp) { Epilogue{shared, &map_d, warp / 4 - 1, warp}.run(rows); });
 }

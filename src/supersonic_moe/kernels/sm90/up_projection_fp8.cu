@@ -27,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
     };
     run_roles(shared, produce, [&](u32 warp) {
         const Epilogue epilogue{shared, &map_z, &map_a, b1, z, scale_z, a, scale_a, z_row_bytes, a_row_bytes, scale_stride, saved, pow2,
-                                gate_base, up_base, width, blocks_k, {alpha, limit, up_offset}, warp / 4 - 1};
+                                gate_base, up_base, width, blocks_k, {alpha, limit, up_offset}, warp};
         for_each_scaled_tile<Walk::Stages, GATE.interleaved>(shared, warp, epilogue);
     });
 }

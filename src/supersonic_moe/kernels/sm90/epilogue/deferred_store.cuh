@@ -10,14 +10,14 @@ struct DeferredStore {
     const TensorMap* map_d;
     Rows out;
     i32 blocks_k;
-    u32 group;
+    u32 warp;
     WorkTile held{WorkTile::STOP_ROW, 0, 0, 0, 0};  // the tile in the accumulators
 
     DEVICE void skip(float (&)[C.block_n / 2], const WorkTile&, Ring<C>& ring) const { skip_stages(shared, ring, blocks_k); }
     DEVICE void operator()(float (&)[C.block_n / 2], const WorkTile& tile, Ring<C>&) { held = tile; }
     DEVICE void finish(float (&acc)[C.block_n / 2]) const { overlap(acc); }
     DEVICE void overlap(float (&acc)[C.block_n / 2]) const {
-        const u32 lane = fresh_thread_index() % 32, line = first_line<C>(group, fresh_thread_index());
+        const u32 lane = fresh_thread_index() % 32, line = first_line(warp);
         const i32 row = held.row + static_cast<i32>(line), rows = held.row_end - row;
         if (held.row == WorkTile::STOP_ROW || rows <= 0) return;
         const u32 lines = shared.staging() + line * LINE;
@@ -27,9 +27,8 @@ struct DeferredStore {
         for (u32 i = 0; i < C.block_n / 64; ++i) stage_bf16(acc + i * 32, lines + i * C.buffer_bytes(), lane);
         fence_proxy_async();
         __syncwarp();
-#pragma unroll
-        for (u32 i = 0; i < C.block_n / 64; ++i)
-            store_lines(map_d, out, lines + i * C.buffer_bytes(), row, rows, held.column + static_cast<i32>(i * 64), 0, lane);
-        if (lane == 0) tma_commit();
+        store_lines<C.block_n / 64>(row, rows, lane, [&](u32 i) -> Destination {
+            return {map_d, out, lines + i * C.buffer_bytes(), held.column + static_cast<i32>(i * 64), 0};
+        });
     }
 };

@@ -5,27 +5,10 @@
 #include "epilogue/gradient_staging.cuh"
 #include "gemm/k_loop_fp8.cuh"
 
-// Where a tile lies in D, as the first 16 bytes of its tile say. A tile's tile stays with its first stage, which is handed back before
-// the tile is stored, so a warp that stores it keeps a copy: in registers it would be three too many in the main loop.
-struct TilePlace {
-    i32 row, row_end, column, expert;
-};
-DEVICE TilePlace load_place(u32 tile) {
-    TilePlace place;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(place.row), "=r"(place.row_end), "=r"(place.column), "=r"(place.expert)
-                 : "r"(tile)
-                 : "memory");
-    return place;
-}
-DEVICE void store_place(u32 copy, const TilePlace& place) {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(copy), "r"(place.row), "r"(place.row_end), "r"(place.column),
-                 "r"(place.expert)
-                 : "memory");
-}
-// This warp's copy, where a kernel that gathers has row indices.
+// A warp's copy of the tile that it holds, in shared memory, where a kernel that gathers has row indices: the tile stands beside its first
+// stage, which is handed back before the tile is stored, and in registers it would be three too many in the main loop.
 template <Config C>
-DEVICE u32 held_note(const SharedMemory<C>& shared) { return shared.row_index(fresh_thread_index() / 32 * 4); }
+DEVICE u32 held_tile(const SharedMemory<C>& shared) { return shared.row_index(fresh_thread_index() / 32 * 8); }
 
 template <Config C, Output O>
 struct DeferredWeightGradient {
@@ -33,12 +16,12 @@ struct DeferredWeightGradient {
     static constexpr u32 BUFFERS_EACH = C.block_n / O.buffer_columns() / 2;  // of half a tile
     const SharedMemory<C> shared;
     const TensorMap* map;
-    u32 group;
+    u32 group, warp;
     bool held = false;  // a tile is in the accumulators; its tile is in shared memory, for the thread that stores it
 
     DEVICE void store_half(float (&acc)[C.block_n / 2], u32 half) const {
         if (!held) return;
-        const u32 thread = fresh_thread_index(), line = own_line<C, O>(group, thread);
+        const u32 thread = fresh_thread_index(), line = own_line<O>(warp);
         const u32 lines = shared.staging() + (O.format == Format::BF16 ? half * BUFFERS_EACH * C.buffer_bytes() : 0) + line * LINE;
         if (O.format != Format::BF16 || half == 0) {
             tma_wait_read<0>();
@@ -48,18 +31,18 @@ struct DeferredWeightGradient {
         for (u32 i = 0; i < BUFFERS_EACH; ++i) fill_buffer<O>(acc + (half * BUFFERS_EACH + i) * (O.buffer_columns() / 2), lines + i * C.buffer_bytes(), thread);
         fence_proxy_async();
         sync_writers<O>(group);
-        if (issues_stores<O>(thread)) {
-            const TilePlace place = load_place(held_note(shared));
+        in_issuing_thread<O>(warp, [&] {
+            const WorkTile tile = load_work_tile(held_tile(shared));
 #pragma unroll
             for (u32 i = 0; i < BUFFERS_EACH; ++i)
-                store_buffer<O>(map, lines + i * C.buffer_bytes(), place.row + static_cast<i32>(line),
-                           place.column + static_cast<i32>((half * BUFFERS_EACH + i) * O.buffer_columns()), place.expert);
+                store_buffer<O>(map, lines + i * C.buffer_bytes(), tile.row + static_cast<i32>(line),
+                           tile.column + static_cast<i32>((half * BUFFERS_EACH + i) * O.buffer_columns()), tile.expert);
             tma_commit();
-        }
+        });
     }
     // The tile whose first stage is this warp's is the one in the accumulators from here on.
     DEVICE void hold(const Ring<C>& ring) {
-        if (issues_stores<O>(fresh_thread_index())) store_place(held_note(shared), load_place(shared.work_tile(ring.stage)));
+        in_issuing_thread<O>(warp, [&] { write_work_tile(held_tile(shared), load_work_tile(shared.work_tile(ring.stage))); });
         held = true;
     }
     // Every tile of this block.
@@ -68,7 +51,7 @@ struct DeferredWeightGradient {
         Ring<C> ring;
         float acc[C.block_n / 2];
         while (true) {
-            const WorkTile tile = await_tile_uniform(shared, ring);
+            const WorkTile tile = await_tile(shared, ring);
             const bool stop = tile.row == WorkTile::STOP_ROW;
             if (!stop && tile.row + static_cast<i32>(group * C.group_lines()) >= rows) {
                 skip_stages(shared, ring, max(tile.blocks_k, 1));

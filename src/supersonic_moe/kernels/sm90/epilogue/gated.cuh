@@ -30,7 +30,7 @@ struct GatedActivation {
     DEVICE static u32 stages_used(const u8* z) { return z == nullptr ? 1 : 2; }  // six buffers: four of Z, two of A
     DEVICE i32 stages(const WorkTile&) const { return static_cast<i32>(used); }
     DEVICE void operator()(float (&acc)[C.block_n / 2], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring, BorrowedStages<C>& borrowed, u32 group, u32 warp) const {
-        const u32 lane = fresh_thread_index() % 32, line = first_line<C>(group, fresh_thread_index());
+        const u32 lane = fresh_thread_index() % 32, line = first_line(warp);
         const i32 row = tile.row + static_cast<i32>(line), rows = tile.row_end - row;
         float *gate = acc, *up = acc + WIDTH / 2;
         const auto stage_z = [&](u32 i, u32 lines) {
@@ -40,11 +40,11 @@ struct GatedActivation {
                 stage_bf16(acc + i * 32, lines, lane);
             }
         };
-        const auto store_z = [&](u32 i, u32 lines) {  // column and half of Z, seen as (P, 2, I) or, interleaved, as (P, 1, 2 I)
+        const auto place_of_z = [&](u32 i, u32 lines) -> Destination {  // of Z, seen as (P, 2, I) or, interleaved, as (P, 1, 2 I)
             const i32 column = G.interleaved ? 2 * tile.column + static_cast<i32>(i) * 64 : tile.column + static_cast<i32>(i % 2) * 64;
             const i32 base = G.interleaved ? 0 : i < 2 ? gate_base : up_base;
             const Rows out{z + base * 2, static_cast<i64>(width) * 4, G.interleaved ? 2 * width : width};
-            store_lines(map_z, out, lines, row, rows, column, base != 0, lane);
+            return {map_z, out, lines, column, base != 0};
         };
         u32 lines = borrowed.borrow(shared, ring) + line * LINE;
         if (z != nullptr) {
@@ -53,9 +53,7 @@ struct GatedActivation {
                 for (u32 i = 0; i < C.buffers(); ++i) stage_z(i, lines + i * C.buffer_bytes());
                 fence_proxy_async();
                 __syncwarp();
-#pragma unroll
-                for (u32 i = 0; i < C.buffers(); ++i) store_z(i, lines + i * C.buffer_bytes());
-                if (lane == 0) tma_commit();
+                store_lines<C.buffers()>(row, rows, lane, [&](u32 i) { return place_of_z(i, lines + i * C.buffer_bytes()); });
             }
             lines = borrowed.borrow(shared, ring) + line * LINE;
             if (rows > 0) stage_z(C.buffers(), lines);
@@ -84,12 +82,10 @@ struct GatedActivation {
         for (u32 i = 0; i < 2; ++i) stage_bf16(acc + i * 32, buffer_of_a + i * C.buffer_bytes(), lane);
         fence_proxy_async();
         __syncwarp();
-        if (z != nullptr) store_z(C.buffers(), lines);
-#pragma unroll
-        for (u32 i = 0; i < 2; ++i) {
-            const i32 column = tile.column + static_cast<i32>(i * 64);
-            store_lines(map_a, {a, static_cast<i64>(width) * 2, width}, buffer_of_a + i * C.buffer_bytes(), row, rows, column, 0, lane);
-        }
-        if (lane == 0) tma_commit();
+        if (z != nullptr) store_lines<1>(row, rows, lane, [&](u32) { return place_of_z(C.buffers(), lines); });
+        store_lines<2>(row, rows, lane, [&](u32 i) -> Destination {
+            const Rows out{a, static_cast<i64>(width) * 2, width};
+            return {map_a, out, buffer_of_a + i * C.buffer_bytes(), tile.column + static_cast<i32>(i * 64), 0};
+        });
     }
 };

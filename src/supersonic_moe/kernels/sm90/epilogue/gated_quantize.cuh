@@ -84,14 +84,14 @@ struct GatedActivationQuantized {
     i64 z_row_bytes, a_row_bytes, scale_stride;
     i32 saved, pow2, gate_base, up_base, width, blocks_k;
     ActivationConstants constants;
-    u32 group;
+    u32 warp;
 
     DEVICE void overlap(float (&)[C.block_n / 2]) const {}
     DEVICE void skip(float (&)[C.block_n / 2], const WorkTile&, Ring<C>& ring) const { skip_stages(shared, ring, blocks_k); }
     DEVICE void finish(float (&)[C.block_n / 2]) const {}
     DEVICE void operator()(float (&acc)[C.block_n / 2], const WorkTile& tile, Ring<C>&) const {
         float *gate = acc, *up = acc + EACH;
-        const u32 lane = fresh_thread_index() % 32, line = first_line<C>(group, fresh_thread_index());
+        const u32 lane = fresh_thread_index() % 32, line = first_line(warp);
         const i32 row = tile.row + static_cast<i32>(line), rows = tile.row_end - row;
         if (rows <= 0) return;
         const u32 buffer_of_a = shared.staging() + line * LINE, buffers_of_z = buffer_of_a + C.buffer_bytes();
@@ -155,23 +155,33 @@ struct GatedActivationQuantized {
         stage_e4m3(gate + 32, inverse, start, 4);
         fence_proxy_async();
         __syncwarp();
-        store_lines<1>(map_a, {a, a_row_bytes, width}, buffer_of_a, row, rows, tile.column, 0, lane);
-        if (saved != NOTHING) {
-            const i32 gate_half = gate_base > up_base;
-            const u32 size = saved == IN_FP8 ? 1 : 2;
-            for (u32 i = 0; i < 2 * size; ++i) {  // 128 bytes of Z: columns of one half of it, or of both alternating
-                const i32 half = G.interleaved ? 0 : static_cast<i32>(i / size) ^ gate_half;
-                const i32 in_half = static_cast<i32>((G.interleaved ? i : i % size) * (LINE / size));
-                const i32 column = G.interleaved ? 2 * tile.column + in_half : tile.column + in_half;
-                const Rows out{z + static_cast<i64>(half) * width * size, z_row_bytes, G.interleaved ? 2 * width : width};
-                const u32 lines = buffers_of_z + i * C.buffer_bytes();
-                if (saved == IN_FP8) {
-                    store_lines<1>(map_z, out, lines, row, rows, column, half, lane);
-                } else {
-                    store_lines<2>(map_z, out, lines, row, rows, column, half, lane);
-                }
+        const u32 size = saved == IN_BF16 ? 2 : 1, buffers = saved == NOTHING ? 0 : 2 * size;
+        const auto place_of_z = [&](u32 i) -> Destination {  // 128 bytes of Z: columns of one half of it, or of both alternating
+            const i32 half = G.interleaved ? 0 : static_cast<i32>(i / size) ^ (gate_base > up_base);
+            const i32 in_half = static_cast<i32>((G.interleaved ? i : i % size) * (LINE / size));
+            const Rows out{z + static_cast<i64>(half) * width * size, z_row_bytes, G.interleaved ? 2 * width : width};
+            return {map_z, out, buffers_of_z + i * C.buffer_bytes(), G.interleaved ? 2 * tile.column + in_half : tile.column + in_half, half};
+        };
+        if (rows >= static_cast<i32>(WARP_ROWS)) {
+            if (!elect_one()) return;
+            tma_store(map_a, buffer_of_a, tile.column, 0, row);
+#pragma unroll 1
+            for (u32 i = 0; i < buffers; ++i) {
+                const Destination to = place_of_z(i);
+                tma_store(to.map, to.lines, to.column, to.half, row);
+            }
+            tma_commit();
+            return;
+        }
+        store_rows<1>({a, a_row_bytes, width}, buffer_of_a, row, rows, tile.column, lane);
+#pragma unroll 1
+        for (u32 i = 0; i < buffers; ++i) {
+            const Destination to = place_of_z(i);
+            if (saved == IN_FP8) {
+                store_rows<1>(to.out, to.lines, row, rows, to.column, lane);
+            } else {
+                store_rows<2>(to.out, to.lines, row, rows, to.column, lane);
             }
         }
-        if (lane == 0) tma_commit();
     }
 };

@@ -38,17 +38,20 @@ DEVICE void stage_f32_transposed(const float* acc, u32 lines, u32 thread) {
     }
 }
 
-// First line of a buffer that this thread's warp fills, or its warpgroup.
-template <Config C, Output O>
-DEVICE u32 own_line(u32 group, u32 thread) { return O.transposed ? group * C.group_lines() : first_line<C>(group, thread); }
+// First line of a buffer that math warp `warp` fills, or its warpgroup.
+template <Output O>
+DEVICE u32 own_line(u32 warp) { return first_line(O.transposed ? warp / 4 * 4 : warp); }
 
 // All who fill lines together have come this far.
 template <Output O>
 DEVICE void sync_writers(u32 group) { O.transposed ? named_barrier_sync(1 + group, 128) : __syncwarp(); }
 
-// The one of them that hands the lines to TMA.
-template <Output O>
-DEVICE bool issues_stores(u32 thread) { return O.transposed ? thread % 128 == 0 : thread % 32 == 0; }
+// `body` in the one of them that issues their stores. Two branches: as one condition, each TMA instruction becomes a loop over lanes.
+template <Output O, typename Body>
+DEVICE void in_issuing_thread(u32 warp, Body body) {
+    if (O.transposed && warp % 4 != 0) return;
+    if (elect_one()) body();
+}
 
 // A buffer's columns of the accumulators, from acc on, into its lines.
 template <Output O>

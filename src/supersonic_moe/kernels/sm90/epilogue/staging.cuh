@@ -49,9 +49,8 @@ struct BorrowedStages {
     }
 };
 
-// First of this warp's 16 lines of a buffer.
-template <Config C>
-DEVICE u32 first_line(u32 group, u32 thread) { return group * C.group_lines() + thread % 128 / 32 * WARP_ROWS; }
+// First of the 16 lines of a buffer that math warp `warp` owns.
+DEVICE u32 first_line(u32 warp) { return (warp - 4) * WARP_ROWS; }
 
 // Four accumulators as they are from here on: what packs them cannot move ahead of this point. Without it the compiler converts
 // all buffers before the first store and runs out of registers.
@@ -103,12 +102,33 @@ DEVICE void store_rows(const Rows& out, u32 lines, i32 row, i32 rows, i32 column
     }
 }
 
-// This warp's 16 staged lines to (row, column) of slice `half` of the map: by TMA where all rows are the expert's.
-template <u32 Bytes = 2>
-DEVICE void store_lines(const TensorMap* map, const Rows& out, u32 lines, i32 row, i32 rows, i32 column, i32 half, u32 lane) {
+// Where this warp's 16 lines of a staging buffer go: column `column` of slice `half` of the map; `out` is the same slice for store_rows.
+struct Destination {
+    const TensorMap* map;
+    Rows out;
+    u32 lines;
+    i32 column, half;
+};
+
+// This warp's lines of Count staging buffers to rows `row`..: by TMA, in one bulk group, where all 16 are the expert's. `rows` and what
+// `destination(i)` gives are the same in all lanes, and known to be: TMA takes uniform registers, and behind `lane == 0` instead of
+// elect_one its instructions become loops over the lanes.
+template <u32 Count, u32 Bytes = 2, typename DestinationOf>
+DEVICE void store_lines(i32 row, i32 rows, u32 lane, DestinationOf destination) {
     if (rows >= static_cast<i32>(WARP_ROWS)) {
-        if (lane == 0) tma_store(map, lines, column, half, row);
+        if (elect_one()) {
+#pragma unroll
+            for (u32 i = 0; i < Count; ++i) {
+                const Destination to = destination(i);
+                tma_store(to.map, to.lines, to.column, to.half, row);
+            }
+            tma_commit();
+        }
         return;
     }
-    store_rows<Bytes>(out, lines, row, rows, column, lane);
+#pragma unroll
+    for (u32 i = 0; i < Count; ++i) {
+        const Destination to = destination(i);
+        store_rows<Bytes>(to.out, to.lines, row, rows, to.column, lane);
+    }
 }

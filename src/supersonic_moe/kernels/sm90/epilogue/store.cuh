@@ -11,7 +11,7 @@ struct Store {
 
     DEVICE i32 stages(const WorkTile&) const { return static_cast<i32>(STAGES_USED); }
     DEVICE void operator()(float (&acc)[C.block_n / 2], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring, BorrowedStages<C>& borrowed, u32 group, u32 warp) const {
-        const u32 lane = fresh_thread_index() % 32, line = first_line<C>(group, fresh_thread_index());
+        const u32 lane = fresh_thread_index() % 32, line = first_line(warp);
         const i32 row = tile.row + static_cast<i32>(line), rows = tile.row_end - row;
 #pragma unroll
         for (u32 stage = 0; stage < STAGES_USED; ++stage) {
@@ -21,12 +21,9 @@ struct Store {
             for (u32 i = 0; i < BUFFERS_EACH; ++i) stage_bf16(acc + (stage * BUFFERS_EACH + i) * 32, lines + i * C.buffer_bytes(), lane);
             fence_proxy_async();
             __syncwarp();
-#pragma unroll
-            for (u32 i = 0; i < BUFFERS_EACH; ++i) {
-                const i32 column = tile.column + static_cast<i32>((stage * BUFFERS_EACH + i) * 64);
-                store_lines(map_d, out, lines + i * C.buffer_bytes(), row, rows, column, 0, lane);
-            }
-            if (lane == 0) tma_commit();
+            store_lines<BUFFERS_EACH>(row, rows, lane, [&](u32 i) -> Destination {
+                return {map_d, out, lines + i * C.buffer_bytes(), tile.column + static_cast<i32>((stage * BUFFERS_EACH + i) * 64), 0};
+            });
         }
     }
 };

@@ -10,11 +10,11 @@ struct WeightGradient {
     static constexpr bool BY_WARPGROUP = O.transposed;
     const TensorMap* map;
 
-    DEVICE void operator()(float (&acc)[C.block_n / 2], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring, BorrowedStages<C>& borrowed, u32 group, u32) const {
+    DEVICE void operator()(float (&acc)[C.block_n / 2], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring, BorrowedStages<C>& borrowed, u32 group, u32 warp) const {
         if (O.format == Format::FP32_ADD && tile.row_end == 0) return;
 #pragma unroll
         for (u32 round = 0; round < ROUNDS; ++round) {
-            const u32 thread = fresh_thread_index(), line = own_line<C, O>(group, thread);
+            const u32 thread = fresh_thread_index(), line = own_line<O>(warp);
             const i32 row = tile.row + static_cast<i32>(line);
             if (round >= BORROWED_STAGES) {  // a stage again, once TMA has read it
                 tma_wait_read<BORROWED_STAGES - 1>();
@@ -29,7 +29,7 @@ struct WeightGradient {
             }
             fence_proxy_async();
             sync_writers<O>(group);
-            if (issues_stores<O>(thread)) {
+            in_issuing_thread<O>(warp, [&] {
 #pragma unroll
                 for (u32 i = 0; i < BUFFERS_EACH; ++i) {
                     const u32 buffer = round * BUFFERS_EACH + i;
@@ -37,7 +37,7 @@ struct WeightGradient {
                         store_buffer<O>(map, lines + i * C.buffer_bytes(), row, tile.column + static_cast<i32>(buffer * O.buffer_columns()), tile.expert);
                 }
                 tma_commit();
-            }
+            });
         }
     }
 };

@@ -20,22 +20,6 @@ DEVICE float load_scale(u32 address) {
     return scale;
 }
 
-// As await_tile, but every lane reads the tile: a load under a predicate keeps its destination, five registers, alive through the main
-// loop. The shuffles hold lane 0, which hands the stage back, until all have read.
-template <Config C>
-DEVICE WorkTile await_tile_uniform(const SharedMemory<C>& shared, const Ring<C>& ring) {
-    mbarrier_wait(shared.full(ring.stage), ring.phase);
-    i32 v[5];
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                 : "r"(shared.work_tile(ring.stage))
-                 : "memory");
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v[4]) : "r"(shared.work_tile(ring.stage) + 16) : "memory");
-#pragma unroll
-    for (u32 i = 0; i < 5; ++i) v[i] = __shfl_sync(0xffffffffu, v[i], 0);
-    return {v[0], v[1], v[2], v[3], v[4]};
-}
-
 // True if the phase of this parity is complete: a look, not a wait.
 DEVICE bool mbarrier_test(u32 barrier, u32 parity) {
     u32 complete;

@@ -23,22 +23,24 @@ DEVICE void write_work_tile(u32 address, const WorkTile& tile) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(address + 16), "r"(tile.blocks_k) : "memory");
 }
 
-// All lanes of a warp get the tile. Lane 0 alone reads it: it is the one that later hands the stage back.
+// This lane's own copy.
+DEVICE WorkTile load_work_tile(u32 address) {
+    WorkTile tile;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(tile.row), "=r"(tile.row_end), "=r"(tile.column), "=r"(tile.expert)
+                 : "r"(address)
+                 : "memory");
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(tile.blocks_k) : "r"(address + 16) : "memory");
+    return tile;
+}
+
+// The tile as values that the compiler knows to be the same in all lanes of a converged warp. Every lane loads: a load under a
+// predicate keeps its destination, five registers, alive through the main loop. The shuffles hold lane 0, which hands the stage back,
+// until all have read.
 DEVICE WorkTile read_work_tile(u32 address) {
-    i32 v[5];
-    asm volatile(
-        "{\n"
-        ".reg .pred first;\n"
-        "setp.eq.u32 first, %6, 0;\n"
-        "@first ld.shared.v4.b32 {%0, %1, %2, %3}, [%5];\n"
-        "@first ld.shared.b32 %4, [%5 + 16];\n"
-        "}\n"
-        : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]), "=r"(v[4])
-        : "r"(address), "r"(lane_index())
-        : "memory");
-#pragma unroll
-    for (u32 i = 0; i < 5; ++i) v[i] = __shfl_sync(0xffffffffu, v[i], 0);
-    return {v[0], v[1], v[2], v[3], v[4]};
+    const WorkTile tile = load_work_tile(address);
+    const auto of_lane_0 = [](i32 value) { return __shfl_sync(0xffffffffu, value, 0); };
+    return {of_lane_0(tile.row), of_lane_0(tile.row_end), of_lane_0(tile.column), of_lane_0(tile.expert), of_lane_0(tile.blocks_k)};
 }
 
 // Grouped order of a grid of `blocks_m` x `blocks_n` tiles.

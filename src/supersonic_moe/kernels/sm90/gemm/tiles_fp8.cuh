@@ -17,7 +17,7 @@ DEVICE void for_each_scaled_tile(const SharedMemory<C>& shared, const u32 warp, 
     Ring<C> ring;
     float acc[C.block_n / 2];
     while (true) {
-        const WorkTile tile = await_tile_uniform(shared, ring);
+        const WorkTile tile = await_tile(shared, ring);
         if (tile.row == WorkTile::STOP_ROW) break;
         if (tile.row + static_cast<i32>(group * C.group_lines()) >= tile.row_end) {
             epilogue.skip(acc, tile, ring);
