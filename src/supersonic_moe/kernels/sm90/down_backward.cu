@@ -2,7 +2,7 @@
 #include "epilogue/gated_backward.cuh"
 #include "gemm/roles.cuh"
 #include "gemm/tiles.cuh"
-#include "gemm/load_b.cuh"
+#include "gemm/load_rows.cuh"
 
 constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .cluster = CLUSTER, .group_m = GROUP_M, .gather = GATHER, .arrivals = ARRIVALS};
 constexpr Gate GATE{static_cast<Act>(ACTIVATION), INTERLEAVED};
@@ -14,8 +14,7 @@ extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
                   const i32 width, const i32 blocks_k, const u16* b1, const float* scores, u8* dz, u8* as,
                   float* dscores, const i32 rows_allocated, const i32 gate_base, const i32 up_base, const float alpha,
                   const float limit, const float up_offset) {
-    extern __shared__ __align__(1024) u8 raw[];
-    const SharedMemory<CONFIG> shared{smem_address(raw)};
+    const auto shared = shared_memory<CONFIG, SMEM_BYTES>();
     const RaggedGemm gemm{offsets, index, experts, width, blocks_k};
     const i32 gate_half = gate_base > up_base, up_half = INTERLEAVED ? 0 : 1 - gate_half;
     const auto produce = [&](u32) {

@@ -3,7 +3,8 @@
 #include "epilogue/gated_backward_quantize.cuh"
 #include "gemm/roles.cuh"
 
-constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .cluster = CLUSTER, .group_m = GROUP_M, .gather = GATHER, .share_a = SHARE_A, .scaled = true, .arrivals = ARRIVALS};
+constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .operand = Operand::E4M3, .cluster = CLUSTER, .group_m = GROUP_M, .gather = GATHER,
+                        .share_a = SHARE_A, .arrivals = ARRIVALS};
 using Epilogue = GatedBackwardQuantized<CONFIG, Gate{static_cast<Act>(ACTIVATION), INTERLEAVED}>;
 static_assert(SAVED_FP8, "a slot is what one chunk stages");
 
@@ -16,10 +17,9 @@ extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1) down_backward_
     const i32 scale_w_column, const i32 scale_w_k, const u16* b1, u8* dz, float* row_scales, const i64 row_scales_stride,
     float* dz_scales, const i64 dz_scales_stride, float* as_scales, const i64 as_scales_stride, float* dscores,
     const i32 rows_allocated, const i32 pow2, const float alpha, const float limit, const float up_offset) {
-    extern __shared__ __align__(1024) u8 raw[];
-    const SharedMemory<CONFIG> shared{smem_address(raw)};
+    const auto shared = shared_memory<CONFIG, SMEM_BYTES, Epilogue::STAGING_BYTES>();
     const SavedSlots<CONFIG, Epilogue::SAVED> slots{shared};
-    slots.prepare();
+    slots.init_barriers();
     const RaggedGemm gemm{offsets, index, experts, width, blocks_k};
     const auto produce = [&](u32) {
         const Scales<ColumnBlocksOf> scales{&map_scale_do, scale_do, scale_do_row, scale_w, scale_w_expert, scale_w_column, scale_w_k, {width}};

@@ -2,7 +2,7 @@
 #include "epilogue/store.cuh"
 #include "gemm/roles.cuh"
 #include "gemm/tiles.cuh"
-#include "gemm/load_b.cuh"
+#include "gemm/load_rows.cuh"
 
 constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .cluster = CLUSTER, .group_m = GROUP_M, .gather = GATHER, .arrivals = ARRIVALS};
 using Epilogue = Store<CONFIG>;
@@ -11,8 +11,7 @@ extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
     grouped_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
                  const __grid_constant__ TensorMap map_d, const i32* offsets, const i32* index, const i32 experts, const i32 columns,
                  const i32 blocks_k, u8* d, const i64 d_row_bytes) {
-    extern __shared__ __align__(1024) u8 raw[];
-    const SharedMemory<CONFIG> shared{smem_address(raw)};
+    const auto shared = shared_memory<CONFIG, SMEM_BYTES>();
     const RaggedGemm gemm{offsets, index, experts, columns, blocks_k};
     const auto produce = [&](u32) {
         load_ragged_rows<CONFIG.block_n>(shared, gemm, &map_a, Unscaled{}, LoadWeight<CONFIG, B_MN_MAJOR>{&map_b},

@@ -3,9 +3,10 @@
 #include "epilogue/gated_quantize.cuh"
 #include "gemm/roles.cuh"
 #include "gemm/tiles_fp8.cuh"
-#include "gemm/load_b.cuh"
+#include "gemm/load_rows.cuh"
 
-constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .cluster = CLUSTER, .group_m = GROUP_M, .gather = GATHER, .share_a = SHARE_A, .scaled = true, .arrivals = ARRIVALS};
+constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .operand = Operand::E4M3, .cluster = CLUSTER, .group_m = GROUP_M, .gather = GATHER,
+                        .share_a = SHARE_A, .arrivals = ARRIVALS};
 constexpr Gate GATE{static_cast<Act>(ACTIVATION), INTERLEAVED};
 using Epilogue = GatedActivationQuantized<CONFIG, GATE>;
 
@@ -17,8 +18,7 @@ extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
                       const i32 scale_w_column, const i32 scale_w_k, const u16* b1, u8* z, float* scale_z, u8* a, float* scale_a,
                       const i64 z_row_bytes, const i64 a_row_bytes, const i64 scale_stride, const i32 saved, const i32 pow2,
                       const i32 gate_base, const i32 up_base, const float alpha, const float limit, const float up_offset) {
-    extern __shared__ __align__(1024) u8 raw[];
-    const SharedMemory<CONFIG> shared{smem_address(raw)};
+    const auto shared = shared_memory<CONFIG, SMEM_BYTES, Epilogue::STAGING_BYTES>();
     const RaggedGemm gemm{offsets, index, experts, width, blocks_k};
     const auto produce = [&](u32) {
         const Scales<GateAndUpBlocks<GATE.interleaved>> scales{&map_scale_x,  scale_x,        scale_x_row, scale_w,

@@ -12,14 +12,15 @@ DEVICE u32 held_tile(const SharedMemory<C>& shared) { return shared.row_index(fr
 
 template <Config C, Output O>
 struct DeferredWeightGradient {
-    static_assert(!C.gather && C.cluster == 1, "whole tiles, each block for itself");
+    static_assert(!C.gather && C.cluster == 1 && C.block_n == 256, "whole tiles, each block for itself, a half of each during a product");
     static constexpr u32 BUFFERS_EACH = C.block_n / O.buffer_columns() / 2;  // of half a tile
+    static constexpr u32 STAGING_BYTES = (O.format == Format::BF16 ? 2 : 1) * BUFFERS_EACH * C.buffer_bytes();
     const SharedMemory<C> shared;
     const TensorMap* map;
     u32 group, warp;
     bool held = false;  // a tile is in the accumulators; its tile is in shared memory, for the thread that stores it
 
-    DEVICE void store_half(float (&acc)[C.block_n / 2], u32 half) const {
+    DEVICE void store_half(float (&acc)[C.accumulators()], u32 half) const {
         if (!held) return;
         const u32 thread = fresh_thread_index(), line = own_line<O>(warp);
         const u32 lines = shared.staging() + (O.format == Format::BF16 ? half * BUFFERS_EACH * C.buffer_bytes() : 0) + line * LINE;
@@ -49,11 +50,11 @@ struct DeferredWeightGradient {
     DEVICE void run(i32 rows) {
         const OperandAddresses<C> operands(shared, group);
         Ring<C> ring;
-        float acc[C.block_n / 2];
+        float acc[C.accumulators()];
         while (true) {
             const WorkTile tile = await_tile(shared, ring);
             const bool stop = tile.row == WorkTile::STOP_ROW;
-            if (!stop && tile.row + static_cast<i32>(group * C.group_lines()) >= rows) {
+            if (!stop && tile.row + static_cast<i32>(group * GROUP_ROWS) >= rows) {
                 skip_stages(shared, ring, max(tile.blocks_k, 1));
                 continue;
             }

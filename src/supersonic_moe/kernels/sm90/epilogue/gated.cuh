@@ -19,6 +19,7 @@ DEVICE void stage_interleaved(float* gate, float* up, u32 lines, u32 lane) {
 template <Config C, Gate G>
 struct GatedActivation {
     static constexpr u32 WIDTH = C.block_n / 2;  // activations of a tile
+    static_assert(C.block_n == 256 && C.stage_buffers() == 3, "four buffers of Z and two of A, three to a stage");
     static constexpr bool BY_WARPGROUP = false;
     const TensorMap *map_z, *map_a;
     u8 *z, *a;  // z may be null
@@ -29,7 +30,7 @@ struct GatedActivation {
     u32 used;  // stages of the ring
     DEVICE static u32 stages_used(const u8* z) { return z == nullptr ? 1 : 2; }  // six buffers: four of Z, two of A
     DEVICE i32 stages(const WorkTile&) const { return static_cast<i32>(used); }
-    DEVICE void operator()(float (&acc)[C.block_n / 2], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring, BorrowedStages<C>& borrowed, u32 group, u32 warp) const {
+    DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring, BorrowedStages<C>& borrowed, u32, u32 warp) const {
         const u32 lane = fresh_thread_index() % 32, line = first_line(warp);
         const i32 row = tile.row + static_cast<i32>(line), rows = tile.row_end - row;
         float *gate = acc, *up = acc + WIDTH / 2;
@@ -50,13 +51,13 @@ struct GatedActivation {
         if (z != nullptr) {
             if (rows > 0) {
 #pragma unroll
-                for (u32 i = 0; i < C.buffers(); ++i) stage_z(i, lines + i * C.buffer_bytes());
+                for (u32 i = 0; i < C.stage_buffers(); ++i) stage_z(i, lines + i * C.buffer_bytes());
                 fence_proxy_async();
                 __syncwarp();
-                store_lines<C.buffers()>(row, rows, lane, [&](u32 i) { return place_of_z(i, lines + i * C.buffer_bytes()); });
+                store_lines(C.stage_buffers(), row, rows, lane, [&](u32 i) { return place_of_z(i, lines + i * C.buffer_bytes()); });
             }
             lines = borrowed.borrow(shared, ring) + line * LINE;
-            if (rows > 0) stage_z(C.buffers(), lines);
+            if (rows > 0) stage_z(C.stage_buffers(), lines);
         }
         if (rows <= 0) return;
         if (b1 != nullptr) {
@@ -82,8 +83,8 @@ struct GatedActivation {
         for (u32 i = 0; i < 2; ++i) stage_bf16(acc + i * 32, buffer_of_a + i * C.buffer_bytes(), lane);
         fence_proxy_async();
         __syncwarp();
-        if (z != nullptr) store_lines<1>(row, rows, lane, [&](u32) { return place_of_z(C.buffers(), lines); });
-        store_lines<2>(row, rows, lane, [&](u32 i) -> Destination {
+        if (z != nullptr) store_lines(1, row, rows, lane, [&](u32) { return place_of_z(C.stage_buffers(), lines); });
+        store_lines(2, row, rows, lane, [&](u32 i) -> Destination {
             const Rows out{a, static_cast<i64>(width) * 2, width};
             return {map_a, out, buffer_of_a + i * C.buffer_bytes(), tile.column + static_cast<i32>(i * 64), 0};
         });

@@ -45,8 +45,8 @@ struct GatedBackward {
         const i32 columns = min(static_cast<i32>(C.block_n), width - tile.column);
         return (columns + static_cast<i32>(CHUNK) - 1) / static_cast<i32>(CHUNK);
     }
-    DEVICE void operator()(float (&acc)[C.block_n / 2], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring, BorrowedStages<C>& borrowed, u32 group, u32 warp) const {
-        const u32 lane = fresh_thread_index() % 32, line = group * C.group_lines() + warp % 4 * WARP_ROWS;
+    DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring, BorrowedStages<C>& borrowed, u32 group, u32 warp) const {
+        const u32 lane = fresh_thread_index() % 32, line = first_line(warp);
         const i32 row = tile.row + static_cast<i32>(line), rows = tile.row_end - row;
         const Bias<G> bias{b1, tile.expert, width, gate_base, up_base};
         RowScores pair{{0.0f, 0.0f}, {0.0f, 0.0f}};

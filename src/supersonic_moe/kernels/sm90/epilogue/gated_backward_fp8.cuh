@@ -15,8 +15,9 @@
 
 template <Config C, Gate G, SavedFormat SAVED>
 struct GatedBackwardScaled {
-    static constexpr u32 CHUNKS = chunks<C>, SLOTS = slots_of<C, SAVED>, BUFFERS = C.buffers();
+    static constexpr u32 CHUNKS = chunks<C>, SLOTS = slots_of<C, SAVED>, BUFFERS = C.stage_buffers();
     static_assert(BUFFERS == C.stages && 2 * CHUNKS <= BUFFERS * C.stages, "dZ of a tile takes one lap");
+    static constexpr u32 STAGING_BYTES = SavedSlots<C, SAVED>::BYTES;
     static constexpr bool RUNS_WITHOUT_ROWS = false;
     const SharedMemory<C> shared;
     const SavedSlots<C, SAVED> slots;
@@ -36,10 +37,10 @@ struct GatedBackwardScaled {
         slots.release(chunk % SLOTS);
         if (chunk > 0) shared.release(chunk - 1);
     }
-    DEVICE void overlap(float (&)[C.block_n / 2]) const {
+    DEVICE void overlap(float (&)[C.accumulators()]) const {
         if (in_flight) give_back(CHUNKS - 1);
     }
-    DEVICE void skip(float (&acc)[C.block_n / 2], const WorkTile&, Ring<C>& ring) {
+    DEVICE void skip(float (&acc)[C.accumulators()], const WorkTile&, Ring<C>& ring) {
         overlap(acc);
         in_flight = false;
         skip_stages(shared, ring, stages_of_laps<C>(blocks_k) + static_cast<i32>(C.stages));
@@ -50,10 +51,10 @@ struct GatedBackwardScaled {
         }
         lap += CHUNKS / SLOTS;
     }
-    DEVICE void finish(float (&)[C.block_n / 2]) const {}
-    DEVICE void operator()(float (&acc)[C.block_n / 2], const WorkTile& tile, Ring<C>& ring) {
+    DEVICE void finish(float (&)[C.accumulators()]) const {}
+    DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, Ring<C>& ring) {
         const i32 width = this->width;  // a value: a load through `this` keeps the compiler from merging two conditions into one branch
-        const u32 lane = fresh_thread_index() % 32, line = group * C.group_lines() + warp % 4 * WARP_ROWS;
+        const u32 lane = fresh_thread_index() % 32, line = first_line(warp);
         const i32 row = tile.row + static_cast<i32>(line), rows = tile.row_end - row;
         const u32 row_offset = (tile.row % 4 + line + lane / 4) * 4;  // of scales and scores
         const Bias<G> bias{b1, tile.expert, width, gate_base, up_base};

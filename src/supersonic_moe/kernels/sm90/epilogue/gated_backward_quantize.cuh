@@ -25,9 +25,6 @@
 #include "epilogue/saved_preactivation.cuh"
 #include "epilogue/transpose_e4m3.cuh"
 
-constexpr u32 CHUNK_BARRIER = 1, END_BARRIER = 2;  // named barriers
-template <Config C>
-constexpr u32 MATH_THREADS = 32 * C.math_warps();
 constexpr u32 STORING_WARP = 4;
 constexpr i32 PAIR = 2 * CHUNK;
 
@@ -52,16 +49,16 @@ struct Maxima {
 // GateUpFragment values of each math thread, to half a buffer and back.
 template <Config C>
 DEVICE void park(u32 half_buffer, const float (&values)[4][2]) {
-    const u32 at = half_buffer + fresh_thread_index() % MATH_THREADS<C> * 8;
+    const u32 at = half_buffer + fresh_thread_index() % C.math_threads() * 8;
 #pragma unroll
-    for (u32 i = 0; i < 4; ++i) store_scales(at + i * MATH_THREADS<C> * 8, values[i][0], values[i][1]);
+    for (u32 i = 0; i < 4; ++i) store_scales(at + i * C.math_threads() * 8, values[i][0], values[i][1]);
 }
 template <Config C>
 DEVICE void unpark(u32 half_buffer, float (&values)[4][2]) {
-    const u32 at = half_buffer + fresh_thread_index() % MATH_THREADS<C> * 8;
+    const u32 at = half_buffer + fresh_thread_index() % C.math_threads() * 8;
 #pragma unroll
     for (u32 i = 0; i < 4; ++i)
-        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(values[i][0]), "=f"(values[i][1]) : "r"(at + i * MATH_THREADS<C> * 8) : "memory");
+        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(values[i][0]), "=f"(values[i][1]) : "r"(at + i * C.math_threads() * 8) : "memory");
 }
 
 template <Config C, Gate G>
@@ -71,6 +68,7 @@ struct GatedBackwardQuantized {
     static_assert(G.interleaved, "a chunk is a tile of dZ where gate and up alternate; a slot is what one chunk stages");
     static_assert(C.share_a || C.cluster == 1, "every block of a cluster has rows: a block of positions belongs to an expert");
     static_assert(C.side_bytes() % 1024 + 16 * SLOTS + MAXIMA_BYTES <= 1024, "and maxima behind the barriers");
+    static constexpr u32 STAGING_BYTES = SavedSlots<C, SAVED>::BYTES;
     static constexpr bool RUNS_WITHOUT_ROWS = true;
     const SharedMemory<C> shared;
     const SavedSlots<C, SAVED> slots;
@@ -101,18 +99,18 @@ struct GatedBackwardQuantized {
     }
     DEVICE u32 buffer_of_dz(u32 chunk) const { return shared.tile_a(min(chunk, C.stages - 1)) + chunk / C.stages * C.buffer_bytes(); }
     DEVICE u32 buffer_of_a(u32 pair) const { return shared.tile_a(pair + 1) + (pair + 1) * C.buffer_bytes(); }
-    DEVICE void overlap(float (&)[C.block_n / 2]) const {
+    DEVICE void overlap(float (&)[C.accumulators()]) const {
         if (in_flight) give_back(CHUNKS - 1);
     }
-    DEVICE void skip(float (&acc)[C.block_n / 2], const WorkTile&, Ring<C>& ring) const {
+    DEVICE void skip(float (&acc)[C.accumulators()], const WorkTile&, Ring<C>& ring) const {
         overlap(acc);
         skip_stages(shared, ring, stages_of_laps<C>(blocks_k));
 #pragma unroll
         for (u32 i = 0; i < C.block_n / 2; ++i) acc[i] = 0.0f;
     }
-    DEVICE void finish(float (&)[C.block_n / 2]) const {}
-    DEVICE void operator()(float (&acc)[C.block_n / 2], const WorkTile& tile, Ring<C>& ring) {
-        const u32 lane = fresh_thread_index() % 32, line = group * C.group_lines() + warp % 4 * WARP_ROWS;
+    DEVICE void finish(float (&)[C.accumulators()]) const {}
+    DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, Ring<C>& ring) {
+        const u32 lane = fresh_thread_index() % 32, line = first_line(warp);
         const i32 row = tile.row + static_cast<i32>(line), rows = tile.row_end - row;
         const i32 position = tile.row - offsets[tile.expert] + padded_offsets[tile.expert];
         const u32 row_offset = (tile.row % 4 + line + lane / 4) * 4;  // of scales and scores
@@ -146,7 +144,7 @@ struct GatedBackwardQuantized {
                 for (u32 chunk = 2 * pair; chunk < 2 * pair + 2; ++chunk) {
                     await_chunk(chunk);
                     give_back(chunk - 1);
-                    named_barrier_sync(CHUNK_BARRIER, MATH_THREADS<C>);
+                    sync_math_warps<C>();
                     store_transposed(chunk - 1);
                 }
                 continue;
@@ -191,7 +189,7 @@ struct GatedBackwardQuantized {
                 }
                 maxima.put(chunk, false, warp - 4, lane, largest);
                 if (chunk % 2 == 1) maxima.put(chunk, true, warp - 4, lane, largest_a);
-                named_barrier_sync(CHUNK_BARRIER, MATH_THREADS<C>);
+                sync_math_warps<C>();
                 if (chunk > 0) store_transposed(chunk - 1);
                 const u32 lane = fresh_thread_index() % 32;
 
@@ -248,10 +246,10 @@ struct GatedBackwardQuantized {
             }
         }
         if (warp == STORING_WARP) {
-            named_barrier_sync(END_BARRIER, MATH_THREADS<C>);
+            named_barrier_sync(TILE_END_BARRIER, C.math_threads());
             store_transposed(CHUNKS - 1);
         } else {
-            named_barrier_arrive(END_BARRIER, MATH_THREADS<C>);
+            named_barrier_arrive(TILE_END_BARRIER, C.math_threads());
         }
         if (rows > 0)
             store_dscores(rows_held, dscores + static_cast<i64>(tile.column / static_cast<i32>(C.block_n)) * rows_allocated + row, rows, lane);

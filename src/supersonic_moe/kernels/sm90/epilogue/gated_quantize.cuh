@@ -72,8 +72,10 @@ DEVICE void stage_bf16_pairs(float* gate, float* up, u32 start) {
 
 template <Config C, Gate G>
 struct GatedActivationQuantized {
+    static constexpr u32 STAGING_BYTES = 5 * C.buffer_bytes();  // A, and Z in bf16
     static constexpr bool RUNS_WITHOUT_ROWS = false;
-    static constexpr u32 WIDTH = C.half_n(), EACH = WIDTH / 2;  // activations of a tile; accumulators of gate, and of up, of a thread
+    static_assert(C.block_n == 256, "a row of a tile is one scale block of A and two of Z");
+    static constexpr u32 WIDTH = C.block_n / 2, EACH = WIDTH / 2;  // activations of a tile; accumulators of gate, and of up, of a thread
     const SharedMemory<C> shared;
     const TensorMap *map_z, *map_a;
     const u16* b1;
@@ -86,10 +88,10 @@ struct GatedActivationQuantized {
     ActivationConstants constants;
     u32 warp;
 
-    DEVICE void overlap(float (&)[C.block_n / 2]) const {}
-    DEVICE void skip(float (&)[C.block_n / 2], const WorkTile&, Ring<C>& ring) const { skip_stages(shared, ring, blocks_k); }
-    DEVICE void finish(float (&)[C.block_n / 2]) const {}
-    DEVICE void operator()(float (&acc)[C.block_n / 2], const WorkTile& tile, Ring<C>&) const {
+    DEVICE void overlap(float (&)[C.accumulators()]) const {}
+    DEVICE void skip(float (&)[C.accumulators()], const WorkTile&, Ring<C>& ring) const { skip_stages(shared, ring, blocks_k); }
+    DEVICE void finish(float (&)[C.accumulators()]) const {}
+    DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, Ring<C>&) const {
         float *gate = acc, *up = acc + EACH;
         const u32 lane = fresh_thread_index() % 32, line = first_line(warp);
         const i32 row = tile.row + static_cast<i32>(line), rows = tile.row_end - row;

@@ -44,7 +44,7 @@ DEVICE u32 own_line(u32 warp) { return first_line(O.transposed ? warp / 4 * 4 : 
 
 // All who fill lines together have come this far.
 template <Output O>
-DEVICE void sync_writers(u32 group) { O.transposed ? named_barrier_sync(1 + group, 128) : __syncwarp(); }
+DEVICE void sync_writers(u32 group) { O.transposed ? sync_warpgroup(group) : __syncwarp(); }
 
 // `body` in the one of them that issues their stores. Two branches: as one condition, each TMA instruction becomes a loop over lanes.
 template <Output O, typename Body>

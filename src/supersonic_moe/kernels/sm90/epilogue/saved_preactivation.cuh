@@ -7,7 +7,7 @@
 #pragma once
 #include "epilogue/activation_backward.cuh"
 #include "gemm/tiles_fp8.cuh"
-#include "gemm/load_b.cuh"
+#include "gemm/load_rows.cuh"
 
 struct SavedFormat {  // how Z was kept for the backward
     bool fp8;          // e4m3 with scales of 1 x 128, else bf16
@@ -27,6 +27,7 @@ constexpr u32 scale_vectors = S.fp8 ? (S.interleaved ? 1 : 2) : 0;  // of a chun
 // the rows' scores, which come with chunk 0.
 template <Config C, SavedFormat S>
 struct SavedSlots {
+    static constexpr u32 BYTES = slots_of<C, S> * slot_bytes<C, S> + (slots_of<C, S> * scale_vectors<S> + 1) * C.scale_bytes();
     static_assert(C.side_bytes() % 1024 + 16 * slots_of<C, S> <= 1024, "barriers fit before the staging");
     SharedMemory<C> shared;
     DEVICE u32 buffer(u32 slot) const { return shared.staging() + slot * slot_bytes<C, S>; }
@@ -35,7 +36,7 @@ struct SavedSlots {
     DEVICE u32 full(u32 slot) const { return shared.row_index(C.block_m) + 8 * slot; }
     DEVICE u32 empty(u32 slot) const { return full(slots_of<C, S> + slot); }
 
-    DEVICE void prepare() const {  // before that of the ring, which has the fence
+    DEVICE void init_barriers() const {  // before those of the ring, behind which a fence stands
         if (threadIdx.x > 0) return;
         for (u32 slot = 0; slot < slots_of<C, S>; ++slot) {
             mbarrier_init(full(slot), 1);

@@ -5,12 +5,13 @@
 template <Config C, Output O>
 struct WeightGradient {
     static constexpr u32 BUFFERS = C.block_n / O.buffer_columns();
-    static constexpr u32 BUFFERS_EACH = O.format == Format::BF16 ? BUFFERS / 2 : C.buffers();
+    static constexpr u32 BUFFERS_EACH = O.format == Format::BF16 ? (BUFFERS + 1) / 2 : C.stage_buffers();
     static constexpr u32 ROUNDS = (BUFFERS + BUFFERS_EACH - 1) / BUFFERS_EACH, BORROWED_STAGES = ROUNDS < C.stages ? ROUNDS : C.stages - 1;
+    static_assert(BUFFERS_EACH <= C.stage_buffers() && C.block_n % 64 == 0, "a round fills buffers of one stage");
     static constexpr bool BY_WARPGROUP = O.transposed;
     const TensorMap* map;
 
-    DEVICE void operator()(float (&acc)[C.block_n / 2], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring, BorrowedStages<C>& borrowed, u32 group, u32 warp) const {
+    DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring, BorrowedStages<C>& borrowed, u32 group, u32 warp) const {
         if (O.format == Format::FP32_ADD && tile.row_end == 0) return;
 #pragma unroll
         for (u32 round = 0; round < ROUNDS; ++round) {

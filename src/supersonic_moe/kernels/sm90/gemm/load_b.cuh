@@ -1,8 +1,27 @@
-// How B of a tile is loaded: one thread, part `part` of the cluster's, for those `blocks` of it.
+// How B of a stage is loaded, as the loaders call it: `load_b(tile_b, full, k, tile, part, blocks)`, by one thread, for K from `k` on. Blocks of
+// a cluster with the same columns load a part of B each, part `part` of as many as there are blocks, for those `blocks` of them.
 #pragma once
-#include "gemm/load_rows.cuh"
+#include "gemm/work_tile.cuh"
+#include "ptx/copy.cuh"
 
-// (experts, columns, K), K contiguous, or (experts, K, columns).
+// Part of an N-contiguous B: columns in slabs of 64, rows k.. of slice `slice`.
+template <Config C>
+DEVICE void load_b_mn_major(u32 tile_b, const TensorMap* map, u32 full, i32 k, i32 first_column, i32 slice, u32 part, u16 blocks) {
+    static_assert(C.block_n % (64 * C.cluster) == 0, "each block of a cluster loads whole slabs of 64 columns");
+    constexpr u32 slabs = C.slabs_n() / C.cluster;
+#pragma unroll
+    for (u32 i = 0; i < slabs; ++i) {
+        const u32 at = tile_b + (part * slabs + i) * C.slab_bytes();
+        const i32 column = first_column + static_cast<i32>((part * slabs + i) * 64);
+        if constexpr (C.cluster > 1) {
+            tma_load_multicast(at, map, full, blocks, column, k, slice);
+        } else {
+            tma_load(at, map, full, column, k, slice);
+        }
+    }
+}
+
+// A weight (experts, columns, K), K contiguous, or MN-major (experts, K, columns).
 template <Config C, bool MnMajor>
 struct LoadWeight {
     const TensorMap* map;
@@ -26,7 +45,8 @@ struct LoadGateAndUp {
     DEVICE void operator()(u32 tile_b, u32 full, i32 k, const WorkTile& tile, u32 part, u16 blocks) const {
         const i32 gate_half = gate_base != 0;  // [up; gate]: the second half of the weight's rows
         if constexpr (C.cluster > 1) {         // part 0 is gate, part 1 is up
-            tma_load_multicast(tile_b + part * (C.bytes_b() / 2), map, full, blocks, k, tile.column, static_cast<i32>(part) ^ gate_half, tile.expert);
+            tma_load_multicast(tile_b + part * (C.bytes_b() / 2), map, full, blocks, k, tile.column, static_cast<i32>(part) ^ gate_half,
+                               tile.expert);
         } else {
             tma_load(tile_b, map, full, k, tile.column, gate_half, tile.expert);
             tma_load(tile_b + C.bytes_b() / 2, map, full, k, tile.column, 1 - gate_half, tile.expert);
@@ -34,24 +54,7 @@ struct LoadGateAndUp {
     }
 };
 
-// Scales of a weight's 128 columns blocks that a tile needs.
-struct ColumnBlocksOf {
-    i32 columns;
-    DEVICE ColumnBlocks operator()(const WorkTile& tile) const {
-        const i32 first = tile.column / 128, last = (columns - 1) / 128;
-        return {min(first, last), min(first + 1, last)};
-    }
-};
-template <bool Interleaved>
-struct GateAndUpBlocks {
-    i32 width, gate_base, up_base;
-    DEVICE ColumnBlocks operator()(const WorkTile& tile) const {
-        const i32 first = Interleaved ? 2 * tile.column / 128 : (gate_base + tile.column) / 128;
-        return {first, Interleaved ? min(first + 1, (2 * width - 1) / 128) : (up_base + tile.column) / 128};
-    }
-};
-
-// Each block of a cluster has columns of its own: part 0 is all of B.
+// The same two where each block of a cluster has columns of its own (share_a): part 0 is all of B.
 struct LoadOwnWeight {
     const TensorMap* map;
     DEVICE void operator()(u32 tile_b, u32 full, i32 k, const WorkTile& tile, u32 part, u16) const {
@@ -68,16 +71,4 @@ struct LoadOwnGateAndUp {
         tma_load(tile_b, map, full, k, tile.column, gate_half, tile.expert);
         tma_load(tile_b + C.bytes_b() / 2, map, full, k, tile.column, 1 - gate_half, tile.expert);
     }
-};
-
-// Behind a tile's K blocks: nothing, or stages for the epilogue.
-struct NoTail {
-    template <typename Cursor>
-    DEVICE void operator()(Cursor&, const WorkTile&, u32) const {}
-};
-template <Config C>
-struct OfferStages {
-    const SharedMemory<C>& shared;
-    u32 count;
-    DEVICE void operator()(Ring<C>& ring, const WorkTile&, u32 loader) const { offer_stages(shared, ring, count, loader); }
 };

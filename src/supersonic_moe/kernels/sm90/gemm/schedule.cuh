@@ -1,47 +1,10 @@
 // Which output tile comes next: persistent blocks walk the tiles of all experts in one order that every cluster knows.
 //
-// Tiles are numbered expert by expert. Inside an expert the order is grouped: GROUP_M blocks of rows at a time, all columns of
+// Tiles are numbered expert by expert. Inside an expert the order is grouped: group_m blocks of rows at a time, all columns of
 // those rows before the next ones, rows innermost. Tiles that run together then share few rows and few columns, so operands come
-// from L2. Only the loading thread walks; it tells the math warps what it loaded (WorkTile).
+// from L2. Only the loading warps walk; they tell the math warps what they loaded (work_tile.cuh).
 #pragma once
-#include "gemm/config.cuh"
-
-// What the loading thread leaves beside a stage for those who multiply it. Written before it arrives on the full barrier.
-struct WorkTile {
-    i32 row;        // first row of this block's output tile; STOP: no more tiles
-    i32 row_end;    // rows from here on are not the tile's
-    i32 column;     // first column
-    i32 expert;
-    i32 blocks_k;   // stages of the tile
-    static constexpr i32 STOP_ROW = -1;
-};
-
-DEVICE void write_work_tile(u32 address, const WorkTile& tile) {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(tile.row), "r"(tile.row_end), "r"(tile.column),
-                 "r"(tile.expert)
-                 : "memory");
-    asm volatile("st.shared.b32 [%0], %1;" ::"r"(address + 16), "r"(tile.blocks_k) : "memory");
-}
-
-// This lane's own copy.
-DEVICE WorkTile load_work_tile(u32 address) {
-    WorkTile tile;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(tile.row), "=r"(tile.row_end), "=r"(tile.column), "=r"(tile.expert)
-                 : "r"(address)
-                 : "memory");
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(tile.blocks_k) : "r"(address + 16) : "memory");
-    return tile;
-}
-
-// The tile as values that the compiler knows to be the same in all lanes of a converged warp. Every lane loads: a load under a
-// predicate keeps its destination, five registers, alive through the main loop. The shuffles hold lane 0, which hands the stage back,
-// until all have read.
-DEVICE WorkTile read_work_tile(u32 address) {
-    const WorkTile tile = load_work_tile(address);
-    const auto of_lane_0 = [](i32 value) { return __shfl_sync(0xffffffffu, value, 0); };
-    return {of_lane_0(tile.row), of_lane_0(tile.row_end), of_lane_0(tile.column), of_lane_0(tile.expert), of_lane_0(tile.blocks_k)};
-}
+#include "gemm/work_tile.cuh"
 
 // Grouped order of a grid of `blocks_m` x `blocks_n` tiles.
 template <i32 GroupM>
@@ -53,20 +16,23 @@ DEVICE void grouped_order(i32 index, i32 blocks_m, i32 blocks_n, i32& m, i32& n)
     n = inside / rows;
 }
 
-// ---- which tiles a block takes: policies of the loader ----
+// ---- which tiles a block takes: policies of the loaders. All loading warps ask, and get the same numbers in increasing order ----
 
-// Every tile, in round.
+// Every tile: tile i is that of cluster i modulo their number.
 template <Config C>
 struct AllTiles {
     static constexpr bool CLIPS = false;
     DEVICE i32 first() const { return blockIdx.x / C.cluster; }
     DEVICE i32 next(i32 index) const { return index + gridDim.x / C.cluster; }
 };
-// Of each expert, row blocks [begin_block[e], end_block[e]) only, in blocks of `block_rows` rows (those of a cluster).
+
+// Of each expert only the blocks [begin_block[e], end_block[e]) of `block_rows` rows, a multiple of what a cluster takes. Launches over
+// disjoint ranges, of tokens that arrive one after the other, write the same bits as one launch over all. In a ragged contraction
+// they add up, in the order of the launches.
 template <Config C>
 struct RowBlocks : AllTiles<C> {
     static constexpr bool CLIPS = true;
-    const i32 *begin_block, *end_block;
+    const i32 *begin_block, *end_block;  // (experts)
     i32 block_rows;
     DEVICE RowBlocks(const i32* begin_block_, const i32* end_block_, i32 block_rows_)
         : begin_block(begin_block_), end_block(end_block_), block_rows(block_rows_) {}
@@ -76,10 +42,11 @@ struct RowBlocks : AllTiles<C> {
         end = min(end, from + end_block[expert] * block_rows);
     }
 };
-// Every tile, handed out by a counter in global memory: for one loading warp, each block for itself.
+
+// Every tile, handed out by a counter in global memory that starts at zero, so that blocks which start late or run slowly take fewer.
 template <Config C>
 struct TileCounter {
-    static_assert(C.cluster == 1 && C.load_warps() == 1, "the number is shared by a shuffle");
+    static_assert(C.cluster == 1 && C.load_warps() == 1, "one warp of one block asks: its lanes share the number by a shuffle");
     static constexpr bool CLIPS = false;
     i32* counter;
     DEVICE i32 first() const { return next(0); }
@@ -89,6 +56,8 @@ struct TileCounter {
         return __shfl_sync(0xffffffffu, index, 0);
     }
 };
+
+// ---- where a tile lies ----
 
 // Ragged rows: expert e has ceil(rows of e / BlockM) x ceil(columns / BlockN) tiles, BlockM rows for a cluster. Where the last rows of
 // an expert fit into one block of a cluster of two, the second would idle: there the two take neighbouring columns of the same rows
