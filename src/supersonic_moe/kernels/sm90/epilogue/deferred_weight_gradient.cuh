@@ -14,17 +14,18 @@ template <Config C, Output O>
 struct DeferredWeightGradient {
     static_assert(!C.gather && C.cluster == 1 && C.block_n == 256, "whole tiles, each block for itself, a half of each during a product");
     static constexpr u32 BUFFERS_EACH = C.block_n / O.buffer_columns() / 2;  // of half a tile
-    static constexpr u32 STAGING_BYTES = (O.format == Format::BF16 ? 2 : 1) * BUFFERS_EACH * C.buffer_bytes();
+    static constexpr u32 STAGING_BYTES = (O.fp32 ? 1 : 2) * BUFFERS_EACH * C.buffer_bytes();
     const SharedMemory<C> shared;
     const TensorMap* map;
+    bool adds;  // to D, in fp32, instead of storing
     u32 group, warp;
     bool held = false;  // a tile is in the accumulators; its tile is in shared memory, for the thread that stores it
 
     DEVICE void store_half(float (&acc)[C.accumulators()], u32 half) const {
         if (!held) return;
         const u32 thread = fresh_thread_index(), line = own_line<O>(warp);
-        const u32 lines = shared.staging() + (O.format == Format::BF16 ? half * BUFFERS_EACH * C.buffer_bytes() : 0) + line * LINE;
-        if (O.format != Format::BF16 || half == 0) {
+        const u32 lines = shared.staging() + (O.fp32 ? 0 : half * BUFFERS_EACH * C.buffer_bytes()) + line * LINE;
+        if (O.fp32 || half == 0) {
             tma_wait_read<0>();
             sync_writers<O>(group);
         }
@@ -36,7 +37,7 @@ struct DeferredWeightGradient {
             const WorkTile tile = load_work_tile(held_tile(shared));
 #pragma unroll
             for (u32 i = 0; i < BUFFERS_EACH; ++i)
-                store_buffer<O>(map, lines + i * C.buffer_bytes(), tile.row + static_cast<i32>(line),
+                store_buffer<O>(map, adds, lines + i * C.buffer_bytes(), tile.row + static_cast<i32>(line),
                            tile.column + static_cast<i32>((half * BUFFERS_EACH + i) * O.buffer_columns()), tile.expert);
             tma_commit();
         });

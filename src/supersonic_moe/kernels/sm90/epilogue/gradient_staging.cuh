@@ -6,11 +6,10 @@
 #pragma once
 #include "epilogue/staging.cuh"
 
-enum class Format : int { BF16 = 0, FP32 = 1, FP32_ADD = 2 };
 struct Output {
     bool transposed;  // D is (E, N, M)
-    Format format;
-    DEVICE constexpr u32 buffer_columns() const { return format == Format::BF16 ? 64 : 32; }  // accumulators' columns in a buffer
+    bool fp32;        // else bf16
+    DEVICE constexpr u32 buffer_columns() const { return fp32 ? 32 : 64; }  // accumulators' columns in a buffer
 };
 
 // 64 columns of a warpgroup's accumulators as 64 lines of 64 rows, bf16.
@@ -56,17 +55,17 @@ DEVICE void in_issuing_thread(u32 warp, Body body) {
 // A buffer's columns of the accumulators, from acc on, into its lines.
 template <Output O>
 DEVICE void fill_buffer(float* acc, u32 lines, u32 thread) {
-    if constexpr (O.format == Format::BF16) {
-        O.transposed ? stage_bf16_transposed(acc, lines, thread) : stage_bf16(acc, lines, thread % 32);
-    } else {
+    if constexpr (O.fp32) {
         O.transposed ? stage_f32_transposed(acc, lines, thread) : stage_f32(acc, lines, thread % 32);
+    } else {
+        O.transposed ? stage_bf16_transposed(acc, lines, thread) : stage_bf16(acc, lines, thread % 32);
     }
 }
 
-// A box of staged lines to D.
+// A box of staged lines to D, or, in fp32 only, added to it.
 template <Output O>
-DEVICE void store_box(const TensorMap* map, u32 lines, i32 column, i32 row, i32 expert) {
-    if constexpr (O.format == Format::FP32_ADD) {
+DEVICE void store_box(const TensorMap* map, bool adds, u32 lines, i32 column, i32 row, i32 expert) {
+    if (O.fp32 && adds) {
         tma_reduce_add(map, lines, column, row, expert);
     } else {
         tma_store(map, lines, column, row, expert);
@@ -75,11 +74,11 @@ DEVICE void store_box(const TensorMap* map, u32 lines, i32 column, i32 row, i32 
 
 // The lines of a buffer, whose first is `row` of the tile's matrix and which start at `column`, to D[expert].
 template <Output O>
-DEVICE void store_buffer(const TensorMap* map, u32 lines, i32 row, i32 column, i32 expert) {
+DEVICE void store_buffer(const TensorMap* map, bool adds, u32 lines, i32 row, i32 column, i32 expert) {
     if constexpr (!O.transposed) {
-        store_box<O>(map, lines, column, row, expert);
+        store_box<O>(map, adds, lines, column, row, expert);
     } else {
-        store_box<O>(map, lines, row, column, expert);
-        if constexpr (O.format != Format::BF16) store_box<O>(map, lines + 32 * LINE, row + 32, column, expert);
+        store_box<O>(map, adds, lines, row, column, expert);
+        if constexpr (O.fp32) store_box<O>(map, adds, lines + 32 * LINE, row + 32, column, expert);
     }
 }

@@ -5,14 +5,15 @@
 template <Config C, Output O>
 struct WeightGradient {
     static constexpr u32 BUFFERS = C.block_n / O.buffer_columns();
-    static constexpr u32 BUFFERS_EACH = O.format == Format::BF16 ? (BUFFERS + 1) / 2 : C.stage_buffers();
+    static constexpr u32 BUFFERS_EACH = O.fp32 ? C.stage_buffers() : (BUFFERS + 1) / 2;
     static constexpr u32 ROUNDS = (BUFFERS + BUFFERS_EACH - 1) / BUFFERS_EACH, BORROWED_STAGES = ROUNDS < C.stages ? ROUNDS : C.stages - 1;
     static_assert(BUFFERS_EACH <= C.stage_buffers() && C.block_n % 64 == 0, "a round fills buffers of one stage");
     static constexpr bool BY_WARPGROUP = O.transposed;
     const TensorMap* map;
+    bool adds;  // to D, in fp32, instead of storing
 
     DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring, BorrowedStages<C>& borrowed, u32 group, u32 warp) const {
-        if (O.format == Format::FP32_ADD && tile.row_end == 0) return;
+        if (O.fp32 && adds && tile.row_end == 0) return;
 #pragma unroll
         for (u32 round = 0; round < ROUNDS; ++round) {
             const u32 thread = fresh_thread_index(), line = own_line<O>(warp);
@@ -35,7 +36,7 @@ struct WeightGradient {
                 for (u32 i = 0; i < BUFFERS_EACH; ++i) {
                     const u32 buffer = round * BUFFERS_EACH + i;
                     if (buffer < BUFFERS)
-                        store_buffer<O>(map, lines + i * C.buffer_bytes(), row, tile.column + static_cast<i32>(buffer * O.buffer_columns()), tile.expert);
+                        store_buffer<O>(map, adds, lines + i * C.buffer_bytes(), row, tile.column + static_cast<i32>(buffer * O.buffer_columns()), tile.expert);
                 }
                 tma_commit();
             });

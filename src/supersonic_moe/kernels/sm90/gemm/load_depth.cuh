@@ -51,9 +51,9 @@ constexpr u32 WARP_LINES = C.block_k() / 4;  // rows of the contraction that a l
 // Loads all tiles of this block: for each, the K blocks of its expert, then stages for the epilogue to borrow, unless it adds nothing.
 // With gather the rows change from block to block: a warp reads their indices one block ahead, past the end of a tile those of
 // the next, one a lane, and its issuing lane picks them up from shared memory.
-template <u32 BorrowedByTile, bool Adds, Config C, typename Schedule = AllTiles<C>>
+template <u32 BorrowedByTile, Config C, typename Schedule = AllTiles<C>>
 DEVICE void load_ragged_depth(const SharedMemory<C>& shared, const DepthGemm& gemm, const TensorMap* map_a, const TensorMap* map_b,
-                              const Schedule schedule = {}) {
+                              const bool adds, const Schedule schedule = {}) {
     const u32 warp = warp_index();
     if (warp >= C.load_warps()) return;
     const i32 rank = C.cluster > 1 ? static_cast<i32>(cluster_block_rank()) : 0;
@@ -104,7 +104,7 @@ DEVICE void load_ragged_depth(const SharedMemory<C>& shared, const DepthGemm& ge
                     for (u32 slab = 0; slab < C.slabs_m(); ++slab)
                         tma_load(tile_a + slab * C.slab_bytes(), map_a, full, tile.row + static_cast<i32>(slab * 64), k);
                 }
-                load_b_mn_major<C>(shared.tile_b(ring.stage), map_b, full, k, tile.column, 0, rank, (1 << C.cluster) - 1);
+                load_b_mn_major<C>(shared.tile_b(ring.stage), map_b, full, k, tile.column, 0, cluster_block_rank(), (1 << C.cluster) - 1);
             }
             if constexpr (C.gather) {
                 if (elect_one()) {
@@ -123,7 +123,7 @@ DEVICE void load_ragged_depth(const SharedMemory<C>& shared, const DepthGemm& ge
                 __syncwarp();
             }
         }
-        if (!Adds || begin < end) offer_stages(shared, ring, BorrowedByTile, warp);
+        if (!adds || begin < end) offer_stages(shared, ring, BorrowedByTile, warp);
         index = next_index;
     }
     announce_end(shared, ring, warp);
