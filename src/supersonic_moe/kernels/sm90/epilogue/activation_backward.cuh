@@ -36,7 +36,7 @@ struct Bias {
         float of_gate[2][2], of_up[2][2];
 #pragma unroll
         for (u32 half = 0; half < 2; ++half)
-            load_bias<G.interleaved>(values, c + static_cast<i32>(half) * 8, width, gate_base, up_base, of_gate[half], of_up[half]);
+            load_bias(G.interleaved, values, c + static_cast<i32>(half) * 8, width, gate_base, up_base, of_gate[half], of_up[half]);
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) {
 #pragma unroll

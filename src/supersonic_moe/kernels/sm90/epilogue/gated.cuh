@@ -16,7 +16,7 @@ DEVICE void stage_interleaved(float* gate, float* up, u32 lines, u32 lane) {
     }
 }
 
-template <Config C, Gate G>
+template <Config C, Act Kind>
 struct GatedActivation {
     static constexpr u32 WIDTH = C.block_n / 2;  // activations of a tile
     static_assert(C.block_n == 256 && C.stage_buffers() == 3, "four buffers of Z and two of A, three to a stage");
@@ -25,6 +25,7 @@ struct GatedActivation {
     u8 *z, *a;  // z may be null
     const u16* b1;
     i32 width, gate_base, up_base;
+    bool interleaved;
     ActivationConstants constants;
 
     u32 used;  // stages of the ring
@@ -35,16 +36,16 @@ struct GatedActivation {
         const i32 row = tile.row + static_cast<i32>(line), rows = tile.row_end - row;
         float *gate = acc, *up = acc + WIDTH / 2;
         const auto stage_z = [&](u32 i, u32 lines) {
-            if constexpr (G.interleaved) {
+            if (interleaved) {
                 stage_interleaved(gate + i * 16, up + i * 16, lines, lane);
             } else {
                 stage_bf16(acc + i * 32, lines, lane);
             }
         };
         const auto place_of_z = [&](u32 i, u32 lines) -> Destination {  // of Z, seen as (P, 2, I) or, interleaved, as (P, 1, 2 I)
-            const i32 column = G.interleaved ? 2 * tile.column + static_cast<i32>(i) * 64 : tile.column + static_cast<i32>(i % 2) * 64;
-            const i32 base = G.interleaved ? 0 : i < 2 ? gate_base : up_base;
-            const Rows out{z + base * 2, static_cast<i64>(width) * 4, G.interleaved ? 2 * width : width};
+            const i32 column = interleaved ? 2 * tile.column + static_cast<i32>(i) * 64 : tile.column + static_cast<i32>(i % 2) * 64;
+            const i32 base = interleaved ? 0 : i < 2 ? gate_base : up_base;
+            const Rows out{z + base * 2, static_cast<i64>(width) * 4, interleaved ? 2 * width : width};
             return {map_z, out, lines, column, base != 0};
         };
         u32 lines = borrowed.borrow(shared, ring) + line * LINE;
@@ -67,7 +68,7 @@ struct GatedActivation {
             for (u32 i = 0; i < WIDTH / 2; i += 4) {
                 float g[2], u[2];
                 pin_four(gate + i), pin_four(up + i);
-                load_bias<G.interleaved>(bias, first + static_cast<i32>(i * 2), width, gate_base, up_base, g, u);
+                load_bias(interleaved, bias, first + static_cast<i32>(i * 2), width, gate_base, up_base, g, u);
 #pragma unroll
                 for (u32 j = 0; j < 4; ++j) gate[i + j] += g[j % 2], up[i + j] += u[j % 2];  // rows r and r + 8
             }
@@ -76,7 +77,7 @@ struct GatedActivation {
         for (u32 i = 0; i < WIDTH / 2; i += 4) {
             pin_four(gate + i), pin_four(up + i);
 #pragma unroll
-            for (u32 j = i; j < i + 4; ++j) gate[j] = gated<G.kind>(gate[j], up[j], constants);
+            for (u32 j = i; j < i + 4; ++j) gate[j] = gated<Kind>(gate[j], up[j], constants);
         }
         const u32 buffer_of_a = lines + (z == nullptr ? 0 : C.buffer_bytes());
 #pragma unroll

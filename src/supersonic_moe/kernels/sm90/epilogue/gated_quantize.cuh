@@ -137,7 +137,7 @@ struct GatedActivationQuantized {
             for (u32 i = 0; i < EACH; i += 4) {
                 float g[2], u[2];
                 pin_four(gate + i), pin_four(up + i);
-                load_bias<G.interleaved>(bias, first + static_cast<i32>(i * 2), width, gate_base, up_base, g, u);
+                load_bias(G.interleaved, bias, first + static_cast<i32>(i * 2), width, gate_base, up_base, g, u);
 #pragma unroll
                 for (u32 j = 0; j < 4; ++j) gate[i + j] += g[j % 2], up[i + j] += u[j % 2];  // rows r and r + 8
             }
