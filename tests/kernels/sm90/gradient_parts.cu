@@ -18,23 +18,22 @@ struct Policies {
 template <Config C>
 DEVICE void gradient(const TensorMap* map_a, const TensorMap* map_b, const TensorMap* map_d, const Policies& policies, const i32* offsets,
                      const i32* index, i32 experts, i32 rows, i32 columns, const float* scales_b) {
-    constexpr Output ADDED{false, true};
     if constexpr (C.scaled()) {
-        using Epilogue = DeferredWeightGradient<C, ADDED>;
+        using Epilogue = DeferredWeightGradient<C, true>;
         const auto shared = shared_memory<C, C.shared_bytes(Epilogue::STAGING_BYTES), Epilogue::STAGING_BYTES>();
         const auto produce = [&](u32 warp) {
             if (warp > 0) return;
             load_scaled_depth(shared, {offsets, experts, rows, columns, scales_b, columns, 1}, map_a, map_a, map_b, true, SCHEDULE);
         };
-        run_roles(shared, produce, [&](u32 warp) { Epilogue{shared, map_d, true, warp / 4 - 1, warp}.run(rows); });
+        run_roles(shared, produce, [&](u32 warp) { Epilogue{shared, {map_d, true, false}, warp / 4 - 1, warp}.run(rows); });
     } else {
-        using Epilogue = WeightGradient<C, ADDED>;
+        using Epilogue = WeightGradient<C, true>;
         const auto shared = shared_memory<C, C.shared_bytes()>();
         const auto produce = [&](u32) {
             load_ragged_depth<Epilogue::BORROWED_STAGES>(shared, {offsets, index, experts, rows, columns}, map_a, map_b, true, SCHEDULE);
         };
         run_roles(shared, produce, [&](u32 warp) {
-            for_each_tile<Major::MN>(shared, warp, RaggedDepth{static_cast<i32>(C.block_k())}, Epilogue{map_d, true});
+            for_each_tile<Major::MN>(shared, warp, RaggedDepth{static_cast<i32>(C.block_k())}, Epilogue{{map_d, true, false}});
         });
     }
 }

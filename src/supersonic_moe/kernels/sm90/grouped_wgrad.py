@@ -44,8 +44,8 @@ CLUSTER = 2
 STORES = ("UTMASTG",), ("UTMASTG", "UTMAREDG")  # in bf16; in fp32, which is also added to
 
 
-def wgrad_spec(*, fp32: bool, transposed: bool, gather: bool, block_n: int) -> KernelSpec:
-    constants = (("TRANSPOSED", int(transposed)), ("FP32", int(fp32)))
+def wgrad_spec(*, fp32: bool, gather: bool, block_n: int) -> KernelSpec:
+    constants = (("FP32", int(fp32)),)
     opcodes = ("HGMMA", "UTMALDG", *STORES[fp32], "USETMAXREG")
     return mainloop_spec(
         "grouped_wgrad", block_n=block_n, cluster=CLUSTER, gather=gather, constants=constants, opcodes=opcodes
@@ -53,18 +53,17 @@ def wgrad_spec(*, fp32: bool, transposed: bool, gather: bool, block_n: int) -> K
 
 
 SPECS = tuple(
-    wgrad_spec(fp32=f, transposed=t, gather=g, block_n=w)
+    wgrad_spec(fp32=f, gather=g, block_n=w)
     for f in (False, True)
-    for t in (False, True)
     for g in (False, True)
     for w in (BLOCK_N, WIDE_BLOCK_N)
 )
 
 
 @functools.cache
-def _kernel(fp32: bool, transposed: bool, gather: bool, block_n: int) -> Kernel:
-    argtypes = (*[TENSOR_MAP] * 3, PTR, PTR, *[I32] * 4)
-    return Kernel(wgrad_spec(fp32=fp32, transposed=transposed, gather=gather, block_n=block_n), argtypes)
+def _kernel(fp32: bool, gather: bool, block_n: int) -> Kernel:
+    argtypes = (*[TENSOR_MAP] * 3, PTR, PTR, *[I32] * 5)
+    return Kernel(wgrad_spec(fp32=fp32, gather=gather, block_n=block_n), argtypes)
 
 
 def gradient_buffer(out: Tensor | None, operand: Tensor, shape: tuple[int, int, int], accumulate: bool) -> Tensor:
@@ -108,7 +107,7 @@ def grouped_mm_wgrad(
         return out if accumulate else out.zero_()
     block_n = tile_columns(n, rows // num_experts)
     with on_device(a_TM):
-        _kernel(out.dtype is torch.float32, transposed, gather_index is not None, block_n).launch(
+        _kernel(out.dtype is torch.float32, gather_index is not None, block_n).launch(
             (multiprocessors(a_TM.device.index) // CLUSTER * CLUSTER, 1, 1),
             map_of_rows(a_TM, gather_index, box=(BLOCK_K, 64)),
             tensor_map(b_PN[None], box=(1, BLOCK_K, 64)),
@@ -119,5 +118,6 @@ def grouped_mm_wgrad(
             -(-m // (BLOCK_M * CLUSTER)),
             -(-n // block_n),
             int(accumulate),
+            int(transposed),
         )
     return out

@@ -59,12 +59,7 @@ def up_spec(kind: int, *, gather: bool, cluster: int) -> KernelSpec:
     return mainloop_spec("up_projection", cluster=cluster, gather=gather, constants=constants, opcodes=OPCODES)
 
 
-SPECS = tuple(
-    up_spec(kind, gather=g, cluster=c)
-    for kind in ALL_KINDS
-    for g in (False, True)
-    for c in (1, 2)
-)
+SPECS = tuple(up_spec(kind, gather=g, cluster=c) for kind in ALL_KINDS for g in (False, True) for c in (1, 2))
 
 
 @functools.cache

@@ -20,7 +20,6 @@ template <Config C, Act Kind>
 struct GatedActivation {
     static constexpr u32 WIDTH = C.block_n / 2;  // activations of a tile
     static_assert(C.block_n == 256 && C.stage_buffers() == 3, "four buffers of Z and two of A, three to a stage");
-    static constexpr bool BY_WARPGROUP = false;
     const TensorMap *map_z, *map_a;
     u8 *z, *a;  // z may be null
     const u16* b1;
@@ -30,6 +29,7 @@ struct GatedActivation {
 
     u32 used;  // stages of the ring
     DEVICE static u32 stages_used(const u8* z) { return z == nullptr ? 1 : 2; }  // six buffers: four of Z, two of A
+    DEVICE static constexpr bool by_warpgroup() { return false; }
     DEVICE i32 stages(const WorkTile&) const { return static_cast<i32>(used); }
     DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring, BorrowedStages<C>& borrowed, u32, u32 warp) const {
         const u32 lane = fresh_thread_index() % 32, line = first_line(warp);

@@ -33,7 +33,6 @@ struct LoadSavedIntoRing {
 
 template <Config C, Gate G>
 struct GatedBackward {
-    static constexpr bool BY_WARPGROUP = false;
     Gradients<C, G> gradients;
     const u16* b1;
     const float* scores;
@@ -41,6 +40,7 @@ struct GatedBackward {
     i32 rows_allocated, width, gate_base, up_base;
     ActivationConstants constants;
 
+    DEVICE static constexpr bool by_warpgroup() { return false; }
     DEVICE i32 stages(const WorkTile& tile) const {
         const i32 columns = min(static_cast<i32>(C.block_n), width - tile.column);
         return (columns + static_cast<i32>(CHUNK) - 1) / static_cast<i32>(CHUNK);
