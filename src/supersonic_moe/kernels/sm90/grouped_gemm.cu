@@ -4,7 +4,8 @@
 #include "gemm/tiles.cuh"
 #include "gemm/load_rows.cuh"
 
-constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .cluster = CLUSTER, .group_m = GROUP_M, .gather = GATHER, .arrivals = ARRIVALS};
+constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .cluster = CLUSTER, .group_m = GROUP_M, .gather = GATHER,
+                        .arrivals = ARRIVALS};
 using Epilogue = Store<CONFIG>;
 
 extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)

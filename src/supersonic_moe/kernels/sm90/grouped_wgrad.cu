@@ -4,7 +4,8 @@
 #include "gemm/roles.cuh"
 #include "gemm/tiles.cuh"
 
-constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .cluster = CLUSTER, .group_m = GROUP_M, .gather = GATHER, .arrivals = ARRIVALS};
+constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .cluster = CLUSTER, .group_m = GROUP_M, .gather = GATHER,
+                        .arrivals = ARRIVALS};
 using Epilogue = WeightGradient<CONFIG, FP32>;
 
 extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
@@ -16,6 +17,7 @@ extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
         load_ragged_depth<Epilogue::BORROWED_STAGES>(shared, {offsets, index, experts, blocks_m, blocks_n}, &map_a, &map_b, FP32 && adds);
     };
     run_roles(shared, produce, [&](u32 warp) {
-        for_each_tile<Major::MN>(shared, warp, RaggedDepth{static_cast<i32>(CONFIG.block_k())}, Epilogue{{&map_d, FP32 && adds, transposed != 0}});
+        const Epilogue epilogue{{&map_d, FP32 && adds, transposed != 0}};
+        for_each_tile<Major::MN>(shared, warp, RaggedDepth{static_cast<i32>(CONFIG.block_k())}, epilogue);
     });
 }

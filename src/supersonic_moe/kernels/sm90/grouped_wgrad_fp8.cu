@@ -4,13 +4,14 @@
 #include "gemm/roles.cuh"
 #include "gemm/load_depth_fp8.cuh"
 
-constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .operand = Operand::E4M3, .cluster = CLUSTER, .group_m = GROUP_M, .gather = GATHER,
-                        .share_a = SHARE_A, .arrivals = ARRIVALS};
+constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .operand = Operand::E4M3, .cluster = CLUSTER, .group_m = GROUP_M,
+                        .gather = GATHER, .share_a = SHARE_A, .arrivals = ARRIVALS};
 using Epilogue = DeferredWeightGradient<CONFIG, FP32>;
 
 extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
     grouped_wgrad_fp8(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_scale_a,
-                      const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_d, const i32* offsets, const i32 experts,
+                      const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_d, const i32* offsets,
+                      const i32 experts,
                       const i32 rows, const i32 columns, const float* scale_b, const i64 scale_b_column, const i64 scale_b_k,
                       const i32 adds, const i32 transposed) {
     const auto shared = shared_memory<CONFIG, SMEM_BYTES, Epilogue::STAGING_BYTES>();

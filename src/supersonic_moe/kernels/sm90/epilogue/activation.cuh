@@ -1,4 +1,4 @@
-// Expert activations in fp32, as supersonic_moe/activation.py defines them.
+// Expert activations and their derivatives in fp32 registers, as config/activation.py defines them.
 #pragma once
 #include "ptx/types.cuh"
 
@@ -70,7 +70,8 @@ DEVICE GatedSlopes gated_slopes(float gate, float up, const ActivationConstants&
 }
 
 // Bias of activations `column` and `column` + 1 of an expert whose biases start at `bias`; zeros past the width.
-DEVICE void load_bias(bool interleaved, const u16* bias, i32 column, i32 width, i32 gate_base, i32 up_base, float (&gate)[2], float (&up)[2]) {
+DEVICE void load_bias(bool interleaved, const u16* bias, i32 column, i32 width, i32 gate_base, i32 up_base, float (&gate)[2],
+                      float (&up)[2]) {
     u32 first = 0, second = 0;
     if (column < width) {  // both or none: the width is a multiple of 8
         const u16* at = interleaved ? bias + 2 * column : bias + gate_base + column;

@@ -1,6 +1,8 @@
-// Weight gradient of a tile, FP8 operands. A tile waits in registers until the next one multiplies: its first 128 columns leave during the
-// first product of that tile, the others during the second, each through staging of its own (bf16) or, fp32, through the same 64 KB,
-// once TMA has read them.
+// Weight gradient of a tile behind the FP8 loop, and its walk over the tiles. For grouped_wgrad_fp8.cu.
+//
+// A tile waits in registers until the next one multiplies: its first 128 columns leave during the first product of that tile, the others
+// during the second, each through staging buffers of its own (bf16) or, fp32, through the same 64 KB, once TMA has read them. The walk is
+// not for_each_scaled_tile: the last tile leaves as one without positions does, with nothing to hide behind.
 #pragma once
 #include "epilogue/gradient_staging.cuh"
 #include "gemm/k_loop_fp8.cuh"
@@ -18,7 +20,7 @@ struct DeferredWeightGradient {
     const SharedMemory<C> shared;
     Gradient to;
     u32 group, warp;
-    bool held = false;  // a tile is in the accumulators; its tile is in shared memory, for the thread that stores it
+    bool held = false;  // a tile is in the accumulators; which one, held_tile says to the thread that stores it
 
     DEVICE void store_half(float (&acc)[C.accumulators()], u32 half) const {
         if (!held) return;
@@ -29,7 +31,10 @@ struct DeferredWeightGradient {
             sync_writers(to, group);
         }
 #pragma unroll
-        for (u32 i = 0; i < BUFFERS_EACH; ++i) fill_buffer<Fp32>(to, acc + (half * BUFFERS_EACH + i) * (BUFFER_COLUMNS<Fp32> / 2), lines + i * C.buffer_bytes(), thread);
+        for (u32 i = 0; i < BUFFERS_EACH; ++i) {
+            float* columns = acc + (half * BUFFERS_EACH + i) * (BUFFER_COLUMNS<Fp32> / 2);
+            fill_buffer<Fp32>(to, columns, lines + i * C.buffer_bytes(), thread);
+        }
         fence_proxy_async();
         sync_writers(to, group);
         in_issuing_thread(to, warp, [&] {

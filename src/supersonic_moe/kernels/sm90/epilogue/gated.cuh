@@ -1,5 +1,5 @@
-// Gated activation: gate and up of a tile, which sit in one thread at the same place of the two halves of its accumulators, to
-// A = act(Z + b1), and Z if it is wanted, both in bf16 through borrowed stages of the ring.
+// Gated activation behind the bf16 loop: gate and up of a tile, which sit in one thread at the same place of the two halves of its
+// accumulators, to A = act(Z + b1), and Z if it is wanted, both in bf16 through borrowed stages of the ring. For up_projection.cu.
 #pragma once
 #include "epilogue/activation.cuh"
 #include "epilogue/staging.cuh"
@@ -31,7 +31,8 @@ struct GatedActivation {
     DEVICE static u32 stages_used(const u8* z) { return z == nullptr ? 1 : 2; }  // six buffers: four of Z, two of A
     DEVICE static constexpr bool by_warpgroup() { return false; }
     DEVICE i32 stages(const WorkTile&) const { return static_cast<i32>(used); }
-    DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring, BorrowedStages<C>& borrowed, u32, u32 warp) const {
+    DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring,
+                           BorrowedStages<C>& borrowed, u32, u32 warp) const {
         const u32 lane = fresh_thread_index() % 32, line = first_line(warp);
         const i32 row = tile.row + static_cast<i32>(line), rows = tile.row_end - row;
         float *gate = acc, *up = acc + WIDTH / 2;

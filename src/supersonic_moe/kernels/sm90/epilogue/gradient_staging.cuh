@@ -1,8 +1,6 @@
-// How a weight gradient leaves the accumulators, in BF16 or FP8: buffers of 16 KB in shared memory, each with 64 columns (bf16) or 32 (fp32)
-// of the tile, from there to D by TMA, which stores or adds. As D lies, each warp fills and stores its own 16 rows of a buffer; transposed,
-// the 64 rows of a warpgroup make up the lines, so a warpgroup fills and stores together.
-//
-// Constants: those of mainloop.cuh, O.transposed (D is (E, N, M)), OUTPUT (0: bf16, 1: fp32, 2: fp32 +=).
+// How a weight gradient leaves the accumulators, behind the bf16 loop or the FP8 one: through staging buffers, each with 64 columns
+// (bf16) or 32 (fp32) of the tile, from there to D by TMA, which stores or adds. As D lies, each warp fills and stores its own 16 rows of
+// a buffer; transposed, the 64 rows of a warpgroup make up the lines, so a warpgroup fills and stores together.
 #pragma once
 #include "epilogue/staging.cuh"
 

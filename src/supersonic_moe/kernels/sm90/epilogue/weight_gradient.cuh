@@ -1,4 +1,4 @@
-// Weight gradient of a tile, bf16 operands: stored, or added, through borrowed stages of the ring.
+// Weight gradient of a tile behind the bf16 loop: stored, or added, through borrowed stages of the ring. For grouped_wgrad.cu.
 #pragma once
 #include "epilogue/gradient_staging.cuh"
 
@@ -12,7 +12,8 @@ struct WeightGradient {
 
     DEVICE bool by_warpgroup() const { return to.transposed; }
 
-    DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring, BorrowedStages<C>& borrowed, u32 group, u32 warp) const {
+    DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring,
+                           BorrowedStages<C>& borrowed, u32 group, u32 warp) const {
         if (Fp32 && to.adds && tile.row_end == 0) return;
 #pragma unroll
         for (u32 round = 0; round < ROUNDS; ++round) {
@@ -22,12 +23,13 @@ struct WeightGradient {
                 tma_wait_read<BORROWED_STAGES - 1>();
                 sync_writers(to, group);
             }
-            const u32 buffers = round < BORROWED_STAGES ? borrowed.borrow(shared, ring) : shared.tile_a(borrowed.stage_of(round - BORROWED_STAGES));
-            const u32 lines = buffers + line * LINE;
+            const u32 lines = line * LINE + (round < BORROWED_STAGES ? borrowed.borrow(shared, ring)
+                                                                     : shared.tile_a(borrowed.stage_of(round - BORROWED_STAGES)));
 #pragma unroll
             for (u32 i = 0; i < BUFFERS_EACH; ++i) {
                 const u32 buffer = round * BUFFERS_EACH + i;
-                if (buffer < BUFFERS) fill_buffer<Fp32>(to, acc + buffer * (BUFFER_COLUMNS<Fp32> / 2), lines + i * C.buffer_bytes(), thread);
+                if (buffer < BUFFERS)
+                    fill_buffer<Fp32>(to, acc + buffer * (BUFFER_COLUMNS<Fp32> / 2), lines + i * C.buffer_bytes(), thread);
             }
             fence_proxy_async();
             sync_writers(to, group);
@@ -35,8 +37,8 @@ struct WeightGradient {
 #pragma unroll
                 for (u32 i = 0; i < BUFFERS_EACH; ++i) {
                     const u32 buffer = round * BUFFERS_EACH + i;
-                    if (buffer < BUFFERS)
-                        store_buffer<Fp32>(to, lines + i * C.buffer_bytes(), row, tile.column + static_cast<i32>(buffer * BUFFER_COLUMNS<Fp32>), tile.expert);
+                    const i32 column = tile.column + static_cast<i32>(buffer * BUFFER_COLUMNS<Fp32>);
+                    if (buffer < BUFFERS) store_buffer<Fp32>(to, lines + i * C.buffer_bytes(), row, column, tile.expert);
                 }
                 tma_commit();
             });
