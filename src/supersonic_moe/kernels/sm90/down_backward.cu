@@ -1,8 +1,8 @@
 // dA[r] = dO[r] * W2[expert of r], and in the epilogue the backward of the activation. See down_backward.py.
 #include "epilogue/gated_backward.cuh"
+#include "gemm/load_rows.cuh"
 #include "gemm/roles.cuh"
 #include "gemm/tiles.cuh"
-#include "gemm/load_rows.cuh"
 
 constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .cluster = CLUSTER, .group_m = GROUP_M, .gather = GATHER,
                         .arrivals = ARRIVALS};

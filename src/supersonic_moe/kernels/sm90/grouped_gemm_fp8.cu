@@ -1,9 +1,9 @@
 // D[r] = A[r] * B[expert of r] for rows sorted by expert, e4m3 with block scales. See grouped_gemm_fp8.py for layout, maths, bytes and
 // FLOPs.
 #include "epilogue/deferred_store.cuh"
+#include "gemm/load_rows.cuh"
 #include "gemm/roles.cuh"
 #include "gemm/tiles_fp8.cuh"
-#include "gemm/load_rows.cuh"
 
 constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .operand = Operand::E4M3, .cluster = CLUSTER, .group_m = GROUP_M,
                         .gather = GATHER, .share_a = SHARE_A, .arrivals = ARRIVALS};

@@ -1,8 +1,8 @@
 // D[e] = or += A[:, positions of e] * B[:, positions of e]^T, or its transpose, e4m3 operands with block scales, bf16 or fp32 output.
 // See grouped_wgrad_fp8.py.
 #include "epilogue/deferred_weight_gradient.cuh"
-#include "gemm/roles.cuh"
 #include "gemm/load_depth_fp8.cuh"
+#include "gemm/roles.cuh"
 
 constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .operand = Operand::E4M3, .cluster = CLUSTER, .group_m = GROUP_M,
                         .gather = GATHER, .share_a = SHARE_A, .arrivals = ARRIVALS};

@@ -4,9 +4,9 @@
 // A tile is 128 rows x 128 activations. Its B is 128 gate rows and 128 up rows of W1, so gate and up of an activation sit in one
 // thread at the same place of the two halves of its accumulators, whatever the order in which the weight stores them.
 #include "epilogue/gated.cuh"
+#include "gemm/load_rows.cuh"
 #include "gemm/roles.cuh"
 #include "gemm/tiles.cuh"
-#include "gemm/load_rows.cuh"
 
 constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .cluster = CLUSTER, .group_m = GROUP_M, .gather = GATHER,
                         .arrivals = ARRIVALS};

@@ -5,8 +5,8 @@
 // stages are still to be multiplied.
 #pragma once
 #include "epilogue/activation_backward.cuh"
-#include "gemm/tiles_fp8.cuh"
 #include "gemm/load_rows.cuh"
+#include "gemm/tiles_fp8.cuh"
 
 struct SavedFormat {  // how Z was kept for the backward
     bool fp8;          // e4m3 with scales of 1 x 128, else bf16
