@@ -1,5 +1,5 @@
-// Backward of the gated activation behind the FP8 loop, outputs in e4m3: dZ as it lies and transposed, s A transposed, one scale for each
-// tile of 128 x 128. For down_backward_fp8_quantised.cu; it differs from gated_backward_fp8.cuh as follows.
+// Backward of the gated activation behind the FP8 loop, outputs in e4m3: dZ as it lies with a scale for each row and 128 columns; dZ and s A
+// transposed, one scale for each tile of 128 x 128. For down_backward_fp8_quantised.cu; it differs from gated_backward_fp8.cuh as follows.
 //
 // A kernel tile is 128 rows from an expert's first on, one block of positions, and its 256 activations are four tiles of dZ, a chunk each
 // since gate and up alternate, and two of s A, a pair of chunks each. So no scale takes more than one block: each warp finds its largest
@@ -11,7 +11,7 @@
 // end of the block of positions. So a warp, or a warpgroup, without rows computes like the others.
 //
 // Where outputs wait for TMA. A warp's 16 lines of the chunk's Z are its own again behind the barrier: they hold s A of the pair while it
-// is transposed, then dZ as it lies. What is transposed goes to the ring, which the math warps have for one lap. One warp, STORING_WARP,
+// is transposed, then dZ in tile scales while that is transposed, then dZ as it lies. What is transposed goes to the ring, which the math warps have for one lap. One warp, STORING_WARP,
 // hands it to TMA behind the next barrier; chunk 3 has none after it, so there the others only arrive (TILE_END_BARRIER).
 //
 //   stage     0            |  1           |  2                  handed over behind the barrier of
@@ -95,6 +95,20 @@ struct GatedBackwardQuantized {
     u32 lap = 0;           // of the slots, its parity
     bool in_flight = false;  // the last chunk of the tile before may still be read by TMA
 
+    // Codes of a chunk of dZ, by the inverse scales of the two rows that this thread holds, to the warp's lines.
+    DEVICE static void stage_dz(const GateUpFragment (&z)[4], u32 buffer, u32 line, u32 lane, float first, float second) {
+#pragma unroll
+        for (u32 part = 0; part < 4; ++part) {
+            u32 words[4];
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                const float(&gate)[2] = z[part].gate[i], (&up)[2] = z[part].up[i];
+                const float inverse = i % 2 == 0 ? first : second;
+                words[i] = pack_four_e4m3(gate[0] * inverse, up[0] * inverse, gate[1] * inverse, up[1] * inverse);
+            }
+            store_matrices(matrix_address(buffer, line, part, lane), words);
+        }
+    }
     // What `chunk` was the last to use, once TMA has read all that this warp has stored.
     DEVICE void give_back(u32 chunk) const {
         tma_wait_read<0>();
@@ -173,7 +187,7 @@ struct GatedBackwardQuantized {
                 const float scale[2] = {load_scale(scales), load_scale(scales + 32)};
 
                 GateUpFragment z[4];
-                float largest = 0.0f;
+                float largest[2] = {0.0f, 0.0f};  // of the rows that this thread holds
                 PackedFragment saved = load_saved<C, SAVED>(buffer, line, 0, lane, 0);
 #pragma unroll
                 for (u32 part = 0; part < 4; ++part) {
@@ -190,12 +204,13 @@ struct GatedBackwardQuantized {
                     backward_fragment<G>(d, z[part], a, rows_held, constants);
 #pragma unroll
                     for (u32 i = 0; i < 8; ++i) {
-                        largest = fmaxf(largest, fmaxf(fabsf(z[part].gate[i / 2][i % 2]), fabsf(z[part].up[i / 2][i % 2])));
+                        float& of_row = largest[i / 2 % 2];
+                        of_row = fmaxf(of_row, fmaxf(fabsf(z[part].gate[i / 2][i % 2]), fabsf(z[part].up[i / 2][i % 2])));
                         largest_a = fmaxf(largest_a, fabsf(a[i / 2][i % 2]));
                     }
                     if (chunk == 0 && part < 2) park<C>(parking + part * (C.buffer_bytes() / 2), a);
                 }
-                maxima.put(chunk, false, warp - 4, lane, largest);
+                maxima.put(chunk, false, warp - 4, lane, fmaxf(largest[0], largest[1]));
                 if (chunk % 2 == 1) maxima.put(chunk, true, warp - 4, lane, largest_a);
                 sync_math_warps<C>();
                 if (chunk > 0) store_transposed(chunk - 1);
@@ -221,25 +236,21 @@ struct GatedBackwardQuantized {
                     transpose_lines<true>(lines, buffer_of_a(pair), line / WARP_ROWS, lane);
                     __syncwarp();
                 }
-                const float scale_z = block_scale(maxima.get(chunk, false, lane), pow2), inverse = inverse_of_scale(scale_z);
-                if (column < width) {
-                    if (static_cast<i32>(lane) < min(rows, static_cast<i32>(WARP_ROWS)))
-                        row_scales[column / 64 * row_scales_stride + row + lane] = scale_z;
-                    if (warp == STORING_WARP && lane == 0) dz_scales[position / 128 * dz_scales_stride + column / 64] = scale_z;
-                }
-#pragma unroll
-                for (u32 part = 0; part < 4; ++part) {
-                    u32 words[4];
-#pragma unroll
-                    for (u32 i = 0; i < 4; ++i) {
-                        const float(&gate)[2] = z[part].gate[i], (&up)[2] = z[part].up[i];
-                        words[i] = pack_four_e4m3(gate[0] * inverse, up[0] * inverse, gate[1] * inverse, up[1] * inverse);
-                    }
-                    store_matrices(matrix_address(buffer, line, part, lane), words);
-                }
+                const float tile_scale = block_scale(maxima.get(chunk, false, lane), pow2), inverse = inverse_of_scale(tile_scale);
+                if (warp == STORING_WARP && lane == 0 && column < width)
+                    dz_scales[position / 128 * dz_scales_stride + column / 64] = tile_scale;
+                stage_dz(z, buffer, line, lane, inverse, inverse);
                 clear_padded(lines);
                 __syncwarp();
                 transpose_lines<false>(lines, buffer_of_dz(chunk), line / WARP_ROWS, lane);
+                __syncwarp();
+                // As it lies, dZ has a scale for each row: a quiet token beside a loud one keeps its gradient.
+                const float row_scale[2] = {block_scale(quad_max(largest[0]), pow2), block_scale(quad_max(largest[1]), pow2)};
+                const i32 scaled_row = static_cast<i32>(lane / 4 + lane % 2 * 8);
+                if (lane % 4 < 2 && scaled_row < rows && column < width)
+                    row_scales[column / 64 * row_scales_stride + row + scaled_row] = lane % 2 == 0 ? row_scale[0] : row_scale[1];
+                stage_dz(z, buffer, line, lane, inverse_of_scale(row_scale[0]), inverse_of_scale(row_scale[1]));
+                clear_padded(lines);
                 fence_proxy_async();
                 __syncwarp();
                 if (column >= width) continue;
