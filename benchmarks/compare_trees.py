@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-SETTLE_S, SLICE_S, PROFILED_STEPS = 0.08, 0.12, 3
+SETTLE_S, SLICE_S = 0.08, 0.12
 SHAPES = {  # T, H, I, E, K: the five of the layer suite, then those whose products are flash_l1/l2 and pro_l1/l2
     "T8192_H3072_I1536_E8_K8": (8192, 3072, 1536, 8, 8),
     "T32768_H4096_I1024_E128_K8": (32768, 4096, 1024, 128, 8),
@@ -93,16 +93,18 @@ def cases() -> Iterator[Case]:
         **{name: (lambda _, name=name: name) for name in ("swiglu", "geglu", "reglu", "relu_sq", "gelu")},
         "gpt_oss": lambda m: m.Activation.gpt_oss(),
     }
-    small, wide, many = (333, 264, 200, 6, 2), (700, 4096, 512, 2, 2), (2048, 512, 4096, 4, 2)
-    for (act, make), layout, sizes in itertools.product(
-        activations.items(), ("interleaved", "gate_up", "up_gate"), (small, (1500, 512, 256, 3, 2))
-    ):
-        yield Case(
-            f"bf16 {act} {layout} T{sizes[0]}", sizes, lambda m, a=make, y=layout: {"activation": a(m), "layout": y}
-        )
+    small, large = (333, 264, 200, 6, 2), (1500, 512, 256, 3, 2)
+    wide, many = (700, 4096, 512, 2, 2), (2048, 512, 4096, 4, 2)
+    layouts, entries = ("interleaved", "gate_up", "up_gate"), ("moe_layer", "dispatched_experts")
+    for (act, make), layout, sizes, entry in itertools.product(activations.items(), layouts, (small, large), entries):
+        options = lambda m, a=make, y=layout: {"activation": a(m), "layout": y}  # noqa: E731
+        yield Case(f"bf16 {act} {layout} T{sizes[0]} {entry}", sizes, options, entry=entry)
     for sizes in (small, wide, many, (1, 64, 64, 4, 1), (129, 72, 40, 16, 4), (4096, 1024, 768, 64, 8)):
-        for transposed, skew in ((False, 0.0), (True, 3.0)):
-            yield Case(f"bf16 T{sizes[0]} transposed {transposed}", sizes, lambda m: {}, True, transposed, skew=skew)
+        for transposed, entry in itertools.product((False, True), entries):
+            for main in (False, True):
+                options = lambda m, g=main: {"accumulate_into_main_grad": g}  # noqa: E731
+                name = f"bf16 T{sizes[0]} transposed {transposed} main {main} {entry}"
+                yield Case(name, sizes, options, True, transposed, entry, skew=3.0 * transposed)
     recipes = list(itertools.product(("fp8", "bf16"), ("fp8", "bf16", "recompute"), ("fp32", "pow2"), (True, False)))
     for wgrad, saved, scale, kept in recipes:
 
@@ -110,20 +112,22 @@ def cases() -> Iterator[Case]:
             return m.Fp8Recipe(wgrad=w, save_preactivation=s, scale=c, keep_transposed=k)
 
         name = f"fp8 wgrad {wgrad} saved {saved} {scale} kept {kept}"
-        for (act, make), layout in itertools.product(activations.items(), ("interleaved", "gate_up", "up_gate")):
+        for (act, make), layout in itertools.product(activations.items(), layouts):
             if (saved == "recompute" or scale == "pow2" or not kept) and (act, layout) != ("swiglu", "gate_up"):
                 continue
             options = lambda m, r=recipe, a=make, y=layout: {"recipe": r(m), "activation": a(m), "layout": y}  # noqa: E731
-            for sizes in (small, (1500, 512, 256, 3, 2)):
-                yield Case(f"{name} {act} {layout} T{sizes[0]}", sizes, options, bias=False)
+            for sizes, entry in itertools.product((small, large), entries):
+                yield Case(f"{name} {act} {layout} T{sizes[0]} {entry}", sizes, options, entry=entry)
             yield Case(f"{name} {act} {layout} bias", small, options, bias=True)
     for sizes in (wide, many, (1, 128, 128, 4, 1), (4096, 1024, 768, 64, 8)):
-        yield Case(f"fp8 T{sizes[0]}", sizes, lambda m: {"recipe": m.Fp8Recipe()}, transposed=True, skew=2.0)
+        for main, transposed in itertools.product((False, True), (False, True)):
+            options = lambda m, g=main: {"recipe": m.Fp8Recipe(), "accumulate_into_main_grad": g}  # noqa: E731
+            yield Case(
+                f"fp8 T{sizes[0]} main {main} transposed {transposed}", sizes, options, False, transposed, skew=2.0
+            )
     for entry in ("topk_experts", "routed_experts", "dispatched_experts"):
         yield Case(f"bf16 {entry}", small, lambda m: {}, True, entry=entry)
         yield Case(f"fp8 {entry}", small, lambda m: {"recipe": m.Fp8Recipe()}, entry=entry)
-    yield Case("bf16 main_grad", small, lambda m: {"accumulate_into_main_grad": True})
-    yield Case("fp8 main_grad", small, lambda m: {"accumulate_into_main_grad": True, "recipe": m.Fp8Recipe()})
     yield Case("token rounding", (2048, 256, 128, 8, 2), lambda m: {"router": m.TokenRounding(tile=128)})
     yield Case("sigmoid", small, lambda m: {"router": m.SigmoidGroupedTopK(num_groups=2, scaling_factor=2.5)})
 
@@ -199,9 +203,12 @@ def compare_bits(trees: tuple[Tree, Tree]) -> dict[str, Any]:
             unequal.append(case.name)
             print(f"  differs: {case.name}", flush=True)
     ran = [len(tree.launched) for tree in trees]
+    registered = importlib.import_module("after.kernels.sm90").registered_specs()
+    idle = [str(spec) for spec in registered if str(spec) not in trees[1].launched]
+    print(f"{len(idle)} of {len(registered)} configurations did not run:", *idle, sep="\n  ")
     digests = [h.hexdigest()[:16] for h in hashes]
     print(f"bits: {count} cases, {len(unequal)} differ; hashes {digests}; configurations run {ran}", flush=True)
-    return {"cases": count, "unequal": unequal, "hashes": digests, "configurations": ran}
+    return {"cases": count, "unequal": unequal, "hashes": digests, "configurations": ran, "not_run": idle}
 
 
 # ---- speed -----------------------------------------------------------------------------------------------------------
@@ -238,17 +245,17 @@ def slice_us(step: Callable[[], None], calls: int) -> float:
     return start.elapsed_time(end) * 1e3 / calls
 
 
-def kernels_us(step: Callable[[], None]) -> dict[str, float]:
-    """Microseconds of each kernel in a step."""
-    total: dict[str, float] = defaultdict(float)
+def kernels_us(step: Callable[[], None], calls: int) -> dict[str, float]:
+    """Microseconds of each kernel in a step: the second half of 2 ``calls`` steps, when the clock has settled."""
+    seen: dict[str, list[float]] = defaultdict(list)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(PROFILED_STEPS):
+        for _ in range(2 * calls):
             step()
         torch.cuda.synchronize()
-    for event in profile.events():
+    for event in sorted(profile.events(), key=lambda event: event.time_range.start):
         if event.device_type == torch.autograd.DeviceType.CUDA:
-            total[event.name] += event.device_time_total / PROFILED_STEPS
-    return total
+            seen[event.name].append(event.device_time_total)
+    return {name: sum(times[len(times) // 2 :]) / calls for name, times in seen.items()}
 
 
 def median_ratio(pairs: list[tuple[float, float]]) -> tuple[float, float, float]:
@@ -272,19 +279,18 @@ def compare_speed(trees: tuple[Tree, Tree], pairs: int, recipes: list[str], shap
             slice_us(steps[1], calls)
         walls: list[tuple[float, float]] = []
         parts: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        for pair in range(pairs):
-            order = (0, 1) if pair % 2 == 0 else (1, 0)
-            wall, kernels = [0.0, 0.0], [{}, {}]
-            for which in order:
-                wall[which] = slice_us(steps[which], calls)
-                kernels[which] = kernels_us(steps[which])
+        orders = list(itertools.islice(itertools.cycle([(0, 1), (1, 0)]), pairs))
+        for order in orders:
+            wall = {which: slice_us(steps[which], calls) for which in order}
             walls.append((wall[0], wall[1]))
+        for order in orders[: max(3, pairs // 2)]:
+            kernels = {which: kernels_us(steps[which], calls) for which in order}
             for name in set(kernels[0]) & set(kernels[1]):
                 parts[name].append((kernels[0][name], kernels[1][name]))
         row = {"case": shape, "recipe": recipe, "fwd_bwd": _row(walls), "kernels": {}}
         print(f"{shape} {recipe}: {_text(walls)}", flush=True)
         for name, values in sorted(parts.items(), key=lambda item: -item[1][0][0]):
-            if len(values) == pairs and statistics.median(b for _, b in values) > 0.01 * row["fwd_bwd"]["after_us"]:
+            if statistics.median(b for _, b in values) > 0.01 * row["fwd_bwd"]["after_us"]:
                 row["kernels"][name[:60]] = _row(values)
                 print(f"    {name[:46]:46} {_text(values)}", flush=True)
         rows.append(row)
