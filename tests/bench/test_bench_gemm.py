@@ -172,7 +172,7 @@ def test_a_wrong_result_has_no_speed(
     assert "wrong result: its relative Frobenius error is" in result.missing[who]
     assert who in result.failed and who not in result.metrics
     assert {"torch_grouped_mm", "deep_gemm"} <= result.metrics.keys()
-    names = [comparison.case for comparison in result.comparisons()]
+    names = [comparison.case for comparison in result.cases()]
     assert names == [case.name + name.removeprefix("ours") for name in COMPARED[case.kind] if name in result.metrics]
 
 
@@ -184,7 +184,7 @@ def test_a_peer_that_is_absent_or_cannot_is_missing_with_its_reason(monkeypatch:
     for case in (PRODUCT, GRADIENT):
         result = quick(case)
         assert list(result.missing) == ["deep_gemm"] and "deep_gemm" in result.missing["deep_gemm"]
-        rows = [row for comparison in result.comparisons() for row in report.rows(comparison) if row.metric == "us"]
+        rows = [row for comparison in result.cases() for row in report.rows(comparison) if row.metric == "us"]
         assert {row.peer_value for row in rows if row.peer == "deep_gemm"} == {None}
 
 
@@ -238,7 +238,7 @@ def test_contenders_meet_those_that_do_the_same_work(
         return {name: lambda ms=ms: contender(ms) for name, ms in milliseconds.items()}  # type: ignore[misc]
 
     result = run_case(case, operands, CPU, WallClock(lambda: now), warm_ms=10, min_ms=20)
-    rows = [row for comparison in result.comparisons() for row in report.rows(comparison)]
+    rows = [row for comparison in result.cases() for row in report.rows(comparison)]
     assert {(r.case.removeprefix(case.name), r.peer): r.ratio for r in rows if r.metric == "us"} == ratios
     assert {(r.case.removeprefix(case.name), r.peer): r.ratio for r in rows if r.metric == "tflops"} == ratios
     assert {r.ratio for r in rows if r.metric == "rel_fro"} == {None}
@@ -300,7 +300,7 @@ def test_command_fails_if_a_variant_of_ours_does_and_keeps_the_rest(
         "--device", "cpu", "--case", "gemm:2,128,16,16", "--min-ms", "0", "--warm-ms", "0", "--json", str(file)
     )
     assert result.exit_code == 1
-    assert "missing ours_gathered: TypeError" in result.output
+    assert "failed ours_gathered: TypeError" in result.output
     assert {row["case"] for row in json.loads(file.read_text())["rows"]} == {"gemm_E2_R128_N16_K16"}
 
 

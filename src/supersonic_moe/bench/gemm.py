@@ -69,10 +69,9 @@ class GemmResult(CaseResult):
 
     @property
     def failed(self) -> list[str]:
-        """Variants of ours without a result."""
         return [name for name in self.compared[self.kind] if name in self.missing]
 
-    def comparisons(self) -> list[CaseResult]:
+    def cases(self) -> list[CaseResult]:
         """A case for each variant of ours that was measured, with the peers that do the same work."""
         found = []
         for name, peers in self.compared[self.kind].items():

@@ -30,11 +30,7 @@ NOTHING_YET = f"""\
 No results are committed yet. On an H200, these commands measure them and fill this block:
 
 ```bash
-supersonic-moe bench layer --json {RESULTS}/layer-bf16.json
-supersonic-moe bench layer --recipe fp8 --json {RESULTS}/layer-fp8.json
-supersonic-moe bench gemm --json {RESULTS}/gemm-bf16.json
-supersonic-moe bench gemm --precision fp8 --json {RESULTS}/gemm-fp8.json
-supersonic-moe bench cold-start --json {RESULTS}/cold-start.json
+supersonic-moe bench all --out {RESULTS}
 python -m supersonic_moe.bench.readme
 ```"""
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from supersonic_moe.cli import options
+from supersonic_moe.bench import options
 
 
 def demo(

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from supersonic_moe.cli import options
+from supersonic_moe.bench import options
 from supersonic_moe.config.recipe import Fp8Recipe, Recipe
 from supersonic_moe.perf_model import (
     H200,

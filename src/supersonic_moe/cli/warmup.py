@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from supersonic_moe.cli import options
+from supersonic_moe.bench import options
 
 if TYPE_CHECKING:
     import torch

@@ -1,13 +1,20 @@
-"""Text to arguments. Whatever a user can get wrong becomes one sentence and exit code 2, never a traceback."""
+"""The options that several commands share, and how their text becomes arguments.
+
+Whatever a user can get wrong becomes one sentence and exit code 2, never a traceback. Nothing here imports torch at the
+top: ``--help`` would wait for it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from supersonic_moe.bench.shapes import CPU_LAYER_SHAPES
 from supersonic_moe.config.recipe import Bf16Recipe, Fp8Recipe, Recipe
 from supersonic_moe.perf_model import LayerShape
 
@@ -16,12 +23,50 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16", "float32")
 
-RecipeName = Annotated[str, typer.Option("--recipe", help="bf16 (computes in --dtype) or fp8.")]
-Saved = Annotated[
-    str | None, typer.Option("--save-preactivation", help="fp8, bf16 or recompute; only with --recipe fp8.")
+
+def writable_folder(folder: Path) -> Path:
+    """``folder``, made if need be. Asked before the work starts, because afterwards its results would be lost."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise typer.BadParameter(f"cannot write to {folder} ({error.strerror}). Choose another folder.") from None
+
+
+def _writable_file(path: Path | None) -> Path | None:
+    if path is not None:
+        writable_folder(path.parent)
+    return path
+
+
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option(metavar="T,H,I,E,K", help="Tokens, hidden, intermediate, experts, top-k. Repeatable."),
 ]
-Wgrad = Annotated[str | None, typer.Option("--wgrad", help="Weight gradients in fp8 or bf16; only with --recipe fp8.")]
-Scale = Annotated[str | None, typer.Option("--scale", help="Scales of blocks, fp32 or pow2; only with --recipe fp8.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU if there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32. Default: bfloat16, on a CPU float32.")]
+Activation = Annotated[str, typer.Option(help="swiglu, geglu, reglu, relu_sq, relu, gelu or silu.")]
+Backend = Annotated[
+    str, typer.Option(help="Kernels of our layer: auto (also called sonicmoe), sm90, triton or torch (the reference).")
+]
+
+RecipeName = Annotated[str, typer.Option("--recipe", help="Numbers that the experts multiply: bf16 or fp8.")]
+Saved = Annotated[
+    str | None,
+    typer.Option("--save-preactivation", help="FP8: how the pre-activation is kept, as fp8, bf16 or recompute."),
+]
+Wgrad = Annotated[str | None, typer.Option("--wgrad", help="FP8: weight gradients are multiplied in fp8 or bf16.")]
+Scale = Annotated[str | None, typer.Option("--scale", help="FP8: scales of blocks are fp32 or pow2.")]
+
+Json = Annotated[Path | None, typer.Option(help="Write every number here.", callback=_writable_file)]
+Png = Annotated[Path | None, typer.Option(help="Write a chart here.", callback=_writable_file)]
+Markdown = Annotated[Path | None, typer.Option(help="Write the table here, as a page.", callback=_writable_file)]
+MinMs = Annotated[float, typer.Option(min=0, help="Timed work of each contender, milliseconds.")]
+WarmMs = Annotated[float, typer.Option(min=0, help="Load before anything is timed, milliseconds.")]
+Commit = Annotated[
+    str | None, typer.Option(help="Commit to record where the tree is a copy without .git. Default: ask git.")
+]
 
 
 @contextmanager
@@ -33,9 +78,14 @@ def usage_errors(option: str | None = None) -> Iterator[None]:
         raise typer.BadParameter(str(error), param_hint=option) from error
 
 
-def shapes(texts: list[str]) -> list[LayerShape]:
+def shapes(texts: Sequence[str] | None) -> list[LayerShape]:
     with usage_errors("--shape"):
-        return [LayerShape.parse(text) for text in texts]
+        return [LayerShape.parse(text) for text in texts or ()]
+
+
+def shapes_or(texts: Sequence[str] | None, default: Sequence[LayerShape], where: torch.device) -> Sequence[LayerShape]:
+    """Those asked for, else the default or, on a CPU, what a CPU can do in seconds."""
+    return shapes(texts) or (default if where.type == "cuda" else CPU_LAYER_SHAPES)
 
 
 def device(name: str | None) -> torch.device:
