@@ -23,7 +23,7 @@ IMPORTS := torch, typer, rich, matplotlib, filelock
 ifneq ($(filter test%,$(MAKECMDGOALS)),)
 IMPORTS := $(IMPORTS), pytest, hypothesis
 endif
-ifneq ($(filter demo test%,$(MAKECMDGOALS)),)
+ifneq ($(filter demo docs test%,$(MAKECMDGOALS)),)
 GPU_READY := $(shell python3 -c 'import $(IMPORTS); print(*["yes"] * torch.cuda.is_available())' 2>/dev/null)
 endif
 
@@ -40,7 +40,7 @@ BASE = $(shell for p in $(PYTHON) python3 python3.14 python3.13 python3.12 pytho
 
 # --- commands ---------------------------------------------------------------------------------------------------------
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint clean
+.PHONY: help demo test test-gpu lint docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -59,6 +59,10 @@ lint: $(VENV)/.ready-lint ## ruff, and mypy --strict on the package
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
+
+docs: $(RUN_READY) ## write the generated tables of README.md and docs/ from benchmarks/results and the program
+	@$(PY) -m supersonic_moe.bench.readme
+	@$(PY) -m supersonic_moe.cli.reference
 
 clean: ## remove .venv, caches, build and demo output
 	rm -rf $(VENV) demo-out dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
