@@ -46,7 +46,13 @@ def dense_products(machine: Machine | None, *, fp8: bool) -> dict[str, float]:
 
 
 def write_png(path: Path, panels: Sequence[Panel], title: str, ceilings: Mapping[str, float]) -> Path:
-    """Draw the panels side by side, and a line for each of the ``ceilings``, in TFLOP/s."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw(panels, title, ceilings).savefig(path, dpi=150)
+    return path
+
+
+def draw(panels: Sequence[Panel], title: str, ceilings: Mapping[str, float]) -> Figure:
+    """The panels side by side, and a line for each of the ``ceilings``, in TFLOP/s."""
     everyone = dict.fromkeys(name for panel in panels for name in panel.contenders)
     colours = dict(zip(everyone, itertools.cycle(COLOURS), strict=False))
     names = [[result.case.replace("_", " ") for result in panel.results] for panel in panels]
@@ -73,9 +79,7 @@ def write_png(path: Path, panels: Sequence[Panel], title: str, ceilings: Mapping
     columns = min(len(handles), 3 * len(panels))
     figure.legend(bars_first.values(), bars_first, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
+    return figure
 
 
 def _bars(axis: Axes, panel: Panel, colours: Mapping[str, str], right: float) -> dict[str, Any]:

@@ -24,14 +24,21 @@ if TYPE_CHECKING:
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def writable_folder(folder: Path) -> Path:
-    """``folder``, made if need be. Asked before the work starts, because afterwards its results would be lost."""
+def why_not_writable(folder: Path) -> str | None:
+    """Why no file can be made in a folder. It is made if need be: nothing else tells whether it can be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return folder
+            return None
     except OSError as error:
-        raise typer.BadParameter(f"cannot write to {folder} ({error.strerror}). Choose another folder.") from None
+        return error.strerror
+
+
+def writable_folder(folder: Path) -> Path:
+    """``folder``, made if need be. Asked before the work starts: afterwards its results would be lost."""
+    if reason := why_not_writable(folder):
+        raise typer.BadParameter(f"cannot write to {folder}: {reason}. Choose another folder.")
+    return folder
 
 
 def _writable_file(path: Path | None) -> Path | None:
