@@ -12,6 +12,7 @@ from unittest.mock import create_autospec
 
 import pytest
 import torch
+from gemm_stand_ins import our_gradient, our_product
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
@@ -20,7 +21,6 @@ from supersonic_moe.bench.gemm import COMPARED, Contender, GemmResult, check_dev
 from supersonic_moe.bench.shapes import GEMM_CASES, GemmCase
 from supersonic_moe.bench.timing import NoResultError, WallClock
 from supersonic_moe.cli.app import app
-from supersonic_moe.kernels import reference
 from supersonic_moe.kernels.sm90 import grouped_gemm, grouped_wgrad
 
 CPU = torch.device("cpu")
@@ -57,27 +57,6 @@ def test_bad_cases_are_one_sentence(text: str, complaint: str) -> None:
 
 
 # ---- the stand-ins ---------------------------------------------------------------------------------------------------
-
-
-def our_product(a_PK: Tensor, b_EKN: Tensor, offsets: Tensor, *, gather_index: Tensor | None = None) -> Tensor:
-    assert b_EKN.stride(1) == 1 and offsets.dtype is torch.int32
-    return reference.grouped_mm(a_PK if gather_index is None else a_PK[gather_index], b_EKN, offsets)
-
-
-def our_gradient(
-    a_PM: Tensor,
-    b_PN: Tensor,
-    offsets: Tensor,
-    out_EMN: Tensor | None = None,
-    *,
-    accumulate: bool = False,
-    gather_index: Tensor | None = None,
-) -> Tensor:
-    a_PM = a_PM if gather_index is None else a_PM[gather_index]
-    if out_EMN is None:
-        return reference.grouped_mm_wgrad(a_PM, b_PN, offsets)
-    assert accumulate and out_EMN.dtype is torch.float32
-    return out_EMN.add_(reference.grouped_mm_wgrad(a_PM.float(), b_PN.float(), offsets))
 
 
 def bf16(*tensors: Tensor) -> bool:
@@ -172,7 +151,7 @@ def test_a_wrong_result_has_no_speed(
     assert "wrong result: its relative Frobenius error is" in result.missing[who]
     assert who in result.failed and who not in result.metrics
     assert {"torch_grouped_mm", "deep_gemm"} <= result.metrics.keys()
-    names = [comparison.case for comparison in result.comparisons()]
+    names = [comparison.case for comparison in result.cases()]
     assert names == [case.name + name.removeprefix("ours") for name in COMPARED[case.kind] if name in result.metrics]
 
 
@@ -184,7 +163,7 @@ def test_a_peer_that_is_absent_or_cannot_is_missing_with_its_reason(monkeypatch:
     for case in (PRODUCT, GRADIENT):
         result = quick(case)
         assert list(result.missing) == ["deep_gemm"] and "deep_gemm" in result.missing["deep_gemm"]
-        rows = [row for comparison in result.comparisons() for row in report.rows(comparison) if row.metric == "us"]
+        rows = [row for comparison in result.cases() for row in report.rows(comparison) if row.metric == "us"]
         assert {row.peer_value for row in rows if row.peer == "deep_gemm"} == {None}
 
 
@@ -238,7 +217,7 @@ def test_contenders_meet_those_that_do_the_same_work(
         return {name: lambda ms=ms: contender(ms) for name, ms in milliseconds.items()}  # type: ignore[misc]
 
     result = run_case(case, operands, CPU, WallClock(lambda: now), warm_ms=10, min_ms=20)
-    rows = [row for comparison in result.comparisons() for row in report.rows(comparison)]
+    rows = [row for comparison in result.cases() for row in report.rows(comparison)]
     assert {(r.case.removeprefix(case.name), r.peer): r.ratio for r in rows if r.metric == "us"} == ratios
     assert {(r.case.removeprefix(case.name), r.peer): r.ratio for r in rows if r.metric == "tflops"} == ratios
     assert {r.ratio for r in rows if r.metric == "rel_fro"} == {None}
@@ -300,7 +279,7 @@ def test_command_fails_if_a_variant_of_ours_does_and_keeps_the_rest(
         "--device", "cpu", "--case", "gemm:2,128,16,16", "--min-ms", "0", "--warm-ms", "0", "--json", str(file)
     )
     assert result.exit_code == 1
-    assert "missing ours_gathered: TypeError" in result.output
+    assert "failed ours_gathered: TypeError" in result.output
     assert {row["case"] for row in json.loads(file.read_text())["rows"]} == {"gemm_E2_R128_N16_K16"}
 
 

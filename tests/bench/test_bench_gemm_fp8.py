@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
-from test_bench_gemm import our_gradient, our_product
+from gemm_stand_ins import our_gradient, our_product
 
 from supersonic_moe.bench import gemm, gemm_fp8, readme
 from supersonic_moe.bench.gemm import GemmResult, run_case
@@ -108,7 +108,7 @@ def test_everyone_computes_the_product_and_is_timed(case: GemmCase) -> None:
     for name, metrics in result.metrics.items():
         low, high = (0, 1e-5) if name in adds else (0.02, 0.03) if "up" in name else (1e-3, 2.5e-3)
         assert low <= metrics["rel_fro"] < high, name
-    found = {comparison.case.removeprefix(case.name): set(comparison.peers) for comparison in result.comparisons()}
+    found = {comparison.case.removeprefix(case.name): set(comparison.peers) for comparison in result.cases()}
     assert found == {name.removeprefix("ours"): set(who) for name, who in COMPARED[case.kind].items()}
 
 

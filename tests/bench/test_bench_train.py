@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from typer.testing import CliRunner
 
 from supersonic_moe import Bf16Recipe, Fp8Recipe, MoE
@@ -58,7 +57,7 @@ def test_runs_share_weights_and_batches_and_differ_in_their_recipe(
     runs = {}
     for recipe in (Bf16Recipe(), fp8):
         first = len(seen)
-        runs[recipe] = suite.train(recipe, TINY, corpus, 4, 7, CPU, Console(quiet=True))
+        runs[recipe] = suite.train(recipe, TINY, corpus, 4, 7, CPU)
         calls = [(r, training) for r, training, _ in seen[first:]]
         in_recipe = sum(r == recipe for r, _ in calls)
         assert {r for r, _ in calls[:in_recipe]} == {recipe}, "training and evaluation"
@@ -74,15 +73,15 @@ def test_runs_share_weights_and_batches_and_differ_in_their_recipe(
     assert in_bf16.held_out_in_bf16 == in_bf16.held_out_bpb[4]
     assert in_fp8.held_out_in_bf16 not in (in_bf16.held_out_bpb[4], in_fp8.held_out_bpb[4])
     first = len(seen)
-    suite.train(Bf16Recipe(), TINY, corpus, 1, 8, CPU, Console(quiet=True))
+    suite.train(Bf16Recipe(), TINY, corpus, 1, 8, CPU)
     assert not torch.equal(seen[first][2], in_bf16.first_input)  # type: ignore[attr-defined]
-    again = suite.train(fp8, TINY, corpus, 4, 7, CPU, Console(quiet=True))
+    again = suite.train(fp8, TINY, corpus, 4, 7, CPU)
     assert again.train_bpb == in_fp8.train_bpb and again.held_out_bpb == in_fp8.held_out_bpb
 
 
 def test_long_runs_are_judged_now_and_then_and_at_the_end(corpus: data.Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "evaluate", lambda model, text: model.eval().training or 2.0)
-    run = suite.train(Bf16Recipe(), TINY, corpus, 13, 0, CPU, Console(quiet=True))
+    run = suite.train(Bf16Recipe(), TINY, corpus, 13, 0, CPU)
     assert list(run.held_out_bpb) == [2, 4, 6, 8, 10, 12, 13]
 
 

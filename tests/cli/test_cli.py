@@ -16,8 +16,9 @@ import torch
 from typer.testing import CliRunner, Result
 
 import supersonic_moe
+from supersonic_moe.bench import options
 from supersonic_moe.bench.shapes import LAYER_SETS
-from supersonic_moe.cli import explain, health, options, warmup
+from supersonic_moe.cli import explain, health, warmup
 from supersonic_moe.cli.app import app
 from supersonic_moe.config.recipe import Bf16Recipe, Fp8Recipe
 from supersonic_moe.jit.build import BuildResult

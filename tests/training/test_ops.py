@@ -13,7 +13,6 @@ import supersonic_moe as sm
 import supersonic_moe.moe  # defines every op
 from supersonic_moe.config.activation import as_activation
 from supersonic_moe.kernels.reference.activation import acc_dtype
-from supersonic_moe.training.experts import Experts
 from supersonic_moe.training.op_arguments import plan_args, static_args
 
 T, H, I, E, K = 6, 8, 4, 3, 2  # noqa: E741
@@ -143,16 +142,21 @@ def test_every_op_is_checked():
     assert defined == {name.split("-")[0] for name in CASES}
 
 
-def test_differentiable_entry_points_pass_opcheck_through_autograd():
-    """The ops carry no autograd of their own; the Functions around them must agree with the ops' fakes under AOT
-    dispatch.
-    """
-    operands, plan, static = experts_args(T, torch.float32, True, True)
-    leaves = [t.requires_grad_() for t in operands]
-    out = torch.compile(
-        lambda *a: Experts.apply(*a, plan_args(plan), static, None)[0],
-        backend="aot_eager",
-        fullgraph=True,
-    )(*leaves)
-    grads = torch.autograd.grad(out.sum(), leaves)
-    assert all(g.shape == t.shape for g, t in zip(grads, leaves, strict=True))
+def test_compiled_gradients_are_those_of_the_definition():
+    """The ops carry no autograd of their own; what surrounds them must hand AOT dispatch the right gradients."""
+    weights = oracle.weights(E, H, I, 2)
+    leaves = [t.detach().requires_grad_() for t in (torch.randn(T, H).double(), torch.rand(T * K).double(), *weights)]
+    ids, dout = torch.randint(E, (T, K)), torch.randn(T, H).double()
+    plan, activation = sm.plan_from_topk(ids, E), as_activation("swiglu")
+
+    def layer(x, scores, w1, b1, w2, b2):
+        return sm.experts_from_plan(x, scores, plan, w1, w2, b1=b1, b2=b2, activation=activation)
+
+    def definition(x, scores, w1, b1, w2, b2):
+        triples = oracle.topk_triples(ids, scores.view(T, K), E)
+        return oracle.experts(x, triples, w1, b1, w2, b2, activation, sm.GateUpLayout.INTERLEAVED)
+
+    got, want = torch.compile(layer, backend="aot_eager", fullgraph=True)(*leaves), definition(*leaves)
+    torch.testing.assert_close(got, want)
+    grads = [torch.autograd.grad(out, leaves, dout) for out in (got, want)]
+    torch.testing.assert_close(*grads)
