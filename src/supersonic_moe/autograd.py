@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from supersonic_moe import private_api
+from supersonic_moe.private_api import BASE_APPLIES, transforms_active
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -17,6 +17,6 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     calls in the end is called at once, except under ``torch.compile`` and ``torch.func``, which have ways of their own,
     and in versions of torch that are built differently.
     """
-    if torch.compiler.is_compiling() or not private_api.base_applies():
+    if torch.compiler.is_compiling() or transforms_active() or not BASE_APPLIES:
         return function.apply(*args)  # type: ignore[no-untyped-call]
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]

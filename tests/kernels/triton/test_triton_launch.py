@@ -77,9 +77,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
         def __exit__(self, *_: object) -> None:
             fake.device = self.before
 
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", fake.get_current_device, raising=False)
+    monkeypatch.setattr(launch_module, "current_device", fake.get_current_device)
     monkeypatch.setattr(torch.cuda, "device", Selected)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", fake.get_current_stream, raising=False)
+    monkeypatch.setattr(launch_module, "raw_stream", fake.get_current_stream)
     monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: getattr(tensor, "on", 0))
     monkeypatch.setattr(launch_module, "_LAUNCHERS", {})
     monkeypatch.setattr(triton.runtime.driver, "_active", fake)
