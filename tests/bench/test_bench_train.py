@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from command_line import run
 
 from supersonic_moe import Bf16Recipe, Fp8Recipe, MoE
 from supersonic_moe.bench import train as suite
 from supersonic_moe.bench.layer import OURS_BF16
 from supersonic_moe.bench.report import OURS
 from supersonic_moe.bench.train import Run, gap
-from supersonic_moe.cli.app import app
 from supersonic_moe.demo import data
 from supersonic_moe.demo import train as demo
 from supersonic_moe.demo.model import ModelConfig
@@ -29,12 +27,7 @@ TINY = demo.TrainConfig(
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -109,21 +102,8 @@ def test_command_prints_writes_and_draws(corpus: data.Corpus, monkeypatch: pytes
     monkeypatch.setattr(suite, "default_config", lambda device: TINY)
     monkeypatch.setattr(demo, "corpus_for", lambda config: corpus)
     file, curve = tmp_path / "train-fp8.json", tmp_path / "train.png"
-    options = [
-        "--steps",
-        "3",
-        "--seeds",
-        "2",
-        "--batch",
-        "3",
-        "--device",
-        "cpu",
-        "--json",
-        str(file),
-        "--png",
-        str(curve),
-    ]
-    result = CliRunner(env={"COLUMNS": "100", "NO_COLOR": "1"}).invoke(app, ["bench", "train", *options])
+    options = ["--steps", "3", "--seeds", "2", "--batch", "3", "--device", "cpu"]
+    result = run("bench", "train", *options, "--json", str(file), "--png", str(curve), columns=100)
     assert result.exit_code == 0, result.output
     assert "held-out bits per byte" in result.output and "above BF16, %" in result.output
     rows = json.loads(file.read_text())["rows"]

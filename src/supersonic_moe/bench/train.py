@@ -28,7 +28,7 @@ from matplotlib.ticker import ScalarFormatter
 from supersonic_moe import constant_weights, fp8_training
 from supersonic_moe.bench.layer import OURS_BF16, recipe_name
 from supersonic_moe.bench.report import OURS, CaseResult, Metrics
-from supersonic_moe.config.recipe import Bf16Recipe, Fp8Recipe, Recipe
+from supersonic_moe.config.recipe import Fp8Recipe, Recipe
 from supersonic_moe.demo.data import Corpus
 from supersonic_moe.demo.model import ByteTransformer
 from supersonic_moe.demo.report import smoothed, smoothing_window
@@ -101,20 +101,6 @@ def train(
         run.train_bpb = train_model(model, config, corpus, steps, seed, tell, after_step=judge).train_bpb
     run.held_out_in_bf16 = evaluate(model, judged) if isinstance(recipe, Fp8Recipe) else run.held_out_bpb[steps]
     return run
-
-
-def train_pair(
-    fp8: Recipe,
-    config: TrainConfig,
-    corpus: Corpus,
-    steps: int,
-    seed: int,
-    device: torch.device,
-    progress: Callable[[str], None] = lambda _: None,
-) -> Pair:
-    """Both runs of one seed."""
-    in_fp8, in_bf16 = (train(recipe, config, corpus, steps, seed, device, progress) for recipe in (fp8, Bf16Recipe()))
-    return in_fp8, in_bf16
 
 
 def gap(run: Run, bf16: Run) -> float:

@@ -13,6 +13,7 @@ from rich.console import RenderableType
 
 from supersonic_moe.bench import options
 from supersonic_moe.bench.suite import Fp8Options, Progress, Suite
+from supersonic_moe.config.recipe import Bf16Recipe
 
 if TYPE_CHECKING:
     from supersonic_moe.bench.report import CaseResult
@@ -71,11 +72,10 @@ class Train(Fp8Options, Suite[Pair, "PairResult"]):
         return [Pair(seed) for seed in range(self.seeds)]
 
     def run(self, case: Pair, progress: Progress) -> PairResult:
-        from supersonic_moe.bench.train import PairResult, train_pair
+        from supersonic_moe.bench.train import PairResult, train
 
-        fp8 = self.recipe_named("fp8")
-        runs = train_pair(fp8, self.config, self.corpus, self.steps, case.seed, self.where, progress)
-        return PairResult(str(case), pair=runs)
+        given = (self.config, self.corpus, self.steps, case.seed, self.where, progress)
+        return PairResult(str(case), pair=(train(self.recipe_named("fp8"), *given), train(Bf16Recipe(), *given)))
 
     def metrics(self, results: Sequence[PairResult]) -> list[CaseResult]:
         from supersonic_moe.bench import train
