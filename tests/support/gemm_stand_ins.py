@@ -1,0 +1,28 @@
+"""Stand-ins for our grouped GEMMs on a CPU, for suites that time them: plain torch behind the kernels' signatures."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from supersonic_moe.kernels import reference
+from supersonic_moe.kernels.interface import Rows
+
+
+def our_product(a: Rows[Tensor], b_EKN: Tensor, offsets: Tensor) -> Tensor:
+    assert b_EKN.stride(1) == 1 and offsets.dtype is torch.int32
+    return reference.grouped_mm(a, b_EKN, offsets)
+
+
+def our_gradient(
+    a: Rows[Tensor],
+    b_PN: Tensor,
+    offsets: Tensor,
+    out_EMN: Tensor | None = None,
+    *,
+    accumulate: bool = False,
+) -> Tensor:
+    if out_EMN is None:
+        return reference.grouped_mm_wgrad(a, b_PN, offsets)
+    assert accumulate and out_EMN.dtype is torch.float32
+    return out_EMN.add_(reference.grouped_mm_wgrad(a._replace(x=a.x.float()), b_PN.float(), offsets))
