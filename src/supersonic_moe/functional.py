@@ -364,9 +364,7 @@ def _checked(
     checks.index_count("tokens", x.shape[0])
     if not torch.compiler.is_compiling():  # the op chooses again when it runs
         if isinstance(numerics, Fp8Recipe):
-            registry.choose_fp8(
-                x.device, hidden=hidden, intermediate=intermediate, wgrad=numerics.wgrad, backend=backend
-            )
+            registry.choose_fp8(x.device, hidden=hidden, intermediate=intermediate, backend=backend)
         else:
             registry.choose(x.device, x.dtype, hidden=hidden, intermediate=intermediate, backend=backend)
     return _Experts(x, w1, b1, w2, b2, act, order, numerics, weight_cache, backend, passed, accumulate_into_main_grad)

@@ -21,6 +21,7 @@ from supersonic_moe.bench.gemm import COMPARED, Contender, GemmResult, check_dev
 from supersonic_moe.bench.shapes import GEMM_CASES, GemmCase
 from supersonic_moe.bench.timing import NoResultError, WallClock
 from supersonic_moe.cli.app import app
+from supersonic_moe.kernels.interface import Rows
 from supersonic_moe.kernels.sm90 import grouped_gemm, grouped_wgrad
 
 CPU = torch.device("cpu")
@@ -133,9 +134,9 @@ def overwrites(*operands: Tensor, **how: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("case", "who", "fault"),
     [
-        (PRODUCT, "ours_gathered", lambda *args, gather_index=None: our_product(*args)),
+        (PRODUCT, "ours_gathered", lambda a, *args: our_product(Rows(a.x), *args)),
         (PRODUCT, "ours", lambda *args, **how: last_expert_is_nan(our_product(*args, **how))),
-        (GRADIENT, "ours_gathered", lambda *args, gather_index=None, **how: our_gradient(*args, **how)),
+        (GRADIENT, "ours_gathered", lambda a, *args, **how: our_gradient(Rows(a.x), *args, **how)),
         (GRADIENT, "ours", lambda *args, **how: last_expert_is_nan(our_gradient(*args, **how))),
         (GRADIENT, "ours_accumulate", overwrites),
     ],
@@ -273,7 +274,13 @@ def test_command_fails_if_a_variant_of_ours_does_and_keeps_the_rest(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(gemm, "check_device", lambda device: None)
-    monkeypatch.setattr(grouped_gemm, "grouped_mm", lambda a_PK, b_EKN, offsets: our_product(a_PK, b_EKN, offsets))
+
+    def without_index(a: Rows[Tensor], b_EKN: Tensor, offsets: Tensor) -> Tensor:
+        if a.gather_index is not None:
+            raise TypeError("no rows through an index")
+        return our_product(a, b_EKN, offsets)
+
+    monkeypatch.setattr(grouped_gemm, "grouped_mm", without_index)
     file = tmp_path / "gemm.json"
     result = command(
         "--device", "cpu", "--case", "gemm:2,128,16,16", "--min-ms", "0", "--warm-ms", "0", "--json", str(file)

@@ -20,7 +20,6 @@ The pair of custom ops below is opaque to ``torch.compile``; autograd is attache
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,6 +29,8 @@ from supersonic_moe.autograd import apply
 from supersonic_moe.config.activation import Activation, GateUpLayout
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.kernels import registry
+from supersonic_moe.kernels.interface import Experts as ExpertKernels
+from supersonic_moe.kernels.interface import Rows
 from supersonic_moe.training.main_grad import main_grads, stand_ins
 from supersonic_moe.training.op_arguments import (
     PLAN_SCHEMA,
@@ -57,9 +58,9 @@ torch.library.define(
 )
 
 
-def _kernels(x: Tensor, w2: Tensor, backend: str) -> ModuleType:
+def _kernels(x: Tensor, w2: Tensor, backend: str) -> ExpertKernels:
     choice = registry.choose(x.device, x.dtype, hidden=w2.shape[1], intermediate=w2.shape[2], backend=backend)
-    return registry.kernels(choice.name)
+    return registry.kernels(choice.name).experts
 
 
 @torch.library.impl("supersonic_moe::experts_forward", ("cpu", "cuda"))
@@ -67,15 +68,13 @@ def _forward(
     x: Tensor, scores: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     plan, static, save = PlanArgs(*rest[:8]), StaticArgs(*rest[8:14]), rest[14]
-    k, (act, layout) = _kernels(x, w2, static.backend), static.parsed()
+    k = _kernels(x, w2, static.backend)
     with without_autocast(x):
-        z_PN, a_PI = k.up_projection(
-            x, plan.read_index, w1, b1, plan.expert_offsets, plan.row_expert, act, layout, save
-        )
-        y_PH = k.grouped_mm(a_PI, w2.transpose(1, 2), plan.expert_offsets)
+        z_PN, a_PI = k.up_projection(Rows(x, plan.read_index), w1, b1, plan.groups, static.gate(), save)
+        y_PH = k.grouped_mm(Rows(a_PI), w2.transpose(1, 2), plan.expert_offsets)
         del a_PI
         s_P = k.pick(scores, plan.scatter_index)
-        out_TH = k.gather_sum(y_PH, s_P, b2, *plan.summing(x.shape[0]))
+        out_TH = k.gather_sum(y_PH, s_P, b2, plan.row_expert, plan.rows_of_tokens(x.shape[0]))
     return out_TH, z_PN, s_P
 
 
@@ -95,36 +94,35 @@ def _backward(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     plan, static = PlanArgs(*rest[:8]), StaticArgs(*rest[8:])
-    k, (act, layout) = _kernels(x, w2, static.backend), static.parsed()
+    k = _kernels(x, w2, static.backend)
     need_x, need_s, need_w1, need_b1, need_w2, need_b2 = needs
     dx = dscores = dw1 = db1 = dw2 = db2 = None
     index, offsets = plan.read_index, plan.expert_offsets
+    dout_rows = Rows(dout, index)
 
-    def weight_gradient(a: Tensor, b: Tensor, main: Tensor | None, transposed: bool) -> Tensor | None:
+    def weight_gradient(a: Rows[Tensor], b: Tensor, main: Tensor | None, transposed: bool) -> Tensor | None:
         added = main is not None
-        dw: Tensor = k.grouped_mm_wgrad(
-            a, b, offsets, main, gather_index=index, transposed=transposed, accumulate=added
-        )
+        dw = k.grouped_mm_wgrad(a, b, offsets, main, transposed=transposed, accumulate=added)
         return None if added else dw
 
     with without_autocast(x):
-        dz_PN, as_PI, ds_P = k.down_backward(dout, index, w2, h, b1, s_P, offsets, plan.row_expert, act, layout)
+        dz_PN, as_PI, ds_P = k.down_backward(dout_rows, w2, h, b1, s_P, plan.groups, static.gate())
         if need_s:
             if b2 is not None:
-                k.row_dot(dout, b2, plan.row_expert, ds_P, gather_index=index)
+                k.row_dot(dout_rows, b2, plan.row_expert, ds_P)
             dscores = k.pick(ds_P, plan.reverse_index, s_P.dtype)
         if need_w2:
-            dw2 = weight_gradient(dout, as_PI, main_w2, transposed=False)
+            dw2 = weight_gradient(dout_rows, as_PI, main_w2, transposed=False)
         del as_PI
         if need_b2 and b2 is not None:
-            db2 = k.segment_sum(dout, s_P, offsets, gather_index=index).to(b2.dtype)
+            db2 = k.segment_sum(dout_rows, s_P, offsets).to(b2.dtype)
         if need_b1 and b1 is not None:
-            db1 = k.segment_sum(dz_PN, None, offsets).to(b1.dtype)
+            db1 = k.segment_sum(Rows(dz_PN), None, offsets).to(b1.dtype)
         if need_w1:
-            dw1 = weight_gradient(x, dz_PN, main_w1, transposed=True)
+            dw1 = weight_gradient(Rows(x, index), dz_PN, main_w1, transposed=True)
         if need_x:
-            dx_PH = k.grouped_mm(dz_PN, w1, offsets)
-            dx = k.gather_sum(dx_PH, None, None, *plan.summing(x.shape[0]))
+            dx_PH = k.grouped_mm(Rows(dz_PN), w1, offsets)
+            dx = k.gather_sum(dx_PH, None, None, plan.row_expert, plan.rows_of_tokens(x.shape[0]))
     return gradients_or_empty(x, dx, dscores, dw1, db1, dw2, db2)
 
 

@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +42,7 @@ from supersonic_moe.config.activation import Activation, GateUpLayout
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.kernels import registry
+from supersonic_moe.kernels.interface import Fp8Experts, Gate, Quantized, Rows
 from supersonic_moe.quantization.block_format import blocks, empty_e4m3, empty_scales, padded_capacity
 from supersonic_moe.quantization.weight_cache import Fp8Weight, WeightCache
 from supersonic_moe.training.main_grad import main_grads, stand_ins
@@ -78,19 +78,16 @@ torch.library.define(
 class _Call(NamedTuple):
     """What the arguments after the operands say."""
 
-    k: ModuleType
+    k: Fp8Experts
     plan: PlanArgs
-    activation: Activation
-    layout: GateUpLayout
+    gate: Gate
     recipe: Fp8Recipe
 
 
 def _parsed(x: Tensor, intermediate: int, rest: tuple[Any, ...]) -> _Call:
     plan, static, (scale, saved, wgrad) = PlanArgs(*rest[:8]), StaticArgs(*rest[8:14]), rest[14:17]
-    choice = registry.choose_fp8(
-        x.device, hidden=x.shape[1], intermediate=intermediate, wgrad=wgrad, backend=static.backend
-    )
-    return _Call(registry.kernels(choice.name), plan, *static.parsed(), _recipe(scale, saved, wgrad))
+    choice = registry.choose_fp8(x.device, hidden=x.shape[1], intermediate=intermediate, backend=static.backend)
+    return _Call(registry.fp8_kernels(choice.name), plan, static.gate(), _recipe(scale, saved, wgrad))
 
 
 @functools.cache
@@ -103,8 +100,8 @@ def _recipe(scale: Any, save_preactivation: Any, wgrad: Any) -> Fp8Recipe:
 def _quantize_weights(weights: list[Tensor], scale: str, backend: str) -> list[Tensor]:
     """(q, q transposed, scale) of each weight in a row."""
     _, n, k = weights[0].shape
-    choice = registry.choose_fp8(weights[0].device, hidden=k, intermediate=n, wgrad="bf16", backend=backend)
-    quantised = registry.kernels(choice.name).quantize_weights(weights, scale == "pow2")
+    choice = registry.choose_fp8(weights[0].device, hidden=k, intermediate=n, backend=backend)
+    quantised = registry.fp8_kernels(choice.name).quantize_weights(weights, scale == "pow2")
     return [t for q_ENK, q_EKN, scale_ENK in quantised for t in (q_ENK, q_EKN, scale_ENK.contiguous())]
 
 
@@ -120,19 +117,16 @@ def _forward(
     b2: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    k, plan, act, layout, recipe = _parsed(x, w2_q.shape[2], rest)
+    k, plan, gate, recipe = _parsed(x, w2_q.shape[2], rest)
     save = rest[-1]
-    offsets, row_expert = plan.expert_offsets, plan.row_expert
     with without_autocast(x):
-        x_q, x_scale = k.quantize_rows(x, recipe.pow2, plan.identity)
-        h, z_scale, a_q, a_scale = k.up_projection_fp8(
-            x_q, x_scale, plan.read_index, w1_q, w1_scale, b1, offsets, row_expert, act, layout, recipe, save
-        )
-        y_PH = k.grouped_mm_fp8(a_q, a_scale, w2_q, w2_scale, offsets)
-        del x_q, x_scale, a_q, a_scale
+        x_rows = Rows(k.quantize_rows(x, recipe.pow2, plan.identity), plan.read_index)
+        z, a = k.up_projection_fp8(x_rows, Quantized(w1_q, w1_scale), b1, plan.groups, gate, recipe, save)
+        y_PH = k.grouped_mm_fp8(Rows(a), Quantized(w2_q, w2_scale), plan.expert_offsets)
+        del x_rows, a
         s_P = k.pick(scores, plan.scatter_index)
-        out_TH = k.gather_sum(y_PH, s_P, b2, *plan.summing(x.shape[0]))
-    return out_TH, h, z_scale, s_P
+        out_TH = k.gather_sum(y_PH, s_P, b2, plan.row_expert, plan.rows_of_tokens(x.shape[0]))
+    return out_TH, *z, s_P
 
 
 @torch.library.impl("supersonic_moe::experts_fp8_backward", ("cpu", "cuda"))
@@ -154,77 +148,77 @@ def _backward(
     b2: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    k, plan, act, layout, recipe = _parsed(x, w2_transposed.shape[1], rest)
+    k, plan, gate, recipe = _parsed(x, w2_transposed.shape[1], rest)
     need_x, need_s, need_w1, need_b1, need_w2, need_b2 = needs
     dx = dscores = dw1 = db1 = dw2 = db2 = None
     index, offsets = plan.read_index, plan.expert_offsets
+    dout_rows = Rows(dout, index)
     in_fp8 = recipe.wgrad == "fp8"
 
-    def product_fp8(columns: Any, tiles: Any, main: Tensor | None, transposed: bool) -> Tensor:
-        dw: Tensor = k.grouped_mm_wgrad_fp8(
-            *columns, *tiles, positions, main, transposed=transposed, accumulate=main is not None
+    def product_fp8(columns: Quantized, tiles: Quantized, main: Tensor | None, transposed: bool) -> Tensor:
+        return k.grouped_mm_wgrad_fp8(
+            columns, tiles, segments.offsets, main, transposed=transposed, accumulate=main is not None
         )
-        return dw
 
-    def product_bf16(a: Tensor, b: Tensor, main: Tensor | None, transposed: bool) -> Tensor:
-        dw: Tensor = k.grouped_mm_wgrad(
-            a, b, offsets, main, gather_index=index, transposed=transposed, accumulate=main is not None
-        )
-        return dw
+    def product_bf16(a: Rows[Tensor], b: Tensor, main: Tensor | None, transposed: bool) -> Tensor:
+        return k.grouped_mm_wgrad(a, b, offsets, main, transposed=transposed, accumulate=main is not None)
 
     with without_autocast(x):
         if recipe.save_preactivation == "recompute":
-            x_q, x_scale = k.quantize_rows(x, recipe.pow2, plan.identity)
-            h = k.grouped_mm_fp8(x_q, x_scale, w1_q, w1_scale, offsets, gather_index=index)
-            del x_q, x_scale
-        dout_q, dout_scale = k.quantize_rows(dout, recipe.pow2, plan.identity)
-        to_down = (dout_q, dout_scale, index, w2_transposed, w2_scale.mT, h, z_scale, b1, s_P, offsets, plan.row_expert)
+            assert w1_q is not None
+            x_rows = Rows(k.quantize_rows(x, recipe.pow2, plan.identity), index)
+            h = k.grouped_mm_fp8(x_rows, Quantized(w1_q, w1_scale), offsets)
+            del x_rows
+        to_down = (
+            Rows(k.quantize_rows(dout, recipe.pow2, plan.identity), index),
+            Quantized(w2_transposed, w2_scale.mT),
+            Quantized(h, z_scale),
+            *(b1, s_P, plan.groups, gate),
+        )
         if in_fp8 and (need_w1 or need_w2):
             capacity = padded_capacity(plan.gather_index.shape[0], offsets.shape[0] - 1)
-            positions, row_index, token_index = k.pad_segments(offsets, plan.gather_index, capacity)
+            segments = k.pad_segments(offsets, plan.gather_index, capacity)
         quantised = in_fp8 and need_w1 and need_w2 and not (need_b1 and b1 is not None)  # db1 sums dH itself
         if not quantised:
-            dz_PN, as_PI, ds_P = k.down_backward_fp8(*to_down, act, layout)
+            dz_PN, as_PI, ds_P = k.down_backward_fp8(*to_down)
         else:
-            dh_q, dz_scale, *tiles, ds_P = k.down_backward_fp8_quantised(
-                *to_down, act, layout, positions, row_index, recipe.pow2
-            )
-            dh_tiles, as_tiles, dz_PN, as_PI = tiles[:2], tiles[2:], None, None
-            del tiles
-        del dout_q, dout_scale, h, z_scale, to_down
+            (dz, dz_tiles), as_tiles, ds_P = k.down_backward_fp8_quantised(*to_down, segments, recipe.pow2)
+        del h, z_scale, to_down
         if need_s:
             if b2 is not None:
-                k.row_dot(dout, b2, plan.row_expert, ds_P, gather_index=index)
+                k.row_dot(dout_rows, b2, plan.row_expert, ds_P)
             dscores = k.pick(ds_P, plan.reverse_index, s_P.dtype)
         if need_w2:
             if in_fp8:
-                dout_columns = k.quantize_columns(dout, token_index, recipe.pow2)
+                dout_columns = k.quantize_columns(dout, segments.token_index, recipe.pow2)
                 if not quantised:
-                    as_tiles = k.quantize_columns(as_PI, row_index, recipe.pow2, tiled=True)
+                    as_tiles = k.quantize_columns(as_PI, segments.row_index, recipe.pow2, tiled=True)
                 dw2 = product_fp8(dout_columns, as_tiles, main_w2, transposed=False)
                 del dout_columns, as_tiles
             else:
-                dw2 = product_bf16(dout, as_PI, main_w2, transposed=False)
-        del as_PI
+                dw2 = product_bf16(dout_rows, as_PI, main_w2, transposed=False)
+        if not quantised:
+            del as_PI
         if need_b2 and b2 is not None:
-            db2 = k.segment_sum(dout, s_P, offsets, gather_index=index).to(b2.dtype)
+            db2 = k.segment_sum(dout_rows, s_P, offsets).to(b2.dtype)
         if need_b1 and b1 is not None:
-            db1 = k.segment_sum(dz_PN, None, offsets).to(b1.dtype)
+            db1 = k.segment_sum(Rows(dz_PN), None, offsets).to(b1.dtype)
         if in_fp8 and need_w1 and not quantised:
-            dh_q, dz_scale, *dh_tiles = k.quantize_tiles(dz_PN, row_index, recipe.pow2)
+            dz, dz_tiles = k.quantize_tiles(dz_PN, segments.row_index, recipe.pow2)
         elif need_x and not quantised:
-            dh_q, dz_scale = k.quantize_rows(dz_PN, recipe.pow2, True)
+            dz = k.quantize_rows(dz_PN, recipe.pow2, True)
         if need_w1:
             if in_fp8:
-                x_columns = k.quantize_columns(x, token_index, recipe.pow2)
-                dw1 = product_fp8(x_columns, dh_tiles, main_w1, transposed=True)
-                del dh_tiles, x_columns
+                x_columns = k.quantize_columns(x, segments.token_index, recipe.pow2)
+                dw1 = product_fp8(x_columns, dz_tiles, main_w1, transposed=True)
+                del dz_tiles, x_columns
             else:
-                dw1 = product_bf16(x, dz_PN, main_w1, transposed=True)
-        del dz_PN
+                dw1 = product_bf16(Rows(x, index), dz_PN, main_w1, transposed=True)
+        if not quantised:
+            del dz_PN
         if need_x:
-            dx_PH = k.grouped_mm_fp8(dh_q, dz_scale, w1_transposed, w1_scale.mT, offsets)
-            dx = k.gather_sum(dx_PH, None, None, *plan.summing(x.shape[0]))
+            dx_PH = k.grouped_mm_fp8(Rows(dz), Quantized(w1_transposed, w1_scale.mT), offsets)
+            dx = k.gather_sum(dx_PH, None, None, plan.row_expert, plan.rows_of_tokens(x.shape[0]))
     dw1, dw2 = (None if main is not None else dw for main, dw in ((main_w1, dw1), (main_w2, dw2)))
     return gradients_or_empty(x, dx, dscores, dw1, db1, dw2, db2)
 

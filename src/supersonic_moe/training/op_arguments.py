@@ -12,6 +12,7 @@ from torch import Tensor
 
 from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout
 from supersonic_moe.config.plan import RoutingPlan
+from supersonic_moe.kernels.interface import Gate, Groups, TokenRows
 
 PLAN_SCHEMA = (
     "Tensor expert_offsets, Tensor gather_index, Tensor scatter_index, Tensor row_expert, Tensor reverse_index, "
@@ -37,11 +38,14 @@ class PlanArgs(NamedTuple):
         """Tokens that the rows read; None where rows are tokens and nothing needs gathering."""
         return None if self.identity else self.gather_index
 
-    def summing(self, num_tokens: int) -> tuple[Tensor, Tensor, Tensor | None, int, int]:
-        """The last arguments of ``gather_sum``."""
+    @property
+    def groups(self) -> Groups:
+        return Groups(self.expert_offsets, self.row_expert)
+
+    def rows_of_tokens(self, num_tokens: int) -> TokenRows:
         uniform = self.token_offsets is None and num_tokens
-        per_token = self.token_rows.shape[0] // num_tokens if uniform else 0
-        return self.row_expert, self.token_rows, self.token_offsets, per_token, num_tokens
+        each = self.token_rows.shape[0] // num_tokens if uniform else 0
+        return TokenRows(self.token_rows, self.token_offsets, each, num_tokens)
 
 
 class StaticArgs(NamedTuple):
@@ -54,16 +58,14 @@ class StaticArgs(NamedTuple):
     layout: str
     backend: str
 
-    def parsed(self) -> tuple[Activation, GateUpLayout]:
-        return _parsed(self.activation, self.alpha, self.limit, self.up_offset, self.layout)
+    def gate(self) -> Gate:
+        return _gate(self.activation, self.alpha, self.limit, self.up_offset, self.layout)
 
 
 @functools.cache
-def _parsed(
-    activation: str, alpha: float, limit: float, up_offset: float, layout: str
-) -> tuple[Activation, GateUpLayout]:
+def _gate(activation: str, alpha: float, limit: float, up_offset: float, layout: str) -> Gate:
     clamp = None if math.isinf(limit) else limit
-    return Activation(ActivationType(activation), alpha, clamp, up_offset), GateUpLayout(layout)
+    return Gate(Activation(ActivationType(activation), alpha, clamp, up_offset), GateUpLayout(layout))
 
 
 def plan_args(plan: RoutingPlan) -> tuple[object, ...]:
