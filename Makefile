@@ -4,14 +4,15 @@
 # (a GPU box, often without network) is used as it is: nothing is installed there.
 #
 #   TORCH=torch==2.11.0   another torch          PYTHON=python3.12   another interpreter for .venv
-#   ARGS="-k plan -x"     passed on to the command (pytest, demo)       WORKERS=8   processes of `make test`, 2 otherwise
+#   ARGS="-k plan -x"     passed on to the command (pytest, demo)
+#   WORKERS=8             processes of make test (2 otherwise) and make test-gpu (10 otherwise)
 
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
 TORCH   ?= torch==2.13.0
 ARGS    ?=
-WORKERS ?= 2
+WORKERS ?= $(if $(filter test-gpu,$(MAKECMDGOALS)),10,2)
 VENV  := .venv
 
 export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -52,7 +53,7 @@ demo: $(RUN_READY) ## train a byte-level MoE language model on Python's own sour
 
 PYTEST = $(PY) -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
-test: export OMP_NUM_THREADS ?= 1
+test test-gpu: export OMP_NUM_THREADS ?= 1
 test: $(TEST_READY) ## every test that needs no GPU
 	@$(PYTEST) -m "not gpu and not multigpu" $(ARGS)
 

@@ -271,7 +271,7 @@ def test_info_and_clear_touch_only_their_own_files(spec: KernelSpec, tmp_path: P
     directory = tmp_path / "cache"
     cache = CubinCache(directory)
     cubin = build(spec, cache)
-    keep = [directory / name for name in ("notes.tmp", "mine.cubin", "a.lock")]
+    keep = [directory / name for name in ("notes.tmp", "mine.cubin", "my-own.cubin", "a.lock")]
     for path in keep:
         path.write_text("keep")
     (entry,) = cache.info().entries
