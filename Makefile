@@ -17,8 +17,7 @@ VENV  := .venv
 
 export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# OpenMP threads that wait for each other sleep instead of spinning. On two cores with one busy neighbour that makes a
-# training step of the demo nine times faster (0.23 s, was 2.1 s).
+# For the tests; the command line sets it itself, and says why (src/supersonic_moe/cli/__init__.py).
 export OMP_WAIT_POLICY ?= PASSIVE
 
 # --- which interpreter ------------------------------------------------------------------------------------------------
@@ -26,7 +25,7 @@ IMPORTS := torch, typer, rich, matplotlib, filelock
 ifneq ($(filter test%,$(MAKECMDGOALS)),)
 IMPORTS := $(IMPORTS), pytest, xdist, hypothesis
 endif
-ifneq ($(filter demo test%,$(MAKECMDGOALS)),)
+ifneq ($(filter demo docs test%,$(MAKECMDGOALS)),)
 GPU_READY := $(shell python3 -c 'import $(IMPORTS); print(*["yes"] * torch.cuda.is_available())' 2>/dev/null)
 endif
 
@@ -43,7 +42,7 @@ BASE = $(shell for p in $(PYTHON) python3 python3.14 python3.13 python3.12 pytho
 
 # --- commands ---------------------------------------------------------------------------------------------------------
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu sass-table lint clean
+.PHONY: help demo test test-gpu sass-table lint docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -69,6 +68,10 @@ lint: $(VENV)/.ready-lint ## ruff, and mypy --strict on the package
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 
+docs: $(RUN_READY) ## write the generated tables of README.md and docs/ from benchmarks/results and the program
+	@$(PY) -m supersonic_moe.bench.readme
+	@$(PY) -m supersonic_moe.cli.reference
+
 clean: ## remove .venv, caches, build and demo output
 	rm -rf $(VENV) demo-out dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -92,7 +95,7 @@ $(VENV)/bin/python:
 	  || { rm -rf $(VENV); echo "$(BASE) can make no virtual environment: it lacks venv, or both ensurepip and pip. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 
 $(VENV)/.ready-run: pyproject.toml | $(VENV)/bin/python
-	$(call install,$(TORCH) and supersonic-moe into $(VENV),"$(TORCH)" -e .)
+	$(call install,$(TORCH) and supersonic-moe into $(VENV),"$(TORCH)" -e ".[cli]")
 
 $(VENV)/.ready-test: $(VENV)/.ready-run
 	$(call install,test dependencies,"$(TORCH)" -e ".[$$($(VENV)/bin/python -c $(TEST_EXTRAS))]")

@@ -123,7 +123,7 @@ def test_a_launch_hands_the_driver_grid_stream_and_arguments(spec: KernelSpec, m
     for module in (driver_module, launch_module):
         monkeypatch.setattr(module, "binding", lambda: fake)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: device[0])
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: stream[0] + index, raising=False)
+    monkeypatch.setattr(launch_module, "raw_stream", lambda index: stream[0] + index)
     monkeypatch.setattr(launch_module, "build", lambda spec: build(spec, CubinCache(None)))
     kernel = Kernel(replace(spec, smem_bytes=100_000), (TENSOR_MAP, PTR, I32))
 

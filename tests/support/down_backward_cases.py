@@ -21,6 +21,8 @@ ACTIVATIONS = {
     "gpt_oss": Activation.gpt_oss(limit=0.9),
 }
 
+SCORES = 4  # their place among the arguments
+
 
 SCORES = 4  # their place among the arguments
 

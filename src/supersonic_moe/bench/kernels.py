@@ -31,7 +31,7 @@ from rich.table import Table
 
 from supersonic_moe import KernelBackendMoE
 from supersonic_moe.bench.layer import LayerConfig
-from supersonic_moe.bench.report import METRICS, OURS, CaseResult, Metrics, device_name, short
+from supersonic_moe.bench.report import METRICS, CaseResult, Metrics, device_name, short
 from supersonic_moe.bench.timing import (
     Call,
     Clock,
@@ -84,9 +84,12 @@ GRAPH_US = 1000.0  # from here on the host is ahead of the GPU, and two events c
 class KernelsResult(CaseResult):
     """Metrics of each kernel and ceiling at one shape; ``missing`` says why a kernel has none."""
 
+    @property
+    def failed(self) -> list[str]:
+        return list(self.missing)
+
     def cases(self) -> list[CaseResult]:
-        """A case of the file for each: nothing here is compared with a peer."""
-        return [CaseResult(f"{self.case}/{name}", {OURS: metrics}) for name, metrics in self.metrics.items()]
+        return self.each_alone("/")
 
 
 def results_of(rows: Iterable[Mapping[str, Any]]) -> list[KernelsResult]:

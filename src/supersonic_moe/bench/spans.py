@@ -19,6 +19,7 @@ import torch
 
 from supersonic_moe.bench.timing import Call, NoResultError, estimate_calls
 from supersonic_moe.kernels import registry
+from supersonic_moe.private_api import gpu_sleep
 
 QUANTISING = ("quantize_rows", "quantize_weights", "quantize_columns", "quantize_tiles", "pad_segments")
 CYCLES_PER_US = 2000  # at least those of any clock that a GPU has today
@@ -75,7 +76,7 @@ class CudaMarks(Marks):
         torch.cuda.synchronize(self._device)
 
     def delay(self, us: float) -> None:
-        torch.cuda._sleep(int(us * CYCLES_PER_US))  # type: ignore[no-untyped-call]
+        gpu_sleep(int(us * CYCLES_PER_US))
 
 
 def marks_for(device: torch.device) -> Marks:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from supersonic_moe.cli import options
+from supersonic_moe.bench import options
 from supersonic_moe.config.recipe import Fp8Recipe, Recipe
 from supersonic_moe.perf_model import (
     H200,
@@ -43,11 +43,9 @@ def explain(
     shape: Annotated[
         list[str], typer.Option(metavar="T,H,I,E,K", help="Tokens, hidden, intermediate, experts, top-k. Repeatable.")
     ],
-    dtype: Annotated[
-        str | None, typer.Option(help="bfloat16, float16 or float32. Default: bfloat16, on a CPU float32.")
-    ] = None,
-    activation: Annotated[str, typer.Option(help="swiglu, geglu, reglu, relu_sq, relu, gelu or silu.")] = "swiglu",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU if there is one.")] = None,
+    dtype: options.Dtype = None,
+    activation: options.Activation = "swiglu",
+    device: options.Device = None,
     recipe: options.RecipeName = "bf16",
     save_preactivation: options.Saved = None,
     wgrad: options.Wgrad = None,
