@@ -133,14 +133,18 @@ def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[tuple[concurrent.futures.ProcessPoolExecutor, Any]]:
-    """Eight fresh processes, and a barrier on which all of them meet before they build."""
-    context = multiprocessing.get_context("spawn")
+    """Eight fresh processes, and a barrier on which all of them meet before they build. They are forked from one that
+    has done nothing but import torch, which takes seconds.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
     with multiprocessing.Manager() as manager:
         barrier = manager.Barrier(8)
         with concurrent.futures.ProcessPoolExecutor(8, mp_context=context) as pool:
             yield pool, barrier
 
 
+@pytest.mark.xdist_group("cold processes")
 def test_eight_cold_processes_compile_one_kernel_once(spec: KernelSpec, tmp_path: Path, processes: Any) -> None:
     pool, barrier = processes
     futures = [pool.submit(build_at_once, spec, tmp_path / "cache", barrier) for _ in range(8)]
@@ -151,6 +155,7 @@ def test_eight_cold_processes_compile_one_kernel_once(spec: KernelSpec, tmp_path
     assert len(CubinCache(tmp_path / "cache").info().entries) == 1
 
 
+@pytest.mark.xdist_group("cold processes")
 def test_eight_cold_processes_compile_eight_kernels(tmp_path: Path, processes: Any) -> None:
     pool, barrier = processes
     specs = [write_spec(tmp_path / "kernels", factor=factor) for factor in range(1, 9)]
@@ -266,7 +271,7 @@ def test_info_and_clear_touch_only_their_own_files(spec: KernelSpec, tmp_path: P
     directory = tmp_path / "cache"
     cache = CubinCache(directory)
     cubin = build(spec, cache)
-    keep = [directory / name for name in ("notes.tmp", "mine.cubin", "a.lock")]
+    keep = [directory / name for name in ("notes.tmp", "mine.cubin", "my-own.cubin", "a.lock")]
     for path in keep:
         path.write_text("keep")
     (entry,) = cache.info().entries

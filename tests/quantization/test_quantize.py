@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,9 +24,7 @@ from supersonic_moe.kernels.triton import pad_segments
 from supersonic_moe.kernels.triton import quantize as triton
 from supersonic_moe.quantization.block_format import BLOCK, E4M3, E4M3_MAX, SMALLEST_AMAX, blocks, padded_capacity
 
-EXAMPLES = settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+EXAMPLES = settings(max_examples=15)
 SIDES = st.sampled_from([1, 8, 72, 127, 128, 129, 300])
 POW2 = pytest.mark.parametrize("pow2", [False, True], ids=["fp32 scales", "pow2 scales"])
 
@@ -193,7 +191,7 @@ def test_rows(
 
 
 @POW2
-@EXAMPLES
+@settings(max_examples=10)
 @given(n=SIDES, k=SIDES, seed=st.integers(0, 999), transposed=st.booleans(), bad=st.booleans())
 def test_blocks(pow2: bool, device: torch.device, n: int, k: int, seed: int, transposed: bool, bad: bool) -> None:
     w = sample(2, n, k, seed=seed, device=device)
@@ -292,7 +290,7 @@ def test_nothing_to_quantise(device: torch.device) -> None:
     assert_same_bytes(triton.quantize_blocks(weight), reference.quantize_blocks(weight))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(counts=st.lists(st.integers(0, 400), min_size=1, max_size=6))
 def test_padded_capacity_is_enough_and_tight(counts: list[int]) -> None:
     capacity = padded_capacity(sum(counts), len(counts))

@@ -24,6 +24,9 @@ ACTIVATIONS = {
 SCORES = 4  # their place among the arguments
 
 
+SCORES = 4  # their place among the arguments
+
+
 def arguments_of(
     offsets: torch.Tensor, dout: torch.Tensor, index: torch.Tensor | None, width: int, layout: GateUpLayout,
     activation: Activation, saved_fp8: bool, bias: bool,

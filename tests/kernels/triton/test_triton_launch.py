@@ -114,7 +114,7 @@ def test_repeated_launches_run_the_variant_that_triton_would_choose(kernel: JITF
     for tensor in STORAGE.values():
         assert tensor.data_ptr() % 16 == 0
 
-    @settings(max_examples=400, deadline=None)
+    @settings(max_examples=300)
     @given(st.lists(calls, min_size=1, max_size=8))
     def check(batch: list[Any]) -> None:
         for args, constants, num_warps in batch:

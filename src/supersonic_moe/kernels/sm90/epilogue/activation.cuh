@@ -40,7 +40,7 @@ DEVICE float gated(float gate, float up, const ActivationConstants& c) {
     }
 }
 
-// How a kernel's activation is compiled: its kind, and whether gate and up alternate in the columns of H.
+// How a kernel's activation is compiled: its kind, and whether gate and up alternate in the columns of Z.
 struct Gate {
     Act kind;
     bool interleaved;

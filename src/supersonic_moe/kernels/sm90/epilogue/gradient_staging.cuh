@@ -1,5 +1,5 @@
-// How a weight gradient leaves the accumulators, in BF16 or FP8: rooms of 16 KB in shared memory, each with 64 columns (bf16) or 32 (fp32)
-// of the tile, from there to D by TMA, which stores or adds. As D lies, each warp fills and stores its own 16 rows of a room; transposed,
+// How a weight gradient leaves the accumulators, in BF16 or FP8: buffers of 16 KB in shared memory, each with 64 columns (bf16) or 32 (fp32)
+// of the tile, from there to D by TMA, which stores or adds. As D lies, each warp fills and stores its own 16 rows of a buffer; transposed,
 // the 64 rows of a warpgroup make up the lines, so a warpgroup fills and stores together.
 //
 // Constants: those of mainloop.cuh, O.transposed (D is (E, N, M)), OUTPUT (0: bf16, 1: fp32, 2: fp32 +=).
@@ -10,7 +10,7 @@ enum class Format : int { BF16 = 0, FP32 = 1, FP32_ADD = 2 };
 struct Output {
     bool transposed;  // D is (E, N, M)
     Format format;
-    DEVICE constexpr u32 room_columns() const { return format == Format::BF16 ? 64 : 32; }  // accumulators' columns in a room
+    DEVICE constexpr u32 buffer_columns() const { return format == Format::BF16 ? 64 : 32; }  // accumulators' columns in a buffer
 };
 
 // 64 columns of a warpgroup's accumulators as 64 lines of 64 rows, bf16.
@@ -38,21 +38,24 @@ DEVICE void stage_f32_transposed(const float* acc, u32 lines, u32 thread) {
     }
 }
 
-// First line of a room that this thread's warp fills, or its warpgroup.
-template <Config C, Output O>
-DEVICE u32 own_line(u32 group, u32 thread) { return O.transposed ? group * C.group_lines() : first_line<C>(group, thread); }
+// First line of a buffer that math warp `warp` fills, or its warpgroup.
+template <Output O>
+DEVICE u32 own_line(u32 warp) { return first_line(O.transposed ? warp / 4 * 4 : warp); }
 
 // All who fill lines together have come this far.
 template <Output O>
-DEVICE void meet_writers(u32 group) { O.transposed ? named_barrier_sync(1 + group, 128) : __syncwarp(); }
+DEVICE void sync_writers(u32 group) { O.transposed ? sync_warpgroup(group) : __syncwarp(); }
 
-// The one of them that hands the lines to TMA.
-template <Output O>
-DEVICE bool hands_over(u32 thread) { return O.transposed ? thread % 128 == 0 : thread % 32 == 0; }
+// `body` in the one of them that issues their stores. Two branches: as one condition, each TMA instruction becomes a loop over lanes.
+template <Output O, typename Body>
+DEVICE void in_issuing_thread(u32 warp, Body body) {
+    if (O.transposed && warp % 4 != 0) return;
+    if (elect_one()) body();
+}
 
-// A room's columns of the accumulators, from acc on, into its lines.
+// A buffer's columns of the accumulators, from acc on, into its lines.
 template <Output O>
-DEVICE void fill_room(float* acc, u32 lines, u32 thread) {
+DEVICE void fill_buffer(float* acc, u32 lines, u32 thread) {
     if constexpr (O.format == Format::BF16) {
         O.transposed ? stage_bf16_transposed(acc, lines, thread) : stage_bf16(acc, lines, thread % 32);
     } else {
@@ -70,9 +73,9 @@ DEVICE void store_box(const TensorMap* map, u32 lines, i32 column, i32 row, i32 
     }
 }
 
-// The lines of a room, whose first is `row` of the tile's matrix and which start at `column`, to D[expert].
+// The lines of a buffer, whose first is `row` of the tile's matrix and which start at `column`, to D[expert].
 template <Output O>
-DEVICE void store_room(const TensorMap* map, u32 lines, i32 row, i32 column, i32 expert) {
+DEVICE void store_buffer(const TensorMap* map, u32 lines, i32 row, i32 column, i32 expert) {
     if constexpr (!O.transposed) {
         store_box<O>(map, lines, column, row, expert);
     } else {

@@ -17,10 +17,10 @@ DEVICE u32 permute_bytes(u32 a, u32 b, u32 selectors) {
     return word;
 }
 
-// This warp's 16 lines at `lines` into 16 bytes, the `place`-th, of each of the 128 lines of `columns`, a room. Spread: of each 16 columns
+// This warp's 16 lines at `lines` into 16 bytes, the `place`-th, of each of the 128 lines of `columns`, a buffer. Spread: of each 16 columns
 // the lines hold 0 1 8 9, 2 3 10 11, .., as a thread has them in accumulators.
 template <bool Spread>
-DEVICE void turn_lines(u32 lines, u32 columns, u32 place, u32 lane) {
+DEVICE void transpose_lines(u32 lines, u32 columns, u32 place, u32 lane) {
     const u32 t = lane % 8, second = lane / 8 % 2;  // matrix row; of the two matrices that are read, or written, together
     const u32 row = t / 2 * 4 + (second ^ t / 4) * 2 + t % 2;
     const u32 from = lines + row * LINE + (lane / 16 * 16 ^ row % 8 * 16);
