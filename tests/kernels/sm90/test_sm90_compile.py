@@ -155,10 +155,10 @@ ptxas info    : Function properties for first
 ptxas         .     16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
 ptxas info    : Used 255 registers, used 2 barriers, 16 bytes cumulative stack size, 1024 bytes smem
 ptxas info    : Compiling entry function 'second' for 'sm_90a'
-ptxas info    : Function properties for helper
-ptxas         .     32 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Function properties for second
 ptxas         .     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Function properties for helper
+ptxas         .     32 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 24 registers, used 0 barriers
 """
     report = parse_ptxas_log(log)
