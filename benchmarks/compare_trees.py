@@ -68,18 +68,22 @@ def load(checkout: Path, name: str, into: Path) -> Tree:
 @contextmanager
 def launches(tree: Tree) -> Iterator[set[str]]:
     """The configurations that run meanwhile."""
-    kernel, seen = importlib.import_module(f"{tree.name}.jit.launch").Kernel, set[str]()
-    launch = kernel.launch
+    module, seen = importlib.import_module(f"{tree.name}.jit.launch"), set[str]()
+    # Up to 0.1.0 every kernel launched through one method; since then each has a function of its own around `enqueue`.
+    owner, method, spec = (
+        (module.Kernel, "launch", "spec") if hasattr(module.Kernel, "launch") else (module._Slots, "enqueue", "_spec")
+    )
+    original = getattr(owner, method)
 
     def recording(self: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.add(str(self.spec))
-        return launch(self, *args, **kwargs)
+        seen.add(str(getattr(self, spec)))
+        return original(self, *args, **kwargs)
 
-    kernel.launch = recording
+    setattr(owner, method, recording)
     try:
         yield seen
     finally:
-        kernel.launch = launch
+        setattr(owner, method, original)
 
 
 # ---- bits ------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from supersonic_moe.jit.build import build
 from supersonic_moe.jit.cache import CubinCache
 from supersonic_moe.jit.nvrtc import parse_ptxas_log
 from supersonic_moe.kernels.sm90 import registered_specs
-from supersonic_moe.kernels.sm90.mainloop import tile_columns
+from supersonic_moe.kernels.sm90.gemm_config import tile_columns
 from supersonic_moe.kernels.sm90.self_test import self_test_spec
 
 TEST_KERNELS = Path(__file__).parent
