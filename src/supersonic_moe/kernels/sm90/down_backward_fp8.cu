@@ -2,9 +2,9 @@
 // down_backward_fp8.py.
 #include "epilogue/gated_backward_fp8.cuh"
 #include "gemm/roles.cuh"
+#include "gemm/spec.cuh"
 
-constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .operand = Operand::E4M3, .cluster = CLUSTER, .group_m = GROUP_M, .gather = GATHER,
-                        .share_a = SHARE_A, .arrivals = ARRIVALS};
+constexpr Config CONFIG = CONFIG_OF_SPEC<Operand::E4M3>;
 constexpr Gate GATE{static_cast<Act>(ACTIVATION), INTERLEAVED};
 constexpr SavedFormat SAVED{SAVED_FP8, INTERLEAVED};
 using Epilogue = GatedBackwardScaled<CONFIG, GATE, SAVED>;
@@ -23,7 +23,8 @@ extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
     slots.init_barriers();
     const RaggedGemm gemm{offsets, index, experts, width, blocks_k};
     const auto produce = [&](u32) {
-        const Scales<ColumnBlocksOf> scales{&map_scale_do, scale_do, scale_do_row, scale_w, scale_w_expert, scale_w_column, scale_w_k, {width}};
+        const Scales<ColumnBlocksOf> scales{&map_scale_do, scale_do, scale_do_row, scale_w, scale_w_expert, scale_w_column, scale_w_k,
+                                            {width}};
         const LoadSavedSlots<CONFIG, SAVED> saved{&map_z, &map_scale_z, &map_scores, width, gate_base, up_base};
         load_tiles_with_saved<CHUNK>(shared, slots, gemm, &map_do, &map_w, scales, saved);
     };

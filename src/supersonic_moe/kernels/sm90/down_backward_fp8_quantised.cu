@@ -2,9 +2,9 @@
 // down_backward_fp8_quantised.py.
 #include "epilogue/gated_backward_quantize.cuh"
 #include "gemm/roles.cuh"
+#include "gemm/spec.cuh"
 
-constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .operand = Operand::E4M3, .cluster = CLUSTER, .group_m = GROUP_M, .gather = GATHER,
-                        .share_a = SHARE_A, .arrivals = ARRIVALS};
+constexpr Config CONFIG = CONFIG_OF_SPEC<Operand::E4M3>;
 using Epilogue = GatedBackwardQuantized<CONFIG, Gate{static_cast<Act>(ACTIVATION), INTERLEAVED}>;
 static_assert(SAVED_FP8, "a slot is what one chunk stages");
 
@@ -22,7 +22,8 @@ extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1) down_backward_
     slots.init_barriers();
     const RaggedGemm gemm{offsets, index, experts, width, blocks_k};
     const auto produce = [&](u32) {
-        const Scales<ColumnBlocksOf> scales{&map_scale_do, scale_do, scale_do_row, scale_w, scale_w_expert, scale_w_column, scale_w_k, {width}};
+        const Scales<ColumnBlocksOf> scales{&map_scale_do, scale_do, scale_do_row, scale_w, scale_w_expert, scale_w_column, scale_w_k,
+                                            {width}};
         const LoadSavedSlots<CONFIG, Epilogue::SAVED> saved{&map_z, &map_scale_z, &map_scores, width, 0, 1};
         load_tiles_with_saved<PAIR>(shared, slots, gemm, &map_do, &map_w, scales, saved);
     };

@@ -1,12 +1,12 @@
 // D[r] = A[r] * B[expert of r] for rows sorted by expert, e4m3 with block scales. See grouped_gemm_fp8.py for layout, maths, bytes and
 // FLOPs.
 #include "epilogue/deferred_store.cuh"
-#include "gemm/roles.cuh"
-#include "gemm/tiles_fp8.cuh"
 #include "gemm/load_rows.cuh"
+#include "gemm/roles.cuh"
+#include "gemm/spec.cuh"
+#include "gemm/tiles_fp8.cuh"
 
-constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .operand = Operand::E4M3, .cluster = CLUSTER, .group_m = GROUP_M, .gather = GATHER,
-                        .share_a = SHARE_A, .arrivals = ARRIVALS};
+constexpr Config CONFIG = CONFIG_OF_SPEC<Operand::E4M3>;
 using Epilogue = DeferredStore<CONFIG>;
 
 extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
@@ -18,7 +18,8 @@ extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
     const auto shared = shared_memory<CONFIG, SMEM_BYTES, Epilogue::STAGING_BYTES>();
     const RaggedGemm gemm{offsets, index, experts, columns, blocks_k};
     const auto produce = [&](u32) {
-        const Scales<ColumnBlocksOf> scales{&map_scale_a, scale_a, scale_a_row, scale_b, scale_b_expert, scale_b_column, scale_b_k, {columns}};
+        const Scales<ColumnBlocksOf> scales{&map_scale_a, scale_a, scale_a_row, scale_b, scale_b_expert, scale_b_column, scale_b_k,
+                                            {columns}};
         load_ragged_rows<CONFIG.block_n>(shared, gemm, &map_a, scales, LoadOwnWeight{&map_b}, NoTail{});
     };
     run_roles(shared, produce, [&](u32 warp) {

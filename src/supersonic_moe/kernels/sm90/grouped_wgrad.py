@@ -39,27 +39,24 @@ from supersonic_moe.kernels.sm90.gemm_config import (
 )
 from supersonic_moe.kernels.sm90.operands import map_of_rows
 
-BF16, FP32, FP32_ADD = 0, 1, 2  # the kernel's OUTPUT
-STORE = {BF16: "UTMASTG", FP32: "UTMASTG", FP32_ADD: "UTMAREDG"}
+STORES = ("UTMASTG",), ("UTMASTG", "UTMAREDG")  # in bf16; in fp32, which is also added to
 
 
-def _spec(config: GemmConfig, output: int, transposed: bool) -> KernelSpec:
-    opcodes = ("HGMMA", "UTMALDG", STORE[output], "USETMAXREG")
-    return config.spec("grouped_wgrad", opcodes, TRANSPOSED=int(transposed), OUTPUT=output)
+def _spec(config: GemmConfig, fp32: bool) -> KernelSpec:
+    return config.spec("grouped_wgrad", ("HGMMA", "UTMALDG", *STORES[fp32], "USETMAXREG"), FP32=int(fp32))
 
 
 SPECS = tuple(
-    _spec(config_of(block_n, 2, gather), output, transposed)
-    for output in (BF16, FP32, FP32_ADD)
-    for transposed in (False, True)
+    _spec(config_of(block_n, 2, gather), fp32)
+    for fp32 in (False, True)
     for gather in (False, True)
     for block_n in (BLOCK_N, WIDE_BLOCK_N)
 )
 
 
 @functools.cache
-def _kernel(config: GemmConfig, output: int, transposed: bool) -> Kernel:
-    return Kernel(_spec(config, output, transposed))
+def _kernel(config: GemmConfig, fp32: bool) -> Kernel:
+    return Kernel(_spec(config, fp32))
 
 
 def gradient_buffer(out: Tensor | None, operand: Tensor, shape: tuple[int, int, int], accumulate: bool) -> Tensor:
@@ -74,10 +71,6 @@ def gradient_buffer(out: Tensor | None, operand: Tensor, shape: tuple[int, int, 
     if out.shape != shape or out.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"out must be bfloat16 or float32 of shape {shape}; got {checks.describe(out)}.")
     return out
-
-
-def output_kind(out: Tensor, accumulate: bool) -> int:
-    return BF16 if out.dtype is torch.bfloat16 else FP32_ADD if accumulate else FP32
 
 
 def map_of_output(out: Tensor, transposed: bool) -> TensorMap:
@@ -110,7 +103,7 @@ def grouped_mm_wgrad(
     config = choose(n, gather=index is not None, depth=rows // num_experts)
     block_k = config.block_k
     with on_device(a_TM):
-        _kernel(config, output_kind(out, accumulate), transposed).launch(
+        _kernel(config, out.dtype is torch.float32).launch(
             config.grid(a_TM.get_device()),
             map_a=map_of_rows(a_TM, index, box=(block_k, 64)),
             map_b=tensor_map(b_PN[None], box=(1, block_k, 64)),
@@ -120,5 +113,7 @@ def grouped_mm_wgrad(
             experts=num_experts,
             blocks_m=-(-m // (BLOCK_M * config.cluster)),
             blocks_n=-(-n // config.block_n),
+            adds=int(accumulate),
+            transposed=int(transposed),
         )
     return out

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import functools
 
+import torch
 from torch import Tensor
 
 from supersonic_moe import checks
@@ -32,13 +33,9 @@ from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.interface import Quantized
 from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, BUFFER_BYTES, GemmConfig, choose, config_of
 from supersonic_moe.kernels.sm90.grouped_wgrad import (
-    BF16,
-    FP32,
-    FP32_ADD,
-    STORE,
+    STORES,
     gradient_buffer,
     map_of_output,
-    output_kind,
 )
 from supersonic_moe.kernels.sm90.operands import map_of_columns
 from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks
@@ -46,21 +43,16 @@ from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks
 STAGING_BYTES = 4 * BUFFER_BYTES
 
 
-def _spec(config: GemmConfig, output: int, transposed: bool) -> KernelSpec:
-    opcodes = ("QGMMA", "UTMALDG", STORE[output], "USETMAXREG")
-    return config.spec("grouped_wgrad_fp8", opcodes, TRANSPOSED=int(transposed), OUTPUT=output)
+def _spec(config: GemmConfig, fp32: bool) -> KernelSpec:
+    return config.spec("grouped_wgrad_fp8", ("QGMMA", "UTMALDG", *STORES[fp32], "USETMAXREG"), FP32=int(fp32))
 
 
-SPECS = tuple(
-    _spec(config_of(BLOCK_N, 1, False, True, STAGING_BYTES), output, transposed)
-    for output in (BF16, FP32, FP32_ADD)
-    for transposed in (False, True)
-)
+SPECS = tuple(_spec(config_of(BLOCK_N, 1, False, True, STAGING_BYTES), fp32) for fp32 in (False, True))
 
 
 @functools.cache
-def _kernel(config: GemmConfig, output: int, transposed: bool) -> Kernel:
-    return Kernel(_spec(config, output, transposed))
+def _kernel(config: GemmConfig, fp32: bool) -> Kernel:
+    return Kernel(_spec(config, fp32))
 
 
 def _check(a_MG: Quantized, b_NG: Quantized) -> None:
@@ -112,7 +104,7 @@ def grouped_mm_wgrad_fp8(
     config = choose(n, gather=False, fp8=True, staging_bytes=STAGING_BYTES)
     scale_b_column, scale_b_k = b_scale.stride()
     with on_device(a):
-        _kernel(config, output_kind(out, accumulate), transposed).launch(
+        _kernel(config, out.dtype is torch.float32).launch(
             config.grid(a.get_device()),
             map_a=tensor_map(a, box=(BLOCK_M, config.block_k)),
             map_scale_a=map_of_columns(a_scale),
@@ -125,5 +117,7 @@ def grouped_mm_wgrad_fp8(
             scale_b=b_scale,
             scale_b_column=scale_b_column,
             scale_b_k=scale_b_k,
+            adds=int(accumulate),
+            transposed=int(transposed),
         )
     return out

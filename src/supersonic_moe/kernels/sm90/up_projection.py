@@ -40,22 +40,21 @@ from supersonic_moe.kernels.sm90.operands import (
 from supersonic_moe.kernels.sm90.unfused import UNFUSED
 
 
-def _spec(config: GemmConfig, kind: int, interleaved: bool) -> KernelSpec:
-    return config.spec("up_projection", OPCODES, ACTIVATION=kind, INTERLEAVED=int(interleaved))
+def _spec(config: GemmConfig, kind: int) -> KernelSpec:
+    return config.spec("up_projection", OPCODES, ACTIVATION=kind)
 
 
 SPECS = tuple(
-    _spec(config_of(BLOCK_N, cluster, gather), kind, interleaved)
+    _spec(config_of(BLOCK_N, cluster, gather), kind)
     for kind in ALL_KINDS
-    for interleaved in (False, True)
     for gather in (False, True)
     for cluster in (1, 2)
 )
 
 
 @functools.cache
-def _kernel(config: GemmConfig, kind: int, interleaved: bool) -> Kernel:
-    return Kernel(_spec(config, kind, interleaved))
+def _kernel(config: GemmConfig, kind: int) -> Kernel:
+    return Kernel(_spec(config, kind))
 
 
 def up_projection(
@@ -79,7 +78,7 @@ def up_projection(
     config = choose(n1, gather=index is not None, rows=rows // num_experts)
     with on_device(x_TH):
         map_a = map_of_stored_rows(a_PI)
-        _kernel(config, kind_of(activation), interleaved).launch(
+        _kernel(config, kind_of(activation)).launch(
             config.grid(x_TH.get_device()),
             map_x=map_of_rows(x_TH, index, box=(BLOCK_M, config.block_k)),
             map_w=map_of_gate_and_up(w1_ENH, interleaved, width),
@@ -95,6 +94,7 @@ def up_projection(
             b1=None if b1_EN is None else b1_EN.contiguous(),
             gate_base=gate_base,
             up_base=up_base,
+            interleaved=int(interleaved),
             alpha=activation.alpha,
             limit=limit_of(activation),
             up_offset=activation.up_offset,

@@ -1,12 +1,12 @@
-// Z[r] = X[r] * W1[expert of r]^T and A[r] = act(Z[r] + b1), e4m3 operands, A and if wanted Z quantised 1 x 128, for rows sorted by
+// Z[r] = X[r] * W1[expert of r]^T and A[r] = act(Z[r] + b1), e4m3 operands, A and if wanted Z quantized 1 x 128, for rows sorted by
 // expert and gated activations. See up_projection_fp8.py.
 #include "epilogue/gated_quantize.cuh"
-#include "gemm/roles.cuh"
-#include "gemm/tiles_fp8.cuh"
 #include "gemm/load_rows.cuh"
+#include "gemm/roles.cuh"
+#include "gemm/spec.cuh"
+#include "gemm/tiles_fp8.cuh"
 
-constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .operand = Operand::E4M3, .cluster = CLUSTER, .group_m = GROUP_M, .gather = GATHER,
-                        .share_a = SHARE_A, .arrivals = ARRIVALS};
+constexpr Config CONFIG = CONFIG_OF_SPEC<Operand::E4M3>;
 constexpr Gate GATE{static_cast<Act>(ACTIVATION), INTERLEAVED};
 using Epilogue = GatedActivationQuantized<CONFIG, GATE>;
 

@@ -1,8 +1,10 @@
-// The backward of a gated activation in an epilogue: eight activations of a thread at a time, where their gates and ups lie in shared
-// memory, and what a row's score does to their gradients.
+// The backward of a gated activation inside an epilogue, for all three of them (gated_backward.cuh, gated_backward_fp8.cuh,
+// gated_backward_quantize.cuh): a thread's eight activations at a time, whose gates and ups lie in shared memory, and what a row's score
+// does to their gradients.
 //
-// A chunk is 64 activations of 128 rows. In bf16 its part of Z takes two buffers: 32 activations each, gate and up alternating, where
-// Z is G.interleaved, else gates and ups. A thread has rows r and r + 8 of its warp's 16 lines, as in an accumulator fragment.
+// An epilogue takes its tile in chunks of 64 activations. In bf16 a chunk's part of Z fills two staging buffers: 32 activations each, gate
+// and up alternating, where Z is interleaved, else gates and ups. A thread has rows r and r + 8 of its warp's 16 lines, as in an
+// accumulator fragment.
 #pragma once
 #include "epilogue/activation.cuh"
 #include "epilogue/staging.cuh"
@@ -14,12 +16,12 @@ struct RowScores {  // what one thread knows of its rows r and r + 8
     float dscore[2];
 };
 
-// GateUpFragment activations, or their gradients: [i][j] is column c + 8 * (i / 2) + j of row r + 8 * (i % 2).
+// Eight activations of a thread, or their gradients: [i][j] is column c + 8 * (i / 2) + j of row r + 8 * (i % 2).
 struct GateUpFragment {
     float gate[4][2], up[4][2];
 };
 
-// They in pairs, as Z stores them: where gate and up alternate the two of column c | of c + 1, else the gates of both | their ups.
+// The same in pairs, as Z stores them: where gate and up alternate the two of column c | of c + 1, else the gates of both | their ups.
 struct PackedFragment {
     u32 first[4], second[4];
 };
@@ -36,7 +38,7 @@ struct Bias {
         float of_gate[2][2], of_up[2][2];
 #pragma unroll
         for (u32 half = 0; half < 2; ++half)
-            load_bias<G.interleaved>(values, c + static_cast<i32>(half) * 8, width, gate_base, up_base, of_gate[half], of_up[half]);
+            load_bias(G.interleaved, values, c + static_cast<i32>(half) * 8, width, gate_base, up_base, of_gate[half], of_up[half]);
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) {
 #pragma unroll
@@ -68,10 +70,11 @@ DEVICE GateUpFragment unpack_fragment(const PackedFragment& words, Unpack unpack
     return z;
 }
 
-// GateUpFragment activations at `z`, bias included; d[0, 1] and d[2, 3] are dA of columns c, c + 1 of rows r and r + 8, d[4..7] the same of c + 8.
-// Z becomes its gradient, `scaled` gets s * A.
+// Eight activations at `z`, bias included; d[0, 1] and d[2, 3] are dA of columns c, c + 1 of rows r and r + 8, d[4..7] the same
+// of c + 8. Z becomes its gradient, `scaled` gets s * A.
 template <Gate G>
-DEVICE void backward_fragment(const float* d, GateUpFragment& z, float (&scaled)[4][2], RowScores& rows, const ActivationConstants& constants) {
+DEVICE void backward_fragment(const float* d, GateUpFragment& z, float (&scaled)[4][2], RowScores& rows,
+                              const ActivationConstants& constants) {
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {
         const float s = rows.score[i % 2];

@@ -1,6 +1,7 @@
-// Backward of the gated activation, bf16. After the K blocks of a tile, the loading warpgroup sends the tile's part of Z through the same
-// ring: stages of 64 activations, gate in the buffer of A, up in the first half of B's. A math warp owns 16 rows of each: it reads gate and
-// up, writes dZ in their place and s A behind them, stores all three by TMA and gives the stage back.
+// Backward of the gated activation behind the bf16 loop. After the K blocks of a tile, the loading warps send the tile's part of Z
+// through the same ring: stages of 64 activations, gate in the stage's first buffer, up in its second. A math warp owns 16 rows of each:
+// it reads gate and up, writes dZ in their place and s A into the third, stores all three by TMA and gives the stage back. For
+// down_backward.cu.
 #pragma once
 #include "epilogue/activation_backward.cuh"
 
@@ -33,7 +34,6 @@ struct LoadSavedIntoRing {
 
 template <Config C, Gate G>
 struct GatedBackward {
-    static constexpr bool BY_WARPGROUP = false;
     Gradients<C, G> gradients;
     const u16* b1;
     const float* scores;
@@ -41,11 +41,13 @@ struct GatedBackward {
     i32 rows_allocated, width, gate_base, up_base;
     ActivationConstants constants;
 
+    DEVICE static constexpr bool by_warpgroup() { return false; }
     DEVICE i32 stages(const WorkTile& tile) const {
         const i32 columns = min(static_cast<i32>(C.block_n), width - tile.column);
         return (columns + static_cast<i32>(CHUNK) - 1) / static_cast<i32>(CHUNK);
     }
-    DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring, BorrowedStages<C>& borrowed, u32 group, u32 warp) const {
+    DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring,
+                           BorrowedStages<C>& borrowed, u32, u32 warp) const {
         const u32 lane = fresh_thread_index() % 32, line = first_line(warp);
         const i32 row = tile.row + static_cast<i32>(line), rows = tile.row_end - row;
         const Bias<G> bias{b1, tile.expert, width, gate_base, up_base};

@@ -1,12 +1,12 @@
-// Backward of the gated activation behind an FP8 product, outputs in bf16.
+// Backward of the gated activation behind the FP8 loop, outputs in bf16. For down_backward_fp8.cu.
 //
 // A tile is 128 rows x 256 activations, its epilogue four chunks of 64. Z waits for it in shared memory of its own (SavedSlots): the loader
 // asks for it behind the tile's last K block, while three stages are still to be multiplied. dZ leaves through the ring, which the math
 // warps have for one lap: eight of its nine buffers, two for each chunk in order, so
 //
-//   stage    0      |      1      |      2          The first stage goes back in the middle of chunk 2, the second in that of
-//   buffer  0 1 2     |   0  1 2    |   0 1  -        chunk 3, and the next tile's operands come while chunks 2 and 3 are computed.
-//   chunk 0 0 1     |   1  2 2    |   3 3           The last one goes back behind the next tile's first product.
+//   stage     0      |      1      |      2          The first stage goes back in the middle of chunk 2, the second in that of
+//   buffer  0 1 2    |   0  1 2    |   0 1  -        chunk 3, and the next tile's operands come while chunks 2 and 3 are computed.
+//   chunk   0 0 1    |   1  2 2    |   3 3           The last one goes back behind the next tile's first product.
 //
 // s A takes the place of the chunk's Z. A thread holds it back until its warp has read all of that Z. Every tile takes whole laps of the
 // ring and of the slots, with as many chunks where it has fewer columns: the stage is a constant, and blocks of a cluster stay in step.

@@ -1,25 +1,27 @@
-// gated_backward_fp8.cuh with FP8 outputs: dZ in e4m3 as it lies and transposed, s * A transposed, one scale for each tile of 128 x 128.
+// Backward of the gated activation behind the FP8 loop, outputs in e4m3: dZ as it lies and transposed, s A transposed, one scale for each
+// tile of 128 x 128. For down_backward_fp8_quantised.cu; it differs from gated_backward_fp8.cuh as follows.
 //
 // A kernel tile is 128 rows from an expert's first on, one block of positions, and its 256 activations are four tiles of dZ, a chunk each
-// since gate and up alternate, and two of s * A, a pair of chunks each. So no scale takes more than one block: each warp finds its largest
-// magnitude, then the eight meet (CHUNK_BARRIER). Until then a thread holds its values in registers: 64 of dZ and up to 64 of s * A, beside the
-// products of the chunks to come. That is as much as the main loop takes, and a few too many for some activations: 16 values of chunk 0
-// wait in shared memory (park).
+// since gate and up alternate, and two of s A, a pair of chunks each. So no scale takes more than one block: each warp finds its largest
+// magnitude, then all wait for each other (sync_math_warps). Until then a thread holds its values in registers: 64 of dZ and up to 64 of
+// s A, beside the products of the chunks to come. That is as much as the main loop takes, and a few too many for some activations: 16
+// values of chunk 0 wait in shared memory (park).
 //
 // Rows that the expert does not have count as rows of score 0: they raise no maximum and become zeros, in the transposed outputs up to the
 // end of the block of positions. So a warp, or a warpgroup, without rows computes like the others.
 //
-// Where outputs wait for TMA. A warp's 16 lines of the chunk's Z are its own again once the warps have met: they hold s * A of the pair
-// while it is transposed, then dZ as it lies. What is transposed goes to the ring, which the math warps have for one lap. One warp, STORING_WARP,
-// hands it to TMA when the warps meet next; chunk 3 has nothing after it, so there they count in at END_BARRIER.
+// Where outputs wait for TMA. A warp's 16 lines of the chunk's Z are its own again behind the barrier: they hold s A of the pair while it
+// is transposed, then dZ as it lies. What is transposed goes to the ring, which the math warps have for one lap. One warp, STORING_WARP,
+// hands it to TMA behind the next barrier; chunk 3 has none after it, so there the others only arrive (TILE_END_BARRIER).
 //
-//   stage    0            |  1           |  2                  handed over when the warps meet over
-//   buffer     0      1     |  0     1     |  0     1     2      chunk 1: dZ 0         chunk 2: dZ 1, sA 0
-//            dZ 0   park  |  dZ 1  sA 0  |  dZ 2  dZ 3  sA 1   chunk 3: dZ 2         END_BARRIER: dZ 3, sA 1
+//   stage     0            |  1           |  2                  handed over behind the barrier of
+//   buffer    0      1     |  0     1     |  0     1     2      chunk 1: dZ 0         chunk 2: dZ 1, sA 0
+//             dZ 0   park  |  dZ 1  sA 0  |  dZ 2  dZ 3  sA 1   chunk 3: dZ 2         the tile's end: dZ 3, sA 1
 //
-// SavedSlots and stages go back as in down_backward_fp8.cu: slot c and stage c - 1 in the middle of chunk c + 1, the last ones behind the next
-// tile's first product. A warp gives back once TMA has read what this warp handed over; a stage waits for all eight, the storing
-// warp among them. Every tile takes all four meetings, whatever rows and columns it has. The maxima of a chunk are overwritten a tile later.
+// Slots and stages go back as in gated_backward_fp8.cuh: slot c and stage c - 1 in the middle of chunk c + 1, the last ones behind the
+// next tile's first product. A warp gives back once TMA has read what this warp handed over; a stage waits for all eight, the storing
+// warp among them. Every tile takes all four barriers, whatever rows and columns it has. The maxima of a chunk are overwritten a tile
+// later.
 #pragma once
 #include "epilogue/quantize.cuh"
 #include "epilogue/saved_preactivation.cuh"
@@ -46,7 +48,7 @@ struct Maxima {
     DEVICE float get(u32 chunk, bool of_a, u32 lane) const { return of_warp(load_scale(at(chunk, of_a) + lane % C.math_warps() * 4)); }
 };
 
-// GateUpFragment values of each math thread, to half a buffer and back.
+// Eight values of each math thread, to half a buffer and back.
 template <Config C>
 DEVICE void park(u32 half_buffer, const float (&values)[4][2]) {
     const u32 at = half_buffer + fresh_thread_index() % C.math_threads() * 8;
@@ -58,7 +60,10 @@ DEVICE void unpark(u32 half_buffer, float (&values)[4][2]) {
     const u32 at = half_buffer + fresh_thread_index() % C.math_threads() * 8;
 #pragma unroll
     for (u32 i = 0; i < 4; ++i)
-        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(values[i][0]), "=f"(values[i][1]) : "r"(at + i * C.math_threads() * 8) : "memory");
+        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                     : "=f"(values[i][0]), "=f"(values[i][1])
+                     : "r"(at + i * C.math_threads() * 8)
+                     : "memory");
 }
 
 template <Config C, Gate G>
@@ -158,8 +163,10 @@ struct GatedBackwardQuantized {
                 await_chunk(chunk);
                 if (chunk == 0) {
 #pragma unroll
-                    for (u32 i = 0; i < 2; ++i)
-                        if (static_cast<i32>(lane / 4 + 8 * i) < rows) rows_held.score[i] = load_scale(slots.scores() + row_offset + i * 32);
+                    for (u32 i = 0; i < 2; ++i) {
+                        if (static_cast<i32>(lane / 4 + 8 * i) < rows)
+                            rows_held.score[i] = load_scale(slots.scores() + row_offset + i * 32);
+                    }
                     padded = __any_sync(0xffffffffu, rows_held.score[0] == 0.0f || rows_held.score[1] == 0.0f);
                 }
                 const u32 scales = slots.scales(chunk, 0) + row_offset;
@@ -176,7 +183,8 @@ struct GatedBackwardQuantized {
                     z[part] = unpack_fragment<G>(saved, unpack_e4m3);
                     if (part < 3) saved = load_saved<C, SAVED>(buffer, line, part + 1, lane, 0);
 #pragma unroll
-                    for (u32 i = 0; i < 8; ++i) z[part].gate[i / 2][i % 2] *= scale[i / 2 % 2], z[part].up[i / 2][i % 2] *= scale[i / 2 % 2];
+                    for (u32 i = 0; i < 8; ++i)
+                        z[part].gate[i / 2][i % 2] *= scale[i / 2 % 2], z[part].up[i / 2][i % 2] *= scale[i / 2 % 2];
                     bias.add(column + static_cast<i32>(part * 16 + lane % 4 * 2), z[part]);
                     float(&a)[4][2] = scaled[chunk % 2 * 4 + part];
                     backward_fragment<G>(d, z[part], a, rows_held, constants);
@@ -251,8 +259,8 @@ struct GatedBackwardQuantized {
         } else {
             named_barrier_arrive(TILE_END_BARRIER, C.math_threads());
         }
-        if (rows > 0)
-            store_dscores(rows_held, dscores + static_cast<i64>(tile.column / static_cast<i32>(C.block_n)) * rows_allocated + row, rows, lane);
+        const i64 block_n = tile.column / static_cast<i32>(C.block_n);
+        if (rows > 0) store_dscores(rows_held, dscores + block_n * rows_allocated + row, rows, lane);
         ring.phase ^= 1;
         lap ^= 1;
         in_flight = true;

@@ -1,6 +1,6 @@
-// Gated activation, quantised: gate and up of a tile to A = act(Z + b1) in e4m3 with scales of 1 x 128, and Z in e4m3 or bf16 if it is
-// wanted. A row of a tile is one block of A and two of Z, whose maxima are found among the four lanes that hold the row. Results go
-// through staging: A in buffer 0, Z behind it.
+// Gated activation behind the FP8 loop, quantized: gate and up of a tile to A = act(Z + b1) in e4m3 with scales of 1 x 128, and Z in e4m3
+// or bf16 if it is wanted. A row of a tile is one scale block of A and two of Z, whose maxima are found among the four lanes that hold
+// the row. Results go through staging buffers of its own: A in the first, Z behind it. For up_projection_fp8.cu.
 #pragma once
 #include "epilogue/activation.cuh"
 #include "epilogue/quantize.cuh"
@@ -108,7 +108,8 @@ struct GatedActivationQuantized {
                 float upper = 0.0f, lower = 0.0f;
                 row_maxima(first, upper, lower);
                 row_maxima(second, upper, lower);
-                const i32 base = G.interleaved ? 2 * tile.column + static_cast<i32>(block) * 128 : tile.column + (block == 0 ? gate_base : up_base);
+                const i32 base = G.interleaved ? 2 * tile.column + static_cast<i32>(block) * 128
+                                               : tile.column + (block == 0 ? gate_base : up_base);
                 const bool exists = base < 2 * width;  // the second block of the last tile may not
                 scale_rows(inverse, upper, lower, pow2, scale_z + base / 128 * scale_stride + row, exists ? rows : 0, lane);
                 const u32 lines = buffers_of_z + block * C.buffer_bytes();
@@ -130,24 +131,7 @@ struct GatedActivationQuantized {
                 }
             }
         }
-        if (b1 != nullptr) {
-            const u16* bias = b1 + static_cast<i64>(tile.expert) * 2 * width;
-            const i32 first = tile.column + static_cast<i32>(lane % 4 * 2);
-#pragma unroll
-            for (u32 i = 0; i < EACH; i += 4) {
-                float g[2], u[2];
-                pin_four(gate + i), pin_four(up + i);
-                load_bias<G.interleaved>(bias, first + static_cast<i32>(i * 2), width, gate_base, up_base, g, u);
-#pragma unroll
-                for (u32 j = 0; j < 4; ++j) gate[i + j] += g[j % 2], up[i + j] += u[j % 2];  // rows r and r + 8
-            }
-        }
-#pragma unroll
-        for (u32 i = 0; i < EACH; i += 4) {
-            pin_four(gate + i), pin_four(up + i);
-#pragma unroll
-            for (u32 j = i; j < i + 4; ++j) gate[j] = gated<G.kind>(gate[j], up[j], constants);
-        }
+        activate<G.kind, EACH>(gate, up, G.interleaved, b1, tile.expert, tile.column, width, gate_base, up_base, constants, lane);
         float upper = 0.0f, lower = 0.0f;
         row_maxima(gate, upper, lower);
         row_maxima(gate + 32, upper, lower);
@@ -162,17 +146,19 @@ struct GatedActivationQuantized {
             const i32 half = G.interleaved ? 0 : static_cast<i32>(i / size) ^ (gate_base > up_base);
             const i32 in_half = static_cast<i32>((G.interleaved ? i : i % size) * (LINE / size));
             const Rows out{z + static_cast<i64>(half) * width * size, z_row_bytes, G.interleaved ? 2 * width : width};
-            return {map_z, out, buffers_of_z + i * C.buffer_bytes(), G.interleaved ? 2 * tile.column + in_half : tile.column + in_half, half};
+            const i32 column = (G.interleaved ? 2 : 1) * tile.column + in_half;
+            return {map_z, out, buffers_of_z + i * C.buffer_bytes(), column, half};
         };
         if (rows >= static_cast<i32>(WARP_ROWS)) {
-            if (!elect_one()) return;
-            tma_store(map_a, buffer_of_a, tile.column, 0, row);
+            if (elect_one()) {
+                tma_store(map_a, buffer_of_a, tile.column, 0, row);
 #pragma unroll 1
-            for (u32 i = 0; i < buffers; ++i) {
-                const Destination to = place_of_z(i);
-                tma_store(to.map, to.lines, to.column, to.half, row);
+                for (u32 i = 0; i < buffers; ++i) {
+                    const Destination to = place_of_z(i);
+                    tma_store(to.map, to.lines, to.column, to.half, row);
+                }
+                tma_commit();
             }
-            tma_commit();
             return;
         }
         store_rows<1>({a, a_row_bytes, width}, buffer_of_a, row, rows, tile.column, lane);

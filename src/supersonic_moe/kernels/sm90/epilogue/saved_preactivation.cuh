@@ -1,13 +1,12 @@
-// What both forms of the backward of the down-projection in FP8 share (down_backward_fp8.cu, down_backward_fp8_quantised.cu): where Z waits
-// in shared memory, and the loading warpgroup's part.
+// Where the saved pre-activation Z waits in shared memory for the two FP8 backwards (gated_backward_fp8.cuh,
+// gated_backward_quantize.cuh), and how it gets there: their loading warps' part.
 //
 // A tile is 128 rows x 256 activations, its epilogue four chunks of 64. The loader asks for Z behind the tile's last K block, while three
 // stages are still to be multiplied.
-//
 #pragma once
 #include "epilogue/activation_backward.cuh"
-#include "gemm/tiles_fp8.cuh"
 #include "gemm/load_rows.cuh"
+#include "gemm/tiles_fp8.cuh"
 
 struct SavedFormat {  // how Z was kept for the backward
     bool fp8;          // e4m3 with scales of 1 x 128, else bf16
@@ -22,9 +21,9 @@ constexpr u32 slot_bytes = (S.fp8 ? 1 : 2) * C.buffer_bytes();
 template <SavedFormat S>
 constexpr u32 scale_vectors = S.fp8 ? (S.interleaved ? 1 : 2) : 0;  // of a chunk: gate and up may lie in two blocks of Z
 
-// Z of a tile, a slot for a chunk: in e4m3 all four chunks, 128 bytes a row; in bf16 two of them, as two buffers. With gate and up in halves
-// an e4m3 row is 64 bytes of the first half, then 64 of the second, swizzled in 64 bytes. Behind the slots lie scales of Z for each, and
-// the rows' scores, which come with chunk 0.
+// Z of a tile, a slot for a chunk: in e4m3 all four chunks, 128 bytes a row; in bf16 two of them, as two buffers. With gate and up in
+// halves an e4m3 row is 64 bytes of the first half, then 64 of the second, swizzled in 64 bytes. Behind the slots lie scales of Z for
+// each, and the rows' scores, which come with chunk 0.
 template <Config C, SavedFormat S>
 struct SavedSlots {
     static constexpr u32 BYTES = slots_of<C, S> * slot_bytes<C, S> + (slots_of<C, S> * scale_vectors<S> + 1) * C.scale_bytes();
@@ -102,7 +101,8 @@ struct LoadSavedSlots {
         } else {
             const i32 gate_half = gate_base > up_base, first = S.interleaved ? 2 * column : column;
             tma_load(buffer, map_z, full, first, S.interleaved ? 0 : gate_half, tile.row);
-            tma_load(buffer + C.buffer_bytes(), map_z, full, S.interleaved ? first + 64 : first, S.interleaved ? 0 : 1 - gate_half, tile.row);
+            const i32 second = S.interleaved ? first + 64 : first, up_half = S.interleaved ? 0 : 1 - gate_half;
+            tma_load(buffer + C.buffer_bytes(), map_z, full, second, up_half, tile.row);
         }
     }
 };
@@ -110,8 +110,9 @@ struct LoadSavedSlots {
 // All tiles of this block: K blocks, Z, and a lap of the ring for the epilogue. A tile has the chunks of each `Span` of activations that
 // has one of its own; those past the width load as zeros.
 template <i32 Span, Config C, SavedFormat S>
-DEVICE void load_tiles_with_saved(const SharedMemory<C>& shared, const SavedSlots<C, S>& slots, const RaggedGemm& gemm, const TensorMap* map_do, const TensorMap* map_w,
-                       const Scales<ColumnBlocksOf>& scales, const LoadSavedSlots<C, S>& saved) {
+DEVICE void load_tiles_with_saved(const SharedMemory<C>& shared, const SavedSlots<C, S>& slots, const RaggedGemm& gemm,
+                                  const TensorMap* map_do, const TensorMap* map_w, const Scales<ColumnBlocksOf>& scales,
+                                  const LoadSavedSlots<C, S>& saved) {
     u32 lap = 0;  // of the slots
     const auto load_tail = [&](Ring<C>& ring, const WorkTile& tile, u32 loader) {
         const auto load_lap = [&](u32 first) {
@@ -120,7 +121,8 @@ DEVICE void load_tiles_with_saved(const SharedMemory<C>& shared, const SavedSlot
             for (u32 slot = 0; slot < slots_of<C, S>; ++slot) {
                 const u32 chunk = first + slot;
                 mbarrier_wait(slots.empty(slot), lap % 2 ^ 1);
-                if (elect_one()) saved.load(slots, tile, chunk, slot, tile.column + static_cast<i32>(chunk * CHUNK) / Span * Span < saved.width);
+                const bool exists = tile.column + static_cast<i32>(chunk * CHUNK) / Span * Span < saved.width;
+                if (elect_one()) saved.load(slots, tile, chunk, slot, exists);
                 __syncwarp();
             }
             ++lap;

@@ -130,10 +130,11 @@ DEVICE void store_lines(u32 count, i32 row, i32 rows, u32 lane, DestinationOf de
     }
 }
 
-// `columns` of this warp's accumulators, rounded to bf16, through the buffers whose lines start at `lines`, to (row, column) of an output seen
-// as (rows, 1, columns) in boxes of 16 x 64. What is no whole buffer leaves without TMA, whose box would reach into the next tile.
+// `columns` of this warp's accumulators, rounded to bf16, through the buffers whose lines start at `lines`, to (row, column) of an output
+// seen as (rows, 1, columns) in boxes of 16 x 64. What is no whole buffer leaves without TMA, whose box would reach into the next tile.
 template <Config C>
-DEVICE void store_columns(float* acc, u32 columns, u32 lines, const TensorMap* map, const Rows& out, i32 row, i32 rows, i32 column, u32 lane) {
+DEVICE void store_columns(float* acc, u32 columns, u32 lines, const TensorMap* map, const Rows& out, i32 row, i32 rows, i32 column,
+                          u32 lane) {
     const u32 whole = columns / 64;
 #pragma unroll
     for (u32 i = 0; i < (columns + 63) / 64; ++i) stage_bf16(acc + i * 32, lines + i * C.buffer_bytes(), lane, min(columns - i * 64, 64u));

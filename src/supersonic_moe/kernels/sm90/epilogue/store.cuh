@@ -7,10 +7,10 @@ struct Store {
     static constexpr u32 BUFFERS = (C.block_n + 63) / 64, STAGES_USED = (BUFFERS + C.stage_buffers() - 1) / C.stage_buffers();
     static constexpr u32 COLUMNS_EACH = (BUFFERS + STAGES_USED - 1) / STAGES_USED * 64;  // of a borrowed stage; the last may have fewer
     static_assert(STAGES_USED < C.stages, "the loading warps keep a stage");
-    static constexpr bool BY_WARPGROUP = false;
     const TensorMap* map_d;
     Rows out;
 
+    DEVICE static constexpr bool by_warpgroup() { return false; }
     DEVICE i32 stages(const WorkTile&) const { return static_cast<i32>(STAGES_USED); }
     DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring,
                            BorrowedStages<C>& borrowed, u32, u32 warp) const {

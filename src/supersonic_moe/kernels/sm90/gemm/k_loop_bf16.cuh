@@ -40,8 +40,8 @@ DEVICE void multiply_stage(float (&acc)[C.accumulators()], const SharedMemory<C>
 // stage, complete and not yet released: the work tile beside it is this one. `overlap()` runs once the first batch is in flight,
 // `before_last_block(stage)` before the last is multiplied.
 template <Major MajorA, Major MajorB, Config C, typename Overlap, typename BeforeLastBlock>
-DEVICE u32 multiply_tile(float (&acc)[C.accumulators()], const SharedMemory<C>& shared, Ring<C>& ring, u32 group, i32 blocks_k, Overlap overlap,
-                         BeforeLastBlock before_last_block) {
+DEVICE u32 multiply_tile(float (&acc)[C.accumulators()], const SharedMemory<C>& shared, Ring<C>& ring, u32 group, i32 blocks_k,
+                         Overlap overlap, BeforeLastBlock before_last_block) {
     u32 last = ring.stage;
     for (i32 block = 0; block < blocks_k; ++block, ring.advance()) {
         mbarrier_wait(shared.full(ring.stage), ring.phase);

@@ -21,7 +21,8 @@
 // and the scale of this thread's first row.
 template <Config C>
 struct OperandAddresses {
-    static_assert(C.scaled() && C.mma_n <= 128 && 128 % C.mma_n == 0 && C.parts() <= 2, "a part has one scale of B, and a tile two at most");
+    static_assert(C.scaled() && C.mma_n <= 128 && 128 % C.mma_n == 0 && C.parts() <= 2,
+                  "a part has one scale of B, and a tile two at most");
     u32 a, b, scale;
     DEVICE OperandAddresses(const SharedMemory<C>& shared, u32 group)
         : a(__shfl_sync(0xffffffffu, static_cast<u32>(k_major_descriptor(shared.tile_a(0) + group * (GROUP_ROWS * LINE))), 0)),
@@ -64,8 +65,8 @@ DEVICE bool multiply_block(float (&acc)[C.accumulators()], const SharedMemory<C>
         wgmma_fence();
 #pragma unroll
         for (u32 step = 0; step < 4; ++step)
-            WgmmaE4m3<C.mma_n>::multiply(product, operand_descriptor(a + step * 2), operand_descriptor(b + part * (C.mma_n * LINE / 16) + step * 2),
-                                         step > 0);
+            WgmmaE4m3<C.mma_n>::multiply(product, operand_descriptor(a + step * 2),
+                                         operand_descriptor(b + part * (C.mma_n * LINE / 16) + step * 2), step > 0);
         wgmma_commit();
         if constexpr (First) run_overlap(overlap, part);
         wgmma_wait<0>();

@@ -1,5 +1,6 @@
-// How B of a stage is loaded, as the loaders call it: `load_b(tile_b, full, k, tile, part, blocks)`, by one thread, for K from `k` on. Blocks of
-// a cluster with the same columns load a part of B each, part `part` of as many as there are blocks, for those `blocks` of them.
+// How B of a stage is loaded, as the loaders call it: `load_b(tile_b, full, k, tile, part, blocks)`, by one thread, for K from `k` on.
+// Blocks of a cluster with the same columns load a part of B each, part `part` of as many as there are blocks, for those `blocks` of
+// them.
 #pragma once
 #include "gemm/work_tile.cuh"
 #include "ptx/copy.cuh"

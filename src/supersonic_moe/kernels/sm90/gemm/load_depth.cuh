@@ -51,12 +51,13 @@ constexpr u32 WARP_LINES = C.block_k() / 4;  // rows of the contraction that a l
 // Loads all tiles of this block: for each, the K blocks of its expert, then stages for the epilogue to borrow, unless it adds nothing.
 // With gather the rows change from block to block: a warp reads their indices one block ahead, past the end of a tile those of
 // the next, one a lane, and its issuing lane picks them up from shared memory.
-template <u32 BorrowedByTile, bool Adds, Config C, typename Schedule = AllTiles<C>>
+template <u32 BorrowedByTile, Config C, typename Schedule = AllTiles<C>>
 DEVICE void load_ragged_depth(const SharedMemory<C>& shared, const DepthGemm& gemm, const TensorMap* map_a, const TensorMap* map_b,
-                              const Schedule schedule = {}) {
+                              const bool adds, const Schedule schedule = {}) {
     const u32 warp = warp_index();
     if (warp >= C.load_warps()) return;
     const i32 rank = C.cluster > 1 ? static_cast<i32>(cluster_block_rank()) : 0;
+    constexpr i32 block_k = C.block_k();
     const i32 tiles_each = gemm.blocks_m * gemm.blocks_n, tiles = gemm.experts * tiles_each;
     const auto fetch = [&](i32 first, i32 end) {
         const i32 row = first + static_cast<i32>(warp * WARP_LINES<C> + lane_index() % WARP_LINES<C>);
@@ -77,15 +78,15 @@ DEVICE void load_ragged_depth(const SharedMemory<C>& shared, const DepthGemm& ge
         look_up(next_index);
         i32 m, n;
         grouped_order<C.group_m / C.cluster>(index % tiles_each, gemm.blocks_m, gemm.blocks_n, m, n);
-        const i32 blocks_k = max((end - begin + static_cast<i32>(C.block_k()) - 1) / static_cast<i32>(C.block_k()), 1);  // none: zeros, once
+        const i32 blocks_k = max((end - begin + block_k - 1) / block_k, 1);  // without rows: zeros, once
         const WorkTile tile{m * static_cast<i32>(C.block_m * C.cluster) + rank * static_cast<i32>(C.block_m), end - begin,
                             n * static_cast<i32>(C.block_n), expert, blocks_k};
         for (i32 block = 0; block < blocks_k; ++block, ring.advance()) {
             const u32 full = shared.full(ring.stage), tile_a = shared.tile_a(ring.stage);
-            const i32 k = begin + block * C.block_k();
+            const i32 k = begin + block * block_k;
             if constexpr (C.gather) {
                 if (lane_index() < WARP_LINES<C>) store_index(shared.row_index(warp * WARP_LINES<C> + lane_index()), mine);
-                mine = block + 1 < blocks_k ? fetch(k + C.block_k(), end) : fetch(next_begin, next_end);
+                mine = block + 1 < blocks_k ? fetch(k + block_k, end) : fetch(next_begin, next_end);
                 __syncwarp();
             }
             mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
@@ -104,7 +105,7 @@ DEVICE void load_ragged_depth(const SharedMemory<C>& shared, const DepthGemm& ge
                     for (u32 slab = 0; slab < C.slabs_m(); ++slab)
                         tma_load(tile_a + slab * C.slab_bytes(), map_a, full, tile.row + static_cast<i32>(slab * 64), k);
                 }
-                load_b_mn_major<C>(shared.tile_b(ring.stage), map_b, full, k, tile.column, 0, rank, (1 << C.cluster) - 1);
+                load_b_mn_major<C>(shared.tile_b(ring.stage), map_b, full, k, tile.column, 0, cluster_block_rank(), (1 << C.cluster) - 1);
             }
             if constexpr (C.gather) {
                 if (elect_one()) {
@@ -116,14 +117,15 @@ DEVICE void load_ragged_depth(const SharedMemory<C>& shared, const DepthGemm& ge
                         for (u32 i = 0; i < 4; ++i) {
 #pragma unroll
                             for (u32 slab = 0; slab < C.slabs_m(); ++slab)
-                                tma_load(tile_a + (first + i) * LINE + slab * C.slab_bytes(), map_a, full, tile.row + static_cast<i32>(slab * 64), rows[i]);
+                                tma_load(tile_a + (first + i) * LINE + slab * C.slab_bytes(), map_a, full,
+                                         tile.row + static_cast<i32>(slab * 64), rows[i]);
                         }
                     }
                 }
                 __syncwarp();
             }
         }
-        if (!Adds || begin < end) offer_stages(shared, ring, BorrowedByTile, warp);
+        if (!adds || begin < end) offer_stages(shared, ring, BorrowedByTile, warp);
         index = next_index;
     }
     announce_end(shared, ring, warp);

@@ -31,14 +31,16 @@ struct DepthScales {
         next_first = __ldg(first = at + column * gemm.scale_column);
         next_second = __ldg(second = at + min(column + 1, last) * gemm.scale_column);
     }
-    DEVICE void advance(const ScaledDepthGemm& gemm) { next_first = __ldg(first += gemm.scale_k), next_second = __ldg(second += gemm.scale_k); }
+    DEVICE void advance(const ScaledDepthGemm& gemm) {
+        next_first = __ldg(first += gemm.scale_k), next_second = __ldg(second += gemm.scale_k);
+    }
 };
 
 // Loads all tiles of this block: the K blocks of its expert, or one stage with nothing but a work tile. The next tile's offsets and first
 // scales are read while the current one is loaded: each of these reads takes as long as a K block.
-template <bool Adds, Config C, typename Schedule = AllTiles<C>>
-DEVICE void load_scaled_depth(const SharedMemory<C>& shared, const ScaledDepthGemm& gemm, const TensorMap* map_a, const TensorMap* map_scale_a,
-                              const TensorMap* map_b, const Schedule schedule = {}) {
+template <Config C, typename Schedule = AllTiles<C>>
+DEVICE void load_scaled_depth(const SharedMemory<C>& shared, const ScaledDepthGemm& gemm, const TensorMap* map_a,
+                              const TensorMap* map_scale_a, const TensorMap* map_b, const bool adds, const Schedule schedule = {}) {
     static_assert(C.cluster == 1 && C.load_warps() == 1, "one warp loads for its block alone");
     const i32 blocks_m = (gemm.rows + static_cast<i32>(C.block_m) - 1) / static_cast<i32>(C.block_m);
     const i32 blocks_n = (gemm.columns + static_cast<i32>(C.block_n) - 1) / static_cast<i32>(C.block_n);
@@ -50,7 +52,7 @@ DEVICE void load_scaled_depth(const SharedMemory<C>& shared, const ScaledDepthGe
             i32 begin = gemm.offsets[expert], end = gemm.offsets[expert + 1];
             if constexpr (Schedule::CLIPS) schedule.clip(expert, begin, end);
             const i32 blocks_k = (end - begin) / 128;
-            if (Adds && blocks_k == 0) continue;  // nothing to add
+            if (adds && blocks_k == 0) continue;  // nothing to add
             i32 m, n;
             grouped_order<C.group_m>(index % tiles_each, blocks_m, blocks_n, m, n);
             index = schedule.next(index);

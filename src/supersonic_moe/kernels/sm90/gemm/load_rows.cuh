@@ -67,8 +67,8 @@ struct OfferStages {
 // and behind `load_tail`: the epilogue of a tile must not wait for the next one's rows.
 template <i32 TileColumns, Config C, typename AllScales, typename LoadB, typename LoadTail, typename Ready = ReadyAtStart,
           typename Schedule = AllTiles<C>>
-DEVICE void load_ragged_rows(const SharedMemory<C>& shared, const RaggedGemm& gemm, const TensorMap* map_a, const AllScales& scales, LoadB load_b,
-                             LoadTail load_tail, const Ready ready = {}, const Schedule schedule = {}) {
+DEVICE void load_ragged_rows(const SharedMemory<C>& shared, const RaggedGemm& gemm, const TensorMap* map_a, const AllScales& scales,
+                             LoadB load_b, LoadTail load_tail, const Ready ready = {}, const Schedule schedule = {}) {
     const u32 warp = warp_index();
     if (warp >= C.load_warps()) return;
     constexpr i32 rows = C.share_a ? C.block_m : C.block_m * C.cluster, columns = C.share_a ? TileColumns * C.cluster : TileColumns;
@@ -124,7 +124,8 @@ DEVICE void load_ragged_rows(const SharedMemory<C>& shared, const RaggedGemm& ge
                 if (loads_b) {
                     write_work_tile(shared.work_tile(ring.stage), tile);
                     if constexpr (C.scaled()) store_scales(shared.scale_b(ring.stage), tile_scales.next_first, tile_scales.next_second);
-                    mbarrier_arrive_expect_tx(full, bytes_of_a<C>(tile) + C.bytes_b() + (C.scaled() && !C.gather ? C.scale_load_bytes() : 0));
+                    const u32 scale_bytes = C.scaled() && !C.gather ? C.scale_load_bytes() : 0;
+                    mbarrier_arrive_expect_tx(full, bytes_of_a<C>(tile) + C.bytes_b() + scale_bytes);
                     if constexpr (!C.gather) {
                         if constexpr (C.scaled()) tma_load(shared.scale_a(ring.stage), scales.map_a, full, tile.row / 4 * 4, block);
                         tma_load(tile_a, map_a, full, k, tile.row);

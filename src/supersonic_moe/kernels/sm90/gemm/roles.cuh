@@ -7,7 +7,8 @@
 // initialised before the call.
 template <Config C, typename Produce, typename Consume>
 DEVICE void run_roles(const SharedMemory<C>& shared, Produce produce, Consume consume) {
-    static_assert(!C.moves_registers() || C.load_registers() * 128 + C.math_registers() * C.math_threads() <= C.launch_registers() * C.threads(),
+    constexpr u32 registers = C.load_registers() * 128 + C.math_registers() * C.math_threads();
+    static_assert(!C.moves_registers() || registers <= C.launch_registers() * C.threads(),
                   "more registers than the block has: register_alloc would wait for ever");
     shared.init_barriers();
     const u32 warp = warp_index();

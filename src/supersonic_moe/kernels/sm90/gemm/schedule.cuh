@@ -74,7 +74,8 @@ struct RaggedRows {
     i32 whole_end = 0;  // of the expert, where the schedule clips it
 
     DEVICE RaggedRows(const i32* offsets_, i32 experts_, i32 columns, Schedule schedule_)
-        : offsets(offsets_), experts(experts_), blocks_n((columns + BlockN - 1) / BlockN), pairs_n(columns / (2 * BlockN)), schedule(schedule_) {
+        : offsets(offsets_), experts(experts_), blocks_n((columns + BlockN - 1) / BlockN), pairs_n(columns / (2 * BlockN)),
+          schedule(schedule_) {
         begin = offsets[0];
         end = offsets[1];
         clip();
@@ -83,7 +84,8 @@ struct RaggedRows {
         if constexpr (Schedule::CLIPS) whole_end = end, schedule.clip(expert, begin, end);
     }
 
-    // False past the last tile; else m and n, in blocks, of number `index` inside the current expert. Of a split tile, n is the first of two.
+    // False past the last tile; else m and n, in blocks, of number `index` inside the current expert. Of a split tile, n is the first of
+    // two.
     DEVICE bool find(i32 index, i32& m, i32& n) {
         while (true) {
             const i32 blocks_m = (end - begin + BlockM - 1) / BlockM;

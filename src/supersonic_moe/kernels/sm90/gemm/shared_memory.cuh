@@ -17,7 +17,8 @@ DEVICE u32 fresh_thread_index() {
 template <Config C>
 struct SharedMemory {
     static_assert(C.block_m == GROUP_ROWS * C.math_groups && (C.math_groups == 1 || C.math_groups == 2), "a math warpgroup owns 64 rows");
-    static_assert(C.mma_n % 8 == 0 && C.mma_n >= 8 && C.mma_n <= 256 && C.block_n % C.mma_n == 0, "wgmma has 8 to 256 columns, in steps of 8");
+    static_assert(C.mma_n % 8 == 0 && C.mma_n >= 8 && C.mma_n <= 256 && C.block_n % C.mma_n == 0,
+                  "wgmma has 8 to 256 columns, in steps of 8");
     static_assert(C.cluster == 1 || C.cluster == 2, "operands are shared by pairs of blocks");
     static_assert(!C.share_a || (C.gather && C.cluster > 1), "only gathered rows are shared, and only inside a cluster");
     static_assert(C.block_n % (8 * C.cluster) == 0, "each block of a cluster loads whole groups of 8 lines of B");
@@ -67,7 +68,8 @@ struct SharedMemory {
 // The block's dynamic shared memory. HostBytes: what the launch reserves (-DSMEM_BYTES); StagingBytes: what the epilogue has of its own.
 template <Config C, u32 HostBytes, u32 StagingBytes = 0>
 DEVICE SharedMemory<C> shared_memory() {
-    static_assert(C.shared_bytes(StagingBytes) == HostBytes, "the host reserves another number of bytes: its configuration is not this one");
+    static_assert(C.shared_bytes(StagingBytes) == HostBytes,
+                  "the host reserves another number of bytes than gemm/config.cuh computes: its configuration is not this one");
     extern __shared__ __align__(1024) u8 dynamic_shared_memory[];
     return {smem_address(dynamic_shared_memory)};
 }

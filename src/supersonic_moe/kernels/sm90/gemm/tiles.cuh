@@ -14,7 +14,7 @@ struct FixedDepth {
 };
 
 // Every tile of this block. The epilogue is a struct with
-//   BY_WARPGROUP     true: a warpgroup fills its staging buffers together, and one of its threads issues the stores; false: each warp
+//   by_warpgroup()   true: a warpgroup fills its staging buffers together, and one of its threads issues the stores; false: each warp
 //   stages(tile)     stages of the ring that follow the K blocks of this tile, for a warpgroup that has no row of it
 //   operator()(acc, tile, shared, ring, borrowed, group, warp)
 template <Major MajorB, Config C, typename Depth, typename Epilogue>
@@ -34,7 +34,7 @@ DEVICE void for_each_tile(const SharedMemory<C>& shared, const u32 warp, const D
             }
         }
         const auto extent = depth.of_tile(first);
-        const u32 owner = Epilogue::BY_WARPGROUP ? group : BorrowedStages<C>::NONE;
+        const u32 owner = epilogue.by_warpgroup() ? group : BorrowedStages<C>::NONE;
         const u32 last = multiply_tile<Depth::A, MajorB>(
             acc, shared, ring, group, extent.blocks_k, [&] { borrowed.give_back(shared, owner); },
             [&](u32 stage) { extent.before_last_block(shared, stage, group); });
