@@ -39,7 +39,7 @@ def python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
 
-def test_the_library_needs_torch_and_filelock_and_the_command_names_its_extra() -> None:
+def test_the_library_needs_torch_and_the_command_names_its_extra() -> None:
     done = python(LAYER_WITHOUT_EXTRAS)
     sentence = "The command line needs typer, rich, matplotlib: pip install 'supersonic-moe[cli]'\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", sentence)
