@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from supersonic_moe.cli.output import console as output
 
 if TYPE_CHECKING:
     from supersonic_moe.jit import CacheInfo
@@ -20,7 +21,7 @@ def info() -> None:
     from supersonic_moe.jit import default_cache
 
     found = default_cache().info()
-    console = Console()
+    console = output()
     console.print(describe(found), highlight=False)
     if found.entries:
         table = Table("kernel", "key", box=None, pad_edge=False)
@@ -42,7 +43,7 @@ def clear() -> None:
     from supersonic_moe.jit import default_cache
 
     removed = default_cache().clear()
-    Console().print(f"Removed {describe(removed)}", highlight=False, soft_wrap=True)
+    output().print(f"Removed {describe(removed)}", highlight=False, soft_wrap=True)
     _stop_if(removed.problem)
 
 
