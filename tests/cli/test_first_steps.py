@@ -69,6 +69,7 @@ def test_the_command_line_lets_openmp_sleep(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_tables_in_a_file_or_a_narrow_terminal_lose_no_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr(sys, "__stdout__", None)  # not a terminal, wherever the tests run
     assert output.console().width == output.FILE_COLUMNS
     monkeypatch.setenv("COLUMNS", "90")
     assert output.console().width == 90
