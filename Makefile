@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 # --- which interpreter ------------------------------------------------------------------------------------------------
-IMPORTS := torch, typer, rich, matplotlib, filelock
+IMPORTS := torch, typer, rich, matplotlib
 ifneq ($(filter test%,$(MAKECMDGOALS)),)
 IMPORTS := $(IMPORTS), pytest, xdist, hypothesis
 endif

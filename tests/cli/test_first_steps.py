@@ -14,7 +14,7 @@ from command_line import run, words
 import supersonic_moe
 from supersonic_moe import cli
 from supersonic_moe.bench import gemm
-from supersonic_moe.cli import health
+from supersonic_moe.cli import health, output
 from supersonic_moe.jit.cache import CACHE_DIR_VARIABLE, default_cache
 from supersonic_moe.kernels import registry
 
@@ -39,7 +39,7 @@ def python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
 
-def test_the_library_needs_torch_and_filelock_and_the_command_names_its_extra() -> None:
+def test_the_library_needs_torch_and_the_command_names_its_extra() -> None:
     done = python(LAYER_WITHOUT_EXTRAS)
     sentence = "The command line needs typer, rich, matplotlib: pip install 'supersonic-moe[cli]'\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", sentence)
@@ -65,6 +65,16 @@ def test_the_command_line_lets_openmp_sleep(monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(SystemExit):
             cli.main()
         assert os.environ["OMP_WAIT_POLICY"] == after
+
+
+def test_tables_in_a_file_or_a_narrow_terminal_lose_no_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr(sys, "__stdout__", None)  # not a terminal, wherever the tests run
+    assert output.console().width == output.FILE_COLUMNS
+    monkeypatch.setenv("COLUMNS", "90")
+    assert output.console().width == 90
+    shown = run("explain", "--shape", "8192,3072,1536,8,8", "--recipe", "fp8", "--device", "cpu", columns=80)
+    assert shown.exit_code == 0 and "…" not in shown.output
 
 
 # ---- without Triton --------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from rich.progress import Progress, TimeElapsedColumn
 from supersonic_moe.bench import options
 from supersonic_moe.bench.suite import Suite
 from supersonic_moe.bench.suites import SUITES
+from supersonic_moe.cli.output import console as output
 
 Case = TypeVar("Case")
 Result = TypeVar("Result", bound=Any)
@@ -78,7 +79,7 @@ def _command(kind: type[Suite[Any, Any]]) -> Callable[..., None]:
     """What Typer makes the command of a suite from: a function whose parameters are the suite's fields."""
 
     def command(**given: Any) -> None:
-        if not execute(kind(**given), Console()):
+        if not execute(kind(**given), output()):
             raise typer.Exit(1)
 
     hints = get_type_hints(kind, include_extras=True)
@@ -109,7 +110,7 @@ def everything(
 ) -> None:
     """Every suite that this machine can run: a file for each, and a chart where it has one."""
     options.device(device)  # a wrong name is no reason to skip
-    console, complete = Console(), True
+    console, complete = output(), True
     for kind in SUITES:
         known = {field.name for field in fields(kind)}
         for name, differing in kind.files.items():

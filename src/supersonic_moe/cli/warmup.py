@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from supersonic_moe.bench import options
+from supersonic_moe.cli.output import console as output
 
 if TYPE_CHECKING:
     import torch
@@ -37,9 +38,7 @@ def warmup(
     wgrad: options.Wgrad = None,
     scale: options.Scale = None,
 ) -> None:
-    """Compile every registered CUDA kernel, BF16 and FP8, into the cache; given shapes, the Triton kernels of those
-    layers in the given recipe too.
-    """
+    """Compile every CUDA kernel, BF16 and FP8, into the cache; with --shape the Triton kernels of that layer too."""
     from supersonic_moe.cli.health import compiling_obstacle
     from supersonic_moe.jit import compile_all, default_cache
 
@@ -55,7 +54,7 @@ def warmup(
         raise typer.Exit(1)
     from supersonic_moe.kernels.sm90 import registered_specs  # needs Triton
 
-    console = Console()
+    console = output()
     specs = registered_specs()
     with _progress(console) as progress:
         task = progress.add_task("CUDA kernels", total=len(specs), now="")

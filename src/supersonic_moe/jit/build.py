@@ -112,7 +112,7 @@ def _build(
     program = resolve(spec)
     if (cubin := _shipped(spec, program)) is not None:
         return cubin
-    key = program.digest("nvrtc {}.{}".format(*nvrtc.nvrtc_version()))
+    key = program.digest(nvrtc.nvrtc_build())
     if (cubin := cache.load(spec.name, key)) is not None:
         return cubin
     if rule == "error":
