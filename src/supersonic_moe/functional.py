@@ -271,7 +271,7 @@ def _checked(x: Tensor, w1: Tensor, w2: Tensor, options: Options) -> _Experts:
     if not torch.compiler.is_compiling():  # the op chooses again when it runs
         backend = options.backend
         if isinstance(recipe, Fp8Recipe):
-            registry.choose_fp8(x.device, hidden=hidden, intermediate=intermediate, wgrad=recipe.wgrad, backend=backend)
+            registry.choose_fp8(x.device, hidden=hidden, intermediate=intermediate, backend=backend)
         else:
             registry.choose(x.device, x.dtype, hidden=hidden, intermediate=intermediate, backend=backend)
     return _Experts(x, first, b1, second, b2, options)

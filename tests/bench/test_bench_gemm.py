@@ -21,6 +21,7 @@ from supersonic_moe.bench.shapes import GEMM_CASES, GemmCase
 from supersonic_moe.bench.timing import NoResultError, WallClock
 from supersonic_moe.cli.app import app
 from supersonic_moe.kernels import reference
+from supersonic_moe.kernels.interface import Rows
 from supersonic_moe.kernels.sm90 import grouped_gemm, grouped_wgrad
 
 CPU = torch.device("cpu")
@@ -59,25 +60,23 @@ def test_bad_cases_are_one_sentence(text: str, complaint: str) -> None:
 # ---- the stand-ins ---------------------------------------------------------------------------------------------------
 
 
-def our_product(a_PK: Tensor, b_EKN: Tensor, offsets: Tensor, *, gather_index: Tensor | None = None) -> Tensor:
+def our_product(a: Rows[Tensor], b_EKN: Tensor, offsets: Tensor) -> Tensor:
     assert b_EKN.stride(1) == 1 and offsets.dtype is torch.int32
-    return reference.grouped_mm(a_PK if gather_index is None else a_PK[gather_index], b_EKN, offsets)
+    return reference.grouped_mm(a, b_EKN, offsets)
 
 
 def our_gradient(
-    a_PM: Tensor,
+    a: Rows[Tensor],
     b_PN: Tensor,
     offsets: Tensor,
     out_EMN: Tensor | None = None,
     *,
     accumulate: bool = False,
-    gather_index: Tensor | None = None,
 ) -> Tensor:
-    a_PM = a_PM if gather_index is None else a_PM[gather_index]
     if out_EMN is None:
-        return reference.grouped_mm_wgrad(a_PM, b_PN, offsets)
+        return reference.grouped_mm_wgrad(a, b_PN, offsets)
     assert accumulate and out_EMN.dtype is torch.float32
-    return out_EMN.add_(reference.grouped_mm_wgrad(a_PM.float(), b_PN.float(), offsets))
+    return out_EMN.add_(reference.grouped_mm_wgrad(a._replace(x=a.x.float()), b_PN.float(), offsets))
 
 
 def bf16(*tensors: Tensor) -> bool:
@@ -154,9 +153,9 @@ def overwrites(*operands: Tensor, **how: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("case", "who", "fault"),
     [
-        (PRODUCT, "ours_gathered", lambda *args, gather_index=None: our_product(*args)),
+        (PRODUCT, "ours_gathered", lambda a, *args: our_product(Rows(a.x), *args)),
         (PRODUCT, "ours", lambda *args, **how: last_expert_is_nan(our_product(*args, **how))),
-        (GRADIENT, "ours_gathered", lambda *args, gather_index=None, **how: our_gradient(*args, **how)),
+        (GRADIENT, "ours_gathered", lambda a, *args, **how: our_gradient(Rows(a.x), *args, **how)),
         (GRADIENT, "ours", lambda *args, **how: last_expert_is_nan(our_gradient(*args, **how))),
         (GRADIENT, "ours_accumulate", overwrites),
     ],
@@ -294,7 +293,13 @@ def test_command_fails_if_a_variant_of_ours_does_and_keeps_the_rest(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(gemm, "check_device", lambda device: None)
-    monkeypatch.setattr(grouped_gemm, "grouped_mm", lambda a_PK, b_EKN, offsets: our_product(a_PK, b_EKN, offsets))
+
+    def without_index(a: Rows[Tensor], b_EKN: Tensor, offsets: Tensor) -> Tensor:
+        if a.gather_index is not None:
+            raise TypeError("no rows through an index")
+        return our_product(a, b_EKN, offsets)
+
+    monkeypatch.setattr(grouped_gemm, "grouped_mm", without_index)
     file = tmp_path / "gemm.json"
     result = command(
         "--device", "cpu", "--case", "gemm:2,128,16,16", "--min-ms", "0", "--warm-ms", "0", "--json", str(file)

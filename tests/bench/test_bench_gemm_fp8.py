@@ -26,6 +26,7 @@ from supersonic_moe.bench.shapes import GEMM_CASES, GemmCase
 from supersonic_moe.bench.timing import WallClock
 from supersonic_moe.cli.app import app
 from supersonic_moe.kernels import reference
+from supersonic_moe.kernels.interface import Quantized, Rows
 from supersonic_moe.kernels.reference.quantize import dequantize
 from supersonic_moe.kernels.sm90 import (
     grouped_gemm,
@@ -42,10 +43,10 @@ PRODUCT, GRADIENT = GemmCase.parse("gemm:3,128,128,256"), GemmCase.parse("wgrad:
 # ---- the stand-ins ---------------------------------------------------------------------------------------------------
 
 
-def our_fp8_product(a: Tensor, a_scale: Tensor, *rest: Any, gather_index: Tensor | None = None) -> Tensor:
-    contiguous = 0 if gather_index is None else 1  # what map_of_scales demands
-    assert a.dtype is E4M3 and a_scale.stride(contiguous) == 1
-    return reference.grouped_mm_fp8(a, a_scale, *rest, gather_index=gather_index)
+def our_fp8_product(a: Rows[Quantized], b: Quantized, offsets: Tensor) -> Tensor:
+    contiguous = 0 if a.gather_index is None else 1  # what map_of_scales demands
+    assert a.x.q.dtype is E4M3 and a.x.scale.stride(contiguous) == 1
+    return reference.grouped_mm_fp8(a, b, offsets)
 
 
 def deep_gemm_product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], d: Tensor, grouped_layout: Tensor) -> None:
@@ -123,12 +124,12 @@ def test_down_projections_have_no_fused_activation_and_rows_need_no_padding() ->
     assert padded.failed == [] and set(padded.missing) == {"deep_gemm"}
 
 
-def ignores_index(*operands: Tensor, gather_index: Tensor | None = None) -> Tensor:
-    return reference.grouped_mm_fp8(*operands)
+def ignores_index(a: Rows[Quantized], b: Quantized, offsets: Tensor) -> Tensor:
+    return reference.grouped_mm_fp8(Rows(a.x), b, offsets)
 
 
-def other_experts(*operands: Any) -> Any:
-    return reference.up_projection_fp8(*operands[:3], operands[3].flip(0), *operands[4:])
+def other_experts(x: Rows[Quantized], w1: Quantized, *rest: Any) -> Any:
+    return reference.up_projection_fp8(x, w1._replace(q=w1.q.flip(0)), *rest)
 
 
 def forgets(option: str) -> Callable[..., Tensor]:

@@ -92,6 +92,10 @@ def tensor_bytes(value: Any) -> int:
     return sum(map(tensor_bytes, value)) if isinstance(value, tuple | list) else 0
 
 
+def tensors(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else [t for part in value for t in tensors(part)]
+
+
 def test_the_bytes_are_those_of_the_tensors_that_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Operands and results of every call, each once; the floor leaves out offsets and an int32 for each row at most."""
     moved, depth, called = 0, 0, set()
@@ -149,7 +153,7 @@ def test_both_backends_compute_the_same_from_the_same_operands() -> None:
         ours, truth = (result[name] for result in results)
         if name == "route_and_plan":
             ours, truth = ((plan.expert_offsets, plan.gather_index, plan.token_rows) for plan in (ours, truth))
-        for got, want in zip(*((r,) if isinstance(r, Tensor) else r for r in (ours, truth)), strict=True):
+        for got, want in zip(tensors(ours), tensors(truth), strict=True):
             assert got.shape == want.shape and got.dtype == want.dtype, name
             torch.testing.assert_close(got.float(), want.float(), rtol=0.02, atol=0.02, equal_nan=True, msg=name)
 

@@ -73,14 +73,17 @@ def test_a_recipe_that_does_not_run_is_missing_and_a_wrong_one_shows(monkeypatch
     def half(*args: Any, **kwargs: Any) -> torch.Tensor:
         return 0.5 * product(*args, **kwargs)
 
+    def no_such_product(*_: Any, **__: Any) -> torch.Tensor:
+        raise RuntimeError("no such product")
+
     product = reference.grouped_mm_wgrad
     monkeypatch.setattr(precision, "RECIPES", FEW)
     monkeypatch.setattr(precision, "INPUTS", {"gaussian": precision.gaussian})
-    monkeypatch.delattr(reference, "grouped_mm_wgrad_fp8")
+    monkeypatch.setattr(reference, "grouped_mm_wgrad_fp8", no_such_product)
     result = run_case(LayerShape(32, 128, 128, 2, 1), CONFIG)
     assert (
         list(result.metrics) == [recipe_name(recipe) for recipe in FEW[:2]]
-        and "does not have" in result.missing[recipe_name(FEW[2])]
+        and "no such product" in result.missing[recipe_name(FEW[2])]
     )
 
     layer = Layer(SHAPE, CONFIG, "gaussian")

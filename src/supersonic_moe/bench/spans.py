@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -122,7 +121,7 @@ def measure_spans(call: Call, clock: Marks, *, warm_ms: float, min_ms: float) ->
 def _recorded(mark: Callable[[], Any]) -> Iterator[list[tuple[str, Any, Any]]]:
     """(function, mark before, mark after) of every call of a backend's function inside the block."""
     marks: list[tuple[str, Any, Any]] = []
-    originals: list[tuple[ModuleType, str, Any]] = []
+    originals: list[tuple[Any, str, Any]] = []
 
     def bracketed(name: str, function: Any) -> Any:
         @wraps(function)
@@ -145,10 +144,11 @@ def _recorded(mark: Callable[[], Any]) -> Iterator[list[tuple[str, Any, Any]]]:
             setattr(backend, name, function)
 
 
-def _backends() -> list[ModuleType]:
+def _backends() -> list[Any]:
+    """The modules behind the backends: one has all capabilities."""
     found = {
         "reference": True,
         "triton": registry.HAS_TRITON,
         "sm90": registry.HAS_TRITON and registry.HAS_DRIVER_BINDINGS,
     }
-    return [registry.kernels(name) for name, present in found.items() if present]
+    return [registry.kernels(name).experts for name, present in found.items() if present]

@@ -68,7 +68,7 @@ def explain(
         hidden, intermediate = case.hidden, case.intermediate
         with options.usage_errors("--recipe"):
             if isinstance(numerics, Fp8Recipe):
-                choice = registry.choose_fp8(where, hidden=hidden, intermediate=intermediate, wgrad=numerics.wgrad)
+                choice = registry.choose_fp8(where, hidden=hidden, intermediate=intermediate)
             else:
                 choice = registry.choose(where, precision, hidden=hidden, intermediate=intermediate)
         routing = registry.choose(where)
@@ -127,8 +127,10 @@ def _kernels(experts: Choice, routing: Choice, recipe: Recipe) -> Table:
         table.add_column(heading)
     kernels = fp8_step_kernels(recipe) if isinstance(recipe, Fp8Recipe) else STEP_KERNELS
     for name in dict.fromkeys(kernels.values()):
-        choice = routing if name in ROUTING_KERNELS else experts
-        module = sys.modules[getattr(registry.kernels(choice.name), name).__module__]
+        routes = name in ROUTING_KERNELS
+        backend = registry.kernels((routing if routes else experts).name)
+        function = getattr(backend.routing if routes else backend.fp8 or backend.experts, name)
+        module = sys.modules[function.__module__]
         steps = ", ".join(step for step, kernel in kernels.items() if kernel == name)
         table.add_row(name, steps, module.__name__.removeprefix("supersonic_moe.").replace(".", "/") + ".py")
     return table

@@ -18,6 +18,7 @@ from torch import Tensor
 from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe
+from supersonic_moe.kernels.interface import Gate, Groups, Quantized, TokenRows
 from supersonic_moe.quantization.weight_cache import Fp8Weight
 from supersonic_moe.training.fields import Fields
 
@@ -76,11 +77,14 @@ class Plan(NamedTuple):
         """Tokens that the rows read; None where rows are tokens and nothing needs gathering."""
         return None if self.identity else self.gather_index
 
-    def summing(self, num_tokens: int) -> tuple[Tensor, Tensor, Tensor | None, int, int]:
-        """The last arguments of ``gather_sum``."""
+    @property
+    def groups(self) -> Groups:
+        return Groups(self.expert_offsets, self.row_expert)
+
+    def rows_of_tokens(self, num_tokens: int) -> TokenRows:
         uniform = self.token_offsets is None and num_tokens
-        per_token = self.token_rows.shape[0] // num_tokens if uniform else 0
-        return self.row_expert, self.token_rows, self.token_offsets, per_token, num_tokens
+        each = self.token_rows.shape[0] // num_tokens if uniform else 0
+        return TokenRows(self.token_rows, self.token_offsets, each, num_tokens)
 
 
 _PLAN: Fields[Any] = Fields(Plan)  # reads a RoutingPlan, whose fields have the same names
@@ -102,16 +106,14 @@ class Static(NamedTuple):
         limit = math.inf if activation.limit is None else activation.limit
         return cls(activation.type.value, activation.alpha, limit, activation.up_offset, layout.value, backend)
 
-    def gate(self) -> tuple[Activation, GateUpLayout]:
+    def gate(self) -> Gate:
         return _gate(self.activation, self.alpha, self.limit, self.up_offset, self.layout)
 
 
 @functools.cache
-def _gate(
-    activation: str, alpha: float, limit: float, up_offset: float, layout: str
-) -> tuple[Activation, GateUpLayout]:
+def _gate(activation: str, alpha: float, limit: float, up_offset: float, layout: str) -> Gate:
     clamp = None if math.isinf(limit) else limit
-    return Activation(ActivationType(activation), alpha, clamp, up_offset), GateUpLayout(layout)
+    return Gate(Activation(ActivationType(activation), alpha, clamp, up_offset), GateUpLayout(layout))
 
 
 class Numerics(NamedTuple):
@@ -133,13 +135,6 @@ class Numerics(NamedTuple):
 def _recipe(numerics: Any) -> Fp8Recipe:
     """Checked once, not in every call."""
     return Fp8Recipe(**numerics._asdict())
-
-
-class Quantized(NamedTuple):
-    """An e4m3 tensor and its scales."""
-
-    q: Tensor
-    scale: Tensor
 
 
 class MainGrads(NamedTuple):
@@ -222,15 +217,12 @@ class Fp8Forward(NamedTuple):
 class Fp8Output(NamedTuple):
     out: Tensor
     row_scores: Tensor
-    z: Tensor
-    """(P, N1) e4m3, or bf16 where it has no scales; (0, N1) if nothing is saved or backward computes it again."""
-    z_scale: Tensor
-    """(P, N1/128), or (0, N1/128)."""
+    z: Quantized
+    """(P, N1) e4m3, or bf16 with no scales, (0, N1/128); (0, N1) if nothing is saved or backward computes it again."""
 
 
 class Fp8Saved(NamedTuple):
-    z: Tensor
-    z_scale: Tensor
+    z: Quantized
     x: Tensor
     row_scores: Tensor
     w1_q: Tensor | None
@@ -244,3 +236,8 @@ class Fp8Saved(NamedTuple):
     plan: Plan
     static: Static
     numerics: Numerics
+
+    @property
+    def pow2(self) -> bool:
+        """Whether scales are powers of two."""
+        return self.numerics.scale == "pow2"

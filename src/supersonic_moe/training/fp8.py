@@ -31,164 +31,140 @@ next.
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
+from supersonic_moe.kernels.interface import BothOrders, Fp8Experts, Quantized, Rows
 from supersonic_moe.quantization.block_format import padded_capacity
 from supersonic_moe.training.arguments import Fp8Forward, Fp8Output, Fp8Saved, Incoming, Inputs
 
 
-def forward(k: ModuleType, call: Fp8Forward) -> Fp8Output:
-    x, plan, offsets, recipe = call.x, call.plan, call.plan.expert_offsets, call.numerics.recipe()
-    x_q, x_scale = k.quantize_rows(x, recipe.pow2, plan.identity)
-    z_PN, z_scale, a_q, a_scale = k.up_projection_fp8(
-        x_q, x_scale, plan.read_index, *call.w1, call.b1, offsets, plan.row_expert, *call.static.gate(), recipe,
-        call.save,
-    )  # fmt: skip
-    y_PH = k.grouped_mm_fp8(a_q, a_scale, *call.w2, offsets)
-    del x_q, x_scale, a_q, a_scale
+def forward(k: Fp8Experts, call: Fp8Forward) -> Fp8Output:
+    plan, recipe = call.plan, call.numerics.recipe()
+    x = Rows(k.quantize_rows(call.x, recipe.pow2, plan.identity), plan.read_index)
+    z, a = k.up_projection_fp8(x, call.w1, call.b1, plan.groups, call.static.gate(), recipe, call.save)
+    y_PH = k.grouped_mm_fp8(Rows(a), call.w2, plan.expert_offsets)
+    del x, a
     s_P = k.pick(call.scores, plan.scatter_index)
-    out_TH = k.gather_sum(y_PH, s_P, call.b2, *plan.summing(x.shape[0]))
-    return Fp8Output(out_TH, s_P, z_PN, z_scale)
+    out_TH = k.gather_sum(y_PH, s_P, call.b2, plan.row_expert, plan.rows_of_tokens(call.x.shape[0]))
+    return Fp8Output(out_TH, s_P, z)
 
 
-def backward(k: ModuleType, saved: Fp8Saved, incoming: Incoming) -> Inputs[Tensor | None]:
-    dout, needs, _ = incoming
-    x, s_P, z_PN, b1, b2, plan = saved.x, saved.row_scores, saved.z, saved.b1, saved.b2, saved.plan
-    index, offsets, recipe = plan.read_index, plan.expert_offsets, saved.numerics.recipe()
+def backward(k: Fp8Experts, saved: Fp8Saved, incoming: Incoming) -> Inputs[Tensor | None]:
+    plan, needs, pow2, s_P, b1, b2 = saved.plan, incoming.needs, saved.pow2, saved.row_scores, saved.b1, saved.b2
+    dout, offsets = Rows(incoming.dout, plan.read_index), plan.expert_offsets
     dx = dscores = dw1 = db1 = dw2 = db2 = None
 
+    z = saved.z
     if saved.w1_q is not None:  # Z was not kept
-        x_q, x_scale = k.quantize_rows(x, recipe.pow2, plan.identity)
-        z_PN = k.grouped_mm_fp8(x_q, x_scale, saved.w1_q, saved.w1_t.scale.mT, offsets, gather_index=index)
-        del x_q, x_scale
-    dout_q, dout_scale = k.quantize_rows(dout, recipe.pow2, plan.identity)
+        x = Rows(k.quantize_rows(saved.x, pow2, plan.identity), plan.read_index)
+        z = Quantized(k.grouped_mm_fp8(x, Quantized(saved.w1_q, saved.w1_t.scale.mT), offsets), z.scale)
+        del x
+    dout_q = Rows(k.quantize_rows(incoming.dout, pow2, plan.identity), plan.read_index)
     wgrad = _weight_gradients(k, saved, incoming)
-    dz, scaled_a, ds_P = wgrad.down(dout_q, dout_scale, z_PN)
-    del dout_q, dout_scale, z_PN
+    dz, scaled_a, ds_P = wgrad.down(dout_q, z)
+    del dout_q, z
     if needs.scores:
         if b2 is not None:
-            k.row_dot(dout, b2, plan.row_expert, ds_P, gather_index=index)
+            k.row_dot(dout, b2, plan.row_expert, ds_P)
         dscores = k.pick(ds_P, plan.reverse_index, s_P.dtype)
     if needs.w2:
         dw2 = wgrad.dw2(scaled_a)
     del scaled_a
     if needs.b2 and b2 is not None:
-        db2 = k.segment_sum(dout, s_P, offsets, gather_index=index).to(b2.dtype)
+        db2 = k.segment_sum(dout, s_P, offsets).to(b2.dtype)
     if needs.b1 and b1 is not None:
-        db1 = wgrad.sum(dz).to(b1.dtype)
+        db1 = k.segment_sum(Rows(dz), None, offsets).to(b1.dtype)
     dz_rows, dz = wgrad.quantized(dz)
     if needs.w1:
         dw1 = wgrad.dw1(dz)
     del dz
     if needs.x:
-        dx_PH = k.grouped_mm_fp8(*dz_rows, *saved.w1_t, offsets)
-        dx = k.gather_sum(dx_PH, None, None, *plan.summing(x.shape[0]))
+        dx_PH = k.grouped_mm_fp8(Rows(dz_rows), saved.w1_t, offsets)
+        dx = k.gather_sum(dx_PH, None, None, plan.row_expert, plan.rows_of_tokens(saved.x.shape[0]))
     return Inputs(dx, dscores, dw1, db1, dw2, db2)
 
 
-# ---- weight gradients ------------------------------------------------------------------------------------------------
+# ---- weight gradients, in three ways ---------------------------------------------------------------------------------
 
 
-class _InBf16:
-    """Products of bf16 rows, which they gather themselves. dZ and s A are bf16 rows."""
+class _Bf16Products:
+    """dW1 and dW2 of bf16 rows, which the products gather themselves.
 
-    def __init__(self, k: ModuleType, saved: Fp8Saved, incoming: Incoming) -> None:
-        self.k, self.saved, self.plan = k, saved, saved.plan
-        self.dout, self.needs, self.main = incoming
-        self.pow2 = saved.numerics.recipe().pow2
+    In what form dZ and s A come from ``down`` and go to ``dw2``, ``quantized`` and ``dw1``, each way knows alone.
+    """
 
-    def down(self, dout_q: Tensor, dout_scale: Tensor, z_PN: Tensor) -> tuple[Any, Any, Tensor]:
-        """(dZ, s A, dS), the first two as the other methods take them."""
-        dz_PN, as_PI, ds_P = self.k.down_backward_fp8(*self._down_operands(dout_q, dout_scale, z_PN))
-        return dz_PN, as_PI, ds_P
+    def __init__(self, k: Fp8Experts, saved: Fp8Saved, incoming: Incoming) -> None:
+        self.k, self.saved, self.incoming = k, saved, incoming
+        self.plan, self.main, self.pow2 = saved.plan, incoming.main, saved.pow2
 
-    def _down_operands(self, dout_q: Tensor, dout_scale: Tensor, z_PN: Tensor) -> tuple[Any, ...]:
-        saved, plan = self.saved, self.plan
-        rows = saved.row_scores, plan.expert_offsets, plan.row_expert
-        gate = saved.static.gate()
-        return dout_q, dout_scale, plan.read_index, *saved.w2_t, z_PN, saved.z_scale, saved.b1, *rows, *gate
+    def down(self, dout: Rows[Quantized], z: Quantized) -> tuple[Any, Any, Tensor]:
+        """(dZ, s A, dS)."""
+        s, plan = self.saved, self.plan
+        return self.k.down_backward_fp8(dout, s.w2_t, z, s.b1, s.row_scores, plan.groups, s.static.gate())
 
-    def sum(self, dz_PN: Any) -> Tensor:
-        """db1."""
-        db1: Tensor = self.k.segment_sum(dz_PN, None, self.plan.expert_offsets)
-        return db1
+    def dw2(self, as_PI: Any) -> Tensor:
+        dout, main = Rows(self.incoming.dout, self.plan.read_index), self.main.w2
+        return self.k.grouped_mm_wgrad(dout, as_PI, self.plan.expert_offsets, main, accumulate=main is not None)
 
     def quantized(self, dz_PN: Any) -> tuple[Any, Any]:
-        """(q of the rows of dZ and its scales, for dx; dZ as ``dw1`` takes it)."""
-        return self.k.quantize_rows(dz_PN, self.pow2, True) if self.needs.x else None, dz_PN
+        """(rows of dZ for dx, dZ for ``dw1``)."""
+        return self.k.quantize_rows(dz_PN, self.pow2, True) if self.incoming.needs.x else None, dz_PN
 
     def dw1(self, dz_PN: Any) -> Tensor:
-        return self._product(self.saved.x, dz_PN, self.main.w1, transposed=True)
-
-    def dw2(self, as_PI: Any) -> Tensor:
-        return self._product(self.dout, as_PI, self.main.w2, transposed=False)
-
-    def _product(self, tokens: Tensor, rows: Any, main: Tensor | None, transposed: bool) -> Tensor:
-        index, offsets, added = self.plan.read_index, self.plan.expert_offsets, main is not None
-        dw: Tensor = self.k.grouped_mm_wgrad(
-            tokens, rows, offsets, main, gather_index=index, transposed=transposed, accumulate=added
-        )
-        return dw
+        x, main, offsets = Rows(self.saved.x, self.plan.read_index), self.main.w1, self.plan.expert_offsets
+        return self.k.grouped_mm_wgrad(x, dz_PN, offsets, main, transposed=True, accumulate=main is not None)
 
 
-class _InFp8(_InBf16):
-    """Products of e4m3 operands, transposed and padded, which passes make of bf16 rows."""
+class _Fp8Products(_Bf16Products):
+    """dW1 and dW2 of e4m3 operands, transposed and padded, which passes make of bf16 rows."""
 
-    def __init__(self, k: ModuleType, saved: Fp8Saved, incoming: Incoming) -> None:
+    def __init__(self, k: Fp8Experts, saved: Fp8Saved, incoming: Incoming) -> None:
         super().__init__(k, saved, incoming)
         offsets, index = self.plan.expert_offsets, self.plan.gather_index
-        capacity = padded_capacity(index.shape[0], offsets.shape[0] - 1)
-        self.positions, self.row_index, self.token_index = k.pad_segments(offsets, index, capacity)
-
-    def quantized(self, dz_PN: Any) -> tuple[Any, Any]:
-        if not self.needs.w1:
-            return super().quantized(dz_PN)
-        q_PN, scale, *tiles = self.k.quantize_tiles(dz_PN, self.row_index, self.pow2)
-        return (q_PN, scale), tiles
+        self.segments = k.pad_segments(offsets, index, padded_capacity(index.shape[0], offsets.shape[0] - 1))
 
     def dw2(self, as_PI: Any) -> Tensor:
-        dout_columns = self.k.quantize_columns(self.dout, self.token_index, self.pow2)
-        as_tiles = self.k.quantize_columns(as_PI, self.row_index, self.pow2, tiled=True)
-        return self._product_of_columns(dout_columns, as_tiles, self.main.w2, transposed=False)
+        dout = self.k.quantize_columns(self.incoming.dout, self.segments.token_index, self.pow2)
+        scaled_a = self.k.quantize_columns(as_PI, self.segments.row_index, self.pow2, tiled=True)
+        main = self.main.w2
+        return self.k.grouped_mm_wgrad_fp8(dout, scaled_a, self.segments.offsets, main, accumulate=main is not None)
 
-    def dw1(self, dz_tiles: Any) -> Tensor:
-        x_columns = self.k.quantize_columns(self.saved.x, self.token_index, self.pow2)
-        return self._product_of_columns(x_columns, dz_tiles, self.main.w1, transposed=True)
+    def quantized(self, dz_PN: Any) -> tuple[Any, Any]:
+        if self.incoming.needs.w1:
+            return self.k.quantize_tiles(dz_PN, self.segments.row_index, self.pow2)
+        return super().quantized(dz_PN)
 
-    def _product_of_columns(self, columns: Any, tiles: Any, main: Tensor | None, transposed: bool) -> Tensor:
-        added = main is not None
-        dw: Tensor = self.k.grouped_mm_wgrad_fp8(
-            *columns, *tiles, self.positions, main, transposed=transposed, accumulate=added
+    def dw1(self, dz: Any) -> Tensor:
+        x, main = self.k.quantize_columns(self.saved.x, self.segments.token_index, self.pow2), self.main.w1
+        return self.k.grouped_mm_wgrad_fp8(
+            x, dz, self.segments.offsets, main, transposed=True, accumulate=main is not None
         )
-        return dw
 
 
-class _InFp8Fused(_InFp8):
-    """The same products of what the down-projection's backward quantized itself."""
+class _FusedFp8Products(_Fp8Products):
+    """The same of what the kernel that computes dZ and s A has quantized itself."""
 
-    def down(self, dout_q: Tensor, dout_scale: Tensor, z_PN: Tensor) -> tuple[Any, Any, Tensor]:
-        dz_q, dz_scale, dz_tiles, dz_tile_scale, *as_tiles, ds_P = self.k.down_backward_fp8_quantised(
-            *self._down_operands(dout_q, dout_scale, z_PN), self.positions, self.row_index, self.pow2
+    def down(self, dout: Rows[Quantized], z: Quantized) -> tuple[BothOrders, Quantized, Tensor]:
+        s, plan = self.saved, self.plan
+        return self.k.down_backward_fp8_quantised(
+            dout, s.w2_t, z, s.b1, s.row_scores, plan.groups, s.static.gate(), self.segments, self.pow2
         )
-        return ((dz_q, dz_scale), (dz_tiles, dz_tile_scale)), as_tiles, ds_P
 
-    def quantized(self, dz: Any) -> tuple[Any, Any]:
-        rows, tiles = dz
-        return rows, tiles
+    def dw2(self, scaled_a: Quantized) -> Tensor:
+        dout, main = self.k.quantize_columns(self.incoming.dout, self.segments.token_index, self.pow2), self.main.w2
+        return self.k.grouped_mm_wgrad_fp8(dout, scaled_a, self.segments.offsets, main, accumulate=main is not None)
 
-    def dw2(self, as_tiles: Any) -> Tensor:
-        dout_columns = self.k.quantize_columns(self.dout, self.token_index, self.pow2)
-        return self._product_of_columns(dout_columns, as_tiles, self.main.w2, transposed=False)
+    def quantized(self, dz: BothOrders) -> tuple[Quantized, Quantized]:
+        return dz
 
 
-def _weight_gradients(k: ModuleType, saved: Fp8Saved, incoming: Incoming) -> _InBf16:
+def _weight_gradients(k: Fp8Experts, saved: Fp8Saved, incoming: Incoming) -> _Bf16Products:
     needs = incoming.needs
     if saved.numerics.wgrad == "bf16" or not (needs.w1 or needs.w2):
-        return _InBf16(k, saved, incoming)
-    sums_dz = needs.b1 and saved.b1 is not None  # db1 needs dZ as it was before
+        return _Bf16Products(k, saved, incoming)
+    sums_dz = needs.b1 and saved.b1 is not None  # db1 needs dZ as it was before quantization
     if needs.w1 and needs.w2 and not sums_dz:
-        return _InFp8Fused(k, saved, incoming)
-    return _InFp8(k, saved, incoming)
+        return _FusedFp8Products(k, saved, incoming)
+    return _Fp8Products(k, saved, incoming)

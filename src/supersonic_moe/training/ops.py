@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +22,8 @@ from torch import Tensor
 from supersonic_moe.autograd import apply
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe
-from supersonic_moe.kernels import registry
+from supersonic_moe.kernels import interface, registry
+from supersonic_moe.kernels.interface import Quantized
 from supersonic_moe.quantization.block_format import blocks, empty_e4m3, empty_scales
 from supersonic_moe.quantization.weight_cache import Fp8Weight, WeightCache
 from supersonic_moe.training import bf16, fp8
@@ -39,7 +39,6 @@ from supersonic_moe.training.arguments import (
     MainGrads,
     Numerics,
     Plan,
-    Quantized,
     Static,
     Weight,
 )
@@ -52,16 +51,14 @@ _ops = torch.ops.supersonic_moe
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 
 
-def _bf16_kernels(x: Tensor, w2: Tensor, static: Static) -> ModuleType:
+def _bf16_kernels(x: Tensor, w2: Tensor, static: Static) -> interface.Experts:
     choice = registry.choose(x.device, x.dtype, hidden=w2.shape[1], intermediate=w2.shape[2], backend=static.backend)
-    return registry.kernels(choice.name)
+    return registry.kernels(choice.name).experts
 
 
-def _fp8_kernels(x: Tensor, intermediate: int, static: Static, numerics: Numerics) -> ModuleType:
-    choice = registry.choose_fp8(
-        x.device, hidden=x.shape[1], intermediate=intermediate, wgrad=numerics.wgrad, backend=static.backend
-    )
-    return registry.kernels(choice.name)
+def _fp8_kernels(x: Tensor, intermediate: int, static: Static) -> interface.Fp8Experts:
+    choice = registry.choose_fp8(x.device, hidden=x.shape[1], intermediate=intermediate, backend=static.backend)
+    return registry.fp8_kernels(choice.name)
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
@@ -83,16 +80,15 @@ def _bf16_backward(saved: Bf16Saved, incoming: Incoming) -> tuple[Tensor, ...]:
     return _returned(saved.x, gradients, incoming.main)
 
 
-def _fp8_forward(call: Fp8Forward) -> Fp8Output:
+def _fp8_forward(call: Fp8Forward) -> tuple[Tensor, ...]:
     with _without_autocast(call.x):
-        return fp8.forward(_fp8_kernels(call.x, call.w2.q.shape[2], call.static, call.numerics), call)
+        output = fp8.forward(_fp8_kernels(call.x, call.w2.shape[2], call.static), call)
+    return _FP8_OUTPUT.flat(output)
 
 
 def _fp8_backward(saved: Fp8Saved, incoming: Incoming) -> tuple[Tensor, ...]:
-    intermediate = saved.w2_t.q.shape[1]
     with _without_autocast(saved.x):
-        k = _fp8_kernels(saved.x, intermediate, saved.static, saved.numerics)
-        gradients = fp8.backward(k, saved, incoming)
+        gradients = fp8.backward(_fp8_kernels(saved.x, saved.w2_t.shape[1], saved.static), saved, incoming)
     return _returned(saved.x, gradients, incoming.main)
 
 
@@ -108,8 +104,8 @@ def _returned(x: Tensor, gradients: Inputs[Tensor | None], main: MainGrads) -> t
 def _quantize_weights(weights: list[Tensor], scale: str, backend: str) -> list[Tensor]:
     """(q, q transposed, scale) of each weight in a row."""
     _, n, k = weights[0].shape
-    choice = registry.choose_fp8(weights[0].device, hidden=k, intermediate=n, wgrad="bf16", backend=backend)
-    quantized = registry.kernels(choice.name).quantize_weights(weights, scale == "pow2")
+    choice = registry.choose_fp8(weights[0].device, hidden=k, intermediate=n, backend=backend)
+    quantized = registry.fp8_kernels(choice.name).quantize_weights(weights, scale == "pow2")
     return [t for q_ENK, q_EKN, scale_ENK in quantized for t in (q_ENK, q_EKN, scale_ENK.contiguous())]
 
 
@@ -122,15 +118,15 @@ def _bf16_forward_fake(call: Bf16Forward) -> Bf16Output:
     return Bf16Output(x.new_empty(x.shape), call.scores.new_empty(rows), z_PN)
 
 
-def _fp8_forward_fake(call: Fp8Forward) -> Fp8Output:
-    x, rows, n1 = call.x, call.plan.gather_index.shape[0], call.w1.q.shape[1]
+def _fp8_forward_fake(call: Fp8Forward) -> tuple[Tensor, ...]:
+    x, rows, n1 = call.x, call.plan.gather_index.shape[0], call.w1.shape[1]
     saved = call.numerics.save_preactivation
     if call.save and saved == "fp8":
         z_PN, z_scale = empty_e4m3(x, rows, n1), empty_scales(x, rows, blocks(n1), True)
     else:
         z_PN = x.new_empty(rows if call.save and saved == "bf16" else 0, n1)
         z_scale = x.new_empty(0, blocks(n1), dtype=torch.float32)
-    return Fp8Output(x.new_empty(x.shape), call.scores.new_empty(rows), z_PN, z_scale)
+    return x.new_empty(x.shape), call.scores.new_empty(rows), z_PN, z_scale
 
 
 def _bf16_backward_fake(saved: Bf16Saved, incoming: Incoming) -> tuple[Tensor, ...]:
@@ -166,7 +162,7 @@ def _quantize_weights_fake(weights: list[Tensor], scale: str, backend: str) -> l
 
 _BF16_FORWARD, _BF16_SAVED = Fields(Bf16Forward), Fields(Bf16Saved)
 _FP8_FORWARD, _FP8_SAVED = Fields(Fp8Forward), Fields(Fp8Saved)
-_INCOMING = Fields(Incoming)
+_FP8_OUTPUT, _INCOMING = Fields(Fp8Output), Fields(Incoming)
 
 
 def _define(
@@ -182,7 +178,7 @@ def _define(
 _GRADIENTS = ", ".join(f"Tensor d{name}" for name in Inputs._fields)
 _define("experts_forward", [_BF16_FORWARD], Fields(Bf16Output).schema, _bf16_forward, _bf16_forward_fake)
 _define("experts_backward", [_BF16_SAVED, _INCOMING], _GRADIENTS, _bf16_backward, _bf16_backward_fake)
-_define("experts_fp8_forward", [_FP8_FORWARD], Fields(Fp8Output).schema, _fp8_forward, _fp8_forward_fake)
+_define("experts_fp8_forward", [_FP8_FORWARD], _FP8_OUTPUT.schema, _fp8_forward, _fp8_forward_fake)
 _define("experts_fp8_backward", [_FP8_SAVED, _INCOMING], _GRADIENTS, _fp8_backward, _fp8_backward_fake)
 
 _QUANTIZE = "supersonic_moe::quantize_weights"
@@ -243,7 +239,7 @@ class _Fp8Call(NamedTuple):
         again = self.w1.transposed is None
         w1_q, w1_t, w2_t = _UNQUANTIZED if again else _for_backward(self.w1, self.w2, self.numerics)
         rest = self.plan, self.static, self.numerics
-        saved = Fp8Saved(z, z_scale, x, row_scores, w1_q, w1_t, w2_t, b1, b2, *rest)
+        saved = Fp8Saved(Quantized(z, z_scale), x, row_scores, w1_q, w1_t, w2_t, b1, b2, *rest)
         tensors, others = _FP8_SAVED.split(saved)
         if again:
             return _Kept((*tensors, w1, w2), others, _backward_in_fp8_of_unquantized)

@@ -10,6 +10,7 @@ from test_gpu_grouped_gemm import CUDA, GROUPS, case, indexed, picked
 
 from supersonic_moe.config.activation import Activation, GateUpLayout, as_activation
 from supersonic_moe.kernels import reference
+from supersonic_moe.kernels.interface import Gate, Groups, Quantized, Rows
 from supersonic_moe.kernels.reference.quantize import dequantize
 from supersonic_moe.kernels.sm90.down_backward_fp8 import down_backward_fp8
 from supersonic_moe.kernels.triton.quantize import quantize_blocks, quantize_rows
@@ -65,8 +66,9 @@ def test_many_tiles_of_one_block(hidden: int, layout: GateUpLayout, gathered: bo
 def test_scores_at_any_address() -> None:
     offsets, (dout,) = case([300], 0, 256)
     arguments, _ = arguments_of(offsets, dout, None, 256, GATE_UP, ACTIVATIONS["swiglu"], True, False)
-    scores = torch.empty(301, device=CUDA)[1:].copy_(arguments[8])
-    got, want = down_backward_fp8(*arguments[:8], scores, *arguments[9:]), down_backward_fp8(*arguments)
+    scores = torch.empty(301, device=CUDA)[1:].copy_(arguments[SCORES])
+    got = down_backward_fp8(*arguments[:SCORES], scores, *arguments[SCORES + 1 :])
+    want = down_backward_fp8(*arguments)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
@@ -84,13 +86,16 @@ def check(
     arguments, want = arguments_of(offsets, dout, index, width, layout, activation, saved_fp8, bias)
     dh, scaled, ds = down_backward_fp8(*arguments)
     assert dh.dtype is scaled.dtype is torch.bfloat16
-    zero = arguments[8][:rows] == 0
+    zero = arguments[SCORES][:rows] == 0
     assert (dh[:rows][zero] == 0).all() and (scaled[:rows][zero] == 0).all()
     assert oracle.rel_fro(dh[:rows], want[0]) < 3e-3
     assert oracle.rel_fro(scaled[:rows], want[1]) < 3e-3
     assert (ds[:rows][~zero].double() - want[2][~zero]).norm() <= 3e-3 * want[3]
     again = down_backward_fp8(*arguments)
     assert all(torch.equal(x[:rows][~zero], y[:rows][~zero]) for x, y in zip((dh, scaled, ds), again, strict=True))
+
+
+SCORES = 4  # their place among the arguments
 
 
 def arguments_of(
@@ -123,11 +128,11 @@ def arguments_of(
     )
     exact_dout = dequantize(dout_q, dout_scale)
     exact_dout = exact_dout[:rows] if index is None else picked(exact_dout, index)[:rows]
-    da = reference.grouped_mm(exact_dout, dequantize(w2_q, w2_scale), offsets)
+    da = reference.grouped_mm(Rows(exact_dout), dequantize(w2_q, w2_scale), offsets)
     exact_h = exact_h.float().double()  # as a kernel has it: a gate that its bias cancels is a kink of ReGLU
     exact_h, exact_b1 = torch.where(unscored[:, None], 0, exact_h)[:rows], None if b1 is None else b1.double()
-    owner = experts[:rows].int()
-    want = reference.activation_backward(exact_h, exact_b1, da, scores[:rows].double(), owner, activation, layout)
-    products = da * reference.activation_forward(exact_h, exact_b1, owner, activation, layout)
-    arguments = (dout_q, dout_scale, index, w2_transposed, w2_scale.mT, h, z_scale, b1, scores, offsets, experts.int())
-    return (*arguments, activation, layout), (*want, products[~unscored[:rows]].norm())
+    owner, gate = experts[:rows].int(), Gate(activation, layout)
+    want = reference.activation_backward(exact_h, exact_b1, da, scores[:rows].double(), owner, gate)
+    products = da * reference.activation_forward(exact_h, exact_b1, owner, gate)
+    operands = Rows(Quantized(dout_q, dout_scale), index), Quantized(w2_transposed, w2_scale.mT), Quantized(h, z_scale)
+    return (*operands, b1, scores, Groups(offsets, experts.int()), gate), (*want, products[~unscored[:rows]].norm())

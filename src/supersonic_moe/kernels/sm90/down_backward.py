@@ -26,12 +26,11 @@ import functools
 import torch
 from torch import Tensor
 
-from supersonic_moe.config.activation import Activation, GateUpLayout
+from supersonic_moe.config.activation import GateUpLayout
 from supersonic_moe.jit.launch import F32, I32, PTR, TENSOR_MAP, Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
-from supersonic_moe.kernels.compose import compose_down_backward
-from supersonic_moe.kernels.sm90.grouped_gemm import grouped_mm
+from supersonic_moe.kernels.interface import Gate, Groups, Rows
 from supersonic_moe.kernels.sm90.mainloop import (
     BLOCK_K,
     BLOCK_M,
@@ -42,16 +41,15 @@ from supersonic_moe.kernels.sm90.mainloop import (
     mainloop_spec,
     map_of_rows,
     multiprocessors,
-    num_rows,
 )
 from supersonic_moe.kernels.sm90.up_projection import (
     ALL_KINDS,
+    UNFUSED,
     activation_constants,
     half_bases,
     kind_of,
     map_of_halves,
 )
-from supersonic_moe.kernels.triton import activation_backward
 
 
 def down_backward_spec(kind: int, *, interleaved: bool, gather: bool, cluster: int) -> KernelSpec:
@@ -75,30 +73,24 @@ def _kernel(kind: int, interleaved: bool, gather: bool, cluster: int) -> Kernel:
     return Kernel(spec, (*[TENSOR_MAP] * 5, PTR, PTR, I32, I32, I32, *outputs))
 
 
-_unfused = compose_down_backward(grouped_mm, activation_backward)
-
-
 def down_backward(
-    dout_TH: Tensor,
-    gather_index: Tensor | None,
+    dout: Rows[Tensor],
     w2_EHI: Tensor,
     z_PN: Tensor,
     b1_EN: Tensor | None,
     row_scores_P: Tensor,
-    expert_offsets: Tensor,
-    row_expert_P: Tensor,
-    activation: Activation,
-    layout: GateUpLayout,
+    groups: Groups,
+    gate: Gate,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dH (P, N1), s · A (P, I), dS (P) fp32). Ungated activations and weights stored with H contiguous take the
+    """(dZ (P, N1), s · A (P, I), dS (P) fp32). Ungated activations and weights stored with H contiguous take the
     grouped GEMM and the activation pass instead.
     """
+    activation, layout = gate
     if not activation.gated or w2_EHI.stride(2) != 1:
-        return _unfused(
-            dout_TH, gather_index, w2_EHI, z_PN, b1_EN, row_scores_P, expert_offsets, row_expert_P, activation, layout
-        )
+        return UNFUSED.down_backward(dout, w2_EHI, z_PN, b1_EN, row_scores_P, groups, gate)
+    dout_TH, index = dout
     num_experts, hidden, width = w2_EHI.shape
-    rows, blocks_n = num_rows(dout_TH, gather_index), -(-width // BLOCK_N)
+    rows, blocks_n = dout.num_rows, -(-width // BLOCK_N)
     dz_PN, as_PI = z_PN.new_empty(z_PN.shape), z_PN.new_empty(rows, width)
     partial_ds_BP = z_PN.new_empty(blocks_n, rows, dtype=torch.float32)
     if rows == 0:
@@ -107,15 +99,15 @@ def down_backward(
     cluster = cluster_size(rows, num_experts)
     with on_device(dout_TH):
         grid = multiprocessors(dout_TH.device.index) // cluster * cluster
-        _kernel(kind_of(activation), interleaved, gather_index is not None, cluster).launch(
+        _kernel(kind_of(activation), interleaved, index is not None, cluster).launch(
             (grid, 1, 1),
-            map_of_rows(dout_TH, gather_index, box=(BLOCK_M, BLOCK_K)),
+            map_of_rows(dout_TH, index, box=(BLOCK_M, BLOCK_K)),
             tensor_map(w2_EHI, box=(1, BLOCK_K, 64)),
             map_of_halves(z_PN, interleaved, rows=BLOCK_M),
             map_of_halves(dz_PN, interleaved, rows=WARP_ROWS),
             tensor_map(as_PI.view(rows, 1, width), box=(WARP_ROWS, 1, 64)),
-            expert_offsets,
-            gather_index,
+            groups.expert_offsets,
+            index,
             num_experts,
             width,
             -(-hidden // BLOCK_K),

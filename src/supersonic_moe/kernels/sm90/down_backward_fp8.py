@@ -30,12 +30,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from supersonic_moe.config.activation import Activation, GateUpLayout
+from supersonic_moe.config.activation import GateUpLayout
 from supersonic_moe.jit.launch import F32, I32, I64, PTR, TENSOR_MAP, Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
-from supersonic_moe.kernels.compose import compose_down_backward_fp8
-from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import gathering_cluster, grouped_mm_fp8, map_of_scales
+from supersonic_moe.kernels.interface import Gate, Groups, Quantized, Rows
+from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import gathering_cluster, map_of_scales
 from supersonic_moe.kernels.sm90.mainloop import (
     BLOCK_M,
     BLOCK_N,
@@ -45,7 +45,6 @@ from supersonic_moe.kernels.sm90.mainloop import (
     mainloop_spec,
     map_of_rows,
     multiprocessors,
-    num_rows,
 )
 from supersonic_moe.kernels.sm90.up_projection import (
     ALL_KINDS,
@@ -54,7 +53,7 @@ from supersonic_moe.kernels.sm90.up_projection import (
     kind_of,
     map_of_halves,
 )
-from supersonic_moe.kernels.triton import activation_backward
+from supersonic_moe.kernels.sm90.up_projection_fp8 import UNFUSED
 from supersonic_moe.quantization.block_format import BLOCK, E4M3
 
 CHUNKS = 4  # of 64 activations, in a tile
@@ -95,41 +94,30 @@ def _kernel(kind: int, interleaved: bool, saved_fp8: bool, gather: bool, cluster
     return Kernel(spec, (*[TENSOR_MAP] * 8, PTR, PTR, I32, I32, I32, *scales, *outputs))
 
 
-_unfused = compose_down_backward_fp8(grouped_mm_fp8, activation_backward)
-
-
 def down_backward_fp8(
-    doutq_TH: Tensor,
-    dout_scale: Tensor,
-    gather_index: Tensor | None,
-    w2q_EIH: Tensor,
-    w2_scale: Tensor,
-    z_PN: Tensor,
-    z_scale: Tensor,
+    dout: Rows[Quantized],
+    w2_EIH: Quantized,
+    z_PN: Quantized,
     b1_EN: Tensor | None,
     row_scores_P: Tensor,
-    expert_offsets: Tensor,
-    row_expert_P: Tensor,
-    activation: Activation,
-    layout: GateUpLayout,
+    groups: Groups,
+    gate: Gate,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dH (P, N1), s · A (P, I), both bf16, dS (P) fp32). Ungated activations, and e4m3 H whose halves are no multiple
+    """(dZ (P, N1), s · A (P, I), both bf16, dS (P) fp32). Ungated activations, and e4m3 Z whose halves are no multiple
     of 128 wide, take the grouped GEMM and the activation pass instead.
     """
-    num_experts, width, hidden = w2q_EIH.shape
-    interleaved, saved_fp8 = layout is GateUpLayout.INTERLEAVED, z_PN.dtype is E4M3
+    (activation, layout), ((doutq_TH, dout_scale), index), w2_scale = gate, dout, w2_EIH.scale
+    num_experts, width, hidden = w2_EIH.q.shape
+    interleaved, saved_fp8 = layout is GateUpLayout.INTERLEAVED, z_PN.q.dtype is E4M3
     if not activation.gated or (saved_fp8 and not interleaved and width % BLOCK):
-        return _unfused(
-            doutq_TH, dout_scale, gather_index, w2q_EIH, w2_scale, z_PN, z_scale, b1_EN, row_scores_P, expert_offsets,
-            row_expert_P, activation, layout,
-        )  # fmt: skip
-    rows, blocks_n = num_rows(doutq_TH, gather_index), -(-width // BLOCK_N)
-    dz_PN = z_PN.new_empty(rows, 2 * width, dtype=torch.bfloat16)
+        return UNFUSED.down_backward_fp8(dout, w2_EIH, z_PN, b1_EN, row_scores_P, groups, gate)
+    rows, blocks_n = dout.num_rows, -(-width // BLOCK_N)
+    dz_PN = z_PN.q.new_empty(rows, 2 * width, dtype=torch.bfloat16)
     as_PI = dz_PN.new_empty(rows, width)
     partial_ds_BP = dz_PN.new_empty(blocks_n, rows, dtype=torch.float32)
     if rows == 0:
         return dz_PN, as_PI, partial_ds_BP.new_empty(0)
-    gather = gather_index is not None
+    gather = index is not None
     cluster = gathering_cluster(blocks_n, gather)
     scores_P = loadable(row_scores_P)
     map_dh = map_of_halves(dz_PN, interleaved, rows=WARP_ROWS)
@@ -137,11 +125,11 @@ def down_backward_fp8(
         grid = multiprocessors(doutq_TH.device.index) // cluster * cluster
         _kernel(kind_of(activation), interleaved, saved_fp8, gather, cluster).launch(
             (grid, 1, 1),
-            *input_maps(doutq_TH, dout_scale, gather_index, w2q_EIH, z_PN, z_scale, scores_P, interleaved),
+            *input_maps(dout, w2_EIH.q, z_PN, scores_P, interleaved),
             map_dh,
             tensor_map(as_PI.view(rows, 1, width), box=(WARP_ROWS, 1, 64)),
-            expert_offsets,
-            gather_index,
+            groups.expert_offsets,
+            index,
             num_experts,
             width,
             -(-hidden // FP8_BLOCK_K),
@@ -167,29 +155,22 @@ def loadable(scores_P: Tensor) -> Tensor:
 
 
 def input_maps(
-    doutq_TH: Tensor,
-    dout_scale: Tensor,
-    gather_index: Tensor | None,
-    w2q_EIH: Tensor,
-    z_PN: Tensor,
-    z_scale: Tensor,
-    scores_P: Tensor,
-    interleaved: bool,
+    dout: Rows[Quantized], w2_EIH: Tensor, z_PN: Quantized, scores_P: Tensor, interleaved: bool
 ) -> tuple[TensorMap, ...]:
-    """dO, its scales, W2, H, its scales, the rows' scores."""
-    map_h, vector = _map_of_saved(z_PN, interleaved), (1, BLOCK_M + 4)
+    """dO, its scales, W2, Z, its scales, the rows' scores."""
+    map_z, vector = _map_of_saved(z_PN.q, interleaved), (1, BLOCK_M + 4)
     return (
-        map_of_rows(doutq_TH, gather_index, box=(BLOCK_M, FP8_BLOCK_K)),
-        map_of_scales(dout_scale, gather_index, map_h),
-        tensor_map(w2q_EIH, box=(1, BLOCK_N, FP8_BLOCK_K)),
-        map_h,
-        tensor_map(z_scale.t(), box=vector, swizzle=0) if z_PN.dtype is E4M3 else map_h,
+        map_of_rows(dout.x.q, dout.gather_index, box=(BLOCK_M, FP8_BLOCK_K)),
+        map_of_scales(dout.x.scale, dout.gather_index, map_z),
+        tensor_map(w2_EIH, box=(1, BLOCK_N, FP8_BLOCK_K)),
+        map_z,
+        tensor_map(z_PN.scale.t(), box=vector, swizzle=0) if z_PN.q.dtype is E4M3 else map_z,
         tensor_map(scores_P[None], box=vector, swizzle=0),
     )
 
 
 def _map_of_saved(z_PN: Tensor, interleaved: bool) -> TensorMap:
-    """H in boxes of 64 activations: in e4m3 128 bytes a row, of both halves where there are two."""
+    """Z in boxes of 64 activations: in e4m3 128 bytes a row, of both halves where there are two."""
     if z_PN.dtype is not E4M3:
         return map_of_halves(z_PN, interleaved, rows=BLOCK_M)
     if interleaved:

@@ -30,14 +30,14 @@ import functools
 import torch
 from torch import Tensor
 
-from supersonic_moe.config.activation import Activation, GateUpLayout
+from supersonic_moe.config.activation import GateUpLayout
 from supersonic_moe.jit.launch import F32, I32, I64, PTR, TENSOR_MAP, Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
-from supersonic_moe.kernels.compose import compose_down_backward_fp8_quantised
+from supersonic_moe.kernels.interface import BothOrders, Gate, Groups, Quantized, Rows, Segments
 from supersonic_moe.kernels.sm90.down_backward_fp8 import down_backward_fp8, down_fp8_spec, input_maps, loadable
 from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import gathering_cluster
-from supersonic_moe.kernels.sm90.mainloop import BLOCK_N, FP8_BLOCK_K, WARP_ROWS, multiprocessors, num_rows
+from supersonic_moe.kernels.sm90.mainloop import BLOCK_N, FP8_BLOCK_K, WARP_ROWS, multiprocessors
 from supersonic_moe.kernels.sm90.up_projection import ALL_KINDS, activation_constants, kind_of
 from supersonic_moe.kernels.triton import quantize_columns, quantize_tiles
 from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks, empty_e4m3, empty_scales
@@ -66,57 +66,46 @@ def _kernel(kind: int, gather: bool, cluster: int) -> Kernel:
     )
 
 
-_unfused = compose_down_backward_fp8_quantised(down_backward_fp8, quantize_tiles, quantize_columns)
-
-
 def down_backward_fp8_quantised(
-    doutq_TH: Tensor,
-    dout_scale: Tensor,
-    gather_index: Tensor | None,
-    w2q_EIH: Tensor,
-    w2_scale: Tensor,
-    z_PN: Tensor,
-    z_scale: Tensor,
+    dout: Rows[Quantized],
+    w2_EIH: Quantized,
+    z_PN: Quantized,
     b1_EN: Tensor | None,
     row_scores_P: Tensor,
-    expert_offsets: Tensor,
-    row_expert_P: Tensor,
-    activation: Activation,
-    layout: GateUpLayout,
-    padded_offsets: Tensor,
-    row_index_G: Tensor,
+    groups: Groups,
+    gate: Gate,
+    segments: Segments,
     pow2: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dH (P, N1), its row scales, dH transposed (N1, G), its tile scales, s · A transposed (I, G), its tile scales, dS
-    (P)). ``padded_offsets`` and ``row_index`` (G): ``pad_segments``. Only e4m3 H with gate and up alternating is fused;
+) -> tuple[BothOrders, Quantized, Tensor]:
+    """(dZ in both orders, s · A transposed (I, G), dS (P)). Only e4m3 Z with gate and up alternating is fused;
     everything else is composed of ``down_backward_fp8`` and the quantisers.
     """
-    num_experts, width, hidden = w2q_EIH.shape
-    rows, blocks_n, capacity = num_rows(doutq_TH, gather_index), -(-width // BLOCK_N), row_index_G.shape[0]
-    if not activation.gated or layout is not GateUpLayout.INTERLEAVED or z_PN.dtype is not E4M3 or rows == 0:
-        return _unfused(
-            doutq_TH, dout_scale, gather_index, w2q_EIH, w2_scale, z_PN, z_scale, b1_EN, row_scores_P, expert_offsets,
-            row_expert_P, activation, layout, padded_offsets, row_index_G, pow2,
-        )  # fmt: skip
-    dhq_PN, dh_row_scale = empty_e4m3(z_PN, rows, 2 * width), empty_scales(z_PN, rows, blocks(2 * width), tma=True)
-    dhq_NG, asq_IG = empty_e4m3(z_PN, 2 * width, capacity), empty_e4m3(z_PN, width, capacity)
-    dz_scale = empty_scales(z_PN, blocks(2 * width), capacity // BLOCK, tma=True)
-    as_scale = empty_scales(z_PN, blocks(width), capacity // BLOCK, tma=True)
-    partial_ds_BP = z_PN.new_empty(blocks_n, rows, dtype=torch.float32)
-    gather = gather_index is not None
+    (activation, layout), ((doutq_TH, dout_scale), index), w2_scale = gate, dout, w2_EIH.scale
+    num_experts, width, hidden = w2_EIH.q.shape
+    like, rows, blocks_n, capacity = z_PN.q, dout.num_rows, -(-width // BLOCK_N), segments.row_index.shape[0]
+    if not activation.gated or layout is not GateUpLayout.INTERLEAVED or like.dtype is not E4M3 or rows == 0:
+        dz_PN, as_PI, ds_P = down_backward_fp8(dout, w2_EIH, z_PN, b1_EN, row_scores_P, groups, gate)
+        as_IG = quantize_columns(as_PI, segments.row_index, pow2, tiled=True)
+        return quantize_tiles(dz_PN, segments.row_index, pow2), as_IG, ds_P
+    dzq_PN, dz_row_scale = empty_e4m3(like, rows, 2 * width), empty_scales(like, rows, blocks(2 * width), tma=True)
+    dzq_NG, asq_IG = empty_e4m3(like, 2 * width, capacity), empty_e4m3(like, width, capacity)
+    dz_scale = empty_scales(like, blocks(2 * width), capacity // BLOCK, tma=True)
+    as_scale = empty_scales(like, blocks(width), capacity // BLOCK, tma=True)
+    partial_ds_BP = like.new_empty(blocks_n, rows, dtype=torch.float32)
+    gather = index is not None
     cluster = gathering_cluster(blocks_n, gather)
     scores_P = loadable(row_scores_P)
     with on_device(doutq_TH):
         grid = multiprocessors(doutq_TH.device.index) // cluster * cluster
         _kernel(kind_of(activation), gather, cluster).launch(
             (grid, 1, 1),
-            *input_maps(doutq_TH, dout_scale, gather_index, w2q_EIH, z_PN, z_scale, scores_P, True),
-            tensor_map(dhq_PN, box=(WARP_ROWS, BLOCK)),
-            tensor_map(dhq_NG, box=(BLOCK, BLOCK)),
+            *input_maps(dout, w2_EIH.q, z_PN, scores_P, True),
+            tensor_map(dzq_PN, box=(WARP_ROWS, BLOCK)),
+            tensor_map(dzq_NG, box=(BLOCK, BLOCK)),
             tensor_map(asq_IG, box=(BLOCK, BLOCK)),
-            expert_offsets,
-            padded_offsets,
-            gather_index,
+            groups.expert_offsets,
+            segments.offsets,
+            index,
             num_experts,
             width,
             -(-hidden // FP8_BLOCK_K),
@@ -125,9 +114,9 @@ def down_backward_fp8_quantised(
             w2_scale,
             *w2_scale.stride(),
             None if b1_EN is None else b1_EN.contiguous(),
-            dhq_PN,
-            dh_row_scale,
-            dh_row_scale.stride(1),
+            dzq_PN,
+            dz_row_scale,
+            dz_row_scale.stride(1),
             dz_scale,
             dz_scale.stride(1),
             as_scale,
@@ -137,4 +126,5 @@ def down_backward_fp8_quantised(
             int(pow2),
             *activation_constants(activation),
         )
-    return dhq_PN, dh_row_scale, dhq_NG, dz_scale, asq_IG, as_scale, partial_ds_BP.sum(0)
+    dz = BothOrders(Quantized(dzq_PN, dz_row_scale), Quantized(dzq_NG, dz_scale))
+    return dz, Quantized(asq_IG, as_scale), partial_ds_BP.sum(0)

@@ -27,6 +27,7 @@ from torch import Tensor
 from supersonic_moe.jit.launch import I32, I64, PTR, TENSOR_MAP, Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
+from supersonic_moe.kernels.interface import Rows
 from supersonic_moe.kernels.sm90.mainloop import (
     BLOCK_K,
     BLOCK_M,
@@ -38,7 +39,6 @@ from supersonic_moe.kernels.sm90.mainloop import (
     mainloop_spec,
     map_of_rows,
     multiprocessors,
-    num_rows,
     tile_columns,
 )
 
@@ -64,11 +64,10 @@ def _kernel(b_n_contiguous: bool, gather: bool, cluster: int, block_n: int) -> K
     return Kernel(spec, (*[TENSOR_MAP] * 3, PTR, PTR, I32, I32, I32, PTR, I64))
 
 
-def grouped_mm(a_TK: Tensor, b_EKN: Tensor, expert_offsets: Tensor, *, gather_index: Tensor | None = None) -> Tensor:
-    """(P, N) bf16 of the rows of A, or of those that ``gather_index`` (P) names; rows at and past
-    ``expert_offsets[-1]`` are undefined.
-    """
-    rows, depth = num_rows(a_TK, gather_index), a_TK.shape[1]
+def grouped_mm(a: Rows[Tensor], b_EKN: Tensor, expert_offsets: Tensor) -> Tensor:
+    """(P, N) bf16; rows at and past ``expert_offsets[-1]`` are undefined."""
+    a_TK, index = a
+    rows, depth = a.num_rows, a_TK.shape[1]
     num_experts, _, columns = b_EKN.shape
     d_PN = a_TK.new_empty(rows, columns)
     if d_PN.numel() == 0:
@@ -82,13 +81,13 @@ def grouped_mm(a_TK: Tensor, b_EKN: Tensor, expert_offsets: Tensor, *, gather_in
         map_b = tensor_map(b_EKN.transpose(1, 2), box=(1, block_n // cluster, BLOCK_K))
     with on_device(a_TK):
         grid = multiprocessors(a_TK.device.index) // cluster * cluster
-        _kernel(n_contiguous, gather_index is not None, cluster, block_n).launch(
+        _kernel(n_contiguous, index is not None, cluster, block_n).launch(
             (grid, 1, 1),
-            map_of_rows(a_TK, gather_index, box=(BLOCK_M, BLOCK_K)),
+            map_of_rows(a_TK, index, box=(BLOCK_M, BLOCK_K)),
             map_b,
             tensor_map(d_PN.view(rows, 1, columns), box=(WARP_ROWS, 1, 64)),
             expert_offsets,
-            gather_index,
+            index,
             num_experts,
             columns,
             -(-depth // BLOCK_K),

@@ -28,6 +28,7 @@ from torch import Tensor
 from supersonic_moe.jit.launch import I32, I64, PTR, TENSOR_MAP, Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
+from supersonic_moe.kernels.interface import Quantized, Rows
 from supersonic_moe.kernels.sm90.mainloop import (
     BLOCK_M,
     BLOCK_N,
@@ -37,7 +38,6 @@ from supersonic_moe.kernels.sm90.mainloop import (
     mainloop_spec,
     map_of_rows,
     multiprocessors,
-    num_rows,
 )
 
 
@@ -61,17 +61,17 @@ def gathering_cluster(column_blocks: int, gather: bool) -> int:
     return 2 if gather and column_blocks % 2 == 0 else 1
 
 
-def map_of_scales(scale_RB: Tensor, gather_index: Tensor | None, unused: TensorMap) -> TensorMap:
+def map_of_scales(scale_RB: Tensor, index: Tensor | None, unused: TensorMap) -> TensorMap:
     """Scales of A in the order that the kernel reads: by TMA without an index, else by row, without a map."""
-    contiguous = 0 if gather_index is None else 1
+    contiguous = 0 if index is None else 1
     if scale_RB.stride(contiguous) != 1 and scale_RB.shape[contiguous] > 1:
-        way = "transposed (tma=True)" if gather_index is None else "row by row (tma=False)"
-        with_index = "without" if gather_index is None else "with"
+        way = "transposed (tma=True)" if index is None else "row by row (tma=False)"
+        with_index = "without" if index is None else "with"
         raise ValueError(
-            f"a_scale must be stored {way} {with_index} a gather_index; got strides {scale_RB.stride()} for shape "
-            f"{tuple(scale_RB.shape)}. Quantise with quantize_rows(..., tma={gather_index is None})."
+            f"the scales of rows must be stored {way} {with_index} an index; got strides {scale_RB.stride()} for shape "
+            f"{tuple(scale_RB.shape)}. Quantise with quantize_rows(..., tma={index is None})."
         )
-    return unused if gather_index is not None else map_of_columns(scale_RB)
+    return unused if index is not None else map_of_columns(scale_RB)
 
 
 def map_of_columns(scale_RB: Tensor) -> TensorMap:
@@ -80,41 +80,34 @@ def map_of_columns(scale_RB: Tensor) -> TensorMap:
     return tensor_map(scale_RB, box=(1, BLOCK_M + 4), swizzle=0, shape=(count, rows), strides=(column, row))
 
 
-def grouped_mm_fp8(
-    a_TK: Tensor,
-    a_scale_TB: Tensor,
-    b_ENK: Tensor,
-    b_scale: Tensor,
-    expert_offsets: Tensor,
-    *,
-    gather_index: Tensor | None = None,
-) -> Tensor:
-    """(P, N) bf16 of the rows of A, or of those that ``gather_index`` (P) names; rows at and past
-    ``expert_offsets[-1]`` are undefined. ``a_scale`` (T, K/128) fp32, ``b_scale`` (E, N/128, K/128) fp32.
+def grouped_mm_fp8(a: Rows[Quantized], b_ENK: Quantized, expert_offsets: Tensor) -> Tensor:
+    """(P, N) bf16; rows at and past ``expert_offsets[-1]`` are undefined. Scales are fp32, of A (T, K/128), of B (E,
+    N/128, K/128).
     """
-    rows, depth = num_rows(a_TK, gather_index), a_TK.shape[1]
-    num_experts, columns, _ = b_ENK.shape
+    ((a_TK, a_scale), index), (b, b_scale) = a, b_ENK
+    rows, depth = a.num_rows, a_TK.shape[1]
+    num_experts, columns, _ = b.shape
     d_PN = a_TK.new_empty(rows, columns, dtype=torch.bfloat16)
     if d_PN.numel() == 0:
         return d_PN
-    gather = gather_index is not None
+    gather = index is not None
     cluster = gathering_cluster(-(-columns // BLOCK_N), gather)
     map_d = tensor_map(d_PN, box=(WARP_ROWS, 1, 64), shape=(rows, 1, columns), strides=(columns, columns, 1))
     with on_device(a_TK):
         grid = multiprocessors(a_TK.device.index) // cluster * cluster
         _kernel(gather, cluster).launch(
             (grid, 1, 1),
-            map_of_rows(a_TK, gather_index, box=(BLOCK_M, FP8_BLOCK_K)),
-            map_of_scales(a_scale_TB, gather_index, map_d),
-            tensor_map(b_ENK, box=(1, BLOCK_N, FP8_BLOCK_K)),
+            map_of_rows(a_TK, index, box=(BLOCK_M, FP8_BLOCK_K)),
+            map_of_scales(a_scale, index, map_d),
+            tensor_map(b, box=(1, BLOCK_N, FP8_BLOCK_K)),
             map_d,
             expert_offsets,
-            gather_index,
+            index,
             num_experts,
             columns,
             -(-depth // FP8_BLOCK_K),
-            a_scale_TB,
-            a_scale_TB.stride(0),
+            a_scale,
+            a_scale.stride(0),
             b_scale,
             *b_scale.stride(),
             d_PN,

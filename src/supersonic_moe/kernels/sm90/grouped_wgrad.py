@@ -27,6 +27,7 @@ from supersonic_moe import checks
 from supersonic_moe.jit.launch import I32, PTR, TENSOR_MAP, Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
+from supersonic_moe.kernels.interface import Rows
 from supersonic_moe.kernels.sm90.mainloop import (
     BLOCK_K,
     BLOCK_M,
@@ -36,7 +37,6 @@ from supersonic_moe.kernels.sm90.mainloop import (
     mainloop_spec,
     map_of_rows,
     multiprocessors,
-    num_rows,
     tile_columns,
 )
 
@@ -93,33 +93,33 @@ def map_of_output(out: Tensor, transposed: bool) -> TensorMap:
 
 
 def grouped_mm_wgrad(
-    a_TM: Tensor,
+    a: Rows[Tensor],
     b_PN: Tensor,
     expert_offsets: Tensor,
     out: Tensor | None = None,
     *,
-    gather_index: Tensor | None = None,
     transposed: bool = False,
     accumulate: bool = False,
 ) -> Tensor:
     """A[rows of e]ᵀ · B[rows of e], (E, M, N), or its transpose (E, N, M): bf16, or into ``out`` (bf16 or fp32;
-    ``accumulate`` adds to an fp32 one). ``gather_index`` (P) names the rows of A.
+    ``accumulate`` adds to an fp32 one).
     """
+    a_TM, index = a
     num_experts = expert_offsets.shape[0] - 1
-    rows, m, n = num_rows(a_TM, gather_index), a_TM.shape[1], b_PN.shape[1]
+    rows, m, n = a.num_rows, a_TM.shape[1], b_PN.shape[1]
     shape = (num_experts, n, m) if transposed else (num_experts, m, n)
     out = gradient_buffer(out, a_TM, shape, accumulate)
     if rows == 0 or a_TM.shape[0] == 0:
         return out if accumulate else out.zero_()
     block_n = tile_columns(n, rows // num_experts)
     with on_device(a_TM):
-        _kernel(output_kind(out, accumulate), transposed, gather_index is not None, block_n).launch(
+        _kernel(output_kind(out, accumulate), transposed, index is not None, block_n).launch(
             (multiprocessors(a_TM.device.index) // CLUSTER * CLUSTER, 1, 1),
-            map_of_rows(a_TM, gather_index, box=(BLOCK_K, 64)),
+            map_of_rows(a_TM, index, box=(BLOCK_K, 64)),
             tensor_map(b_PN[None], box=(1, BLOCK_K, 64)),
             map_of_output(out, transposed),
             expert_offsets,
-            gather_index,
+            index,
             num_experts,
             -(-m // (BLOCK_M * CLUSTER)),
             -(-n // block_n),

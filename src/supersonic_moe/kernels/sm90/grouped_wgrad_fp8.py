@@ -29,6 +29,7 @@ from supersonic_moe import checks
 from supersonic_moe.jit.launch import I32, I64, PTR, TENSOR_MAP, Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
+from supersonic_moe.kernels.interface import Quantized
 from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import map_of_columns
 from supersonic_moe.kernels.sm90.grouped_wgrad import (
     BF16,
@@ -63,38 +64,36 @@ def _kernel(output: int, transposed: bool) -> Kernel:
     return Kernel(wgrad_fp8_spec(output=output, transposed=transposed), argtypes)
 
 
-def _check(a_MG: Tensor, a_scale: Tensor, b_NG: Tensor, b_scale: Tensor) -> None:
-    m, positions = a_MG.shape
-    n = b_NG.shape[0]
-    for name, operand in (("a", a_MG), ("b", b_NG)):
+def _check(a_MG: Quantized, b_NG: Quantized) -> None:
+    (a, a_scale), (b, b_scale) = a_MG, b_NG
+    (m, positions), n = a.shape, b.shape[0]
+    for name, operand in (("a", a), ("b", b)):
         if operand.dtype is not E4M3:
             raise TypeError(f"{name} must be {E4M3}; got {checks.describe(operand)}. Quantise it (quantize_columns).")
-    if b_NG.shape[1] != positions or positions % BLOCK:
+    if b.shape[1] != positions or positions % BLOCK:
         raise ValueError(
-            f"a (M, G) and b (N, G) must have the same G, a multiple of {BLOCK}; got shapes {tuple(a_MG.shape)} and "
-            f"{tuple(b_NG.shape)}. Quantise both along one pad_segments index."
+            f"a (M, G) and b (N, G) must have the same G, a multiple of {BLOCK}; got shapes {tuple(a.shape)} and "
+            f"{tuple(b.shape)}. Quantise both along one pad_segments index."
         )
     for name, scale, shape, way in (
-        ("a_scale", a_scale, (m, blocks(positions)), "quantize_columns(...)"),
-        ("b_scale", b_scale, (blocks(n), blocks(positions)), "quantize_columns(..., tiled=True) or quantize_tiles"),
+        ("a.scale", a_scale, (m, blocks(positions)), "quantize_columns(...)"),
+        ("b.scale", b_scale, (blocks(n), blocks(positions)), "quantize_columns(..., tiled=True) or quantize_tiles"),
     ):
         if scale.shape != shape:
             raise ValueError(
-                f"{name} must have shape {shape}, one scale for {'each row' if name == 'a_scale' else '128 rows'} and "
+                f"{name} must have shape {shape}, one scale for {'each row' if name == 'a.scale' else '128 rows'} and "
                 f"128 positions; got {tuple(scale.shape)}. Quantise with {way}."
             )
     if m > 1 and a_scale.stride(0) != 1:
         raise ValueError(
-            f"a_scale must be stored transposed, the scales of a block of positions next to each other; got strides "
+            f"a.scale must be stored transposed, the scales of a block of positions next to each other; got strides "
             f"{a_scale.stride()} for shape {tuple(a_scale.shape)}. Quantise with quantize_columns(...)."
         )
 
 
 def grouped_mm_wgrad_fp8(
-    a_MG: Tensor,
-    a_scale: Tensor,
-    b_NG: Tensor,
-    b_scale: Tensor,
+    a_MG: Quantized,
+    b_NG: Quantized,
     padded_offsets: Tensor,
     out: Tensor | None = None,
     *,
@@ -102,20 +101,21 @@ def grouped_mm_wgrad_fp8(
     accumulate: bool = False,
 ) -> Tensor:
     """A[:, positions of e] · B[:, positions of e]ᵀ, (E, M, N), or its transpose (E, N, M): bf16, or into ``out`` (bf16
-    or fp32; ``accumulate`` adds to an fp32 one). ``a_scale`` (M, G/128), ``b_scale`` (N/128, G/128), both fp32.
+    or fp32; ``accumulate`` adds to an fp32 one). Scales are fp32, of A (M, G/128), of B (N/128, G/128).
     """
-    _check(a_MG, a_scale, b_NG, b_scale)
-    (m, positions), n = a_MG.shape, b_NG.shape[0]
+    _check(a_MG, b_NG)
+    (a, a_scale), (b, b_scale) = a_MG, b_NG
+    (m, positions), n = a.shape, b.shape[0]
     num_experts = padded_offsets.shape[0] - 1
-    out = gradient_buffer(out, a_MG, (num_experts, n, m) if transposed else (num_experts, m, n), accumulate)
+    out = gradient_buffer(out, a, (num_experts, n, m) if transposed else (num_experts, m, n), accumulate)
     if positions == 0:
         return out if accumulate else out.zero_()
-    with on_device(a_MG):
+    with on_device(a):
         _kernel(output_kind(out, accumulate), transposed).launch(
-            (multiprocessors(a_MG.device.index), 1, 1),
-            tensor_map(a_MG, box=(BLOCK_M, FP8_BLOCK_K)),
+            (multiprocessors(a.device.index), 1, 1),
+            tensor_map(a, box=(BLOCK_M, FP8_BLOCK_K)),
             map_of_columns(a_scale),
-            tensor_map(b_NG, box=(BLOCK_N, FP8_BLOCK_K)),
+            tensor_map(b, box=(BLOCK_N, FP8_BLOCK_K)),
             map_of_output(out, transposed),
             padded_offsets,
             num_experts,

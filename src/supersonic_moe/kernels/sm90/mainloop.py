@@ -85,10 +85,6 @@ def tile_columns(columns: int, depth: int) -> int:
     return WIDE_BLOCK_N if depth >= 4096 and padded_wide <= 1.04 * padded else BLOCK_N
 
 
-def num_rows(a_TK: Tensor, gather_index: Tensor | None) -> int:
-    return a_TK.shape[0] if gather_index is None else gather_index.shape[0]
-
-
-def map_of_rows(a_TK: Tensor, gather_index: Tensor | None, box: tuple[int, int]) -> TensorMap:
+def map_of_rows(a_TK: Tensor, index: Tensor | None, box: tuple[int, int]) -> TensorMap:
     """A as a kernel loads it: boxes of rows, or with an index one row at a time."""
-    return tensor_map(a_TK, box=box if gather_index is None else (1, box[1]))
+    return tensor_map(a_TK, box=box if index is None else (1, box[1]))

@@ -26,6 +26,7 @@ from torch import Tensor
 from supersonic_moe.jit.launch import I32, I64, PTR, Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.kernels import triton
+from supersonic_moe.kernels.interface import Quantized
 from supersonic_moe.quantization.block_format import BLOCK, blocks, empty_e4m3, empty_scales
 
 SPECS = (KernelSpec("quantize_columns", "quantize_columns.cu", threads=256, opcodes=("F2FP.SATFINITE.E4M3", "HMNMX2")),)
@@ -36,7 +37,7 @@ def _kernel() -> Kernel:
     return Kernel(SPECS[0], (PTR, I64, PTR, PTR, I64, PTR, I64, I32, I32))
 
 
-def quantize_columns(x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: bool = False) -> tuple[Tensor, Tensor]:
+def quantize_columns(x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: bool = False) -> Quantized:
     """(q (C, G), scale (C, G/128), or (C/128, G/128) where ``tiled``): see ``kernels/triton/quantize.py``."""
     columns, positions = x_RC.shape[1], index_G.shape[0]
     whole_chunks = columns % 8 == 0 and x_RC.stride() == (x_RC.stride(0) // 8 * 8, 1)
@@ -58,4 +59,4 @@ def quantize_columns(x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: b
             columns,
             int(pow2),
         )
-    return q_CG, scale
+    return Quantized(q_CG, scale)

@@ -27,7 +27,8 @@ from supersonic_moe.config.activation import Activation, ActivationType, GateUpL
 from supersonic_moe.jit.launch import F32, I32, PTR, TENSOR_MAP, Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
-from supersonic_moe.kernels.compose import compose_up_projection
+from supersonic_moe.kernels.compose import Composed
+from supersonic_moe.kernels.interface import Gate, Groups, Rows
 from supersonic_moe.kernels.sm90.grouped_gemm import grouped_mm
 from supersonic_moe.kernels.sm90.mainloop import (
     BLOCK_K,
@@ -39,9 +40,8 @@ from supersonic_moe.kernels.sm90.mainloop import (
     mainloop_spec,
     map_of_rows,
     multiprocessors,
-    num_rows,
 )
-from supersonic_moe.kernels.triton import activation_forward
+from supersonic_moe.kernels.triton import activation_backward, activation_forward
 
 KINDS = {ActivationType.SWIGLU: 0, ActivationType.GEGLU: 1, ActivationType.REGLU: 2}  # Act of activation.cuh
 CLAMPED_SWIGLU = 3
@@ -74,27 +74,21 @@ def _kernel(kind: int, interleaved: bool, gather: bool, cluster: int) -> Kernel:
     return Kernel(spec, (*[TENSOR_MAP] * 4, PTR, PTR, I32, I32, I32, *[PTR] * 3, I32, I32, F32, F32, F32))
 
 
-_unfused = compose_up_projection(grouped_mm, activation_forward)
+UNFUSED = Composed(grouped_mm, activation_forward, activation_backward)
 
 
 def up_projection(
-    x_TH: Tensor,
-    gather_index: Tensor | None,
-    w1_ENH: Tensor,
-    b1_EN: Tensor | None,
-    expert_offsets: Tensor,
-    row_expert_P: Tensor,
-    activation: Activation,
-    layout: GateUpLayout,
-    save: bool,
+    x: Rows[Tensor], w1_ENH: Tensor, b1_EN: Tensor | None, groups: Groups, gate: Gate, save: bool
 ) -> tuple[Tensor, Tensor]:
-    """(H (P, 2I) without the bias, or (0, 2I) if not ``save``; A (P, I)). Ungated activations and weights stored with
+    """(Z (P, 2I) without the bias, or (0, 2I) if not ``save``; A (P, I)). Ungated activations and weights stored with
     H outermost take the grouped GEMM and the activation pass instead.
     """
+    activation, layout = gate
     if not activation.gated or w1_ENH.stride(2) != 1:
-        return _unfused(x_TH, gather_index, w1_ENH, b1_EN, expert_offsets, row_expert_P, activation, layout, save)
+        return UNFUSED.up_projection(x, w1_ENH, b1_EN, groups, gate, save)
+    x_TH, index = x
     num_experts, n1, hidden = w1_ENH.shape
-    rows, width = num_rows(x_TH, gather_index), n1 // 2
+    rows, width = x.num_rows, n1 // 2
     z_PN = x_TH.new_empty(rows if save else 0, n1)
     a_PI = x_TH.new_empty(rows, width)
     if rows == 0:
@@ -106,14 +100,14 @@ def up_projection(
     map_h = map_of_halves(z_PN, interleaved, rows=WARP_ROWS) if save else map_a
     with on_device(x_TH):
         grid = multiprocessors(x_TH.device.index) // cluster * cluster
-        _kernel(kind_of(activation), interleaved, gather_index is not None, cluster).launch(
+        _kernel(kind_of(activation), interleaved, index is not None, cluster).launch(
             (grid, 1, 1),
-            map_of_rows(x_TH, gather_index, box=(BLOCK_M, BLOCK_K)),
+            map_of_rows(x_TH, index, box=(BLOCK_M, BLOCK_K)),
             map_of_gate_and_up(w1_ENH, interleaved, width),
             map_h,
             map_a,
-            expert_offsets,
-            gather_index,
+            groups.expert_offsets,
+            index,
             num_experts,
             width,
             -(-hidden // BLOCK_K),

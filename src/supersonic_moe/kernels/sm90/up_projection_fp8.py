@@ -23,12 +23,13 @@ import functools
 import torch
 from torch import Tensor
 
-from supersonic_moe.config.activation import Activation, GateUpLayout
+from supersonic_moe.config.activation import GateUpLayout
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.jit.launch import F32, I32, I64, PTR, TENSOR_MAP, Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
-from supersonic_moe.kernels.compose import compose_up_projection_fp8
+from supersonic_moe.kernels.compose import ComposedFp8
+from supersonic_moe.kernels.interface import Gate, Groups, Quantized, Rows
 from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import gathering_cluster, grouped_mm_fp8, map_of_scales
 from supersonic_moe.kernels.sm90.mainloop import (
     BLOCK_M,
@@ -38,7 +39,6 @@ from supersonic_moe.kernels.sm90.mainloop import (
     mainloop_spec,
     map_of_rows,
     multiprocessors,
-    num_rows,
 )
 from supersonic_moe.kernels.sm90.up_projection import (
     ALL_KINDS,
@@ -48,7 +48,13 @@ from supersonic_moe.kernels.sm90.up_projection import (
     map_of_gate_and_up,
     map_of_halves,
 )
-from supersonic_moe.kernels.triton import activation_forward, quantize_rows
+from supersonic_moe.kernels.triton import (
+    activation_backward,
+    activation_forward,
+    quantize_columns,
+    quantize_rows,
+    quantize_tiles,
+)
 from supersonic_moe.quantization.block_format import BLOCK, blocks, empty_e4m3, empty_scales
 
 WIDTH = BLOCK_N // 2  # activations of a tile
@@ -85,34 +91,29 @@ def _kernel(kind: int, interleaved: bool, gather: bool, cluster: int) -> Kernel:
     return Kernel(up_fp8_spec(kind, interleaved=interleaved, gather=gather, cluster=cluster), argtypes)
 
 
-_unfused = compose_up_projection_fp8(grouped_mm_fp8, activation_forward, quantize_rows)
+UNFUSED = ComposedFp8(
+    grouped_mm_fp8, activation_forward, activation_backward, quantize_rows, quantize_columns, quantize_tiles
+)
 
 
 def up_projection_fp8(
-    xq_TH: Tensor,
-    x_scale: Tensor,
-    gather_index: Tensor | None,
-    w1q_ENH: Tensor,
-    w1_scale: Tensor,
+    x: Rows[Quantized],
+    w1_ENH: Quantized,
     b1_EN: Tensor | None,
-    expert_offsets: Tensor,
-    row_expert_P: Tensor,
-    activation: Activation,
-    layout: GateUpLayout,
+    groups: Groups,
+    gate: Gate,
     recipe: Fp8Recipe,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(H as backward will see it, its scales, A in e4m3, its scales): see ``compose_up_projection_fp8``. Ungated
-    activations take the composed form, and so do halves of H that do not start at a scale block.
+) -> tuple[Quantized, Quantized]:
+    """(Z as backward will see it, A): see ``Fp8Experts``. Ungated activations take the composed form, and so do halves
+    of Z that do not start at a scale block.
     """
-    num_experts, n1, hidden = w1q_ENH.shape
-    rows, width = num_rows(xq_TH, gather_index), n1 // 2
+    (activation, layout), ((xq_TH, x_scale), index), (w1, w1_scale) = gate, x, w1_ENH
+    num_experts, n1, hidden = w1.shape
+    rows, width = x.num_rows, n1 // 2
     interleaved = layout is GateUpLayout.INTERLEAVED
     if not activation.gated or not (interleaved or width % BLOCK == 0):
-        return _unfused(
-            xq_TH, x_scale, gather_index, w1q_ENH, w1_scale, b1_EN, expert_offsets, row_expert_P, activation, layout,
-            recipe, save,
-        )  # fmt: skip
+        return UNFUSED.up_projection_fp8(x, w1_ENH, b1_EN, groups, gate, recipe, save)
     forms = {"fp8": IN_FP8, "bf16": IN_BF16, "recompute": NOTHING}
     saved = forms[recipe.save_preactivation] if save else NOTHING
     if saved == IN_FP8:
@@ -121,23 +122,24 @@ def up_projection_fp8(
         z_PN = xq_TH.new_empty(rows if saved == IN_BF16 else 0, n1, dtype=torch.bfloat16)
         z_scale = xq_TH.new_empty(0, blocks(n1), dtype=torch.float32)
     a_PI, a_scale = empty_e4m3(xq_TH, rows, width), empty_scales(xq_TH, rows, blocks(width), tma=True)
+    z, a = Quantized(z_PN, z_scale), Quantized(a_PI, a_scale)
     if rows == 0:
-        return z_PN, z_scale, a_PI, a_scale
+        return z, a
     gate_base, up_base = half_bases(layout, width)
-    gather = gather_index is not None
+    gather = index is not None
     cluster = gathering_cluster(-(-width // WIDTH), gather)
     map_a = tensor_map(a_PI[:, None], box=(WARP_ROWS, 1, 128))
     with on_device(xq_TH):
         grid = multiprocessors(xq_TH.device.index) // cluster * cluster
         _kernel(kind_of(activation), interleaved, gather, cluster).launch(
             (grid, 1, 1),
-            map_of_rows(xq_TH, gather_index, box=(BLOCK_M, FP8_BLOCK_K)),
-            map_of_scales(x_scale, gather_index, map_a),
-            map_of_gate_and_up(w1q_ENH, interleaved, width),
+            map_of_rows(xq_TH, index, box=(BLOCK_M, FP8_BLOCK_K)),
+            map_of_scales(x_scale, index, map_a),
+            map_of_gate_and_up(w1, interleaved, width),
             map_a if saved == NOTHING else map_of_halves(z_PN, interleaved, rows=WARP_ROWS),
             map_a,
-            expert_offsets,
-            gather_index,
+            groups.expert_offsets,
+            index,
             num_experts,
             width,
             -(-hidden // FP8_BLOCK_K),
@@ -159,4 +161,4 @@ def up_projection_fp8(
             up_base,
             *activation_constants(activation),
         )
-    return z_PN, z_scale, a_PI, a_scale
+    return z, a
