@@ -27,7 +27,9 @@ from supersonic_moe.kernels.interface import Backend, BothOrders, Quantized, Row
 from supersonic_moe.kernels.reference import fp8_layer
 from supersonic_moe.kernels.reference.gather import gather_rows
 from supersonic_moe.quantization.block_format import blocks
-from supersonic_moe.training.experts_fp8 import run_experts_fp8
+from supersonic_moe.training.arguments import Weight
+from supersonic_moe.training.ops import run_experts
+from supersonic_moe.training.options import Options
 
 RECIPES = [
     Fp8Recipe(save_preactivation=save, wgrad=wgrad, scale=scale, keep_transposed=keep)
@@ -43,11 +45,9 @@ def run(layer: Layer, recipe: Fp8Recipe | None = None, dtype: torch.dtype = torc
     """Output and gradients, below the entry points' checks: they refuse fp64."""
     leaves = [None if t is None else t.to(dtype).requires_grad_() for t in layer.operands]
     leaves[1] = layer.scores.clone().requires_grad_()
-    weights = (leaves[2], leaves[4])
-    out = run_experts_fp8(
-        *leaves, layer.plan, layer.activation, layer.layout, recipe or Fp8Recipe(),
-        passed=weights, cache=None, backend="auto", inference=False, accumulate=False,
-    )  # type: ignore[arg-type]  # fmt: skip
+    x, scores, w1, b1, w2, b2 = leaves
+    options = Options(activation=layer.activation, layout=layer.layout, recipe=recipe or Fp8Recipe())
+    out = run_experts(x, scores, Weight(w1, w1), b1, Weight(w2, w2), b2, layer.plan, options)
     grads = torch.autograd.grad(out, [t for t in leaves if t is not None], layer.dout.to(dtype))
     names = [n for n, t in zip(NAMES, leaves, strict=True) if t is not None]
     return {"out": out.detach(), **dict(zip(names, grads, strict=True))}
