@@ -87,6 +87,8 @@ def test_round_trip_error(pow2: bool, r: int, c: int, seed: int, magnitude: int)
 def test_scale_of_every_mantissa(pow2: bool) -> None:
     """Whatever the largest element, it gets the largest code (224 or more with pow2), and never saturates."""
     amax = torch.arange(0x3F800000, 0x40800000, 17, dtype=torch.int32).view(torch.float32)  # 1 .. 4
+    edges = torch.tensor([1.75, 3.5])  # of the powers of two
+    amax = torch.cat([amax, edges, edges.nextafter(torch.tensor(math.inf))])
     q, scale = reference.quantize_rows(amax[:, None], pow2)
     if pow2:
         exponent = torch.where(amax <= 1.75, -8, torch.where(amax <= 3.5, -7, -6))
