@@ -7,16 +7,27 @@ only.
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 120  # a router config whole; of a list its first six elements
+
+
+def short(value: object) -> str:
+    """Its repr, cut where it would fill a screen."""
+    return _SHORT.repr(value)
 
 
 def describe(t: object) -> str:
     if isinstance(t, Tensor):
         return f"{str(t.dtype).removeprefix('torch.')} of shape {tuple(t.shape)} on {t.device}"
-    return f"{type(t).__name__} ({t!r})"
+    return f"{type(t).__name__} ({short(t)})"
 
 
 def tensor(name: str, t: object, rank: int, shape: str) -> None:
@@ -108,6 +119,20 @@ def non_negative(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a non-negative integer; got {describe(value)}.")
     if value < 0:
         raise ValueError(f"{name} must not be negative; got {value}.")
+
+
+def number(name: str, value: object, *, lowest: float = -math.inf) -> None:
+    """A finite number that is not below ``lowest``."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number; got {describe(value)}. Convert it with float(...).")
+    if not (math.isfinite(value) and float(value) >= lowest):
+        bound = "" if lowest == -math.inf else f" and at least {lowest:g}"
+        raise ValueError(f"{name} must be finite{bound}; got {value}.")
+
+
+def flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {describe(value)}.")
 
 
 def choices_fit(k: int, num_experts: int) -> None:

@@ -50,7 +50,7 @@ def naive_route(logits, k, router, bias=None):
             allowed = [e for g in sorted(best) for e in groups[g]]
         ids = sorted(allowed, key=lambda e: -float(key[e]))[:k]
         if isinstance(router, SigmoidGroupedTopK):
-            total = sum(affinity[e] for e in ids) + 1e-20 if router.renormalize else 1.0
+            total = sum(affinity[e] for e in ids) + 1e-20 if router.renormalize and k > 1 else 1.0
             scores = [affinity[e] / total * router.scaling_factor for e in ids]
         else:
             pool = ids if isinstance(router, SoftmaxAfterTopK) or router.renormalize else range(num_experts)
@@ -223,6 +223,22 @@ def test_agrees_with_hugging_face(kind):
     torch.testing.assert_close(got_dw, want_dw, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_one_expert_a_token_keeps_its_affinity(scale):
+    """As in DeepSeek-V3's published router and Megatron's: a sum of one is not divided by, so the output teaches the
+    router.
+    """
+    logits = torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
+    scores, ids = route(logits, 1, SigmoidGroupedTopK(scaling_factor=scale))
+    best = logits.sigmoid().max(1)
+    torch.testing.assert_close(scores[:, 0], scale * best.values)
+    assert torch.equal(ids[:, 0].long(), best.indices)
+    g = torch.randn(50, dtype=torch.float64)
+    got, want = (torch.autograd.grad(s, logits, g)[0] for s in (scores[:, 0], scale * best.values))
+    torch.testing.assert_close(got, want)
+    assert got.abs().amax(1).min() > 0
+
+
 # ---- op contracts, compilation, arguments ----------------------------------------------------------------------------
 
 
@@ -230,7 +246,7 @@ def test_agrees_with_hugging_face(kind):
 def test_opcheck(router):
     logits = torch.randn(5, 8)
     bias = torch.randn(8) if isinstance(router, SigmoidGroupedTopK) else None
-    config = (*topk._encode(router), "auto")
+    config = (*topk._encode(router, 2), "auto")
     assert topk._decode(*config[:-1]) == router
     opcheck(torch.ops.supersonic_moe.route_forward.default, (logits, bias, 2, *config))
     scores, ids = reference.route_forward(logits, 2, router, bias)
@@ -292,7 +308,8 @@ BAD = [
     (lambda: route(X, 2, backend="cutlass"), ValueError, "unknown backend 'cutlass'"),
     (lambda: SigmoidGroupedTopK(num_groups=2, topk_groups=3), ValueError, "topk_groups must not exceed num_groups"),
     (lambda: SigmoidGroupedTopK(num_groups=0), ValueError, "num_groups must be at least 1"),
-    (lambda: SigmoidGroupedTopK(scaling_factor=math.inf), ValueError, "scaling_factor must be a positive finite"),
+    (lambda: SigmoidGroupedTopK(scaling_factor=math.inf), ValueError, "scaling_factor must be finite"),
+    (lambda: SigmoidGroupedTopK(scaling_factor=-1.0), ValueError, "scaling_factor must be a positive finite"),
     (lambda: switch_load_balancing_loss(X, torch.zeros(5)), ValueError, "expert_counts must have length 6"),
     (lambda: router_z_loss(X[0]), ValueError, "router_logits must have 2 dimensions"),
 ]
