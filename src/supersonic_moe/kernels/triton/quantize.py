@@ -208,8 +208,8 @@ def _quantize_tile(
     tile, w_ptr, q_ptr, transposed_ptr, scale_ptr, w_expert_stride, w_stride,
     N: tl.constexpr, K: tl.constexpr, Q_STRIDE: tl.constexpr, WORDS: tl.constexpr, POW2: tl.constexpr,
 ):  # fmt: skip
-    """One of the tiles of an expert's weight, counted along K first. Offsets of a tile are 64-bit, those inside it 32-bit:
-    64-bit offsets of every row would take a third more registers.
+    """One of the tiles of an expert's weight, counted along K first. Offsets of a tile are 64-bit and those inside it
+    32-bit: 64-bit offsets of every row would take a third more registers.
     """
     TILES_N: tl.constexpr = (N + BLOCK - 1) // BLOCK
     TILES_K: tl.constexpr = (K + BLOCK - 1) // BLOCK
