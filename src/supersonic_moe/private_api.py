@@ -36,6 +36,16 @@ def _gpu_sleep(cycles: int) -> None:
     )
 
 
+def _promise(condition: bool) -> None:
+    if not condition:
+        raise RuntimeError("a size is not what this call can take; run it without torch.compile to see which.")
+
+
+promise: Callable[[bool], None] = getattr(torch, "_check", _promise)
+"""Raise RuntimeError unless a condition on sizes holds; under ``torch.compile`` for sizes that depend on data, when the
+graph runs.
+"""
+
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 """Index of the current CUDA device; the public call asks first whether CUDA is initialised."""
 

@@ -188,6 +188,13 @@ def test_pairs_of_tensors_one_by_one(substitutes: Any) -> None:
         assert [t.tolist() for t in targets] == [[5, 5], [3, 3, 3]]
 
 
+def test_a_promise_that_does_not_hold_is_an_error(substitutes: Any) -> None:
+    for module in (private_api, substitutes):
+        module.promise(True)
+        with pytest.raises(RuntimeError):
+            module.promise(False)
+
+
 def test_a_torch_without_sleep_is_named(substitutes: Any) -> None:
     with pytest.raises(
         RuntimeError, match=rf"needs torch\.cuda\._sleep, which torch {re.escape(torch.__version__)} does"

@@ -301,3 +301,14 @@ def test_padded_capacity_is_enough_and_tight(counts: list[int]) -> None:
     worst = [1] * (min(len(counts), sum(counts)) - 1)
     worst = [*worst, sum(counts) - len(worst)] if sum(counts) else []
     assert capacity - sum(blocks(n) * BLOCK for n in worst) < BLOCK
+
+
+@pytest.mark.parametrize(("rows", "stride"), [(257, 2**23), (129, 2**24)])
+def test_row_offsets_of_a_weight_may_pass_2_to_31(rows: int, stride: int, device: torch.device) -> None:
+    """A view whose last row starts at element 2^31, the first of a tile or not: 4 GB of addresses, of which a CPU
+    touches the rows only.
+    """
+    w = torch.empty(2**31 + 8, dtype=torch.bfloat16, device=device).as_strided((1, rows, 8), (0, stride, 1))
+    w.copy_(sample(1, rows, 8, seed=3, device=device))
+    for view in (w, w.mT):
+        assert_same_bytes(triton.quantize_weights((view,))[0], triton.quantize_weights((view.contiguous(),))[0])

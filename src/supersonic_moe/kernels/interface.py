@@ -142,10 +142,12 @@ class Routing(Protocol):
     ) -> Tensor:
         """dlogits (T, E) in the dtype of the logits."""
 
-    def switch_loss_forward(self, logits_TE: Tensor, counts_E: Tensor) -> Tensor:
-        """() in the accumulation dtype; definition: ``routing/aux_loss.py``."""
+    def switch_loss_forward(self, logits_TE: Tensor, counts_E: Tensor, sigmoid: bool = False) -> Tensor:
+        """() in the accumulation dtype. ``sigmoid``: of normalised sigmoids, else of the softmax; definition:
+        ``routing/aux_loss.py``.
+        """
 
-    def switch_loss_backward(self, dloss: Tensor, logits_TE: Tensor, counts_E: Tensor) -> Tensor:
+    def switch_loss_backward(self, dloss: Tensor, logits_TE: Tensor, counts_E: Tensor, sigmoid: bool = False) -> Tensor:
         """dlogits (T, E) in the dtype of the logits."""
 
     def build_plan(

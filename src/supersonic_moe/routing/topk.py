@@ -17,6 +17,7 @@ Precision. Weights are fp32 for bf16, fp16 and fp32 logits, fp64 for fp64 logits
 
 from __future__ import annotations
 
+import functools
 from typing import Any, TypeAlias
 
 import torch
@@ -31,6 +32,7 @@ from supersonic_moe.config.router import (
     TokenRounding,
     TopKRouter,
     as_router,
+    check_groups,
 )
 from supersonic_moe.kernels import registry
 from supersonic_moe.kernels.interface import Routing
@@ -58,7 +60,7 @@ def route(
     """
     config = as_router(router)
     _check(logits_TE, k, config, correction_bias)
-    scores_TK, ids_TK = apply(_Route, logits_TE, correction_bias, k, (*_encode(config), backend))
+    scores_TK, ids_TK = apply(_Route, logits_TE, correction_bias, k, (*_encode(config, k), backend))
     return scores_TK, ids_TK
 
 
@@ -77,18 +79,7 @@ def _check(logits: Tensor, k: int, router: TopKRouter | TokenRounding, bias: Ten
         raise ValueError(
             f"k must not exceed the number of experts; got k = {k} with {experts} columns of logits. Lower k."
         )
-    if isinstance(router, SigmoidGroupedTopK):
-        if experts % router.num_groups:
-            raise ValueError(
-                f"the number of experts must be a multiple of num_groups; got {experts} experts in "
-                f"{router.num_groups} groups. Use a num_groups that divides it."
-            )
-        reachable = experts // router.num_groups * router.topk_groups
-        if k > reachable:
-            raise ValueError(
-                f"k must not exceed the experts of the chosen groups; got k = {k} with {router.topk_groups} of "
-                f"{router.num_groups} groups, which hold {reachable} experts. Raise topk_groups or lower k."
-            )
+    check_groups(router, experts, k)
     if bias is not None:
         if not isinstance(router, SigmoidGroupedTopK):
             raise ValueError(
@@ -107,12 +98,14 @@ _Encoded: TypeAlias = tuple[str, bool, int, int, float]
 _ENCODED = "str kind, bool renormalize, int num_groups, int topk_groups, float scaling_factor, str backend"
 
 
-def _encode(router: TopKRouter | TokenRounding) -> _Encoded:
+def _encode(router: TopKRouter | TokenRounding, k: int) -> _Encoded:
     if isinstance(router, SigmoidGroupedTopK):
-        return router.kind, router.renormalize, router.num_groups, router.topk_groups, float(router.scaling_factor)
+        renormalize = router.renormalize and k > 1  # a / a would be 1 whatever the logits
+        return router.kind, renormalize, router.num_groups, router.topk_groups, float(router.scaling_factor)
     return router.kind, isinstance(router, SoftmaxBeforeTopK) and router.renormalize, 1, 1, 1.0
 
 
+@functools.cache
 def _decode(kind: str, renormalize: bool, num_groups: int, topk_groups: int, scaling_factor: float) -> TopKRouter:
     if kind == SoftmaxAfterTopK.kind:
         return SoftmaxAfterTopK()

@@ -125,8 +125,9 @@ def main() -> None:
         logits = torch.zeros(t, e, dtype=dtype)
         scores, ids = kernels.route_forward(logits, k, router, bias)
         kernels.route_backward(scores, logits, scores, ids, router)
-        kernels.switch_loss_forward(logits, ids[0, :1].expand(e))
-        kernels.switch_loss_backward(scores[0, 0], logits, ids[0, :1].expand(e))
+        sigmoid = isinstance(router, SigmoidGroupedTopK)
+        kernels.switch_loss_forward(logits, ids[0, :1].expand(e), sigmoid)
+        kernels.switch_loss_backward(scores[0, 0], logits, ids[0, :1].expand(e), sigmoid)
         kernels.pick(scores.view(-1), ids.view(-1))
 
     def round_tokens(t: int, e: int, k: int, dtype: torch.dtype, scale: float | None, *modes: str) -> None:

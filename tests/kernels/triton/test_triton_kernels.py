@@ -296,6 +296,28 @@ def test_segment_sum(
     assert torch.equal(kernels.segment_sum(Rows(a, index), scale, offsets_of(counts, device)), want)
 
 
+# ---- fp64 probabilities (Megatron's moe_router_dtype) ----------------------------------------------------------------
+
+
+def test_fp64_scores_count_as_fp32(device: torch.device) -> None:
+    """Same bits as with the scores in fp32: a kernel that reads them as they come."""
+    counts, gate = [5, 0, 7], Gate(as_activation("swiglu"), GateUpLayout.GATE_UP)
+    owner, offsets = owners_of(counts, 0, device), offsets_of(counts, device)
+    z, y = (torch.randn(12, 16, device=device).bfloat16() for _ in range(2))
+    tokens = TokenRows(torch.randperm(12, device=device).int(), None, 3, 4)
+    single = torch.rand(12, device=device)
+    results = [
+        (
+            *kernels.activation_backward(z, None, y[:, :8], scores, owner, gate),
+            kernels.gather_sum(y, scores, None, owner, tokens),
+            kernels.segment_sum(Rows(y), scores, offsets),
+        )
+        for scores in (single, single.double())
+    ]
+    for got, want in zip(*results, strict=True):
+        assert got.dtype is want.dtype and torch.equal(got, want)
+
+
 # ---- grouped GEMM --------------------------------------------------------------------------------------------------
 
 

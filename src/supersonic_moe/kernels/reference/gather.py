@@ -44,4 +44,14 @@ def gather_sum(
         values = values + bias_EH.to(values.dtype)[row_expert_P[rows].long()]
     if row_scale_P is not None:
         values = values * row_scale_P.to(values.dtype)[rows, None]
-    return values.new_zeros(tokens.num_tokens, y_PH.shape[1]).index_add_(0, token_S[real], values).to(y_PH.dtype)
+    return add_rows(values, token_S[real], tokens.num_tokens).to(y_PH.dtype)
+
+
+def add_rows(values_NC: Tensor, index_N: Tensor, num_rows: int) -> Tensor:
+    """(num_rows, C): row r is the sum of the values with index r, in their order, on every device. ``index_add_`` keeps
+    the order on a CPU and adds by atomics on CUDA, where an accumulating ``index_put_`` sorts by index first.
+    """
+    out = values_NC.new_zeros(num_rows, values_NC.shape[1])
+    if values_NC.is_cuda:
+        return out.index_put_((index_N,), values_NC, accumulate=True)
+    return out.index_add_(0, index_N, values_NC)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from supersonic_moe.kernels.interface import Rows
 from supersonic_moe.kernels.reference.activation import acc_dtype
-from supersonic_moe.kernels.reference.gather import rows_of
+from supersonic_moe.kernels.reference.gather import add_rows, rows_of
 
 
 def row_dot(a: Rows[Tensor], b_EH: Tensor, row_expert_P: Tensor, out_P: Tensor) -> None:
@@ -28,4 +28,4 @@ def segment_sum(a: Rows[Tensor], row_scale_P: Tensor | None, expert_offsets: Ten
     values = a_PN[live].to(acc_dtype(a_PN.dtype))
     if row_scale_P is not None:
         values = values * row_scale_P[live, None].to(values.dtype)
-    return values.new_zeros(num_experts, a_PN.shape[1]).index_add_(0, expert[live], values)
+    return add_rows(values, expert[live], num_experts)

@@ -165,7 +165,7 @@ def _backward_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     in_rows = row < num_rows
-    score = tl.load(scores_ptr + row, mask=in_rows, other=0.0)[:, None]
+    score = tl.load(scores_ptr + row, mask=in_rows, other=0.0).to(tl.float32)[:, None]
     scored = score != 0
     N1: tl.constexpr = WIDTH if LAYOUT == "single" else 2 * WIDTH
     partial_ds = tl.zeros([BLOCK_P, BLOCK_I], dtype=tl.float32)

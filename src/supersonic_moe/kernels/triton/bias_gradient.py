@@ -51,7 +51,7 @@ def _partial_kernel(
         mask = (in_rows & (source >= 0))[:, None] & in_columns
         a = tl.load(a_ptr + source[:, None] * a_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
         if scale_ptr is not None:
-            a *= tl.load(scale_ptr + row, mask=in_rows, other=0.0)[:, None]
+            a *= tl.load(scale_ptr + row, mask=in_rows, other=0.0).to(tl.float32)[:, None]
         total += a
         first += BLOCK_P
     tl.store(partial_ptr + chunk.to(tl.int64) * N + column, tl.sum(total, axis=0), mask=column < N)

@@ -50,7 +50,7 @@ def _gather_sum_kernel(
                 bias = tl.load(bias_ptr + expert * bias_stride + column, mask=in_columns & real, other=0.0)
                 value += bias.to(tl.float32)
             if scale_ptr is not None:
-                value *= tl.load(scale_ptr + row, mask=real, other=0.0)
+                value *= tl.load(scale_ptr + row, mask=real, other=0.0).to(tl.float32)
             total += value
         slot += UNROLL
     tl.store(out_ptr + token * H + column, total.to(out_ptr.dtype.element_ty), mask=in_columns)

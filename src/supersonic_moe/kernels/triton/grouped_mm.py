@@ -33,7 +33,7 @@ def _zero_empty_experts_kernel(out_ptr, expert_offsets_ptr, MN: tl.constexpr, BL
     expert = tl.program_id(0)
     if tl.load(expert_offsets_ptr + expert) != tl.load(expert_offsets_ptr + expert + 1):
         return
-    block = tl.program_id(1)
+    block = tl.program_id(1).to(tl.int64)
     while block * BLOCK < MN:
         at = block * BLOCK + tl.arange(0, BLOCK)
         zeros = tl.zeros([BLOCK], dtype=out_ptr.dtype.element_ty)

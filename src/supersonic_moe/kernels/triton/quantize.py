@@ -208,22 +208,27 @@ def _quantize_tile(
     tile, w_ptr, q_ptr, transposed_ptr, scale_ptr, w_expert_stride, w_stride,
     N: tl.constexpr, K: tl.constexpr, Q_STRIDE: tl.constexpr, WORDS: tl.constexpr, POW2: tl.constexpr,
 ):  # fmt: skip
-    """One of the tiles of an expert's weight, counted along K first."""
+    """One of the tiles of an expert's weight, counted along K first. Offsets of a tile are 64-bit and those inside it
+    32-bit: 64-bit offsets of every row would take a third more registers.
+    """
     TILES_N: tl.constexpr = (N + BLOCK - 1) // BLOCK
     TILES_K: tl.constexpr = (K + BLOCK - 1) // BLOCK
     expert = tl.program_id(1).to(tl.int64)
-    n = tile // TILES_K * BLOCK + _tile_rows()
-    k = tile % TILES_K * BLOCK + tl.arange(0, BLOCK)
-    mask = (n < N)[:, :, None] & (k < K)[None, None, :]
-    w_ptrs = w_ptr + expert * w_expert_stride + (n * w_stride)[:, :, None] + k[None, None, :]
-    w = tl.load(w_ptrs, mask=mask, other=0.0)
+    first_n = tile // TILES_K * BLOCK
+    first_k = tile % TILES_K * BLOCK
+    row = _tile_rows()
+    column = tl.arange(0, BLOCK)
+    in_k = first_k + column < K
+    mask = (first_n + row < N)[:, :, None] & in_k[None, None, :]
+    w_ptr += expert * w_expert_stride + first_n.to(tl.int64) * w_stride + first_k
+    w = tl.load(w_ptr + (row * w_stride)[:, :, None] + column[None, None, :], mask=mask, other=0.0)
     scale, inverse = _block_scale(tl.max(_column_amax(w)), POW2)
     transposed, q = _both_orders(w, tl.broadcast_to(inverse, (1, BLOCK)))
-    tl.store(q_ptr + expert * N * Q_STRIDE + (n * Q_STRIDE)[:, :, None] + k[None, None, :], q, mask=mask)
+    q_ptr += (expert * N + first_n) * Q_STRIDE + first_k
+    tl.store(q_ptr + (row * Q_STRIDE)[:, :, None] + column[None, None, :], q, mask=mask)
     word = tile // TILES_K * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
-    words_ptr = transposed_ptr.to(tl.pointer_type(tl.int32))
-    transposed_ptrs = words_ptr + expert * K * WORDS + k[:, None] * WORDS + word
-    tl.store(transposed_ptrs, transposed, mask=(k < K)[:, None] & (word < WORDS))
+    words_ptr = transposed_ptr.to(tl.pointer_type(tl.int32)) + (expert * K + first_k) * WORDS
+    tl.store(words_ptr + column[:, None] * WORDS + word, transposed, mask=in_k[:, None] & (word < WORDS))
     tl.store(scale_ptr + expert * TILES_N * TILES_K + tile, scale)
 
 
@@ -262,6 +267,8 @@ def quantize_weights(weights_ENK: Sequence[Tensor], pow2: bool = False) -> list[
     for i, stored in enumerate(weights_ENK):
         turned = stored.stride(2) != 1 and stored.stride(1) == 1
         w_ENK = stored.mT if turned else stored
+        if w_ENK.stride(1) >= 2**31 // block_format.BLOCK:  # offsets inside a tile are 32-bit
+            w_ENK = w_ENK.contiguous()
         experts, n, k = w_ENK.shape
         q_ENK, q_EKN = empty_e4m3(w_ENK, experts, n, k), empty_e4m3(w_ENK, experts, k, n)
         scale = w_ENK.new_empty(experts, blocks(n), blocks(k), dtype=torch.float32)

@@ -153,7 +153,7 @@ def _sums_kernel(
     """
     length = row_blocks * _ROW_MULTIPLE
     row_ptr = keys_ptr + tl.program_id(0).to(tl.int64) * length
-    program = tl.program_id(0) * 2 + tl.program_id(1)
+    program = tl.program_id(0).to(tl.int64) * 2 + tl.program_id(1)
     up = tl.program_id(1) == 1
     chosen, best_chosen, best_extra = _lanes(row_ptr, length, LANES, ROWS)
     go = chosen % tile
@@ -185,8 +185,8 @@ def _select_kernel(
     MODE: tl.constexpr, BLOCK_E: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, SCRATCH: tl.constexpr,
 ):  # fmt: skip
     length = row_blocks * _ROW_MULTIPLE
-    expert = tl.program_id(0)
-    row_ptr = keys_ptr + expert.to(tl.int64) * length
+    expert = tl.program_id(0).to(tl.int64)
+    row_ptr = keys_ptr + expert * length
     chosen, best_chosen, best_extra = _lanes(row_ptr, length, LANES, ROWS)
     over = chosen % tile
     floor = chosen - over
