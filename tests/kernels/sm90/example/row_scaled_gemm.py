@@ -16,11 +16,6 @@ import functools
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
-
-from supersonic_moe.jit.launch import I32, I64, PTR, TENSOR_MAP, Kernel, on_device
-from supersonic_moe.jit.spec import KernelSpec
-from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.sm90.mainloop import (
     BLOCK_K,
     BLOCK_M,
@@ -31,6 +26,11 @@ from supersonic_moe.kernels.sm90.mainloop import (
     mainloop_spec,
     multiprocessors,
 )
+from torch import Tensor
+
+from supersonic_moe.jit.launch import I32, I64, PTR, TENSOR_MAP, Kernel, on_device
+from supersonic_moe.jit.spec import KernelSpec
+from supersonic_moe.jit.tma import tensor_map
 
 
 def _spec(cluster: int) -> KernelSpec:
