@@ -153,7 +153,7 @@ def _sums_kernel(
     """
     length = row_blocks * _ROW_MULTIPLE
     row_ptr = keys_ptr + tl.program_id(0).to(tl.int64) * length
-    program = tl.program_id(0).to(tl.int64) * 2 + tl.program_id(1)
+    program = tl.program_id(0) * 2 + tl.program_id(1)
     up = tl.program_id(1) == 1
     chosen, best_chosen, best_extra = _lanes(row_ptr, length, LANES, ROWS)
     go = chosen % tile
@@ -161,7 +161,8 @@ def _sums_kernel(
     rank = tl.where(up, come, go)
     base = tl.where(up, EXTRA, CHOSEN)
     best = tl.where(up, best_extra, best_chosen)
-    value, _ = _rank_largest(row_ptr, length, scratch_ptr + program * SCRATCH, best, base, rank, LANES, ROWS, SCRATCH)
+    scratch_ptr += program.to(tl.int64) * SCRATCH
+    value, _ = _rank_largest(row_ptr, length, scratch_ptr, best, base, rank, LANES, ROWS, SCRATCH)
 
     lane = tl.arange(0, LANES)
     lane_sum = tl.zeros([LANES], dtype=tl.float32)
