@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from supersonic_moe.moe import fp8_training as fp8_training
     from supersonic_moe.quantization.weight_cache import WeightCache as WeightCache
     from supersonic_moe.routing.aux_loss import router_z_loss as router_z_loss
+    from supersonic_moe.routing.aux_loss import sequence_expert_counts as sequence_expert_counts
+    from supersonic_moe.routing.aux_loss import sequence_load_balancing_loss as sequence_load_balancing_loss
     from supersonic_moe.routing.aux_loss import switch_load_balancing_loss as switch_load_balancing_loss
     from supersonic_moe.routing.plan import plan_from_deepep as plan_from_deepep
     from supersonic_moe.routing.plan import plan_from_offsets as plan_from_offsets
@@ -62,7 +64,12 @@ _HOME = {
     "mlp_node": ("SonicMoEMlpNode",),
     "moe": ("Experts", "KernelBackendMoE", "MoE", "constant_weights", "fp8_training"),
     "quantization.weight_cache": ("WeightCache",),
-    "routing.aux_loss": ("router_z_loss", "switch_load_balancing_loss"),
+    "routing.aux_loss": (
+        "router_z_loss",
+        "sequence_expert_counts",
+        "sequence_load_balancing_loss",
+        "switch_load_balancing_loss",
+    ),
     "routing.plan": ("plan_from_deepep", "plan_from_offsets", "plan_from_topk", "plan_from_triples"),
     "routing.token_rounding": ("token_rounding",),
     "routing.topk": ("route",),
@@ -70,6 +77,8 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = sorted(_MODULE_OF)
+
+LOG_LEVELS = "DEBUG, INFO, WARNING, ERROR, CRITICAL"
 
 
 def __getattr__(name: str) -> object:
@@ -85,4 +94,8 @@ def __dir__() -> list[str]:
 
 
 if level := os.environ.get("SUPERSONIC_MOE_LOG_LEVEL"):
-    logging.getLogger("supersonic_moe").setLevel(level.upper())
+    log = logging.getLogger("supersonic_moe")
+    if level.upper() in logging.getLevelNamesMapping():
+        log.setLevel(level.upper())
+    else:
+        log.warning("SUPERSONIC_MOE_LOG_LEVEL must be one of %s; got %r, which changes nothing", LOG_LEVELS, level)

@@ -7,16 +7,33 @@ only.
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+
+from supersonic_moe.private_api import promise
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 120  # a router config whole; of a list its first six elements
+
+
+def short(value: object) -> str:
+    """Its repr, cut where it would fill a screen."""
+    return _SHORT.repr(value)
+
+
+_FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_INTEGERS = (int, torch.SymInt)
 
 
 def describe(t: object) -> str:
     if isinstance(t, Tensor):
         return f"{str(t.dtype).removeprefix('torch.')} of shape {tuple(t.shape)} on {t.device}"
-    return f"{type(t).__name__} ({t!r})"
+    return f"{type(t).__name__} ({short(t)})"
 
 
 def tensor(name: str, t: object, rank: int, shape: str) -> None:
@@ -27,7 +44,7 @@ def tensor(name: str, t: object, rank: int, shape: str) -> None:
 
 
 def floating(name: str, t: Tensor) -> None:
-    if t.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+    if t.dtype not in _FLOATING:
         raise TypeError(
             f"{name} must be bfloat16, float16, float32 or float64; got {describe(t)}. "
             f"Convert it with .to(torch.bfloat16)."
@@ -97,17 +114,31 @@ def size(name: str, what: str, got: object, want: object, why: str) -> None:
 
 
 def positive(name: str, value: object) -> None:
-    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+    if not isinstance(value, _INTEGERS) or isinstance(value, bool):
         raise TypeError(f"{name} must be a positive integer; got {describe(value)}.")
     if value < 1:
         raise ValueError(f"{name} must be at least 1; got {value}.")
 
 
 def non_negative(name: str, value: object) -> None:
-    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+    if not isinstance(value, _INTEGERS) or isinstance(value, bool):
         raise TypeError(f"{name} must be a non-negative integer; got {describe(value)}.")
     if value < 0:
         raise ValueError(f"{name} must not be negative; got {value}.")
+
+
+def number(name: str, value: object, *, lowest: float = -math.inf) -> None:
+    """A finite number that is not below ``lowest``."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number; got {describe(value)}. Convert it with float(...).")
+    if not (math.isfinite(value) and float(value) >= lowest):
+        bound = "" if lowest == -math.inf else f" and at least {lowest:g}"
+        raise ValueError(f"{name} must be finite{bound}; got {value}.")
+
+
+def flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {describe(value)}.")
 
 
 def choices_fit(k: int, num_experts: int) -> None:
@@ -119,20 +150,29 @@ def choices_fit(k: int, num_experts: int) -> None:
 
 
 def index_count(what: str, count: int) -> None:
-    if count >= 2**31:
+    if torch.compiler.is_compiling():
+        promise(count < 2**31)  # a comparison would ask for a size that may depend on data
+    elif count >= 2**31:
         raise ValueError(
             f"{what} must stay below 2**31 (indices are int32); got {count}. Split the batch into micro-batches."
         )
 
 
-def counts(name: str, values: Sequence[int], slots: int) -> None:
+def counts(name: str, values: object) -> None:
+    """A sequence of integers, or a tensor of one dimension; on the host none of them negative."""
+    if isinstance(values, Tensor):
+        if values.dim() != 1 or values.is_floating_point() or values.is_complex() or values.dtype is torch.bool:
+            raise TypeError(f"{name} must hold integers in one dimension (E,); got {describe(values)}.")
+        if values.device.type != "cpu":
+            return
+        values = values.tolist()
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise TypeError(f"{name} must be a sequence or a tensor of integers (E,); got {describe(values)}.")
     for expert, n in enumerate(values):
+        if not isinstance(n, Integral) or isinstance(n, bool):
+            raise TypeError(f"{name} must hold integers; expert {expert} has {describe(n)}.")
         if n < 0:
             raise ValueError(f"{name} must not hold negative counts; expert {expert} has {n}.")
-    if sum(values) > slots:
-        raise ValueError(
-            f"{name} adds up to {sum(values)}, more than the {slots} (row, choice) pairs of dispatched_indices."
-        )
 
 
 # ---- checks that read device data ------------------------------------------------------------------------------------
@@ -164,11 +204,11 @@ def valid_offsets(offs_E: Tensor, num_rows: int) -> None:
     _raise_if(offs_E[1:] < offs_E[:-1], offs_E[1:], "offs must not decrease (they are cumulative ends)")
 
 
-def counts_agree(name: str, counts_E: Tensor, ids: Tensor) -> None:
+def counts_suffice(name: str, counts_E: Tensor, ids: Tensor) -> None:
     flat = ids.reshape(-1).long()
     seen = torch.bincount(flat[flat >= 0], minlength=counts_E.shape[0])
-    want = counts_E.to(seen.device).long()
-    _raise_if(seen != want, seen, f"{name} must count the ids of each expert; the ids give a different count; counted")
+    given = counts_E.to(seen.device).long()
+    _raise_if(given < seen, given, f"{name} must not be less than the number of ids of each expert")
 
 
 def finite_logits(logits_TE: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from supersonic_moe import checks
 from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout, as_activation, as_layout
 from supersonic_moe.config.recipe import Fp8Recipe, Recipe, as_recipe
-from supersonic_moe.config.router import SigmoidGroupedTopK, TokenRounding, TopKRouter, as_router
+from supersonic_moe.config.router import SigmoidGroupedTopK, TokenRounding, TopKRouter, as_router, check_router
 from supersonic_moe.functional import moe_layer
 from supersonic_moe.quantization.weight_cache import WeightCache
 from supersonic_moe.routing.aux_loss import router_z_loss, switch_load_balancing_loss
@@ -107,13 +107,15 @@ class MoE(nn.Module):
             ("intermediate_size", intermediate_size),
         ):
             checks.positive(name, value)
-        checks.choices_fit(num_experts_per_tok, num_experts)
+        checks.flag("add_bias", add_bias)
+        checks.number("z_loss_weight", z_loss_weight, lowest=0)
         self.num_experts = num_experts
         self.top_k = num_experts_per_tok
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.activation = as_activation(activation_function)
         self.routing = as_router(router)
+        check_router(self.routing, num_experts, num_experts_per_tok)
         self.layout = as_layout(layout)
         self.recipe = as_recipe(recipe)
         self.weight_cache = WeightCache()
@@ -156,7 +158,7 @@ class MoE(nn.Module):
         policy = self.routing
         rounding_step: Tensor | int = 0
         if isinstance(policy, TokenRounding):
-            if not self.training:
+            if not self.training or is_inference_mode:
                 policy = policy.base
             elif policy.mode in ("SR-f", "NR-s"):
                 # From torch's generator: fresh each step, the same when checkpointing recomputes, new at each replay.
@@ -183,11 +185,13 @@ class MoE(nn.Module):
             backend=_backend(kernel_backend_moe),
             validate=self.validate,
         )
-        self.expert_counts = counts_E
+        self.__dict__["expert_counts"] = (
+            counts_E  # setting a tensor as an attribute of a module costs as much as a launch
+        )
         output = out_TH if flat else out_TH.view(hidden_states.shape)
         if is_inference_mode:
             return output, None
-        aux_loss = switch_load_balancing_loss(logits_TE, counts_E)
+        aux_loss = switch_load_balancing_loss(logits_TE, counts_E, router=policy)
         if self.z_loss_weight:
             aux_loss = aux_loss + self.z_loss_weight * router_z_loss(logits_TE)
         return output, aux_loss

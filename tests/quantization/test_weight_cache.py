@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import supersonic_moe as sm
 from supersonic_moe import Fp8Recipe
 from supersonic_moe.kernels import reference
+from supersonic_moe.quantization import weight_cache
 
 
 @pytest.fixture
@@ -135,6 +138,33 @@ def test_held_weights_are_quantised_once(quantised: list[Tensor]) -> None:
     quantised.clear()
     step(layer, x)
     assert len(quantised) == 2
+
+
+def test_another_weight_at_the_same_address_or_other_options_are_quantised() -> None:
+    """An allocator reuses memory. Then nothing but the object tells the new weight from the old one."""
+    storage = torch.zeros(4).untyped_storage()
+    first, second = (torch.empty(0).set_(storage, 0, (4,), (1,)) for _ in range(2))
+    assert weight_cache._signs(first) == weight_cache._signs(second)
+    cache, calls = weight_cache.WeightCache(), []
+
+    def quantise(missing: Sequence[int]) -> list[weight_cache.Fp8Weight]:
+        calls.append(missing)
+        return [weight_cache.Fp8Weight(first, None, first)]
+
+    with cache.hold():
+        for weight, options, expected in ((first, (), 1), (first, (), 1), (second, (), 2), (second, ("pow2",), 3)):
+            cache.get([weight], options, quantise)
+            assert len(calls) == expected
+
+
+def test_nothing_keeps_a_cache_after_its_block() -> None:
+    cache = weight_cache.WeightCache()
+    held = weakref.ref(cache)
+    with cache.hold():
+        pass
+    del cache
+    gc.collect()
+    assert held() is None
 
 
 def test_held_weights_follow_recipe_and_dtype(quantised: list[Tensor]) -> None:

@@ -107,8 +107,28 @@ def test_deepep_host_counts_that_are_too_small_drop_rows_safely():
     plan, _ = sm.plan_from_deepep(ids, torch.ones(4, 1, device=DEVICE), [1, 1, 0])
     assert plan.expert_offsets.tolist() == [0, 1, 2, 2]
     assert plan.reverse_index.tolist() == [0, 1, -1, -1]
-    with pytest.raises(ValueError, match="must count the ids"):
+    with pytest.raises(ValueError, match="must not be less than the number of ids of each expert; got 1 at index 1"):
         sm.plan_from_deepep(ids, torch.ones(4, 1, device=DEVICE), [1, 1, 0], validate=True)
+
+
+@pytest.mark.parametrize("num_tokens", [4, 200])
+@pytest.mark.parametrize("tile", [1, 128])
+def test_deepep_counts_may_be_rounded_up_to_its_expert_alignment(num_tokens, tile):
+    """DeepEP's ``expert_alignment`` rounds counts up: 3 experts of 128 rows for a batch of 8 pairs. Same rows as with
+    the exact counts.
+    """
+    ids = torch.stack([torch.randperm(3, device=DEVICE)[:2] for _ in range(num_tokens)])
+    probs = torch.rand(num_tokens, 2, device=DEVICE)
+    exact = torch.bincount(ids.flatten(), minlength=3).tolist()
+    aligned = [-(-n // 128) * 128 for n in exact]
+    want, _ = sm.plan_from_deepep(ids, probs, exact, tile=tile)
+    for counts in (aligned, torch.tensor(aligned), tuple(aligned)):
+        plan, _ = sm.plan_from_deepep(ids, probs, counts, tile=tile, validate=True)
+        live = want.capacity
+        assert torch.equal(plan.expert_offsets, want.expert_offsets)
+        assert torch.equal(plan.gather_index[:live], want.gather_index)
+        assert plan.gather_index[live:].eq(-1).all()
+        assert torch.equal(plan.token_rows, want.token_rows)
 
 
 @settings(max_examples=40, deadline=None)

@@ -20,7 +20,12 @@ from supersonic_moe.config.router import (
 )
 from supersonic_moe.kernels import reference
 from supersonic_moe.routing import topk
-from supersonic_moe.routing.aux_loss import router_z_loss, switch_load_balancing_loss
+from supersonic_moe.routing.aux_loss import (
+    router_z_loss,
+    sequence_expert_counts,
+    sequence_load_balancing_loss,
+    switch_load_balancing_loss,
+)
 from supersonic_moe.routing.topk import route
 
 ROUTERS = [
@@ -50,7 +55,7 @@ def naive_route(logits, k, router, bias=None):
             allowed = [e for g in sorted(best) for e in groups[g]]
         ids = sorted(allowed, key=lambda e: -float(key[e]))[:k]
         if isinstance(router, SigmoidGroupedTopK):
-            total = sum(affinity[e] for e in ids) + 1e-20 if router.renormalize else 1.0
+            total = sum(affinity[e] for e in ids) + 1e-20 if router.renormalize and k > 1 else 1.0
             scores = [affinity[e] / total * router.scaling_factor for e in ids]
         else:
             pool = ids if isinstance(router, SoftmaxAfterTopK) or router.renormalize else range(num_experts)
@@ -223,6 +228,22 @@ def test_agrees_with_hugging_face(kind):
     torch.testing.assert_close(got_dw, want_dw, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_one_expert_a_token_keeps_its_affinity(scale):
+    """As in DeepSeek-V3's published router and Megatron's: a sum of one is not divided by, so the output teaches the
+    router.
+    """
+    logits = torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
+    scores, ids = route(logits, 1, SigmoidGroupedTopK(scaling_factor=scale))
+    best = logits.sigmoid().max(1)
+    torch.testing.assert_close(scores[:, 0], scale * best.values)
+    assert torch.equal(ids[:, 0].long(), best.indices)
+    g = torch.randn(50, dtype=torch.float64)
+    got, want = (torch.autograd.grad(s, logits, g)[0] for s in (scores[:, 0], scale * best.values))
+    torch.testing.assert_close(got, want)
+    assert got.abs().amax(1).min() > 0
+
+
 # ---- op contracts, compilation, arguments ----------------------------------------------------------------------------
 
 
@@ -230,11 +251,17 @@ def test_agrees_with_hugging_face(kind):
 def test_opcheck(router):
     logits = torch.randn(5, 8)
     bias = torch.randn(8) if isinstance(router, SigmoidGroupedTopK) else None
-    config = (*topk._encode(router), "auto")
+    config = (*topk._encode(router, 2), "auto")
     assert topk._decode(*config[:-1]) == router
     opcheck(torch.ops.supersonic_moe.route_forward.default, (logits, bias, 2, *config))
     scores, ids = reference.route_forward(logits, 2, router, bias)
     opcheck(torch.ops.supersonic_moe.route_backward.default, (torch.randn(5, 2), logits, scores, ids, *config))
+
+
+def test_opcheck_of_the_loss():
+    logits, counts, dloss = torch.randn(5, 8), torch.arange(8), torch.tensor(0.5)
+    opcheck(torch.ops.supersonic_moe.switch_loss_forward.default, (logits, counts, "auto", True))
+    opcheck(torch.ops.supersonic_moe.switch_loss_backward.default, (dloss, logits, counts, "auto", True))
 
 
 @pytest.mark.parametrize("router", ROUTERS[1:5:3], ids=str)
@@ -292,8 +319,13 @@ BAD = [
     (lambda: route(X, 2, backend="cutlass"), ValueError, "unknown backend 'cutlass'"),
     (lambda: SigmoidGroupedTopK(num_groups=2, topk_groups=3), ValueError, "topk_groups must not exceed num_groups"),
     (lambda: SigmoidGroupedTopK(num_groups=0), ValueError, "num_groups must be at least 1"),
-    (lambda: SigmoidGroupedTopK(scaling_factor=math.inf), ValueError, "scaling_factor must be a positive finite"),
+    (lambda: SigmoidGroupedTopK(scaling_factor=math.inf), ValueError, "scaling_factor must be finite"),
+    (lambda: SigmoidGroupedTopK(scaling_factor=-1.0), ValueError, "scaling_factor must be a positive finite"),
     (lambda: switch_load_balancing_loss(X, torch.zeros(5)), ValueError, "expert_counts must have length 6"),
+    (lambda: switch_load_balancing_loss(X, torch.zeros(6), router="top_k"), ValueError, "unknown router 'top_k'"),
+    (lambda: sequence_load_balancing_loss(X, torch.zeros(6)), ValueError, "router_logits must have 3 dimensions"),
+    (lambda: sequence_load_balancing_loss(X[None], torch.zeros(4, 6)), ValueError, r"must have shape \(1, 6\)"),
+    (lambda: sequence_expert_counts(X.int(), 3, 6), ValueError, "num_sequences must divide the tokens of topk_ids"),
     (lambda: router_z_loss(X[0]), ValueError, "router_logits must have 2 dimensions"),
 ]
 
@@ -364,6 +396,83 @@ def test_switch_loss_is_hugging_faces_over_k():
     _, ids = route(logits, 3)
     ours = switch_load_balancing_loss(logits, torch.bincount(ids.flatten(), minlength=8))
     torch.testing.assert_close(3 * ours, mixtral.load_balancing_loss_func((logits,), 8, 3))
+
+
+SIGMOID = [SigmoidGroupedTopK(num_groups=2), "sigmoid_grouped_topk", TokenRounding(base=SigmoidGroupedTopK())]
+
+
+@pytest.mark.parametrize("router", SIGMOID, ids=str)
+def test_the_loss_of_a_sigmoid_router_is_of_normalised_sigmoids(router):
+    logits = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
+    counts = torch.tensor([3, 0, 9, 1, 7, 2])
+
+    def loss(x):
+        return switch_load_balancing_loss(x, counts, router=router)
+
+    share = sum(row.sigmoid() / row.sigmoid().sum() for row in logits) / 11
+    want = 6 * sum(p * int(c) / 22 for p, c in zip(share, counts, strict=True))
+    torch.testing.assert_close(loss(logits), want)
+    torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (loss(logits), want)))
+    assert torch.autograd.gradcheck(loss, logits) and torch.autograd.gradgradcheck(loss, logits)
+    assert (loss(logits) - switch_load_balancing_loss(logits, counts)).abs() > 1e-3
+
+
+def test_the_loss_of_a_sigmoid_router_at_large_logits():
+    logits = torch.tensor([[40.0, -40.0, 0.0], [-500.0, -500.0, -500.0]], requires_grad=True)
+    loss = switch_load_balancing_loss(logits, torch.tensor([1, 1, 0]), router="sigmoid_grouped_topk")
+    (dlogits,) = torch.autograd.grad(loss, logits)
+    assert loss.isfinite() and dlogits.isfinite().all()
+    assert 0 < abs(dlogits[0, 0]) < 1e-15  # 1 - sigmoid(40) = 4e-18, not 0
+
+
+@pytest.mark.parametrize("router", ["softmax_after_topk", "sigmoid_grouped_topk"])
+def test_sequence_loss_is_the_mean_loss_of_the_sequences(router):
+    """DeepSeek-V3, eq. 17-20: f = E / (K S) counts, P = mean of the normalised scores, of one sequence at a time."""
+    logits = torch.randn(3, 7, 6, dtype=torch.float64, requires_grad=True)
+    _, ids = route(logits.reshape(-1, 6), 2, router)
+    counts = sequence_expert_counts(ids, 3, 6)
+    assert counts.dtype is torch.int32
+    assert counts.tolist() == [torch.bincount(part.flatten(), minlength=6).tolist() for part in ids.view(3, -1)]
+    losses = [
+        switch_load_balancing_loss(x, c, router=router, backend="reference")
+        for x, c in zip(logits, counts, strict=True)
+    ]
+    got, want = sequence_load_balancing_loss(logits, counts, router=router), sum(losses) / 3
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (got, want)))
+    assert torch.autograd.gradgradcheck(lambda x: sequence_load_balancing_loss(x, counts, router=router), logits)
+    assert sequence_load_balancing_loss(logits[:0], counts[:0], router=router) == 0
+
+
+def test_sequence_counts_skip_ids_out_of_range():
+    ids = torch.tensor([[0, -1], [2, 3], [1, 1], [7, 2]])
+    assert sequence_expert_counts(ids, 2, 3).tolist() == [[1, 0, 1], [0, 2, 1]]
+    assert sequence_expert_counts(ids[:0], 2, 3).tolist() == [[0, 0, 0]] * 2
+
+
+@pytest.mark.parametrize("router", ["softmax_after_topk", "sigmoid_grouped_topk"])
+def test_counts_of_the_global_batch_give_its_loss(router):
+    """The mean over equal micro-batches, each with the counts of all, is the loss of the whole batch."""
+    logits = torch.randn(4, 9, 6, dtype=torch.float64, requires_grad=True)
+    whole = logits.reshape(-1, 6)
+    counts = torch.bincount(route(whole, 2, router)[1].flatten(), minlength=6)
+    want = switch_load_balancing_loss(whole, counts, router=router)
+    got = sum(switch_load_balancing_loss(part, counts, router=router) for part in logits) / 4
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (got, want)))
+
+
+def test_losses_of_a_sigmoid_router_compile_without_graph_breaks():
+    def total(x, counts, per_sequence):
+        switch = switch_load_balancing_loss(x, counts, router="sigmoid_grouped_topk")
+        return switch + sequence_load_balancing_loss(x.view(3, -1, 8), per_sequence, router="sigmoid_grouped_topk")
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (6, 9):
+        x, counts = torch.randn(tokens, 8, requires_grad=True), (torch.arange(8), torch.arange(24).view(3, 8))
+        got, want = compiled(x, *counts), total(x, *counts)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, x)[0] for loss in (got, want)))
 
 
 def test_z_loss_matches_its_definition():

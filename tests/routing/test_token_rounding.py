@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ BASES = [
     SigmoidGroupedTopK(scaling_factor=2.5),
 ]
 SAMPLED = ("SR-f", "NR-s")
+pytestmark = pytest.mark.filterwarnings("ignore:token rounding may leave")  # most problems here are tiny
 
 
 # ---- the paper, literally --------------------------------------------------------------------------------------------
@@ -398,3 +400,22 @@ BAD = [
 def test_bad_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+# ---- fewer tokens than a tile ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [m for m in MODES if m != "UP"])
+def test_experts_below_a_tile_are_warned_of(mode):
+    """200 tokens on 8 experts with tile 128: 50 tokens an expert, of which rounding may leave none."""
+    with pytest.warns(
+        UserWarning, match=r"E tile / K = 512 tokens in all\); got 200 tokens with 8 experts, K = 2, tile 128"
+    ):
+        token_rounding(torch.randn(200, 8), 2, TokenRounding(mode=mode, tile=128))
+
+
+@pytest.mark.parametrize(("tokens", "mode"), [(200, "UP"), (512, "NR-f"), (0, "NR-f")])
+def test_experts_of_a_tile_or_that_round_up_are_not(tokens, mode):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        token_rounding(torch.randn(tokens, 8), 2, TokenRounding(mode=mode, tile=128))

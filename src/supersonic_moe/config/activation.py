@@ -12,9 +12,10 @@ Sources: SwiGLU, GeGLU, ReGLU — Shazeer 2020 (arXiv 2002.05202); squared ReLU 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import StrEnum
+
+from supersonic_moe import checks
 
 
 class ActivationType(StrEnum):
@@ -42,7 +43,9 @@ _GATED = frozenset({ActivationType.SWIGLU, ActivationType.GEGLU, ActivationType.
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation with its constants. ``limit=None`` means no clamp. GELU is the exact erf form."""
+    """An activation with its constants. ``type`` may be given by name. ``limit=None`` means no clamp. GELU is the exact
+    erf form.
+    """
 
     type: ActivationType
     alpha: float = 1.0
@@ -50,16 +53,19 @@ class Activation:
     up_offset: float = 0.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "type", _type(self.type))
+        checks.number("alpha", self.alpha)
+        checks.number("up_offset", self.up_offset)
+        if self.limit is not None:
+            checks.number("limit", self.limit)
+            if self.limit <= 0:
+                raise ValueError(f"limit must be a positive finite number or None (no clamp); got {self.limit}.")
         plain = self.alpha == 1.0 and self.limit is None and self.up_offset == 0.0
         if self.type is not ActivationType.SWIGLU and not plain:
             raise ValueError(
                 f"alpha, limit and up_offset belong to swiglu; got them with {self.type.value}. "
                 "Use ActivationType.SWIGLU or leave them at their defaults."
             )
-        if self.limit is not None and not (self.limit > 0 and math.isfinite(self.limit)):
-            raise ValueError(f"limit must be a positive finite number or None (no clamp); got {self.limit}.")
-        if not (math.isfinite(self.alpha) and math.isfinite(self.up_offset)):
-            raise ValueError(f"alpha and up_offset must be finite; got {self.alpha} and {self.up_offset}.")
 
     @property
     def gated(self) -> bool:
@@ -82,13 +88,7 @@ class Activation:
 
 
 def as_activation(value: Activation | ActivationType | str) -> Activation:
-    if isinstance(value, Activation):
-        return value
-    try:
-        return Activation(ActivationType(value))
-    except ValueError:
-        choices = ", ".join(a.value for a in ActivationType)
-        raise ValueError(f"unknown activation {value!r}; choose one of {choices}, or pass an Activation.") from None
+    return value if isinstance(value, Activation) else _PLAIN[_type(value)]
 
 
 def as_layout(value: GateUpLayout | str) -> GateUpLayout:
@@ -98,4 +98,17 @@ def as_layout(value: GateUpLayout | str) -> GateUpLayout:
         return GateUpLayout(value)
     except ValueError:
         choices = ", ".join(layout.value for layout in GateUpLayout)
-        raise ValueError(f"unknown gate/up layout {value!r}; choose one of {choices}.") from None
+        raise ValueError(f"unknown gate/up layout {checks.short(value)}; choose one of {choices}.") from None
+
+
+def _type(value: ActivationType | str) -> ActivationType:
+    try:
+        return ActivationType(value)
+    except ValueError:
+        choices = ", ".join(a.value for a in ActivationType)
+        raise ValueError(
+            f"unknown activation {checks.short(value)}; choose one of {choices}, or pass an Activation."
+        ) from None
+
+
+_PLAIN = {kind: Activation(kind) for kind in ActivationType}

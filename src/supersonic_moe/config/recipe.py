@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal, TypeAlias, get_args, get_type_hints
 
+from supersonic_moe import checks
+
 
 @dataclass(frozen=True)
 class Bf16Recipe:
@@ -16,7 +18,8 @@ class Bf16Recipe:
 @dataclass(frozen=True, kw_only=True)
 class Fp8Recipe:
     """Multiply in e4m3 with a scale for every block: 1 x 128 of activations along the contraction, 128 x 128 of weights
-    (``kernels/block_format.py``). Sums, activations and gradients of biases and scores stay in fp32.
+    (``quantization/block_format.py``), and with ``wgrad="fp8"`` 128 x 128 of the gradient of the pre-activation too.
+    Sums, activations and gradients of biases and scores stay in fp32.
     """
 
     scale: Literal["fp32", "pow2"] = "fp32"
@@ -43,7 +46,7 @@ class Fp8Recipe:
             value, choices = getattr(self, field.name), get_args(hints[field.name])
             if value not in choices:
                 raise ValueError(
-                    f"Fp8Recipe.{field.name} must be one of {', '.join(map(repr, choices))}; got {value!r}."
+                    f"Fp8Recipe.{field.name} must be one of {', '.join(map(repr, choices))}; got {checks.short(value)}."
                 )
 
     @property
@@ -59,4 +62,4 @@ def as_recipe(value: Recipe | None) -> Recipe:
         return Bf16Recipe()
     if isinstance(value, Bf16Recipe | Fp8Recipe):
         return value
-    raise TypeError(f"recipe must be None, a Bf16Recipe or an Fp8Recipe; got {type(value).__name__} ({value!r}).")
+    raise TypeError(f"recipe must be None, a Bf16Recipe or an Fp8Recipe; got {checks.describe(value)}.")

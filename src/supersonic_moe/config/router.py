@@ -16,7 +16,7 @@ How experts are chosen: ``routing/topk.py``. ``TokenRounding`` on top of one of 
 
 from __future__ import annotations
 
-import math
+import warnings
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeAlias
 
@@ -39,6 +39,9 @@ class SoftmaxBeforeTopK:
     renormalize: bool = False
     kind: ClassVar[str] = "softmax_before_topk"
 
+    def __post_init__(self) -> None:
+        checks.flag("renormalize", self.renormalize)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SigmoidGroupedTopK:
@@ -48,7 +51,8 @@ class SigmoidGroupedTopK:
         num_groups: runs of E / num_groups consecutive experts; 1 turns the group limit off.
         topk_groups: groups of which a token may use experts.
         scaling_factor: c, multiplies the weights after normalisation (``routed_scaling_factor``).
-        renormalize: divide the chosen affinities by their sum + 1e-20 (``norm_topk_prob``).
+        renormalize: divide the chosen affinities by their sum + 1e-20 (``norm_topk_prob``). Not at K = 1, where that
+            would leave the constant c: DeepSeek's and Megatron's routers do not do it either.
     """
 
     num_groups: int = 1
@@ -60,12 +64,14 @@ class SigmoidGroupedTopK:
     def __post_init__(self) -> None:
         checks.positive("num_groups", self.num_groups)
         checks.positive("topk_groups", self.topk_groups)
+        checks.flag("renormalize", self.renormalize)
+        checks.number("scaling_factor", self.scaling_factor)
         if self.topk_groups > self.num_groups:
             raise ValueError(
                 f"topk_groups must not exceed num_groups; got {self.topk_groups} of {self.num_groups}. "
                 "Lower topk_groups."
             )
-        if not (math.isfinite(self.scaling_factor) and self.scaling_factor > 0):
+        if self.scaling_factor <= 0:
             raise ValueError(
                 f"scaling_factor must be a positive finite number; got {self.scaling_factor}. Use 1.0 for no scaling."
             )
@@ -95,7 +101,8 @@ class TokenRounding:
     def __post_init__(self) -> None:
         if not isinstance(self.base, SoftmaxAfterTopK | SoftmaxBeforeTopK | SigmoidGroupedTopK):
             raise TypeError(
-                f"base must be a top-K router config; got {self.base!r}. Use SoftmaxAfterTopK() or the like."
+                f"base must be a top-K router config; got {checks.short(self.base)}. "
+                "Use SoftmaxAfterTopK() or the like."
             )
         if not isinstance(self.base, SoftmaxAfterTopK) and not self.base.renormalize:
             raise ValueError(
@@ -103,7 +110,9 @@ class TokenRounding:
                 f"got {self.base!r}. Set renormalize=True."
             )
         if self.mode not in MODES:
-            raise ValueError(f"unknown token rounding mode {self.mode!r}; choose one of {', '.join(MODES)}.")
+            raise ValueError(
+                f"unknown token rounding mode {checks.short(self.mode)}; choose one of {', '.join(MODES)}."
+            )
         checks.positive("tile", self.tile)
         if self.tile >= 2**31:
             raise ValueError(f"tile must be below 2**31; got {self.tile}. Use the row tile of the expert GEMM.")
@@ -134,5 +143,50 @@ def as_router(value: str | TopKRouter | TokenRounding) -> TopKRouter | TokenRoun
     choices = ", ".join([*_NAMES, "token_rounding"])
     error = ValueError if isinstance(value, str) else TypeError
     raise error(
-        f"unknown router {value!r}; choose one of {choices}, or pass a router config such as SoftmaxAfterTopK()."
+        f"unknown router {checks.short(value)}; choose one of {choices}, "
+        "or pass a router config such as SoftmaxAfterTopK()."
     )
+
+
+# ---- a router and the sizes of its layer -----------------------------------------------------------------------------
+
+
+def check_router(router: TopKRouter | TokenRounding, num_experts: int, k: int) -> None:
+    """What a layer of E experts, K a token, asks of its router when it is made.
+
+    Raises ValueError where the router cannot choose K of E, or where token rounding would train with other weights than
+    it evaluates with. Warns (UserWarning) where the weights are constant: the output then teaches the router nothing.
+    """
+    checks.choices_fit(k, num_experts)
+    base = router.base if isinstance(router, TokenRounding) else router
+    check_groups(base, num_experts, k)
+    if k > 1 or num_experts == 1:
+        return
+    if isinstance(router, TokenRounding) and isinstance(base, SigmoidGroupedTopK):
+        raise ValueError(
+            "token rounding renormalises the weights of each token, and a sigmoid router with one expert a token does "
+            "not; got num_experts_per_tok (K) = 1. Use a larger K, or the router without token rounding."
+        )
+    if isinstance(base, SoftmaxAfterTopK) or (isinstance(base, SoftmaxBeforeTopK) and base.renormalize):
+        warnings.warn(
+            f"the weight of a token's only expert is 1 whatever its logits, so the router learns from auxiliary losses "
+            f"alone; got num_experts_per_tok (K) = 1 with {router}. Use SoftmaxBeforeTopK() or SigmoidGroupedTopK().",
+            stacklevel=3,
+        )
+
+
+def check_groups(router: TopKRouter, num_experts: int, k: int) -> None:
+    """Raises ValueError where the groups of a sigmoid router do not divide E, or hold fewer than K experts."""
+    if not isinstance(router, SigmoidGroupedTopK):
+        return
+    if num_experts % router.num_groups:
+        raise ValueError(
+            f"the number of experts must be a multiple of num_groups; got {num_experts} experts in "
+            f"{router.num_groups} groups. Use a num_groups that divides it."
+        )
+    reachable = num_experts // router.num_groups * router.topk_groups
+    if k > reachable:
+        raise ValueError(
+            f"k must not exceed the experts of the chosen groups; got k = {k} with {router.topk_groups} of "
+            f"{router.num_groups} groups, which hold {reachable} experts. Raise topk_groups or lower k."
+        )

@@ -132,11 +132,12 @@ def plan_from_deepep(
             distinct in a row.
         dispatched_probs_NK: (N_recv, K) float; returned flattened as slot scores, so gradients flow back to it. Masked
             entries get exactly 0.
-        tokens_per_expert: (E,) rows of each local expert. A host sequence (or CPU tensor) sizes the buffers exactly; a
-            device tensor leaves the upper bound N_recv * K in place. Counts on the host that are too small drop the
-            last rows; ``validate=True`` raises instead.
+        tokens_per_expert: (E,) integers, rows of each local expert or more, as DeepEP's ``expert_alignment`` rounds
+            them up. A host sequence (or CPU tensor) bounds the buffers; a device tensor leaves the upper bound
+            N_recv * K in place. Counts on the host that are too small drop the last rows; ``validate=True`` raises
+            instead.
         tile: pad each non-empty expert to a multiple of this many rows, with exactly zero gradient from padding.
-        validate: cost a sync to check that ids are distinct and in [-1, E) and that the counts agree with the ids.
+        validate: cost a sync to check that ids are distinct and in [-1, E) and that no count is too small for them.
 
     The rows of a token are summed by ascending expert id. ``plan.scatter_index`` is DeepEP's ``row * K + col`` source
     of each score.
@@ -146,18 +147,17 @@ def plan_from_deepep(
     checks.same_device("dispatched_indices", dispatched_indices_NK, "dispatched_probs", dispatched_probs_NK)
     checks.floating("dispatched_probs", dispatched_probs_NK)
     num_tokens, k = dispatched_indices_NK.shape
+    checks.counts("tokens_per_expert", tokens_per_expert)
     on_device = isinstance(tokens_per_expert, Tensor) and tokens_per_expert.device.type != "cpu"
     num_experts = len(tokens_per_expert)
     _check_sizes(num_experts, tile)
     slots = num_tokens * k
     capacity = _capacity(slots, num_experts, tile)
     if not on_device:
-        counts = [int(n) for n in tokens_per_expert]
-        checks.counts("tokens_per_expert", counts, slots)
-        capacity = min(capacity, sum(-(-n // tile) * tile for n in counts))
+        capacity = min(capacity, sum(-(-int(n) // tile) * tile for n in tokens_per_expert))
     if validate:
         checks.valid_topk_ids(dispatched_indices_NK, num_experts, sentinel=False)
-        checks.counts_agree("tokens_per_expert", torch.as_tensor(tokens_per_expert), dispatched_indices_NK)
+        checks.counts_suffice("tokens_per_expert", torch.as_tensor(tokens_per_expert), dispatched_indices_NK)
     tensors = _build(dispatched_indices_NK.reshape(-1), None, k, num_tokens, num_experts, tile, capacity)
     rows_NK = tensors[4].view(num_tokens, k)
     by_expert_NK = torch.where(rows_NK < 0, MAX_INDEX, rows_NK).sort(dim=1).values  # experts own ascending row segments
@@ -171,7 +171,7 @@ def plan_from_deepep(
 
 
 def _capacity(slots: int, num_experts: int, tile: int) -> int:
-    capacity = slots + min(num_experts, slots) * (tile - 1)
+    capacity = slots if tile == 1 else slots + min(num_experts, slots) * (tile - 1)
     checks.index_count("routed rows (slots plus tile padding)", capacity)
     return capacity
 
@@ -203,9 +203,8 @@ def _build_plan(
     tile: int,
     capacity: int,
 ) -> PlanTensors:
-    kernels = registry.kernels(registry.choose(ids.device).name)
-    plan: PlanTensors = kernels.build_plan(ids, slot_tokens, slots_per_token, num_tokens, num_experts, tile, capacity)
-    return plan
+    kernels = registry.kernels(registry.choose(ids.device).name).routing
+    return kernels.build_plan(ids, slot_tokens, slots_per_token, num_tokens, num_experts, tile, capacity)
 
 
 @torch.library.register_fake("supersonic_moe::build_plan")  # type: ignore[untyped-decorator]

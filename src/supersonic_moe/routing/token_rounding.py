@@ -28,9 +28,10 @@ training only: evaluate with the base router.
 
 Limits. An expert cannot take a token twice, so r_e is capped at T, and is then not a multiple of M: this needs
 ceil_e > T, hence T not a multiple of M. With T < M the choice is between r_e = T and r_e = 0. The cap comes last:
-Balance-f's z does not see it. The paper advises a mean load of at least 2 M tokens an expert. Group limits of the base
-router bind the top-K choice, not the extra tokens. A correction bias needs no place in S': it is one constant for all
-the tokens that an expert ranks. Tokens with NaN logits come last among their equals.
+Balance-f's z does not see it. The paper advises a mean load of at least 2 M tokens an expert; below M all experts may
+end with no rows at all, of which every mode but UP warns (UserWarning). Group limits of the base router bind the top-K
+choice, not the extra tokens. A correction bias needs no place in S': it is one constant for all the tokens that an
+expert ranks. Tokens with NaN logits come last among their equals.
 
 Everything runs on the device, with shapes known on the host (no synchronisation, CUDA-graph capturable) and without
 floating-point atomics. ``kernels/reference/token_rounding.py`` is the definition, by one stable sort of T keys for each
@@ -39,6 +40,7 @@ expert; ``kernels/triton/token_rounding.py`` finds the same tokens without a sor
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -102,10 +104,24 @@ def token_rounding(
     if not isinstance(config, TokenRounding):
         raise TypeError(f"config must be a TokenRounding; got {config!r}. Call route(...) for a top-K router.")
     _check_step(step, logits_TE)
+    if not torch.compiler.is_compiling():  # which would guard on T
+        _warn_below_a_tile(logits_TE, k, config)
     with torch.no_grad():
         scores_TK, ids_TK = route(logits_TE, k, config.base, correction_bias=correction_bias, backend=backend)
     capacity = token_rounding_capacity(logits_TE.shape[0], k, logits_TE.shape[1], config)
     return TokenRoundingResult(*apply(_Round, logits_TE, scores_TK, ids_TK, config, step, capacity, backend))
+
+
+def _warn_below_a_tile(logits_TE: Tensor, k: int, config: TokenRounding) -> None:
+    num_tokens, num_experts = logits_TE.shape
+    if config.mode != "UP" and 0 < num_tokens * k < num_experts * config.tile:
+        needed = -(-num_experts * config.tile // k)
+        warnings.warn(
+            f"token rounding may leave every expert without rows where experts get less than a tile of tokens on "
+            f"average (E tile / K = {needed} tokens in all); got {num_tokens} tokens with {num_experts} experts, "
+            f"K = {k}, tile {config.tile}. Use a smaller tile or more tokens, or route by the base router.",
+            stacklevel=3,
+        )
 
 
 def _check_step(step: object, logits_TE: Tensor) -> None:
@@ -145,7 +161,7 @@ def _forward(
     capacity: int,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    outputs: tuple[Tensor, ...] = router_kernels(logits, backend).token_rounding_forward(
+    return router_kernels(logits, backend).token_rounding_forward(
         logits.contiguous(),
         scores,
         ids,
@@ -156,7 +172,6 @@ def _forward(
         step if device_step is None else device_step,
         capacity,
     )
-    return outputs
 
 
 @torch.library.impl("supersonic_moe::token_rounding_backward", ("cpu", "cuda"))
@@ -169,10 +184,10 @@ def _backward(
     scale: float | None,
     backend: str,
 ) -> Tensor:
-    dlogits: Tensor = router_kernels(logits, backend).token_rounding_backward(
+    kernels = router_kernels(logits, backend)
+    return kernels.token_rounding_backward(
         dscores.contiguous(), logits.contiguous(), scores, experts, token_offsets, scale
     )
-    return dlogits
 
 
 @torch.library.register_fake("supersonic_moe::token_rounding_forward")  # type: ignore[untyped-decorator]

@@ -17,7 +17,7 @@ Precision. Weights are fp32 for bf16, fp16 and fp32 logits, fp64 for fp64 logits
 
 from __future__ import annotations
 
-from types import ModuleType
+import functools
 from typing import Any, TypeAlias
 
 import torch
@@ -32,8 +32,10 @@ from supersonic_moe.config.router import (
     TokenRounding,
     TopKRouter,
     as_router,
+    check_groups,
 )
 from supersonic_moe.kernels import registry
+from supersonic_moe.kernels.interface import Routing
 
 
 def route(
@@ -58,7 +60,7 @@ def route(
     """
     config = as_router(router)
     _check(logits_TE, k, config, correction_bias)
-    scores_TK, ids_TK = apply(_Route, logits_TE, correction_bias, k, (*_encode(config), backend))
+    scores_TK, ids_TK = apply(_Route, logits_TE, correction_bias, k, (*_encode(config, k), backend))
     return scores_TK, ids_TK
 
 
@@ -77,18 +79,7 @@ def _check(logits: Tensor, k: int, router: TopKRouter | TokenRounding, bias: Ten
         raise ValueError(
             f"k must not exceed the number of experts; got k = {k} with {experts} columns of logits. Lower k."
         )
-    if isinstance(router, SigmoidGroupedTopK):
-        if experts % router.num_groups:
-            raise ValueError(
-                f"the number of experts must be a multiple of num_groups; got {experts} experts in "
-                f"{router.num_groups} groups. Use a num_groups that divides it."
-            )
-        reachable = experts // router.num_groups * router.topk_groups
-        if k > reachable:
-            raise ValueError(
-                f"k must not exceed the experts of the chosen groups; got k = {k} with {router.topk_groups} of "
-                f"{router.num_groups} groups, which hold {reachable} experts. Raise topk_groups or lower k."
-            )
+    check_groups(router, experts, k)
     if bias is not None:
         if not isinstance(router, SigmoidGroupedTopK):
             raise ValueError(
@@ -107,12 +98,14 @@ _Encoded: TypeAlias = tuple[str, bool, int, int, float]
 _ENCODED = "str kind, bool renormalize, int num_groups, int topk_groups, float scaling_factor, str backend"
 
 
-def _encode(router: TopKRouter | TokenRounding) -> _Encoded:
+def _encode(router: TopKRouter | TokenRounding, k: int) -> _Encoded:
     if isinstance(router, SigmoidGroupedTopK):
-        return router.kind, router.renormalize, router.num_groups, router.topk_groups, float(router.scaling_factor)
+        renormalize = router.renormalize and k > 1  # a / a would be 1 whatever the logits
+        return router.kind, renormalize, router.num_groups, router.topk_groups, float(router.scaling_factor)
     return router.kind, isinstance(router, SoftmaxBeforeTopK) and router.renormalize, 1, 1, 1.0
 
 
+@functools.cache
 def _decode(kind: str, renormalize: bool, num_groups: int, topk_groups: int, scaling_factor: float) -> TopKRouter:
     if kind == SoftmaxAfterTopK.kind:
         return SoftmaxAfterTopK()
@@ -123,10 +116,10 @@ def _decode(kind: str, renormalize: bool, num_groups: int, topk_groups: int, sca
     )
 
 
-def router_kernels(logits: Tensor, backend: str) -> ModuleType:
+def router_kernels(logits: Tensor, backend: str) -> Routing:
     """The backend that routes these logits."""
     exact = logits.dtype is torch.float64  # the Triton kernels for routing compute in fp32
-    return registry.kernels(registry.choose(logits.device, backend="reference" if exact else backend).name)
+    return registry.kernels(registry.choose(logits.device, backend="reference" if exact else backend).name).routing
 
 
 # ---- the ops: route_forward, route_backward --------------------------------------------------------------------------
@@ -154,8 +147,7 @@ def _route_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     router = _decode(kind, renorm, groups, topk_groups, scale)
-    outputs: tuple[Tensor, Tensor] = router_kernels(logits, backend).route_forward(logits.contiguous(), k, router, bias)
-    return outputs
+    return router_kernels(logits, backend).route_forward(logits.contiguous(), k, router, bias)
 
 
 @torch.library.impl("supersonic_moe::route_backward", ("cpu", "cuda"))
@@ -172,10 +164,8 @@ def _route_backward(
     backend: str,
 ) -> Tensor:
     router = _decode(kind, renorm, groups, topk_groups, scale)
-    dlogits: Tensor = router_kernels(logits, backend).route_backward(
-        dscores.contiguous(), logits.contiguous(), scores, ids, router
-    )
-    return dlogits
+    kernels = router_kernels(logits, backend)
+    return kernels.route_backward(dscores.contiguous(), logits.contiguous(), scores, ids, router)
 
 
 @torch.library.register_fake("supersonic_moe::route_forward")  # type: ignore[untyped-decorator]

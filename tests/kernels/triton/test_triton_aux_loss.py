@@ -1,4 +1,4 @@
-"""The Triton Switch loss and its gradient against autograd of the definition in fp64."""
+"""The Triton load-balancing loss and its gradient against autograd of the definition in fp64."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from supersonic_moe.routing.aux_loss import switch_load_balancing_loss
 LOSS_GRAD = 0.75
 
 
-def definition(logits: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+def definition(logits: Tensor, counts: Tensor, sigmoid: bool = False) -> tuple[Tensor, Tensor]:
     """(loss, dlogits for a gradient of LOSS_GRAD), fp64 on the CPU."""
     x = logits.double().cpu().requires_grad_()
     counts = counts.double().cpu()
     share = counts / counts.sum() if counts.any() else counts
-    loss = x.shape[1] * (share * x.softmax(1).mean(0)).sum()
+    p = x.sigmoid() / x.sigmoid().sum(1, keepdim=True) if sigmoid else x.softmax(1)
+    loss = x.shape[1] * (share * p.mean(0)).sum()
     return loss.detach(), torch.autograd.grad(loss, x, torch.tensor(LOSS_GRAD, dtype=torch.float64))[0]
 
 
-def computed(logits: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    loss = switch_loss_forward(logits, counts)
-    dlogits = switch_loss_backward(torch.tensor(LOSS_GRAD, device=logits.device), logits, counts)
+def computed(logits: Tensor, counts: Tensor, sigmoid: bool = False) -> tuple[Tensor, Tensor]:
+    loss = switch_loss_forward(logits, counts, sigmoid)
+    dlogits = switch_loss_backward(torch.tensor(LOSS_GRAD, device=logits.device), logits, counts, sigmoid)
     assert loss.shape == () and loss.dtype is torch.float32
     assert dlogits.dtype is logits.dtype and dlogits.is_contiguous()
     return loss, dlogits
 
 
-def check(logits: Tensor, counts: Tensor) -> None:
-    (loss, dlogits), (want_loss, want_dlogits) = computed(logits, counts), definition(logits, counts)
+def check(logits: Tensor, counts: Tensor, sigmoid: bool = False) -> None:
+    (loss, dlogits), (want_loss, want_dlogits) = (f(logits, counts, sigmoid) for f in (computed, definition))
     torch.testing.assert_close(loss.double().cpu(), want_loss, rtol=2e-6, atol=0)
     # The interpreter truncates to bfloat16 instead of rounding, hence a whole unit in the last place.
     rtol = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[logits.dtype]
@@ -46,10 +47,13 @@ def check(logits: Tensor, counts: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("tokens", "experts"), [(1, 1), (300, 3), (65, 8), (37, 60), (9, 1500)])
-def test_matches_the_definition(tokens: int, experts: int, dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_matches_the_definition(
+    tokens: int, experts: int, dtype: torch.dtype, sigmoid: bool, device: torch.device
+) -> None:
     """Up to several programs, rows that do not fill one, widths that are no power of two."""
     logits = (3 * torch.randn(tokens, experts)).to(device, dtype)
-    check(logits, torch.randint(1, 50, (experts,), device=device, dtype=torch.int32))
+    check(logits, torch.randint(1, 50, (experts,), device=device, dtype=torch.int32), sigmoid)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -71,6 +75,7 @@ def test_odd_logits(device: torch.device) -> None:
     logits[3, 2] = -math.inf
     logits[4] = 1e30 * logits[4].sign()
     check(logits.to(device), counts.to(device))
+    check(logits.to(device), counts.to(device), sigmoid=True)
     clean = computed(logits.to(device), counts.to(device))[1]
     assert clean[3, 2] == 0
     for odd in (math.nan, math.inf):

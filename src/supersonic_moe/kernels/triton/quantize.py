@@ -35,6 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from supersonic_moe.kernels.interface import BothOrders, Quantized
 from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.tiling import cdiv, column_block
 from supersonic_moe.quantization import block_format
@@ -183,20 +184,20 @@ def _rows_kernel(
     tl.store(scale_ptrs, scale, mask=(row < num_rows) & (block * BLOCK < C))
 
 
-def quantize_rows(x_RC: Tensor, pow2: bool = False, tma: bool = False) -> tuple[Tensor, Tensor]:
+def quantize_rows(x_RC: Tensor, pow2: bool = False, tma: bool = False) -> Quantized:
     """(q (R, C), scale (R, B)). ``tma`` stores the scales of one block of columns next to each other, as TMA loads them
     with a tile of rows; otherwise those of one row, as a gather of rows does.
     """
     num_rows, columns = x_RC.shape
     q_RC, scale_RB = empty_e4m3(x_RC, num_rows, columns), empty_scales(x_RC, num_rows, blocks(columns), tma)
     if q_RC.numel() == 0:
-        return q_RC, scale_RB
+        return Quantized(q_RC, scale_RB)
     panel = max(1, column_block(columns, (2 if tma else 8) * block_format.BLOCK) // block_format.BLOCK)
     rows = TILE // (panel * block_format.BLOCK)
     grid = (cdiv(num_rows, rows) * cdiv(blocks(columns), panel),)
     strides = x_RC.stride(0), q_RC.stride(0), scale_RB.stride(0), scale_RB.stride(1)
     launch(_rows_kernel, grid, (x_RC, q_RC, scale_RB, num_rows, *strides), (columns, pow2, rows, panel))
-    return q_RC, scale_RB
+    return Quantized(q_RC, scale_RB)
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -207,22 +208,27 @@ def _quantize_tile(
     tile, w_ptr, q_ptr, transposed_ptr, scale_ptr, w_expert_stride, w_stride,
     N: tl.constexpr, K: tl.constexpr, Q_STRIDE: tl.constexpr, WORDS: tl.constexpr, POW2: tl.constexpr,
 ):  # fmt: skip
-    """One of the tiles of an expert's weight, counted along K first."""
+    """One of the tiles of an expert's weight, counted along K first. Offsets of a tile are 64-bit and those inside it
+    32-bit: 64-bit offsets of every row would take a third more registers.
+    """
     TILES_N: tl.constexpr = (N + BLOCK - 1) // BLOCK
     TILES_K: tl.constexpr = (K + BLOCK - 1) // BLOCK
     expert = tl.program_id(1).to(tl.int64)
-    n = tile // TILES_K * BLOCK + _tile_rows()
-    k = tile % TILES_K * BLOCK + tl.arange(0, BLOCK)
-    mask = (n < N)[:, :, None] & (k < K)[None, None, :]
-    w_ptrs = w_ptr + expert * w_expert_stride + (n * w_stride)[:, :, None] + k[None, None, :]
-    w = tl.load(w_ptrs, mask=mask, other=0.0)
+    first_n = tile // TILES_K * BLOCK
+    first_k = tile % TILES_K * BLOCK
+    row = _tile_rows()
+    column = tl.arange(0, BLOCK)
+    in_k = first_k + column < K
+    mask = (first_n + row < N)[:, :, None] & in_k[None, None, :]
+    w_ptr += expert * w_expert_stride + first_n.to(tl.int64) * w_stride + first_k
+    w = tl.load(w_ptr + (row * w_stride)[:, :, None] + column[None, None, :], mask=mask, other=0.0)
     scale, inverse = _block_scale(tl.max(_column_amax(w)), POW2)
     transposed, q = _both_orders(w, tl.broadcast_to(inverse, (1, BLOCK)))
-    tl.store(q_ptr + expert * N * Q_STRIDE + (n * Q_STRIDE)[:, :, None] + k[None, None, :], q, mask=mask)
+    q_ptr += (expert * N + first_n) * Q_STRIDE + first_k
+    tl.store(q_ptr + (row * Q_STRIDE)[:, :, None] + column[None, None, :], q, mask=mask)
     word = tile // TILES_K * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
-    words_ptr = transposed_ptr.to(tl.pointer_type(tl.int32))
-    transposed_ptrs = words_ptr + expert * K * WORDS + k[:, None] * WORDS + word
-    tl.store(transposed_ptrs, transposed, mask=(k < K)[:, None] & (word < WORDS))
+    words_ptr = transposed_ptr.to(tl.pointer_type(tl.int32)) + (expert * K + first_k) * WORDS
+    tl.store(words_ptr + column[:, None] * WORDS + word, transposed, mask=in_k[:, None] & (word < WORDS))
     tl.store(scale_ptr + expert * TILES_N * TILES_K + tile, scale)
 
 
@@ -261,6 +267,8 @@ def quantize_weights(weights_ENK: Sequence[Tensor], pow2: bool = False) -> list[
     for i, stored in enumerate(weights_ENK):
         turned = stored.stride(2) != 1 and stored.stride(1) == 1
         w_ENK = stored.mT if turned else stored
+        if w_ENK.stride(1) >= 2**31 // block_format.BLOCK:  # offsets inside a tile are 32-bit
+            w_ENK = w_ENK.contiguous()
         experts, n, k = w_ENK.shape
         q_ENK, q_EKN = empty_e4m3(w_ENK, experts, n, k), empty_e4m3(w_ENK, experts, k, n)
         scale = w_ENK.new_empty(experts, blocks(n), blocks(k), dtype=torch.float32)
@@ -317,7 +325,7 @@ def _columns_kernel(
 
 def _columns(
     x_RC: Tensor, index_G: Tensor, pow2: bool, tiled: bool, q_RC: Tensor | None, row_scale_RB: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> Quantized:
     """(q (C, G), scale); fills q (R, C) and its row scales where they are given."""
     columns, num_blocks = x_RC.shape[1], index_G.shape[0] // block_format.BLOCK
     q_CG = empty_e4m3(x_RC, columns, index_G.shape[0])
@@ -334,10 +342,10 @@ def _columns(
             ),
             (columns, pow2, tiled),
         )  # fmt: skip
-    return q_CG, scale
+    return Quantized(q_CG, scale)
 
 
-def quantize_columns(x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: bool = False) -> tuple[Tensor, Tensor]:
+def quantize_columns(x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: bool = False) -> Quantized:
     """(q (C, G), scale (C, G/128), or (C/128, G/128) where ``tiled``): column g is row index[g] of x, or zeros where
     index[g] < 0. G is a multiple of 128. The scales of one block of positions lie next to each other.
 
@@ -347,14 +355,12 @@ def quantize_columns(x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: b
     return _columns(x_RC, index_G, pow2, tiled, None, None)
 
 
-def quantize_tiles(x_RC: Tensor, index_G: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(q (R, C), row_scale (R, B), q transposed (C, G), scale (C/128, G/128)): both orders of one quantisation.
-
-    ``row_scale`` repeats the tile scales for each row in the layout of ``quantize_rows(..., tma=True)``, so a GEMM of
-    rows needs to know nothing of tiles. ``index`` must hold a row at most once; rows that it does not hold stay
-    unwritten.
+def quantize_tiles(x_RC: Tensor, index_G: Tensor, pow2: bool = False) -> BothOrders:
+    """Rows (R, C) and columns (C, G). The scales of rows repeat those of tiles in the layout of ``quantize_rows(...,
+    tma=True)``, so a GEMM of rows needs to know nothing of tiles. ``index`` must hold a row at most once; rows that it
+    does not hold stay unwritten.
     """
     num_rows, columns = x_RC.shape
     q_RC, row_scale_RB = empty_e4m3(x_RC, num_rows, columns), empty_scales(x_RC, num_rows, blocks(columns), tma=True)
-    q_CG, scale = _columns(x_RC, index_G, pow2, True, q_RC, row_scale_RB)
-    return q_RC, row_scale_RB, q_CG, scale
+    columns_CG = _columns(x_RC, index_G, pow2, True, q_RC, row_scale_RB)
+    return BothOrders(Quantized(q_RC, row_scale_RB), columns_CG)

@@ -161,7 +161,8 @@ def _sums_kernel(
     rank = tl.where(up, come, go)
     base = tl.where(up, EXTRA, CHOSEN)
     best = tl.where(up, best_extra, best_chosen)
-    value, _ = _rank_largest(row_ptr, length, scratch_ptr + program * SCRATCH, best, base, rank, LANES, ROWS, SCRATCH)
+    scratch_ptr += program.to(tl.int64) * SCRATCH
+    value, _ = _rank_largest(row_ptr, length, scratch_ptr, best, base, rank, LANES, ROWS, SCRATCH)
 
     lane = tl.arange(0, LANES)
     lane_sum = tl.zeros([LANES], dtype=tl.float32)
@@ -185,8 +186,8 @@ def _select_kernel(
     MODE: tl.constexpr, BLOCK_E: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, SCRATCH: tl.constexpr,
 ):  # fmt: skip
     length = row_blocks * _ROW_MULTIPLE
-    expert = tl.program_id(0)
-    row_ptr = keys_ptr + expert.to(tl.int64) * length
+    expert = tl.program_id(0).to(tl.int64)
+    row_ptr = keys_ptr + expert * length
     chosen, best_chosen, best_extra = _lanes(row_ptr, length, LANES, ROWS)
     over = chosen % tile
     floor = chosen - over

@@ -1,0 +1,112 @@
+"""Configurations: what they refuse, in which words, and what a router says about the layer that it is for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from supersonic_moe import checks
+from supersonic_moe.config.activation import Activation, ActivationType, as_activation, as_layout
+from supersonic_moe.config.recipe import as_recipe
+from supersonic_moe.config.router import (
+    SigmoidGroupedTopK,
+    SoftmaxAfterTopK,
+    SoftmaxBeforeTopK,
+    TokenRounding,
+    TopKRouter,
+    as_router,
+    check_router,
+)
+
+BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
+    (lambda: Activation("nonsense"), ValueError, "unknown activation 'nonsense'; choose one of swiglu"),
+    (lambda: Activation("gelu", alpha=2), ValueError, "belong to swiglu; got them with gelu"),
+    (lambda: Activation(3), ValueError, "unknown activation 3"),
+    (lambda: Activation("swiglu", alpha="2"), TypeError, "alpha must be a number; got str"),
+    (lambda: Activation("swiglu", alpha=float("nan")), ValueError, "alpha must be finite; got nan"),
+    (lambda: Activation("swiglu", up_offset=None), TypeError, "up_offset must be a number; got NoneType"),
+    (lambda: Activation("swiglu", limit="7"), TypeError, "limit must be a number; got str"),
+    (lambda: Activation("swiglu", limit=0), ValueError, "limit must be a positive finite number or None"),
+    (lambda: as_activation(["swiglu"]), ValueError, "unknown activation"),
+    (lambda: as_layout(None), ValueError, "unknown gate/up layout None"),
+    (lambda: SigmoidGroupedTopK(scaling_factor="2.5"), TypeError, "scaling_factor must be a number; got str"),
+    (lambda: SigmoidGroupedTopK(scaling_factor=True), TypeError, "scaling_factor must be a number; got bool"),
+    (lambda: SigmoidGroupedTopK(scaling_factor=0), ValueError, "scaling_factor must be a positive finite number"),
+    (lambda: SigmoidGroupedTopK(num_groups=2.0), TypeError, "num_groups must be a positive integer"),
+    (lambda: SigmoidGroupedTopK(renormalize="no"), TypeError, "renormalize must be True or False; got str"),
+    (lambda: SoftmaxBeforeTopK(renormalize=1), TypeError, "renormalize must be True or False; got int"),
+    (lambda: TokenRounding(mode=None), ValueError, "unknown token rounding mode None"),
+    (lambda: TokenRounding(base="softmax_after_topk"), TypeError, "base must be a top-K router config"),
+    (lambda: TokenRounding(tile=128.0), TypeError, "tile must be a positive integer"),
+    (lambda: checks.number("z_loss_weight", "0.1", lowest=0), TypeError, "z_loss_weight must be a number; got str"),
+    (lambda: checks.number("z_loss_weight", -1, lowest=0), ValueError, "must be finite and at least 0; got -1"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "words"), BAD, ids=[words for _, _, words in BAD])
+def test_wrong_types_and_values_are_refused_in_a_sentence(
+    call: Callable[[], object], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words) as caught:
+        call()
+    assert str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize("reader", [as_activation, as_layout, as_recipe, as_router, lambda v: TokenRounding(base=v)])
+def test_a_message_does_not_print_whole_lists(reader: Callable[[object], object]) -> None:
+    for value in (list(range(100_000)), "x" * 100_000, {i: i for i in range(100_000)}):
+        with pytest.raises((TypeError, ValueError)) as caught:
+            reader(value)
+        assert len(str(caught.value)) < 500
+
+
+def test_describe_is_short_and_says_the_type() -> None:
+    assert checks.describe([0] * 1000) == "list ([0, 0, 0, 0, 0, 0, ...])"
+    assert checks.describe(2.5) == "float (2.5)"
+    assert len(checks.describe("x" * 1000)) < 150
+    assert checks.describe(torch.zeros(2, 3)) == "float32 of shape (2, 3) on cpu"
+
+
+def test_an_activation_takes_its_type_by_name() -> None:
+    assert Activation("swiglu", limit=7) == Activation(ActivationType.SWIGLU, limit=7.0)
+    assert Activation("gelu").type is ActivationType.GELU
+    assert as_activation("relu") == Activation(ActivationType.RELU)
+
+
+# ---- a router and the sizes of its layer -----------------------------------------------------------------------------
+
+CONSTANT = [SoftmaxAfterTopK(), SoftmaxBeforeTopK(renormalize=True), TokenRounding()]
+LEARNS = [SoftmaxBeforeTopK(), SigmoidGroupedTopK(scaling_factor=2.5), SigmoidGroupedTopK(renormalize=False)]
+
+
+@pytest.mark.parametrize("router", CONSTANT, ids=str)
+def test_a_router_that_cannot_learn_is_warned_of(router: TopKRouter | TokenRounding) -> None:
+    with pytest.warns(UserWarning, match="the router learns from auxiliary losses alone"):
+        check_router(router, num_experts=8, k=1)
+
+
+@pytest.mark.parametrize(("router", "k"), [*((r, 1) for r in LEARNS), *((r, 2) for r in CONSTANT)], ids=str)
+def test_a_router_that_learns_is_not(router: TopKRouter | TokenRounding, k: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_router(router, num_experts=8, k=k)
+
+
+UNFIT: list[tuple[TopKRouter | TokenRounding, int, str]] = [
+    (SigmoidGroupedTopK(num_groups=3), 2, "8 experts in 3 groups"),
+    (SigmoidGroupedTopK(num_groups=4, topk_groups=1), 3, "k = 3 with 1 of 4 groups, which hold 2 experts"),
+    (TokenRounding(base=SigmoidGroupedTopK(num_groups=3)), 2, "8 experts in 3 groups"),
+    (TokenRounding(base=SigmoidGroupedTopK()), 1, "a sigmoid router with one expert a token does not"),
+    (SoftmaxAfterTopK(), 9, "must not exceed the number of experts"),
+]
+
+
+@pytest.mark.parametrize(("router", "k", "words"), UNFIT, ids=[words for _, _, words in UNFIT])
+def test_a_router_that_does_not_fit_its_layer_is_refused(
+    router: TopKRouter | TokenRounding, k: int, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        check_router(router, num_experts=8, k=k)

@@ -1,0 +1,60 @@
+"""The example of docs/adding-a-kernel.md: the page shows its files, they compile, and on a GPU they multiply."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import oracle
+import pytest
+import torch
+from grouped_cases import CUDA, GROUPS, case, segments
+from sass import opcodes, sass
+
+pytest.importorskip("cuda.bindings.nvrtc")
+
+
+from supersonic_moe.jit import KernelSpec
+from supersonic_moe.jit.build import build
+from supersonic_moe.jit.cache import CubinCache
+
+FOLDER = Path(__file__).parent / "example"
+PAGE = Path(__file__).parents[3] / "docs" / "adding-a-kernel.md"
+
+
+def example() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("row_scaled_gemm", FOLDER / "row_scaled_gemm.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_shows_the_files() -> None:
+    shown = re.findall(r"^```(?:cuda|python)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    files = [(FOLDER / f"row_scaled_gemm.{suffix}").read_text(encoding="utf-8") for suffix in ("cu", "py")]
+    assert shown == files
+    assert len(files[0].splitlines()) < 60
+
+
+@pytest.mark.parametrize("spec", example().SPECS, ids=str)
+def test_it_compiles_without_spills(spec: KernelSpec) -> None:
+    cubin = build(spec, CubinCache(None))
+    resources = cubin.report.kernel(spec.name)
+    assert (resources.spill_store_bytes, resources.spill_load_bytes, resources.stack_bytes) == (0, 0, 0)
+    found = opcodes(sass(cubin.image))[spec.name]
+    assert all(any(name.startswith(wanted) for name in found) for wanted in spec.opcodes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("counts", GROUPS.values(), ids=GROUPS)
+def test_it_multiplies(counts: list[int]) -> None:
+    offsets, (a,) = case(counts, 3, 136)
+    b = torch.randn(len(counts), 264, 136, device=CUDA, dtype=torch.bfloat16).transpose(1, 2)
+    scale = torch.rand(a.shape[0], device=CUDA)
+    got = example().row_scaled_mm(a, b, scale, offsets)
+    for e, rows in segments(offsets):
+        want = scale[rows, None].double() * (a[rows].double() @ b[e].double())
+        assert rows.start == rows.stop or oracle.rel_fro(got[rows], want) < 3e-3, f"expert {e}"
