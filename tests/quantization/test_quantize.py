@@ -269,8 +269,23 @@ def test_tiles(pow2: bool, device: torch.device, counts: list[int], c: int, seed
     assert_same_bytes(tuple(t[held] for t in got.rows), tuple(t[held] for t in want.rows))
     (q, row_scale), (transposed, scale) = got
     assert row_scale.stride(0) == 1 and row_scale.stride(1) % 4 == 0
-    both = reference.dequantize(transposed, scale)[:, row >= 0].T, reference.dequantize(q, row_scale)[held]
-    assert torch.equal(*both)  # one quantisation, two orders
+    by_row, by_column = reference.dequantize(q, row_scale)[held], reference.dequantize(transposed, scale)[:, row >= 0].T
+    if by_row.isfinite().all() and by_column.isfinite().all() and by_row.numel():
+        limit = 448 * scale.double().amax() / 14  # half a step of the largest tile
+        assert (by_row - by_column).abs().amax() <= limit
+
+
+@POW2
+def test_a_quiet_row_beside_a_loud_one_keeps_its_digits(pow2: bool, device: torch.device) -> None:
+    """What one scale for a tile loses: rows a million times smaller than their neighbour."""
+    x = torch.randn(128, 256, device=device)
+    x[1::2] *= 1e-6
+    x = x.bfloat16()
+    index = torch.arange(128, dtype=torch.int32, device=device)
+    for backend in (triton, reference):
+        rows = backend.quantize_tiles(x, index, pow2).rows
+        error = (reference.dequantize(*rows) - x.double()).norm(dim=1) / x.double().norm(dim=1)
+        assert error.amax() < 0.05
 
 
 def test_same_bytes_again(device: torch.device) -> None:

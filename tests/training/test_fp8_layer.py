@@ -362,3 +362,25 @@ def test_choices_for_a_gpu_are_made_once_and_refusals_every_time(monkeypatch: py
     for _ in range(2):
         assert registry.choose(nobodys, torch.bfloat16, hidden=H, intermediate=I, backend="sm90").name == "sm90"
     assert not obstacles
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "gate_up"])
+@pytest.mark.parametrize("ratio", [1e-2, 1e-4, 1e-6])
+def test_a_quiet_token_beside_a_loud_one_keeps_its_gradient(ratio: float, layout: str, device: torch.device) -> None:
+    """dx of a quiet token within 10 % of its own size, in the default recipe; with one scale a tile it was 43 % at 1e-5."""
+    tokens, hidden, inner, experts = 256, 512, 256, 2
+    loudness = torch.where(torch.arange(tokens, device=device) % 2 == 0, 1.0, ratio)[:, None]
+    dout = (torch.randn(tokens, hidden, device=device) * loudness).bfloat16()
+    w1 = (torch.randn(experts, 2 * inner, hidden, device=device) * hidden**-0.5).bfloat16()
+    w2 = (torch.randn(experts, hidden, inner, device=device) * inner**-0.5).bfloat16()
+    ids = torch.arange(tokens, device=device)[:, None] % 4 // 2
+    x, scores = torch.randn(tokens, hidden, device=device).bfloat16(), torch.ones(tokens, 1, device=device)
+
+    def dx(recipe: Fp8Recipe | None) -> Tensor:
+        leaves = [t.detach().requires_grad_() for t in (x, w1, w2)]
+        out = sm.topk_experts(leaves[0], ids, scores, *leaves[1:], layout=layout, recipe=recipe)
+        return torch.autograd.grad(out, leaves, dout)[0].double()
+
+    want = dx(None)
+    error = (dx(Fp8Recipe()) - want).norm(dim=1) / want.norm(dim=1)
+    assert error[1::2].amax() < 0.1

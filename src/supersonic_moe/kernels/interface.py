@@ -90,12 +90,12 @@ class Segments(NamedTuple):
 
 
 class BothOrders(NamedTuple):
-    """One quantisation, with a scale for each 128 x 128 tile, as two kinds of product read it."""
+    """A tensor quantized twice, for the two kinds of product that read it."""
 
     rows: Quantized
-    """(P, C) with the scale of its tile for each row, (P, C/128), stored transposed: in the rows format."""
+    """(P, C) with scales (P, C/128), stored transposed: the rows format, in which no row feels its neighbours."""
     columns: Quantized
-    """(C, G) with scales (C/128, G/128): transposed, its positions those of :class:`Segments`."""
+    """(C, G) with scales (C/128, G/128): transposed, in tiles, its positions those of :class:`Segments`."""
 
 
 # ---- capabilities ----------------------------------------------------------------------------------------------------

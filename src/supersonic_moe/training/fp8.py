@@ -14,11 +14,12 @@ e4m3 (``config/recipe.py``; the arithmetic alone: ``kernels/reference/fp8_layer.
 
 Weight gradients multiply in bf16, or with ``wgrad="fp8"`` in e4m3 scaled along tokens: their operands are transposed
 and each expert's rows padded to whole blocks of 128 positions (``pad_segments``). dO and x have a scale for each
-column; s A and dZ one for each tile of 128 x 128, which costs a product no more than the scales of a weight do, and
-lets one quantization of dZ serve dx as it lies and dW1 transposed. Where both weights need a gradient, the kernel that
-computes dZ and s A quantizes them itself (``down_backward_fp8_quantised``). Not so with a gradient of b1, which is a
-sum of dZ before: then both are stored in bf16 and quantized in passes of their own. Each of the three ways is a class
-below.
+column; s A and dZ one for each tile of 128 x 128, which costs a product no more than the scales of a weight do. For
+dx, dZ is quantized as it lies, 1 x 128, so that a token beside a loud one keeps its gradient (DeepSeek-V3, arXiv
+2412.19437, appendix B.2: blocks of 128 x 128 there made training diverge). Where both weights need a gradient, the
+kernel that computes dZ and s A quantizes them itself (``down_backward_fp8_quantised``). Not so with a gradient of b1,
+which is a sum of dZ before: then both are stored in bf16 and quantized in passes of their own. Each of the three ways
+is a class below.
 
 Saved for backward: x in bf16, Z, s, the plan and the transposed weights: 2 T H + R N1 (1 + 4/128) bytes and 1
 a weight, 57 % of the BF16 layer's 2 T H + 2 R N1 at T 8192, H 3072, I 1536, K 8. ``save_preactivation`` and

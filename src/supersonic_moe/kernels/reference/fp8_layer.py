@@ -45,7 +45,6 @@ from supersonic_moe.kernels.reference.quantize import (
     quantize_blocks,
     quantize_columns,
     quantize_rows,
-    quantize_tiles,
 )
 from supersonic_moe.kernels.reference.reductions import row_dot, segment_sum
 from supersonic_moe.quantization.block_format import padded_capacity
@@ -133,8 +132,6 @@ def fp8_backward(
         operands = (
             dequantize(*quantize_columns(t, index, pow2, name in tiled), acc).T for name, (t, index) in sources.items()
         )
-        if "dz" in tiled:
-            dz_rows_PN = dequantize(*quantize_tiles(dz_PN, row_index, pow2).rows, acc)
     dout_G, as_G, dz_G, x_G = operands
     dx_PH = grouped_mm(Rows(dz_rows_PN), _blocks(w1_ENH, pow2, acc), plan.expert_offsets)
     return Fp8Gradients(

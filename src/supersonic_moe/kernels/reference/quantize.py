@@ -6,7 +6,6 @@ each expert, padded to blocks of 128).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -97,17 +96,10 @@ def quantize_columns(x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: b
 
 
 def quantize_tiles(x_RC: Tensor, index_G: Tensor, pow2: bool = False) -> BothOrders:
-    """Rows (R, C) with the scale of its tile for each row, and columns (C, G) with scales (C/128, G/128). ``index``
-    must hold a row at most once; rows that it does not hold are NaN.
+    """Rows (R, C) scaled 1 x 128, as a product that sums over columns reads them: a quiet row beside a loud one keeps
+    its digits. Columns (C, G) with scales (C/128, G/128), for a product that sums over rows.
     """
-    columns = q_CG, scale = quantize_columns(x_RC, index_G, pow2, tiled=True)
-    held = index_G >= 0
-    rows = index_G[held].long()
-    q_RC = torch.full(x_RC.shape, math.nan, device=x_RC.device).to(E4M3)
-    q_RC[rows] = q_CG.T[held]
-    row_scale = scale.new_full((x_RC.shape[0], scale.shape[0]), math.nan)
-    row_scale[rows] = scale.T.repeat_interleave(BLOCK, 0)[held]
-    return BothOrders(Quantized(q_RC, row_scale), columns)
+    return BothOrders(quantize_rows(x_RC, pow2, tma=True), quantize_columns(x_RC, index_G, pow2, tiled=True))
 
 
 def pad_segments(expert_offsets: Tensor, gather_index_P: Tensor, capacity: int) -> Segments:

@@ -6,10 +6,10 @@
 
 Layout (row-major; formats: ``quantization/block_format.py``)
     Inputs as in down_backward_fp8.py, Z (P, 2I) e4m3, gate and up alternating. Row r of expert e has the position
-    padded_offsets[e] + r - offsets[e], G positions in all. dZ comes as it lies, (P, 2I), with the scale of its tile for
-    each row, stored transposed, and transposed, (2I, G), with tile scales (2I/128, G/128): what ``quantize_tiles``
-    gives. sA comes transposed, (I, G), with tile scales (I/128, G/128). dS is the sum of partial sums of 256
-    activations.
+    padded_offsets[e] + r - offsets[e], G positions in all. dZ comes as it lies, (P, 2I), with a scale for each row
+    and 128 columns, stored transposed, and transposed, (2I, G), with tile scales (2I/128, G/128): what
+    ``quantize_tiles`` gives. sA comes transposed, (I, G), with tile scales (I/128, G/128). dS is the sum of partial
+    sums of 256 activations.
 Tiles
     128 rows × 256 activations, main loop as in grouped_gemm_fp8.py. The rows of a tile are one block of positions, so a
     scale is found inside a thread block; codes are transposed in shared memory (transpose_e4m3.cuh).

@@ -3,7 +3,7 @@
 The arithmetic is that of ``kernels/block_format.py``, bit for bit. What costs time is moving bytes, and turning tiles:
 
 * ``quantize_rows``: a program owns a few rows of a few 128-column blocks; each maximum takes three warp shuffles.
-* ``quantize_weights``, ``quantize_columns``, ``quantize_tiles``: a program owns a tile of 128 x 128 elements and writes
+* ``quantize_weights``, ``quantize_columns``: a program owns a tile of 128 x 128 elements and writes
   it transposed. A tile is indexed (32, 4, 128): Triton keeps the middle dimension in the registers of one thread, so
   the four bytes of four consecutive rows become one 32-bit word without an exchange, and the transposition through
   shared memory moves words, not bytes: a quarter of the accesses. 128 threads hold 128 elements each, 16 loads of 16
@@ -22,7 +22,7 @@ Bytes an element, bf16 in, and roofline on H200 at 4.26 TB/s:
 | quantize_weights | 2 + 2 | 8 x 3072 x 3072 | 71 us |
 | quantize_columns | 2 + 1 | 65536 x 1536 | 71 us |
 | quantize_columns, gathered | 2 of each token + 1 | 8192 tokens to 65536 x 3072 | 59 us; 403 MB come from L2 |
-| quantize_tiles | 2 + 2 | 65536 x 3072 | 189 us |
+| quantize_tiles | 2 · 2 + 2, two passes | 65536 x 3072 | 284 us |
 """
 
 from __future__ import annotations
@@ -290,19 +290,16 @@ def quantize_blocks(w_ENK: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor, 
 # ---- operands of weight gradients ------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["num_blocks", "row_scale_stride"])
+@triton.jit(do_not_specialize=["num_blocks"])
 def _columns_kernel(
-    x_ptr, index_ptr, transposed_ptr, scale_ptr, q_ptr, row_scale_ptr,
-    num_blocks, x_stride, scale_stride, q_stride, row_scale_stride,
+    x_ptr, index_ptr, transposed_ptr, scale_ptr, num_blocks, x_stride, scale_stride,
     C: tl.constexpr, POW2: tl.constexpr, TILED: tl.constexpr,
 ):  # fmt: skip
     block, panel = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = tl.load(index_ptr + block * BLOCK + _tile_rows()).to(tl.int64)
-    held = row >= 0
     column = panel * BLOCK + tl.arange(0, BLOCK)
-    mask = held[:, :, None] & (column < C)[None, None, :]
-    x_ptrs = x_ptr + (row * x_stride)[:, :, None] + column[None, None, :]
-    x = tl.load(x_ptrs, mask=mask, other=0.0)
+    mask = (row >= 0)[:, :, None] & (column < C)[None, None, :]
+    x = tl.load(x_ptr + (row * x_stride)[:, :, None] + column[None, None, :], mask=mask, other=0.0)
     amax = _column_amax(x)
     if TILED:
         scale, inverse = _block_scale(tl.max(amax), POW2)
@@ -311,38 +308,10 @@ def _columns_kernel(
     else:
         scale, inverse = _block_scale(tl.max(amax, 0, keep_dims=True), POW2)
         tl.store(scale_ptr + block * scale_stride + column[None, :], scale, mask=(column < C)[None, :])
-    if q_ptr is not None:
-        transposed, q = _both_orders(x, inverse)
-        tl.store(q_ptr + (row * q_stride)[:, :, None] + column[None, None, :], q, mask=mask)
-        tl.store(row_scale_ptr + row + panel * row_scale_stride.to(tl.int64), scale, mask=held)
-    else:
-        transposed = _transposed_words(x, inverse)
     words = num_blocks.to(tl.int64) * (BLOCK // 4)
     word = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
     transposed_ptrs = transposed_ptr.to(tl.pointer_type(tl.int32)) + column[:, None] * words + word[None, :]
-    tl.store(transposed_ptrs, transposed, mask=(column < C)[:, None])
-
-
-def _columns(
-    x_RC: Tensor, index_G: Tensor, pow2: bool, tiled: bool, q_RC: Tensor | None, row_scale_RB: Tensor | None
-) -> Quantized:
-    """(q (C, G), scale); fills q (R, C) and its row scales where they are given."""
-    columns, num_blocks = x_RC.shape[1], index_G.shape[0] // block_format.BLOCK
-    q_CG = empty_e4m3(x_RC, columns, index_G.shape[0])
-    scale = empty_scales(x_RC, blocks(columns) if tiled else columns, num_blocks, tma=True)
-    if q_CG.numel():
-        q_stride = 0 if q_RC is None else q_RC.stride(0)
-        row_scale_stride = 0 if row_scale_RB is None else row_scale_RB.stride(1)
-        launch(
-            _columns_kernel,
-            (num_blocks, blocks(columns)),
-            (
-                x_RC, index_G, q_CG, scale, q_RC, row_scale_RB,
-                num_blocks, x_RC.stride(0), scale.stride(1), q_stride, row_scale_stride,
-            ),
-            (columns, pow2, tiled),
-        )  # fmt: skip
-    return Quantized(q_CG, scale)
+    tl.store(transposed_ptrs, _transposed_words(x, inverse), mask=(column < C)[:, None])
 
 
 def quantize_columns(x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: bool = False) -> Quantized:
@@ -352,15 +321,15 @@ def quantize_columns(x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: b
     Programs walk all positions of one column panel before the next, so that rows that many positions gather come from
     DRAM once: a panel of 8192 tokens is 2 MB of the 50 MB L2.
     """
-    return _columns(x_RC, index_G, pow2, tiled, None, None)
+    columns, num_blocks = x_RC.shape[1], index_G.shape[0] // block_format.BLOCK
+    q_CG = empty_e4m3(x_RC, columns, index_G.shape[0])
+    scale = empty_scales(x_RC, blocks(columns) if tiled else columns, num_blocks, tma=True)
+    if q_CG.numel():
+        arguments = x_RC, index_G, q_CG, scale, num_blocks, x_RC.stride(0), scale.stride(1)
+        launch(_columns_kernel, (num_blocks, blocks(columns)), arguments, (columns, pow2, tiled))
+    return Quantized(q_CG, scale)
 
 
 def quantize_tiles(x_RC: Tensor, index_G: Tensor, pow2: bool = False) -> BothOrders:
-    """Rows (R, C) and columns (C, G). The scales of rows repeat those of tiles in the layout of ``quantize_rows(...,
-    tma=True)``, so a GEMM of rows needs to know nothing of tiles. ``index`` must hold a row at most once; rows that it
-    does not hold stay unwritten.
-    """
-    num_rows, columns = x_RC.shape
-    q_RC, row_scale_RB = empty_e4m3(x_RC, num_rows, columns), empty_scales(x_RC, num_rows, blocks(columns), tma=True)
-    columns_CG = _columns(x_RC, index_G, pow2, True, q_RC, row_scale_RB)
-    return BothOrders(Quantized(q_RC, row_scale_RB), columns_CG)
+    """Rows (R, C), in the layout of ``quantize_rows(..., tma=True)``, and columns (C, G) in tiles: two passes."""
+    return BothOrders(quantize_rows(x_RC, pow2, tma=True), quantize_columns(x_RC, index_G, pow2, tiled=True))

@@ -1,5 +1,6 @@
-// Backward of the gated activation behind the FP8 loop, outputs in e4m3: dZ as it lies with a scale for each row and 128 columns; dZ and s A
-// transposed, one scale for each tile of 128 x 128. For down_backward_fp8_quantised.cu; it differs from gated_backward_fp8.cuh as follows.
+// Backward of the gated activation behind the FP8 loop, outputs in e4m3: dZ as it lies with a scale for each row and 128 columns; dZ
+// and s A transposed, one scale for each tile of 128 x 128. For down_backward_fp8_quantised.cu; it differs from gated_backward_fp8.cuh as
+// follows.
 //
 // A kernel tile is 128 rows from an expert's first on, one block of positions, and its 256 activations are four tiles of dZ, a chunk each
 // since gate and up alternate, and two of s A, a pair of chunks each. So no scale takes more than one block: each warp finds its largest
@@ -11,8 +12,9 @@
 // end of the block of positions. So a warp, or a warpgroup, without rows computes like the others.
 //
 // Where outputs wait for TMA. A warp's 16 lines of the chunk's Z are its own again behind the barrier: they hold s A of the pair while it
-// is transposed, then dZ in tile scales while that is transposed, then dZ as it lies. What is transposed goes to the ring, which the math warps have for one lap. One warp, STORING_WARP,
-// hands it to TMA behind the next barrier; chunk 3 has none after it, so there the others only arrive (TILE_END_BARRIER).
+// is transposed, then dZ in tile scales while that is transposed, then dZ as it lies. What is transposed goes to the ring, which the
+// math warps have for one lap. One warp, STORING_WARP, hands it to TMA behind the next barrier; chunk 3 has none after it, so there the
+// others only arrive (TILE_END_BARRIER).
 //
 //   stage     0            |  1           |  2                  handed over behind the barrier of
 //   buffer    0      1     |  0     1     |  0     1     2      chunk 1: dZ 0         chunk 2: dZ 1, sA 0
