@@ -367,7 +367,7 @@ def test_choices_for_a_gpu_are_made_once_and_refusals_every_time(monkeypatch: py
 @pytest.mark.parametrize("layout", ["interleaved", "gate_up"])
 @pytest.mark.parametrize("ratio", [1e-2, 1e-4, 1e-6])
 def test_a_quiet_token_beside_a_loud_one_keeps_its_gradient(ratio: float, layout: str, device: torch.device) -> None:
-    """dx of a quiet token within 10 % of its own size, in the default recipe; with one scale a tile it was 43 % at 1e-5."""
+    """dx of a quiet token within 10 % of its size in the default recipe; one scale a tile made it 43 % at 1e-5."""
     tokens, hidden, inner, experts = 256, 512, 256, 2
     loudness = torch.where(torch.arange(tokens, device=device) % 2 == 0, 1.0, ratio)[:, None]
     dout = (torch.randn(tokens, hidden, device=device) * loudness).bfloat16()
