@@ -86,7 +86,7 @@ def down_backward(
         return dz_PN, as_PI, partial_ds_BP.new_empty(0)
     interleaved = layout is INTERLEAVED
     gate_base, up_base = half_bases(layout, width)
-    config = choose(width, gather=index is not None, rows=rows // num_experts)
+    config = choose(width, index is not None, rows=rows // num_experts)
     with on_device(dout_TH):
         _kernel(config, kind_of(activation), interleaved).launch(
             config.grid(dout_TH.get_device()),

@@ -49,6 +49,7 @@ from supersonic_moe.kernels.sm90.operands import (
     half_bases,
     kind_of,
     limit_of,
+    map_of_columns,
     map_of_halves,
     map_of_rows,
     map_of_scales,
@@ -112,9 +113,10 @@ def down_backward_fp8(
     partial_ds_BP = dz_PN.new_empty(blocks_n, rows, dtype=torch.float32)
     if rows == 0:
         return dz_PN, as_PI, partial_ds_BP.new_empty(0)
+    scores_P = loadable(row_scores_P)
     gate_base, up_base = half_bases(layout, width)
     scale_w_expert, scale_w_column, scale_w_k = w2_scale.stride()
-    config = choose(width, gather=index is not None, fp8=True, staging_bytes=staging_bytes(interleaved, saved_fp8))
+    config = choose(width, index is not None, staging_bytes=staging_bytes(interleaved, saved_fp8))
     with on_device(doutq_TH):
         map_z = map_of_saved(z_PN.q, interleaved)
         _kernel(config, kind_of(activation), interleaved, saved_fp8).launch(
@@ -123,8 +125,8 @@ def down_backward_fp8(
             map_scale_do=map_of_scales(dout_scale, index, map_z),
             map_w=tensor_map(w2, box=(1, BLOCK_N, config.block_k)),
             map_z=map_z,
-            map_scale_z=map_of_vectors(z_PN.scale.t()) if saved_fp8 else map_z,
-            map_scores=map_of_vectors(loadable(row_scores_P)[None]),
+            map_scale_z=map_of_columns(z_PN.scale) if saved_fp8 else map_z,
+            map_scores=map_of_scores(scores_P, rows),
             map_dz=map_of_halves(dz_PN, interleaved, rows=WARP_ROWS),
             map_as=map_of_stored_rows(as_PI),
             offsets=groups.expert_offsets,
@@ -158,9 +160,9 @@ def loadable(scores_P: Tensor) -> Tensor:
     return scores_P if scores_P.data_ptr() % 16 == 0 else scores_P.clone()
 
 
-def map_of_vectors(x_VP: Tensor) -> TensorMap:
-    """Scores, or scales of Z, of a tile's rows, of whichever row the first is."""
-    return tensor_map(x_VP, box=(1, BLOCK_M + 4), swizzle=0)
+def map_of_scores(scores_P: Tensor, rows: int) -> TensorMap:
+    """Scores of a tile's rows, of whichever row the first is."""
+    return tensor_map(scores_P, box=(1, BLOCK_M + 4), swizzle=0, shape=(1, rows), strides=(rows, 1))
 
 
 def map_of_saved(z_PN: Tensor, interleaved: bool) -> TensorMap:

@@ -37,12 +37,20 @@ from supersonic_moe.kernels.sm90.down_backward_fp8 import (
     down_backward_fp8,
     loadable,
     map_of_saved,
-    map_of_vectors,
+    map_of_scores,
     spec_of,
     staging_bytes,
 )
 from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, WARP_ROWS, GemmConfig, choose, config_of
-from supersonic_moe.kernels.sm90.operands import ALL_KINDS, INTERLEAVED, kind_of, limit_of, map_of_rows, map_of_scales
+from supersonic_moe.kernels.sm90.operands import (
+    ALL_KINDS,
+    INTERLEAVED,
+    kind_of,
+    limit_of,
+    map_of_columns,
+    map_of_rows,
+    map_of_scales,
+)
 from supersonic_moe.kernels.triton import quantize_columns, quantize_tiles
 from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks, empty_e4m3, empty_scales
 
@@ -87,8 +95,9 @@ def down_backward_fp8_quantised(
     dz_scale = empty_scales(like, blocks(2 * width), capacity // BLOCK, tma=True)
     as_scale = empty_scales(like, blocks(width), capacity // BLOCK, tma=True)
     partial_ds_BP = like.new_empty(blocks_n, rows, dtype=torch.float32)
+    scores_P = loadable(row_scores_P)
     scale_w_expert, scale_w_column, scale_w_k = w2_scale.stride()
-    config = choose(width, gather=index is not None, fp8=True, staging_bytes=STAGING_BYTES)
+    config = choose(width, index is not None, staging_bytes=STAGING_BYTES)
     with on_device(doutq_TH):
         map_z = map_of_saved(like, interleaved=True)
         _kernel(config, kind_of(activation)).launch(
@@ -97,8 +106,8 @@ def down_backward_fp8_quantised(
             map_scale_do=map_of_scales(dout_scale, index, map_z),
             map_w=tensor_map(w2, box=(1, BLOCK_N, config.block_k)),
             map_z=map_z,
-            map_scale_z=map_of_vectors(z_PN.scale.t()),
-            map_scores=map_of_vectors(loadable(row_scores_P)[None]),
+            map_scale_z=map_of_columns(z_PN.scale),
+            map_scores=map_of_scores(scores_P, rows),
             map_dz=tensor_map(dzq_PN, box=(WARP_ROWS, BLOCK)),
             map_dz_transposed=tensor_map(dzq_NG, box=(BLOCK, BLOCK)),
             map_as_transposed=tensor_map(asq_IG, box=(BLOCK, BLOCK)),

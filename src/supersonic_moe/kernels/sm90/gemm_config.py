@@ -8,7 +8,7 @@ in bf16, gathered rows of A in FP8. Why these sizes: docs/design.md, "Hopper", a
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -42,11 +42,11 @@ class GemmConfig:
     """e4m3 operands with block scales."""
     staging_bytes: int = 0
     """Shared memory of the epilogue's own, behind everything else."""
+    block_k: int = field(init=False)
+    """K of a stage, in elements."""
 
-    @property
-    def block_k(self) -> int:
-        """K of a stage, in elements."""
-        return LINE if self.fp8 else LINE // 2
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block_k", LINE if self.fp8 else LINE // 2)
 
     @property
     def stages(self) -> int:
@@ -102,7 +102,7 @@ config_of = functools.cache(GemmConfig)
 
 
 def choose(
-    columns: int, *, gather: bool, rows: int | None = None, depth: int = 0, fp8: bool = False, staging_bytes: int = 0
+    columns: int, gather: bool, *, rows: int | None = None, depth: int = 0, staging_bytes: int = 0
 ) -> GemmConfig:
     """The form for these sizes.
 
@@ -111,11 +111,12 @@ def choose(
         gather: whether rows of A come through an index.
         rows: what an expert has on average; None where D has no ragged rows, in weight gradients.
         depth: K, or the rows of an expert in a weight gradient; 0 for an epilogue that knows only tiles of 256 columns.
+        staging_bytes: of the epilogue, which in FP8 has its own; 0 in bf16, where it borrows stages.
 
     In bf16 two blocks share B where an expert has two blocks of rows; else the second would idle. In FP8 they share
     gathered rows, each of which costs the TMA unit a box, if blocks of columns come in pairs.
     """
-    if fp8:
+    if staging_bytes:
         pair = gather and -(-columns // BLOCK_N) % 2 == 0
         return config_of(BLOCK_N, 2 if pair else 1, gather, True, staging_bytes)
     if rows is not None and rows < 2 * BLOCK_M:

@@ -66,13 +66,15 @@ def grouped_mm(a: Rows[Tensor], b_EKN: Tensor, expert_offsets: Tensor) -> Tensor
     if d_PN.numel() == 0:
         return d_PN
     n_contiguous = b_EKN.stride(2) == 1
-    config = choose(columns, gather=index is not None, rows=rows // num_experts, depth=depth)
+    config = choose(columns, index is not None, rows=rows // num_experts, depth=depth)
     block_k = config.block_k
     with on_device(a_TK):
         if n_contiguous:
             map_b = tensor_map(b_EKN, box=(1, block_k, 64))
         else:
-            map_b = tensor_map(b_EKN.transpose(1, 2), box=(1, config.block_n // config.cluster, block_k))
+            box = (1, config.block_n // config.cluster, block_k)
+            expert, k, column = b_EKN.stride()
+            map_b = tensor_map(b_EKN, box=box, shape=(num_experts, columns, depth), strides=(expert, column, k))
         _kernel(config, n_contiguous).launch(
             config.grid(a_TK.get_device()),
             map_a=map_of_rows(a_TK, index, box=(BLOCK_M, block_k)),

@@ -68,7 +68,7 @@ def grouped_mm_fp8(a: Rows[Quantized], b_ENK: Quantized, expert_offsets: Tensor)
     d_PN = a_TK.new_empty(rows, columns, dtype=torch.bfloat16)
     if d_PN.numel() == 0:
         return d_PN
-    config = choose(columns, gather=index is not None, fp8=True, staging_bytes=STAGING_BYTES)
+    config = choose(columns, index is not None, staging_bytes=STAGING_BYTES)
     block_k = config.block_k
     scale_b_expert, scale_b_column, scale_b_k = b_scale.stride()
     with on_device(a_TK):

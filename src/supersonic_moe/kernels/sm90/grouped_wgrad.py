@@ -81,6 +81,12 @@ def map_of_output(out: Tensor, transposed: bool) -> TensorMap:
     return tensor_map(out, box=(1, columns if transposed else WARP_ROWS, columns))
 
 
+def map_of_whole_rows(b_PN: Tensor, block_k: int) -> TensorMap:
+    """B as (1, P, N): the kernel loads it like a weight."""
+    (rows, columns), row = b_PN.shape, b_PN.stride(0)
+    return tensor_map(b_PN, box=(1, block_k, 64), shape=(1, rows, columns), strides=(rows * row, row, 1))
+
+
 def grouped_mm_wgrad(
     a: Rows[Tensor],
     b_PN: Tensor,
@@ -100,13 +106,13 @@ def grouped_mm_wgrad(
     out = gradient_buffer(out, a_TM, shape, accumulate)
     if rows == 0 or a_TM.shape[0] == 0:
         return out if accumulate else out.zero_()
-    config = choose(n, gather=index is not None, depth=rows // num_experts)
+    config = choose(n, index is not None, depth=rows // num_experts)
     block_k = config.block_k
     with on_device(a_TM):
         _kernel(config, out.dtype is torch.float32).launch(
             config.grid(a_TM.get_device()),
             map_a=map_of_rows(a_TM, index, box=(block_k, 64)),
-            map_b=tensor_map(b_PN[None], box=(1, block_k, 64)),
+            map_b=map_of_whole_rows(b_PN, block_k),
             map_d=map_of_output(out, transposed),
             offsets=expert_offsets,
             index=index,

@@ -58,23 +58,21 @@ def _kernel(config: GemmConfig, fp32: bool) -> Kernel:
 def _check(a_MG: Quantized, b_NG: Quantized) -> None:
     (a, a_scale), (b, b_scale) = a_MG, b_NG
     (m, positions), n = a.shape, b.shape[0]
-    for name, operand in (("a", a), ("b", b)):
-        if operand.dtype is not E4M3:
-            raise TypeError(f"{name} must be {E4M3}; got {checks.describe(operand)}. Quantise it (quantize_columns).")
+    if not (a.dtype is E4M3 is b.dtype):
+        name, operand = ("b", b) if a.dtype is E4M3 else ("a", a)
+        raise TypeError(f"{name} must be {E4M3}; got {checks.describe(operand)}. Quantise it (quantize_columns).")
     if b.shape[1] != positions or positions % BLOCK:
         raise ValueError(
             f"a (M, G) and b (N, G) must have the same G, a multiple of {BLOCK}; got shapes {tuple(a.shape)} and "
             f"{tuple(b.shape)}. Quantise both along one pad_segments index."
         )
-    for name, scale, shape, way in (
-        ("a.scale", a_scale, (m, blocks(positions)), "quantize_columns(...)"),
-        ("b.scale", b_scale, (blocks(n), blocks(positions)), "quantize_columns(..., tiled=True) or quantize_tiles"),
-    ):
-        if scale.shape != shape:
-            raise ValueError(
-                f"{name} must have shape {shape}, one scale for {'each row' if name == 'a.scale' else '128 rows'} and "
-                f"128 positions; got {tuple(scale.shape)}. Quantise with {way}."
-            )
+    of_rows, of_tiles = (m, positions // BLOCK), (blocks(n), positions // BLOCK)
+    if a_scale.shape != of_rows or b_scale.shape != of_tiles:
+        raise ValueError(
+            f"a.scale must have shape {of_rows}, one for each row and 128 positions, and b.scale {of_tiles}, one for "
+            f"128 rows; got {tuple(a_scale.shape)} and {tuple(b_scale.shape)}. Quantise a with quantize_columns(...), "
+            "b with quantize_columns(..., tiled=True) or quantize_tiles."
+        )
     if m > 1 and a_scale.stride(0) != 1:
         raise ValueError(
             f"a.scale must be stored transposed, the scales of a block of positions next to each other; got strides "
@@ -101,7 +99,7 @@ def grouped_mm_wgrad_fp8(
     out = gradient_buffer(out, a, (num_experts, n, m) if transposed else (num_experts, m, n), accumulate)
     if positions == 0:
         return out if accumulate else out.zero_()
-    config = choose(n, gather=False, fp8=True, staging_bytes=STAGING_BYTES)
+    config = choose(n, False, staging_bytes=STAGING_BYTES)
     scale_b_column, scale_b_k = b_scale.stride()
     with on_device(a):
         _kernel(config, out.dtype is torch.float32).launch(

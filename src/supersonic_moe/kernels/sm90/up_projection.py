@@ -75,7 +75,7 @@ def up_projection(
         return z_PN, a_PI
     interleaved = layout is INTERLEAVED
     gate_base, up_base = half_bases(layout, width)
-    config = choose(n1, gather=index is not None, rows=rows // num_experts)
+    config = choose(n1, index is not None, rows=rows // num_experts)
     with on_device(x_TH):
         map_a = map_of_stored_rows(a_PI)
         _kernel(config, kind_of(activation)).launch(

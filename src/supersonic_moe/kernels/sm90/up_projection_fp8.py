@@ -104,7 +104,7 @@ def up_projection_fp8(
         return z, a
     gate_base, up_base = half_bases(layout, width)
     scale_w_expert, scale_w_column, scale_w_k = w1_scale.stride()
-    config = choose(n1, gather=index is not None, fp8=True, staging_bytes=STAGING_BYTES)
+    config = choose(n1, index is not None, staging_bytes=STAGING_BYTES)
     with on_device(xq_TH):
         map_a = map_of_stored_rows(a_PI)
         _kernel(config, kind_of(activation), interleaved).launch(
