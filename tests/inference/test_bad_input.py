@@ -113,3 +113,12 @@ def test_workspace_of_no_shape() -> None:
         workspace_bytes(4, 0, 256, 128, 4)
     with pytest.raises(ValueError, match="num_tokens must not be negative"):
         workspace_bytes(-1, 8, 256, 128, 4)
+
+
+def test_a_shared_expert_counts_as_a_local_one() -> None:
+    case, shared = make_case(tokens=2, hidden=128, inter=64, local=512), make_case(local=1, hidden=128, inter=64)
+    one = SharedExpert(shared.w13[0], shared.w2[0], shared.w13_scale[0], shared.w2_scale[0])
+    arguments = (case.x, case.w13, case.w2, case.w13_scale, case.w2_scale, case.weights, case.ids)
+    moe_fp8_topk(*arguments, x_scale=case.x_scale, gate_up_order="up_gate")
+    with pytest.raises(ValueError, match="512 is the most; got 512 routed ones"):
+        moe_fp8_topk(*arguments, x_scale=case.x_scale, gate_up_order="up_gate", shared_expert=one)

@@ -13,6 +13,7 @@ from supersonic_moe.config.activation import Activation, GateUpLayout, as_layout
 from supersonic_moe.config.grouped_routing import MAX_TOP_K
 from supersonic_moe.inference import ops  # noqa: F401  defines torch.ops.supersonic_moe.moe_fp8_topk
 from supersonic_moe.inference.operands import (
+    MAX_LOCAL_EXPERTS,
     Sizes,
     check_experts,
     check_x,
@@ -186,6 +187,11 @@ def _shared_weights(shared: SharedExpert, sizes: Sizes, order: GateUpLayout, w13
         checks.tensor(f"shared_expert.{name}", t, 2, shape)
     one = SharedExpert(*(t[None] for t in shared))
     own = check_experts(*one, order, of="shared_expert.")
+    if sizes.num_local == MAX_LOCAL_EXPERTS:
+        raise ValueError(
+            f"shared_expert counts as one more local expert, and {MAX_LOCAL_EXPERTS} is the most; got "
+            f"{sizes.num_local} routed ones. Spread the experts over more ranks."
+        )
     checks.size("shared_expert.w13", "H", own.hidden, sizes.hidden, "H of w13")
     checks.size("shared_expert.w2", "I", own.intermediate, sizes.intermediate, "I of w2: it runs as one more expert")
     checks.same_device("shared_expert.w13", one.w13, "w13", w13)

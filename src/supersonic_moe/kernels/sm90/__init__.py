@@ -18,6 +18,7 @@ def registered_specs() -> tuple[KernelSpec, ...]:
         grouped_wgrad,
         grouped_wgrad_fp8,
         quantize_columns,
+        route_rows,
         up_projection,
         up_projection_fp8,
     )
@@ -35,4 +36,5 @@ def registered_specs() -> tuple[KernelSpec, ...]:
         *down_backward_fp8.SPECS,
         *down_backward_fp8_quantised.SPECS,
         *quantize_columns.SPECS,
+        *route_rows.SPECS,
     )

@@ -46,6 +46,13 @@ DEVICE void mbarrier_arrive_remote(u32 barrier, u32 rank) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(map_to_block(barrier, rank)) : "memory");
 }
 
+// The word at `address` in block `rank` of the cluster. Between two cluster barriers: one after it was written, one before its block exits.
+DEVICE u32 load_remote(u32 address, u32 rank) {
+    u32 word;
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(word) : "r"(map_to_block(address, rank)) : "memory");
+    return word;
+}
+
 // Suspended by the hardware for a while at a time, until the phase of this parity is complete; traps after WAIT_TIMEOUT_NS.
 // One asm block on purpose: a `trap` that the compiler can see on a branch of its own makes ptxas allocate the whole role for
 // the launch's register count instead of the one given to register_alloc (350 bytes of spills in a promoted FP8 main loop).

@@ -1,0 +1,176 @@
+"""Routing of the inference operator on sm_90a: experts, weights and sorted rows, in one launch up to 128 tokens.
+
+    logits (T, E) -> K experts and weights of each token  (rule: ``config/grouped_routing.py``)
+    ids (T, K) of another router, through an offset or a map                                        -> slots
+    slots -> rows sorted by local expert, in slot order inside an expert (a stable counting sort)   -> tables
+
+Slots: s = t * C + j, C = K choices, or K + 1 with a shared expert, which is the last choice of each token and the last
+local expert. A slot without a local expert has no row.
+Choice
+    A warp for a token, E / 32 experts a lane. Scores are mapped to unsigned keys of the same order (NaN as minus
+    infinity); a round takes the largest key of the warp, then the lowest index that has it.
+Up to 128 tokens
+    A cluster of 8 blocks, 16 tokens each at most, counts exchanged through distributed shared memory: no memory has to
+    be zeroed beforehand, so the caller's workspace may hold anything.
+More
+    Two launches: blocks choose and count, then each adds up the counts of the blocks before it and places its slots.
+Cost
+    T E 4 bytes of logits. Instructions: about 600 a warp and token at E = 256, K = 8.
+
+The kernels also set ``counters`` to zero for the ones behind them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from supersonic_moe.config.grouped_routing import GroupedRouting, Scoring
+from supersonic_moe.jit.launch import F32, I32, I64, PTR, ArgType, Kernel, on_device
+from supersonic_moe.jit.spec import KernelSpec
+
+THREADS = 512
+CLUSTER = 8
+SMALL_TOKENS = 128  # one cluster of 8 blocks with 16 warps
+PASS_TOKENS = 128  # tokens of a block of the larger kernels, at least
+MAX_BLOCKS = 132  # every block adds up the counts of all others
+VALUES = (1, 2, 4, 8, 16, 32)  # experts of a lane
+
+_SCORING = {Scoring.SIGMOID: 0, Scoring.SOFTMAX: 1, Scoring.SQRT_SOFTPLUS: 2}
+_BIAS = {torch.float32: 1, torch.bfloat16: 2}
+
+_LOGITS_ARGS = (PTR, I64, PTR, I32, I32, I32, I32, F32, I32, I32, I32, I32, I32)
+_IDS_ARGS = (PTR, I32, PTR, PTR, F32, I32, I32, I32, I32, I32)
+_SMALL_ARGS = (I32, PTR, PTR, PTR, PTR, PTR, PTR, I32)
+_COUNT_ARGS = (I32, I32, PTR, PTR, PTR, PTR, I32)
+_PLACE_ARGS = (PTR, I32, I32, I32, I32, PTR, PTR, PTR, PTR)
+
+
+def _spec(name: str, values: int | None = None, *, cluster: int = 1, pdl: bool = False) -> KernelSpec:
+    constants = () if values is None else (("VALUES", values),)
+    smem = 0 if values is None else THREADS // 32 * 32 * values * 4  # a float for each expert and warp
+    opcodes = ("REDUX.MAX", "MATCH.ANY", "UCGABAR_WAIT") if values and cluster > 1 else ()
+    source = "place_rows.cu" if values is None else "route_rows.cu"
+    return KernelSpec(name, source, constants, THREADS, smem, cluster, opcodes, pdl=pdl)
+
+
+SPECS = (
+    *(_spec("route_small", values, cluster=CLUSTER) for values in VALUES),
+    *(_spec("route_count", values) for values in VALUES),
+    _spec("place_small", cluster=CLUSTER),
+    _spec("place_count"),
+    _spec("place_rows", pdl=True),
+)
+
+
+class RowTables(NamedTuple):
+    """int32 tensors that the kernels write. P = T * C rows at most; only offsets[E] of them are in use."""
+
+    offsets: Tensor
+    """(E + 1,): local expert e has the rows [offsets[e], offsets[e + 1])."""
+    hits: Tensor
+    """(E + 1,): the number of experts that have rows, then these experts, ascending."""
+    row_slot: Tensor
+    """(P,): slot of each row in use."""
+    slot_row: Tensor
+    """(T, C): row of each slot, -1 for none."""
+    weights: Tensor
+    """(T, C) float32: weight of each slot, scaling factor included; 1 for a shared expert."""
+
+
+class Choices(NamedTuple):
+    """Which experts are local, and how many slots a token has."""
+
+    num_experts: int
+    """Of the model: ids outside [0, num_experts) have no row."""
+    routed: int
+    """Local routed experts."""
+    offset: int
+    top_k: int
+    shared: bool
+
+    @property
+    def per_token(self) -> int:
+        return self.top_k + self.shared
+
+    @property
+    def num_local(self) -> int:
+        return self.routed + self.shared
+
+
+@functools.cache
+def _kernel(name: str, values: int | None, argtypes: tuple[ArgType, ...]) -> Kernel:
+    constants = () if values is None else (("VALUES", values),)
+    spec = next(spec for spec in SPECS if spec.name == name and spec.constants == constants)
+    return Kernel(spec, argtypes)
+
+
+def route_rows(
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    rule: GroupedRouting,
+    choices: Choices,
+    tables: RowTables,
+    counters: Tensor,
+    counts: Tensor | None = None,
+) -> None:
+    """Choose and place. ``logits_TE`` float32 with contiguous rows; ``counters`` int32, set to zero; ``counts`` int32
+    (132, E) scratch, for more than 128 tokens.
+    """
+    token = (
+        logits_TE, logits_TE.stride(0), bias_E, _SCORING[rule.scoring], 0 if bias_E is None else _BIAS[bias_E.dtype],
+        rule.n_group, rule.topk_group, rule.scaling_factor, choices.offset, rule.num_experts, choices.routed,
+        rule.top_k, choices.per_token,
+    )  # fmt: skip
+    values = next(v for v in VALUES if 32 * v >= rule.num_experts)
+    _launch("route", values, _LOGITS_ARGS, token, logits_TE.shape[0], choices, tables, counters, counts)
+
+
+def place_topk(
+    ids_TK: Tensor,
+    weights_TK: Tensor | None,
+    expert_map: Tensor | None,
+    scaling_factor: float,
+    choices: Choices,
+    tables: RowTables,
+    counters: Tensor,
+    counts: Tensor | None = None,
+) -> None:
+    """Place the choices of another router: ids int32 or int64, weights float32 (None: 1), both contiguous."""
+    token = (
+        ids_TK, int(ids_TK.dtype is torch.int64), weights_TK, expert_map, scaling_factor, choices.offset,
+        choices.num_experts, choices.routed, choices.top_k, choices.per_token,
+    )  # fmt: skip
+    _launch("place", None, _IDS_ARGS, token, ids_TK.shape[0], choices, tables, counters, counts)
+
+
+def _launch(
+    family: str,
+    values: int | None,
+    token_args: tuple[ArgType, ...],
+    token: tuple[object, ...],
+    num_tokens: int,
+    choices: Choices,
+    tables: RowTables,
+    counters: Tensor,
+    counts: Tensor | None,
+) -> None:
+    offsets, hits, row_slot, slot_row, weights = tables
+    zeroed = (counters, counters.numel())
+    with on_device(offsets):
+        if num_tokens <= SMALL_TOKENS:
+            kernel = _kernel(f"{family}_small", values, (*token_args, *_SMALL_ARGS))
+            kernel.launch((CLUSTER, 1, 1), *token, num_tokens, offsets, hits, row_slot, slot_row, weights, *zeroed)
+            return
+        assert counts is not None
+        blocks = min(MAX_BLOCKS, -(-num_tokens // PASS_TOKENS))
+        span = -(-num_tokens // blocks)
+        kernel = _kernel(f"{family}_count", values, (*token_args, *_COUNT_ARGS))
+        kernel.launch((blocks, 1, 1), *token, num_tokens, span, counts, slot_row, weights, *zeroed)
+        _kernel("place_rows", None, _PLACE_ARGS).launch(
+            (blocks, 1, 1), counts, num_tokens, span, choices.per_token, choices.num_local, offsets, hits, row_slot,
+            slot_row,
+        )  # fmt: skip
