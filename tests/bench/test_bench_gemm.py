@@ -12,6 +12,7 @@ from unittest.mock import create_autospec
 
 import pytest
 import torch
+from gemm_stand_ins import our_gradient, our_product
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
@@ -20,7 +21,6 @@ from supersonic_moe.bench.gemm import COMPARED, Contender, GemmResult, check_dev
 from supersonic_moe.bench.shapes import GEMM_CASES, GemmCase
 from supersonic_moe.bench.timing import NoResultError, WallClock
 from supersonic_moe.cli.app import app
-from supersonic_moe.kernels import reference
 from supersonic_moe.kernels.sm90 import grouped_gemm, grouped_wgrad
 
 CPU = torch.device("cpu")
@@ -57,27 +57,6 @@ def test_bad_cases_are_one_sentence(text: str, complaint: str) -> None:
 
 
 # ---- the stand-ins ---------------------------------------------------------------------------------------------------
-
-
-def our_product(a_PK: Tensor, b_EKN: Tensor, offsets: Tensor, *, gather_index: Tensor | None = None) -> Tensor:
-    assert b_EKN.stride(1) == 1 and offsets.dtype is torch.int32
-    return reference.grouped_mm(a_PK if gather_index is None else a_PK[gather_index], b_EKN, offsets)
-
-
-def our_gradient(
-    a_PM: Tensor,
-    b_PN: Tensor,
-    offsets: Tensor,
-    out_EMN: Tensor | None = None,
-    *,
-    accumulate: bool = False,
-    gather_index: Tensor | None = None,
-) -> Tensor:
-    a_PM = a_PM if gather_index is None else a_PM[gather_index]
-    if out_EMN is None:
-        return reference.grouped_mm_wgrad(a_PM, b_PN, offsets)
-    assert accumulate and out_EMN.dtype is torch.float32
-    return out_EMN.add_(reference.grouped_mm_wgrad(a_PM.float(), b_PN.float(), offsets))
 
 
 def bf16(*tensors: Tensor) -> bool:

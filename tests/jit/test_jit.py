@@ -21,6 +21,8 @@ import pytest
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
+from cold_processes import build_at_once
+
 from supersonic_moe.jit import (
     JitError,
     JitPolicyError,
@@ -137,12 +139,6 @@ def processes() -> Iterator[tuple[concurrent.futures.ProcessPoolExecutor, Any]]:
         barrier = manager.Barrier(8)
         with concurrent.futures.ProcessPoolExecutor(8, mp_context=context) as pool:
             yield pool, barrier
-
-
-def build_at_once(spec: KernelSpec, directory: Path, barrier: Any) -> tuple[int, str, bytes]:
-    barrier.wait(timeout=120)
-    cubin = build(spec, CubinCache(directory))
-    return os.getpid(), cubin.origin, cubin.image
 
 
 def test_eight_cold_processes_compile_one_kernel_once(spec: KernelSpec, tmp_path: Path, processes: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_fp8_layer import E, H, I, K, T, experts_of, moe, step, tokens
+from fp8_moe import E, H, I, K, T, experts_of, moe, step, tokens
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from fp8_moe import E, H, I, K, T, experts_of, moe, step, tokens
 from fp8_oracle import NAMES, Layer, all_positive, assert_contract, error, gaussian, outliers, plans, topk_plan
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -205,26 +206,6 @@ def test_tokens_without_experts_change_nothing() -> None:
 
 
 # ---- the module ------------------------------------------------------------------------------------------------------
-
-T, H, I, E, K = 24, 136, 72, 4, 2  # noqa: E741
-
-
-def moe(recipe: sm.Bf16Recipe | Fp8Recipe | None = None, **kwargs: Any) -> sm.MoE:
-    return sm.MoE(E, K, H, I, "swiglu", True, 0.1, recipe=recipe or Fp8Recipe(), **kwargs).bfloat16()
-
-
-def step(model: nn.Module, x: Tensor) -> Tensor:
-    out, _ = model(x)
-    out.float().square().sum().backward()
-    return out.detach()  # type: ignore[no-any-return]
-
-
-def tokens(count: int = T) -> Tensor:
-    return torch.randn(count, H, dtype=torch.bfloat16)
-
-
-def experts_of(layer: sm.MoE) -> tuple[Tensor, Tensor]:
-    return layer.c_fc.weight, layer.c_proj.weight
 
 
 @pytest.mark.parametrize("wgrad", ["bf16", "fp8"])

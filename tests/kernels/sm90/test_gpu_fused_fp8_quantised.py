@@ -5,9 +5,9 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
+from down_backward_cases import ACTIVATIONS, INTERLEAVED, RAGGED, SIZES, arguments_of
+from grouped_cases import CUDA, GROUPS, case, indexed
 from poison import poisoned_allocations  # noqa: F401
-from test_gpu_fused_fp8 import ACTIVATIONS, INTERLEAVED, RAGGED, SIZES, arguments_of
-from test_gpu_grouped_gemm import CUDA, GROUPS, case, indexed
 
 from supersonic_moe.config.activation import Activation, GateUpLayout
 from supersonic_moe.kernels import reference

@@ -5,8 +5,8 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
+from grouped_cases import CUDA, GROUPS, case, indexed, picked, segments
 from poison import poisoned_allocations  # noqa: F401
-from test_gpu_grouped_gemm import CUDA, GROUPS, case, indexed, picked, segments
 
 from supersonic_moe.kernels.reference.quantize import dequantize
 from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import grouped_mm_fp8

@@ -5,8 +5,8 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
+from grouped_cases import CUDA, GROUPS, case, indexed, picked
 from poison import poisoned_allocations  # noqa: F401
-from test_gpu_grouped_gemm import CUDA, GROUPS, case, indexed, picked
 
 from supersonic_moe.config.activation import Activation, GateUpLayout, as_activation
 from supersonic_moe.config.recipe import Fp8Recipe

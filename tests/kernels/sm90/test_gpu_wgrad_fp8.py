@@ -7,8 +7,8 @@ import itertools
 import oracle
 import pytest
 import torch
+from grouped_cases import CUDA, GROUPS, case, segments
 from poison import poisoned_allocations  # noqa: F401
-from test_gpu_grouped_gemm import CUDA, GROUPS, case, segments
 from torch import Tensor
 
 from supersonic_moe.kernels.reference.quantize import fp8_grouped_wgrad_reference

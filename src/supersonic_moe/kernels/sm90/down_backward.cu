@@ -1,10 +1,11 @@
 // dA[r] = dO[r] * W2[expert of r], and in the epilogue the backward of the activation. See down_backward.py.
 #include "epilogue/gated_backward.cuh"
+#include "gemm/load_rows.cuh"
 #include "gemm/roles.cuh"
 #include "gemm/tiles.cuh"
-#include "gemm/weights.cuh"
 
-constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .cluster = CLUSTER, .group_m = GROUP_M, .gather = GATHER, .arrivals = ARRIVALS};
+constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .cluster = CLUSTER, .group_m = GROUP_M, .gather = GATHER,
+                        .arrivals = ARRIVALS};
 constexpr Gate GATE{static_cast<Act>(ACTIVATION), INTERLEAVED};
 
 extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
@@ -14,13 +15,12 @@ extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
                   const i32 width, const i32 blocks_k, const u16* b1, const float* scores, u8* dz, u8* as,
                   float* dscores, const i32 rows_allocated, const i32 gate_base, const i32 up_base, const float alpha,
                   const float limit, const float up_offset) {
-    extern __shared__ __align__(1024) u8 raw[];
-    const Shared<CONFIG> shared{smem_address(raw)};
+    const auto shared = shared_memory<CONFIG, SMEM_BYTES>();
     const RaggedGemm gemm{offsets, index, experts, width, blocks_k};
     const i32 gate_half = gate_base > up_base, up_half = INTERLEAVED ? 0 : 1 - gate_half;
     const auto produce = [&](u32) {
         load_ragged_rows<CONFIG.block_n>(shared, gemm, &map_do, Unscaled{}, LoadWeight<CONFIG, true>{&map_w},
-                                         LoadSaved<CONFIG, GATE>{shared, &map_z, width, gate_half, up_half});
+                                         LoadSavedIntoRing<CONFIG, GATE>{shared, &map_z, width, gate_half, up_half});
     };
     const GatedBackward<CONFIG, GATE> epilogue{{&map_dz, &map_as, dz, as, width, gate_base, up_base}, b1, scores, dscores, rows_allocated,
                                                width, gate_base, up_base, {alpha, limit, up_offset}};

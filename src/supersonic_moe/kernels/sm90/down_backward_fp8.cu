@@ -3,9 +3,11 @@
 #include "epilogue/gated_backward_fp8.cuh"
 #include "gemm/roles.cuh"
 
-constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .cluster = CLUSTER, .group_m = GROUP_M, .gather = GATHER, .share_a = SHARE_A, .scaled = true, .arrivals = ARRIVALS};
+constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .operand = Operand::E4M3, .cluster = CLUSTER, .group_m = GROUP_M,
+                        .gather = GATHER, .share_a = SHARE_A, .arrivals = ARRIVALS};
 constexpr Gate GATE{static_cast<Act>(ACTIVATION), INTERLEAVED};
-constexpr Saved SAVED{SAVED_FP8, INTERLEAVED};
+constexpr SavedFormat SAVED{SAVED_FP8, INTERLEAVED};
+using Epilogue = GatedBackwardScaled<CONFIG, GATE, SAVED>;
 
 extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
     down_backward_fp8(const __grid_constant__ TensorMap map_do, const __grid_constant__ TensorMap map_scale_do,
@@ -16,18 +18,18 @@ extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
                       const i64 scale_do_row, const float* scale_w, const i64 scale_w_expert, const i32 scale_w_column,
                       const i32 scale_w_k, const u16* b1, u8* dz, u8* as, float* dscores, const i32 rows_allocated, const i32 gate_base,
                       const i32 up_base, const float alpha, const float limit, const float up_offset) {
-    extern __shared__ __align__(1024) u8 raw[];
-    const Shared<CONFIG> shared{smem_address(raw)};
-    const Slots<CONFIG, SAVED> slots{shared};
-    slots.prepare();
+    const auto shared = shared_memory<CONFIG, SMEM_BYTES, Epilogue::STAGING_BYTES>();
+    const SavedSlots<CONFIG, SAVED> slots{shared};
+    slots.init_barriers();
     const RaggedGemm gemm{offsets, index, experts, width, blocks_k};
     const auto produce = [&](u32) {
-        const Scales<ColumnBlocksOf> scales{&map_scale_do, scale_do, scale_do_row, scale_w, scale_w_expert, scale_w_column, scale_w_k, {width}};
-        const LoadSaved<CONFIG, SAVED> saved{&map_z, &map_scale_z, &map_scores, width, gate_base, up_base};
-        load_tiles<CHUNK>(shared, slots, gemm, &map_do, &map_w, scales, saved);
+        const Scales<ColumnBlocksOf> scales{&map_scale_do, scale_do, scale_do_row, scale_w, scale_w_expert, scale_w_column, scale_w_k,
+                                            {width}};
+        const LoadSavedSlots<CONFIG, SAVED> saved{&map_z, &map_scale_z, &map_scores, width, gate_base, up_base};
+        load_tiles_with_saved<CHUNK>(shared, slots, gemm, &map_do, &map_w, scales, saved);
     };
     run_roles(shared, produce, [&](u32 warp) {
-        const GatedBackwardScaled<CONFIG, GATE, SAVED> epilogue{
+        const Epilogue epilogue{
             shared, slots, {alpha, limit, up_offset}, {&map_dz, &map_as, dz, as, width, gate_base, up_base}, b1, dscores,
             rows_allocated, width, gate_base, up_base, blocks_k, warp / 4 - 1, warp};
         for_each_scaled_tile<Walk::Laps, false>(shared, warp, epilogue);

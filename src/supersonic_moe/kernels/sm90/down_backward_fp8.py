@@ -25,7 +25,6 @@ Cost
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -65,7 +64,8 @@ def down_fp8_spec(
     kind: int, *, interleaved: bool, saved_fp8: bool, gather: bool, cluster: int, name: str = "down_backward_fp8"
 ) -> KernelSpec:
     constants = (("ACTIVATION", kind), ("INTERLEAVED", int(interleaved)), ("SAVED_FP8", int(saved_fp8)))
-    spec = mainloop_spec(
+    vectors = 1 + (CHUNKS * (1 if interleaved else 2) if saved_fp8 else 0)  # scores, scales of H
+    return mainloop_spec(
         name,
         cluster=cluster,
         gather=gather,
@@ -73,9 +73,8 @@ def down_fp8_spec(
         opcodes=FP8_OPCODES,
         scaled=True,
         share_a=cluster == 2,
+        extra_bytes=vectors * SCALE_BYTES,
     )
-    vectors = 1 + (CHUNKS * (1 if interleaved else 2) if saved_fp8 else 0)  # scores, scales of H
-    return replace(spec, smem_bytes=spec.smem_bytes + vectors * SCALE_BYTES)
 
 
 SPECS = tuple(

@@ -1,10 +1,11 @@
 // down_backward_fp8.cu with FP8 outputs: dZ in e4m3 as it lies and transposed, s * A transposed, one scale for each tile of 128 x 128. See
 // down_backward_fp8_quantised.py.
-#include "epilogue/gated_backward_quantise.cuh"
+#include "epilogue/gated_backward_quantize.cuh"
 #include "gemm/roles.cuh"
 
-constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .cluster = CLUSTER, .group_m = GROUP_M, .gather = GATHER, .share_a = SHARE_A, .scaled = true, .arrivals = ARRIVALS};
-using Epilogue = GatedBackwardQuantised<CONFIG, Gate{static_cast<Act>(ACTIVATION), INTERLEAVED}>;
+constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .operand = Operand::E4M3, .cluster = CLUSTER, .group_m = GROUP_M,
+                        .gather = GATHER, .share_a = SHARE_A, .arrivals = ARRIVALS};
+using Epilogue = GatedBackwardQuantized<CONFIG, Gate{static_cast<Act>(ACTIVATION), INTERLEAVED}>;
 static_assert(SAVED_FP8, "a slot is what one chunk stages");
 
 extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1) down_backward_fp8_quantised(
@@ -16,21 +17,21 @@ extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1) down_backward_
     const i32 scale_w_column, const i32 scale_w_k, const u16* b1, u8* dz, float* row_scales, const i64 row_scales_stride,
     float* dz_scales, const i64 dz_scales_stride, float* as_scales, const i64 as_scales_stride, float* dscores,
     const i32 rows_allocated, const i32 pow2, const float alpha, const float limit, const float up_offset) {
-    extern __shared__ __align__(1024) u8 raw[];
-    const Shared<CONFIG> shared{smem_address(raw)};
-    const Slots<CONFIG, Epilogue::SAVED> slots{shared};
-    slots.prepare();
+    const auto shared = shared_memory<CONFIG, SMEM_BYTES, Epilogue::STAGING_BYTES>();
+    const SavedSlots<CONFIG, Epilogue::SAVED> slots{shared};
+    slots.init_barriers();
     const RaggedGemm gemm{offsets, index, experts, width, blocks_k};
     const auto produce = [&](u32) {
-        const Scales<ColumnBlocksOf> scales{&map_scale_do, scale_do, scale_do_row, scale_w, scale_w_expert, scale_w_column, scale_w_k, {width}};
-        const LoadSaved<CONFIG, Epilogue::SAVED> saved{&map_z, &map_scale_z, &map_scores, width, 0, 1};
-        load_tiles<PAIR>(shared, slots, gemm, &map_do, &map_w, scales, saved);
+        const Scales<ColumnBlocksOf> scales{&map_scale_do, scale_do, scale_do_row, scale_w, scale_w_expert, scale_w_column, scale_w_k,
+                                            {width}};
+        const LoadSavedSlots<CONFIG, Epilogue::SAVED> saved{&map_z, &map_scale_z, &map_scores, width, 0, 1};
+        load_tiles_with_saved<PAIR>(shared, slots, gemm, &map_do, &map_w, scales, saved);
     };
     run_roles(shared, produce, [&](u32 warp) {
         const Epilogue epilogue{shared, slots, {slots.empty(Epilogue::SLOTS)}, {alpha, limit, up_offset}, &map_dz, &map_dz_transposed,
                                 &map_as_transposed, offsets, padded_offsets, b1, dz, row_scales, row_scales_stride, dz_scales,
                                 dz_scales_stride, as_scales, as_scales_stride, dscores, rows_allocated, pow2, width, blocks_k,
-                                warp / 4 - 1, warp, shared.tile_a(0) + CONFIG.room_bytes()};
+                                warp / 4 - 1, warp, shared.tile_a(0) + CONFIG.buffer_bytes()};
         for_each_scaled_tile<Walk::Laps, false>(shared, warp, epilogue);
     });
 }

@@ -1,11 +1,13 @@
 // D[r] = A[r] * B[expert of r] for rows sorted by expert, e4m3 with block scales. See grouped_gemm_fp8.py for layout, maths, bytes and
 // FLOPs.
-#include "epilogue/store_held.cuh"
+#include "epilogue/deferred_store.cuh"
+#include "gemm/load_rows.cuh"
 #include "gemm/roles.cuh"
 #include "gemm/tiles_fp8.cuh"
-#include "gemm/weights.cuh"
 
-constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .cluster = CLUSTER, .group_m = GROUP_M, .gather = GATHER, .share_a = SHARE_A, .scaled = true, .arrivals = ARRIVALS};
+constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .operand = Operand::E4M3, .cluster = CLUSTER, .group_m = GROUP_M,
+                        .gather = GATHER, .share_a = SHARE_A, .arrivals = ARRIVALS};
+using Epilogue = DeferredStore<CONFIG>;
 
 extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
     grouped_gemm_fp8(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_scale_a,
@@ -13,15 +15,15 @@ extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
                      const i32 experts, const i32 columns, const i32 blocks_k, const float* scale_a, const i64 scale_a_row,
                      const float* scale_b, const i64 scale_b_expert, const i32 scale_b_column, const i32 scale_b_k, u8* d,
                      const i64 d_row_bytes) {
-    extern __shared__ __align__(1024) u8 raw[];
-    const Shared<CONFIG> shared{smem_address(raw)};
+    const auto shared = shared_memory<CONFIG, SMEM_BYTES, Epilogue::STAGING_BYTES>();
     const RaggedGemm gemm{offsets, index, experts, columns, blocks_k};
     const auto produce = [&](u32) {
-        const Scales<ColumnBlocksOf> scales{&map_scale_a, scale_a, scale_a_row, scale_b, scale_b_expert, scale_b_column, scale_b_k, {columns}};
-        load_ragged_rows<CONFIG.block_n>(shared, gemm, &map_a, scales, LoadOwnWeight{&map_b}, NothingMore{});
+        const Scales<ColumnBlocksOf> scales{&map_scale_a, scale_a, scale_a_row, scale_b, scale_b_expert, scale_b_column, scale_b_k,
+                                            {columns}};
+        load_ragged_rows<CONFIG.block_n>(shared, gemm, &map_a, scales, LoadOwnWeight{&map_b}, NoTail{});
     };
     run_roles(shared, produce, [&](u32 warp) {
-        const StoreHeld<CONFIG> epilogue{shared, &map_d, {d, d_row_bytes, columns}, blocks_k, warp / 4 - 1};
+        const Epilogue epilogue{shared, &map_d, {d, d_row_bytes, columns}, blocks_k, warp};
         for_each_scaled_tile<Walk::Stages, false>(shared, warp, epilogue);
     });
 }

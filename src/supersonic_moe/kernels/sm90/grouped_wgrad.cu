@@ -1,20 +1,23 @@
 // D[e] = or += A[rows of e]^T * B[rows of e], or its transpose, bf16 operands, bf16 or fp32 output. See grouped_wgrad.py.
 #include "epilogue/weight_gradient.cuh"
-#include "gemm/ragged_depth.cuh"
+#include "gemm/load_depth.cuh"
 #include "gemm/roles.cuh"
 #include "gemm/tiles.cuh"
 
-constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .cluster = CLUSTER, .group_m = GROUP_M, .gather = GATHER, .arrivals = ARRIVALS};
-using Epilogue = WeightGradient<CONFIG, Output{TRANSPOSED, static_cast<Format>(OUTPUT)}>;
+constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .cluster = CLUSTER, .group_m = GROUP_M, .gather = GATHER,
+                        .arrivals = ARRIVALS};
+using Epilogue = WeightGradient<CONFIG, FP32>;
 
 extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
     grouped_wgrad(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
                   const __grid_constant__ TensorMap map_d, const i32* offsets, const i32* index, const i32 experts,
-                  const i32 blocks_m, const i32 blocks_n) {
-    extern __shared__ __align__(1024) u8 raw[];
-    const Shared<CONFIG> shared{smem_address(raw)};
+                  const i32 blocks_m, const i32 blocks_n, const i32 adds, const i32 transposed) {
+    const auto shared = shared_memory<CONFIG, SMEM_BYTES>();
     const auto produce = [&](u32) {
-        load_ragged_depth<Epilogue::LENT_STAGES, OUTPUT == 2>(shared, &map_a, &map_b, offsets, index, experts, blocks_m, blocks_n);
+        load_ragged_depth<Epilogue::BORROWED_STAGES>(shared, {offsets, index, experts, blocks_m, blocks_n}, &map_a, &map_b, FP32 && adds);
     };
-    run_roles(shared, produce, [&](u32 warp) { for_each_tile<Major::MN>(shared, warp, RaggedDepth{static_cast<i32>(CONFIG.block_k())}, Epilogue{&map_d}); });
+    run_roles(shared, produce, [&](u32 warp) {
+        const Epilogue epilogue{{&map_d, FP32 && adds, transposed != 0}};
+        for_each_tile<Major::MN>(shared, warp, RaggedDepth{static_cast<i32>(CONFIG.block_k())}, epilogue);
+    });
 }

@@ -41,31 +41,29 @@ from supersonic_moe.kernels.sm90.mainloop import (
 )
 
 CLUSTER = 2
-BF16, FP32, FP32_ADD = 0, 1, 2  # the kernel's OUTPUT
-STORE = {BF16: "UTMASTG", FP32: "UTMASTG", FP32_ADD: "UTMAREDG"}
+STORES = ("UTMASTG",), ("UTMASTG", "UTMAREDG")  # in bf16; in fp32, which is also added to
 
 
-def wgrad_spec(*, output: int, transposed: bool, gather: bool, block_n: int) -> KernelSpec:
-    constants = (("TRANSPOSED", int(transposed)), ("OUTPUT", output))
-    opcodes = ("HGMMA", "UTMALDG", STORE[output], "USETMAXREG")
+def wgrad_spec(*, fp32: bool, gather: bool, block_n: int) -> KernelSpec:
+    constants = (("FP32", int(fp32)),)
+    opcodes = ("HGMMA", "UTMALDG", *STORES[fp32], "USETMAXREG")
     return mainloop_spec(
         "grouped_wgrad", block_n=block_n, cluster=CLUSTER, gather=gather, constants=constants, opcodes=opcodes
     )
 
 
 SPECS = tuple(
-    wgrad_spec(output=o, transposed=t, gather=g, block_n=w)
-    for o in (BF16, FP32, FP32_ADD)
-    for t in (False, True)
+    wgrad_spec(fp32=f, gather=g, block_n=w)
+    for f in (False, True)
     for g in (False, True)
     for w in (BLOCK_N, WIDE_BLOCK_N)
 )
 
 
 @functools.cache
-def _kernel(output: int, transposed: bool, gather: bool, block_n: int) -> Kernel:
-    argtypes = (*[TENSOR_MAP] * 3, PTR, PTR, I32, I32, I32)
-    return Kernel(wgrad_spec(output=output, transposed=transposed, gather=gather, block_n=block_n), argtypes)
+def _kernel(fp32: bool, gather: bool, block_n: int) -> Kernel:
+    argtypes = (*[TENSOR_MAP] * 3, PTR, PTR, *[I32] * 5)
+    return Kernel(wgrad_spec(fp32=fp32, gather=gather, block_n=block_n), argtypes)
 
 
 def gradient_buffer(out: Tensor | None, operand: Tensor, shape: tuple[int, int, int], accumulate: bool) -> Tensor:
@@ -80,10 +78,6 @@ def gradient_buffer(out: Tensor | None, operand: Tensor, shape: tuple[int, int, 
     if out.shape != shape or out.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"out must be bfloat16 or float32 of shape {shape}; got {checks.describe(out)}.")
     return out
-
-
-def output_kind(out: Tensor, accumulate: bool) -> int:
-    return BF16 if out.dtype is torch.bfloat16 else FP32_ADD if accumulate else FP32
 
 
 def map_of_output(out: Tensor, transposed: bool) -> TensorMap:
@@ -113,7 +107,7 @@ def grouped_mm_wgrad(
         return out if accumulate else out.zero_()
     block_n = tile_columns(n, rows // num_experts)
     with on_device(a_TM):
-        _kernel(output_kind(out, accumulate), transposed, gather_index is not None, block_n).launch(
+        _kernel(out.dtype is torch.float32, gather_index is not None, block_n).launch(
             (multiprocessors(a_TM.device.index) // CLUSTER * CLUSTER, 1, 1),
             map_of_rows(a_TM, gather_index, box=(BLOCK_K, 64)),
             tensor_map(b_PN[None], box=(1, BLOCK_K, 64)),
@@ -123,5 +117,7 @@ def grouped_mm_wgrad(
             num_experts,
             -(-m // (BLOCK_M * CLUSTER)),
             -(-n // block_n),
+            int(accumulate),
+            int(transposed),
         )
     return out

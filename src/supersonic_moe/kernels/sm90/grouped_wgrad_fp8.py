@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import functools
 
+import torch
 from torch import Tensor
 
 from supersonic_moe import checks
@@ -31,36 +32,32 @@ from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import map_of_columns
 from supersonic_moe.kernels.sm90.grouped_wgrad import (
-    BF16,
-    FP32,
-    FP32_ADD,
-    STORE,
+    STORES,
     gradient_buffer,
     map_of_output,
-    output_kind,
 )
 from supersonic_moe.kernels.sm90.mainloop import BLOCK_M, BLOCK_N, FP8_BLOCK_K, mainloop_spec, multiprocessors
 from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks
 
 
-def wgrad_fp8_spec(*, output: int, transposed: bool) -> KernelSpec:
+def wgrad_fp8_spec(*, fp32: bool) -> KernelSpec:
     return mainloop_spec(
         "grouped_wgrad_fp8",
         cluster=1,
         gather=False,
-        constants=(("TRANSPOSED", int(transposed)), ("OUTPUT", output)),
-        opcodes=("QGMMA", "UTMALDG", STORE[output], "USETMAXREG"),
+        constants=(("FP32", int(fp32)),),
+        opcodes=("QGMMA", "UTMALDG", *STORES[fp32], "USETMAXREG"),
         scaled=True,
     )
 
 
-SPECS = tuple(wgrad_fp8_spec(output=o, transposed=t) for o in (BF16, FP32, FP32_ADD) for t in (False, True))
+SPECS = tuple(wgrad_fp8_spec(fp32=f) for f in (False, True))
 
 
 @functools.cache
-def _kernel(output: int, transposed: bool) -> Kernel:
-    argtypes = (*[TENSOR_MAP] * 4, PTR, I32, I32, I32, PTR, I64, I64)
-    return Kernel(wgrad_fp8_spec(output=output, transposed=transposed), argtypes)
+def _kernel(fp32: bool) -> Kernel:
+    argtypes = (*[TENSOR_MAP] * 4, PTR, I32, I32, I32, PTR, I64, I64, I32, I32)
+    return Kernel(wgrad_fp8_spec(fp32=fp32), argtypes)
 
 
 def _check(a_MG: Tensor, a_scale: Tensor, b_NG: Tensor, b_scale: Tensor) -> None:
@@ -111,7 +108,7 @@ def grouped_mm_wgrad_fp8(
     if positions == 0:
         return out if accumulate else out.zero_()
     with on_device(a_MG):
-        _kernel(output_kind(out, accumulate), transposed).launch(
+        _kernel(out.dtype is torch.float32).launch(
             (multiprocessors(a_MG.device.index), 1, 1),
             tensor_map(a_MG, box=(BLOCK_M, FP8_BLOCK_K)),
             map_of_columns(a_scale),
@@ -123,5 +120,7 @@ def grouped_mm_wgrad_fp8(
             n,
             b_scale,
             *b_scale.stride(),
+            int(accumulate),
+            int(transposed),
         )
     return out

@@ -37,15 +37,20 @@ def mainloop_spec(
     scaled: bool = False,
     share_a: bool = False,
     staging_rooms: int = 4,
+    extra_bytes: int = 0,
 ) -> KernelSpec:
     """Kernel ``name`` of the file of that name. ``gather``: rows of A come through an index; ``scaled``: e4m3 with
     block scales; ``share_a``: a cluster shares rows of A, not columns of B; ``staging_rooms``: of 128 lines, where
-    ``scaled``.
+    ``scaled``; ``extra_bytes`` follow them.
     """
     stages, line = FP8_STAGES if scaled else STAGES[block_n], 128
     ring, side = stages * (BLOCK_M + block_n) * line, stages * (32 + 16) + 4 * BLOCK_M  # notes, barriers; row indices
     if scaled:  # scales of A; staging
-        side = _round_up(side + stages * _round_up((BLOCK_M + 4) * 4, 128), 1024) + staging_rooms * BLOCK_M * line
+        side = (
+            _round_up(side + stages * _round_up((BLOCK_M + 4) * 4, 128), 1024)
+            + staging_rooms * BLOCK_M * line
+            + extra_bytes
+        )
     return KernelSpec(
         name=name,
         source=f"{name}.cu",
@@ -58,6 +63,7 @@ def mainloop_spec(
             ("SHARE_A", int(share_a)),
             ("SCALED", int(scaled)),
             ("ARRIVALS", ARRIVALS),
+            ("SMEM_BYTES", ring + side),  # gemm/config.cuh computes the same
             *constants,
         ),
         threads=THREADS,

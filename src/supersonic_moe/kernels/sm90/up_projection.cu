@@ -4,25 +4,27 @@
 // A tile is 128 rows x 128 activations. Its B is 128 gate rows and 128 up rows of W1, so gate and up of an activation sit in one
 // thread at the same place of the two halves of its accumulators, whatever the order in which the weight stores them.
 #include "epilogue/gated.cuh"
+#include "gemm/load_rows.cuh"
 #include "gemm/roles.cuh"
 #include "gemm/tiles.cuh"
-#include "gemm/weights.cuh"
 
-constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .cluster = CLUSTER, .group_m = GROUP_M, .gather = GATHER, .arrivals = ARRIVALS};
-using Epilogue = GatedActivation<CONFIG, Gate{static_cast<Act>(ACTIVATION), INTERLEAVED}>;
+constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .cluster = CLUSTER, .group_m = GROUP_M, .gather = GATHER,
+                        .arrivals = ARRIVALS};
+using Epilogue = GatedActivation<CONFIG, static_cast<Act>(ACTIVATION)>;
 
 extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
     up_projection(const __grid_constant__ TensorMap map_x, const __grid_constant__ TensorMap map_w,
                   const __grid_constant__ TensorMap map_z, const __grid_constant__ TensorMap map_a, const i32* offsets,
                   const i32* index, const i32 experts, const i32 width, const i32 blocks_k, u8* z, u8* a, const u16* b1,
-                  const i32 gate_base, const i32 up_base, const float alpha, const float limit, const float up_offset) {
-    extern __shared__ __align__(1024) u8 raw[];
-    const Shared<CONFIG> shared{smem_address(raw)};
+                  const i32 gate_base, const i32 up_base, const i32 interleaved, const float alpha,
+                  const float limit, const float up_offset) {
+    const auto shared = shared_memory<CONFIG, SMEM_BYTES>();
     const RaggedGemm gemm{offsets, index, experts, width, blocks_k};
-    const Epilogue epilogue{&map_z, &map_a, z, a, b1, width, gate_base, up_base, {alpha, limit, up_offset}, Epilogue::stages_used(z)};
+    const Epilogue epilogue{&map_z, &map_a, z, a, b1, width, gate_base, up_base, interleaved != 0,
+                            {alpha, limit, up_offset}, Epilogue::stages_used(z)};
     const auto produce = [&](u32) {
         load_ragged_rows<Epilogue::WIDTH>(shared, gemm, &map_x, Unscaled{}, LoadGateAndUp<CONFIG>{&map_w, gate_base},
-                                          LendStages<CONFIG>{shared, epilogue.used});
+                                          OfferStages<CONFIG>{shared, epilogue.used});
     };
     run_roles(shared, produce, [&](u32 warp) { for_each_tile<Major::K>(shared, warp, FixedDepth{blocks_k}, epilogue); });
 }

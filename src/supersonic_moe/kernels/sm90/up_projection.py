@@ -54,24 +54,18 @@ def kind_of(activation: Activation) -> int:
     return KINDS[activation.type] if activation == Activation(activation.type) else CLAMPED_SWIGLU
 
 
-def up_spec(kind: int, *, interleaved: bool, gather: bool, cluster: int) -> KernelSpec:
-    constants = (("ACTIVATION", kind), ("INTERLEAVED", int(interleaved)))
+def up_spec(kind: int, *, gather: bool, cluster: int) -> KernelSpec:
+    constants = (("ACTIVATION", kind),)
     return mainloop_spec("up_projection", cluster=cluster, gather=gather, constants=constants, opcodes=OPCODES)
 
 
-SPECS = tuple(
-    up_spec(kind, interleaved=i, gather=g, cluster=c)
-    for kind in ALL_KINDS
-    for i in (False, True)
-    for g in (False, True)
-    for c in (1, 2)
-)
+SPECS = tuple(up_spec(kind, gather=g, cluster=c) for kind in ALL_KINDS for g in (False, True) for c in (1, 2))
 
 
 @functools.cache
-def _kernel(kind: int, interleaved: bool, gather: bool, cluster: int) -> Kernel:
-    spec = up_spec(kind, interleaved=interleaved, gather=gather, cluster=cluster)
-    return Kernel(spec, (*[TENSOR_MAP] * 4, PTR, PTR, I32, I32, I32, *[PTR] * 3, I32, I32, F32, F32, F32))
+def _kernel(kind: int, gather: bool, cluster: int) -> Kernel:
+    spec = up_spec(kind, gather=gather, cluster=cluster)
+    return Kernel(spec, (*[TENSOR_MAP] * 4, PTR, PTR, I32, I32, I32, *[PTR] * 3, I32, I32, I32, F32, F32, F32))
 
 
 _unfused = compose_up_projection(grouped_mm, activation_forward)
@@ -106,7 +100,7 @@ def up_projection(
     map_h = map_of_halves(z_PN, interleaved, rows=WARP_ROWS) if save else map_a
     with on_device(x_TH):
         grid = multiprocessors(x_TH.device.index) // cluster * cluster
-        _kernel(kind_of(activation), interleaved, gather_index is not None, cluster).launch(
+        _kernel(kind_of(activation), gather_index is not None, cluster).launch(
             (grid, 1, 1),
             map_of_rows(x_TH, gather_index, box=(BLOCK_M, BLOCK_K)),
             map_of_gate_and_up(w1_ENH, interleaved, width),
@@ -122,6 +116,7 @@ def up_projection(
             None if b1_EN is None else b1_EN.contiguous(),
             gate_base,
             up_base,
+            int(interleaved),
             *activation_constants(activation),
         )
     return z_PN, a_PI

@@ -1,13 +1,14 @@
-// Z[r] = X[r] * W1[expert of r]^T and A[r] = act(Z[r] + b1), e4m3 operands, A and if wanted Z quantised 1 x 128, for rows sorted by
+// Z[r] = X[r] * W1[expert of r]^T and A[r] = act(Z[r] + b1), e4m3 operands, A and if wanted Z quantized 1 x 128, for rows sorted by
 // expert and gated activations. See up_projection_fp8.py.
-#include "epilogue/gated_quantise.cuh"
+#include "epilogue/gated_quantize.cuh"
+#include "gemm/load_rows.cuh"
 #include "gemm/roles.cuh"
 #include "gemm/tiles_fp8.cuh"
-#include "gemm/weights.cuh"
 
-constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .cluster = CLUSTER, .group_m = GROUP_M, .gather = GATHER, .share_a = SHARE_A, .scaled = true, .arrivals = ARRIVALS};
+constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .operand = Operand::E4M3, .cluster = CLUSTER, .group_m = GROUP_M,
+                        .gather = GATHER, .share_a = SHARE_A, .arrivals = ARRIVALS};
 constexpr Gate GATE{static_cast<Act>(ACTIVATION), INTERLEAVED};
-using Epilogue = GatedActivationQuantised<CONFIG, GATE>;
+using Epilogue = GatedActivationQuantized<CONFIG, GATE>;
 
 extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
     up_projection_fp8(const __grid_constant__ TensorMap map_x, const __grid_constant__ TensorMap map_scale_x,
@@ -17,17 +18,16 @@ extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
                       const i32 scale_w_column, const i32 scale_w_k, const u16* b1, u8* z, float* scale_z, u8* a, float* scale_a,
                       const i64 z_row_bytes, const i64 a_row_bytes, const i64 scale_stride, const i32 saved, const i32 pow2,
                       const i32 gate_base, const i32 up_base, const float alpha, const float limit, const float up_offset) {
-    extern __shared__ __align__(1024) u8 raw[];
-    const Shared<CONFIG> shared{smem_address(raw)};
+    const auto shared = shared_memory<CONFIG, SMEM_BYTES, Epilogue::STAGING_BYTES>();
     const RaggedGemm gemm{offsets, index, experts, width, blocks_k};
     const auto produce = [&](u32) {
         const Scales<GateAndUpBlocks<GATE.interleaved>> scales{&map_scale_x,  scale_x,        scale_x_row, scale_w,
                                                                scale_w_expert, scale_w_column, scale_w_k,   {width, gate_base, up_base}};
-        load_ragged_rows<Epilogue::WIDTH>(shared, gemm, &map_x, scales, LoadOwnGateAndUp<CONFIG>{&map_w, gate_base, up_base}, NothingMore{});
+        load_ragged_rows<Epilogue::WIDTH>(shared, gemm, &map_x, scales, LoadOwnGateAndUp<CONFIG>{&map_w, gate_base, up_base}, NoTail{});
     };
     run_roles(shared, produce, [&](u32 warp) {
         const Epilogue epilogue{shared, &map_z, &map_a, b1, z, scale_z, a, scale_a, z_row_bytes, a_row_bytes, scale_stride, saved, pow2,
-                                gate_base, up_base, width, blocks_k, {alpha, limit, up_offset}, warp / 4 - 1};
+                                gate_base, up_base, width, blocks_k, {alpha, limit, up_offset}, warp};
         for_each_scaled_tile<Walk::Stages, GATE.interleaved>(shared, warp, epilogue);
     });
 }

@@ -1,4 +1,4 @@
-// Expert activations in fp32, as supersonic_moe/activation.py defines them.
+// Expert activations and their derivatives in fp32 registers, as config/activation.py defines them.
 #pragma once
 #include "ptx/types.cuh"
 
@@ -40,7 +40,7 @@ DEVICE float gated(float gate, float up, const ActivationConstants& c) {
     }
 }
 
-// How a kernel's activation is compiled: its kind, and whether gate and up alternate in the columns of H.
+// How a kernel's activation is compiled: its kind, and whether gate and up alternate in the columns of Z.
 struct Gate {
     Act kind;
     bool interleaved;
@@ -70,15 +70,15 @@ DEVICE GatedSlopes gated_slopes(float gate, float up, const ActivationConstants&
 }
 
 // Bias of activations `column` and `column` + 1 of an expert whose biases start at `bias`; zeros past the width.
-template <bool Interleaved>
-DEVICE void load_bias(const u16* bias, i32 column, i32 width, i32 gate_base, i32 up_base, float (&gate)[2], float (&up)[2]) {
+DEVICE void load_bias(bool interleaved, const u16* bias, i32 column, i32 width, i32 gate_base, i32 up_base, float (&gate)[2],
+                      float (&up)[2]) {
     u32 first = 0, second = 0;
     if (column < width) {  // both or none: the width is a multiple of 8
-        const u16* at = Interleaved ? bias + 2 * column : bias + gate_base + column;
+        const u16* at = interleaved ? bias + 2 * column : bias + gate_base + column;
         first = *reinterpret_cast<const u32*>(at);
-        second = *reinterpret_cast<const u32*>(Interleaved ? at + 2 : bias + up_base + column);
+        second = *reinterpret_cast<const u32*>(interleaved ? at + 2 : bias + up_base + column);
     }
     gate[0] = bf16_low(first), up[1] = bf16_high(second);
-    gate[1] = Interleaved ? bf16_low(second) : bf16_high(first);
-    up[0] = Interleaved ? bf16_high(first) : bf16_low(second);
+    gate[1] = interleaved ? bf16_low(second) : bf16_high(first);
+    up[0] = interleaved ? bf16_high(first) : bf16_low(second);
 }

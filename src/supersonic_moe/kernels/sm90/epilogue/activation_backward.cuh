@@ -1,26 +1,28 @@
-// The backward of a gated activation in an epilogue: eight activations of a thread at a time, where their gates and ups lie in shared
-// memory, and what a row's score does to their gradients.
+// The backward of a gated activation inside an epilogue, for all three of them (gated_backward.cuh, gated_backward_fp8.cuh,
+// gated_backward_quantize.cuh): a thread's eight activations at a time, whose gates and ups lie in shared memory, and what a row's score
+// does to their gradients.
 //
-// A chunk is 64 activations of 128 rows. In bf16 its part of H takes two rooms: 32 activations each, gate and up alternating, where
-// H is G.interleaved, else gates and ups. A thread has rows r and r + 8 of its warp's 16 lines, as in an accumulator fragment.
+// An epilogue takes its tile in chunks of 64 activations. In bf16 a chunk's part of Z fills two staging buffers: 32 activations each, gate
+// and up alternating, where Z is interleaved, else gates and ups. A thread has rows r and r + 8 of its warp's 16 lines, as in an
+// accumulator fragment.
 #pragma once
 #include "epilogue/activation.cuh"
 #include "epilogue/staging.cuh"
 
 constexpr u32 CHUNK = 64;
 
-struct RowPair {  // what one thread knows of its rows r and r + 8
+struct RowScores {  // what one thread knows of its rows r and r + 8
     float score[2];
     float dscore[2];
 };
 
-// Eight activations, or their gradients: [i][j] is column c + 8 * (i / 2) + j of row r + 8 * (i % 2).
-struct Eight {
+// Eight activations of a thread, or their gradients: [i][j] is column c + 8 * (i / 2) + j of row r + 8 * (i % 2).
+struct GateUpFragment {
     float gate[4][2], up[4][2];
 };
 
-// They in pairs, as H stores them: where gate and up alternate the two of column c | of c + 1, else the gates of both | their ups.
-struct Words {
+// The same in pairs, as Z stores them: where gate and up alternate the two of column c | of c + 1, else the gates of both | their ups.
+struct PackedFragment {
     u32 first[4], second[4];
 };
 
@@ -30,63 +32,64 @@ struct Bias {
     i32 expert, width, gate_base, up_base;
 
     // To the eight activations from column c on.
-    DEVICE void add(i32 c, Eight& h) const {
+    DEVICE void add(i32 c, GateUpFragment& z) const {
         if (b1 == nullptr) return;
         const u16* values = b1 + static_cast<i64>(expert) * 2 * width;
         float of_gate[2][2], of_up[2][2];
 #pragma unroll
         for (u32 half = 0; half < 2; ++half)
-            load_bias<G.interleaved>(values, c + static_cast<i32>(half) * 8, width, gate_base, up_base, of_gate[half], of_up[half]);
+            load_bias(G.interleaved, values, c + static_cast<i32>(half) * 8, width, gate_base, up_base, of_gate[half], of_up[half]);
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) {
 #pragma unroll
-            for (u32 j = 0; j < 2; ++j) h.gate[i][j] += of_gate[i / 2][j], h.up[i][j] += of_up[i / 2][j];
+            for (u32 j = 0; j < 2; ++j) z.gate[i][j] += of_gate[i / 2][j], z.up[i][j] += of_up[i / 2][j];
         }
     }
 };
 
 template <Gate G>
-DEVICE Words pack_words(const Eight& h) {
-    Words words;
+DEVICE PackedFragment pack_fragment(const GateUpFragment& z) {
+    PackedFragment words;
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {
-        words.first[i] = G.interleaved ? pack_bf16(h.gate[i][0], h.up[i][0]) : pack_bf16(h.gate[i][0], h.gate[i][1]);
-        words.second[i] = G.interleaved ? pack_bf16(h.gate[i][1], h.up[i][1]) : pack_bf16(h.up[i][0], h.up[i][1]);
+        words.first[i] = G.interleaved ? pack_bf16(z.gate[i][0], z.up[i][0]) : pack_bf16(z.gate[i][0], z.gate[i][1]);
+        words.second[i] = G.interleaved ? pack_bf16(z.gate[i][1], z.up[i][1]) : pack_bf16(z.up[i][0], z.up[i][1]);
     }
     return words;
 }
 
 // `unpack(word, low, high)` gives the two values of a word.
 template <Gate G, typename Unpack>
-DEVICE Eight unpack_words(const Words& words, Unpack unpack) {
-    Eight h;
+DEVICE GateUpFragment unpack_fragment(const PackedFragment& words, Unpack unpack) {
+    GateUpFragment z;
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {
-        unpack(words.first[i], h.gate[i][0], G.interleaved ? h.up[i][0] : h.gate[i][1]);
-        unpack(words.second[i], G.interleaved ? h.gate[i][1] : h.up[i][0], h.up[i][1]);
+        unpack(words.first[i], z.gate[i][0], G.interleaved ? z.up[i][0] : z.gate[i][1]);
+        unpack(words.second[i], G.interleaved ? z.gate[i][1] : z.up[i][0], z.up[i][1]);
     }
-    return h;
+    return z;
 }
 
-// Eight activations at `h`, bias included; d[0, 1] and d[2, 3] are dA of columns c, c + 1 of rows r and r + 8, d[4..7] the same of c + 8.
-// H becomes its gradient, `scaled` gets s * A.
+// Eight activations at `z`, bias included; d[0, 1] and d[2, 3] are dA of columns c, c + 1 of rows r and r + 8, d[4..7] the same
+// of c + 8. Z becomes its gradient, `scaled` gets s * A.
 template <Gate G>
-DEVICE void backward_eight(const float* d, Eight& h, float (&scaled)[4][2], RowPair& rows, const ActivationConstants& constants) {
+DEVICE void backward_fragment(const float* d, GateUpFragment& z, float (&scaled)[4][2], RowScores& rows,
+                              const ActivationConstants& constants) {
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {
         const float s = rows.score[i % 2];
 #pragma unroll
         for (u32 j = 0; j < 2; ++j) {
-            const GatedSlopes slopes = gated_slopes<G.kind>(h.gate[i][j], h.up[i][j], constants);
+            const GatedSlopes slopes = gated_slopes<G.kind>(z.gate[i][j], z.up[i][j], constants);
             const float da = d[i * 2 + j], scaled_da = s * da;
             rows.dscore[i % 2] += da * slopes.value;
-            h.gate[i][j] = scaled_da * slopes.by_gate, h.up[i][j] = scaled_da * slopes.by_up, scaled[i][j] = s * slopes.value;
+            z.gate[i][j] = scaled_da * slopes.by_gate, z.up[i][j] = scaled_da * slopes.by_up, scaled[i][j] = s * slopes.value;
         }
     }
 }
 
 // Partial score gradients of a tile: summed over the four lanes of a row, then written for the rows that the expert has.
-DEVICE void store_dscores(const RowPair& pair, float* dscores, i32 rows, u32 lane) {
+DEVICE void store_dscores(const RowScores& pair, float* dscores, i32 rows, u32 lane) {
 #pragma unroll
     for (i32 i = 0; i < 2; ++i) {
         float sum = pair.dscore[i];
@@ -98,69 +101,69 @@ DEVICE void store_dscores(const RowPair& pair, float* dscores, i32 rows, u32 lan
 }
 
 // ---- shared memory. `line`: first of this warp's 16; `part`: 16 activations of the chunk. A swizzled line is 128 bytes at a multiple of
-// 1024, so what `part` adds to an address is XORed to the lane's, one instruction, and rows r + 8 and rooms are immediate offsets. ----
+// 1024, so what `part` adds to an address is XORed to the lane's, one instruction, and rows r + 8 and buffers are immediate offsets. ----
 
 // 16 columns of bf16 as ldmatrix and stmatrix take them.
-DEVICE u32 matrix_address(u32 room, u32 line, u32 part, u32 lane) {
-    return (room + (line + lane % 16) * LINE + (lane / 16 * 16 ^ lane % 8 * 16)) ^ part * 32;
+DEVICE u32 matrix_address(u32 buffer, u32 line, u32 part, u32 lane) {
+    return (buffer + (line + lane % 16) * LINE + (lane / 16 * 16 ^ lane % 8 * 16)) ^ part * 32;
 }
 
 // Gate and up where they alternate: this thread's two columns are 8 bytes.
 template <Config C>
-DEVICE u32 pair_address(u32 rooms, u32 line, u32 part, u32 i, u32 lane) {
-    const u32 at = (rooms + (line + lane / 4) * LINE + (lane % 4 * 8 ^ lane / 4 * 16)) ^ (part % 2 * 64 + i / 2 * 32);
-    return at + part / 2 * C.room_bytes() + i % 2 * 8 * LINE;
+DEVICE u32 pair_address(u32 buffers, u32 line, u32 part, u32 i, u32 lane) {
+    const u32 at = (buffers + (line + lane / 4) * LINE + (lane % 4 * 8 ^ lane / 4 * 16)) ^ (part % 2 * 64 + i / 2 * 32);
+    return at + part / 2 * C.buffer_bytes() + i % 2 * 8 * LINE;
 }
 
 template <Config C, Gate G>
-DEVICE Words load_words(u32 rooms, u32 line, u32 part, u32 lane) {
-    Words words;
+DEVICE PackedFragment load_packed(u32 buffers, u32 line, u32 part, u32 lane) {
+    PackedFragment words;
     if constexpr (G.interleaved) {
 #pragma unroll
         for (u32 i = 0; i < 4; ++i)
             asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
                          : "=r"(words.first[i]), "=r"(words.second[i])
-                         : "r"(pair_address<C>(rooms, line, part, i, lane))
+                         : "r"(pair_address<C>(buffers, line, part, i, lane))
                          : "memory");
     } else {
-        load_matrices(words.first, matrix_address(rooms, line, part, lane));
-        load_matrices(words.second, matrix_address(rooms + C.room_bytes(), line, part, lane));
+        load_matrices(words.first, matrix_address(buffers, line, part, lane));
+        load_matrices(words.second, matrix_address(buffers + C.buffer_bytes(), line, part, lane));
     }
     return words;
 }
 
 template <Config C, Gate G>
-DEVICE void store_words(u32 rooms, u32 line, u32 part, u32 lane, const Words& words) {
+DEVICE void store_packed(u32 buffers, u32 line, u32 part, u32 lane, const PackedFragment& words) {
     if constexpr (G.interleaved) {
 #pragma unroll
         for (u32 i = 0; i < 4; ++i)
-            asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(pair_address<C>(rooms, line, part, i, lane)), "r"(words.first[i]),
+            asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(pair_address<C>(buffers, line, part, i, lane)), "r"(words.first[i]),
                          "r"(words.second[i])
                          : "memory");
     } else {
-        store_matrices(matrix_address(rooms, line, part, lane), words.first);
-        store_matrices(matrix_address(rooms + C.room_bytes(), line, part, lane), words.second);
+        store_matrices(matrix_address(buffers, line, part, lane), words.first);
+        store_matrices(matrix_address(buffers + C.buffer_bytes(), line, part, lane), words.second);
     }
 }
 
 // ---- global memory ----
 
-// dH (rows, 2 * width), seen as (rows, 1, 2 * width) or (rows, 2, width), and s * A (rows, width).
+// dZ (rows, 2 * width), seen as (rows, 1, 2 * width) or (rows, 2, width), and s * A (rows, width).
 template <Config C, Gate G>
 struct Gradients {
-    const TensorMap *map_dh, *map_as;
-    u8 *dh, *as;
+    const TensorMap *map_dz, *map_as;
+    u8 *dz, *as;
     i32 width, gate_base, up_base;
 
-    // This warp's lines of a chunk, staged in two rooms and in one, for rows `row`.. and activations `column`.. All but `lane` are the
+    // This warp's lines of a chunk, staged in two buffers and in one, for rows `row`.. and activations `column`.. All but `lane` are the
     // same in the warp, and known to be: TMA takes uniform registers.
-    DEVICE void store(u32 dh_lines, u32 as_lines, i32 row, i32 rows, i32 column, u32 lane) const {
+    DEVICE void store(u32 dz_lines, u32 as_lines, i32 row, i32 rows, i32 column, u32 lane) const {
         const i32 gate_half = G.interleaved ? 0 : gate_base > up_base, up_half = G.interleaved ? 0 : 1 - gate_half;
         const i32 first = G.interleaved ? 2 * column : column, second = G.interleaved ? first + 64 : column;
         if (rows >= static_cast<i32>(WARP_ROWS)) {
             if (elect_one()) {
-                tma_store(map_dh, dh_lines, first, gate_half, row);
-                tma_store(map_dh, dh_lines + C.room_bytes(), second, up_half, row);
+                tma_store(map_dz, dz_lines, first, gate_half, row);
+                tma_store(map_dz, dz_lines + C.buffer_bytes(), second, up_half, row);
                 tma_store(map_as, as_lines, column, 0, row);
                 tma_commit();
             }
@@ -168,8 +171,8 @@ struct Gradients {
         }
         const i64 row_bytes = static_cast<i64>(width) * 4;
         const i32 columns = G.interleaved ? 2 * width : width;
-        store_rows({dh + (G.interleaved ? 0 : gate_base) * 2, row_bytes, columns}, dh_lines, row, rows, first, lane);
-        store_rows({dh + (G.interleaved ? 0 : up_base) * 2, row_bytes, columns}, dh_lines + C.room_bytes(), row, rows, second, lane);
+        store_rows({dz + (G.interleaved ? 0 : gate_base) * 2, row_bytes, columns}, dz_lines, row, rows, first, lane);
+        store_rows({dz + (G.interleaved ? 0 : up_base) * 2, row_bytes, columns}, dz_lines + C.buffer_bytes(), row, rows, second, lane);
         store_rows({as, static_cast<i64>(width) * 2, width}, as_lines, row, rows, column, lane);
     }
 };

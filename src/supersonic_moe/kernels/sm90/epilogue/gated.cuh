@@ -1,10 +1,10 @@
-// Gated activation: gate and up of a tile, which sit in one thread at the same place of the two halves of its accumulators, to
-// A = act(H + b1), and H if it is wanted, both in bf16 through borrowed stages of the ring.
+// Gated activation behind the bf16 loop: gate and up of a tile, which sit in one thread at the same place of the two halves of its
+// accumulators, to A = act(Z + b1), and Z if it is wanted, both in bf16 through borrowed stages of the ring. For up_projection.cu.
 #pragma once
 #include "epilogue/activation.cuh"
 #include "epilogue/staging.cuh"
 
-// 32 activations' worth of gate and up, alternating, rounded to bf16, into this warp's lines of 64 columns of H.
+// 32 activations' worth of gate and up, alternating, rounded to bf16, into this warp's lines of 64 columns of Z.
 DEVICE void stage_interleaved(float* gate, float* up, u32 lines, u32 lane) {
 #pragma unroll
     for (u32 i = 0; i < 16; i += 2) {  // row r (i % 4 == 0) or r + 8, activations c and c + 1
@@ -16,59 +16,60 @@ DEVICE void stage_interleaved(float* gate, float* up, u32 lines, u32 lane) {
     }
 }
 
-template <Config C, Gate G>
+template <Config C, Act Kind>
 struct GatedActivation {
     static constexpr u32 WIDTH = C.block_n / 2;  // activations of a tile
-    static constexpr bool BY_WARPGROUP = false;
-    const TensorMap *map_h, *map_a;
-    u8 *h, *a;  // h may be null
+    static_assert(C.block_n == 256 && C.stage_buffers() == 3, "four buffers of Z and two of A, three to a stage");
+    const TensorMap *map_z, *map_a;
+    u8 *z, *a;  // z may be null
     const u16* b1;
     i32 width, gate_base, up_base;
+    bool interleaved;
     ActivationConstants constants;
 
     u32 used;  // stages of the ring
-    DEVICE static u32 stages_used(const u8* h) { return h == nullptr ? 1 : 2; }  // six rooms: four of H, two of A
-    DEVICE i32 stages(const TileNote&) const { return static_cast<i32>(used); }
-    DEVICE void operator()(float (&acc)[C.block_n / 2], const TileNote& note, const Shared<C>& shared, Ring<C>& ring, Lent<C>& lent, u32 group, u32 warp) const {
-        const u32 lane = fresh_thread_index() % 32, line = first_line<C>(group, fresh_thread_index());
-        const i32 row = note.row + static_cast<i32>(line), rows = note.row_end - row;
+    DEVICE static u32 stages_used(const u8* z) { return z == nullptr ? 1 : 2; }  // six buffers: four of Z, two of A
+    DEVICE static constexpr bool by_warpgroup() { return false; }
+    DEVICE i32 stages(const WorkTile&) const { return static_cast<i32>(used); }
+    DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring,
+                           BorrowedStages<C>& borrowed, u32, u32 warp) const {
+        const u32 lane = fresh_thread_index() % 32, line = first_line(warp);
+        const i32 row = tile.row + static_cast<i32>(line), rows = tile.row_end - row;
         float *gate = acc, *up = acc + WIDTH / 2;
-        const auto stage_h = [&](u32 i, u32 lines) {
-            if constexpr (G.interleaved) {
+        const auto stage_z = [&](u32 i, u32 lines) {
+            if (interleaved) {
                 stage_interleaved(gate + i * 16, up + i * 16, lines, lane);
             } else {
                 stage_bf16(acc + i * 32, lines, lane);
             }
         };
-        const auto store_h = [&](u32 i, u32 lines) {  // column and half of H, seen as (P, 2, I) or, interleaved, as (P, 1, 2 I)
-            const i32 column = G.interleaved ? 2 * note.column + static_cast<i32>(i) * 64 : note.column + static_cast<i32>(i % 2) * 64;
-            const i32 base = G.interleaved ? 0 : i < 2 ? gate_base : up_base;
-            const Rows out{h + base * 2, static_cast<i64>(width) * 4, G.interleaved ? 2 * width : width};
-            store_lines(map_h, out, lines, row, rows, column, base != 0, lane);
+        const auto place_of_z = [&](u32 i, u32 lines) -> Destination {  // of Z, seen as (P, 2, I) or, interleaved, as (P, 1, 2 I)
+            const i32 column = interleaved ? 2 * tile.column + static_cast<i32>(i) * 64 : tile.column + static_cast<i32>(i % 2) * 64;
+            const i32 base = interleaved ? 0 : i < 2 ? gate_base : up_base;
+            const Rows out{z + base * 2, static_cast<i64>(width) * 4, interleaved ? 2 * width : width};
+            return {map_z, out, lines, column, base != 0};
         };
-        u32 lines = lent.borrow(shared, ring) + line * LINE;
-        if (h != nullptr) {
+        u32 lines = borrowed.borrow(shared, ring) + line * LINE;
+        if (z != nullptr) {
             if (rows > 0) {
 #pragma unroll
-                for (u32 i = 0; i < C.rooms(); ++i) stage_h(i, lines + i * C.room_bytes());
+                for (u32 i = 0; i < C.stage_buffers(); ++i) stage_z(i, lines + i * C.buffer_bytes());
                 fence_proxy_async();
                 __syncwarp();
-#pragma unroll
-                for (u32 i = 0; i < C.rooms(); ++i) store_h(i, lines + i * C.room_bytes());
-                if (lane == 0) tma_commit();
+                store_lines(C.stage_buffers(), row, rows, lane, [&](u32 i) { return place_of_z(i, lines + i * C.buffer_bytes()); });
             }
-            lines = lent.borrow(shared, ring) + line * LINE;
-            if (rows > 0) stage_h(C.rooms(), lines);
+            lines = borrowed.borrow(shared, ring) + line * LINE;
+            if (rows > 0) stage_z(C.stage_buffers(), lines);
         }
         if (rows <= 0) return;
         if (b1 != nullptr) {
-            const u16* bias = b1 + static_cast<i64>(note.expert) * 2 * width;
-            const i32 first = note.column + static_cast<i32>(lane % 4 * 2);
+            const u16* bias = b1 + static_cast<i64>(tile.expert) * 2 * width;
+            const i32 first = tile.column + static_cast<i32>(lane % 4 * 2);
 #pragma unroll
             for (u32 i = 0; i < WIDTH / 2; i += 4) {
                 float g[2], u[2];
                 pin_four(gate + i), pin_four(up + i);
-                load_bias<G.interleaved>(bias, first + static_cast<i32>(i * 2), width, gate_base, up_base, g, u);
+                load_bias(interleaved, bias, first + static_cast<i32>(i * 2), width, gate_base, up_base, g, u);
 #pragma unroll
                 for (u32 j = 0; j < 4; ++j) gate[i + j] += g[j % 2], up[i + j] += u[j % 2];  // rows r and r + 8
             }
@@ -77,19 +78,17 @@ struct GatedActivation {
         for (u32 i = 0; i < WIDTH / 2; i += 4) {
             pin_four(gate + i), pin_four(up + i);
 #pragma unroll
-            for (u32 j = i; j < i + 4; ++j) gate[j] = gated<G.kind>(gate[j], up[j], constants);
+            for (u32 j = i; j < i + 4; ++j) gate[j] = gated<Kind>(gate[j], up[j], constants);
         }
-        const u32 room_of_a = lines + (h == nullptr ? 0 : C.room_bytes());
+        const u32 buffer_of_a = lines + (z == nullptr ? 0 : C.buffer_bytes());
 #pragma unroll
-        for (u32 i = 0; i < 2; ++i) stage_bf16(acc + i * 32, room_of_a + i * C.room_bytes(), lane);
+        for (u32 i = 0; i < 2; ++i) stage_bf16(acc + i * 32, buffer_of_a + i * C.buffer_bytes(), lane);
         fence_proxy_async();
         __syncwarp();
-        if (h != nullptr) store_h(C.rooms(), lines);
-#pragma unroll
-        for (u32 i = 0; i < 2; ++i) {
-            const i32 column = note.column + static_cast<i32>(i * 64);
-            store_lines(map_a, {a, static_cast<i64>(width) * 2, width}, room_of_a + i * C.room_bytes(), row, rows, column, 0, lane);
-        }
-        if (lane == 0) tma_commit();
+        if (z != nullptr) store_lines(1, row, rows, lane, [&](u32) { return place_of_z(C.stage_buffers(), lines); });
+        store_lines(2, row, rows, lane, [&](u32 i) -> Destination {
+            const Rows out{a, static_cast<i64>(width) * 2, width};
+            return {map_a, out, buffer_of_a + i * C.buffer_bytes(), tile.column + static_cast<i32>(i * 64), 0};
+        });
     }
 };

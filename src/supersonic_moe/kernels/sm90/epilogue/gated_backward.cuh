@@ -1,31 +1,32 @@
-// Backward of the gated activation, bf16. After the K blocks of a tile, the loading warpgroup sends the tile's part of H through the same
-// ring: stages of 64 activations, gate in the room of A, up in the first half of B's. A math warp owns 16 rows of each: it reads gate and
-// up, writes dH in their place and s A behind them, stores all three by TMA and gives the stage back.
+// Backward of the gated activation behind the bf16 loop. After the K blocks of a tile, the loading warps send the tile's part of Z
+// through the same ring: stages of 64 activations, gate in the stage's first buffer, up in its second. A math warp owns 16 rows of each:
+// it reads gate and up, writes dZ in their place and s A into the third, stores all three by TMA and gives the stage back. For
+// down_backward.cu.
 #pragma once
 #include "epilogue/activation_backward.cuh"
 
-// Rows of score 0 are padding: zeros by selection, whatever H holds there.
-DEVICE void select_scored(u32 (&words)[4], const RowPair& rows) {
+// Rows of score 0 are padding: zeros by selection, whatever Z holds there.
+DEVICE void select_scored(u32 (&words)[4], const RowScores& rows) {
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) words[i] = rows.score[i % 2] != 0.0f ? words[i] : 0;
 }
 
 template <Config C, Gate G>
-struct LoadSaved {
-    const Shared<C>& shared;
+struct LoadSavedIntoRing {
+    const SharedMemory<C>& shared;
     const TensorMap* map;
     i32 width, gate_half, up_half;
-    DEVICE void operator()(Ring<C>& ring, const TileNote& note, u32 loader) const {
-        const i32 end = min(note.column + static_cast<i32>(C.block_n), width);
-        for (i32 column = note.column; column < end; column += CHUNK, ring.advance()) {
+    DEVICE void operator()(Ring<C>& ring, const WorkTile& tile, u32 loader) const {
+        const i32 end = min(tile.column + static_cast<i32>(C.block_n), width);
+        for (i32 column = tile.column; column < end; column += CHUNK, ring.advance()) {
             const u32 full = shared.full(ring.stage);
             mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
             if (loader == 0 && elect_one()) {
-                write_note(shared.note(ring.stage), note);
-                mbarrier_arrive_expect_tx(full, 2 * C.room_bytes());
+                write_work_tile(shared.work_tile(ring.stage), tile);
+                mbarrier_arrive_expect_tx(full, 2 * C.buffer_bytes());
                 const i32 first = G.interleaved ? 2 * column : column, second = G.interleaved ? first + 64 : column;
-                tma_load(shared.tile_a(ring.stage), map, full, first, G.interleaved ? 0 : gate_half, note.row);
-                tma_load(shared.tile_a(ring.stage) + C.room_bytes(), map, full, second, up_half, note.row);
+                tma_load(shared.tile_a(ring.stage), map, full, first, G.interleaved ? 0 : gate_half, tile.row);
+                tma_load(shared.tile_a(ring.stage) + C.buffer_bytes(), map, full, second, up_half, tile.row);
             }
         }
     }
@@ -33,7 +34,6 @@ struct LoadSaved {
 
 template <Config C, Gate G>
 struct GatedBackward {
-    static constexpr bool BY_WARPGROUP = false;
     Gradients<C, G> gradients;
     const u16* b1;
     const float* scores;
@@ -41,15 +41,17 @@ struct GatedBackward {
     i32 rows_allocated, width, gate_base, up_base;
     ActivationConstants constants;
 
-    DEVICE i32 stages(const TileNote& note) const {
-        const i32 columns = min(static_cast<i32>(C.block_n), width - note.column);
+    DEVICE static constexpr bool by_warpgroup() { return false; }
+    DEVICE i32 stages(const WorkTile& tile) const {
+        const i32 columns = min(static_cast<i32>(C.block_n), width - tile.column);
         return (columns + static_cast<i32>(CHUNK) - 1) / static_cast<i32>(CHUNK);
     }
-    DEVICE void operator()(float (&acc)[C.block_n / 2], const TileNote& note, const Shared<C>& shared, Ring<C>& ring, Lent<C>& lent, u32 group, u32 warp) const {
-        const u32 lane = fresh_thread_index() % 32, line = group * C.group_lines() + warp % 4 * WARP_ROWS;
-        const i32 row = note.row + static_cast<i32>(line), rows = note.row_end - row;
-        const Bias<G> bias{b1, note.expert, width, gate_base, up_base};
-        RowPair pair{{0.0f, 0.0f}, {0.0f, 0.0f}};
+    DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring,
+                           BorrowedStages<C>& borrowed, u32, u32 warp) const {
+        const u32 lane = fresh_thread_index() % 32, line = first_line(warp);
+        const i32 row = tile.row + static_cast<i32>(line), rows = tile.row_end - row;
+        const Bias<G> bias{b1, tile.expert, width, gate_base, up_base};
+        RowScores pair{{0.0f, 0.0f}, {0.0f, 0.0f}};
 #pragma unroll
         for (i32 i = 0; i < 2; ++i) {
             const i32 at = static_cast<i32>(lane / 4) + 8 * i;
@@ -57,33 +59,33 @@ struct GatedBackward {
         }
 #pragma unroll
         for (u32 chunk = 0; chunk < C.block_n / CHUNK; ++chunk) {
-            const i32 column = note.column + static_cast<i32>(chunk * CHUNK);
+            const i32 column = tile.column + static_cast<i32>(chunk * CHUNK);
             if (column >= width) break;
-            if (chunk == 2) lent.give_back(shared);  // the first two, for the next tile's operands
-            const u32 tile = lent.borrow(shared, ring), scaled_tile = tile + 2 * C.room_bytes();
+            if (chunk == 2) borrowed.give_back(shared);  // the first two, for the next tile's operands
+            const u32 buffers = borrowed.borrow(shared, ring), as_buffer = buffers + 2 * C.buffer_bytes();
             if (rows > 0) {
 #pragma unroll
                 for (u32 part = 0; part < 4; ++part) {
                     float* d = acc + chunk * 32 + part * 8;
                     pin_four(d), pin_four(d + 4);
-                    Eight h = unpack_words<G>(load_words<C, G>(tile, line, part, lane),
+                    GateUpFragment z = unpack_fragment<G>(load_packed<C, G>(buffers, line, part, lane),
                                            [](u32 word, float& low, float& high) { low = bf16_low(word), high = bf16_high(word); });
-                    bias.add(column + static_cast<i32>(part * 16 + lane % 4 * 2), h);
+                    bias.add(column + static_cast<i32>(part * 16 + lane % 4 * 2), z);
                     float scaled[4][2];
-                    backward_eight<G>(d, h, scaled, pair, constants);
-                    Words dh_words = pack_words<G>(h);
+                    backward_fragment<G>(d, z, scaled, pair, constants);
+                    PackedFragment dz_words = pack_fragment<G>(z);
                     u32 as_words[4];
 #pragma unroll
                     for (u32 i = 0; i < 4; ++i) as_words[i] = pack_bf16(scaled[i][0], scaled[i][1]);
-                    select_scored(dh_words.first, pair), select_scored(dh_words.second, pair), select_scored(as_words, pair);
-                    store_words<C, G>(tile, line, part, lane, dh_words);
-                    store_matrices(matrix_address(scaled_tile, line, part, lane), as_words);
+                    select_scored(dz_words.first, pair), select_scored(dz_words.second, pair), select_scored(as_words, pair);
+                    store_packed<C, G>(buffers, line, part, lane, dz_words);
+                    store_matrices(matrix_address(as_buffer, line, part, lane), as_words);
                 }
                 fence_proxy_async();
                 __syncwarp();
-                gradients.store(tile + line * LINE, scaled_tile + line * LINE, row, rows, column, lane);
+                gradients.store(buffers + line * LINE, as_buffer + line * LINE, row, rows, column, lane);
             }
         }
-        store_dscores(pair, dscores + static_cast<i64>(note.column / static_cast<i32>(C.block_n)) * rows_allocated + row, rows, lane);
+        store_dscores(pair, dscores + static_cast<i64>(tile.column / static_cast<i32>(C.block_n)) * rows_allocated + row, rows, lane);
     }
 };

@@ -1,16 +1,16 @@
-// How a weight gradient leaves the accumulators, in BF16 or FP8: rooms of 16 KB in shared memory, each with 64 columns (bf16) or 32 (fp32)
-// of the tile, from there to D by TMA, which stores or adds. As D lies, each warp fills and stores its own 16 rows of a room; transposed,
-// the 64 rows of a warpgroup make up the lines, so a warpgroup fills and stores together.
-//
-// Constants: those of mainloop.cuh, O.transposed (D is (E, N, M)), OUTPUT (0: bf16, 1: fp32, 2: fp32 +=).
+// How a weight gradient leaves the accumulators, behind the bf16 loop or the FP8 one: through staging buffers, each with 64 columns
+// (bf16) or 32 (fp32) of the tile, from there to D by TMA, which stores or adds. As D lies, each warp fills and stores its own 16 rows of
+// a buffer; transposed, the 64 rows of a warpgroup make up the lines, so a warpgroup fills and stores together.
 #pragma once
 #include "epilogue/staging.cuh"
 
-enum class Format : int { BF16 = 0, FP32 = 1, FP32_ADD = 2 };
-struct Output {
-    bool transposed;  // D is (E, N, M)
-    Format format;
-    DEVICE constexpr u32 room_columns() const { return format == Format::BF16 ? 64 : 32; }  // accumulators' columns in a room
+template <bool Fp32>
+constexpr u32 BUFFER_COLUMNS = Fp32 ? 32 : 64;
+
+// Where a gradient goes. `adds`: to D, in fp32 only, instead of storing; `transposed`: D is (E, N, M).
+struct Gradient {
+    const TensorMap* map;
+    bool adds, transposed;
 };
 
 // 64 columns of a warpgroup's accumulators as 64 lines of 64 rows, bf16.
@@ -38,45 +38,43 @@ DEVICE void stage_f32_transposed(const float* acc, u32 lines, u32 thread) {
     }
 }
 
-// First line of a room that this thread's warp fills, or its warpgroup.
-template <Config C, Output O>
-DEVICE u32 own_line(u32 group, u32 thread) { return O.transposed ? group * C.group_lines() : first_line<C>(group, thread); }
+// First line of a buffer that math warp `warp` fills, or its warpgroup.
+DEVICE u32 own_line(const Gradient& to, u32 warp) { return first_line(to.transposed ? warp / 4 * 4 : warp); }
 
 // All who fill lines together have come this far.
-template <Output O>
-DEVICE void meet_writers(u32 group) { O.transposed ? named_barrier_sync(1 + group, 128) : __syncwarp(); }
+DEVICE void sync_writers(const Gradient& to, u32 group) { to.transposed ? sync_warpgroup(group) : __syncwarp(); }
 
-// The one of them that hands the lines to TMA.
-template <Output O>
-DEVICE bool hands_over(u32 thread) { return O.transposed ? thread % 128 == 0 : thread % 32 == 0; }
+// `body` in the one of them that issues their stores. Two branches: as one condition, each TMA instruction becomes a loop over lanes.
+template <typename Body>
+DEVICE void in_issuing_thread(const Gradient& to, u32 warp, Body body) {
+    if (to.transposed && warp % 4 != 0) return;
+    if (elect_one()) body();
+}
 
-// A room's columns of the accumulators, from acc on, into its lines.
-template <Output O>
-DEVICE void fill_room(float* acc, u32 lines, u32 thread) {
-    if constexpr (O.format == Format::BF16) {
-        O.transposed ? stage_bf16_transposed(acc, lines, thread) : stage_bf16(acc, lines, thread % 32);
+// A buffer's columns of the accumulators, from acc on, into its lines.
+template <bool Fp32>
+DEVICE void fill_buffer(const Gradient& to, float* acc, u32 lines, u32 thread) {
+    if constexpr (Fp32) {
+        to.transposed ? stage_f32_transposed(acc, lines, thread) : stage_f32(acc, lines, thread % 32);
     } else {
-        O.transposed ? stage_f32_transposed(acc, lines, thread) : stage_f32(acc, lines, thread % 32);
+        to.transposed ? stage_bf16_transposed(acc, lines, thread) : stage_bf16(acc, lines, thread % 32);
     }
 }
 
-// A box of staged lines to D.
-template <Output O>
-DEVICE void store_box(const TensorMap* map, u32 lines, i32 column, i32 row, i32 expert) {
-    if constexpr (O.format == Format::FP32_ADD) {
-        tma_reduce_add(map, lines, column, row, expert);
+// The lines of a buffer, whose first is `row` of the tile's matrix and which start at `column`, to D[expert].
+template <bool Fp32>
+DEVICE void store_buffer(const Gradient& to, u32 lines, i32 row, i32 column, i32 expert) {
+    const auto store_box = [&](u32 box, i32 c0, i32 c1) {
+        if (Fp32 && to.adds) {
+            tma_reduce_add(to.map, box, c0, c1, expert);
+        } else {
+            tma_store(to.map, box, c0, c1, expert);
+        }
+    };
+    if (!to.transposed) {
+        store_box(lines, column, row);
     } else {
-        tma_store(map, lines, column, row, expert);
-    }
-}
-
-// The lines of a room, whose first is `row` of the tile's matrix and which start at `column`, to D[expert].
-template <Output O>
-DEVICE void store_room(const TensorMap* map, u32 lines, i32 row, i32 column, i32 expert) {
-    if constexpr (!O.transposed) {
-        store_box<O>(map, lines, column, row, expert);
-    } else {
-        store_box<O>(map, lines, row, column, expert);
-        if constexpr (O.format != Format::BF16) store_box<O>(map, lines + 32 * LINE, row + 32, column, expert);
+        store_box(lines, row, column);
+        if constexpr (Fp32) store_box(lines + 32 * LINE, row + 32, column);
     }
 }

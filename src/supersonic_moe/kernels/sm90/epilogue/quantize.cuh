@@ -1,4 +1,4 @@
-// Quantising in registers: the arithmetic of kernels/fp8_format.py, bit for bit.
+// Quantizing to e4m3 in registers: the arithmetic of quantization/block_format.py, bit for bit.
 #pragma once
 #include "ptx/types.cuh"
 

@@ -1,46 +1,37 @@
-// From accumulators to global memory, through the ring.
+// From accumulators to global memory through staging buffers in shared memory: what all epilogues share.
 //
-// After the K blocks of a tile the loading warpgroup lends the math warps the next few stages (lend_stages). A stage has three or four
-// rooms of 128 lines; each math warp writes its 16 lines of as many as it needs, hands them to TMA and goes on without waiting. The
-// stages go back once the next tile's first product is in flight (Lent::give_back). So the staging buffers are as large as the
-// ring, cost no shared memory of their own, and hold nothing while the main loop runs.
+// A buffer holds 128 bytes of output, 64 columns of bf16 or 32 of fp32, for each row of the tile, in swizzled lines. Each math warp fills
+// its 16 lines of as many as it needs, hands them to TMA and goes on without waiting. Epilogues behind the bf16 loop have no buffers of
+// their own. After the K blocks of a tile the loading warps pass the next few stages on empty (offer_stages); the math warps borrow
+// them, and give them back once the next tile's first product is in flight. So the buffers are as large as the ring, cost no shared
+// memory of their own, and hold nothing while the main loop runs.
 #pragma once
 #include "gemm/shared_memory.cuh"
 #include "ptx/copy.cuh"
 
-
-// The loading warpgroup's part; all warps that load.
+// Borrowed stages, which TMA may still read from.
 template <Config C>
-DEVICE void lend_stages(const Shared<C>& shared, Ring<C>& ring, u32 count, u32 warp) {
-    for (u32 i = 0; i < count; ++i, ring.advance()) {
-        mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
-        if (warp < C.full_warps() && arrives_full<C>()) mbarrier_arrive(shared.full(ring.stage));
-    }
-}
-
-// Stages that TMA may still read from.
-template <Config C>
-struct Lent {
+struct BorrowedStages {
     u32 stage = 0, count = 0;
 
-    // The next stage is this warp's to write to on return; the address of its rooms.
-    DEVICE u32 borrow(const Shared<C>& shared, Ring<C>& ring) {
+    // The next stage is this warp's to write to on return; the address of its buffers.
+    DEVICE u32 borrow(const SharedMemory<C>& shared, Ring<C>& ring) {
         mbarrier_wait(shared.full(ring.stage), ring.phase);
         if (count++ == 0) stage = ring.stage;
-        const u32 rooms = shared.tile_a(ring.stage);
+        const u32 buffers = shared.tile_a(ring.stage);
         ring.advance();
-        return rooms;
+        return buffers;
     }
     DEVICE u32 stage_of(u32 i) const { return stage + i < C.stages ? stage + i : stage + i - C.stages; }
-    // `group`: the math warpgroup whose first thread issued all its stores, or NONE where each warp's lane 0 did.
+    // `group`: the math warpgroup of which one thread issued all stores, or NONE where one of each warp did.
     static constexpr u32 NONE = ~0u;
-    DEVICE void give_back(const Shared<C>& shared, u32 group = NONE) {
+    DEVICE void give_back(const SharedMemory<C>& shared, u32 group = NONE) {
         if (count == 0) return;
         tma_wait_read<0>();
         if (group == NONE) {
             __syncwarp();
         } else {
-            named_barrier_sync(1 + group, 128);
+            sync_warpgroup(group);
         }
         for (; count > 0; --count) {
             shared.release(stage);
@@ -49,22 +40,27 @@ struct Lent {
     }
 };
 
-// First of this warp's 16 lines of a room.
-template <Config C>
-DEVICE u32 first_line(u32 group, u32 thread) { return group * C.group_lines() + thread % 128 / 32 * WARP_ROWS; }
+// First of the 16 lines of a buffer that math warp `warp` owns. (As (warp - 4) * WARP_ROWS it costs up to 54 instructions.)
+DEVICE u32 first_line(u32 warp) { return (warp / 4 - 1) * GROUP_ROWS + warp % 4 * WARP_ROWS; }
 
 // Four accumulators as they are from here on: what packs them cannot move ahead of this point. Without it the compiler converts
-// all rooms before the first store and runs out of registers.
+// all buffers before the first store and runs out of registers.
 DEVICE void pin_four(float* acc) { asm volatile("" : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])::"memory"); }
 
-// 64 columns of a warp's accumulators, rounded to bf16, into its 16 lines, swizzled as TMA reads them.
-DEVICE void stage_bf16(float* acc, u32 lines, u32 lane) {
+// `columns` of a warp's accumulators, 64 at most, rounded to bf16, into its 16 lines.
+DEVICE void stage_bf16(float* acc, u32 lines, u32 lane, u32 columns = 64) {
 #pragma unroll
     for (u32 part = 0; part < 4; ++part) {
         float* d = acc + part * 8;
-        pin_four(d), pin_four(d + 4);
-        const u32 matrices[4] = {pack_bf16(d[0], d[1]), pack_bf16(d[2], d[3]), pack_bf16(d[4], d[5]), pack_bf16(d[6], d[7])};
-        store_matrices(lines + swizzle<LINE>(lane % 16 * LINE + (part * 2 + lane / 16) * 16), matrices);
+        if (part * 16 + 16 <= columns) {
+            pin_four(d), pin_four(d + 4);
+            const u32 matrices[4] = {pack_bf16(d[0], d[1]), pack_bf16(d[2], d[3]), pack_bf16(d[4], d[5]), pack_bf16(d[6], d[7])};
+            store_matrices(lines + swizzle<LINE>(lane % 16 * LINE + (part * 2 + lane / 16) * 16), matrices);
+        } else if (part * 16 < columns) {
+            pin_four(d);
+            const u32 matrices[2] = {pack_bf16(d[0], d[1]), pack_bf16(d[2], d[3])};
+            store_matrices(lines + swizzle<LINE>(lane % 16 * LINE + part * 32), matrices);
+        }
     }
 }
 
@@ -77,14 +73,14 @@ DEVICE void stage_f32(const float* acc, u32 lines, u32 lane) {
     }
 }
 
-// An output with ragged rows as the tail path sees it: TMA would write the rows past an expert's end into the next expert.
+// An output with ragged rows as ordinary stores see it: TMA would write the rows past an expert's end into the next expert.
 struct Rows {
     u8* pointer;
     i64 row_bytes;
-    i32 columns;
+    i32 columns;  // those from here on are not stored
 };
 
-// Those `rows` < 16 of this warp's staged lines that are the expert's, 16 bytes a lane. Bytes: of an element.
+// The first `rows` of this warp's staged lines, 16 bytes a lane. Bytes: of an element.
 template <u32 Bytes = 2>
 DEVICE void store_rows(const Rows& out, u32 lines, i32 row, i32 rows, i32 column, u32 lane) {
 #pragma unroll
@@ -103,12 +99,53 @@ DEVICE void store_rows(const Rows& out, u32 lines, i32 row, i32 rows, i32 column
     }
 }
 
-// This warp's 16 staged lines to (row, column) of slice `half` of the map: by TMA where all rows are the expert's.
-template <u32 Bytes = 2>
-DEVICE void store_lines(const TensorMap* map, const Rows& out, u32 lines, i32 row, i32 rows, i32 column, i32 half, u32 lane) {
+// Where this warp's 16 lines of a staging buffer go: column `column` of slice `half` of the map; `out` is the same slice for store_rows.
+struct Destination {
+    const TensorMap* map;
+    Rows out;
+    u32 lines;
+    i32 column, half;
+};
+
+// This warp's lines of `count` buffers to rows `row`..: by TMA, in one bulk group, where all 16 are the expert's. `rows` and what
+// `destination(i)` gives are the same in all lanes, and known to be: TMA takes uniform registers, and behind `lane == 0` instead of
+// elect_one its instructions become loops over the lanes.
+template <u32 Bytes = 2, typename DestinationOf>
+DEVICE void store_lines(u32 count, i32 row, i32 rows, u32 lane, DestinationOf destination) {
     if (rows >= static_cast<i32>(WARP_ROWS)) {
-        if (lane == 0) tma_store(map, lines, column, half, row);
+        if (elect_one()) {
+#pragma unroll
+            for (u32 i = 0; i < count; ++i) {
+                const Destination to = destination(i);
+                tma_store(to.map, to.lines, to.column, to.half, row);
+            }
+            tma_commit();
+        }
         return;
     }
-    store_rows<Bytes>(out, lines, row, rows, column, lane);
+#pragma unroll
+    for (u32 i = 0; i < count; ++i) {
+        const Destination to = destination(i);
+        store_rows<Bytes>(to.out, to.lines, row, rows, to.column, lane);
+    }
+}
+
+// `columns` of this warp's accumulators, rounded to bf16, through the buffers whose lines start at `lines`, to (row, column) of an output
+// seen as (rows, 1, columns) in boxes of 16 x 64. What is no whole buffer leaves without TMA, whose box would reach into the next tile.
+template <Config C>
+DEVICE void store_columns(float* acc, u32 columns, u32 lines, const TensorMap* map, const Rows& out, i32 row, i32 rows, i32 column,
+                          u32 lane) {
+    const u32 whole = columns / 64;
+#pragma unroll
+    for (u32 i = 0; i < (columns + 63) / 64; ++i) stage_bf16(acc + i * 32, lines + i * C.buffer_bytes(), lane, min(columns - i * 64, 64u));
+    fence_proxy_async();
+    __syncwarp();
+    if (whole > 0)
+        store_lines(whole, row, rows, lane, [&](u32 i) -> Destination {
+            return {map, out, lines + i * C.buffer_bytes(), column + static_cast<i32>(i * 64), 0};
+        });
+    if (columns % 64 > 0) {
+        const Rows narrow{out.pointer, out.row_bytes, min(out.columns, column + static_cast<i32>(columns))};
+        store_rows(narrow, lines + whole * C.buffer_bytes(), row, rows, column + static_cast<i32>(whole * 64), lane);
+    }
 }

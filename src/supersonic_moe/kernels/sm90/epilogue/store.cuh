@@ -1,32 +1,27 @@
-// Plain store of a tile in bf16, through borrowed stages of the ring.
+// Plain store of a tile in bf16 behind the bf16 loop (gemm/tiles.cuh), through borrowed stages of the ring.
 #pragma once
 #include "epilogue/staging.cuh"
 
 template <Config C>
 struct Store {
-    static constexpr u32 STAGES_USED = 2, ROOMS_EACH = C.block_n / 64 / STAGES_USED;  // rooms of 64 columns
-    static constexpr bool BY_WARPGROUP = false;
+    static constexpr u32 BUFFERS = (C.block_n + 63) / 64, STAGES_USED = (BUFFERS + C.stage_buffers() - 1) / C.stage_buffers();
+    static constexpr u32 COLUMNS_EACH = (BUFFERS + STAGES_USED - 1) / STAGES_USED * 64;  // of a borrowed stage; the last may have fewer
+    static_assert(STAGES_USED < C.stages, "the loading warps keep a stage");
     const TensorMap* map_d;
     Rows out;
 
-    DEVICE i32 stages(const TileNote&) const { return static_cast<i32>(STAGES_USED); }
-    DEVICE void operator()(float (&acc)[C.block_n / 2], const TileNote& note, const Shared<C>& shared, Ring<C>& ring, Lent<C>& lent, u32 group, u32 warp) const {
-        const u32 lane = fresh_thread_index() % 32, line = first_line<C>(group, fresh_thread_index());
-        const i32 row = note.row + static_cast<i32>(line), rows = note.row_end - row;
+    DEVICE static constexpr bool by_warpgroup() { return false; }
+    DEVICE i32 stages(const WorkTile&) const { return static_cast<i32>(STAGES_USED); }
+    DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring,
+                           BorrowedStages<C>& borrowed, u32, u32 warp) const {
+        const u32 lane = fresh_thread_index() % 32, line = first_line(warp);
+        const i32 row = tile.row + static_cast<i32>(line), rows = tile.row_end - row;
 #pragma unroll
         for (u32 stage = 0; stage < STAGES_USED; ++stage) {
-            const u32 lines = lent.borrow(shared, ring) + line * LINE;
+            const u32 lines = borrowed.borrow(shared, ring) + line * LINE;
             if (rows <= 0) continue;
-#pragma unroll
-            for (u32 i = 0; i < ROOMS_EACH; ++i) stage_bf16(acc + (stage * ROOMS_EACH + i) * 32, lines + i * C.room_bytes(), lane);
-            fence_proxy_async();
-            __syncwarp();
-#pragma unroll
-            for (u32 i = 0; i < ROOMS_EACH; ++i) {
-                const i32 column = note.column + static_cast<i32>((stage * ROOMS_EACH + i) * 64);
-                store_lines(map_d, out, lines + i * C.room_bytes(), row, rows, column, 0, lane);
-            }
-            if (lane == 0) tma_commit();
+            const u32 first = stage * COLUMNS_EACH, columns = min(C.block_n - first, COLUMNS_EACH);
+            store_columns<C>(acc + first / 2, columns, lines, map_d, out, row, rows, tile.column + static_cast<i32>(first), lane);
         }
     }
 };

@@ -1,70 +1,38 @@
 // Which output tile comes next: persistent blocks walk the tiles of all experts in one order that every cluster knows.
 //
-// Tiles are numbered expert by expert. Inside an expert the order is grouped: GROUP_M blocks of rows at a time, all columns of
+// Tiles are numbered expert by expert. Inside an expert the order is grouped: group_m blocks of rows at a time, all columns of
 // those rows before the next ones, rows innermost. Tiles that run together then share few rows and few columns, so operands come
-// from L2. Only the loading thread walks; it tells the math warps what it loaded (TileNote).
+// from L2. Only the loading warps walk; they tell the math warps what they loaded (work_tile.cuh).
 #pragma once
-#include "gemm/config.cuh"
-
-// What the loading thread leaves beside a stage for those who multiply it. Written before it arrives on the full barrier.
-struct TileNote {
-    i32 row;        // first row of this block's output tile; STOP: no more tiles
-    i32 row_end;    // rows from here on are not the tile's
-    i32 column;     // first column
-    i32 expert;
-    i32 blocks_k;   // stages of the tile
-    static constexpr i32 STOP_ROW = -1;
-};
-
-DEVICE void write_note(u32 address, const TileNote& note) {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(note.row), "r"(note.row_end), "r"(note.column),
-                 "r"(note.expert)
-                 : "memory");
-    asm volatile("st.shared.b32 [%0], %1;" ::"r"(address + 16), "r"(note.blocks_k) : "memory");
-}
-
-// All lanes of a warp get the note. Lane 0 alone reads it: it is the one that later hands the stage back.
-DEVICE TileNote read_note(u32 address) {
-    i32 v[5];
-    asm volatile(
-        "{\n"
-        ".reg .pred first;\n"
-        "setp.eq.u32 first, %6, 0;\n"
-        "@first ld.shared.v4.b32 {%0, %1, %2, %3}, [%5];\n"
-        "@first ld.shared.b32 %4, [%5 + 16];\n"
-        "}\n"
-        : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]), "=r"(v[4])
-        : "r"(address), "r"(lane_index())
-        : "memory");
-#pragma unroll
-    for (u32 i = 0; i < 5; ++i) v[i] = __shfl_sync(0xffffffffu, v[i], 0);
-    return {v[0], v[1], v[2], v[3], v[4]};
-}
+#include "gemm/work_tile.cuh"
 
 // Grouped order of a grid of `blocks_m` x `blocks_n` tiles.
 template <i32 GroupM>
-DEVICE void grouped_order(i32 tile, i32 blocks_m, i32 blocks_n, i32& m, i32& n) {
-    const i32 first = tile / (GroupM * blocks_n) * GroupM;
+DEVICE void grouped_order(i32 index, i32 blocks_m, i32 blocks_n, i32& m, i32& n) {
+    const i32 first = index / (GroupM * blocks_n) * GroupM;
     const i32 rows = min(GroupM, blocks_m - first);
-    const i32 inside = tile - first * blocks_n;
+    const i32 inside = index - first * blocks_n;
     m = first + inside % rows;
     n = inside / rows;
 }
 
-// ---- which tiles a block takes: policies of the loader ----
+// ---- which tiles a block takes: policies of the loaders. All loading warps ask, and get the same numbers in increasing order ----
 
-// Every tile, in turn.
+// Every tile: tile i is that of cluster i modulo their number.
 template <Config C>
 struct AllTiles {
     static constexpr bool CLIPS = false;
     DEVICE i32 first() const { return blockIdx.x / C.cluster; }
-    DEVICE i32 next(i32 tile) const { return tile + gridDim.x / C.cluster; }
+    DEVICE i32 next(i32 index) const { return index + gridDim.x / C.cluster; }
 };
-// Of each expert, row blocks [begin_block[e], end_block[e]) only, in blocks of `block_rows` rows (those of a cluster).
+
+// Of each expert only the blocks [begin_block[e], end_block[e]) of `block_rows` rows, a multiple of what a cluster takes. Launches over
+// disjoint ranges, of tokens that arrive one after the other, write the same bits as one launch over all. In a ragged contraction
+// they add up, in the order of the launches.
 template <Config C>
 struct RowBlocks : AllTiles<C> {
     static constexpr bool CLIPS = true;
-    const i32 *begin_block, *end_block;
+    const i32 *begin_block, *end_block;  // (experts)
     i32 block_rows;
     DEVICE RowBlocks(const i32* begin_block_, const i32* end_block_, i32 block_rows_)
         : begin_block(begin_block_), end_block(end_block_), block_rows(block_rows_) {}
@@ -74,19 +42,22 @@ struct RowBlocks : AllTiles<C> {
         end = min(end, from + end_block[expert] * block_rows);
     }
 };
-// Every tile, handed out by a counter in global memory: for one loading warp, each block for itself.
+
+// Every tile, handed out by a counter in global memory that starts at zero, so that blocks which start late or run slowly take fewer.
 template <Config C>
 struct TileCounter {
-    static_assert(C.cluster == 1 && C.load_warps() == 1, "the number is shared by a shuffle");
+    static_assert(C.cluster == 1 && C.load_warps() == 1, "one warp of one block asks: its lanes share the number by a shuffle");
     static constexpr bool CLIPS = false;
     i32* counter;
     DEVICE i32 first() const { return next(0); }
     DEVICE i32 next(i32) const {
-        i32 tile = 0;
-        if (lane_index() == 0) asm volatile("atom.global.relaxed.gpu.add.s32 %0, [%1], 1;" : "=r"(tile) : "l"(counter) : "memory");
-        return __shfl_sync(0xffffffffu, tile, 0);
+        i32 index = 0;
+        if (lane_index() == 0) asm volatile("atom.global.relaxed.gpu.add.s32 %0, [%1], 1;" : "=r"(index) : "l"(counter) : "memory");
+        return __shfl_sync(0xffffffffu, index, 0);
     }
 };
+
+// ---- where a tile lies ----
 
 // Ragged rows: expert e has ceil(rows of e / BlockM) x ceil(columns / BlockN) tiles, BlockM rows for a cluster. Where the last rows of
 // an expert fit into one block of a cluster of two, the second would idle: there the two take neighbouring columns of the same rows
@@ -103,7 +74,8 @@ struct RaggedRows {
     i32 whole_end = 0;  // of the expert, where the schedule clips it
 
     DEVICE RaggedRows(const i32* offsets_, i32 experts_, i32 columns, Schedule schedule_)
-        : offsets(offsets_), experts(experts_), blocks_n((columns + BlockN - 1) / BlockN), pairs_n(columns / (2 * BlockN)), schedule(schedule_) {
+        : offsets(offsets_), experts(experts_), blocks_n((columns + BlockN - 1) / BlockN), pairs_n(columns / (2 * BlockN)),
+          schedule(schedule_) {
         begin = offsets[0];
         end = offsets[1];
         clip();
@@ -112,14 +84,15 @@ struct RaggedRows {
         if constexpr (Schedule::CLIPS) whole_end = end, schedule.clip(expert, begin, end);
     }
 
-    // False past the last tile; else m and n, in blocks, of `tile` inside the current expert. Of a split tile, n is the first of two.
-    DEVICE bool find(i32 tile, i32& m, i32& n) {
+    // False past the last tile; else m and n, in blocks, of number `index` inside the current expert. Of a split tile, n is the first of
+    // two.
+    DEVICE bool find(i32 index, i32& m, i32& n) {
         while (true) {
             const i32 blocks_m = (end - begin + BlockM - 1) / BlockM;
             const bool short_tail = Pairs && blocks_m > 0 && end - begin <= (blocks_m - 1) * BlockM + BlockM / 2;
             const i32 full_m = short_tail ? blocks_m - 1 : blocks_m, full_tiles = full_m * blocks_n;
             const i32 tiles = full_tiles + (short_tail ? blocks_n - pairs_n : 0);
-            const i32 inside = tile - first_tile;
+            const i32 inside = index - first_tile;
             if (inside < tiles) {
                 split = inside >= full_tiles && inside - full_tiles < pairs_n;
                 if (inside < full_tiles) {

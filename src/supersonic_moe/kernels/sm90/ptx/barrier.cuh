@@ -79,6 +79,21 @@ DEVICE void mbarrier_wait(u32 barrier, u32 parity) {
         : "memory");
 }
 
+// True if the phase of this parity is complete: a look, not a wait.
+DEVICE bool mbarrier_test(u32 barrier, u32 parity) {
+    u32 complete;
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}\n"
+        : "=r"(complete)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    return complete;
+}
+
 // Position in a ring of Stages buffers with one `full` and one `empty` barrier each. Producer and consumer both start at
 // {0, 0} and advance once a buffer:
 //   producer: mbarrier_wait(empty[stage], phase ^ 1); fill, completing on full[stage]

@@ -136,3 +136,8 @@ DEVICE void store_matrices(u32 row, const u32 (&matrices)[4]) {
                      : "memory");
     }
 }
+
+// The same for two matrices: lanes 0 to 15 give the addresses of their rows.
+DEVICE void store_matrices(u32 row, const u32 (&matrices)[2]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(row), "r"(matrices[0]), "r"(matrices[1]) : "memory");
+}

@@ -3,8 +3,8 @@
 // NVRTC compiles these files without any toolkit header, so the few names that <cstdint> and cuda_bf16.h would give are
 // defined below. Values of bf16 and fp8 travel packed in integer registers; arithmetic happens in fp32.
 //
-// Names in capitals belong to the preprocessor, to the -D constants of a KernelSpec above all, so headers have none but DEVICE
-// and WAIT_TIMEOUT_NS.
+// The constants of a KernelSpec are macros (BLOCK_N, STAGES, CLUSTER, ..): no name in a header may be one of theirs, which is why
+// members of Config are lower case.
 #pragma once
 
 using u8 = unsigned char;

@@ -1,12 +1,12 @@
-// Gated activation, quantised: gate and up of a tile to A = act(H + b1) in e4m3 with scales of 1 x 128, and H in e4m3 or bf16 if it is
-// wanted. A row of a tile is one block of A and two of H, whose maxima are found among the four lanes that hold the row. Results go
-// through staging: A in room 0, H behind it.
+// Gated activation behind the FP8 loop, quantized: gate and up of a tile to A = act(Z + b1) in e4m3 with scales of 1 x 128, and Z in e4m3
+// or bf16 if it is wanted. A row of a tile is one scale block of A and two of Z, whose maxima are found among the four lanes that hold
+// the row. Results go through staging buffers of its own: A in the first, Z behind it. For up_projection_fp8.cu.
 #pragma once
 #include "epilogue/activation.cuh"
 #include "epilogue/quantize.cuh"
 #include "epilogue/staging.cuh"
 
-constexpr i32 NOTHING = 0, IN_FP8 = 1, IN_BF16 = 2;  // what of H is stored
+constexpr i32 NOTHING = 0, IN_FP8 = 1, IN_BF16 = 2;  // what of Z is stored
 
 // Reciprocals of the scales of this thread's rows r and r + 8, whose largest magnitudes these are; stores the scales of those that exist.
 DEVICE void scale_rows(float (&inverse)[2], float upper, float lower, bool pow2, float* scales, i32 rows, u32 lane) {
@@ -71,45 +71,48 @@ DEVICE void stage_bf16_pairs(float* gate, float* up, u32 start) {
 }
 
 template <Config C, Gate G>
-struct GatedActivationQuantised {
+struct GatedActivationQuantized {
+    static constexpr u32 STAGING_BYTES = 5 * C.buffer_bytes();  // A, and Z in bf16
     static constexpr bool RUNS_WITHOUT_ROWS = false;
-    static constexpr u32 WIDTH = C.half_n(), EACH = WIDTH / 2;  // activations of a tile; accumulators of gate, and of up, of a thread
-    const Shared<C> shared;
-    const TensorMap *map_h, *map_a;
+    static_assert(C.block_n == 256, "a row of a tile is one scale block of A and two of Z");
+    static constexpr u32 WIDTH = C.block_n / 2, EACH = WIDTH / 2;  // activations of a tile; accumulators of gate, and of up, of a thread
+    const SharedMemory<C> shared;
+    const TensorMap *map_z, *map_a;
     const u16* b1;
-    u8* h;
-    float* scale_h;
+    u8* z;
+    float* scale_z;
     u8* a;
     float* scale_a;
-    i64 h_row_bytes, a_row_bytes, scale_stride;
+    i64 z_row_bytes, a_row_bytes, scale_stride;
     i32 saved, pow2, gate_base, up_base, width, blocks_k;
     ActivationConstants constants;
-    u32 group;
+    u32 warp;
 
-    DEVICE void underway(float (&)[C.block_n / 2]) const {}
-    DEVICE void skip(float (&)[C.block_n / 2], const TileNote&, Ring<C>& ring) const { skip_stages(shared, ring, blocks_k); }
-    DEVICE void finish(float (&)[C.block_n / 2]) const {}
-    DEVICE void operator()(float (&acc)[C.block_n / 2], const TileNote& note, Ring<C>&) const {
+    DEVICE void overlap(float (&)[C.accumulators()]) const {}
+    DEVICE void skip(float (&)[C.accumulators()], const WorkTile&, Ring<C>& ring) const { skip_stages(shared, ring, blocks_k); }
+    DEVICE void finish(float (&)[C.accumulators()]) const {}
+    DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, Ring<C>&) const {
         float *gate = acc, *up = acc + EACH;
-        const u32 lane = fresh_thread_index() % 32, line = first_line<C>(group, fresh_thread_index());
-        const i32 row = note.row + static_cast<i32>(line), rows = note.row_end - row;
+        const u32 lane = fresh_thread_index() % 32, line = first_line(warp);
+        const i32 row = tile.row + static_cast<i32>(line), rows = tile.row_end - row;
         if (rows <= 0) return;
-        const u32 room_of_a = shared.staging() + line * LINE, rooms_of_h = room_of_a + C.room_bytes();
+        const u32 buffer_of_a = shared.staging() + line * LINE, buffers_of_z = buffer_of_a + C.buffer_bytes();
         tma_wait_read<0>();
         __syncwarp();
         float inverse[2];
         if (saved == IN_FP8) {
 #pragma unroll
-            for (u32 block = 0; block < 2; ++block) {  // 128 columns of H
+            for (u32 block = 0; block < 2; ++block) {  // 128 columns of Z
                 float* first = G.interleaved ? gate + block * 32 : acc + block * EACH;
                 float* second = G.interleaved ? up + block * 32 : first + 32;
                 float upper = 0.0f, lower = 0.0f;
                 row_maxima(first, upper, lower);
                 row_maxima(second, upper, lower);
-                const i32 base = G.interleaved ? 2 * note.column + static_cast<i32>(block) * 128 : note.column + (block == 0 ? gate_base : up_base);
+                const i32 base = G.interleaved ? 2 * tile.column + static_cast<i32>(block) * 128
+                                               : tile.column + (block == 0 ? gate_base : up_base);
                 const bool exists = base < 2 * width;  // the second block of the last tile may not
-                scale_rows(inverse, upper, lower, pow2, scale_h + base / 128 * scale_stride + row, exists ? rows : 0, lane);
-                const u32 lines = rooms_of_h + block * C.room_bytes();
+                scale_rows(inverse, upper, lower, pow2, scale_z + base / 128 * scale_stride + row, exists ? rows : 0, lane);
+                const u32 lines = buffers_of_z + block * C.buffer_bytes();
                 const u32 start = chunk_start(lines, lane, G.interleaved ? 4 : 2);
                 if constexpr (G.interleaved) {
                     stage_e4m3_pairs(first, second, inverse, start);
@@ -120,22 +123,22 @@ struct GatedActivationQuantised {
             }
         } else if (saved == IN_BF16) {
 #pragma unroll
-            for (u32 i = 0; i < 4; ++i) {  // 64 columns of H
+            for (u32 i = 0; i < 4; ++i) {  // 64 columns of Z
                 if constexpr (G.interleaved) {
-                    stage_bf16_pairs(gate + i * 16, up + i * 16, chunk_start(rooms_of_h + i * C.room_bytes(), lane, 8));
+                    stage_bf16_pairs(gate + i * 16, up + i * 16, chunk_start(buffers_of_z + i * C.buffer_bytes(), lane, 8));
                 } else {
-                    stage_bf16(acc + i * 32, rooms_of_h + i * C.room_bytes(), lane);
+                    stage_bf16(acc + i * 32, buffers_of_z + i * C.buffer_bytes(), lane);
                 }
             }
         }
         if (b1 != nullptr) {
-            const u16* bias = b1 + static_cast<i64>(note.expert) * 2 * width;
-            const i32 first = note.column + static_cast<i32>(lane % 4 * 2);
+            const u16* bias = b1 + static_cast<i64>(tile.expert) * 2 * width;
+            const i32 first = tile.column + static_cast<i32>(lane % 4 * 2);
 #pragma unroll
             for (u32 i = 0; i < EACH; i += 4) {
                 float g[2], u[2];
                 pin_four(gate + i), pin_four(up + i);
-                load_bias<G.interleaved>(bias, first + static_cast<i32>(i * 2), width, gate_base, up_base, g, u);
+                load_bias(G.interleaved, bias, first + static_cast<i32>(i * 2), width, gate_base, up_base, g, u);
 #pragma unroll
                 for (u32 j = 0; j < 4; ++j) gate[i + j] += g[j % 2], up[i + j] += u[j % 2];  // rows r and r + 8
             }
@@ -149,29 +152,41 @@ struct GatedActivationQuantised {
         float upper = 0.0f, lower = 0.0f;
         row_maxima(gate, upper, lower);
         row_maxima(gate + 32, upper, lower);
-        scale_rows(inverse, upper, lower, pow2, scale_a + note.column / 128 * scale_stride + row, rows, lane);
-        const u32 start = chunk_start(room_of_a, lane, 2);
+        scale_rows(inverse, upper, lower, pow2, scale_a + tile.column / 128 * scale_stride + row, rows, lane);
+        const u32 start = chunk_start(buffer_of_a, lane, 2);
         stage_e4m3(gate, inverse, start, 0);
         stage_e4m3(gate + 32, inverse, start, 4);
         fence_proxy_async();
         __syncwarp();
-        store_lines<1>(map_a, {a, a_row_bytes, width}, room_of_a, row, rows, note.column, 0, lane);
-        if (saved != NOTHING) {
-            const i32 gate_half = gate_base > up_base;
-            const u32 size = saved == IN_FP8 ? 1 : 2;
-            for (u32 i = 0; i < 2 * size; ++i) {  // 128 bytes of H: columns of one half of it, or of both alternating
-                const i32 half = G.interleaved ? 0 : static_cast<i32>(i / size) ^ gate_half;
-                const i32 in_half = static_cast<i32>((G.interleaved ? i : i % size) * (LINE / size));
-                const i32 column = G.interleaved ? 2 * note.column + in_half : note.column + in_half;
-                const Rows out{h + static_cast<i64>(half) * width * size, h_row_bytes, G.interleaved ? 2 * width : width};
-                const u32 lines = rooms_of_h + i * C.room_bytes();
-                if (saved == IN_FP8) {
-                    store_lines<1>(map_h, out, lines, row, rows, column, half, lane);
-                } else {
-                    store_lines<2>(map_h, out, lines, row, rows, column, half, lane);
+        const u32 size = saved == IN_BF16 ? 2 : 1, buffers = saved == NOTHING ? 0 : 2 * size;
+        const auto place_of_z = [&](u32 i) -> Destination {  // 128 bytes of Z: columns of one half of it, or of both alternating
+            const i32 half = G.interleaved ? 0 : static_cast<i32>(i / size) ^ (gate_base > up_base);
+            const i32 in_half = static_cast<i32>((G.interleaved ? i : i % size) * (LINE / size));
+            const Rows out{z + static_cast<i64>(half) * width * size, z_row_bytes, G.interleaved ? 2 * width : width};
+            const i32 column = (G.interleaved ? 2 : 1) * tile.column + in_half;
+            return {map_z, out, buffers_of_z + i * C.buffer_bytes(), column, half};
+        };
+        if (rows >= static_cast<i32>(WARP_ROWS)) {
+            if (elect_one()) {
+                tma_store(map_a, buffer_of_a, tile.column, 0, row);
+#pragma unroll 1
+                for (u32 i = 0; i < buffers; ++i) {
+                    const Destination to = place_of_z(i);
+                    tma_store(to.map, to.lines, to.column, to.half, row);
                 }
+                tma_commit();
+            }
+            return;
+        }
+        store_rows<1>({a, a_row_bytes, width}, buffer_of_a, row, rows, tile.column, lane);
+#pragma unroll 1
+        for (u32 i = 0; i < buffers; ++i) {
+            const Destination to = place_of_z(i);
+            if (saved == IN_FP8) {
+                store_rows<1>(to.out, to.lines, row, rows, to.column, lane);
+            } else {
+                store_rows<2>(to.out, to.lines, row, rows, to.column, lane);
             }
         }
-        if (lane == 0) tma_commit();
     }
 };
