@@ -13,7 +13,15 @@ from supersonic_moe.kernels.reference import build_plan, local_ids, route_groupe
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
-from supersonic_moe.kernels.sm90.route_rows import MAX_BLOCKS, Choices, RowTables, place_topk, route_rows
+from supersonic_moe.kernels.sm90.route_rows import (
+    ITEM_ROWS,
+    MAX_BLOCKS,
+    Choices,
+    RowTables,
+    max_items,
+    place_topk,
+    route_rows,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -39,7 +47,15 @@ def empty_tables(tokens: int, choices: Choices) -> tuple[RowTables, Tensor, Tens
 
     local, slots = choices.num_local, tokens * choices.per_token
     weights = torch.full((tokens, choices.per_token), math.nan, device="cuda")
-    tables = RowTables(poison(local + 1), poison(local + 1), poison(slots), poison(tokens, choices.per_token), weights)
+    tables = RowTables(
+        poison(local + 1),
+        poison(local + 1),
+        poison(1 + max_items(local, slots), 4),
+        poison(slots),
+        poison(tokens, choices.per_token),
+        weights,
+        stream_rows=slots // 2,
+    )
     return tables, poison(1000), poison(MAX_BLOCKS, local)
 
 
@@ -54,8 +70,17 @@ def check_rows(tables: RowTables, counters: Tensor, slots_TC: Tensor, num_local:
     assert tables.slot_row.flatten().tolist() == reverse.tolist()
     assert tables.row_slot[:used].tolist() == scatter[:used].tolist()
     assert tables.row_slot[used:].eq(-77).all()
-    hits = counts.nonzero()[:, 0].tolist()
-    assert tables.hits[: 1 + len(hits)].tolist() == [len(hits), *hits]
+    streamed = used <= tables.stream_rows
+    assert tables.tile_offsets is not None
+    assert tables.tile_offsets.tolist() == ([0] * (num_local + 1) if streamed else offsets.tolist())
+    items = [
+        [e, int(offsets[e]) + row, min(ITEM_ROWS, rows - row), 0]
+        for e, rows in enumerate(counts.tolist())
+        for row in range(0, rows if streamed else 0, ITEM_ROWS)
+    ]
+    header = [len(items), min(ITEM_ROWS, int(counts.max())), 0, int(streamed)]
+    assert tables.items[: 1 + len(items)].tolist() == [header, *items]
+    assert tables.items[1 + len(items) :].eq(-77).all()
     assert counters.eq(0).all()
 
 
@@ -72,7 +97,7 @@ def test_from_logits(name: str, tokens: int) -> None:
     tables, counters, counts = empty_tables(tokens, choices)
     route_rows(logits, bias, rule, choices, tables, counters, counts)
     if tokens == 0:
-        assert tables.offsets.eq(0).all() and tables.hits[0] == 0
+        assert tables.offsets.eq(0).all() and tables.items[0, 0] == 0
         return
 
     weights, ids = route_grouped(logits, bias, rule)
@@ -86,9 +111,9 @@ def test_from_logits(name: str, tokens: int) -> None:
     torch.testing.assert_close(tables.weights[clear][:, : rule.top_k], weights[clear], rtol=1e-5, atol=1e-9)
     assert tables.weights[:, rule.top_k :].eq(1).all()
     check_rows(tables, counters, got_local, choices.num_local)
-    first = [t.clone() for t in tables]
+    first = [t.clone() for t in tables[:-1]]
     route_rows(logits, bias, rule, choices, tables, counters, counts)
-    assert all(torch.equal(a, b) for a, b in zip(first, tables, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first, tables[:-1], strict=True))
 
 
 def local_experts(tables: RowTables, num_local: int) -> Tensor:
@@ -135,6 +160,7 @@ def test_from_ids(wide: bool, tokens: int) -> None:
         place_topk(ids, None, None, 1.0, moved, tables, counters, counts)
         slots_TC[:, :9] = local_ids(ids, 40, offset, 300)
         tables.row_slot[int(tables.offsets[-1]) :] = -77
+        tables.items[1 + int(tables.items[0, 0]) :] = -77
         check_rows(tables, counters, slots_TC, 41)
         assert tables.weights.eq(1).all()
 
@@ -161,7 +187,7 @@ def test_in_a_graph_with_new_contents() -> None:
         route_rows(logits, None, rule, choices, tables, counters, counts)
     for _ in range(3):
         logits.normal_()
-        for t in (*tables[:4], counters):
+        for t in (*tables[:5], counters):
             t.fill_(-77)
         graph.replay()
         _, ids = route_grouped(logits, None, rule)

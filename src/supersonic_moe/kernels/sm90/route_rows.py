@@ -37,6 +37,7 @@ CLUSTER = 8
 SMALL_TOKENS = 128  # one cluster of 8 blocks with 16 warps
 PASS_TOKENS = 128  # tokens of a block of the larger kernels, at least
 MAX_BLOCKS = 132  # every block adds up the counts of all others
+ITEM_ROWS = 128  # rows of an expert that the streaming kernel multiplies at a time
 VALUES = (1, 2, 4, 8, 16, 32)  # experts of a lane
 
 _SCORING = {Scoring.SIGMOID: 0, Scoring.SOFTMAX: 1, Scoring.SQRT_SOFTPLUS: 2}
@@ -44,9 +45,10 @@ _BIAS = {torch.float32: 1, torch.bfloat16: 2}
 
 _LOGITS_ARGS = (PTR, I64, PTR, I32, I32, I32, I32, F32, I32, I32, I32, I32, I32)
 _IDS_ARGS = (PTR, I32, PTR, PTR, F32, I32, I32, I32, I32, I32)
-_SMALL_ARGS = (I32, PTR, PTR, PTR, PTR, PTR, PTR, I32)
+_TABLE_ARGS = (PTR, PTR, PTR, PTR, PTR, I32)
+_SMALL_ARGS = (I32, *_TABLE_ARGS, PTR, PTR, I32)
 _COUNT_ARGS = (I32, I32, PTR, PTR, PTR, PTR, I32)
-_PLACE_ARGS = (PTR, I32, I32, I32, I32, PTR, PTR, PTR, PTR)
+_PLACE_ARGS = (PTR, I32, I32, I32, I32, *_TABLE_ARGS)
 
 
 def _spec(name: str, values: int | None = None, *, cluster: int = 1, pdl: bool = False) -> KernelSpec:
@@ -71,14 +73,24 @@ class RowTables(NamedTuple):
 
     offsets: Tensor
     """(E + 1,): local expert e has the rows [offsets[e], offsets[e + 1])."""
-    hits: Tensor
-    """(E + 1,): the number of experts that have rows, then these experts, ascending."""
+    tile_offsets: Tensor | None
+    """(E + 1,): the same for the tile kernels, all 0 where the rows are streamed. None: nobody reads it."""
+    items: Tensor
+    """(1 + ``max_items(E, P)``, 4): [number of items, rows of the largest, 0, 1 if the rows are streamed], then [expert,
+    first row, rows, 0] of each item: up to 128 rows of an expert. No items where the rows are not streamed."""
     row_slot: Tensor
     """(P,): slot of each row in use."""
     slot_row: Tensor
     """(T, C): row of each slot, -1 for none."""
     weights: Tensor
     """(T, C) float32: weight of each slot, scaling factor included; 1 for a shared expert."""
+    stream_rows: int
+    """The most rows that are streamed."""
+
+
+def max_items(num_local: int, rows: int) -> int:
+    """Bound of the items of ``rows`` rows."""
+    return num_local + rows // ITEM_ROWS
 
 
 class Choices(NamedTuple):
@@ -158,19 +170,19 @@ def _launch(
     counters: Tensor,
     counts: Tensor | None,
 ) -> None:
-    offsets, hits, row_slot, slot_row, weights = tables
+    *written, weights, stream_rows = tables
+    written.append(stream_rows)
     zeroed = (counters, counters.numel())
-    with on_device(offsets):
+    with on_device(tables.offsets):
         if num_tokens <= SMALL_TOKENS:
             kernel = _kernel(f"{family}_small", values, (*token_args, *_SMALL_ARGS))
-            kernel.launch((CLUSTER, 1, 1), *token, num_tokens, offsets, hits, row_slot, slot_row, weights, *zeroed)
+            kernel.launch((CLUSTER, 1, 1), *token, num_tokens, *written, weights, *zeroed)
             return
         assert counts is not None
         blocks = min(MAX_BLOCKS, -(-num_tokens // PASS_TOKENS))
         span = -(-num_tokens // blocks)
         kernel = _kernel(f"{family}_count", values, (*token_args, *_COUNT_ARGS))
-        kernel.launch((blocks, 1, 1), *token, num_tokens, span, counts, slot_row, weights, *zeroed)
+        kernel.launch((blocks, 1, 1), *token, num_tokens, span, counts, tables.slot_row, weights, *zeroed)
         _kernel("place_rows", None, _PLACE_ARGS).launch(
-            (blocks, 1, 1), counts, num_tokens, span, choices.per_token, choices.num_local, offsets, hits, row_slot,
-            slot_row,
-        )  # fmt: skip
+            (blocks, 1, 1), counts, num_tokens, span, choices.per_token, choices.num_local, *written
+        )

@@ -43,9 +43,9 @@ DEVICE void place_by_cluster(const Source& source, i32 tokens, const RowTables& 
         }
     }
     cluster_arrive();  // has read the others' counts; waits for them before it exits
-    const u64 before = scan_experts(shared, rows);
-    if (threadIdx.x < num_local) shared.first_row[threadIdx.x] = static_cast<u32>(before) + earlier;
-    if (rank == 0) store_experts(tables, num_local, before, rows);
+    const ExpertScan scan = scan_experts(shared, rows);
+    if (threadIdx.x < num_local) shared.first_row[threadIdx.x] = static_cast<u32>(scan.before) + earlier;
+    if (rank == 0) store_experts(tables, num_local, scan, rows);
     __syncthreads();
     place_slots(shared, tables, experts, own * choices, static_cast<i64>(first) * choices, place);
     cluster_wait();
@@ -85,9 +85,9 @@ DEVICE void place_counted(const i32* counts, i32 tokens, i32 span, u32 choices, 
             earlier += block < blockIdx.x ? theirs : 0;
         }
     }
-    const u64 before = scan_experts(shared, rows);
-    if (threadIdx.x < num_local) shared.first_row[threadIdx.x] = static_cast<u32>(before) + earlier;
-    if (blockIdx.x == 0) store_experts(tables, num_local, before, rows);
+    const ExpertScan scan = scan_experts(shared, rows);
+    if (threadIdx.x < num_local) shared.first_row[threadIdx.x] = static_cast<u32>(scan.before) + earlier;
+    if (blockIdx.x == 0) store_experts(tables, num_local, scan, rows);
 
     const i64 end = min(static_cast<i64>(span) * (blockIdx.x + 1), static_cast<i64>(tokens));
     for (i64 first = static_cast<i64>(span) * blockIdx.x; first < end; first += pass_tokens) {
