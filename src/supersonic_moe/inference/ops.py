@@ -5,6 +5,8 @@ Weights travel as flat lists [w13, w13_scale, w2, w2_scale], with the four tenso
 
 from __future__ import annotations
 
+import functools
+import importlib
 from types import ModuleType
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from supersonic_moe.config.activation import GateUpLayout
 from supersonic_moe.config.grouped_routing import GroupedRouting, Scoring
-from supersonic_moe.kernels import reference
+from supersonic_moe.kernels import reference, registry
 from supersonic_moe.kernels.reference.inference import Fp8Experts
 
 torch.library.define(
@@ -45,7 +47,6 @@ def _ds_routed(
     out: Tensor,
     workspace: Tensor | None,
 ) -> None:
-    k = _kernels(x)
     rule = GroupedRouting(
         num_experts=logits.shape[1],
         top_k=top_k,
@@ -55,9 +56,13 @@ def _ds_routed(
         scaling_factor=factor,
     )
     experts = Fp8Experts(*weights)
-    topk_weights, topk_ids = k.route_grouped(logits, bias, rule)
-    ids = k.local_ids(topk_ids, experts.w13.shape[0], offset)
-    out.copy_(k.moe_fp8(x, x_scale, experts, topk_weights, ids, order=GateUpLayout(order)))
+    if (sm90 := _sm90(x)) is not None:
+        layer = sm90.Layer(experts, None, GateUpLayout(order))
+        sm90.ds_routed(logits, bias, rule, offset, x, x_scale, layer, out, workspace)
+        return
+    topk_weights, topk_ids = reference.route_grouped(logits, bias, rule)
+    ids = reference.local_ids(topk_ids, experts.w13.shape[0], offset)
+    out.copy_(reference.moe_fp8(x, x_scale, experts, topk_weights, ids, order=GateUpLayout(order)))
 
 
 @torch.library.impl("supersonic_moe::moe_fp8_topk", ("cpu", "cuda"))
@@ -78,20 +83,27 @@ def _topk(
     out: Tensor,
     workspace: Tensor | None,
 ) -> None:
-    k = _kernels(x)
     experts = Fp8Experts(*weights[:4])
-    result = k.moe_fp8(
+    shared = Fp8Experts(*weights[4:]) if weights[4:] else None
+    if (sm90 := _sm90(x)) is not None:
+        layer = sm90.Layer(experts, shared, GateUpLayout(order), limit, pow2)
+        sm90.topk(
+            topk_ids, topk_weights, expert_map, offset, num_experts, factor, weight_on_input, x, x_scale, layer, out,
+            workspace,
+        )  # fmt: skip
+        return
+    result = reference.moe_fp8(
         x,
         x_scale,
         experts,
         topk_weights,
-        k.local_ids(topk_ids, experts.w13.shape[0], offset, num_experts, expert_map),
+        reference.local_ids(topk_ids, experts.w13.shape[0], offset, num_experts, expert_map),
         order=GateUpLayout(order),
         limit=limit,
         pow2=pow2,
         weight_on_input=weight_on_input,
         scaling_factor=factor,
-        shared=Fp8Experts(*weights[4:]) if weights[4:] else None,
+        shared=shared,
     )
     out.copy_(result)
 
@@ -106,6 +118,14 @@ def _topk_fake(*arguments: object) -> None:
     return None
 
 
-def _kernels(x: Tensor) -> ModuleType:
-    """The backend of a call: so far the reference everywhere, which waits for the host on CUDA."""
-    return reference
+@functools.cache
+def _sm90_module() -> ModuleType:
+    return importlib.import_module("supersonic_moe.inference.sm90")
+
+
+def _sm90(x: Tensor) -> ModuleType | None:
+    """The kernels of a Hopper GPU; None: the reference, on a CPU, and with a warning on other GPUs, where it waits for
+    the host.
+    """
+    choice = registry.choose(x.device, torch.bfloat16, hidden=x.shape[1])
+    return _sm90_module() if choice.name == "sm90" else None

@@ -39,27 +39,31 @@ RULES = {
 }
 
 
-def empty_tables(tokens: int, choices: Choices) -> tuple[RowTables, Tensor, Tensor]:
-    """Tables, counters and counts full of what nobody may rely on."""
+def empty_tables(tokens: int, choices: Choices) -> RowTables:
+    """Tables full of what nobody may rely on."""
 
     def poison(*shape: int) -> Tensor:
         return torch.full(shape, -77, dtype=torch.int32, device="cuda")
 
     local, slots = choices.num_local, tokens * choices.per_token
     weights = torch.full((tokens, choices.per_token), math.nan, device="cuda")
-    tables = RowTables(
-        poison(local + 1),
-        poison(local + 1),
-        poison(1 + max_items(local, slots), 4),
-        poison(slots),
-        poison(tokens, choices.per_token),
-        weights,
+    items = max_items(local, slots)
+    return RowTables(
+        offsets=poison(local + 1),
+        tile_offsets=poison(local + 1),
+        items=poison(1 + items, 4),
+        row_slot=poison(slots),
+        slot_row=poison(tokens, choices.per_token),
+        weights=weights,
+        counters=poison(1000),
+        counts=poison(MAX_BLOCKS, local),
+        counter_words=990,
+        max_items=items,
         stream_rows=slots // 2,
     )
-    return tables, poison(1000), poison(MAX_BLOCKS, local)
 
 
-def check_rows(tables: RowTables, counters: Tensor, slots_TC: Tensor, num_local: int) -> None:
+def check_rows(tables: RowTables, slots_TC: Tensor, num_local: int) -> None:
     """``slots_TC``: local expert of each slot, -1 for none."""
     tokens, per_token = slots_TC.shape
     slots = slots_TC.numel()
@@ -71,7 +75,6 @@ def check_rows(tables: RowTables, counters: Tensor, slots_TC: Tensor, num_local:
     assert tables.row_slot[:used].tolist() == scatter[:used].tolist()
     assert tables.row_slot[used:].eq(-77).all()
     streamed = used <= tables.stream_rows
-    assert tables.tile_offsets is not None
     assert tables.tile_offsets.tolist() == ([0] * (num_local + 1) if streamed else offsets.tolist())
     items = [
         [e, int(offsets[e]) + row, min(ITEM_ROWS, rows - row), 0]
@@ -81,7 +84,7 @@ def check_rows(tables: RowTables, counters: Tensor, slots_TC: Tensor, num_local:
     header = [len(items), min(ITEM_ROWS, int(counts.max())), 0, int(streamed)]
     assert tables.items[: 1 + len(items)].tolist() == [header, *items]
     assert tables.items[1 + len(items) :].eq(-77).all()
-    assert counters.eq(0).all()
+    assert tables.counters.tolist() == [0] * 990 + [-77] * 10
 
 
 @pytest.mark.parametrize("tokens", SIZES)
@@ -94,8 +97,8 @@ def test_from_logits(name: str, tokens: int) -> None:
     )
     routed = max(1, rule.num_experts // 8)
     choices = Choices(rule.num_experts, routed, routed // 2, rule.top_k, shared=name == "kimi_k2")
-    tables, counters, counts = empty_tables(tokens, choices)
-    route_rows(logits, bias, rule, choices, tables, counters, counts)
+    tables = empty_tables(tokens, choices)
+    route_rows(logits, bias, rule, choices, tables)
     if tokens == 0:
         assert tables.offsets.eq(0).all() and tables.items[0, 0] == 0
         return
@@ -110,10 +113,10 @@ def test_from_logits(name: str, tokens: int) -> None:
     assert torch.equal(got_local[clear], slots_TC[clear])
     torch.testing.assert_close(tables.weights[clear][:, : rule.top_k], weights[clear], rtol=1e-5, atol=1e-9)
     assert tables.weights[:, rule.top_k :].eq(1).all()
-    check_rows(tables, counters, got_local, choices.num_local)
-    first = [t.clone() for t in tables[:-1]]
-    route_rows(logits, bias, rule, choices, tables, counters, counts)
-    assert all(torch.equal(a, b) for a, b in zip(first, tables[:-1], strict=True))
+    check_rows(tables, got_local, choices.num_local)
+    first = [t.clone() for t in tables[:7]]
+    route_rows(logits, bias, rule, choices, tables)
+    assert all(torch.equal(a, b) for a, b in zip(first, tables[:7], strict=True))
 
 
 def local_experts(tables: RowTables, num_local: int) -> Tensor:
@@ -133,12 +136,12 @@ def test_ties_and_nan(tokens: int) -> None:
     logits[3] = -0.0
     logits[4, 5:] = math.nan
     logits[5, 3], logits[5, 9] = math.inf, -math.inf
-    tables, counters, counts = empty_tables(tokens, choices)
-    route_rows(logits, None, rule, choices, tables, counters, counts)
+    tables = empty_tables(tokens, choices)
+    route_rows(logits, None, rule, choices, tables)
     weights, ids = route_grouped(logits, None, rule)
     assert torch.equal(local_experts(tables, 256), ids)
     torch.testing.assert_close(tables.weights, weights, equal_nan=True)
-    check_rows(tables, counters, ids, 256)
+    check_rows(tables, ids, 256)
 
 
 @pytest.mark.parametrize("tokens", SIZES[1:])
@@ -149,19 +152,19 @@ def test_from_ids(wide: bool, tokens: int) -> None:
     weights = torch.rand(tokens, 9, device="cuda")
     placed = torch.full((300,), -1, dtype=torch.int32, device="cuda")
     placed[torch.randperm(300, device="cuda")[:40]] = torch.randperm(40, device="cuda").int()
-    tables, counters, counts = empty_tables(tokens, choices)
-    place_topk(ids, weights, placed, 2.5, choices, tables, counters, counts)
+    tables = empty_tables(tokens, choices)
+    place_topk(ids, weights, placed, 2.5, choices, tables)
     slots_TC = ids.new_full((tokens, 10), 40)
     slots_TC[:, :9] = local_ids(ids, 40, expert_map=placed)
-    check_rows(tables, counters, slots_TC, 41)
+    check_rows(tables, slots_TC, 41)
     assert torch.equal(tables.weights[:, :9], weights * 2.5) and tables.weights[:, 9].eq(1).all()
     for offset in (-3, 30, 250, 299, 1000):
         moved = choices._replace(offset=offset)
-        place_topk(ids, None, None, 1.0, moved, tables, counters, counts)
+        place_topk(ids, None, None, 1.0, moved, tables)
         slots_TC[:, :9] = local_ids(ids, 40, offset, 300)
         tables.row_slot[int(tables.offsets[-1]) :] = -77
         tables.items[1 + int(tables.items[0, 0]) :] = -77
-        check_rows(tables, counters, slots_TC, 41)
+        check_rows(tables, slots_TC, 41)
         assert tables.weights.eq(1).all()
 
 
@@ -170,27 +173,27 @@ def test_all_at_one_expert_and_none() -> None:
     for tokens in (100, 5000):
         for expert in (8, 15, 16):
             ids = torch.full((tokens, 2), expert, dtype=torch.int32, device="cuda")
-            tables, counters, counts = empty_tables(tokens, choices)
-            place_topk(ids, None, None, 1.0, choices, tables, counters, counts)
-            check_rows(tables, counters, local_ids(ids, 8, 8), 8)
+            tables = empty_tables(tokens, choices)
+            place_topk(ids, None, None, 1.0, choices, tables)
+            check_rows(tables, local_ids(ids, 8, 8), 8)
 
 
 def test_in_a_graph_with_new_contents() -> None:
     rule = RULES["deepseek_v3"]
     choices = Choices(256, 32, 96, 8, shared=False)
     logits = torch.randn(80, 256, device="cuda")
-    tables, counters, counts = empty_tables(80, choices)
-    route_rows(logits, None, rule, choices, tables, counters, counts)
+    tables = empty_tables(80, choices)
+    route_rows(logits, None, rule, choices, tables)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        route_rows(logits, None, rule, choices, tables, counters, counts)
+        route_rows(logits, None, rule, choices, tables)
     for _ in range(3):
         logits.normal_()
-        for t in (*tables[:5], counters):
+        for t in (*tables[:5], tables.counters):
             t.fill_(-77)
         graph.replay()
         _, ids = route_grouped(logits, None, rule)
-        check_rows(tables, counters, local_experts(tables, 32), 32)
+        check_rows(tables, local_experts(tables, 32), 32)
         same = local_experts(tables, 32) == local_ids(ids, 32, 96, 256)
         assert same.float().mean() > 0.98

@@ -28,10 +28,11 @@ DEVICE void add_rows(float (&sum)[channels], const T* y, const i32* slot_row, co
     }
 }
 
-// `y` (rows, hidden): fp32 where the header of `items` says that rows were streamed, else bf16.
+// The header of `items` says whether rows were streamed. If not, the rows of a shared expert, the last choice of every token, are in
+// `y_shared` (tokens, hidden), where that is not null.
 extern "C" __global__ void __launch_bounds__(combine_threads)
-    combine_rows(const void* y, const int4* items, const i32* slot_row, const float* weights, const i32 choices, const i32 hidden,
-                 const i32 parts, u16* out) {
+    combine_rows(const float* streamed, const u16* y, const u16* y_shared, const int4* items, const i32* slot_row, const float* weights,
+                 const i32 choices, const i32 hidden, const i32 parts, u16* out) {
     const i64 token = blockIdx.x / parts;
     const i32 column = (blockIdx.x % parts * combine_threads + threadIdx.x) * channels;
     dependency_wait();
@@ -39,9 +40,14 @@ extern "C" __global__ void __launch_bounds__(combine_threads)
     float sum[channels] = {};
     const i32* const rows = slot_row + token * choices;
     if (items[0].w) {
-        add_rows(sum, static_cast<const float*>(y), rows, weights + token * choices, choices, hidden, column);
+        add_rows(sum, streamed, rows, weights + token * choices, choices, hidden, column);
     } else {
-        add_rows(sum, static_cast<const u16*>(y), rows, weights + token * choices, choices, hidden, column);
+        add_rows(sum, y, rows, weights + token * choices, choices - (y_shared != nullptr), hidden, column);
+        if (y_shared) {
+            const EightChannels values = load_channels(y_shared + token * hidden + column);
+#pragma unroll
+            for (u32 i = 0; i < channels; ++i) sum[i] += values.v[i];
+        }
     }
     *reinterpret_cast<uint4*>(out + token * hidden + column) =
         make_uint4(pack_bf16(sum[0], sum[1]), pack_bf16(sum[2], sum[3]), pack_bf16(sum[4], sum[5]), pack_bf16(sum[6], sum[7]));

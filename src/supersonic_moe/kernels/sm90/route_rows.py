@@ -17,7 +17,7 @@ More
 Cost
     T E 4 bytes of logits. Instructions: about 600 a warp and token at E = 256, K = 8.
 
-The kernels also set ``counters`` to zero for the ones behind them.
+The kernels also set counters to zero for the ones behind them.
 """
 
 from __future__ import annotations
@@ -68,22 +68,33 @@ SPECS = (
 )
 
 
-class RowTables(NamedTuple):
-    """int32 tensors that the kernels write. P = T * C rows at most; only offsets[E] of them are in use."""
+Buffer = Tensor | int
+"""A tensor, or the address of one that the caller lays out itself."""
 
-    offsets: Tensor
+
+class RowTables(NamedTuple):
+    """int32 buffers that the kernels write. P = T * C rows at most; only offsets[E] of them are in use."""
+
+    offsets: Buffer
     """(E + 1,): local expert e has the rows [offsets[e], offsets[e + 1])."""
-    tile_offsets: Tensor | None
+    tile_offsets: Buffer | None
     """(E + 1,): the same for the tile kernels, all 0 where the rows are streamed. None: nobody reads it."""
-    items: Tensor
-    """(1 + ``max_items(E, P)``, 4): [number of items, rows of the largest, 0, 1 if the rows are streamed], then [expert,
-    first row, rows, 0] of each item: up to 128 rows of an expert. No items where the rows are not streamed."""
-    row_slot: Tensor
+    items: Buffer
+    """(1 + max_items, 4): [number of items, rows of the largest, 0, 1 if the rows are streamed], then [expert, first
+    row, rows, 0] of each item: up to 128 rows of an expert. No items where the rows are not streamed."""
+    row_slot: Buffer
     """(P,): slot of each row in use."""
-    slot_row: Tensor
+    slot_row: Buffer
     """(T, C): row of each slot, -1 for none."""
-    weights: Tensor
+    weights: Buffer
     """(T, C) float32: weight of each slot, scaling factor included; 1 for a shared expert."""
+    counters: Buffer
+    """(counter_words,): set to zero for the streaming kernel."""
+    counts: Buffer | None
+    """(132, E) scratch, for more than 128 tokens."""
+    counter_words: int
+    max_items: int
+    """At least ``max_items(E, stream_rows)``."""
     stream_rows: int
     """The most rows that are streamed."""
 
@@ -126,19 +137,15 @@ def route_rows(
     rule: GroupedRouting,
     choices: Choices,
     tables: RowTables,
-    counters: Tensor,
-    counts: Tensor | None = None,
 ) -> None:
-    """Choose and place. ``logits_TE`` float32 with contiguous rows; ``counters`` int32, set to zero; ``counts`` int32
-    (132, E) scratch, for more than 128 tokens.
-    """
+    """Choose and place. ``logits_TE`` float32 with contiguous rows."""
     token = (
         logits_TE, logits_TE.stride(0), bias_E, _SCORING[rule.scoring], 0 if bias_E is None else _BIAS[bias_E.dtype],
         rule.n_group, rule.topk_group, rule.scaling_factor, choices.offset, rule.num_experts, choices.routed,
         rule.top_k, choices.per_token,
     )  # fmt: skip
     values = next(v for v in VALUES if 32 * v >= rule.num_experts)
-    _launch("route", values, _LOGITS_ARGS, token, logits_TE.shape[0], choices, tables, counters, counts)
+    _launch("route", values, _LOGITS_ARGS, token, logits_TE, choices, tables)
 
 
 def place_topk(
@@ -148,15 +155,13 @@ def place_topk(
     scaling_factor: float,
     choices: Choices,
     tables: RowTables,
-    counters: Tensor,
-    counts: Tensor | None = None,
 ) -> None:
     """Place the choices of another router: ids int32 or int64, weights float32 (None: 1), both contiguous."""
     token = (
         ids_TK, int(ids_TK.dtype is torch.int64), weights_TK, expert_map, scaling_factor, choices.offset,
         choices.num_experts, choices.routed, choices.top_k, choices.per_token,
     )  # fmt: skip
-    _launch("place", None, _IDS_ARGS, token, ids_TK.shape[0], choices, tables, counters, counts)
+    _launch("place", None, _IDS_ARGS, token, ids_TK, choices, tables)
 
 
 def _launch(
@@ -164,25 +169,22 @@ def _launch(
     values: int | None,
     token_args: tuple[ArgType, ...],
     token: tuple[object, ...],
-    num_tokens: int,
+    tokens: Tensor,
     choices: Choices,
     tables: RowTables,
-    counters: Tensor,
-    counts: Tensor | None,
 ) -> None:
-    *written, weights, stream_rows = tables
-    written.append(stream_rows)
-    zeroed = (counters, counters.numel())
-    with on_device(tables.offsets):
+    num_tokens = tokens.shape[0]
+    written = (*tables[:5], tables.stream_rows)
+    zeroed = (tables.counters, tables.counter_words)
+    with on_device(tokens):
         if num_tokens <= SMALL_TOKENS:
             kernel = _kernel(f"{family}_small", values, (*token_args, *_SMALL_ARGS))
-            kernel.launch((CLUSTER, 1, 1), *token, num_tokens, *written, weights, *zeroed)
+            kernel.launch((CLUSTER, 1, 1), *token, num_tokens, *written, tables.weights, *zeroed)
             return
-        assert counts is not None
         blocks = min(MAX_BLOCKS, -(-num_tokens // PASS_TOKENS))
         span = -(-num_tokens // blocks)
         kernel = _kernel(f"{family}_count", values, (*token_args, *_COUNT_ARGS))
-        kernel.launch((blocks, 1, 1), *token, num_tokens, span, counts, tables.slot_row, weights, *zeroed)
+        kernel.launch((blocks, 1, 1), *token, num_tokens, span, tables.counts, tables.slot_row, tables.weights, *zeroed)
         _kernel("place_rows", None, _PLACE_ARGS).launch(
-            (blocks, 1, 1), counts, num_tokens, span, choices.per_token, choices.num_local, *written
+            (blocks, 1, 1), tables.counts, num_tokens, span, choices.per_token, choices.num_local, *written
         )

@@ -10,13 +10,13 @@ extern "C" __global__ void __launch_bounds__(STREAM_THREADS, 1)
                    const __grid_constant__ TensorMap map_shared_w13, const __grid_constant__ TensorMap map_shared_w13_narrow,
                    const __grid_constant__ TensorMap map_shared_w2, const __grid_constant__ TensorMap map_shared_w2_narrow,
                    const __grid_constant__ TensorMap map_x, const __grid_constant__ TensorMap map_codes, const int4* items,
-                   const i32* row_slot, const float* row_weight, const i32 choices, const i32 hidden, const i32 inter, const i32 routed,
+                   const i32* row_slot, const float* x_weight, const i32 choices, const i32 hidden, const i32 inter, const i32 routed,
                    const i32 interleaved, const i32 gate_first, const float* x_scale, const i64 x_scale_row, const i64 x_scale_k,
                    const float* w13_scale, const float* w2_scale, const float* shared_w13_scale, const float* shared_w2_scale, float* c,
                    u8* codes, float* c_scale, float* y, u32* counters, const i32 max_items, const float limit, const i32 pow2) {
     extern __shared__ __align__(1024) u8 dynamic_shared_memory[];
     const Block block = {smem_address(dynamic_shared_memory), *reinterpret_cast<Side*>(dynamic_shared_memory + RING_BYTES)};
-    const Problem problem = {items,     row_slot, row_weight,       choices,          hidden, inter, routed,  interleaved != 0, gate_first != 0,
+    const Problem problem = {items,     row_slot, x_weight,       choices,          hidden, inter, routed,  interleaved != 0, gate_first != 0,
                              x_scale,   x_scale_row, x_scale_k,     w13_scale,        w2_scale, shared_w13_scale, shared_w2_scale, c,
                              codes,     c_scale,  y,                counters,         max_items, limit, pow2 != 0};
     dependency_launch();

@@ -96,9 +96,8 @@ DEVICE void load_tokens(const Block& block, const Problem& p, const Geometry& g,
             if (used[i]) {
                 row[i] = tile.row + at;
                 if (first_product) {
-                    const i32 slot = p.row_slot[row[i]];
-                    if (p.row_weight) factor[i] = p.row_weight[slot];
-                    row[i] = slot / p.choices;
+                    row[i] = p.row_slot[row[i]] / p.choices;
+                    if (p.x_weight && tile.expert < p.routed) factor[i] = p.x_weight[row[i]];
                     scale[i] = p.x_scale + row[i] * p.x_scale_row;
                 } else {
                     scale[i] = p.c_scale + static_cast<i64>(row[i]) * blocks;

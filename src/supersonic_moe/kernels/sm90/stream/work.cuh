@@ -23,7 +23,7 @@ constexpr u32 STREAM_THREADS = 32 * (1 + TOKEN_WARPS + MATH_WARPS);
 struct Problem {
     const int4* items;  // header, then {expert, first row, rows, 0} of each
     const i32* row_slot;
-    const float* row_weight;  // by slot, multiplies x; null: 1
+    const float* x_weight;  // of each token, multiplies x for routed experts; null: 1
     i32 choices;              // slots of a token
     i32 hidden, inter, routed;
     bool interleaved, gate_first;
