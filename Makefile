@@ -5,26 +5,27 @@
 #
 #   TORCH=torch==2.11.0   another torch          PYTHON=python3.12   another interpreter for .venv
 #   ARGS="-k plan -x"     passed on to the command (pytest, demo)
+#   WORKERS=8             processes of make test (2 otherwise) and make test-gpu (10 otherwise)
 
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
-TORCH ?= torch==2.13.0
-ARGS  ?=
+TORCH   ?= torch==2.13.0
+ARGS    ?=
+WORKERS ?= $(if $(filter test-gpu,$(MAKECMDGOALS)),10,2)
 VENV  := .venv
 
 export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# OpenMP threads that wait for each other sleep instead of spinning. On two cores with one busy neighbour that makes a
-# training step of the demo nine times faster (0.23 s, was 2.1 s).
+# For the tests; the command line sets it itself, and says why (src/supersonic_moe/cli/__init__.py).
 export OMP_WAIT_POLICY ?= PASSIVE
 
 # --- which interpreter ------------------------------------------------------------------------------------------------
-IMPORTS := torch, typer, rich, matplotlib, filelock
+IMPORTS := torch, typer, rich, matplotlib
 ifneq ($(filter test%,$(MAKECMDGOALS)),)
-IMPORTS := $(IMPORTS), pytest, hypothesis
+IMPORTS := $(IMPORTS), pytest, xdist, hypothesis
 endif
-ifneq ($(filter demo test%,$(MAKECMDGOALS)),)
+ifneq ($(filter demo docs test%,$(MAKECMDGOALS)),)
 GPU_READY := $(shell python3 -c 'import $(IMPORTS); print(*["yes"] * torch.cuda.is_available())' 2>/dev/null)
 endif
 
@@ -41,25 +42,35 @@ BASE = $(shell for p in $(PYTHON) python3 python3.14 python3.13 python3.12 pytho
 
 # --- commands ---------------------------------------------------------------------------------------------------------
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint clean
+.PHONY: help demo test test-gpu sass-table lint docs clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(RUN_READY) ## train a byte-level MoE language model on Python's own source: 3 minutes on 2 CPU cores
 	@$(PY) -m supersonic_moe demo $(ARGS)
 
+PYTEST = $(PY) -m pytest --numprocesses $(WORKERS) --dist loadgroup
+
+test test-gpu: export OMP_NUM_THREADS ?= 1
 test: $(TEST_READY) ## every test that needs no GPU
-	@$(PY) -m pytest -m "not gpu and not multigpu" $(ARGS)
+	@$(PYTEST) -m "not gpu and not multigpu" $(ARGS)
 
 test-gpu: $(TEST_READY) ## every test, on this machine's GPU (those marked multigpu want two)
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no CUDA GPU here")'
-	@$(PY) -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
+
+sass-table: $(TEST_READY) ## accept what the CUDA kernels compile to now: tests/kernels/sm90/sass_table.json
+	@PYTHONPATH="$$PYTHONPATH:tests/support" $(PY) -m sass_table
 
 lint: $(VENV)/.ready-lint ## ruff, and mypy --strict on the package
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
+
+docs: $(RUN_READY) ## write the generated tables of README.md and docs/ from benchmarks/results and the program
+	@$(PY) -m supersonic_moe.bench.readme
+	@$(PY) -m supersonic_moe.cli.reference
 
 clean: ## remove .venv, caches, build and demo output
 	rm -rf $(VENV) demo-out dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -84,7 +95,7 @@ $(VENV)/bin/python:
 	  || { rm -rf $(VENV); echo "$(BASE) can make no virtual environment: it lacks venv, or both ensurepip and pip. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 
 $(VENV)/.ready-run: pyproject.toml | $(VENV)/bin/python
-	$(call install,$(TORCH) and supersonic-moe into $(VENV),"$(TORCH)" -e .)
+	$(call install,$(TORCH) and supersonic-moe into $(VENV),"$(TORCH)" -e ".[cli]")
 
 $(VENV)/.ready-test: $(VENV)/.ready-run
 	$(call install,test dependencies,"$(TORCH)" -e ".[$$($(VENV)/bin/python -c $(TEST_EXTRAS))]")

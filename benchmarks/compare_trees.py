@@ -33,6 +33,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -40,7 +41,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-SETTLE_S, SLICE_S = 0.08, 0.12
+SETTLE_S, SLICE_S = 0.12, 0.2  # a slice follows the other tree at once: the clock settles within a tenth of a second
 SHAPES = {  # T, H, I, E, K: the five of the layer suite, then those whose products are flash_l1/l2 and pro_l1/l2
     "T8192_H3072_I1536_E8_K8": (8192, 3072, 1536, 8, 8),
     "T32768_H4096_I1024_E128_K8": (32768, 4096, 1024, 128, 8),
@@ -55,24 +56,34 @@ SHAPES = {  # T, H, I, E, K: the five of the layer suite, then those whose produ
 class Tree(NamedTuple):
     name: str
     package: ModuleType
-    launched: set[str]
-    """Configurations that ran."""
 
 
 def load(checkout: Path, name: str, into: Path) -> Tree:
     shutil.copytree(checkout / "src" / "supersonic_moe", into / name)
     for file in (into / name).rglob("*.py"):
         file.write_text(re.sub(r"\bsupersonic_moe\b", name, file.read_text("utf-8")), "utf-8")
-    package = importlib.import_module(name)
-    kernel, launched = importlib.import_module(f"{name}.jit.launch").Kernel, set[str]()
-    launch = kernel.launch
+    return Tree(name, importlib.import_module(name))
+
+
+@contextmanager
+def launches(tree: Tree) -> Iterator[set[str]]:
+    """The configurations that run meanwhile."""
+    module, seen = importlib.import_module(f"{tree.name}.jit.launch"), set[str]()
+    # Up to 0.1.0 every kernel launched through one method; since then each has a function of its own around `enqueue`.
+    owner, method, spec = (
+        (module.Kernel, "launch", "spec") if hasattr(module.Kernel, "launch") else (module._Slots, "enqueue", "_spec")
+    )
+    original = getattr(owner, method)
 
     def recording(self: Any, *args: Any, **kwargs: Any) -> Any:
-        launched.add(str(self.spec))
-        return launch(self, *args, **kwargs)
+        seen.add(str(getattr(self, spec)))
+        return original(self, *args, **kwargs)
 
-    kernel.launch = recording
-    return Tree(name, package, launched)
+    setattr(owner, method, recording)
+    try:
+        yield seen
+    finally:
+        setattr(owner, method, original)
 
 
 # ---- bits ------------------------------------------------------------------------------------------------------------
@@ -190,25 +201,26 @@ def results(tree: Tree, case: Case) -> list[Tensor]:
 
 def compare_bits(trees: tuple[Tree, Tree]) -> dict[str, Any]:
     hashes, unequal, count = [hashlib.sha256(), hashlib.sha256()], [], 0
-    for case in cases():
-        count += 1
-        per_tree = [results(tree, case) for tree in trees]
-        for hasher, tensors in zip(hashes, per_tree, strict=True):
-            for t in tensors:
-                hasher.update(t.contiguous().view(torch.uint8).cpu().numpy().tobytes())
-        if len(per_tree[0]) != len(per_tree[1]) or not all(
-            torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-            for a, b in zip(*per_tree, strict=True)
-        ):
-            unequal.append(case.name)
-            print(f"  differs: {case.name}", flush=True)
-    ran = [len(tree.launched) for tree in trees]
-    registered = importlib.import_module("after.kernels.sm90").registered_specs()
-    idle = [str(spec) for spec in registered if str(spec) not in trees[1].launched]
-    print(f"{len(idle)} of {len(registered)} configurations did not run:", *idle, sep="\n  ")
+    with launches(trees[0]) as ran_before, launches(trees[1]) as ran:
+        for case in cases():
+            count += 1
+            per_tree = [results(tree, case) for tree in trees]
+            for hasher, tensors in zip(hashes, per_tree, strict=True):
+                for t in tensors:
+                    hasher.update(t.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+            if len(per_tree[0]) != len(per_tree[1]) or not all(
+                torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+                for a, b in zip(*per_tree, strict=True)
+            ):
+                unequal.append(case.name)
+                print(f"  differs: {case.name}", flush=True)
+    registered = [str(spec) for spec in importlib.import_module("after.kernels.sm90").registered_specs()]
+    idle = [spec for spec in registered if spec not in ran]
+    print(f"{len(idle)} of {len(registered)} configurations did not run", flush=True)
     digests = [h.hexdigest()[:16] for h in hashes]
-    print(f"bits: {count} cases, {len(unequal)} differ; hashes {digests}; configurations run {ran}", flush=True)
-    return {"cases": count, "unequal": unequal, "hashes": digests, "configurations": ran, "not_run": idle}
+    counts = [len(ran_before), len(ran)]
+    print(f"bits: {count} cases, {len(unequal)} differ; hashes {digests}; configurations run {counts}", flush=True)
+    return {"cases": count, "unequal": unequal, "hashes": digests, "configurations": counts, "not_run": idle}
 
 
 # ---- speed -----------------------------------------------------------------------------------------------------------

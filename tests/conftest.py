@@ -1,14 +1,37 @@
-"""Shared test set-up: without a GPU, Triton kernels are interpreted and tests marked ``gpu`` skipped."""
+"""Shared test set-up: without a GPU, Triton kernels are interpreted and tests marked ``gpu`` skipped. CUDA kernels are
+compiled once a session, by the process that needs them first. Hypothesis draws the same examples in every run;
+``--hypothesis-profile=default`` looks for new ones.
+"""
 
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "repeatable",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("repeatable")
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, hence here
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give this session a kernel cache of its own. Processes that it starts, those of xdist included, inherit it."""
+    if "SUPERSONIC_MOE_CACHE_DIR" not in os.environ:
+        directory = tempfile.TemporaryDirectory(prefix="supersonic-moe-kernels-")
+        config.add_cleanup(directory.cleanup)
+        os.environ["SUPERSONIC_MOE_CACHE_DIR"] = directory.name
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,3 +51,12 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def _fresh_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A tiny model is too small to share out, and threads that wait for each other are slow on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

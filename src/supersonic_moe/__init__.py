@@ -71,6 +71,8 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = sorted(_MODULE_OF)
 
+LOG_LEVELS = "DEBUG, INFO, WARNING, ERROR, CRITICAL"
+
 
 def __getattr__(name: str) -> object:
     if name not in _MODULE_OF:
@@ -85,4 +87,8 @@ def __dir__() -> list[str]:
 
 
 if level := os.environ.get("SUPERSONIC_MOE_LOG_LEVEL"):
-    logging.getLogger("supersonic_moe").setLevel(level.upper())
+    log = logging.getLogger("supersonic_moe")
+    if level.upper() in logging.getLevelNamesMapping():
+        log.setLevel(level.upper())
+    else:
+        log.warning("SUPERSONIC_MOE_LOG_LEVEL must be one of %s; got %r, which changes nothing", LOG_LEVELS, level)

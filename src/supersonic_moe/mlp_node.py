@@ -51,6 +51,7 @@ from supersonic_moe import checks
 from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout, as_activation, as_layout
 from supersonic_moe.config.recipe import Fp8Recipe, Recipe, as_recipe
 from supersonic_moe.functional import experts_from_plan
+from supersonic_moe.private_api import add_each, copy_each
 from supersonic_moe.quantization.weight_cache import Fp8Weight, WeightCache
 from supersonic_moe.routing.plan import plan_from_deepep
 
@@ -213,7 +214,7 @@ class SonicMoEMlpNode:
                 if p.requires_grad:
                     mains.append(_main_grad(self._name(which, e), p))
                     sums.append(dw.T if self.transposed else dw)
-        torch._foreach_add_(mains, sums)
+        add_each(mains, sums)
 
     def _before_backward(self, begun: _Pass) -> None:
         """Runs when the gradient of the output is known, ahead of the backward of the experts."""
@@ -452,7 +453,7 @@ _ATTRIBUTES = operator.attrgetter("_version", "requires_grad")
 @torch.no_grad()
 def _stacked(parameters: list[Tensor], shape: tuple[int, int], transposed: bool, dtype: torch.dtype) -> Tensor:
     w = torch.empty(len(parameters), *shape, dtype=dtype, device=parameters[0].device)
-    torch._foreach_copy_(list(w.unbind()), [p.T if transposed else p for p in parameters])
+    copy_each(list(w.unbind()), [p.T if transposed else p for p in parameters])
     return w.requires_grad_(any(p.requires_grad for p in parameters))
 
 

@@ -183,7 +183,9 @@ class MoE(nn.Module):
             backend=_backend(kernel_backend_moe),
             validate=self.validate,
         )
-        self.expert_counts = counts_E
+        self.__dict__["expert_counts"] = (
+            counts_E  # setting a tensor as an attribute of a module costs as much as a launch
+        )
         output = out_TH if flat else out_TH.view(hidden_states.shape)
         if is_inference_mode:
             return output, None

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from command_line import run
 
 from supersonic_moe.bench import cold_start, first_call, readme
 from supersonic_moe.bench.timing import NoResultError
-from supersonic_moe.cli.app import app
 from supersonic_moe.jit.cache import CACHE_DIR_VARIABLE
 from supersonic_moe.perf_model import LayerShape
 
@@ -24,7 +23,7 @@ STEPS = {"start_s", "import_s", "context_s", "library_s", "build_s", "call_s", "
 def test_command_measures_new_processes(tmp_path: Path) -> None:
     file = tmp_path / "cold-start.json"
     arguments = ["bench", "cold-start", "--shape", "32,16,8,2,1", "--repeats", "1", "--device", "cpu"]
-    result = CliRunner(env={"COLUMNS": "80"}).invoke(app, [*arguments, "--json", str(file)])
+    result = run(*arguments, "--json", str(file), columns=80)
     assert result.exit_code == 0, result.output
     assert "first forward + backward, s" in result.output and "cold" in result.output and "warm" in result.output
     content = json.loads(file.read_text())
@@ -38,7 +37,7 @@ def test_command_measures_new_processes(tmp_path: Path) -> None:
         )
         before = seconds["start_s"] + seconds["import_s"] + seconds["context_s"]
         assert seconds["total_s"] == pytest.approx(before + seconds["first_call_s"], rel=1e-3)
-    table = readme.render(tmp_path)
+    table = readme.results(tmp_path, tmp_path / "page.md")
     assert f"| `{SHAPE}_cold` |" in table and f"| `{SHAPE}_warm` |" in table and "*vs*" not in table
 
 

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
+from command_line import QUICK, run
 
 from supersonic_moe import Bf16Recipe, Fp8Recipe
 from supersonic_moe.bench import breakdown, layer, spans
 from supersonic_moe.bench.layer import OURS_BF16, LayerConfig, recipe_name
 from supersonic_moe.bench.report import OURS
 from supersonic_moe.bench.shapes import LAYER_SETS
-from supersonic_moe.cli.app import app
 from supersonic_moe.kernels import reference, registry
 from supersonic_moe.perf_model import (
     H200,
@@ -40,10 +39,6 @@ RECIPES = [
 def quick(recipe: Fp8Recipe | None = None, **changes: Any) -> LayerConfig:
     usual: dict[str, Any] = dict(recipe=recipe or Fp8Recipe(), peers=(), warm_ms=0, min_ms=0)
     return LayerConfig(CPU, torch.bfloat16, **(usual | changes))
-
-
-def run(*args: str) -> Result:
-    return CliRunner(env={"COLUMNS": "120", "NO_COLOR": "1"}).invoke(app, list(args))
 
 
 # ---- floors ----------------------------------------------------------------------------------------------------------
@@ -114,7 +109,7 @@ def test_names_say_what_differs_from_the_default_recipe() -> None:
 
 def test_command_writes_the_baseline_by_name(tmp_path: Path) -> None:
     file, chart = tmp_path / "layer-fp8.json", tmp_path / "layer.png"
-    shape = ["--shape", "64,256,128,4,2", "--device", "cpu", "--min-ms", "0", "--warm-ms", "0"]
+    shape = ["--shape", "64,256,128,4,2", *QUICK]
     result = run(
         "bench", "layer", "--recipe", "fp8", *shape, "--peers", "", "--json", str(file), "--png", str(chart)
     )  # fmt: skip
@@ -160,7 +155,7 @@ def test_spans_are_medians_of_what_each_function_takes(monkeypatch: pytest.Monke
         def delay(self, us: float) -> None:
             delays.append(us)
 
-    module = registry.kernels("reference")
+    module: Any = registry.kernels("reference").fp8
 
     def takes(us: float) -> Any:
         def function() -> None:
@@ -187,7 +182,7 @@ def test_spans_are_medians_of_what_each_function_takes(monkeypatch: pytest.Monke
 
 def test_breakdown_command_prints_and_writes(tmp_path: Path) -> None:
     file = tmp_path / "breakdown.json"
-    shape = ["--shape", "64,256,128,4,2", "--device", "cpu", "--min-ms", "0", "--warm-ms", "0"]
+    shape = ["--shape", "64,256,128,4,2", *QUICK]
     result = run("bench", "breakdown", "--recipe", "fp8", *shape, "--json", str(file))
     assert result.exit_code == 0, result.output
     assert "up_projection_fp8 (1)" in result.output and "only quantising or transposing" in result.output

@@ -12,15 +12,16 @@ from unittest.mock import create_autospec
 
 import pytest
 import torch
+from command_line import QUICK, run, words
 from gemm_stand_ins import our_gradient, our_product
 from torch import Tensor
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from supersonic_moe.bench import gemm, gemm_bf16, readme, report
 from supersonic_moe.bench.gemm import COMPARED, Contender, GemmResult, check_device, run_case
 from supersonic_moe.bench.shapes import GEMM_CASES, GemmCase
 from supersonic_moe.bench.timing import NoResultError, WallClock
-from supersonic_moe.cli.app import app
+from supersonic_moe.kernels.interface import Rows
 from supersonic_moe.kernels.sm90 import grouped_gemm, grouped_wgrad
 
 CPU = torch.device("cpu")
@@ -133,9 +134,9 @@ def overwrites(*operands: Tensor, **how: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("case", "who", "fault"),
     [
-        (PRODUCT, "ours_gathered", lambda *args, gather_index=None: our_product(*args)),
+        (PRODUCT, "ours_gathered", lambda a, *args: our_product(Rows(a.x), *args)),
         (PRODUCT, "ours", lambda *args, **how: last_expert_is_nan(our_product(*args, **how))),
-        (GRADIENT, "ours_gathered", lambda *args, gather_index=None, **how: our_gradient(*args, **how)),
+        (GRADIENT, "ours_gathered", lambda a, *args, **how: our_gradient(Rows(a.x), *args, **how)),
         (GRADIENT, "ours", lambda *args, **how: last_expert_is_nan(our_gradient(*args, **how))),
         (GRADIENT, "ours_accumulate", overwrites),
     ],
@@ -151,7 +152,7 @@ def test_a_wrong_result_has_no_speed(
     assert "wrong result: its relative Frobenius error is" in result.missing[who]
     assert who in result.failed and who not in result.metrics
     assert {"torch_grouped_mm", "deep_gemm"} <= result.metrics.keys()
-    names = [comparison.case for comparison in result.comparisons()]
+    names = [comparison.case for comparison in result.cases()]
     assert names == [case.name + name.removeprefix("ours") for name in COMPARED[case.kind] if name in result.metrics]
 
 
@@ -163,7 +164,7 @@ def test_a_peer_that_is_absent_or_cannot_is_missing_with_its_reason(monkeypatch:
     for case in (PRODUCT, GRADIENT):
         result = quick(case)
         assert list(result.missing) == ["deep_gemm"] and "deep_gemm" in result.missing["deep_gemm"]
-        rows = [row for comparison in result.comparisons() for row in report.rows(comparison) if row.metric == "us"]
+        rows = [row for comparison in result.cases() for row in report.rows(comparison) if row.metric == "us"]
         assert {row.peer_value for row in rows if row.peer == "deep_gemm"} == {None}
 
 
@@ -217,7 +218,7 @@ def test_contenders_meet_those_that_do_the_same_work(
         return {name: lambda ms=ms: contender(ms) for name, ms in milliseconds.items()}  # type: ignore[misc]
 
     result = run_case(case, operands, CPU, WallClock(lambda: now), warm_ms=10, min_ms=20)
-    rows = [row for comparison in result.comparisons() for row in report.rows(comparison)]
+    rows = [row for comparison in result.cases() for row in report.rows(comparison)]
     assert {(r.case.removeprefix(case.name), r.peer): r.ratio for r in rows if r.metric == "us"} == ratios
     assert {(r.case.removeprefix(case.name), r.peer): r.ratio for r in rows if r.metric == "tflops"} == ratios
     assert {r.ratio for r in rows if r.metric == "rel_fro"} == {None}
@@ -228,13 +229,13 @@ def test_contenders_meet_those_that_do_the_same_work(
 
 
 def command(*args: str) -> Result:
-    return CliRunner(env={"COLUMNS": "100", "NO_COLOR": "1"}).invoke(app, ["bench", "gemm", *args])
+    return run("bench", "gemm", *args, columns=100)
 
 
 def test_the_suite_asks_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     result = command("--device", "cpu")
     assert result.exit_code == 2
-    assert "needs a GPU of compute capability 9.0" in " ".join(result.output.replace("│", " ").split())
+    assert "needs a GPU of compute capability 9.0" in words(result)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(ValueError, match=r"got cuda:1, a GPU of compute capability 8\.0"):
         check_device(torch.device("cuda", 1))
@@ -260,12 +261,13 @@ def test_command_prints_and_writes_what_the_readme_shows(monkeypatch: pytest.Mon
     assert all(row["value"] > 0 for row in content["rows"] if row["metric"] in ("us", "tflops"))
     assert chart.read_bytes().startswith(b"\x89PNG") and chart.stat().st_size > 10_000
 
-    headings = [line for line in readme.render(file.parent).splitlines() if line.startswith("| case ")]
+    table = readme.results(file.parent, tmp_path / "page.md")
+    headings = [line for line in table.splitlines() if line.startswith("| case ")]
     assert [heading.partition("vs ")[2] for heading in headings] == [
         "deep_gemm | vs torch_grouped_mm |", "ours |", "torch_grouped_mm |", "ours | vs torch_grouped_mm |",
         "deep_gemm |",
     ]  # fmt: skip
-    assert readme.render(file.parent).count("| geometric mean |") == 5
+    assert table.count("| geometric mean |") == 5
 
 
 @pytest.mark.usefixtures("stand_ins")
@@ -273,13 +275,17 @@ def test_command_fails_if_a_variant_of_ours_does_and_keeps_the_rest(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(gemm, "check_device", lambda device: None)
-    monkeypatch.setattr(grouped_gemm, "grouped_mm", lambda a_PK, b_EKN, offsets: our_product(a_PK, b_EKN, offsets))
+
+    def without_index(a: Rows[Tensor], b_EKN: Tensor, offsets: Tensor) -> Tensor:
+        if a.gather_index is not None:
+            raise TypeError("no rows through an index")
+        return our_product(a, b_EKN, offsets)
+
+    monkeypatch.setattr(grouped_gemm, "grouped_mm", without_index)
     file = tmp_path / "gemm.json"
-    result = command(
-        "--device", "cpu", "--case", "gemm:2,128,16,16", "--min-ms", "0", "--warm-ms", "0", "--json", str(file)
-    )
+    result = command(*QUICK, "--case", "gemm:2,128,16,16", "--json", str(file))
     assert result.exit_code == 1
-    assert "missing ours_gathered: TypeError" in result.output
+    assert "failed ours_gathered: TypeError" in result.output
     assert {row["case"] for row in json.loads(file.read_text())["rows"]} == {"gemm_E2_R128_N16_K16"}
 
 

@@ -13,10 +13,10 @@ from unittest.mock import create_autospec
 import pytest
 import torch
 from torch import Tensor
-from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
+from command_line import QUICK, run
 from gemm_stand_ins import our_gradient, our_product
 
 from supersonic_moe.bench import gemm, gemm_fp8, readme
@@ -24,8 +24,8 @@ from supersonic_moe.bench.gemm import GemmResult, run_case
 from supersonic_moe.bench.gemm_fp8 import BF16, COMPARED
 from supersonic_moe.bench.shapes import GEMM_CASES, GemmCase
 from supersonic_moe.bench.timing import WallClock
-from supersonic_moe.cli.app import app
 from supersonic_moe.kernels import reference
+from supersonic_moe.kernels.interface import Quantized, Rows
 from supersonic_moe.kernels.reference.quantize import dequantize
 from supersonic_moe.kernels.sm90 import (
     grouped_gemm,
@@ -42,10 +42,10 @@ PRODUCT, GRADIENT = GemmCase.parse("gemm:3,128,128,256"), GemmCase.parse("wgrad:
 # ---- the stand-ins ---------------------------------------------------------------------------------------------------
 
 
-def our_fp8_product(a: Tensor, a_scale: Tensor, *rest: Any, gather_index: Tensor | None = None) -> Tensor:
-    contiguous = 0 if gather_index is None else 1  # what map_of_scales demands
-    assert a.dtype is E4M3 and a_scale.stride(contiguous) == 1
-    return reference.grouped_mm_fp8(a, a_scale, *rest, gather_index=gather_index)
+def our_fp8_product(a: Rows[Quantized], b: Quantized, offsets: Tensor) -> Tensor:
+    contiguous = 0 if a.gather_index is None else 1  # what map_of_scales demands
+    assert a.x.q.dtype is E4M3 and a.x.scale.stride(contiguous) == 1
+    return reference.grouped_mm_fp8(a, b, offsets)
 
 
 def deep_gemm_product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], d: Tensor, grouped_layout: Tensor) -> None:
@@ -108,7 +108,7 @@ def test_everyone_computes_the_product_and_is_timed(case: GemmCase) -> None:
     for name, metrics in result.metrics.items():
         low, high = (0, 1e-5) if name in adds else (0.02, 0.03) if "up" in name else (1e-3, 2.5e-3)
         assert low <= metrics["rel_fro"] < high, name
-    found = {comparison.case.removeprefix(case.name): set(comparison.peers) for comparison in result.comparisons()}
+    found = {comparison.case.removeprefix(case.name): set(comparison.peers) for comparison in result.cases()}
     assert found == {name.removeprefix("ours"): set(who) for name, who in COMPARED[case.kind].items()}
 
 
@@ -123,12 +123,12 @@ def test_down_projections_have_no_fused_activation_and_rows_need_no_padding() ->
     assert padded.failed == [] and set(padded.missing) == {"deep_gemm"}
 
 
-def ignores_index(*operands: Tensor, gather_index: Tensor | None = None) -> Tensor:
-    return reference.grouped_mm_fp8(*operands)
+def ignores_index(a: Rows[Quantized], b: Quantized, offsets: Tensor) -> Tensor:
+    return reference.grouped_mm_fp8(Rows(a.x), b, offsets)
 
 
-def other_experts(*operands: Any) -> Any:
-    return reference.up_projection_fp8(*operands[:3], operands[3].flip(0), *operands[4:])
+def other_experts(x: Rows[Quantized], w1: Quantized, *rest: Any) -> Any:
+    return reference.up_projection_fp8(x, w1._replace(q=w1.q.flip(0)), *rest)
 
 
 def forgets(option: str) -> Callable[..., Tensor]:
@@ -173,13 +173,14 @@ def test_command_prints_and_writes_what_the_readme_shows(monkeypatch: pytest.Mon
     monkeypatch.setattr(gemm, "check_device", lambda device: None)
     file = tmp_path / "gemm-fp8.json"
     cases = ["--case", "gemm:2,128,128,128", "--case", "wgrad:2,128,16,128"]
-    args = ["bench", "gemm", "--precision", "fp8", *cases, "--device", "cpu", "--min-ms", "0", "--warm-ms", "0"]
-    result = CliRunner(env={"COLUMNS": "110", "NO_COLOR": "1"}).invoke(app, [*args, "--json", str(file)])
+    args = ["bench", "gemm", "--precision", "fp8", *cases, *QUICK]
+    result = run(*args, "--json", str(file))
     assert result.exit_code == 0, result.output
     rows = json.loads(file.read_text())["rows"]
     suffixes = {row["case"].partition("_K128")[2] for row in rows if row["case"].startswith("gemm")}
     assert suffixes == {"", "_gathered", "_up", "_up_gathered"}
-    assert "| case | time, µs | TFLOP/s | relative error | vs deep_gemm | vs ours-BF16 |" in readme.render(tmp_path)
+    heading = "| case | time, µs | TFLOP/s | relative error | vs deep_gemm | vs ours-BF16 |"
+    assert heading in readme.results(tmp_path, tmp_path / "page.md")
 
 
 @pytest.mark.gpu
@@ -188,6 +189,6 @@ def test_command_on_a_gpu(device: torch.device, tmp_path: Path) -> None:
         pytest.skip("needs compute capability 9.0")
     cases = ["--case", "gemm:4,300,512,384", "--case", "wgrad:4,300,512,384"]
     args = ["bench", "gemm", "--precision", "fp8", *cases, "--min-ms", "20", "--warm-ms", "20"]
-    result = CliRunner(env={"COLUMNS": "110", "NO_COLOR": "1"}).invoke(app, args)
+    result = run(*args)
     assert result.exit_code == 0, result.output
     assert "ours_up_gathered" in result.output and "ours_transposed" in result.output

@@ -16,17 +16,17 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import QUICK, run, words
 from matplotlib import pyplot
 from matplotlib.text import Text
 from rich.console import Console
 from torch import Tensor
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from supersonic_moe.bench import kernel_figure, kernels, readme, report
 from supersonic_moe.bench.kernels import CEILINGS, GROUPS, KernelsResult, kernel_calls, kernel_table, run_case
 from supersonic_moe.bench.layer import LayerConfig
 from supersonic_moe.bench.timing import NoResultError, Timing, WallClock
-from supersonic_moe.cli.app import app
 from supersonic_moe.kernels import reference
 from supersonic_moe.perf_model import STEP_KERNELS, LayerShape, kernel_steps
 
@@ -92,6 +92,10 @@ def tensor_bytes(value: Any) -> int:
     return sum(map(tensor_bytes, value)) if isinstance(value, tuple | list) else 0
 
 
+def tensors(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else [t for part in value for t in tensors(part)]
+
+
 def test_the_bytes_are_those_of_the_tensors_that_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Operands and results of every call, each once; the floor leaves out offsets and an int32 for each row at most."""
     moved, depth, called = 0, 0, set()
@@ -149,7 +153,7 @@ def test_both_backends_compute_the_same_from_the_same_operands() -> None:
         ours, truth = (result[name] for result in results)
         if name == "route_and_plan":
             ours, truth = ((plan.expert_offsets, plan.gather_index, plan.token_rows) for plan in (ours, truth))
-        for got, want in zip(*((r,) if isinstance(r, Tensor) else r for r in (ours, truth)), strict=True):
+        for got, want in zip(tensors(ours), tensors(truth), strict=True):
             assert got.shape == want.shape and got.dtype == want.dtype, name
             torch.testing.assert_close(got.float(), want.float(), rtol=0.02, atol=0.02, equal_nan=True, msg=name)
 
@@ -245,7 +249,7 @@ def test_table_from_the_file_is_the_table_that_was_shown(tmp_path: Path) -> None
     assert max(map(len, lines)) <= 100 and [line.strip() for line in lines if line.strip() in GROUPS] == list(GROUPS)
     (row,) = (line.split() for line in lines if "grouped_mm_y" in line)
     assert row[0] == "grouped_mm_y" and row[2] == "±1.0%" and row[5:8] == ["912.2", row[6], "1,400"]
-    assert readme.render(tmp_path) == readme.NOTHING_YET  # its figure is for docs/
+    assert readme.results(tmp_path, tmp_path / "page.md") == readme.NOTHING_YET  # its figure is for docs/
 
 
 @pytest.mark.parametrize("seed", [0, 3])
@@ -267,10 +271,7 @@ def test_no_label_of_the_roofline_covers_another(seed: int) -> None:
 
 
 def command(*args: str) -> Result:
-    return CliRunner(env={"COLUMNS": "100", "NO_COLOR": "1"}).invoke(app, ["bench", "kernels", *args])
-
-
-QUICK = ["--device", "cpu", "--min-ms", "0", "--warm-ms", "0"]
+    return run("bench", "kernels", *args, columns=100)
 
 
 @pytest.mark.usefixtures("small_ceilings")
@@ -321,7 +322,7 @@ def test_a_kernel_that_fails_is_named_and_the_others_are_measured(
 def test_bad_input_is_one_sentence(args: list[str], complaint: str) -> None:
     result = command("--device", "cpu", *args)
     assert result.exit_code == 2
-    assert complaint in " ".join(result.output.replace("│", " ").split())
+    assert complaint in words(result)
 
 
 @pytest.mark.gpu

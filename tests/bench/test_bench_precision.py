@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import QUICK, run
 from fp8_oracle import LIMITS, cosine
 from fp8_oracle import error as relative
-from typer.testing import CliRunner, Result
 
 from supersonic_moe import Bf16Recipe, Fp8Recipe
 from supersonic_moe.bench import precision
 from supersonic_moe.bench.layer import OURS_BF16, LayerConfig, recipe_name
 from supersonic_moe.bench.precision import INPUTS, RECIPES, TENSORS, Layer, run_case
-from supersonic_moe.cli.app import app
 from supersonic_moe.kernels import reference
 from supersonic_moe.perf_model import LayerShape
 
@@ -73,14 +72,17 @@ def test_a_recipe_that_does_not_run_is_missing_and_a_wrong_one_shows(monkeypatch
     def half(*args: Any, **kwargs: Any) -> torch.Tensor:
         return 0.5 * product(*args, **kwargs)
 
+    def no_such_product(*_: Any, **__: Any) -> torch.Tensor:
+        raise RuntimeError("no such product")
+
     product = reference.grouped_mm_wgrad
     monkeypatch.setattr(precision, "RECIPES", FEW)
     monkeypatch.setattr(precision, "INPUTS", {"gaussian": precision.gaussian})
-    monkeypatch.delattr(reference, "grouped_mm_wgrad_fp8")
+    monkeypatch.setattr(reference, "grouped_mm_wgrad_fp8", no_such_product)
     result = run_case(LayerShape(32, 128, 128, 2, 1), CONFIG)
     assert (
         list(result.metrics) == [recipe_name(recipe) for recipe in FEW[:2]]
-        and "does not have" in result.missing[recipe_name(FEW[2])]
+        and "no such product" in result.missing[recipe_name(FEW[2])]
     )
 
     layer = Layer(SHAPE, CONFIG, "gaussian")
@@ -91,15 +93,11 @@ def test_a_recipe_that_does_not_run_is_missing_and_a_wrong_one_shows(monkeypatch
     assert wrong["dx"]["rrmse"] < 0.08
 
 
-def run(*args: str) -> Result:
-    return CliRunner(env={"COLUMNS": "160", "NO_COLOR": "1"}).invoke(app, ["bench", "precision", *args])
-
-
 def test_command_prints_and_writes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(precision, "RECIPES", FEW)
     file, page = tmp_path / "precision-fp8.json", tmp_path / "docs" / "fp8.md"
-    options = ["--device", "cpu", "--min-ms", "0", "--warm-ms", "0", "--json", str(file), "--markdown", str(page)]
-    result = run("--shape", "64,128,128,4,2", *options)
+    options = [*QUICK, "--json", str(file), "--markdown", str(page)]
+    result = run("bench", "precision", "--shape", "64,128,128,4,2", *options, columns=160)
     assert result.exit_code == 0, result.output
     content = json.loads(file.read_text())
     assert content["suite"] == "precision" and {row["peer"] for row in content["rows"]} == {OURS_BF16}

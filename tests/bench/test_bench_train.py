@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
-from typer.testing import CliRunner
+from command_line import run
 
 from supersonic_moe import Bf16Recipe, Fp8Recipe, MoE
 from supersonic_moe.bench import train as suite
 from supersonic_moe.bench.layer import OURS_BF16
 from supersonic_moe.bench.report import OURS
 from supersonic_moe.bench.train import Run, gap
-from supersonic_moe.cli.app import app
 from supersonic_moe.demo import data
 from supersonic_moe.demo import train as demo
 from supersonic_moe.demo.model import ModelConfig
@@ -30,12 +27,7 @@ TINY = demo.TrainConfig(
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +50,7 @@ def test_runs_share_weights_and_batches_and_differ_in_their_recipe(
     runs = {}
     for recipe in (Bf16Recipe(), fp8):
         first = len(seen)
-        runs[recipe] = suite.train(recipe, TINY, corpus, 4, 7, CPU, Console(quiet=True))
+        runs[recipe] = suite.train(recipe, TINY, corpus, 4, 7, CPU)
         calls = [(r, training) for r, training, _ in seen[first:]]
         in_recipe = sum(r == recipe for r, _ in calls)
         assert {r for r, _ in calls[:in_recipe]} == {recipe}, "training and evaluation"
@@ -74,15 +66,15 @@ def test_runs_share_weights_and_batches_and_differ_in_their_recipe(
     assert in_bf16.held_out_in_bf16 == in_bf16.held_out_bpb[4]
     assert in_fp8.held_out_in_bf16 not in (in_bf16.held_out_bpb[4], in_fp8.held_out_bpb[4])
     first = len(seen)
-    suite.train(Bf16Recipe(), TINY, corpus, 1, 8, CPU, Console(quiet=True))
+    suite.train(Bf16Recipe(), TINY, corpus, 1, 8, CPU)
     assert not torch.equal(seen[first][2], in_bf16.first_input)  # type: ignore[attr-defined]
-    again = suite.train(fp8, TINY, corpus, 4, 7, CPU, Console(quiet=True))
+    again = suite.train(fp8, TINY, corpus, 4, 7, CPU)
     assert again.train_bpb == in_fp8.train_bpb and again.held_out_bpb == in_fp8.held_out_bpb
 
 
 def test_long_runs_are_judged_now_and_then_and_at_the_end(corpus: data.Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "evaluate", lambda model, text: model.eval().training or 2.0)
-    run = suite.train(Bf16Recipe(), TINY, corpus, 13, 0, CPU, Console(quiet=True))
+    run = suite.train(Bf16Recipe(), TINY, corpus, 13, 0, CPU)
     assert list(run.held_out_bpb) == [2, 4, 6, 8, 10, 12, 13]
 
 
@@ -110,21 +102,8 @@ def test_command_prints_writes_and_draws(corpus: data.Corpus, monkeypatch: pytes
     monkeypatch.setattr(suite, "default_config", lambda device: TINY)
     monkeypatch.setattr(demo, "corpus_for", lambda config: corpus)
     file, curve = tmp_path / "train-fp8.json", tmp_path / "train.png"
-    options = [
-        "--steps",
-        "3",
-        "--seeds",
-        "2",
-        "--batch",
-        "3",
-        "--device",
-        "cpu",
-        "--json",
-        str(file),
-        "--png",
-        str(curve),
-    ]
-    result = CliRunner(env={"COLUMNS": "100", "NO_COLOR": "1"}).invoke(app, ["bench", "train", *options])
+    options = ["--steps", "3", "--seeds", "2", "--batch", "3", "--device", "cpu"]
+    result = run("bench", "train", *options, "--json", str(file), "--png", str(curve), columns=100)
     assert result.exit_code == 0, result.output
     assert "held-out bits per byte" in result.output and "above BF16, %" in result.output
     rows = json.loads(file.read_text())["rows"]

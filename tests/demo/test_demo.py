@@ -6,7 +6,6 @@ import io
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,13 +23,7 @@ TINY = train.TrainConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The tiny model is too small to share out, and threads that wait for each other are slow on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +152,29 @@ def test_master_weights_keep_what_bf16_would_lose() -> None:
     assert optimizer.masters[0].mean().item() == pytest.approx(1 - 400e-5, rel=1e-4)
     assert layer.weight.float().mean().item() == pytest.approx(1 - 400e-5, abs=2**-8)
     assert layer.weight.float().max().item() < 1.0
+
+
+def test_smoothed_begins_and_ends_with_the_values_and_takes_their_mean_between() -> None:
+    falling = [8.0 - 0.01 * step for step in range(400)]
+    assert report.smoothing_window(400) == 11
+    assert report.smoothed(falling) == pytest.approx(falling)  # a mean over later steps too does not lag behind
+    jump = [8.0] + [2.0] * 399
+    smooth = report.smoothed(jump)
+    assert (smooth[0], smooth[1], smooth[5], smooth[6]) == pytest.approx((8.0, 4.0, 2 + 6 / 11, 2.0))
+    assert report.smoothed([3.0, 1.0]) == [3.0, 1.0] and report.smoothed([]) == []
+
+
+@pytest.mark.parametrize(("steps", "lines"), [(400, 5), (30, 4)])
+def test_every_line_of_the_loss_chart_is_in_its_legend(
+    steps: int, lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    monkeypatch.setattr(report.Figure, "savefig", lambda figure, path, dpi: drawn.append(figure))
+    report.plot_loss(tmp_path / "loss.png", [3.0] * steps, 2.5, 3.5, 4.8)
+    (axes,) = drawn[0].axes
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert len(axes.lines) == len(legend) == lines and legend[0] == "training batches, each step"
+    assert ("training batches, mean of 11 steps" in legend) == (steps == 400)
 
 
 def test_load_bars_read_half_height_at_a_fair_share() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import importlib.metadata
 import json
 import re
 import tomllib
@@ -10,28 +12,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 
 import supersonic_moe
 from supersonic_moe.bench import readme
 from supersonic_moe.bench.report import METRICS
+from supersonic_moe.cli import reference
 from supersonic_moe.cli.app import app
-from supersonic_moe.kernels import registry
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "supersonic_moe"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 KERNEL_TABLES = ROOT / "docs" / "kernels.md"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+TEXTS = {path.name: path.read_text(encoding="utf-8") for path in DOCUMENTS}
+README, GUIDE, FEATURES, CLI = (TEXTS[name] for name in ("README.md", "guide.md", "features.md", "cli.md"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
-def section(title: str) -> str:
-    """The text under a heading of the README, up to the next heading."""
-    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL)
-    assert found, f"README.md has no section {title!r}"
+def section(text: str, title: str) -> str:
+    """The text under a heading of a document, up to the next heading."""
+    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert found, f"no section {title!r}"
     return found[1]
 
 
@@ -44,26 +49,40 @@ def first_cells(table: str) -> list[list[str]]:
     return [code_spans(line.split("|")[1]) for line in table.splitlines() if line.startswith("| `")]
 
 
-# ---- README ----------------------------------------------------------------------------------------------------------
+# ---- what the pages for users say ------------------------------------------------------------------------------------
 
 SNIPPETS = [
-    (match[2], README[: match.start(2)].count("\n")) for match in FENCE.finditer(README) if match[1] == "python"
+    pytest.param(name, text, match, id=f"{name}-{text[: match.start(2)].count(chr(10)) + 1}")
+    for name, text in TEXTS.items()
+    for match in FENCE.finditer(text)
+    if match[1] == "python"
 ]
 
 
-def test_readme_has_snippets() -> None:
-    assert len(SNIPPETS) >= 4
+def test_pages_have_snippets() -> None:
+    assert len(SNIPPETS) >= 8
 
 
-@pytest.mark.parametrize(("code", "lines_before"), SNIPPETS, ids=[f"line-{n + 1}" for _, n in SNIPPETS])
-def test_snippet_runs(code: str, lines_before: int) -> None:
-    exec(compile("\n" * lines_before + code, "README.md", "exec"), {"__name__": "snippet"})
+@pytest.mark.parametrize(("name", "text", "match"), SNIPPETS)
+def test_snippet_runs(name: str, text: str, match: re.Match[str]) -> None:
+    lines_before = text[: match.start(2)].count("\n")
+    exec(compile("\n" * lines_before + match[2], name, "exec"), {"__name__": "snippet"})
 
 
-def test_results_are_those_of_the_files() -> None:
-    block = README.partition(readme.BEGIN)[2].partition(readme.END)[0].strip()
-    expected = readme.render(ROOT / readme.RESULTS)
-    assert block == expected, "run `python -m supersonic_moe.bench.readme` and commit README.md"
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.path.name)
+def test_results_are_those_of_the_files(page: readme.Page) -> None:
+    found = readme.block(ROOT / page.path, page.block)
+    assert found == page.text(ROOT), "run `python -m supersonic_moe.bench.readme` and commit the pages"
+
+
+def test_options_are_those_of_the_program() -> None:
+    found = readme.block(ROOT / reference.PAGE, reference.BLOCK)
+    assert found == reference.reference(), "run `python -m supersonic_moe.cli.reference` and commit docs/cli.md"
+
+
+def test_readme_is_one_screenful_of_pages() -> None:
+    assert len(README.splitlines()) <= 220
+    assert not re.search(r"!\[[^\]]*\]\((?!https)", README), "PyPI shows no image of the repository"
 
 
 def commands(group: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], set[str]]:
@@ -75,29 +94,39 @@ def commands(group: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], se
 
 def test_commands_are_those_of_the_program() -> None:
     known = commands(typer.main.get_command(app))
-    lines = [line.partition(" #")[0] for match in FENCE.finditer(README) for line in match[2].splitlines()]
     named = set()
-    for text in [*lines, *code_spans(README)]:
-        call = re.match(r"(?:supersonic-moe|.*python -m supersonic_moe) (.*)", text)
-        if call is None:
-            continue
-        words = call[1].split()
-        path = next((tuple(words[:n]) for n in (2, 1) if tuple(words[:n]) in known), None)
-        if path is None:
-            assert any(command[: len(words)] == tuple(words) for command in known), f"no such command: {text}"
-            continue
-        unknown = {word for word in words if word.startswith("--")} - known[path]
-        assert not unknown, f"{text}: no option {unknown}"
-        named.add(path)
+    for name in (
+        "README.md",
+        "guide.md",
+        "features.md",
+        "cli.md",
+        "troubleshooting.md",
+        "results.md",
+        "CONTRIBUTING.md",
+    ):
+        lines = [line.partition(" #")[0] for match in FENCE.finditer(TEXTS[name]) for line in match[2].splitlines()]
+        for text in [*lines, *code_spans(TEXTS[name])]:
+            call = re.match(r"(?:supersonic-moe|.*python3? -m supersonic_moe) (.*)", text)
+            if call is None:
+                continue
+            words = call[1].split()
+            path = next((tuple(words[:n]) for n in (2, 1) if tuple(words[:n]) in known), None)
+            if path is None:
+                assert any(command[: len(words)] == tuple(words) for command in known), f"{name}: no command {text}"
+                continue
+            unknown = {word for word in words if word.startswith("--")} - known[path]
+            assert not unknown, f"{name}: {text}: no option {unknown}"
+            named.add(path)
     assert named == set(known)
 
 
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
-    fenced = "\n".join(match[2] for match in FENCE.finditer(README))
-    named = set(re.findall(r"^make ([a-z-]+)", "\n".join([fenced, *code_spans(README)]), re.MULTILINE))
-    assert named >= {"demo", "test", "test-gpu"}
+    text = "\n".join([README, TEXTS["CONTRIBUTING.md"]])
+    fenced = "\n".join(match[2] for match in FENCE.finditer(text))
+    named = set(re.findall(r"^make ([a-z-]+)", "\n".join([fenced, *code_spans(text)]), re.MULTILINE))
+    assert named >= {"demo", "test", "test-gpu", "docs"}
     assert named <= targets
 
 
@@ -129,7 +158,7 @@ def environment_reads(path: Path) -> set[str]:
 
 def test_environment_variables_are_those_that_are_read() -> None:
     read = set().union(*(environment_reads(path) for path in SOURCE.rglob("*.py")))
-    text = section("Environment variables")
+    text = section(CLI, "Environment variables")
     assert {name for name in code_spans(text) if re.fullmatch(r"[A-Z][A-Z_]+", name)} == read
     ours = {name for name in read if name.startswith("SUPERSONIC_MOE_")}
     assert {name for cells in first_cells(text) for name in cells} == ours
@@ -137,14 +166,48 @@ def test_environment_variables_are_those_that_are_read() -> None:
 
 
 def test_every_public_name_is_listed() -> None:
-    assert {name for cells in first_cells(section("Interface")) for name in cells} == set(supersonic_moe.__all__)
+    assert {name for cells in first_cells(section(GUIDE, "Interface")) for name in cells} == set(supersonic_moe.__all__)
 
 
 def test_every_dependency_is_justified() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = project["dependencies"] + project["optional-dependencies"]["cuda13"]
-    listed = [name for cells in first_cells(section("Install")) for name in cells]
-    assert listed == [re.split(r"[^\w-]", requirement)[0] for requirement in wanted]
+    extras = PROJECT["optional-dependencies"]
+    for_users = [extras[name] for name in extras if name not in ("test", "test-cpu", "lint", "dev")]
+    wanted = {
+        re.split(r"[^\w-]", requirement)[0] for extra in (PROJECT["dependencies"], *for_users) for requirement in extra
+    }
+    listed = [name for cells in first_cells(section(FEATURES, "What it needs")) for name in cells]
+    assert sorted(listed) == sorted(wanted)
+
+
+# ---- one source of the version, and other habits ---------------------------------------------------------------------
+
+
+def test_the_version_is_written_once() -> None:
+    assert "version" not in PROJECT and "version" in PROJECT["dynamic"]
+    try:
+        installed = importlib.metadata.distribution("supersonic-moe")
+    except importlib.metadata.PackageNotFoundError:
+        return  # the tests run from a checkout
+    if installed.locate_file("supersonic_moe/__init__.py") == SOURCE / "__init__.py":
+        assert installed.version == supersonic_moe.__version__
+
+
+def test_the_changelog_has_this_version_or_is_about_to() -> None:
+    changelog = TEXTS["CHANGELOG.md"]
+    headings = re.findall(r"^## \[(.*?)\]", changelog, re.MULTILINE)
+    assert headings[0] == "Unreleased"
+    assert supersonic_moe.__version__ in headings or f"What will be {supersonic_moe.__version__}" in changelog
+
+
+def test_commit_hooks_run_the_tools_of_make_lint() -> None:
+    yaml = pytest.importorskip("yaml")
+    (source,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    assert source["repo"] == "local", "a hook that brings its own version disagrees with `make lint` one day"
+    tools = {hook["entry"].removeprefix(".venv/bin/").removesuffix(" --force-exclude") for hook in source["hooks"]}
+    linted = re.findall(
+        r"^\t@\$\(VENV\)/bin/((?:ruff|mypy)[a-z ]*)", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE
+    )
+    assert tools == {line.strip() for line in linted}
 
 
 # ---- docs ------------------------------------------------------------------------------------------------------------
@@ -170,7 +233,11 @@ def test_local_links_resolve(document: Path) -> None:
 
 
 def test_documents_link_each_other() -> None:
-    assert {"docs/design.md", "docs/kernels.md", "docs/log.md", "CONTRIBUTING.md", "LICENSE"} <= set(links(README))
+    pages = {str(path.relative_to(ROOT)) for path in DOCUMENTS} - {"README.md"}
+    linked = {link.partition("#")[0] for link in links(README)}
+    for page in ("docs/design.md", "docs/kernels.md", "docs/results.md", "docs/guide.md"):  # pages of a second row
+        linked |= {f"docs/{link.partition('#')[0]}" for link in links(TEXTS[Path(page).name])}
+    assert pages | {"LICENSE"} <= linked, f"no way leads to {pages - linked}"
 
 
 def test_every_kernel_has_a_row_with_its_test() -> None:
@@ -194,30 +261,29 @@ def test_link_texts_name_the_files() -> None:
 
 
 def test_every_op_is_listed() -> None:
-    defined = {
-        op for path in SOURCE.rglob("*.py") for op in re.findall(r'"(supersonic_moe::\w+)"', path.read_text("utf-8"))
-    }
+    importlib.import_module("supersonic_moe.functional")
+    defined = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("supersonic_moe::")}
     assert len(defined) >= 5
-    assert {span for span in code_spans(KERNEL_TABLES.read_text("utf-8")) if "::" in span} == defined
+    assert {span for span in code_spans(TEXTS["kernels.md"]) if "::" in span} == defined
 
 
 def test_every_backend_function_is_described() -> None:
     pytest.importorskip("triton")
-    functions = set(registry.kernels("sm90").__all__)  # the others export the parts of what they compose as well
-    fp8 = {name for name in functions if "_fp8" in name}
-    assert functions <= set(registry.kernels("reference").__all__)
-    assert functions - fp8 <= set(registry.kernels("triton").__all__)
+    backends = [importlib.import_module(f"supersonic_moe.kernels.{name}") for name in ("sm90.backend", "reference")]
+    functions, reference_functions = (set(backend.__all__) for backend in backends)
+    assert len(functions) > 20 and functions <= reference_functions
     for document in ("kernels.md", "design.md"):
-        assert functions <= set(code_spans((ROOT / "docs" / document).read_text(encoding="utf-8")))
+        assert functions <= set(code_spans(TEXTS[document]))
 
 
-# ---- the generator of the results block ------------------------------------------------------------------------------
+# ---- the generator of the results ------------------------------------------------------------------------------------
+
+
+def row(case: str, metric: str, value: float, peer: str | None = None, ratio: float | None = None) -> dict[str, Any]:
+    return dict(case=case, metric=metric, value=value, unit="", peer=peer, peer_value=ratio, ratio=ratio)
 
 
 def result_file(folder: Path, name: str = "layer-test", **changes: Any) -> None:
-    def row(case: str, metric: str, value: float, peer: str, ratio: float | None) -> dict[str, Any]:
-        return dict(case=case, metric=metric, value=value, unit="", peer=peer, peer_value=ratio, ratio=ratio)
-
     rows = [
         row(case, metric, value, peer, ratio)
         for case, us in (("T1", 2000.0), ("T2", 4000.0))
@@ -232,12 +298,15 @@ def result_file(folder: Path, name: str = "layer-test", **changes: Any) -> None:
     (folder / f"{name}.json").write_text(json.dumps(content | changes))
 
 
-def test_render_shows_values_ratios_and_where_they_come_from(tmp_path: Path) -> None:
-    assert readme.render(tmp_path) == readme.NOTHING_YET
-    result_file(tmp_path)
-    origin, *table = [line for line in readme.render(tmp_path).splitlines() if line]
+def test_results_show_values_ratios_and_where_they_come_from(tmp_path: Path) -> None:
+    folder, page = tmp_path / "benchmarks", tmp_path / "docs" / "results.md"
+    folder.mkdir()
+    assert readme.results(folder, page) == readme.NOTHING_YET
+    result_file(folder)
+    title, origin, *table = [line for line in readme.results(folder, page).splitlines() if line]
+    assert title == "### layer-test"
     assert origin == (
-        "**layer-test** · GPU · torch 2.11 · commit `0123456789ab-dirty` · 2026-11-21 · `supersonic-moe bench layer`"
+        "GPU, torch 2.11, commit `0123456789ab-dirty`, 2026-11-21. Measured by `supersonic-moe bench layer`."
     )
     assert table[:-1] == [
         "| case | forward + backward, µs | MFU, % of 989 or 1979 TFLOP/s | vs loop | vs other |",
@@ -246,34 +315,56 @@ def test_render_shows_values_ratios_and_where_they_come_from(tmp_path: Path) -> 
         "| `T2` | 4,000 | 25 | 8.00× | missing |",
         "| geometric mean |  |  | 4.00× | 1.50× (1 of 2) |",
     ]
+    (folder / "layer-test.png").touch()
+    assert "](../benchmarks/layer-test.png)" in readme.results(folder, page)
 
 
-def test_render_refuses_what_it_would_misread(tmp_path: Path) -> None:
+def test_results_refuse_what_they_would_misread(tmp_path: Path) -> None:
     result_file(tmp_path, suite="bakery")
     with pytest.raises(ValueError, match=r"layer-test\.json is of suite 'bakery'.*SUITES"):
-        readme.render(tmp_path)
+        readme.results(tmp_path, tmp_path)
     (tmp_path / "layer-test.json").write_text('{"usable": true}')
     with pytest.raises(ValueError, match=r"layer-test\.json must hold suite, command"):
-        readme.render(tmp_path)
+        readme.results(tmp_path, tmp_path)
 
 
-def test_update_replaces_the_block_and_nothing_else(tmp_path: Path) -> None:
-    page, results = tmp_path / "README.md", tmp_path / "results"
-    page.write_text(f"head\n{readme.BEGIN}\nold\n{readme.END}\ntail\n")
-    result_file(results)
-    assert readme.update(page, results)
-    assert not readme.update(page, results)
-    assert page.read_text() == f"head\n{readme.BEGIN}\n{readme.render(results)}\n{readme.END}\ntail\n"
-    result_file(results, date="2027-01-01")
-    assert readme.update(page, results) and "2027-01-01" in page.read_text()
-    for broken in ("no markers", f"{readme.END}{readme.BEGIN}", f"{readme.BEGIN}{readme.BEGIN}{readme.END}"):
+def test_the_headline_joins_both_precisions_and_compares_within_a_run_only(tmp_path: Path) -> None:
+    assert readme.headline(tmp_path) == readme.NOTHING_YET
+    slow = [row("T1", "fwd_bwd_us", 3000, "grouped_mm", 1.5), row("T1", "fwd_bwd_tflops", 600, "grouped_mm", 1.5)]
+    other = [row("T1", "fwd_bwd_us", 3000, "torch_loop", 9.9)]
+    fast = [row("T1_fp8", "fwd_bwd_us", 2000, "ours-BF16", 1.6), row("T1_fp8", "fwd_bwd_tflops", 900, "ours-BF16", 1.6)]
+    result_file(tmp_path, "layer-bf16", rows=[*slow, *other])
+    result_file(tmp_path, "layer-fp8", rows=fast, date="2026-11-22T04:00:00+00:00")
+    plain = [row("ref_up", "us", 1.0, "deep_gemm", 2.0), row("pro_l1", "us", 1.0, "deep_gemm", 0.5)]
+    added = [row("ref_dw1_accumulate", "us", 1.0, "deep_gemm", 9.0), row("ref_up", "us", 1.0, "torch_grouped_mm", 9.0)]
+    result_file(tmp_path, "gemm-bf16", suite="gemm", rows=[*plain, *added])
+    head, _, line, _, sources = readme.headline(tmp_path).splitlines()
+    assert head == "| layer | BF16, µs | TFLOP/s | vs torch | FP8, µs | TFLOP/s | vs our BF16 |"
+    assert line == "| T1 | 3,000 | 600 | 1.50× | 2,000 | 900 | 1.60× |"
+    assert "2026-11-21" in sources and "2026-11-22" in sources
+    assert sources.endswith(
+        "Grouped GEMMs alone against DeepGEMM, geometric mean within one run: 1.00× in BF16 (2 shapes)."
+    )
+
+
+def test_put_replaces_the_block_and_nothing_else(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("head\n<!-- a:begin -->\nold\n<!-- a:end -->\n<!-- b:begin -->\n<!-- b:end -->\ntail\n")
+    assert readme.put(page, "a", "new\nlines")
+    assert not readme.put(page, "a", "new\nlines")
+    assert page.read_text() == (
+        "head\n<!-- a:begin -->\nnew\nlines\n<!-- a:end -->\n<!-- b:begin -->\n<!-- b:end -->\ntail\n"
+    )
+    assert readme.block(page, "a") == "new\nlines"
+    begin, end = "<!-- a:begin -->", "<!-- a:end -->"
+    for broken in ("no markers", f"{end}{begin}", f"{begin}{begin}{end}"):
         page.write_text(broken)
         with pytest.raises(ValueError, match="each once"):
-            readme.update(page, results)
+            readme.put(page, "a", "new")
 
 
 def test_headlines_are_metrics_that_benchmarks_write() -> None:
     known = {metric.name: metric for metric in METRICS}
-    for headline in readme.SUITES.values():
-        assert all(known[name].label for name in headline.columns)
-        assert headline.compared in headline.columns and known[headline.compared].better
+    for shown in readme.SUITES.values():
+        assert all(known[name].label for name in shown.columns)
+        assert shown.compared in shown.columns and known[shown.compared].better

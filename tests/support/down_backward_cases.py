@@ -7,6 +7,7 @@ from grouped_cases import CUDA, picked
 
 from supersonic_moe.config.activation import Activation, GateUpLayout, as_activation
 from supersonic_moe.kernels import reference
+from supersonic_moe.kernels.interface import Gate, Groups, Quantized, Rows
 from supersonic_moe.kernels.reference.quantize import dequantize
 from supersonic_moe.kernels.triton.quantize import quantize_blocks, quantize_rows
 
@@ -19,6 +20,11 @@ ACTIVATIONS = {
     **{name: as_activation(name) for name in ("swiglu", "geglu", "reglu")},
     "gpt_oss": Activation.gpt_oss(limit=0.9),
 }
+
+SCORES = 4  # their place among the arguments
+
+
+SCORES = 4  # their place among the arguments
 
 
 def arguments_of(
@@ -51,11 +57,11 @@ def arguments_of(
     )
     exact_dout = dequantize(dout_q, dout_scale)
     exact_dout = exact_dout[:rows] if index is None else picked(exact_dout, index)[:rows]
-    da = reference.grouped_mm(exact_dout, dequantize(w2_q, w2_scale), offsets)
+    da = reference.grouped_mm(Rows(exact_dout), dequantize(w2_q, w2_scale), offsets)
     exact_h = exact_h.float().double()  # as a kernel has it: a gate that its bias cancels is a kink of ReGLU
     exact_h, exact_b1 = torch.where(unscored[:, None], 0, exact_h)[:rows], None if b1 is None else b1.double()
-    owner = experts[:rows].int()
-    want = reference.activation_backward(exact_h, exact_b1, da, scores[:rows].double(), owner, activation, layout)
-    products = da * reference.activation_forward(exact_h, exact_b1, owner, activation, layout)
-    arguments = (dout_q, dout_scale, index, w2_transposed, w2_scale.mT, h, z_scale, b1, scores, offsets, experts.int())
-    return (*arguments, activation, layout), (*want, products[~unscored[:rows]].norm())
+    owner, gate = experts[:rows].int(), Gate(activation, layout)
+    want = reference.activation_backward(exact_h, exact_b1, da, scores[:rows].double(), owner, gate)
+    products = da * reference.activation_forward(exact_h, exact_b1, owner, gate)
+    operands = Rows(Quantized(dout_q, dout_scale), index), Quantized(w2_transposed, w2_scale.mT), Quantized(h, z_scale)
+    return (*operands, b1, scores, Groups(offsets, experts.int()), gate), (*want, products[~unscored[:rows]].norm())

@@ -6,24 +6,23 @@ import torch
 from torch import Tensor
 
 from supersonic_moe.kernels import reference
+from supersonic_moe.kernels.interface import Rows
 
 
-def our_product(a_PK: Tensor, b_EKN: Tensor, offsets: Tensor, *, gather_index: Tensor | None = None) -> Tensor:
+def our_product(a: Rows[Tensor], b_EKN: Tensor, offsets: Tensor) -> Tensor:
     assert b_EKN.stride(1) == 1 and offsets.dtype is torch.int32
-    return reference.grouped_mm(a_PK if gather_index is None else a_PK[gather_index], b_EKN, offsets)
+    return reference.grouped_mm(a, b_EKN, offsets)
 
 
 def our_gradient(
-    a_PM: Tensor,
+    a: Rows[Tensor],
     b_PN: Tensor,
     offsets: Tensor,
     out_EMN: Tensor | None = None,
     *,
     accumulate: bool = False,
-    gather_index: Tensor | None = None,
 ) -> Tensor:
-    a_PM = a_PM if gather_index is None else a_PM[gather_index]
     if out_EMN is None:
-        return reference.grouped_mm_wgrad(a_PM, b_PN, offsets)
+        return reference.grouped_mm_wgrad(a, b_PN, offsets)
     assert accumulate and out_EMN.dtype is torch.float32
-    return out_EMN.add_(reference.grouped_mm_wgrad(a_PM.float(), b_PN.float(), offsets))
+    return out_EMN.add_(reference.grouped_mm_wgrad(a._replace(x=a.x.float()), b_PN.float(), offsets))

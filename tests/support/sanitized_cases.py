@@ -12,7 +12,8 @@ import torch
 
 import supersonic_moe as sm
 from supersonic_moe.config.activation import GateUpLayout, as_activation
-from supersonic_moe.kernels.sm90 import grouped_gemm, grouped_wgrad, mainloop
+from supersonic_moe.kernels.interface import Gate, Groups, Quantized, Rows
+from supersonic_moe.kernels.sm90 import gemm_config
 from supersonic_moe.kernels.sm90.down_backward import down_backward
 from supersonic_moe.kernels.sm90.down_backward_fp8 import down_backward_fp8
 from supersonic_moe.kernels.sm90.down_backward_fp8_quantised import down_backward_fp8_quantised
@@ -20,7 +21,6 @@ from supersonic_moe.kernels.sm90.grouped_gemm import grouped_mm
 from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import grouped_mm_fp8
 from supersonic_moe.kernels.sm90.grouped_wgrad import grouped_mm_wgrad
 from supersonic_moe.kernels.sm90.grouped_wgrad_fp8 import grouped_mm_wgrad_fp8
-from supersonic_moe.kernels.sm90.mainloop import WIDE_BLOCK_N
 from supersonic_moe.kernels.sm90.quantize_columns import quantize_columns
 from supersonic_moe.kernels.sm90.up_projection import up_projection
 from supersonic_moe.kernels.triton.pad_segments import pad_segments
@@ -43,49 +43,51 @@ def kernels(counts: list[int]) -> None:
     scores = torch.rand(rows, device=CUDA)
     index = torch.randint(0, rows, (rows,), device=CUDA, dtype=torch.int32)
     index[::13] = -1
-    positions, row_index, token_index = pad_segments(offsets, index, padded_capacity(rows, num_experts))
-    swiglu = as_activation("swiglu")
+    segments = pad_segments(offsets, index, padded_capacity(rows, num_experts))
+    groups, swiglu = Groups(offsets, row_expert), as_activation("swiglu")
     w1_q, _, w1_scale = quantize_blocks(w1)
     _, w2_q, w2_scale = quantize_blocks(w2)
     for gather in (None, index):
-        x_q, x_scale = quantize_rows(x, tma=gather is None)
-        grouped_mm_fp8(x_q, x_scale, w1_q, w1_scale, offsets, gather_index=gather)
-        grouped_mm_fp8(x_q, x_scale, w1_q[:, :200], w1_scale, offsets, gather_index=gather)  # one block of columns
+        rows_bf16, rows_fp8 = Rows(x, gather), Rows(quantize_rows(x, tma=gather is None), gather)
+        grouped_mm_fp8(rows_fp8, Quantized(w1_q, w1_scale), offsets)
+        grouped_mm_fp8(rows_fp8, Quantized(w1_q[:, :200], w1_scale), offsets)  # one block of columns
         for layout in (GateUpLayout.INTERLEAVED, GateUpLayout.UP_GATE):
-            h, a = up_projection(x, gather, w1, b1, offsets, row_expert, swiglu, layout, True)
-            dh, scaled, _ = down_backward(x, gather, w2, h, b1, scores, offsets, row_expert, swiglu, layout)
-            for saved in (quantize_rows(h, tma=True), (h, None)):  # e4m3 in halves of this width is not fused
-                to_down = (x_q, x_scale, gather, w2_q, w2_scale.mT, *saved, b1, scores, offsets, row_expert)
-                down_backward_fp8(*to_down, swiglu, layout)
-                down_backward_fp8_quantised(*to_down, swiglu, layout, positions, row_index, False)
-        grouped_mm(x, w1.transpose(1, 2), offsets, gather_index=gather)
-        grouped_mm(x, w2, offsets, gather_index=gather)
+            gate = Gate(swiglu, layout)
+            z, a = up_projection(rows_bf16, w1, b1, groups, gate, True)
+            dz, scaled, _ = down_backward(rows_bf16, w2, z, b1, scores, groups, gate)
+            no_scale = z.new_empty(0, -(-2 * WIDTH // 128), dtype=torch.float32)
+            for saved in (quantize_rows(z, tma=True), Quantized(z, no_scale)):  # e4m3 in such halves is not fused
+                to_down = (rows_fp8, Quantized(w2_q, w2_scale.mT), saved, b1, scores, groups, gate)
+                down_backward_fp8(*to_down)
+                down_backward_fp8_quantised(*to_down, segments, False)
+        grouped_mm(rows_bf16, w1.transpose(1, 2), offsets)
+        grouped_mm(rows_bf16, w2, offsets)
         for transposed in (False, True):
-            grouped_mm_wgrad(x, dh, offsets, gather_index=gather, transposed=transposed)
+            grouped_mm_wgrad(rows_bf16, dz, offsets, transposed=transposed)
             out = torch.zeros(
                 (num_experts, 2 * WIDTH, HIDDEN) if transposed else (num_experts, HIDDEN, 2 * WIDTH), device=CUDA
             )
-            grouped_mm_wgrad(x, dh, offsets, out, gather_index=gather, transposed=transposed)
-            grouped_mm_wgrad(x, dh, offsets, out, gather_index=gather, transposed=transposed, accumulate=True)
-    grouped_mm(a, w2.transpose(1, 2), offsets)
-    grouped_mm_wgrad(x, scaled, offsets)
-    columns, tiles = quantize_columns(x, token_index), quantize_columns(dh, row_index, tiled=True)
+            grouped_mm_wgrad(rows_bf16, dz, offsets, out, transposed=transposed)
+            grouped_mm_wgrad(rows_bf16, dz, offsets, out, transposed=transposed, accumulate=True)
+    grouped_mm(Rows(a), w2.transpose(1, 2), offsets)
+    grouped_mm_wgrad(Rows(x), scaled, offsets)
+    columns = quantize_columns(x, segments.token_index)
+    tiles = quantize_columns(dz, segments.row_index, tiled=True)
     for transposed in (False, True):
         out = torch.zeros(
             (num_experts, 2 * WIDTH, HIDDEN) if transposed else (num_experts, HIDDEN, 2 * WIDTH), device=CUDA
         )
-        grouped_mm_wgrad_fp8(*columns, *tiles, positions, transposed=transposed)
-        grouped_mm_wgrad_fp8(*columns, *tiles, positions, out, transposed=transposed)
-        grouped_mm_wgrad_fp8(*columns, *tiles, positions, out, transposed=transposed, accumulate=True)
+        grouped_mm_wgrad_fp8(columns, tiles, segments.offsets, transposed=transposed)
+        grouped_mm_wgrad_fp8(columns, tiles, segments.offsets, out, transposed=transposed)
+        grouped_mm_wgrad_fp8(columns, tiles, segments.offsets, out, transposed=transposed, accumulate=True)
 
 
 def main() -> None:
     if sys.argv[1:] == ["racecheck"]:
-        mainloop.ARRIVALS = 32
+        gemm_config.ARRIVALS = 32
     kernels([70, 0, 1, 129, 15])
     kernels([300, 0, 513])
-    for module in (grouped_gemm, grouped_wgrad):
-        module.tile_columns = lambda columns, depth: WIDE_BLOCK_N  # type: ignore[assignment]
+    gemm_config.tile_columns = lambda columns, depth: gemm_config.WIDE_BLOCK_N
     kernels([300, 0, 513])
     layer = sm.MoE(8, 2, HIDDEN, WIDTH, "swiglu", True, 0.02).to(CUDA, BF16)
     x = torch.randn(77, HIDDEN, device=CUDA, dtype=BF16, requires_grad=True)

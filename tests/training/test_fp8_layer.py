@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,15 +22,14 @@ import supersonic_moe as sm
 from supersonic_moe import Fp8Recipe
 from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout, as_activation
 from supersonic_moe.kernels import reference, registry
-from supersonic_moe.kernels.compose import (
-    compose_down_backward_fp8,
-    compose_down_backward_fp8_quantised,
-    compose_up_projection_fp8,
-)
+from supersonic_moe.kernels.compose import ComposedFp8
+from supersonic_moe.kernels.interface import Backend, BothOrders, Quantized, Rows
 from supersonic_moe.kernels.reference import fp8_layer
 from supersonic_moe.kernels.reference.gather import gather_rows
 from supersonic_moe.quantization.block_format import blocks
-from supersonic_moe.training.experts_fp8 import run_experts_fp8
+from supersonic_moe.training.arguments import Weight
+from supersonic_moe.training.ops import run_experts
+from supersonic_moe.training.options import Options
 
 RECIPES = [
     Fp8Recipe(save_preactivation=save, wgrad=wgrad, scale=scale, keep_transposed=keep)
@@ -45,11 +45,9 @@ def run(layer: Layer, recipe: Fp8Recipe | None = None, dtype: torch.dtype = torc
     """Output and gradients, below the entry points' checks: they refuse fp64."""
     leaves = [None if t is None else t.to(dtype).requires_grad_() for t in layer.operands]
     leaves[1] = layer.scores.clone().requires_grad_()
-    weights = (leaves[2], leaves[4])
-    out = run_experts_fp8(
-        *leaves, layer.plan, layer.activation, layer.layout, recipe or Fp8Recipe(),
-        passed=weights, cache=None, backend="auto", inference=False, accumulate=False,
-    )  # type: ignore[arg-type]  # fmt: skip
+    x, scores, w1, b1, w2, b2 = leaves
+    options = Options(activation=layer.activation, layout=layer.layout, recipe=recipe or Fp8Recipe())
+    out = run_experts(x, scores, Weight(w1, w1), b1, Weight(w2, w2), b2, layer.plan, options)
     grads = torch.autograd.grad(out, [t for t in leaves if t is not None], layer.dout.to(dtype))
     names = [n for n, t in zip(NAMES, leaves, strict=True) if t is not None]
     return {"out": out.detach(), **dict(zip(names, grads, strict=True))}
@@ -65,34 +63,35 @@ def on_bf16_grid(layer: Layer) -> Layer:
 # ---- dataflow --------------------------------------------------------------------------------------------------------
 
 
-def lossless() -> SimpleNamespace:
+def lossless() -> Backend:
     """A backend whose formats lose nothing, in fp64: its scales are ones of the right shape, its products exact."""
 
-    def rows(x: Tensor, pow2: bool = False, tma: bool = False) -> tuple[Tensor, Tensor]:
-        return x, x.new_ones(x.shape[0], blocks(x.shape[1]))
+    def rows(x: Tensor, pow2: bool = False, tma: bool = False) -> Quantized:
+        return Quantized(x, x.new_ones(x.shape[0], blocks(x.shape[1])))
 
     def weights(both: list[Tensor], pow2: bool = False) -> list[tuple[Tensor, Tensor, Tensor]]:
         return [(w.clone(), w.mT.clone(), w.new_ones(w.shape[0], blocks(w.shape[1]), blocks(w.shape[2]))) for w in both]
 
-    def columns(x: Tensor, index: Tensor, pow2: bool = False, tiled: bool = False) -> tuple[Tensor, Tensor]:
-        return gather_rows(x, index).T, x.new_ones(blocks(x.shape[1]) if tiled else x.shape[1], blocks(len(index)))
+    def columns(x: Tensor, index: Tensor, pow2: bool = False, tiled: bool = False) -> Quantized:
+        ones = x.new_ones(blocks(x.shape[1]) if tiled else x.shape[1], blocks(len(index)))
+        return Quantized(gather_rows(x, index).T, ones)
 
-    def tiles(x: Tensor, index: Tensor, pow2: bool = False) -> tuple[Tensor, ...]:
-        return *rows(x), *columns(x, index, tiled=True)
+    def tiles(x: Tensor, index: Tensor, pow2: bool = False) -> BothOrders:
+        return BothOrders(rows(x), columns(x, index, tiled=True))
 
-    def product(a: Tensor, sa: Tensor, b: Tensor, sb: Tensor, offsets: Tensor, **gather: Any) -> Tensor:
-        assert sa.shape == (a.shape[0], blocks(a.shape[1]))
-        assert sb.shape == (b.shape[0], blocks(b.shape[1]), blocks(b.shape[2]))
-        return reference.grouped_mm(a, b.mT, offsets, **gather)
+    def product(a: Rows[Quantized], b: Quantized, offsets: Tensor) -> Tensor:
+        assert a.x.scale.shape == (a.x.shape[0], blocks(a.x.shape[1]))
+        assert b.scale.shape == (b.shape[0], blocks(b.shape[1]), blocks(b.shape[2]))
+        return reference.grouped_mm(Rows(a.x.q, a.gather_index), b.q.mT, offsets)
 
-    def wgrad(a: Tensor, sa: Tensor, b: Tensor, sb: Tensor, offsets: Tensor, out: Tensor | None, **kw: Any) -> Tensor:
-        assert sa.shape == (a.shape[0], blocks(a.shape[1]))
-        assert sb.shape == (blocks(b.shape[0]), blocks(b.shape[1]))
-        return reference.grouped_mm_wgrad(a.T, b.T, offsets, out, **kw)
+    def wgrad(a: Quantized, b: Quantized, offsets: Tensor, out: Tensor | None, **kw: Any) -> Tensor:
+        assert a.scale.shape == (a.shape[0], blocks(a.shape[1]))
+        assert b.scale.shape == (blocks(b.shape[0]), blocks(b.shape[1]))
+        return reference.grouped_mm_wgrad(Rows(a.q.T), b.q.T, offsets, out, **kw)
 
-    down_backward_fp8 = compose_down_backward_fp8(product, reference.activation_backward)
-    same = "pick", "gather_sum", "row_dot", "segment_sum", "grouped_mm_wgrad", "pad_segments", "build_plan"
-    return SimpleNamespace(
+    composed = ComposedFp8(product, reference.activation_forward, reference.activation_backward, rows, columns, tiles)
+    same = "pick", "gather_sum", "row_dot", "segment_sum", "grouped_mm_wgrad", "pad_segments"
+    fp8: Any = SimpleNamespace(
         **{name: getattr(reference, name) for name in same},
         quantize_rows=rows,
         quantize_weights=weights,
@@ -100,10 +99,11 @@ def lossless() -> SimpleNamespace:
         quantize_tiles=tiles,
         grouped_mm_fp8=product,
         grouped_mm_wgrad_fp8=wgrad,
-        up_projection_fp8=compose_up_projection_fp8(product, reference.activation_forward, rows),
-        down_backward_fp8=down_backward_fp8,
-        down_backward_fp8_quantised=compose_down_backward_fp8_quantised(down_backward_fp8, tiles, columns),
+        up_projection_fp8=composed.up_projection_fp8,
+        down_backward_fp8=composed.down_backward_fp8,
+        down_backward_fp8_quantised=composed.down_backward_fp8_quantised,
     )
+    return replace(registry.kernels("reference"), fp8=fp8)
 
 
 ACTIVATIONS = [*(as_activation(a) for a in ActivationType), Activation.gpt_oss()]
@@ -339,15 +339,17 @@ def test_backends_without_fp8_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(registry, "_triton_obstacle", lambda *_: None)
     monkeypatch.setattr(registry, "_sm90_obstacle", lambda _: "the sm_90 kernels need compute capability 9.0")
     with pytest.raises(ValueError, match=r"Fp8Recipe cannot run on cuda: .*9\.0\. Use recipe=Bf16Recipe\(\), or"):
-        registry.choose_fp8(torch.device("cuda"), **sizes, wgrad="bf16")
+        registry.choose_fp8(torch.device("cuda"), **sizes)
     with pytest.raises(ValueError, match="backend 'sm90' cannot run"):
-        registry.choose_fp8(torch.device("cuda"), **sizes, wgrad="bf16", backend="sm90")
-    assert registry.choose_fp8(torch.device("cuda"), **sizes, wgrad="fp8", backend="reference").name == "reference"
+        registry.choose_fp8(torch.device("cuda"), **sizes, backend="sm90")
+    assert registry.choose_fp8(torch.device("cuda"), **sizes, backend="reference").name == "reference"
     monkeypatch.setattr(registry, "_sm90_obstacle", lambda _: None)
-    monkeypatch.setattr(registry, "kernels", lambda name: SimpleNamespace())
-    assert registry.choose_fp8(torch.device("cuda"), **sizes, wgrad="bf16").name == "sm90"
-    with pytest.raises(ValueError, match=r"Fp8Recipe.wgrad = 'fp8' .* 'sm90' does not have. Use Fp8Recipe\(wgrad"):
-        registry.choose_fp8(torch.device("cuda"), **sizes, wgrad="fp8")
+    assert registry.choose_fp8(torch.device("cuda"), **sizes).name == "sm90"
+    with pytest.raises(ValueError, match="backend 'triton' cannot run an Fp8Recipe"):
+        registry.choose_fp8(torch.device("cuda"), **sizes, backend="triton")
+    pytest.importorskip("triton")
+    with pytest.raises(ValueError, match="backend 'triton' cannot run an Fp8Recipe"):
+        registry.fp8_kernels("triton")
 
 
 def test_choices_for_a_gpu_are_made_once_and_refusals_every_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -295,11 +295,16 @@ def test_compile_fullgraph():
     moe = sm.MoE(E, 2, H, I, "swiglu", True, 0.05).to(CUDA, torch.bfloat16)
     compiled = torch.compile(moe, fullgraph=True, dynamic=True)
     for tokens in (64, 333):
-        x = torch.randn(tokens, H, device=CUDA, dtype=torch.bfloat16)
-        got, want = compiled(x)[0], moe(x)[0]
+        x, results = torch.randn(tokens, H, device=CUDA, dtype=torch.bfloat16), []
+        for model in (compiled, moe):
+            moe.zero_grad()
+            out = model(x)[0]
+            out.float().square().sum().backward()
+            results.append([out.detach(), *(p.grad for p in moe.parameters())])
+        (got, *grads), (want, *want_grads) = results
         assert oracle.rel_fro(got, want) < 1e-2
-    got.sum().backward()
-    assert all(p.grad is not None for p in moe.parameters())
+        errors = [oracle.rel_fro(g, w) for g, w in zip(grads, want_grads, strict=True)]
+        assert max(errors) < 5e-2, errors  # a wrong one is off by all of itself
 
 
 @pytest.mark.multigpu

@@ -12,9 +12,22 @@ from torch.library import opcheck
 import supersonic_moe as sm
 import supersonic_moe.moe  # defines every op
 from supersonic_moe.config.activation import as_activation
+from supersonic_moe.kernels.interface import Quantized
 from supersonic_moe.kernels.reference.activation import acc_dtype
-from supersonic_moe.training.experts import Experts
-from supersonic_moe.training.op_arguments import plan_args, static_args
+from supersonic_moe.training.arguments import (
+    Bf16Forward,
+    Bf16Saved,
+    Fp8Forward,
+    Fp8Saved,
+    Fp8Weights,
+    Incoming,
+    Inputs,
+    MainGrads,
+    Numerics,
+    Plan,
+    Static,
+)
+from supersonic_moe.training.fields import Fields
 
 T, H, I, E, K = 6, 8, 4, 3, 2  # noqa: E741
 ops = torch.ops.supersonic_moe
@@ -33,11 +46,15 @@ def experts_args(tokens, dtype, bias, contiguous):
     )
     if not contiguous:
         w1, w2 = (w.transpose(1, 2).contiguous().transpose(1, 2) for w in (w1, w2))
-    plan = sm.plan_from_topk(torch.randint(E, (tokens, K)), E)
-    static = static_args(as_activation("swiglu"), sm.GateUpLayout.GATE_UP, "auto")
+    plan = Plan.of(sm.plan_from_topk(torch.randint(E, (tokens, K)), E))
+    static = Static.of(as_activation("swiglu"), sm.GateUpLayout.GATE_UP, "auto")
     x = torch.randn(tokens, H, dtype=dtype)
     scores = torch.rand(tokens * K, dtype=acc_dtype(dtype))
     return [x, scores, w1, b1, w2, b2], plan, static
+
+
+def flat(arguments):
+    return Fields(type(arguments)).flat(*arguments)
 
 
 def cases():
@@ -48,21 +65,21 @@ def cases():
     ]:
         operands, plan, static = experts_args(tokens, dtype, bias, contiguous)
         name = f"T{tokens}-{str(dtype)[6:]}"
-        yield f"experts_forward-{name}", (*operands, *plan_args(plan), *static, True)
-        yield f"experts_forward-{name}-inference", (*operands, *plan_args(plan), *static, False)
-        h = torch.randn(plan.capacity, 2 * I, dtype=dtype)
-        s_P = ops.experts_forward.default(*operands, *plan_args(plan), *static, True)[2]
+        yield f"experts_forward-{name}", flat(Bf16Forward(*operands, plan, static, True))
+        yield f"experts_forward-{name}-inference", flat(Bf16Forward(*operands, plan, static, False))
+        x, _, w1, b1, w2, b2 = operands
+        z = torch.randn(tokens * K, 2 * I, dtype=dtype)
+        _, s_P, _ = ops.experts_forward.default(*flat(Bf16Forward(*operands, plan, static, True)))
+        saved = flat(Bf16Saved(z, x, s_P, w1, b1, w2, b2, plan, static))
         dout = torch.randn(tokens, H, dtype=dtype)
-        mains = [torch.randn(w.shape, dtype=acc_dtype(dtype)) for w in (operands[2], operands[4])]
-        for kind, needs, main_w1, main_w2 in [
-            ("all", [True] * 6, None, None),
-            ("dx", [True] + [False] * 5, None, None),
-            ("main_grad", [True] * 6, *mains),
-            ("main_grad_of_w2", [True, True, True, False, True, False], None, mains[1]),
+        main_w1, main_w2 = (torch.randn(w.shape, dtype=acc_dtype(dtype)) for w in (w1, w2))
+        for kind, needs, main in [
+            ("all", Inputs(*[True] * 6), MainGrads(None, None)),
+            ("dx", Inputs(True, *[False] * 5), MainGrads(None, None)),
+            ("main_grad", Inputs(*[True] * 6), MainGrads(main_w1, main_w2)),
+            ("main_grad_of_w2", Inputs(True, True, True, False, True, False), MainGrads(None, main_w2)),
         ]:
-            x, _, *weights = operands
-            args = (dout, h, needs, main_w1, main_w2, x, s_P, *weights, *plan_args(plan), *static)
-            yield f"experts_backward-{name}-{kind}", args
+            yield f"experts_backward-{name}-{kind}", (*saved, *flat(Incoming(dout, needs, main)))
     yield from fp8_cases()
     for int64 in (True, False):
         ids = torch.randint(-1, E + 1, (T * K,), dtype=torch.int64 if int64 else torch.int32)
@@ -109,22 +126,23 @@ def fp8_cases():
         (x, scores, w1, b1, w2, b2), plan, static = experts_args(tokens, torch.bfloat16, True, contiguous)
         yield f"quantize_weights-{name}", ([w1, w2], "fp32", "auto")
         q1, t1, s1, q2, t2, s2 = ops.quantize_weights.default([w1, w2], "fp32", "auto")
-        rest = (*plan_args(plan), *static, "fp32", saved, wgrad)
-        forward = (x, scores, q1, s1, b1, q2, s2, b2, *rest)
+        numerics = Numerics("fp32", saved, wgrad)
         for save in (True, False):
-            yield f"experts_fp8_forward-{name}-{save}", (*forward, save)
-        _, h, z_scale, s_P = ops.experts_fp8_forward.default(*forward, True)
+            weights = Quantized(q1, s1), b1, Quantized(q2, s2), b2
+            forward = flat(Fp8Forward(x, scores, *weights, plan, static, numerics, save))
+            yield f"experts_fp8_forward-{name}-{save}", forward
+        forward = flat(Fp8Forward(x, scores, *weights, plan, static, numerics, True))
+        _, s_P, z, z_scale = ops.experts_fp8_forward.default(*forward)
+        weights = Fp8Weights(q1 if saved == "recompute" else None, t1, s1, t2, s2)
+        kept = flat(weights) + flat(Fp8Saved(Quantized(z, z_scale), x, s_P, b1, b2, plan, static, numerics))
         dout = torch.randn(tokens, H, dtype=torch.bfloat16)
         for kind, needs, main_w1 in [
-            ("all", [True] * 6, None),
-            ("dx", [True] + [False] * 5, None),
-            ("main_grad", [True] * 6, torch.randn(w1.shape)),
+            ("all", Inputs(*[True] * 6), None),
+            ("dx", Inputs(True, *[False] * 5), None),
+            ("main_grad", Inputs(*[True] * 6), torch.randn(w1.shape)),
         ]:
-            weights = (q1 if saved == "recompute" else None, t1, s1, b1, t2, s2, b2)
-            yield (
-                f"experts_fp8_backward-{name}-{kind}",
-                (dout, h, z_scale, needs, main_w1, None, x, s_P, *weights, *rest),
-            )
+            incoming = flat(Incoming(dout, needs, MainGrads(main_w1, None)))
+            yield f"experts_fp8_backward-{name}-{kind}", (*kept, *incoming)
 
 
 CASES = dict(cases())
@@ -143,16 +161,21 @@ def test_every_op_is_checked():
     assert defined == {name.split("-")[0] for name in CASES}
 
 
-def test_differentiable_entry_points_pass_opcheck_through_autograd():
-    """The ops carry no autograd of their own; the Functions around them must agree with the ops' fakes under AOT
-    dispatch.
-    """
-    operands, plan, static = experts_args(T, torch.float32, True, True)
-    leaves = [t.requires_grad_() for t in operands]
-    out = torch.compile(
-        lambda *a: Experts.apply(*a, plan_args(plan), static, None)[0],
-        backend="aot_eager",
-        fullgraph=True,
-    )(*leaves)
-    grads = torch.autograd.grad(out.sum(), leaves)
-    assert all(g.shape == t.shape for g, t in zip(grads, leaves, strict=True))
+def test_compiled_gradients_are_those_of_the_definition():
+    """The ops carry no autograd of their own; what surrounds them must hand AOT dispatch the right gradients."""
+    weights = oracle.weights(E, H, I, 2)
+    leaves = [t.detach().requires_grad_() for t in (torch.randn(T, H).double(), torch.rand(T * K).double(), *weights)]
+    ids, dout = torch.randint(E, (T, K)), torch.randn(T, H).double()
+    plan, activation = sm.plan_from_topk(ids, E), as_activation("swiglu")
+
+    def layer(x, scores, w1, b1, w2, b2):
+        return sm.experts_from_plan(x, scores, plan, w1, w2, b1=b1, b2=b2, activation=activation)
+
+    def definition(x, scores, w1, b1, w2, b2):
+        triples = oracle.topk_triples(ids, scores.view(T, K), E)
+        return oracle.experts(x, triples, w1, b1, w2, b2, activation, sm.GateUpLayout.INTERLEAVED)
+
+    got, want = torch.compile(layer, backend="aot_eager", fullgraph=True)(*leaves), definition(*leaves)
+    torch.testing.assert_close(got, want)
+    grads = [torch.autograd.grad(out, leaves, dout) for out in (got, want)]
+    torch.testing.assert_close(*grads)

@@ -1,1 +1,23 @@
-"""Side-by-side measurements: how to time on a power-capped GPU, what to compare, and how to write it down."""
+"""Side-by-side measurements: how to time on a power-capped GPU, what to compare, and how to write it down.
+
+    suite.py     what a suite is; options.py: options that several commands share
+    suites/      a command of ``supersonic-moe bench`` each: its options, its cases, what it prints, writes and draws
+    layer.py  gemm.py  kernels.py  breakdown.py  precision.py  cold_start.py  train.py       how a case is measured
+    timing.py  spans.py  sensor.py                                                           clocks, and what they read
+    peers.py  gemm_bf16.py  gemm_fp8.py                                                      who takes part
+    shapes.py                                                                                which sizes
+    report.py  bar_chart.py  kernel_figure.py  readme.py                                     tables, files, figures
+
+To add a suite:
+
+1. Measure a case in a file of this folder: a function from a case to a :class:`~.report.CaseResult`, which holds the
+   metrics of each contender by the names of ``report.METRICS``; add those that are new. Raise
+   :class:`~.timing.NoResultError` where we have no result ourselves, and let :func:`~.timing.measure` take the time.
+2. Say in a file of ``suites/`` how that becomes a command: a frozen dataclass that is a :class:`~.suite.Suite`. Its
+   docstring is the help, its fields are the options, ``cases`` lists what to measure and ``run`` measures one;
+   ``metrics``, ``columns``, ``summary`` and ``figure`` are there to be replaced. No import of torch at the top, please:
+   ``--help`` would wait for it.
+3. Append the class to ``suites.SUITES``. That makes ``supersonic-moe bench NAME``, and ``bench all`` runs it too, once
+   for each of its ``files``.
+4. Say in ``readme.py`` what the README shows of its files, if anything.
+"""

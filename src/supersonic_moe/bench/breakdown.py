@@ -26,8 +26,7 @@ class BreakdownResult(CaseResult):
     """``metrics`` by line: a function with its place among the calls, "rest", "total"."""
 
     def cases(self) -> list[CaseResult]:
-        """A case of the file for each line: nothing here is compared with a peer."""
-        return [CaseResult(f"{self.case}/{line}", {OURS: metrics}) for line, metrics in self.metrics.items()]
+        return self.each_alone("/")
 
 
 def run_case(

@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from supersonic_moe.bench.report import OURS, CaseResult, Metrics
+from supersonic_moe.bench.report import CaseResult, Metrics
 from supersonic_moe.bench.timing import NoResultError
 from supersonic_moe.perf_model import LayerShape
 
@@ -30,9 +30,16 @@ CHILD = Path(__file__).with_name("first_call.py")
 SLOWEST_START_S = 300.0  # a process that takes longer is stuck
 
 
+class ColdStartResult(CaseResult):
+    """Metrics of a start with cold and of one with warm caches."""
+
+    def cases(self) -> list[CaseResult]:
+        return self.each_alone("_")
+
+
 def run_case(
     shape: LayerShape, device: torch.device, repeats: int, progress: Callable[[str], None] = lambda _: None
-) -> CaseResult:
+) -> ColdStartResult:
     """Medians by the state of the caches. Raises NoResultError if a process fails."""
     starts: dict[str, list[Metrics]] = {"cold": [], "warm": []}
     progress("a process that is not counted")
@@ -43,12 +50,7 @@ def run_case(
             for state, found in starts.items():
                 progress(f"{state} caches, {repeat + 1} of {repeats}")
                 found.append(start(shape, device, Path(caches)))
-    return CaseResult(str(shape), {state: _medians(found) for state, found in starts.items()})
-
-
-def by_state(result: CaseResult) -> list[CaseResult]:
-    """A case for each state of the caches: nobody's peer is the other."""
-    return [CaseResult(f"{result.case}_{state}", {OURS: metrics}) for state, metrics in result.metrics.items()]
+    return ColdStartResult(str(shape), {state: _medians(found) for state, found in starts.items()})
 
 
 def start(shape: LayerShape, device: torch.device, caches: Path) -> Metrics:

@@ -30,6 +30,7 @@ from torch import Tensor
 from supersonic_moe.bench.report import CaseResult
 from supersonic_moe.bench.shapes import GemmCase
 from supersonic_moe.bench.timing import Clock, Missing, attempt, measure, required
+from supersonic_moe.kernels import registry
 
 #: By kind of case: which of ours meets whom. A case in the file is named by its shape and what follows ``ours``.
 Compared = Mapping[str, Mapping[str, tuple[str, ...]]]
@@ -69,10 +70,9 @@ class GemmResult(CaseResult):
 
     @property
     def failed(self) -> list[str]:
-        """Variants of ours without a result."""
         return [name for name in self.compared[self.kind] if name in self.missing]
 
-    def comparisons(self) -> list[CaseResult]:
+    def cases(self) -> list[CaseResult]:
         """A case for each variant of ours that was measured, with the peers that do the same work."""
         found = []
         for name, peers in self.compared[self.kind].items():
@@ -91,6 +91,11 @@ def check_device(device: torch.device) -> None:
         raise ValueError(
             f"this suite times the sm_90 kernels alone and needs a GPU of compute capability 9.0 (H100, H200); got "
             f"{device}, {what}. `supersonic-moe bench layer` measures whole layers on any device."
+        )
+    if not (registry.HAS_TRITON and registry.HAS_DRIVER_BINDINGS):
+        missing = "cuda-bindings" if registry.HAS_TRITON else "triton"
+        raise ValueError(
+            f'the sm_90 kernels need {missing}, which is not installed: pip install "supersonic-moe[cuda13]"'
         )
 
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from supersonic_moe.bench.gemm import Contender
 from supersonic_moe.bench.shapes import GemmCase
+from supersonic_moe.kernels.interface import Rows
 from supersonic_moe.kernels.sm90 import grouped_gemm, grouped_wgrad
 
 DEEP_GEMM_ROWS = 128  # every expert's rows start at a multiple of this
@@ -58,9 +59,9 @@ def _products(case: GemmCase, device: torch.device) -> Builders:
         return Contender(run, exact)
 
     return {
-        "ours": lambda: Contender(lambda: grouped_gemm.grouped_mm(a_PK, b_EKN, offsets), exact),
+        "ours": lambda: Contender(lambda: grouped_gemm.grouped_mm(Rows(a_PK), b_EKN, offsets), exact),
         "ours_gathered": lambda: Contender(
-            lambda: grouped_gemm.grouped_mm(a_PK, b_EKN, offsets, gather_index=index_P), exact_gathered
+            lambda: grouped_gemm.grouped_mm(Rows(a_PK, index_P), b_EKN, offsets), exact_gathered
         ),
         "torch_grouped_mm": lambda: Contender(lambda: F.grouped_mm(a_PK, b_EKN, offs=offsets[1:]), exact),
         "deep_gemm": deep_gemm,
@@ -88,7 +89,7 @@ def _weight_gradients(case: GemmCase, device: torch.device) -> Builders:
     def ours_accumulate() -> Contender:
         d_EMN = main_grad_EMN()
         return Contender(
-            lambda: grouped_wgrad.grouped_mm_wgrad(a_PM, b_PN, offsets, d_EMN, accumulate=True), exact, initial=1
+            lambda: grouped_wgrad.grouped_mm_wgrad(Rows(a_PM), b_PN, offsets, d_EMN, accumulate=True), exact, initial=1
         )
 
     def deep_gemm() -> Contender:
@@ -104,9 +105,9 @@ def _weight_gradients(case: GemmCase, device: torch.device) -> Builders:
         return Contender(run, exact, initial=1)
 
     return {
-        "ours": lambda: Contender(lambda: grouped_wgrad.grouped_mm_wgrad(a_PM, b_PN, offsets), exact),
+        "ours": lambda: Contender(lambda: grouped_wgrad.grouped_mm_wgrad(Rows(a_PM), b_PN, offsets), exact),
         "ours_gathered": lambda: Contender(
-            lambda: grouped_wgrad.grouped_mm_wgrad(a_PM, b_PN, offsets, gather_index=index_P), exact_gathered
+            lambda: grouped_wgrad.grouped_mm_wgrad(Rows(a_PM, index_P), b_PN, offsets), exact_gathered
         ),
         "ours_accumulate": ours_accumulate,
         "torch_grouped_mm": lambda: Contender(lambda: F.grouped_mm(a_PM.t(), b_PN, offs=offsets[1:]), exact),

@@ -30,6 +30,7 @@ from supersonic_moe.bench.gemm_bf16 import Builders, deep_gemm_module, normal, o
 from supersonic_moe.bench.shapes import GemmCase
 from supersonic_moe.config.activation import GateUpLayout, as_activation
 from supersonic_moe.config.recipe import Fp8Recipe
+from supersonic_moe.kernels.interface import Gate, Groups, Quantized, Rows
 from supersonic_moe.kernels.reference.quantize import dequantize
 from supersonic_moe.kernels.sm90 import (
     grouped_gemm,
@@ -70,6 +71,7 @@ def _products(case: GemmCase, device: torch.device) -> Builders:
     _, scale_by_row = quantize.quantize_rows(a_PK, False, False)  # through an index: scales by row
     wq_ENK, _, w_scale = quantize.quantize_blocks(w_ENK)
     w_scale = w_scale.contiguous()
+    weight = Quantized(wq_ENK, w_scale)
     offsets, index_P = offsets_of(case, device), permutation(case, device)
     expert_P = torch.arange(case.rows, device=device).div(case.rows_per_expert, rounding_mode="floor").int()
 
@@ -83,23 +85,25 @@ def _products(case: GemmCase, device: torch.device) -> Builders:
     def exact_gathered(expert: int) -> Tensor:
         return product(index_P[rows_of(case, expert)], expert)
 
-    def up(index: Tensor | None, exact_h: Callable[[int], Tensor]) -> Contender:
-        scale = scale_PB if index is None else scale_by_row
-        swiglu, layout, recipe = as_activation("swiglu"), GateUpLayout.INTERLEAVED, Fp8Recipe()
+    in_order = Rows(Quantized(q_PK, scale_PB))
+    gathered = Rows(Quantized(q_PK, scale_by_row), index_P)
 
-        def run() -> tuple[Tensor, ...]:
-            operands = (q_PK, scale, index, wq_ENK, w_scale, None, offsets, expert_P)
-            return up_projection_fp8.up_projection_fp8(*operands, swiglu, layout, recipe, True)
+    def up(rows: Rows[Quantized], exact_h: Callable[[int], Tensor]) -> Contender:
+        groups, recipe = Groups(offsets, expert_P), Fp8Recipe()
+        gate = Gate(as_activation("swiglu"), GateUpLayout.INTERLEAVED)
+
+        def run() -> tuple[Quantized, Quantized]:
+            return up_projection_fp8.up_projection_fp8(rows, weight, None, groups, gate, recipe, True)
 
         def exact_a(expert: int) -> Tensor:
             h = exact_h(expert)
             return F.silu(h[:, 0::2]) * h[:, 1::2]
 
-        return Contender(run, exact_a, value=lambda outputs: dequantize(*outputs[2:]), limit=E4M3_LIMIT)
+        return Contender(run, exact_a, value=lambda outputs: dequantize(*outputs[1]), limit=E4M3_LIMIT)
 
     def bf16() -> Contender:
         return Contender(
-            lambda: grouped_gemm.grouped_mm(a_PK, w_ENK.mT, offsets),
+            lambda: grouped_gemm.grouped_mm(Rows(a_PK), w_ENK.mT, offsets),
             lambda expert: a_PK[rows_of(case, expert)].double() @ w_ENK[expert].double().T,
         )
 
@@ -118,16 +122,13 @@ def _products(case: GemmCase, device: torch.device) -> Builders:
         return Contender(run, exact)
 
     found = {
-        "ours": lambda: Contender(
-            lambda: grouped_gemm_fp8.grouped_mm_fp8(q_PK, scale_PB, wq_ENK, w_scale, offsets), exact
-        ),
+        "ours": lambda: Contender(lambda: grouped_gemm_fp8.grouped_mm_fp8(in_order, weight, offsets), exact),
         "ours_gathered": lambda: Contender(
-            lambda: grouped_gemm_fp8.grouped_mm_fp8(q_PK, scale_by_row, wq_ENK, w_scale, offsets, gather_index=index_P),
-            exact_gathered,
+            lambda: grouped_gemm_fp8.grouped_mm_fp8(gathered, weight, offsets), exact_gathered
         ),
     }
     if not case.name.endswith(DOWN):
-        found |= {"ours_up": lambda: up(None, exact), "ours_up_gathered": lambda: up(index_P, exact_gathered)}
+        found |= {"ours_up": lambda: up(in_order, exact), "ours_up_gathered": lambda: up(gathered, exact_gathered)}
     return found | {BF16: bf16, "deep_gemm": deep_gemm}
 
 
@@ -139,8 +140,7 @@ def _weight_gradients(case: GemmCase, device: torch.device) -> Builders:
     rows_P = torch.arange(case.rows, device=device, dtype=torch.int32)
     capacity = case.experts * blocks(case.rows_per_expert) * BLOCK
     positions, _, index_G = pad_segments(offsets, rows_P, capacity)
-    aq_MG, a_scale = quantize.quantize_columns(a_PM, index_G)
-    bq_NG, b_tiles = quantize.quantize_columns(b_PN, index_G, tiled=True)
+    a_MG, b_NG = quantize.quantize_columns(a_PM, index_G), quantize.quantize_columns(b_PN, index_G, tiled=True)
 
     def of_expert(q_CG: Tensor, scale: Tensor, expert: int) -> Tensor:
         segment = capacity // case.experts
@@ -148,11 +148,11 @@ def _weight_gradients(case: GemmCase, device: torch.device) -> Builders:
         return dequantize(q_CG[:, at], scale[:, at.start // BLOCK : at.stop // BLOCK])
 
     def exact(expert: int) -> Tensor:
-        return of_expert(aq_MG, a_scale, expert) @ of_expert(bq_NG, b_tiles, expert).T
+        return of_expert(*a_MG, expert) @ of_expert(*b_NG, expert).T
 
     def product(out: Tensor | None = None, *, transposed: bool = False, accumulate: bool = False) -> Tensor:
         return grouped_wgrad_fp8.grouped_mm_wgrad_fp8(
-            aq_MG, a_scale, bq_NG, b_tiles, positions, out, transposed=transposed, accumulate=accumulate
+            a_MG, b_NG, positions, out, transposed=transposed, accumulate=accumulate
         )
 
     def accumulating() -> Contender:
@@ -161,18 +161,18 @@ def _weight_gradients(case: GemmCase, device: torch.device) -> Builders:
 
     def deep_gemm() -> Contender:
         gemm = deep_gemm_module(case).k_grouped_fp8_gemm_nt_contiguous
-        bq, b_scale = quantize.quantize_columns(b_PN, index_G)
+        b_rows = quantize.quantize_columns(b_PN, index_G)
         counts = [case.rows_per_expert] * case.experts
         counts_E = torch.tensor(counts, device=device, dtype=torch.int32)
         d_EMN = torch.ones(case.experts, M, N, device=device)
-        a, b = _by_expert(case, aq_MG), _by_expert(case, bq)
+        a, b = _by_expert(case, a_MG.q), _by_expert(case, b_rows.q)
 
         def run() -> Tensor:
-            gemm((a, a_scale), (b, b_scale), d_EMN, counts, counts_E, d_EMN)  # D = C + A · Bᵀ, and C is D
+            gemm((a, a_MG.scale), (b, b_rows.scale), d_EMN, counts, counts_E, d_EMN)  # D = C + A · Bᵀ, and C is D
             return d_EMN
 
         def exact_by_row(expert: int) -> Tensor:
-            return of_expert(aq_MG, a_scale, expert) @ of_expert(bq, b_scale, expert).T
+            return of_expert(*a_MG, expert) @ of_expert(*b_rows, expert).T
 
         return Contender(run, exact_by_row, initial=1, limit=FP32_LIMIT)
 
@@ -184,7 +184,7 @@ def _weight_gradients(case: GemmCase, device: torch.device) -> Builders:
         "ours": lambda: Contender(product, exact),
         "ours_transposed": lambda: Contender(lambda: product(transposed=True), lambda expert: exact(expert).T),
         "ours_accumulate": accumulating,
-        BF16: lambda: Contender(lambda: grouped_wgrad.grouped_mm_wgrad(a_PM, b_PN, offsets), bf16_exact),
+        BF16: lambda: Contender(lambda: grouped_wgrad.grouped_mm_wgrad(Rows(a_PM), b_PN, offsets), bf16_exact),
         "deep_gemm": deep_gemm,
     }
 

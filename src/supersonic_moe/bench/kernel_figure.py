@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from supersonic_moe.bench.kernels import GROUPS, KernelsResult, results_of
-from supersonic_moe.bench.report import short
+from supersonic_moe.bench.report import label, short
 
 COLOURS = dict(zip(GROUPS, ("#6c757d", "#0b6e4f", "#c8553d", "#5c6bc0"), strict=True))
 DPI = 130
@@ -67,7 +67,7 @@ def _bars(axis: Any, result: KernelsResult, names: Mapping[str, str]) -> None:
     axis.barh(places, times, height=0.7, color=[COLOURS[group] for group in names.values()], alpha=0.75)
     axis.scatter(floors, places, marker="|", s=330, linewidths=2.5, color="black", zorder=3)
     for place, time, floor in zip(places, times, floors, strict=True):
-        text = f"{short(time)} µs · {floor / time:.0%}"
+        text = f"{label(time)} µs · {floor / time:.0%}"
         at = max(time, floor), place
         axis.annotate(text, at, (5, 0), textcoords="offset points", va="center", fontsize=8)
     least, most = min(times + floors), max(times + floors)
@@ -102,7 +102,10 @@ def _roofline(axis: Any, result: KernelsResult, names: Mapping[str, str]) -> Non
     axis.set_title(f"ceilings: copy {slope:.3g} TB/s, matmul {short(top)} TFLOP/s", loc="left", fontsize=10)
     handles = [axis.plot([], [], "o", color=colour, label=group)[0] for group, colour in COLOURS.items()]
     hollow = {"color": "black", "markerfacecolor": "white", "label": "no FLOPs: share of the copy bandwidth"}
-    axis.legend(handles=[*handles, *axis.plot([], [], "o", **hollow)], loc="upper left", fontsize=9, frameon=False)
+    roof = axis.plot([], [], color="black", linewidth=1.2, label="roof of the two ceilings")
+    axis.legend(
+        handles=[*handles, *axis.plot([], [], "o", **hollow), *roof], loc="upper left", fontsize=9, frameon=False
+    )
 
     axes = {axis: everyone}
     if products:

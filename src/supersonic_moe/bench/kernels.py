@@ -31,7 +31,7 @@ from rich.table import Table
 
 from supersonic_moe import KernelBackendMoE
 from supersonic_moe.bench.layer import LayerConfig
-from supersonic_moe.bench.report import METRICS, OURS, CaseResult, Metrics, device_name, short
+from supersonic_moe.bench.report import METRICS, CaseResult, Metrics, device_name, short
 from supersonic_moe.bench.timing import (
     Call,
     Clock,
@@ -44,8 +44,9 @@ from supersonic_moe.bench.timing import (
     required,
 )
 from supersonic_moe.config.activation import GateUpLayout, as_activation
-from supersonic_moe.config.router import as_router
+from supersonic_moe.config.router import TokenRounding, as_router
 from supersonic_moe.kernels import reference, registry
+from supersonic_moe.kernels.interface import Gate, Groups, Rows, TokenRows
 from supersonic_moe.kernels.reference import quantize as reference_quantize
 from supersonic_moe.perf_model import LayerShape, Machine, Step, kernel_steps
 from supersonic_moe.quantization import block_format
@@ -83,9 +84,12 @@ GRAPH_US = 1000.0  # from here on the host is ahead of the GPU, and two events c
 class KernelsResult(CaseResult):
     """Metrics of each kernel and ceiling at one shape; ``missing`` says why a kernel has none."""
 
+    @property
+    def failed(self) -> list[str]:
+        return list(self.missing)
+
     def cases(self) -> list[CaseResult]:
-        """A case of the file for each: nothing here is compared with a peer."""
-        return [CaseResult(f"{self.case}/{name}", {OURS: metrics}) for name, metrics in self.metrics.items()]
+        return self.each_alone("/")
 
 
 def results_of(rows: Iterable[Mapping[str, Any]]) -> list[KernelsResult]:
@@ -209,8 +213,11 @@ def kernel_calls(shape: LayerShape, config: LayerConfig) -> dict[str, Call]:
     """A call for each kernel, as ``training/experts.py`` and ``routing/`` make them."""
     T, H, I, E, K = shape.tokens, shape.hidden, shape.intermediate, shape.experts, shape.top_k  # noqa: E741
     backend = backend_of(shape, config)
-    k = registry.kernels(backend)
-    activation, layout, router = as_activation(config.activation), GateUpLayout.INTERLEAVED, as_router(config.router)
+    kernels = registry.kernels(backend)
+    k, routing, quantizers = kernels.experts, kernels.routing, kernels.quantizers
+    activation, router = as_activation(config.activation), as_router(config.router)
+    router = router.base if isinstance(router, TokenRounding) else router
+    gate = Gate(activation, GateUpLayout.INTERLEAVED)
     normal = partial(torch.randn, device=config.device, dtype=config.dtype)
 
     x_TH, dout_TH = normal(T, H), normal(T, H)
@@ -220,46 +227,41 @@ def kernel_calls(shape: LayerShape, config: LayerConfig) -> dict[str, Call]:
     scores_TK, ids_TK = route(logits_TE, K, config.router, backend=backend)
     ids_S = ids_TK.reshape(-1)
     plan = plan_from_topk(ids_TK, E)
-    offsets, index, row_expert = plan.expert_offsets, plan.gather_index, plan.row_expert
+    groups = offsets, row_expert = Groups(plan.expert_offsets, plan.row_expert)
+    x_rows, dout_rows = Rows(x_TH, plan.gather_index), Rows(dout_TH, plan.gather_index)
     s_P = scores_TK.reshape(-1)[plan.scatter_index]  # plain top-k: every row has a slot
     z_PN, da_PI = normal(plan.capacity, activation.fan * I), normal(plan.capacity, I)
-    a_PI = reference.activation_forward(z_PN, None, row_expert, activation, layout)
-    dz_PN, as_PI, _ = reference.activation_backward(z_PN, None, da_PI, s_P, row_expert, activation, layout)
+    a_PI = reference.activation_forward(z_PN, None, row_expert, gate)
+    dz_PN, as_PI, _ = reference.activation_backward(z_PN, None, da_PI, s_P, row_expert, gate)
     del da_PI
     y_PH = normal(plan.capacity, H)  # and dx before its sum
     positions = block_format.padded_capacity(plan.capacity, E)
-    _, row_index_G, token_index_G = reference_quantize.pad_segments(offsets, index, positions)
-    of_tokens = (row_expert, plan.token_rows, None, K, T)
+    _, row_index_G, token_index_G = reference_quantize.pad_segments(offsets, plan.gather_index, positions)
+    of_tokens = (row_expert, TokenRows(plan.token_rows, None, K, T))
     grad_w1, grad_w2 = (torch.zeros(w.shape, device=config.device) for w in (w1_ENH, w2_EHI))  # fp32, as main_grad is
-    wgrad = partial(k.grouped_mm_wgrad, expert_offsets=offsets, gather_index=index)
+    wgrad = partial(k.grouped_mm_wgrad, expert_offsets=offsets)
 
     return {
-        "route_forward": lambda: k.route_forward(logits_TE, K, router),
-        "build_plan": lambda: k.build_plan(ids_S, None, K, T, E, 1, plan.capacity),
+        "route_forward": lambda: routing.route_forward(logits_TE, K, router),
+        "build_plan": lambda: routing.build_plan(ids_S, None, K, T, E, 1, plan.capacity),
         "route_and_plan": lambda: plan_from_topk(route(logits_TE, K, config.router, backend=backend)[1], E),
-        "route_backward": lambda: k.route_backward(dscores_TK, logits_TE, scores_TK, ids_TK, router),
-        "up_projection": lambda: k.up_projection(
-            x_TH, index, w1_ENH, None, offsets, row_expert, activation, layout, True
-        ),
-        "up_projection_inference": lambda: k.up_projection(
-            x_TH, index, w1_ENH, None, offsets, row_expert, activation, layout, False
-        ),
-        "grouped_mm_y": lambda: k.grouped_mm(a_PI, w2_EHI.transpose(1, 2), offsets),
+        "route_backward": lambda: routing.route_backward(dscores_TK, logits_TE, scores_TK, ids_TK, router),
+        "up_projection": lambda: k.up_projection(x_rows, w1_ENH, None, groups, gate, True),
+        "up_projection_inference": lambda: k.up_projection(x_rows, w1_ENH, None, groups, gate, False),
+        "grouped_mm_y": lambda: k.grouped_mm(Rows(a_PI), w2_EHI.transpose(1, 2), offsets),
         "gather_sum_out": lambda: k.gather_sum(y_PH, s_P, None, *of_tokens),
-        "down_backward": lambda: k.down_backward(
-            dout_TH, index, w2_EHI, z_PN, None, s_P, offsets, row_expert, activation, layout
-        ),
-        "wgrad_dw2": lambda: wgrad(dout_TH, as_PI),
-        "wgrad_dw2_accumulate": lambda: wgrad(dout_TH, as_PI, out=grad_w2, accumulate=True),
-        "wgrad_dw1": lambda: wgrad(x_TH, dz_PN, transposed=True),
-        "wgrad_dw1_accumulate": lambda: wgrad(x_TH, dz_PN, transposed=True, out=grad_w1, accumulate=True),
-        "grouped_mm_dx": lambda: k.grouped_mm(dz_PN, w1_ENH, offsets),
+        "down_backward": lambda: k.down_backward(dout_rows, w2_EHI, z_PN, None, s_P, groups, gate),
+        "wgrad_dw2": lambda: wgrad(dout_rows, as_PI),
+        "wgrad_dw2_accumulate": lambda: wgrad(dout_rows, as_PI, out=grad_w2, accumulate=True),
+        "wgrad_dw1": lambda: wgrad(x_rows, dz_PN, transposed=True),
+        "wgrad_dw1_accumulate": lambda: wgrad(x_rows, dz_PN, transposed=True, out=grad_w1, accumulate=True),
+        "grouped_mm_dx": lambda: k.grouped_mm(Rows(dz_PN), w1_ENH, offsets),
         "gather_sum_dx": lambda: k.gather_sum(y_PH, None, None, *of_tokens),
-        "quantize_rows_x": lambda: k.quantize_rows(x_TH),
-        "quantize_blocks_w1": lambda: k.quantize_weights([w1_ENH])[0],
-        "quantize_blocks_w2": lambda: k.quantize_weights([w2_EHI])[0],
-        "quantize_columns_x": lambda: k.quantize_columns(x_TH, token_index_G),
-        "quantize_tiles_dz": lambda: k.quantize_tiles(dz_PN, row_index_G),
+        "quantize_rows_x": lambda: quantizers.quantize_rows(x_TH),
+        "quantize_blocks_w1": lambda: quantizers.quantize_weights([w1_ENH])[0],
+        "quantize_blocks_w2": lambda: quantizers.quantize_weights([w2_EHI])[0],
+        "quantize_columns_x": lambda: quantizers.quantize_columns(x_TH, token_index_G),
+        "quantize_tiles_dz": lambda: quantizers.quantize_tiles(dz_PN, row_index_G),
     }
 
 

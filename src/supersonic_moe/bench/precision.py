@@ -85,6 +85,10 @@ class PrecisionResult(CaseResult):
 
     errors: dict[str, dict[tuple[str, str], Metrics]] = field(default_factory=dict)
 
+    @property
+    def failed(self) -> list[str]:
+        return list(self.missing)
+
     def cases(self) -> list[CaseResult]:
         """A case of the file for each FP8 recipe, and for each of its errors; our BF16 layer is the peer of all."""
         baseline, found = recipe_name(Bf16Recipe()), []

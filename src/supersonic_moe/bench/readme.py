@@ -1,88 +1,117 @@
-"""The results block of README.md, made from ``benchmarks/results/*.json`` so that no number in it is typed.
+"""The tables of README.md and docs/results.md, made from ``benchmarks/results/*.json`` so that no number is typed.
 
     python -m supersonic_moe.bench.readme     in the repository, after a benchmark has written its file
 
-A file becomes a line about where its numbers come from and a table: a row for each case, a column for each headline
-metric of its suite, and one for each peer with its compared metric over ours (above 1: ours is better). Cases that meet
-other peers (a weight gradient, a product alone) get a table of their own, so that a mean is over like and like. The
-format of the files is that of ``bench/report.py``; everything they hold and the README does not show stays one click
-away. Files of ``UNSHOWN`` suites are left out: their figures stand in docs/.
+README.md gets one table: the layers, in BF16 and in FP8. docs/results.md gets every file of the suites in ``SUITES``: a
+line that says where its numbers come from, its figure if there is one, and a table. A table has a row for each case, a
+column for each headline metric of its suite, and a column for each peer: the compared metric of that peer over ours in
+the same run (above 1: ours is better). Cases that meet other peers (a weight gradient, a product alone) get a table of
+their own, so that a mean is over like and like. The format of the files is that of ``bench/report.py``. Files of
+``UNSHOWN`` suites are left out: their figures stand in other pages.
+
+A block of generated text lies between two comments, ``<!-- name:begin -->`` and ``<!-- name:end -->``.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from supersonic_moe.bench.report import METRICS, Row, geomean, short
 
-README, RESULTS = Path("README.md"), Path("benchmarks/results")
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+RESULTS = Path("benchmarks/results")
 
 NOTHING_YET = f"""\
 No results are committed yet. On an H200, these commands measure them and fill this block:
 
 ```bash
-supersonic-moe bench layer --json {RESULTS}/layer-bf16.json
-supersonic-moe bench layer --recipe fp8 --json {RESULTS}/layer-fp8.json
-supersonic-moe bench gemm --json {RESULTS}/gemm-bf16.json
-supersonic-moe bench gemm --precision fp8 --json {RESULTS}/gemm-fp8.json
-supersonic-moe bench cold-start --json {RESULTS}/cold-start.json
+supersonic-moe bench all --out {RESULTS}
 python -m supersonic_moe.bench.readme
 ```"""
 
 
 @dataclass(frozen=True)
 class Headline:
-    """What of a suite the README shows; the names are those of ``report.METRICS``."""
+    """What docs/results.md shows of a suite; the names are those of ``report.METRICS``."""
 
     columns: tuple[str, ...]
     compared: str  # the metric whose ratios to the peers are shown
 
 
 SUITES = {
-    "layer": Headline(("fwd_us", "fwd_bwd_us", "fwd_bwd_tflops", "mfu", "saved_bytes"), compared="fwd_bwd_us"),
-    "gemm": Headline(("us", "tflops", "sm_mhz", "watts", "pj_per_flop", "rel_fro"), compared="us"),
-    "cold-start": Headline(("first_call_s", "call_s", "total_s", "import_s", "context_s"), compared="first_call_s"),
+    "layer": Headline(("fwd_us", "fwd_bwd_us", "fwd_bwd_tflops", "mfu", "saved_bytes", "graph_us"), "fwd_bwd_us"),
+    "gemm": Headline(("us", "tflops", "sm_mhz", "watts", "pj_per_flop", "rel_fro"), "us"),
+    "breakdown": Headline(("us", "floor_us", "of_floor", "tflops"), "us"),
+    "cold-start": Headline(("first_call_s", "call_s", "total_s", "import_s", "context_s"), "first_call_s"),
 }
-UNSHOWN = frozenset({"kernels", "breakdown", "precision", "train"})  # a row for each kernel, or each error: too long
+UNSHOWN = frozenset(
+    {"kernels", "precision", "train"}
+)  # docs/kernels.md, docs/fp8.md and docs/fp8-training.md have them
 _METRICS = {metric.name: metric for metric in METRICS}
 
 
-def render(results_dir: Path) -> str:
-    """The block, in Markdown: every file of the folder in the order of names, or how to make one."""
-    contents = {path: _read(path) for path in sorted(results_dir.glob("*.json"))}
-    sections = [_section(path, content) for path, content in contents.items() if content["suite"] in SUITES]
-    return "\n\n".join(sections) or NOTHING_YET
+# ---- blocks of generated text ----------------------------------------------------------------------------------------
 
 
-def update(readme_path: Path, results_dir: Path) -> bool:
-    """Put the block between its markers; True if that changed the file."""
-    text = readme_path.read_text(encoding="utf-8")
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in head + tail:
-        raise ValueError(f"{readme_path} must hold {BEGIN} and, after it, {END}, each once. Put them back.")
-    updated = f"{head}{BEGIN}\n{render(results_dir)}\n{END}{tail}"
-    if updated == text:
+def block(page: Path, name: str) -> str:
+    """The text of a block of a page."""
+    return _parts(page, name)[1].strip()
+
+
+def put(page: Path, name: str, text: str) -> bool:
+    """Replace the text of a block, and nothing else; True if that changed the file."""
+    head, before, tail = _parts(page, name)
+    if before == f"\n{text}\n":
         return False
-    readme_path.write_text(updated, encoding="utf-8")
+    page.write_text(f"{head}\n{text}\n{tail}", encoding="utf-8")
     return True
 
 
-def _section(path: Path, content: dict[str, Any]) -> str:
-    headline = SUITES[content["suite"]]
-    commit, _, dirty = content["commit"].partition("-")
-    source = [content["device"], f"torch {content['torch']}", f"commit `{commit[:12]}{'-' + dirty if dirty else ''}`"]
-    origin = f"**{path.stem}** · {' · '.join(source)} · {content['date'][:10]} · `{content['command']}`"
+def _parts(page: Path, name: str) -> tuple[str, str, str]:
+    """What comes up to the opening comment, the block, and what comes from the closing comment on."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    text = page.read_text(encoding="utf-8")
+    head, opened, rest = text.partition(begin)
+    inside, closed, tail = rest.partition(end)
+    if not opened or not closed or begin in rest or end in head + tail:
+        raise ValueError(f"{page} must hold {begin} and, after it, {end}, each once. Put them back.")
+    return head + begin, inside, end + tail
+
+
+# ---- docs/results.md: every file -------------------------------------------------------------------------------------
+
+
+def results(folder: Path, page: Path) -> str:
+    """All tables, in Markdown: every file of the folder in the order of names, or how to make one. Figures are linked
+    from the place of ``page``.
+    """
+    contents = {path: _read(path) for path in sorted(folder.glob("*.json"))}
+    sections = [_section(path, content, page) for path, content in contents.items() if content["suite"] in SUITES]
+    return "\n\n".join(sections) or NOTHING_YET
+
+
+def _section(path: Path, content: dict[str, Any], page: Path) -> str:
+    shown = SUITES[content["suite"]]
+    sections = [f"### {path.stem}", f"{_origin(content)}. Measured by `{content['command']}`."]
+    figure = path.with_suffix(".png")
+    if figure.is_file():
+        sections.append(f"![{path.stem}, as bars]({os.path.relpath(figure, page.parent)})")
     rows = [Row(**row) for row in content["rows"]]
-    sections = [origin, *_tables(rows, headline)]
+    sections += _tables(rows, shown)
     if any(row.peer for row in rows):
-        sections.append(f"*vs*: {_metric_label(headline.compared)} of that peer over ours, in the same run.")
+        sections.append(f"*vs*: {_metric_label(shown.compared)} of that peer over ours, in the same run.")
     return "\n\n".join(sections)
+
+
+def _origin(content: dict[str, Any]) -> str:
+    commit, _, dirty = content["commit"].partition("-")
+    commit = f"{commit[:12]}{'-' + dirty if dirty else ''}"
+    return f"{content['device']}, torch {content['torch']}, commit `{commit}`, {content['date'][:10]}"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -92,36 +121,88 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} must hold {', '.join(wanted)}. Write it with `supersonic-moe bench`.")
     if content["suite"] not in UNSHOWN.union(SUITES):
         raise ValueError(
-            f"{path} is of suite {content['suite']!r}, and the README shows {', '.join(SUITES)}. "
+            f"{path} is of suite {content['suite']!r}, and docs/results.md shows {', '.join(SUITES)}. "
             f"Say in bench/readme.py, SUITES, what it shows of that one."
         )
     return content
 
 
-def _tables(rows: list[Row], headline: Headline) -> list[str]:
+def _tables(rows: list[Row], shown: Headline) -> list[str]:
     peers: dict[str, set[str | None]] = {}
     for row in rows:
         peers.setdefault(row.case, set()).add(row.peer)
     groups = dict.fromkeys(map(frozenset, peers.values()))
-    return [_table([row for row in rows if peers[row.case] == group], headline) for group in groups]
+    return [_table([row for row in rows if peers[row.case] == group], shown) for group in groups]
 
 
-def _table(rows: list[Row], headline: Headline) -> str:
+def _table(rows: list[Row], shown: Headline) -> str:
     values = {(row.case, row.metric): row.value for row in rows}
-    ratios = {(row.case, row.peer): row.ratio for row in rows if row.peer and row.metric == headline.compared}
+    ratios = {(row.case, row.peer): row.ratio for row in rows if row.peer and row.metric == shown.compared}
     peers = sorted({peer for _, peer in ratios if peer})
-    cases = dict.fromkeys(row.case for row in rows)
-    columns = [name for name in headline.columns if any((case, name) in values for case in cases)]
+    columns = [name for name in shown.columns if any(metric == name for _, metric in values)]
+    cases = dict.fromkeys(row.case for row in rows if row.metric in columns)
 
-    lines = [["case", *map(_metric_label, columns), *(f"vs {peer}" for peer in peers)]]
-    lines.append(["---", *["---:"] * (len(columns) + len(peers))])
+    lines = []
     for case in cases:
         numbers = [_number(name, values.get((case, name))) for name in columns]
         lines.append([f"`{case}`", *numbers, *(_times(ratios.get((case, peer))) for peer in peers)])
     if len(cases) > 1 and peers:
         means = [_mean([ratios.get((case, peer)) for case in cases]) for peer in peers]
         lines.append(["geometric mean", *[""] * len(columns), *means])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return _markdown(["case", *map(_metric_label, columns), *(f"vs {peer}" for peer in peers)], lines)
+
+
+# ---- README.md: the layers on one page -------------------------------------------------------------------------------
+
+
+def headline(folder: Path) -> str:
+    """One table of forward + backward of the layers in ``layer-bf16.json`` and ``layer-fp8.json``, and a line about the
+    grouped GEMMs alone; or how to measure them.
+    """
+    paths = [folder / f"layer-{precision}.json" for precision in ("bf16", "fp8")]
+    if not all(path.is_file() for path in paths):
+        return NOTHING_YET
+    bf16, fp8 = map(_read, paths)
+    contenders = [(bf16, "grouped_mm", ""), (fp8, "ours-BF16", "_fp8")]
+    lines = []
+    for case in dict.fromkeys(row["case"] for row in bf16["rows"]):
+        line = [case.replace("_", " ")]
+        for content, peer, suffix in contenders:
+            rows = [row for row in content["rows"] if row["case"] == case + suffix]
+            values = {row["metric"]: row["value"] for row in rows}
+            line += [_number(metric, values.get(metric)) for metric in ("fwd_bwd_us", "fwd_bwd_tflops")]
+            ratios = [row["ratio"] for row in rows if (row["metric"], row["peer"]) == ("fwd_bwd_us", peer)]
+            line.append(_times(ratios[0] if ratios else None))
+        lines.append(line)
+    head = ["layer", "BF16, µs", "TFLOP/s", "vs torch", "FP8, µs", "TFLOP/s", "vs our BF16"]
+    sources = f"BF16: {_origin(bf16)}. FP8: {_origin(fp8)}."
+    return "\n\n".join([_markdown(head, lines), " ".join([sources, *_grouped_gemms(folder)])])
+
+
+def _grouped_gemms(folder: Path) -> list[str]:
+    """How the plain grouped GEMMs compare with DeepGEMM's, where both were measured."""
+    found = []
+    for precision in ("bf16", "fp8"):
+        path = folder / f"gemm-{precision}.json"
+        rows = _read(path)["rows"] if path.is_file() else []
+        times = [
+            row["ratio"]
+            for row in rows
+            if (row["peer"], row["metric"]) == ("deep_gemm", "us") and not row["case"].endswith("_accumulate")
+        ]
+        if times:
+            found.append(f"{_mean(times)} in {precision.upper()} ({len(times)} shapes)")
+    if not found:
+        return []
+    return [f"Grouped GEMMs alone against DeepGEMM, geometric mean within one run: {', '.join(found)}."]
+
+
+# ---- cells -----------------------------------------------------------------------------------------------------------
+
+
+def _markdown(head: list[str], lines: list[list[str]]) -> str:
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))
 
 
 def _metric_label(name: str) -> str:
@@ -143,10 +224,29 @@ def _mean(ratios: list[float | None]) -> str:
     return _times(geomean(found) if found else None) + share
 
 
+# ---- the pages -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Page:
+    path: Path
+    block: str
+    text: Callable[[Path], str]
+    """The block's text, given the root of the repository."""
+
+
+PAGES = (
+    Page(Path("README.md"), "headline", lambda root: headline(root / RESULTS)),
+    Page(Path("docs/results.md"), "results", lambda root: results(root / RESULTS, root / "docs/results.md")),
+)
+
+
 def main() -> None:
-    if not README.is_file():
-        sys.exit(f"{README} must be in the current directory, {Path.cwd()}. Run this in the root of the repository.")
-    print(f"{README}: {'updated' if update(README, RESULTS) else 'nothing to change'}")
+    for page in PAGES:
+        if not page.path.is_file():
+            sys.exit(f"{page.path} must be in {Path.cwd()}. Run this in the root of the repository.")
+        changed = put(page.path, page.block, page.text(Path()))
+        print(f"{page.path}: {'updated' if changed else 'nothing to change'}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Results as a table on the terminal, a JSON file of evidence and a chart.
+"""Results as a table on the terminal and as a JSON file of evidence.
 
 The file is ``{"suite", "command", "device", "torch", "commit", "date", "rows"}``; a row is ``{"case", "metric",
 "value", "unit", "peer", "peer_value", "ratio"}``, one for each metric and peer. ``ratio`` > 1 means that we are
@@ -44,6 +44,19 @@ class CaseResult:
     def peers(self) -> list[str]:
         """Measured or missing."""
         return list(dict.fromkeys([*list(self.metrics)[1:], *self.missing]))
+
+    @property
+    def failed(self) -> list[str]:
+        """Those of ``missing`` that are ours: what a run must not end well without."""
+        return []
+
+    def cases(self) -> list[CaseResult]:
+        """The cases of the file: this one, or one for each part of it."""
+        return [self]
+
+    def each_alone(self, separator: str) -> list[CaseResult]:
+        """A case of the file for each entry of ``metrics``, where nobody is the other's peer."""
+        return [CaseResult(f"{self.case}{separator}{name}", {OURS: metrics}) for name, metrics in self.metrics.items()]
 
 
 @dataclass(frozen=True)
@@ -304,66 +317,11 @@ def short(value: float) -> str:
     return f"{value:.4g}" if abs(value) >= 1 else f"{value:.3g}"
 
 
+def label(value: float) -> str:
+    """A whole number at a bar, where a reader compares lengths; two digits below ten."""
+    return f"{value:,.0f}" if abs(value) >= 10 else f"{value:.2g}"
+
+
 def geomean(values: Iterable[float]) -> float:
     logs = [math.log(v) for v in values]
     return math.exp(sum(logs) / len(logs))
-
-
-# ---- chart ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One group of bars a case: ``metric``, a rate in TFLOP/s, of each contender."""
-
-    title: str
-    metric: str
-    results: Sequence[CaseResult]
-
-
-def write_png(path: Path, panels: Sequence[Panel], title: str, ceiling_tflops: float | None = None) -> None:
-    """Bars of TFLOP/s, panel by panel; a line at what the chip sustains."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    shades = ["#0b6e4f", "#c8553d", "#8d99ae", "#e0a458", "#5c6bc0"]
-    everyone = dict.fromkeys(name for panel in panels for r in panel.results for name in r.metrics)
-    colours = {name: shades[i % len(shades)] for i, name in enumerate(everyone)}
-    cases = [[r.case for r in panel.results] for panel in panels]
-    shared = all(names == cases[0] for names in cases)
-    figure, grid = plt.subplots(
-        1,
-        len(panels),
-        figsize=(5.5 * len(panels), 1.7 + 0.9 * max(map(len, cases))),
-        sharex=True,
-        sharey=shared,
-        squeeze=False,
-        layout="constrained",
-    )
-    axes, handles = list(grid[0]), {}
-    for axis, panel, names in zip(axes, panels, cases, strict=True):
-        contenders = list(dict.fromkeys(name for r in panel.results for name in r.metrics))
-        bar = 0.8 / len(contenders)
-        for i, name in enumerate(contenders):
-            places = [case + (i - (len(contenders) - 1) / 2) * bar for case in range(len(names))]
-            values = [r.metrics.get(name, {}).get(panel.metric, 0.0) for r in panel.results]
-            handles[name] = axis.barh(places, values, height=0.92 * bar, color=colours[name])
-            axis.bar_label(handles[name], [f"{v:.3g}" if v else "missing" for v in values], padding=3, fontsize=8)
-        if ceiling_tflops:
-            handles["dense product, sustained"] = axis.axvline(
-                ceiling_tflops, color="black", linewidth=0.8, linestyle="--"
-            )
-        axis.set_title(panel.title, loc="left", fontsize=10)
-        axis.set_xlabel("TFLOP/s")
-        axis.margins(x=0.12)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.set_yticks(range(len(names)), [name.replace("_", " ") for name in names], fontsize=8)
-    for axis in axes[:1] if shared else axes:
-        axis.invert_yaxis()
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)

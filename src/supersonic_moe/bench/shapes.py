@@ -84,9 +84,9 @@ class GemmCase:
                 f"(experts, rows of each expert, sizes); got {text!r}."
             )
         experts, rows, first, second = map(int, match.groups()[1:])
-        if match[1] == "gemm":
-            return cls(f"gemm_E{experts}_R{rows}_N{first}_K{second}", "gemm", experts, rows, (first, second))
-        return cls(f"wgrad_E{experts}_R{rows}_M{first}_N{second}", "wgrad", experts, rows, (first, second))
+        kind: Literal["gemm", "wgrad"] = "gemm" if match[1] == "gemm" else "wgrad"
+        a, b = "NK" if kind == "gemm" else "MN"
+        return cls(f"{kind}_E{experts}_R{rows}_{a}{first}_{b}{second}", kind, experts, rows, (first, second))
 
     def __str__(self) -> str:
         return self.name

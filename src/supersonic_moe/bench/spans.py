@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
 from supersonic_moe.bench.timing import Call, NoResultError, estimate_calls
 from supersonic_moe.kernels import registry
+from supersonic_moe.private_api import gpu_sleep
 
 QUANTISING = ("quantize_rows", "quantize_weights", "quantize_columns", "quantize_tiles", "pad_segments")
 CYCLES_PER_US = 2000  # at least those of any clock that a GPU has today
@@ -76,7 +76,7 @@ class CudaMarks(Marks):
         torch.cuda.synchronize(self._device)
 
     def delay(self, us: float) -> None:
-        torch.cuda._sleep(int(us * CYCLES_PER_US))  # type: ignore[no-untyped-call]
+        gpu_sleep(int(us * CYCLES_PER_US))
 
 
 def marks_for(device: torch.device) -> Marks:
@@ -122,7 +122,7 @@ def measure_spans(call: Call, clock: Marks, *, warm_ms: float, min_ms: float) ->
 def _recorded(mark: Callable[[], Any]) -> Iterator[list[tuple[str, Any, Any]]]:
     """(function, mark before, mark after) of every call of a backend's function inside the block."""
     marks: list[tuple[str, Any, Any]] = []
-    originals: list[tuple[ModuleType, str, Any]] = []
+    originals: list[tuple[Any, str, Any]] = []
 
     def bracketed(name: str, function: Any) -> Any:
         @wraps(function)
@@ -145,10 +145,11 @@ def _recorded(mark: Callable[[], Any]) -> Iterator[list[tuple[str, Any, Any]]]:
             setattr(backend, name, function)
 
 
-def _backends() -> list[ModuleType]:
+def _backends() -> list[Any]:
+    """The modules behind the backends: one has all capabilities."""
     found = {
         "reference": True,
         "triton": registry.HAS_TRITON,
         "sm90": registry.HAS_TRITON and registry.HAS_DRIVER_BINDINGS,
     }
-    return [registry.kernels(name) for name, present in found.items() if present]
+    return [registry.kernels(name).experts for name, present in found.items() if present]

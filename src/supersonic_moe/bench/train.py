@@ -14,7 +14,7 @@ two BF16 runs from one seed already end 1 to 2 % apart (docs/log.md): hence seve
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +24,6 @@ from typing import TypeAlias
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
-from rich.console import Console
 
 from supersonic_moe import constant_weights, fp8_training
 from supersonic_moe.bench.layer import OURS_BF16, recipe_name
@@ -32,8 +31,8 @@ from supersonic_moe.bench.report import OURS, CaseResult, Metrics
 from supersonic_moe.config.recipe import Fp8Recipe, Recipe
 from supersonic_moe.demo.data import Corpus
 from supersonic_moe.demo.model import ByteTransformer
-from supersonic_moe.demo.report import smoothed
-from supersonic_moe.demo.train import TrainConfig, default_config, evaluate, train_model, whole_windows
+from supersonic_moe.demo.report import smoothed, smoothing_window
+from supersonic_moe.demo.train import History, TrainConfig, default_config, evaluate, train_model, whole_windows
 
 EVALUATIONS = 5
 LAST = 50  # steps whose training loss is averaged
@@ -58,6 +57,13 @@ class Run:
 Pair: TypeAlias = tuple[Run, Run]  # in FP8 and in BF16
 
 
+@dataclass
+class PairResult(CaseResult):
+    """Both runs of one seed; what goes into the file is made of all pairs (:func:`cases`)."""
+
+    pair: Pair = field(kw_only=True)
+
+
 def config_for(device: torch.device, batch: int | None = None) -> TrainConfig:
     """The demo's configuration of this device, in bf16, since FP8 layers take nothing else, and with ``batch``
     sequences a step instead of the demo's.
@@ -73,7 +79,7 @@ def train(
     steps: int,
     seed: int,
     device: torch.device,
-    console: Console,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Run:
     """Train one model, from the weights and on the batches of ``seed``."""
     torch.manual_seed(seed)
@@ -87,8 +93,12 @@ def train(
                 run.held_out_bpb[steps_done] = evaluate(model, judged)
             model.train()
 
+    def tell(_progress: float, history: History) -> None:
+        bits = fmean(history.train_bpb[-20:])
+        progress(f"{recipe_name(recipe)}, step {len(history.train_bpb)} of {steps}, {bits:.3f} bits per byte")
+
     with fp8_training(model, recipe) if isinstance(recipe, Fp8Recipe) else nullcontext():
-        run.train_bpb = train_model(model, config, corpus, steps, seed, console, after_step=judge).train_bpb
+        run.train_bpb = train_model(model, config, corpus, steps, seed, tell, after_step=judge).train_bpb
     run.held_out_in_bf16 = evaluate(model, judged) if isinstance(recipe, Fp8Recipe) else run.held_out_bpb[steps]
     return run
 
@@ -138,10 +148,13 @@ def write_curve(path: Path, pairs: Sequence[Pair], title: str) -> None:
     left, right = figure.subplots(1, 2)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     in_fp8, in_bf16 = zip(*pairs, strict=True)
+    window = smoothing_window(len(in_bf16[0].train_bpb))
     for runs, color in ((in_bf16, BF16_COLOR), (in_fp8, FP8_COLOR)):
         name = recipe_name(runs[0].recipe)
         training = [fmean(bits) for bits in zip(*(run.train_bpb for run in runs), strict=True)]
-        left.plot(smoothed(training), color=color, linewidth=1, label=f"{name}, training batches")
+        left.plot(
+            smoothed(training), color=color, linewidth=1, label=f"{name}, training batches, mean of {window} steps"
+        )
         held_out = _mean([run.held_out_bpb for run in runs])
         label = f"{name}, held-out files: {held_out[max(held_out)]:.4f} at the end"
         left.plot(*_points(held_out), "o", color=color, markersize=4, label=label)
@@ -149,8 +162,8 @@ def write_curve(path: Path, pairs: Sequence[Pair], title: str) -> None:
         {step: 100 * (fp8.held_out_bpb[step] / bits - 1) for step, bits in bf16.held_out_bpb.items()}
         for fp8, bf16 in pairs
     ]
-    for excess in excesses:
-        right.plot(*_points(excess), color=FP8_COLOR, alpha=0.3, linewidth=1)
+    for i, excess in enumerate(excesses):
+        right.plot(*_points(excess), color=FP8_COLOR, alpha=0.3, linewidth=1, label="" if i else "each pair of runs")
     right.plot(*_points(_mean(excesses)), "o-", color=FP8_COLOR, label=f"held-out files, mean of {len(pairs)}")
     right.axhspan(-100 * GOAL, 100 * GOAL, color="#8d99ae", alpha=0.2, label=f"± {100 * GOAL:g} %")
     top = 1.2 * max(100 * GOAL, *(abs(value) for excess in excesses for value in excess.values()))

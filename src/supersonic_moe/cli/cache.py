@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from supersonic_moe.cli.output import console as output
 
 if TYPE_CHECKING:
     from supersonic_moe.jit import CacheInfo
@@ -20,7 +21,7 @@ def info() -> None:
     from supersonic_moe.jit import default_cache
 
     found = default_cache().info()
-    console = Console()
+    console = output()
     console.print(describe(found), highlight=False)
     if found.entries:
         table = Table("kernel", "key", box=None, pad_edge=False)
@@ -33,6 +34,7 @@ def info() -> None:
             )
             table.add_row(entry.kernel, entry.key[:12], str(entry.registers), f"{entry.file_bytes / 1024:.1f}", state)
         console.print(table)
+    _stop_if(found.problem)
 
 
 @app.command()
@@ -41,12 +43,21 @@ def clear() -> None:
     from supersonic_moe.jit import default_cache
 
     removed = default_cache().clear()
-    Console().print(f"Removed {describe(removed)}", highlight=False)
+    output().print(f"Removed {describe(removed)}", highlight=False, soft_wrap=True)
+    _stop_if(removed.problem)
+
+
+def _stop_if(problem: str) -> None:
+    if problem:
+        typer.echo(f"{problem}.", err=True)
+        raise typer.Exit(1)
 
 
 def describe(found: CacheInfo) -> str:
     if found.directory is None:
-        return "no kernel cache on disk: this user has no home directory; set SUPERSONIC_MOE_CACHE_DIR to keep kernels."
+        from supersonic_moe.jit.cache import no_directory
+
+        return no_directory()
     damaged = sum(1 for entry in found.entries if entry.damage)
     count = f"{len(found.entries)} compiled kernels" + (f" ({damaged} damaged)" if damaged else "")
     return f"{count}, {found.total_bytes / 1024:.0f} KiB in {found.directory}"

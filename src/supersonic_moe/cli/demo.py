@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from supersonic_moe.cli import options
+from supersonic_moe.bench import options
 
 
 def demo(
@@ -15,8 +15,10 @@ def demo(
         int | None, typer.Option(min=1, help="Optimizer steps. Default: as many as the time allows.")
     ] = None,
     seconds: Annotated[float | None, typer.Option(min=1, help="Training time. Default: fits the device.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU if there is one.")] = None,
-    out: Annotated[Path, typer.Option(help="Where loss.png and expert_load.png go.")] = Path("demo-out"),
+    device: options.Device = None,
+    out: Annotated[
+        Path, typer.Option(help="Where loss.png and expert_load.png go.", callback=options.writable_folder)
+    ] = Path("demo-out"),
     seed: Annotated[int, typer.Option(help="Weights, batches and sampling.")] = 0,
 ) -> None:
     """Train a small byte-level MoE language model on Python's own source code, and see that it learns."""

@@ -7,9 +7,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from supersonic_moe.cli.output import console as output
 
 if TYPE_CHECKING:
     from supersonic_moe.cli.health import Check
@@ -23,7 +24,7 @@ def doctor(
     """Check GPUs, driver, libraries, kernel cache and a self-test kernel. Exit code 0: usable, 1: broken."""
     from supersonic_moe.cli import health
 
-    console = Console()
+    console = output()
     if json:
         results = health.run_checks(health.all_checks(), lambda _: None)
         typer.echo(json_format.dumps({"usable": usable(results), "checks": [asdict(c) for c in results]}, indent=1))

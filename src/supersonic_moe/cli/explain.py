@@ -6,12 +6,13 @@ import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console, Group
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from supersonic_moe.cli import options
+from supersonic_moe.bench import options
+from supersonic_moe.cli.output import console as output
 from supersonic_moe.config.recipe import Fp8Recipe, Recipe
 from supersonic_moe.perf_model import (
     H200,
@@ -43,11 +44,9 @@ def explain(
     shape: Annotated[
         list[str], typer.Option(metavar="T,H,I,E,K", help="Tokens, hidden, intermediate, experts, top-k. Repeatable.")
     ],
-    dtype: Annotated[
-        str | None, typer.Option(help="bfloat16, float16 or float32. Default: bfloat16, on a CPU float32.")
-    ] = None,
-    activation: Annotated[str, typer.Option(help="swiglu, geglu, reglu, relu_sq, relu, gelu or silu.")] = "swiglu",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU if there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    activation: options.Activation = "swiglu",
+    device: options.Device = None,
     recipe: options.RecipeName = "bf16",
     save_preactivation: options.Saved = None,
     wgrad: options.Wgrad = None,
@@ -63,12 +62,12 @@ def explain(
     precision = options.dtype(dtype, where, numerics)
     with options.usage_errors("--activation"):
         gated = as_activation(activation).gated
-    console = Console()
+    console = output()
     for case in cases:
         hidden, intermediate = case.hidden, case.intermediate
         with options.usage_errors("--recipe"):
             if isinstance(numerics, Fp8Recipe):
-                choice = registry.choose_fp8(where, hidden=hidden, intermediate=intermediate, wgrad=numerics.wgrad)
+                choice = registry.choose_fp8(where, hidden=hidden, intermediate=intermediate)
             else:
                 choice = registry.choose(where, precision, hidden=hidden, intermediate=intermediate)
         routing = registry.choose(where)
@@ -83,11 +82,11 @@ def explain(
 
 
 def _steps(shape: LayerShape, gated: bool, element_bytes: int, recipe: Recipe) -> Group:
-    """The table of steps, then its totals. No roofline in fp32: the measured rate is that of 16-bit products."""
+    """The table of steps, then its totals. No floor in fp32: the measured rate is that of 16-bit products."""
     timed = element_bytes == 2
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("step", no_wrap=True)
-    table.add_column("computes", no_wrap=True)
+    table.add_column("computes")  # gives way first in a narrow terminal
     for heading in ("GFLOP", "MB", *(("floor µs", "bound") if timed else ())):
         table.add_column(heading, justify="right", no_wrap=True)
     if isinstance(recipe, Fp8Recipe):
@@ -115,6 +114,8 @@ def _steps(shape: LayerShape, gated: bool, element_bytes: int, recipe: Recipe) -
             f"floor on one {H200.name}: {sums['forward']:,.0f} µs forward, {total:,.0f} µs with backward{rate}",
             f"  {H200.source}",
         ]
+    else:
+        lines.append("no floor in float32: the rate of the hardware was measured for 16-bit and FP8 products only")
     return Group(table, Text(), *(Text(line, style="dim") for line in lines))
 
 
@@ -127,8 +128,10 @@ def _kernels(experts: Choice, routing: Choice, recipe: Recipe) -> Table:
         table.add_column(heading)
     kernels = fp8_step_kernels(recipe) if isinstance(recipe, Fp8Recipe) else STEP_KERNELS
     for name in dict.fromkeys(kernels.values()):
-        choice = routing if name in ROUTING_KERNELS else experts
-        module = sys.modules[getattr(registry.kernels(choice.name), name).__module__]
+        routes = name in ROUTING_KERNELS
+        backend = registry.kernels((routing if routes else experts).name)
+        function = getattr(backend.routing if routes else backend.fp8 or backend.experts, name)
+        module = sys.modules[function.__module__]
         steps = ", ".join(step for step, kernel in kernels.items() if kernel == name)
         table.add_row(name, steps, module.__name__.removeprefix("supersonic_moe.").replace(".", "/") + ".py")
     return table

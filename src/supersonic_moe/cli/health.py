@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -18,9 +19,13 @@ from typing import Literal
 
 import torch
 
+from supersonic_moe import LOG_LEVELS
+from supersonic_moe.bench.options import why_not_writable
+
 CUDA_EXTRA = 'pip install "supersonic-moe[cuda13]"'
 REPORT = "please report this with the output of `supersonic-moe doctor --json`"
 MIN_TORCH = (2, 10)
+ONLY_GPUS = "layers on this machine do without, kernels for GPUs (`warmup`) cannot be compiled"
 LAUNCH_BUDGET_US = 8.0  # host time of one kernel launch; above it small layers are launch-bound
 
 
@@ -50,7 +55,7 @@ def all_checks() -> list[Callable[[], Check]]:
     checks: list[Callable[[], Check]] = [python, pytorch, gpu]
     if gpus():
         checks.append(driver)
-    checks += [triton, nvrtc, cuda_bindings, symmetric_memory]
+    checks += [environment, triton, nvrtc, cuda_bindings, symmetric_memory]
     if len(gpus()) > 1:
         checks.append(peer_access)
     checks += [kernel_cache, self_test]
@@ -136,12 +141,38 @@ def _nvidia_smi(field: str) -> list[str] | None:
     return [line.strip() for line in answer.splitlines() if line.strip()] or None
 
 
+def environment() -> Check:
+    """The three variables of this package, as they are set."""
+    from supersonic_moe.jit import JitError, policy
+
+    values = {
+        "SUPERSONIC_MOE_CACHE_DIR": os.environ.get("SUPERSONIC_MOE_CACHE_DIR"),
+        "SUPERSONIC_MOE_LOG_LEVEL": os.environ.get("SUPERSONIC_MOE_LOG_LEVEL"),
+        "SUPERSONIC_MOE_JIT_POLICY": os.environ.get("SUPERSONIC_MOE_JIT_POLICY"),
+    }
+    found = "\n".join(f"{name}={value}" for name, value in values.items() if value) or "no variable is set"
+    if (level := values["SUPERSONIC_MOE_LOG_LEVEL"]) and level.upper() not in logging.getLevelNamesMapping():
+        fix = f"unset SUPERSONIC_MOE_LOG_LEVEL, or choose one of {LOG_LEVELS}"
+        return Check("environment", "warn", found, fix)
+    try:
+        policy()
+    except JitError as error:  # it stops every first use of a kernel
+        return Check("environment", "fail" if gpus() else "warn", found, f"{error}. Change or unset it")
+    return Check("environment", "ok", found)
+
+
+def compiling_obstacle() -> str | None:
+    """What keeps kernels from being compiled, with or without a GPU here; a sentence."""
+    missing = next((check.name for check in (triton(), nvrtc()) if check.status != "ok"), None)
+    return missing and f"Kernels cannot be compiled without {missing}: {CUDA_EXTRA}"
+
+
 def triton() -> Check:
     if importlib.util.find_spec("triton") is not None:
         return Check("triton", "ok", importlib.metadata.version("triton"))
     if gpus():
         return Check("triton", "fail", "not installed", f"routing and memory-bound kernels need it: {CUDA_EXTRA}")
-    return Check("triton", "ok", "not installed, only GPUs need it")
+    return Check("triton", "warn", f"not installed: {ONLY_GPUS}", CUDA_EXTRA)
 
 
 def nvrtc() -> Check:
@@ -150,7 +181,8 @@ def nvrtc() -> Check:
     try:
         major, minor = nvrtc_version()
     except JitError as error:
-        return Check("nvrtc", "warn", f"cannot compile kernels: {error}", CUDA_EXTRA)
+        found = f"cannot compile kernels: {error}" if gpus() else f"not installed: {ONLY_GPUS}"
+        return Check("nvrtc", "warn", found, CUDA_EXTRA)
     return Check("nvrtc", "ok", f"{major}.{minor}, compiles for sm_90a")
 
 
@@ -158,7 +190,8 @@ def cuda_bindings() -> Check:
     try:
         return Check("cuda-bindings", "ok", importlib.metadata.version("cuda-bindings"))
     except importlib.metadata.PackageNotFoundError:
-        return Check("cuda-bindings", "warn", "not installed: compiled kernels cannot be launched", CUDA_EXTRA)
+        found = "compiled kernels cannot be launched" if gpus() else ONLY_GPUS
+        return Check("cuda-bindings", "warn", f"not installed: {found}", CUDA_EXTRA)
 
 
 # ---- several GPUs --------------------------------------------------------------------------------------------------
@@ -220,20 +253,16 @@ def kernel_cache() -> Check:
     from supersonic_moe.jit.cache import CACHE_DIR_VARIABLE, default_cache
 
     info = default_cache().info()
+    if info.directory is None:
+        return Check("kernel cache", "warn", describe(info))
     fix = ""
-    if info.directory is not None and not _writable(info.directory):
-        fix = f"the directory cannot be written, so every process compiles again: set {CACHE_DIR_VARIABLE}"
+    if obstacle := why_not_writable(info.directory):
+        fix = f"it cannot be written ({obstacle}), so every process compiles again: set {CACHE_DIR_VARIABLE}"
+    elif info.problem:
+        fix = f"{info.problem}: set {CACHE_DIR_VARIABLE} to a directory of this user"
     elif any(entry.damage for entry in info.entries):
         fix = "damaged kernels are compiled again when needed; `supersonic-moe cache clear` removes them now"
-    elif info.directory is None:
-        fix = f"set {CACHE_DIR_VARIABLE} to a writable directory"
     return Check("kernel cache", "warn" if fix else "ok", describe(info), fix)
-
-
-def _writable(directory: Path) -> bool:
-    while not directory.exists() and directory != directory.parent:
-        directory = directory.parent
-    return directory.is_dir() and os.access(directory, os.W_OK | os.X_OK)
 
 
 def self_test() -> Check:
@@ -246,7 +275,7 @@ def self_test() -> Check:
     except JitError:
         return Check("self test", "warn", "not run: there is no compiler", CUDA_EXTRA)
     if not hopper():
-        failed = [result for result in compile_all(chain.SPECS) if result.error is not None]
+        failed = [result for result in compile_all(chain.SPECS, lambda *_: None) if result.error is not None]
         if failed:
             return Check("self test", "warn", f"does not compile: {failed[0].error}", REPORT)
         return Check("self test", "ok", "compiles for sm_90a; running it takes a Hopper GPU")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-from supersonic_moe.cli import options
+from supersonic_moe.bench import options
+from supersonic_moe.cli.output import console as output
 
 if TYPE_CHECKING:
     import torch
@@ -37,11 +38,9 @@ def warmup(
     wgrad: options.Wgrad = None,
     scale: options.Scale = None,
 ) -> None:
-    """Compile every registered CUDA kernel, BF16 and FP8, into the cache; given shapes, the Triton kernels of those
-    layers in the given recipe too.
-    """
+    """Compile every CUDA kernel, BF16 and FP8, into the cache; with --shape the Triton kernels of that layer too."""
+    from supersonic_moe.cli.health import compiling_obstacle
     from supersonic_moe.jit import compile_all, default_cache
-    from supersonic_moe.kernels.sm90 import registered_specs
 
     layers = options.shapes(shape or [])
     numerics = options.recipe(recipe, save_preactivation, wgrad, scale)
@@ -50,7 +49,12 @@ def warmup(
         reason = "--compile-only runs nothing" if compile_only else "torch sees no CUDA GPU here"
         raise typer.BadParameter(f"Triton kernels are compiled by running them, and {reason}.", param_hint="--shape")
 
-    console = Console()
+    if obstacle := compiling_obstacle():
+        typer.echo(obstacle, err=True)
+        raise typer.Exit(1)
+    from supersonic_moe.kernels.sm90 import registered_specs  # needs Triton
+
+    console = output()
     specs = registered_specs()
     with _progress(console) as progress:
         task = progress.add_task("CUDA kernels", total=len(specs), now="")
@@ -66,12 +70,11 @@ def warmup(
                 _run_once(layer, device, numerics)
                 progress.advance(triton)
 
-    console.print(_summary(results))
-    failed = [r for r in results if r.error is not None]
-    for result in failed:
-        console.print(f"[red]{escape(str(result.spec))}[/red] {escape(str(result.error))}", highlight=False)
+    failed = _print_what_is_wrong(results, console)
+    origins = Counter(result.cubin.origin for result in results if result.cubin)
     where = default_cache().directory or "the memory of this process only"
-    console.print(f"{len(results) - len(failed)} of {len(results)} kernels ready in {where}", highlight=False)
+    how = "".join(f", {count} {origin}" for origin, count in origins.items())
+    console.print(f"{len(results) - failed} of {len(results)} kernels ready in {where}{how}", highlight=False)
     if failed:
         raise typer.Exit(1)
 
@@ -88,23 +91,18 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _summary(results: list[BuildResult]) -> Table:
-    """One line a kernel. A spill, or a build that did not pass, is red."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("kernel", overflow="fold")
-    for heading in ("registers", "spill bytes", "seconds"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("from", no_wrap=True)
+def _print_what_is_wrong(results: list[BuildResult], console: Console) -> int:
+    """A line for each kernel that spills or did not compile; `cache info` lists the others. Returns the failures."""
     for result in results:
-        name, seconds = escape(str(result.spec)), f"{result.seconds:.2f}"
         if result.cubin is None:
-            table.add_row(name, "-", "-", seconds, "[red]failed[/red]")
+            console.print(f"[red]{escape(str(result.spec))}[/red] {escape(str(result.error))}", highlight=False)
             continue
         kernels = result.cubin.report.kernels
         registers = max((k.registers for k in kernels), default=0)
-        spills = sum(k.spill_store_bytes + k.spill_load_bytes for k in kernels)
-        table.add_row(name, str(registers), f"[red]{spills}[/red]" if spills else "0", seconds, result.cubin.origin)
-    return table
+        if spills := sum(k.spill_store_bytes + k.spill_load_bytes for k in kernels):
+            what = f"spills {spills} bytes, with {registers} registers: a slow kernel"
+            console.print(f"[red]{escape(str(result.spec))}[/red] {what}", highlight=False)
+    return sum(result.cubin is None for result in results)
 
 
 def _run_once(shape: LayerShape, device: torch.device, recipe: Recipe) -> None:

@@ -16,7 +16,8 @@ class Bf16Recipe:
 @dataclass(frozen=True, kw_only=True)
 class Fp8Recipe:
     """Multiply in e4m3 with a scale for every block: 1 x 128 of activations along the contraction, 128 x 128 of weights
-    (``kernels/block_format.py``). Sums, activations and gradients of biases and scores stay in fp32.
+    (``quantization/block_format.py``), and with ``wgrad="fp8"`` 128 x 128 of the gradient of the pre-activation too.
+    Sums, activations and gradients of biases and scores stay in fp32.
     """
 
     scale: Literal["fp32", "pow2"] = "fp32"

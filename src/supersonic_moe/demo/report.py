@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 import torch
 from matplotlib.figure import Figure
@@ -20,10 +21,26 @@ from torch import Tensor
 from .data import Corpus
 from .model import ModelConfig
 
-if TYPE_CHECKING:
-    from .train import DemoResult
-
 BARS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the run measured. Bits per byte: lower is better, 8 is ignorance."""
+
+    held_out_bpb: float
+    bigram_bpb: float
+    unigram_bpb: float
+    train_bpb: tuple[float, ...]  # one a step
+    tokens_per_s: float
+    mfu: float | None  # None where the peak is not known: anything but Hopper
+    steps: int
+    seconds: float
+    parameters: int
+    active_parameters: int
+    prompt: str
+    sample: str
+    paths: tuple[Path, ...]
 
 
 def print_header(
@@ -138,19 +155,31 @@ def print_result(console: Console, result: DemoResult, flops_per_s: float) -> No
     console.print("charts: " + ", ".join(str(path) for path in result.paths), highlight=False, soft_wrap=True)
 
 
+def smoothing_window(steps: int) -> int:
+    """Steps whose mean :func:`smoothed` takes: a fortieth of the run, an odd number."""
+    return 2 * (steps // 80) + 1
+
+
 def smoothed(values: list[float]) -> list[float]:
-    """Means over the last fortieth of the run."""
-    values_S, window = torch.tensor(values), max(1, len(values) // 40)
-    smooth: list[float] = torch.cat([values_S[:1].expand(window - 1), values_S]).unfold(0, window, 1).mean(1).tolist()
-    return smooth
+    """Means over a window around each value. Near the ends it shrinks on both sides, so the curve begins and ends where
+    the values do.
+    """
+    sums, reach = [0.0, *itertools.accumulate(values)], smoothing_window(len(values)) // 2
+    means = []
+    for i in range(len(values)):
+        near = min(reach, i, len(values) - 1 - i)
+        means.append((sums[i + near + 1] - sums[i - near]) / (2 * near + 1))
+    return means
 
 
 def plot_loss(path: Path, train_bpb: list[float], held_out: float, bigram: float, unigram: float) -> Path:
     """Training loss over steps, raw and smoothed, with the held-out score and the n-gram models as level lines."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(train_bpb, color="tab:blue", alpha=0.25, linewidth=0.8)
-    axes.plot(smoothed(train_bpb), color="tab:blue", label="training batches")
+    window = smoothing_window(len(train_bpb))
+    axes.plot(train_bpb, color="tab:blue", alpha=0.3, linewidth=0.8, label="training batches, each step")
+    if window > 1:
+        axes.plot(smoothed(train_bpb), color="tab:blue", label=f"training batches, mean of {window} steps")
     for name, level, color in (
         ("unigram", unigram, "tab:gray"),
         ("bigram", bigram, "tab:red"),

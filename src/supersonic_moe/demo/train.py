@@ -66,25 +66,6 @@ def default_config(device: torch.device) -> TrainConfig:
     )
 
 
-@dataclass(frozen=True)
-class DemoResult:
-    """What the run measured. Bits per byte: lower is better, 8 is ignorance."""
-
-    held_out_bpb: float
-    bigram_bpb: float
-    unigram_bpb: float
-    train_bpb: tuple[float, ...]  # one a step
-    tokens_per_s: float
-    mfu: float | None  # None where the peak is not known: anything but Hopper
-    steps: int
-    seconds: float
-    parameters: int
-    active_parameters: int
-    prompt: str
-    sample: str
-    paths: tuple[Path, ...]
-
-
 class MasterAdamW:
     """AdamW on an fp32 copy of every bf16 weight, in whose 8 bits small updates would vanish."""
 
@@ -131,7 +112,7 @@ def run(
     config: TrainConfig | None = None,
     corpus: Corpus | None = None,
     console: Console | None = None,
-) -> DemoResult:
+) -> report.DemoResult:
     """Train, evaluate, sample and plot.
 
     Args:
@@ -160,7 +141,12 @@ def run(
     parameters = sum(weight.numel() for weight in model.parameters())
     report.print_header(console, model.config, corpus, parameters, place, config.dtype)
 
-    history = train_model(model, config, corpus, steps, seed, console)
+    with report.TrainingDisplay(console) as display:
+
+        def show(progress: float, history: History) -> None:
+            display.update(progress, history.train_bpb, history.tokens_per_s(), history.expert_counts[-1])
+
+        history = train_model(model, config, corpus, steps, seed, show)
 
     with console.status("Reading the held-out files…"):
         judged = whole_windows(corpus.held_out, config.model.context)  # the same bytes for all three
@@ -176,7 +162,7 @@ def run(
         )
     on_hopper = place.type == "cuda" and torch.cuda.get_device_capability(place) == (9, 0)
     flops_per_s = history.tokens_per_s() * model.config.train_flops_per_token()
-    result = DemoResult(
+    result = report.DemoResult(
         held_out_bpb=held_out_bpb,
         bigram_bpb=bigram,
         unigram_bpb=unigram,
@@ -234,30 +220,31 @@ def train_model(
     corpus: Corpus,
     steps: int | None,
     seed: int,
-    console: Console,
+    show: Callable[[float, History], None],
     after_step: Callable[[int], None] = lambda _: None,
 ) -> History:
-    """For ``steps``, or for the time of the config. ``after_step`` gets the number of steps done."""
+    """For ``steps``, or for the time of the config. ``show`` gets the progress in [0, 1] at each reading of the loss,
+    ``after_step`` the number of steps done.
+    """
     optimizer = MasterAdamW(model, config)
     generator = torch.Generator().manual_seed(seed)
     device = model.embedding.weight.device
     history = History(tokens_per_step=config.batch * config.model.context)
     most_steps = steps or max(1, int(config.max_passes * len(corpus.train) / history.tokens_per_step))
     model.train()
-    with report.TrainingDisplay(console) as display:
-        for step, progress in _spend(most_steps, math.inf if steps else config.seconds):
-            batch_BL = sample_batch(corpus.train, config.batch, config.model.context, generator).to(device)
-            logits_BLV, aux_loss = model(batch_BL[:, :-1])
-            loss = F.cross_entropy(logits_BLV.flatten(0, 1).float(), batch_BL[:, 1:].flatten())
-            (loss + config.aux_weight * aux_loss).backward()
-            optimizer.step(learning_rate(config, progress))
-            history.add(loss, model.expert_counts())
-            after_step(step + 1)
-            if step % config.read_every == 0:
-                history.read()
-                display.update(progress, history.train_bpb, history.tokens_per_s(), history.expert_counts[-1])
-        history.read()
-        display.update(1.0, history.train_bpb, history.tokens_per_s(), history.expert_counts[-1])
+    for step, progress in _spend(most_steps, math.inf if steps else config.seconds):
+        batch_BL = sample_batch(corpus.train, config.batch, config.model.context, generator).to(device)
+        logits_BLV, aux_loss = model(batch_BL[:, :-1])
+        loss = F.cross_entropy(logits_BLV.flatten(0, 1).float(), batch_BL[:, 1:].flatten())
+        (loss + config.aux_weight * aux_loss).backward()
+        optimizer.step(learning_rate(config, progress))
+        history.add(loss, model.expert_counts())
+        after_step(step + 1)
+        if step % config.read_every == 0:
+            history.read()
+            show(progress, history)
+    history.read()
+    show(1.0, history)
     return history
 
 

@@ -19,6 +19,7 @@ from supersonic_moe.config.activation import Activation, ActivationType, GateUpL
 from supersonic_moe.config.grouped_routing import GroupedRouting
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.inference.workspace import ALIGNMENT, regions, streamed_rows, workspace_bytes
+from supersonic_moe.kernels.interface import Gate, Groups, Quantized, Rows
 from supersonic_moe.kernels.reference.inference import Fp8Experts
 from supersonic_moe.kernels.sm90.combine_rows import combine_rows
 from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import grouped_mm_fp8
@@ -125,10 +126,9 @@ def _run(
         stream_rows=MEAN_ROWS * choices.num_local if tiles else rows,
     )
     if x_scale is None:
-        out_TH = _view(workspace, at.x, E4M3, *x.shape)
-        x, x_scale = quantize_rows(
-            x, layer.pow2, out=(out_TH, _view(workspace, at.x_scale, torch.float32, x.shape[0], blocks(hidden)))
-        )
+        codes = _view(workspace, at.x, E4M3, *x.shape)
+        scales = _view(workspace, at.x_scale, torch.float32, x.shape[0], blocks(hidden))
+        x, x_scale = quantize_rows(x, layer.pow2, out=Quantized(codes, scales))
     route(tables)
     scratch = Scratch(capacity, base + at.c, base + at.codes, base + at.c_scale, base + at.y)
     stream_experts(
@@ -147,15 +147,14 @@ def _multiply_tiles(
     x: Tensor, x_scale: Tensor, layer: Layer, token_P: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """y of the routed rows (P, H) and of the shared expert (T, H) in bf16, through the tile kernels."""
-    activation = Activation(ActivationType.SWIGLU, limit=layer.limit)
+    gate = Gate(Activation(ActivationType.SWIGLU, limit=layer.limit), layer.order)
     recipe = Fp8Recipe(scale="pow2" if layer.pow2 else "fp32")
 
     def multiply(experts: Fp8Experts, scale: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
-        *_, c, c_scale = up_projection_fp8(
-            x, scale.contiguous(), rows, experts.w13, experts.w13_scale, None, offsets, rows, activation, layer.order,
-            recipe, save=False,
-        )  # fmt: skip
-        return grouped_mm_fp8(c, c_scale, experts.w2, experts.w2_scale, offsets)
+        gathered = Rows(Quantized(x, scale.contiguous()), rows)
+        w13, w2 = Quantized(experts.w13, experts.w13_scale), Quantized(experts.w2, experts.w2_scale)
+        _, c = up_projection_fp8(gathered, w13, None, Groups(offsets, rows), gate, recipe, save=False)
+        return grouped_mm_fp8(Rows(c), w2, offsets)
 
     routed = layer.experts.w13.shape[0]
     scale = x_scale if layer.x_weight_T is None else x_scale * layer.x_weight_T.view(-1, 1)

@@ -81,8 +81,8 @@ def compile_all(
 ) -> list[BuildResult]:
     """Build every spec, `workers` at a time (default: the cores of this machine, at most 8), and go on past errors.
 
-    `progress(done, total, result)` is called from the worker threads, one at a time. Results come in the order of
-    `specs`.
+    `progress(done, total, result)` is called from the worker threads, one at a time; without it, a compilation that
+    takes long says so. Results come in the order of `specs`.
     """
     target = cache or default_cache()
     total, done, report_lock = len(specs), 0, threading.Lock()
@@ -92,7 +92,7 @@ def compile_all(
         started = time.perf_counter()
         cubin, error = None, None
         try:
-            cubin = _build(specs[index], target, "allow", position=(index + 1, total))
+            cubin = _build(specs[index], target, "allow", position=(index + 1, total), speak=progress is None)
         except JitError as caught:
             error = caught
         result = BuildResult(specs[index], cubin, error, time.perf_counter() - started)
@@ -106,11 +106,13 @@ def compile_all(
         return list(pool.map(one, range(total)))
 
 
-def _build(spec: KernelSpec, cache: CubinCache, rule: Policy, position: tuple[int, int]) -> Cubin:
+def _build(
+    spec: KernelSpec, cache: CubinCache, rule: Policy, position: tuple[int, int], *, speak: bool = True
+) -> Cubin:
     program = resolve(spec)
     if (cubin := _shipped(spec, program)) is not None:
         return cubin
-    key = program.digest("nvrtc {}.{}".format(*nvrtc.nvrtc_version()))
+    key = program.digest(nvrtc.nvrtc_build())
     if (cubin := cache.load(spec.name, key)) is not None:
         return cubin
     if rule == "error":
@@ -120,7 +122,8 @@ def _build(spec: KernelSpec, cache: CubinCache, rule: Policy, position: tuple[in
         )
     if rule == "warn":
         log.warning("compiling kernel %s", spec)
-    with _speak_when_slow(spec, cache, position), cache.exclusive(spec.name, key):
+    patience = _speak_when_slow(spec, cache, position) if speak else contextlib.nullcontext()
+    with patience, cache.exclusive(spec.name, key):
         if (cubin := cache.load(spec.name, key)) is not None:  # another process compiled it while this one waited
             return cubin
         image, report = nvrtc.compile_cubin(program.source, program.file_name, program.headers, program.options)

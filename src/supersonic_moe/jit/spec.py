@@ -12,11 +12,12 @@ is compiled.
 import hashlib
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from importlib import resources
+from importlib.resources.abc import Traversable
 
 from supersonic_moe.jit.nvrtc import BASE_OPTIONS, JitError
 
-KERNEL_ROOT = Path(__file__).resolve().parent.parent / "kernels" / "sm90"
+KERNEL_ROOT = resources.files("supersonic_moe") / "kernels" / "sm90"  # inside a zip, if that is what was imported
 MAX_SMEM_BYTES = 232448  # 227 KiB: what one block of sm_90 may have
 MAX_CLUSTER = 8  # portable cluster size
 _DIGEST_FORMAT = b"supersonic-moe program 1"
@@ -49,7 +50,7 @@ class KernelSpec:
     """All blocks of the grid are resident at once, so that they may wait for each other."""
     pdl: bool = False
     """May start before the previous kernel of the stream ends; the kernel itself waits with `griddepcontrol.wait`."""
-    root: Path = KERNEL_ROOT
+    root: Traversable = KERNEL_ROOT
 
     def __post_init__(self) -> None:
         if not 32 <= self.threads <= 1024 or self.threads % 32:
@@ -91,7 +92,7 @@ class Program:
 
 def resolve(spec: KernelSpec) -> Program:
     """Read the source of `spec` and its headers, transitively."""
-    source = _read(spec.root / spec.source, f"the source of {spec}")
+    source = source_of(spec)
     headers: dict[str, str] = {}
     pending = [(spec.source, name) for name in _includes(source, spec.source)]
     while pending:
@@ -102,6 +103,11 @@ def resolve(spec: KernelSpec) -> Program:
             pending += [(name, inner) for inner in _includes(headers[name], name)]
     constants = tuple(f"-D{name}={value}" for name, value in spec.constants)
     return Program(source, spec.source, headers, (*BASE_OPTIONS, *constants))
+
+
+def source_of(spec: KernelSpec) -> str:
+    """The text of its .cu file."""
+    return _read(spec.root / spec.source, f"the source of {spec}")
 
 
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*(["<])([^">\n]+)[">]', re.MULTILINE)
@@ -119,8 +125,8 @@ def _includes(text: str, includer: str) -> list[str]:
     return names
 
 
-def _read(path: Path, role: str) -> str:
+def _read(path: Traversable, role: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise SpecError(f"cannot read {path} ({role}): {error.strerror}") from error
+        raise SpecError(f"cannot read {path} ({role}): {error.strerror or 'there is no such file'}") from error

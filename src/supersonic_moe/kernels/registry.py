@@ -1,25 +1,21 @@
 """The only place that picks a backend, and says why (``supersonic-moe explain`` prints the reason).
 
-A backend is a module with one set of function names: route_forward, route_backward, token_rounding_forward,
-token_rounding_backward, switch_loss_forward, switch_loss_backward, build_plan, pick, up_projection, grouped_mm,
-down_backward, grouped_mm_wgrad, gather_sum, row_dot, segment_sum (signatures: ``kernels/reference``). One that runs FP8
-layers adds quantize_rows, quantize_weights, grouped_mm_fp8, up_projection_fp8 and down_backward_fp8; and for weight
-gradients in FP8 pad_segments, quantize_columns, quantize_tiles, down_backward_fp8_quantised and grouped_mm_wgrad_fp8.
+A backend is a module for each capability of ``kernels/interface.py``; :func:`kernels` puts it together.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TypeVar
 
 import torch
+
+from supersonic_moe.kernels.interface import Backend, Fp8Experts
 
 log = logging.getLogger("supersonic_moe")
 
@@ -33,6 +29,10 @@ _WHAT = {
     "triton": "Triton kernels around torch's grouped GEMM",
     "sm90": "our sm_90 grouped GEMMs, Triton for what is bound by memory",
 }
+_NO_FP8 = (
+    "backend {!r} cannot run an Fp8Recipe: it has no FP8 products. Use backend='auto' on a Hopper GPU, or "
+    "recipe=Bf16Recipe()."
+)
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,27 @@ class Choice:
 
 
 @functools.cache
-def kernels(name: str) -> ModuleType:
-    module = "sm90.backend" if name == "sm90" else name
-    return importlib.import_module(f"supersonic_moe.kernels.{module}")
+def kernels(name: str) -> Backend:
+    """The backend of that name, imported at the first call."""
+    if name == "sm90":
+        from supersonic_moe.kernels.sm90 import backend as sm90
+
+        return Backend(routing=sm90, experts=sm90, quantizers=sm90, fp8=sm90)
+    if name == "triton":
+        from supersonic_moe.kernels import triton
+
+        return Backend(routing=triton, experts=triton, quantizers=triton, fp8=None)
+    from supersonic_moe.kernels import reference
+
+    return Backend(routing=reference, experts=reference, quantizers=reference, fp8=reference)
+
+
+def fp8_kernels(name: str) -> Fp8Experts:
+    """The FP8 kernels of a backend that :func:`choose_fp8` picked."""
+    found = kernels(name).fp8
+    if found is None:
+        raise ValueError(_NO_FP8.format(name))
+    return found
 
 
 _Chooser = TypeVar("_Chooser", bound=Callable[..., Choice])
@@ -113,17 +131,14 @@ def choose(
 
 
 @_once
-def choose_fp8(device: torch.device, *, hidden: int, intermediate: int, wgrad: str, backend: str = "auto") -> Choice:
+def choose_fp8(device: torch.device, *, hidden: int, intermediate: int, backend: str = "auto") -> Choice:
     """Pick the backend of one call of an FP8 layer: sm_90 on Hopper, the reference on a CPU or where it is asked for.
 
     Raises:
         ValueError: any other device, or a backend without the FP8 products; nothing falls back to a slow path.
     """
     if backend == "triton":
-        raise ValueError(
-            "backend 'triton' cannot run an Fp8Recipe: it has no FP8 products. Use backend='auto' on a Hopper GPU, or "
-            "recipe=Bf16Recipe()."
-        )
+        raise ValueError(_NO_FP8.format(backend))
     if backend == "auto" and device.type == "cuda":
         obstacle = _triton_obstacle(device, torch.bfloat16, hidden, intermediate) or _sm90_obstacle(device)
         if obstacle:
@@ -131,13 +146,7 @@ def choose_fp8(device: torch.device, *, hidden: int, intermediate: int, wgrad: s
                 f"Fp8Recipe cannot run on {device}: {obstacle}. Use recipe=Bf16Recipe(), or backend='reference', which "
                 "is slow."
             )
-    choice = choose(device, torch.bfloat16, hidden=hidden, intermediate=intermediate, backend=backend)
-    if wgrad == "fp8" and not hasattr(kernels(choice.name), "grouped_mm_wgrad_fp8"):
-        raise ValueError(
-            f"Fp8Recipe.wgrad = 'fp8' needs weight-gradient products in FP8, which backend {choice.name!r} does not "
-            "have. Use Fp8Recipe(wgrad='bf16')."
-        )
-    return choice
+    return choose(device, torch.bfloat16, hidden=hidden, intermediate=intermediate, backend=backend)
 
 
 def _triton_obstacle(device: torch.device, dtype: torch.dtype | None, hidden: int, intermediate: int) -> str | None:

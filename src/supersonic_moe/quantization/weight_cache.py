@@ -45,6 +45,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from supersonic_moe.private_api import base_of, version_of
+
 
 class Fp8Weight(NamedTuple):
     """One weight as ``quantize_weights`` gives it."""
@@ -109,7 +111,7 @@ class WeightCache:
             or any(weight.is_inference() or _capturing(weight) for weight in weights)
         ):
             return quantize(everything)
-        owners = [weight if weight._base is None else weight._base for weight in weights]
+        owners = [base_of(weight) for weight in weights]
         signs = [(*_signs(weight), *options) for weight in weights]
         entries = [self._entries.get(i) for i in everything]
         missing = [
@@ -126,7 +128,11 @@ class WeightCache:
 def _signs(weight: Tensor) -> tuple[object, ...]:
     stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else 0
     place = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, weight.device, stream)
-    return weight._version, *place, torch.is_inference_mode_enabled()  # inference tensors cannot be saved for backward
+    return (
+        version_of(weight),
+        *place,
+        torch.is_inference_mode_enabled(),
+    )  # inference tensors cannot be saved for backward
 
 
 def _capturing(weight: Tensor) -> bool:

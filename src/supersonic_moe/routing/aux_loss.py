@@ -62,16 +62,12 @@ torch.library.define(
 
 @torch.library.impl("supersonic_moe::switch_loss_forward", ("cpu", "cuda"))
 def _forward(logits: Tensor, counts: Tensor, backend: str) -> Tensor:
-    loss: Tensor = router_kernels(logits, backend).switch_loss_forward(logits.contiguous(), counts.contiguous())
-    return loss
+    return router_kernels(logits, backend).switch_loss_forward(logits.contiguous(), counts.contiguous())
 
 
 @torch.library.impl("supersonic_moe::switch_loss_backward", ("cpu", "cuda"))
 def _backward(dloss: Tensor, logits: Tensor, counts: Tensor, backend: str) -> Tensor:
-    dlogits: Tensor = router_kernels(logits, backend).switch_loss_backward(
-        dloss, logits.contiguous(), counts.contiguous()
-    )
-    return dlogits
+    return router_kernels(logits, backend).switch_loss_backward(dloss, logits.contiguous(), counts.contiguous())
 
 
 @torch.library.register_fake("supersonic_moe::switch_loss_forward")  # type: ignore[untyped-decorator]

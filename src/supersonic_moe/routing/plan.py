@@ -203,9 +203,8 @@ def _build_plan(
     tile: int,
     capacity: int,
 ) -> PlanTensors:
-    kernels = registry.kernels(registry.choose(ids.device).name)
-    plan: PlanTensors = kernels.build_plan(ids, slot_tokens, slots_per_token, num_tokens, num_experts, tile, capacity)
-    return plan
+    kernels = registry.kernels(registry.choose(ids.device).name).routing
+    return kernels.build_plan(ids, slot_tokens, slots_per_token, num_tokens, num_experts, tile, capacity)
 
 
 @torch.library.register_fake("supersonic_moe::build_plan")  # type: ignore[untyped-decorator]

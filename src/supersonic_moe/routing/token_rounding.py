@@ -145,7 +145,7 @@ def _forward(
     capacity: int,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    outputs: tuple[Tensor, ...] = router_kernels(logits, backend).token_rounding_forward(
+    return router_kernels(logits, backend).token_rounding_forward(
         logits.contiguous(),
         scores,
         ids,
@@ -156,7 +156,6 @@ def _forward(
         step if device_step is None else device_step,
         capacity,
     )
-    return outputs
 
 
 @torch.library.impl("supersonic_moe::token_rounding_backward", ("cpu", "cuda"))
@@ -169,10 +168,10 @@ def _backward(
     scale: float | None,
     backend: str,
 ) -> Tensor:
-    dlogits: Tensor = router_kernels(logits, backend).token_rounding_backward(
+    kernels = router_kernels(logits, backend)
+    return kernels.token_rounding_backward(
         dscores.contiguous(), logits.contiguous(), scores, experts, token_offsets, scale
     )
-    return dlogits
 
 
 @torch.library.register_fake("supersonic_moe::token_rounding_forward")  # type: ignore[untyped-decorator]

@@ -17,7 +17,6 @@ Precision. Weights are fp32 for bf16, fp16 and fp32 logits, fp64 for fp64 logits
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, TypeAlias
 
 import torch
@@ -34,6 +33,7 @@ from supersonic_moe.config.router import (
     as_router,
 )
 from supersonic_moe.kernels import registry
+from supersonic_moe.kernels.interface import Routing
 
 
 def route(
@@ -123,10 +123,10 @@ def _decode(kind: str, renormalize: bool, num_groups: int, topk_groups: int, sca
     )
 
 
-def router_kernels(logits: Tensor, backend: str) -> ModuleType:
+def router_kernels(logits: Tensor, backend: str) -> Routing:
     """The backend that routes these logits."""
     exact = logits.dtype is torch.float64  # the Triton kernels for routing compute in fp32
-    return registry.kernels(registry.choose(logits.device, backend="reference" if exact else backend).name)
+    return registry.kernels(registry.choose(logits.device, backend="reference" if exact else backend).name).routing
 
 
 # ---- the ops: route_forward, route_backward --------------------------------------------------------------------------
@@ -154,8 +154,7 @@ def _route_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     router = _decode(kind, renorm, groups, topk_groups, scale)
-    outputs: tuple[Tensor, Tensor] = router_kernels(logits, backend).route_forward(logits.contiguous(), k, router, bias)
-    return outputs
+    return router_kernels(logits, backend).route_forward(logits.contiguous(), k, router, bias)
 
 
 @torch.library.impl("supersonic_moe::route_backward", ("cpu", "cuda"))
@@ -172,10 +171,8 @@ def _route_backward(
     backend: str,
 ) -> Tensor:
     router = _decode(kind, renorm, groups, topk_groups, scale)
-    dlogits: Tensor = router_kernels(logits, backend).route_backward(
-        dscores.contiguous(), logits.contiguous(), scores, ids, router
-    )
-    return dlogits
+    kernels = router_kernels(logits, backend)
+    return kernels.route_backward(dscores.contiguous(), logits.contiguous(), scores, ids, router)
 
 
 @torch.library.register_fake("supersonic_moe::route_forward")  # type: ignore[untyped-decorator]

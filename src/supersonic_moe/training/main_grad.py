@@ -21,12 +21,11 @@ breaks the graph for Megatron's parameters. Parameters that FSDP shards have no 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from supersonic_moe import checks
+from supersonic_moe.training.arguments import Inputs, MainGrads
 
 
 def main_grad_of(name: str, weight: Tensor) -> Tensor:
@@ -53,21 +52,25 @@ def main_grad_of(name: str, weight: Tensor) -> Tensor:
     return main
 
 
-def main_grads(owners: tuple[Tensor, Tensor] | None, needs: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
-    """Buffers of w1 and w2, if the caller asked for accumulation, for those that need a gradient; ``needs`` of (x,
-    scores, w1, b1, w2, b2).
+_NO_BUFFERS = MainGrads(None, None)
+
+
+def main_grads(parameters: tuple[Tensor, Tensor] | None, needs: Inputs[bool]) -> MainGrads:
+    """Buffers of w1 and w2, for those that need a gradient; none without ``parameters``, which are w1 and w2 as they
+    were passed, if the caller asked for accumulation.
     """
-    if owners is None:
-        return None, None
-    return (
-        main_grad_of("w1", owners[0]) if needs[2] else None,
-        main_grad_of("w2", owners[1]) if needs[4] else None,
+    if parameters is None:
+        return _NO_BUFFERS
+    w1, w2 = parameters
+    return MainGrads(
+        main_grad_of("w1", w1) if needs.w1 else None,
+        main_grad_of("w2", w2) if needs.w2 else None,
     )
 
 
 def stand_ins(
-    owners: tuple[Tensor, Tensor] | None,
-    mains: tuple[Tensor | None, Tensor | None],
+    parameters: tuple[Tensor, Tensor] | None,
+    main: MainGrads,
     dw1: Tensor | None,
     dw2: Tensor | None,
     dtype: torch.dtype,
@@ -75,11 +78,12 @@ def stand_ins(
     """What autograd gets for w1 and w2: dW, or its stand-in where dW was added to a buffer. ``dtype``: that of the
     weights in the layer, under autocast that of their copies.
     """
-    if owners is None:
+    if parameters is None:
         return dw1, dw2
+    w1, w2 = parameters
     return (
-        dw1 if mains[0] is None else _stand_in(owners[0], dtype),
-        dw2 if mains[1] is None else _stand_in(owners[1], dtype),
+        dw1 if main.w1 is None else _stand_in(w1, dtype),
+        dw2 if main.w2 is None else _stand_in(w2, dtype),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from down_backward_cases import ACTIVATIONS, GATE_UP, INTERLEAVED, RAGGED, SIZES, UP_GATE, arguments_of
+from down_backward_cases import ACTIVATIONS, GATE_UP, INTERLEAVED, RAGGED, SCORES, SIZES, UP_GATE, arguments_of
 from grouped_cases import CUDA, GROUPS, case, indexed
 from poison import poisoned_allocations  # noqa: F401
 
@@ -53,8 +53,9 @@ def test_many_tiles_of_one_block(hidden: int, layout: GateUpLayout, gathered: bo
 def test_scores_at_any_address() -> None:
     offsets, (dout,) = case([300], 0, 256)
     arguments, _ = arguments_of(offsets, dout, None, 256, GATE_UP, ACTIVATIONS["swiglu"], True, False)
-    scores = torch.empty(301, device=CUDA)[1:].copy_(arguments[8])
-    got, want = down_backward_fp8(*arguments[:8], scores, *arguments[9:]), down_backward_fp8(*arguments)
+    scores = torch.empty(301, device=CUDA)[1:].copy_(arguments[SCORES])
+    got = down_backward_fp8(*arguments[:SCORES], scores, *arguments[SCORES + 1 :])
+    want = down_backward_fp8(*arguments)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
@@ -72,7 +73,7 @@ def check(
     arguments, want = arguments_of(offsets, dout, index, width, layout, activation, saved_fp8, bias)
     dh, scaled, ds = down_backward_fp8(*arguments)
     assert dh.dtype is scaled.dtype is torch.bfloat16
-    zero = arguments[8][:rows] == 0
+    zero = arguments[SCORES][:rows] == 0
     assert (dh[:rows][zero] == 0).all() and (scaled[:rows][zero] == 0).all()
     assert oracle.rel_fro(dh[:rows], want[0]) < 3e-3
     assert oracle.rel_fro(scaled[:rows], want[1]) < 3e-3

@@ -5,12 +5,13 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from down_backward_cases import ACTIVATIONS, INTERLEAVED, RAGGED, SIZES, arguments_of
+from down_backward_cases import ACTIVATIONS, INTERLEAVED, RAGGED, SCORES, SIZES, arguments_of
 from grouped_cases import CUDA, GROUPS, case, indexed
 from poison import poisoned_allocations  # noqa: F401
 
 from supersonic_moe.config.activation import Activation, GateUpLayout
 from supersonic_moe.kernels import reference
+from supersonic_moe.kernels.interface import BothOrders, Quantized, Segments
 from supersonic_moe.kernels.reference.quantize import dequantize
 from supersonic_moe.kernels.sm90.down_backward_fp8 import down_backward_fp8
 from supersonic_moe.kernels.sm90.down_backward_fp8_quantised import down_backward_fp8_quantised
@@ -50,11 +51,12 @@ def test_many_tiles_of_one_block(width: int, hidden: int, gathered: bool) -> Non
 def test_other_cases_are_composed(layout: GateUpLayout, saved_fp8: bool) -> None:
     offsets, (dout,) = case([300, 0, 70], 3, 256)
     arguments, _ = arguments_of(offsets, dout, None, 256, layout, ACTIVATIONS["swiglu"], saved_fp8, True)
-    positions, row_index = positions_of(offsets, dout.shape[0])
-    got = down_backward_fp8_quantised(*arguments, positions, row_index, False)
+    segments = segments_of(offsets, dout.shape[0])
+    got = flat(*down_backward_fp8_quantised(*arguments, segments, False))
     dh, scaled, ds = down_backward_fp8(*arguments)
-    want = (*quantize_tiles(dh, row_index), *quantize_columns(scaled, row_index, tiled=True), ds)
-    rows, used = int(offsets[-1]), int(positions[-1])
+    index = segments.row_index
+    want = flat(quantize_tiles(dh, index), quantize_columns(scaled, index, tiled=True), ds)
+    rows, used = int(offsets[-1]), int(segments.offsets[-1])
     owned = [(rows,), (rows,), *[(None, used), (None, used // 128)] * 2, (rows,)]  # what is written
     for x, y, ends in zip(got, want, owned, strict=True):
         part = tuple(slice(end) for end in ends)
@@ -67,10 +69,14 @@ def bits(x: torch.Tensor) -> torch.Tensor:
     return x.view(torch.uint8) if x.dtype is E4M3 else x.view(torch.int32)
 
 
-def positions_of(offsets: torch.Tensor, allocated: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Padded offsets, and the row at each position; every row reads a token."""
+def flat(dz: BothOrders, scaled: Quantized, ds: torch.Tensor) -> list[torch.Tensor]:
+    return [*dz.rows, *dz.columns, *scaled, ds]
+
+
+def segments_of(offsets: torch.Tensor, allocated: int) -> Segments:
+    """Every row reads a token."""
     capacity = padded_capacity(allocated, offsets.shape[0] - 1)
-    return pad_segments(offsets, torch.zeros(allocated, dtype=torch.int32, device=CUDA), capacity)[:2]
+    return pad_segments(offsets, torch.zeros(allocated, dtype=torch.int32, device=CUDA), capacity)
 
 
 def check(
@@ -85,17 +91,16 @@ def check(
     arguments, (want_dh, want_as, want_ds, products) = arguments_of(
         offsets, dout, index, width, INTERLEAVED, activation, True, bias
     )
-    zero = arguments[8][:rows] == 0
-    positions, rows_G = positions_of(offsets, allocated)
-    used = int(positions[-1])
-    row_index = rows_G[:used].long()
+    zero = arguments[SCORES][:rows] == 0
+    segments = segments_of(offsets, allocated)
+    used = int(segments.offsets[-1])
+    row_index = segments.row_index[:used].long()
     held = row_index >= 0
 
     def run() -> list[torch.Tensor]:
         """Codes and scales of what experts own; tiles of positions that none owns are not written."""
-        q, row_scale, turned, scale, a_turned, a_scale, ds = down_backward_fp8_quantised(
-            *arguments, positions, rows_G, pow2
-        )
+        results = down_backward_fp8_quantised(*arguments, segments, pow2)
+        q, row_scale, turned, scale, a_turned, a_scale, ds = flat(*results)
         assert q.dtype is turned.dtype is a_turned.dtype is E4M3
         tiles = used // 128
         return [

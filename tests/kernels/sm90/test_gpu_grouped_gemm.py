@@ -11,7 +11,8 @@ from poison import poisoned_allocations  # noqa: F401
 
 from supersonic_moe.config.activation import Activation, GateUpLayout, as_activation
 from supersonic_moe.kernels import reference
-from supersonic_moe.kernels.sm90 import grouped_gemm, grouped_wgrad
+from supersonic_moe.kernels.interface import Gate, Groups, Rows
+from supersonic_moe.kernels.sm90 import gemm_config
 from supersonic_moe.kernels.sm90.down_backward import down_backward
 from supersonic_moe.kernels.sm90.grouped_gemm import grouped_mm
 from supersonic_moe.kernels.sm90.grouped_wgrad import grouped_mm_wgrad
@@ -25,8 +26,7 @@ SIZES = [(64, 256), (72, 8), (8, 264), (2880, 520), (1000, 1000)]
 @pytest.fixture(params=[256, 384])
 def block_n(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Columns of a tile, which the size of the problem decides otherwise."""
-    for module in (grouped_gemm, grouped_wgrad):
-        monkeypatch.setattr(module, "tile_columns", lambda columns, depth: request.param)
+    monkeypatch.setattr(gemm_config, "tile_columns", lambda columns, depth: request.param)
 
 
 @pytest.mark.usefixtures("block_n")
@@ -40,11 +40,11 @@ def test_rows(counts: list[int], depth: int, columns: int, n_contiguous: bool, p
     b = torch.randn(shape, device=CUDA, dtype=torch.bfloat16)
     b = b.abs() if positive else b
     b = b if n_contiguous else b.transpose(1, 2)
-    got = grouped_mm(a, b, offsets)
+    got = grouped_mm(Rows(a), b, offsets)
     for e, rows in segments(offsets):
         if rows.start < rows.stop:
             assert oracle.rel_fro(got[rows], a[rows].double() @ b[e].double()) < 3e-3, f"expert {e}"
-    assert torch.equal(got[: sum(counts)], grouped_mm(a, b, offsets)[: sum(counts)])
+    assert torch.equal(got[: sum(counts)], grouped_mm(Rows(a), b, offsets)[: sum(counts)])
 
 
 @pytest.mark.usefixtures("block_n")
@@ -53,11 +53,11 @@ def test_rows(counts: list[int], depth: int, columns: int, n_contiguous: bool, p
 @pytest.mark.parametrize("counts", GROUPS.values(), ids=GROUPS)
 def test_weight_gradient(counts: list[int], m: int, n: int, positive: bool) -> None:
     offsets, (a, b) = case(counts, 70, m, n, positive=positive)
-    got = grouped_mm_wgrad(a, b, offsets)
+    got = grouped_mm_wgrad(Rows(a), b, offsets)
     exact = torch.full((len(counts), m, n), float("nan"), device=CUDA)
-    grouped_mm_wgrad(a, b, offsets, exact)
+    grouped_mm_wgrad(Rows(a), b, offsets, exact)
     start = torch.randn(len(counts), m, n, device=CUDA)
-    added = grouped_mm_wgrad(a, b, offsets, start.clone(), accumulate=True)
+    added = grouped_mm_wgrad(Rows(a), b, offsets, start.clone(), accumulate=True)
     for e, rows in segments(offsets):
         want = a[rows].double().T @ b[rows].double()
         if rows.start == rows.stop:
@@ -66,8 +66,8 @@ def test_weight_gradient(counts: list[int], m: int, n: int, positive: bool) -> N
         assert oracle.rel_fro(got[e], want) < 3e-3, f"expert {e}"
         assert oracle.rel_fro(exact[e], want) < 1e-5, f"expert {e} fp32"
         assert oracle.rel_fro(added[e] - start[e], want) < 1e-4, f"expert {e} accumulated"
-    assert torch.equal(got, grouped_mm_wgrad(a, b, offsets))
-    assert torch.equal(added, grouped_mm_wgrad(a, b, offsets, start.clone(), accumulate=True))
+    assert torch.equal(got, grouped_mm_wgrad(Rows(a), b, offsets))
+    assert torch.equal(added, grouped_mm_wgrad(Rows(a), b, offsets, start.clone(), accumulate=True))
 
 
 @pytest.mark.parametrize("n_contiguous", [False, True])
@@ -79,8 +79,8 @@ def test_rows_through_an_index(counts: list[int], depth: int, columns: int, n_co
     offsets, x, index = indexed(counts, 5, depth)
     b = torch.randn(len(counts), depth, columns, device=CUDA, dtype=torch.bfloat16)
     b = b if n_contiguous else b.transpose(1, 2).contiguous().transpose(1, 2)
-    got, rows = grouped_mm(x, b, offsets, gather_index=index), sum(counts)
-    assert torch.equal(got[:rows], grouped_mm(picked(x, index).bfloat16(), b, offsets)[:rows])
+    got, rows = grouped_mm(Rows(x, index), b, offsets), sum(counts)
+    assert torch.equal(got[:rows], grouped_mm(Rows(picked(x, index).bfloat16()), b, offsets)[:rows])
 
 
 @pytest.mark.usefixtures("block_n")
@@ -94,20 +94,19 @@ def test_weight_gradient_of_indexed_rows_and_its_transpose(
     offsets, x, index = indexed(counts, 70, m, positive=positive)
     _, (b,) = case(counts, 70, n, positive=positive)
     a, rows = picked(x, index), sum(counts)
-    operands = (x, b, offsets) if gathered else (a.bfloat16(), b, offsets)
-    keys = {"gather_index": index} if gathered else {}
+    operands = Rows(x, index) if gathered else Rows(a.bfloat16()), b, offsets
     exact = torch.full((len(counts), m, n), float("nan"), device=CUDA)
-    grouped_mm_wgrad(*operands, exact, **keys)
+    grouped_mm_wgrad(*operands, exact)
     for e, segment in segments(offsets):
         want = a[segment].T @ b[:rows][segment].double()
         assert oracle.rel_fro(exact[e], want) < 1e-5 or (want.abs().max() == 0 and (exact[e] == 0).all()), f"expert {e}"
-    got = grouped_mm_wgrad(*operands, **keys)
+    got = grouped_mm_wgrad(*operands)
     assert torch.equal(got, exact.bfloat16())
-    assert torch.equal(grouped_mm_wgrad(*operands, transposed=True, **keys), got.transpose(1, 2))
+    assert torch.equal(grouped_mm_wgrad(*operands, transposed=True), got.transpose(1, 2))
     flipped = torch.full((len(counts), n, m), float("nan"), device=CUDA)
-    assert torch.equal(grouped_mm_wgrad(*operands, flipped, transposed=True, **keys), exact.transpose(1, 2))
+    assert torch.equal(grouped_mm_wgrad(*operands, flipped, transposed=True), exact.transpose(1, 2))
     start = torch.randn(len(counts), n, m, device=CUDA)
-    added = grouped_mm_wgrad(*operands, start.clone(), transposed=True, accumulate=True, **keys)
+    added = grouped_mm_wgrad(*operands, start.clone(), transposed=True, accumulate=True)
     assert torch.equal(added, start + flipped)
 
 
@@ -116,11 +115,11 @@ def test_rows_at_any_stride() -> None:
     offsets, (wide,) = case([100, 30], 0, 512)
     a = wide[:, 128:256]
     b = torch.randn(2, 128, 64, device=CUDA, dtype=torch.bfloat16)
-    got = grouped_mm(a, b, offsets)
+    got = grouped_mm(Rows(a), b, offsets)
     assert oracle.rel_fro(got[:100], a[:100].double() @ b[0].double()) < 3e-3
     index = torch.arange(130, device=CUDA, dtype=torch.int32)
-    assert torch.equal(grouped_mm(a, b, offsets, gather_index=index), got)
-    assert torch.equal(grouped_mm_wgrad(a, a, offsets, gather_index=index), grouped_mm_wgrad(a, a, offsets))
+    assert torch.equal(grouped_mm(Rows(a, index), b, offsets), got)
+    assert torch.equal(grouped_mm_wgrad(Rows(a, index), a, offsets), grouped_mm_wgrad(Rows(a), a, offsets))
 
 
 @pytest.mark.parametrize(("bias", "save"), [(False, False), (False, True), (True, True)])
@@ -156,18 +155,16 @@ def test_up_projection(
     row_expert = torch.repeat_interleave(
         torch.arange(num_experts + 1, device=CUDA), torch.tensor([*counts, 3], device=CUDA)
     ).int()
-    h, a = up_projection(source, index, w1, b1, offsets, row_expert, activation, layout, save)
-    exact = reference.grouped_mm(x[:rows].double(), w1.double().transpose(1, 2), offsets)
-    want = reference.activation_forward(
-        exact, None if b1 is None else b1.double(), row_expert[:rows], activation, layout
-    )
+    gate = Gate(activation, layout)
+    arguments = (Rows(source, index), w1, b1, Groups(offsets, row_expert), gate, save)
+    h, a = up_projection(*arguments)
+    exact = reference.grouped_mm(Rows(x[:rows].double()), w1.double().transpose(1, 2), offsets)
+    want = reference.activation_forward(exact, None if b1 is None else b1.double(), row_expert[:rows], gate)
     assert oracle.rel_fro(a[:rows], want) < 3e-3
     assert h.shape == ((rows + 3) if save else 0, 2 * width)
     if save:
         assert oracle.rel_fro(h[:rows], exact) < 3e-3
-    assert torch.equal(
-        a[:rows], up_projection(source, index, w1, b1, offsets, row_expert, activation, layout, save)[1][:rows]
-    )
+    assert torch.equal(a[:rows], up_projection(*arguments)[1][:rows])
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -206,13 +203,14 @@ def test_down_backward(
     row_expert = torch.repeat_interleave(
         torch.arange(num_experts + 1, device=CUDA), torch.tensor([*counts, 3], device=CUDA)
     ).int()
-    arguments = (source, index, w2, h, b1, scores, offsets, row_expert, activation, layout)
+    gate = Gate(activation, layout)
+    arguments = (Rows(source, index), w2, h, b1, scores, Groups(offsets, row_expert), gate)
     dh, scaled, ds = down_backward(*arguments)
     h_read = torch.where(unscored[:, None], 0, h)
-    da = reference.grouped_mm(dout[:rows].double(), w2.double(), offsets)
+    da = reference.grouped_mm(Rows(dout[:rows].double()), w2.double(), offsets)
     want = reference.activation_backward(
         h_read[:rows].double(), None if b1 is None else b1.double(), da, scores[:rows].double(), row_expert[:rows],
-        activation, layout,
+        gate,
     )  # fmt: skip
     zero, scored = unscored[:rows], ~unscored[:rows]
     assert (dh[:rows][zero] == 0).all() and (scaled[:rows][zero] == 0).all()

@@ -8,6 +8,7 @@ import torch
 from grouped_cases import CUDA, GROUPS, case, indexed, picked, segments
 from poison import poisoned_allocations  # noqa: F401
 
+from supersonic_moe.kernels.interface import Quantized, Rows
 from supersonic_moe.kernels.reference.quantize import dequantize
 from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import grouped_mm_fp8
 from supersonic_moe.kernels.triton.quantize import quantize_blocks, quantize_rows
@@ -38,18 +39,18 @@ def test_rows(counts: list[int], depth: int, columns: int, gathered: bool, trans
         b_scale = scale.mT
     else:
         b, _, b_scale = quantize_blocks(w)
-    q, q_scale = quantize_rows(a, tma=not gathered)
+    a_rows = Rows(quantize_rows(a, tma=not gathered), index)
     rows = sum(counts)
     # Tensor cores cut each e4m3 product at about 2^-13 of the running sum: sums of positive products come out low.
     tolerance = 5e-3 if positive else 3e-3
-    operand = dequantize(q, q_scale)
+    operand = dequantize(*a_rows.x)
     operand = operand[:rows] if index is None else picked(operand, index)[:rows]
     want = dequantize(b, b_scale)
-    got = grouped_mm_fp8(q, q_scale, b, b_scale, offsets, gather_index=index)
+    got = grouped_mm_fp8(a_rows, Quantized(b, b_scale), offsets)
     for e, part in segments(offsets):
         if part.start < part.stop:
             assert oracle.rel_fro(got[part], operand[part] @ want[e].T) < tolerance, f"expert {e}"
-    assert torch.equal(got[:rows], grouped_mm_fp8(q, q_scale, b, b_scale, offsets, gather_index=index)[:rows])
+    assert torch.equal(got[:rows], grouped_mm_fp8(a_rows, Quantized(b, b_scale), offsets)[:rows])
 
 
 def test_scales_in_the_wrong_order_are_refused() -> None:
@@ -57,6 +58,6 @@ def test_scales_in_the_wrong_order_are_refused() -> None:
     b, _, b_scale = quantize_blocks(torch.randn(1, 256, 256, device=CUDA, dtype=torch.bfloat16))
     index = torch.arange(300, device=CUDA, dtype=torch.int32)
     for gather_index, tma in ((None, False), (index, True)):
-        q, scale = quantize_rows(a, tma=tma)
+        a_rows = Rows(quantize_rows(a, tma=tma), gather_index)
         with pytest.raises(ValueError, match=f"tma={not tma}"):
-            grouped_mm_fp8(q, scale, b, b_scale, offsets, gather_index=gather_index)
+            grouped_mm_fp8(a_rows, Quantized(b, b_scale), offsets)

@@ -11,6 +11,7 @@ from poison import poisoned_allocations  # noqa: F401
 from supersonic_moe.config.activation import Activation, GateUpLayout, as_activation
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.kernels import reference
+from supersonic_moe.kernels.interface import Gate, Groups, Quantized, Rows
 from supersonic_moe.kernels.reference.quantize import dequantize
 from supersonic_moe.kernels.reference.quantize import quantize_rows as rounded
 from supersonic_moe.kernels.sm90.up_projection_fp8 import up_projection_fp8
@@ -64,16 +65,15 @@ def check(
         torch.arange(num_experts + 1, device=CUDA), torch.tensor([*counts, 5], device=CUDA)
     ).int()
     w_q, _, w_scale = quantize_blocks(w1)
-    x_q, x_scale = quantize_rows(x, tma=not gathered)
-    arguments = (x_q, x_scale, index, w_q, w_scale, b1, offsets, row_expert, activation, layout, recipe)
-    h, z_scale, a, a_scale = up_projection_fp8(*arguments, True)
+    x_rows = Rows(quantize_rows(x, tma=not gathered), index)
+    gate = Gate(activation, layout)
+    arguments = (x_rows, Quantized(w_q, w_scale), b1, Groups(offsets, row_expert), gate, recipe)
+    (h, z_scale), (a, a_scale) = up_projection_fp8(*arguments, True)
 
-    operand = dequantize(x_q, x_scale)
+    operand = dequantize(*x_rows.x)
     operand = operand[:rows] if index is None else picked(operand, index)[:rows]
-    want_h = reference.grouped_mm(operand, dequantize(w_q, w_scale).mT, offsets)
-    want_a = reference.activation_forward(
-        want_h, None if b1 is None else b1.double(), row_expert[:rows], activation, layout
-    )
+    want_h = reference.grouped_mm(Rows(operand), dequantize(w_q, w_scale).mT, offsets)
+    want_a = reference.activation_forward(want_h, None if b1 is None else b1.double(), row_expert[:rows], gate)
     close(a[:rows], a_scale[:rows], want_a, recipe.pow2)
     if recipe.save_preactivation == "fp8":
         close(h[:rows], z_scale[:rows], want_h, recipe.pow2)
@@ -82,10 +82,10 @@ def check(
     else:
         assert h.shape[0] == z_scale.shape[0] == 0
 
-    again = up_projection_fp8(*arguments, True)
+    again = [t for result in up_projection_fp8(*arguments, True) for t in result]
     stored = (h, z_scale, a, a_scale)
     assert all(torch.equal(s[:rows].float(), t[:rows].float()) for s, t in zip(stored, again, strict=True))
-    unsaved, _, other, _ = up_projection_fp8(*arguments, False)
+    (unsaved, _), (other, _) = up_projection_fp8(*arguments, False)
     assert unsaved.shape == (0, 2 * width) and torch.equal(other[:rows].float(), a[:rows].float())
 
 

@@ -11,6 +11,7 @@ from grouped_cases import CUDA, GROUPS, case, segments
 from poison import poisoned_allocations  # noqa: F401
 from torch import Tensor
 
+from supersonic_moe.kernels.interface import Quantized
 from supersonic_moe.kernels.reference.quantize import fp8_grouped_wgrad_reference
 from supersonic_moe.kernels.sm90.grouped_wgrad_fp8 import grouped_mm_wgrad_fp8
 from supersonic_moe.kernels.triton.pad_segments import pad_segments
@@ -22,8 +23,8 @@ pytestmark = pytest.mark.gpu
 SIZES = [(64, 256), (128, 512), (72, 8), (8, 264), (264, 72), (520, 1000), (1000, 520)]
 
 
-def operands(counts: list[int], m: int, n: int, positive: bool = False) -> tuple[Tensor, ...]:
-    """a, a_scale, b, b_scale, padded offsets. Magnitudes differ from row to row and from block to block of columns, so
+def operands(counts: list[int], m: int, n: int, positive: bool = False) -> tuple[Quantized, Quantized, Tensor]:
+    """a, b, padded offsets. Magnitudes differ from row to row and from block to block of columns, so
     a scale of another block shows; codes and scales past the last expert's positions are NaN.
     """
     offsets, (x, y) = case(counts, 0, m, n, positive=positive)
@@ -33,13 +34,12 @@ def operands(counts: list[int], m: int, n: int, positive: bool = False) -> tuple
         t[:, : t.shape[1] // 2] *= 100
     every_row = torch.arange(rows, device=CUDA, dtype=torch.int32)
     positions, row_index, _ = pad_segments(offsets, every_row, padded_capacity(rows, len(counts)))
-    a, a_scale = quantize_columns(x, row_index)
-    b, b_scale = quantize_columns(y, row_index, tiled=True)
+    a, b = quantize_columns(x, row_index), quantize_columns(y, row_index, tiled=True)
     end = int(positions[-1])
-    for q, scale in ((a, a_scale), (b, b_scale)):
+    for q, scale in (a, b):
         q.view(torch.uint8)[:, end:] = 0x7F
         scale[:, end // 128 :] = float("nan")
-    return a, a_scale, b, b_scale, positions
+    return a, b, positions
 
 
 @pytest.mark.parametrize("positive", [False, True])
@@ -69,9 +69,9 @@ def test_every_output(counts: list[int], m: int, n: int, positive: bool) -> None
 
 
 def test_tiles_with_scales_in_any_strides() -> None:
-    a, a_scale, b, b_scale, positions = operands(GROUPS["ragged"], 136, 520)
-    want = grouped_mm_wgrad_fp8(a, a_scale, b, b_scale, positions)
-    assert torch.equal(grouped_mm_wgrad_fp8(a, a_scale, b, b_scale.contiguous(), positions), want)
+    a, b, positions = operands(GROUPS["ragged"], 136, 520)
+    want = grouped_mm_wgrad_fp8(a, b, positions)
+    assert torch.equal(grouped_mm_wgrad_fp8(a, b._replace(scale=b.scale.contiguous()), positions), want)
 
 
 def test_many_laps_and_tiles_with_empty_experts_between() -> None:
@@ -95,16 +95,16 @@ def test_no_positions() -> None:
 
 
 def test_operands_that_it_cannot_take_are_refused() -> None:
-    a, a_scale, b, b_scale, positions = operands([300], 136, 264)
+    (a, a_scale), (b, b_scale), positions = operands([300], 136, 264)
     for arguments, words in (
-        ((a, a_scale.contiguous(), b, b_scale), "a_scale must be stored transposed"),
-        ((a, a_scale, b, a_scale), r"b_scale must have shape \(3, 3\)"),
+        ((a, a_scale.contiguous(), b, b_scale), r"a\.scale must be stored transposed"),
+        ((a, a_scale, b, a_scale), r"b\.scale must have shape \(3, 3\)"),
         ((a[:, :320], a_scale, b[:, :320], b_scale), "multiple of 128"),
         ((a, a_scale, b[:, :256], b_scale[:, :2]), "the same G"),
     ):
         with pytest.raises(ValueError, match=words):
-            grouped_mm_wgrad_fp8(*arguments, positions)
+            grouped_mm_wgrad_fp8(Quantized(*arguments[:2]), Quantized(*arguments[2:]), positions)
     with pytest.raises(TypeError, match=r"b must be torch\.float8_e4m3fn"):
-        grouped_mm_wgrad_fp8(a, a_scale, b.bfloat16(), b_scale, positions)
+        grouped_mm_wgrad_fp8(Quantized(a, a_scale), Quantized(b.bfloat16(), b_scale), positions)
     with pytest.raises(TypeError, match="accumulate adds to an fp32 out"):
-        grouped_mm_wgrad_fp8(a, a_scale, b, b_scale, positions, accumulate=True)
+        grouped_mm_wgrad_fp8(Quantized(a, a_scale), Quantized(b, b_scale), positions, accumulate=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -68,12 +68,7 @@ def check(
         assert torch.equal(first, again)
 
 
-SHARED_FIXTURES = settings(
-    max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-
-
-@SHARED_FIXTURES
+@settings(max_examples=30)
 @given(data=st.data())
 def test_matches_a_counting_sort(data: st.DataObject, device: torch.device) -> None:
     num_experts = data.draw(st.integers(1, 40), "E")

@@ -153,6 +153,14 @@ def test_rows_may_be_strided_and_repeats_are_bit_exact(device: torch.device) -> 
     )
 
 
+def test_the_gradient_of_a_saturated_sigmoid_is_small_and_not_zero(device: torch.device) -> None:
+    """sigmoid(20) is 1 in fp32, and its slope 2e-9."""
+    router, logits = SigmoidGroupedTopK(renormalize=False), torch.full((1, 1), 20.0, device=device)
+    scores, ids = route_forward(logits, 1, router, None)
+    got = route_backward(torch.ones_like(scores), logits, scores, ids, router)
+    torch.testing.assert_close(got.item(), math.exp(-20), rtol=1e-5, atol=0)
+
+
 def test_no_tokens(device: torch.device) -> None:
     scores, ids = route_forward(torch.empty(0, 8, device=device), 2, RULES[0], None)
     assert scores.shape == ids.shape == (0, 2)

@@ -6,13 +6,7 @@ Shapes: T tokens, S slots, P rows, E experts, K choices, H hidden, I intermediat
 one is caught by the tests.
 """
 
-from supersonic_moe.kernels.compose import (
-    compose_down_backward,
-    compose_down_backward_fp8,
-    compose_down_backward_fp8_quantised,
-    compose_up_projection,
-    compose_up_projection_fp8,
-)
+from supersonic_moe.kernels.compose import Composed, ComposedFp8
 from supersonic_moe.kernels.reference.activation import activation_backward, activation_forward
 from supersonic_moe.kernels.reference.aux_loss import switch_loss_backward, switch_loss_forward
 from supersonic_moe.kernels.reference.gather import gather_rows, gather_sum
@@ -35,11 +29,14 @@ from supersonic_moe.kernels.reference.reductions import row_dot, segment_sum
 from supersonic_moe.kernels.reference.router import route_backward, route_forward
 from supersonic_moe.kernels.reference.token_rounding import token_rounding_backward, token_rounding_forward
 
-up_projection = compose_up_projection(grouped_mm, activation_forward)
-down_backward = compose_down_backward(grouped_mm, activation_backward)
-up_projection_fp8 = compose_up_projection_fp8(grouped_mm_fp8, activation_forward, quantize_rows)
-down_backward_fp8 = compose_down_backward_fp8(grouped_mm_fp8, activation_backward)
-down_backward_fp8_quantised = compose_down_backward_fp8_quantised(down_backward_fp8, quantize_tiles, quantize_columns)
+_composed = Composed(grouped_mm, activation_forward, activation_backward)
+up_projection, down_backward = _composed.up_projection, _composed.down_backward
+
+_composed_fp8 = ComposedFp8(
+    grouped_mm_fp8, activation_forward, activation_backward, quantize_rows, quantize_columns, quantize_tiles
+)
+up_projection_fp8, down_backward_fp8 = _composed_fp8.up_projection_fp8, _composed_fp8.down_backward_fp8
+down_backward_fp8_quantised = _composed_fp8.down_backward_fp8_quantised
 
 __all__ = [
     "activation_backward",

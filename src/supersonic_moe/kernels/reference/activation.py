@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout
+from supersonic_moe.kernels.interface import Gate
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def activation_forward(
-    z_PN: Tensor, b1_EN: Tensor | None, row_expert_P: Tensor, activation: Activation, layout: GateUpLayout
-) -> Tensor:
-    a_PI, _ = _act(_preactivation(z_PN, b1_EN, row_expert_P), activation, layout)
+def activation_forward(z_PN: Tensor, b1_EN: Tensor | None, row_expert_P: Tensor, gate: Gate) -> Tensor:
+    """(P, I) in the dtype of z."""
+    a_PI, _ = _act(_preactivation(z_PN, b1_EN, row_expert_P), gate)
     return a_PI.to(z_PN.dtype)
 
 
@@ -34,14 +34,13 @@ def activation_backward(
     da_PI: Tensor,
     row_scores_P: Tensor,
     row_expert_P: Tensor,
-    activation: Activation,
-    layout: GateUpLayout,
+    gate: Gate,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (dh (P, N1), s * a (P, I), ds (P,) in the accumulation dtype)."""
-    a_PI, partials = _act(_preactivation(z_PN, b1_EN, row_expert_P), activation, layout)
+    """(dz (P, N1), s * a (P, I), ds (P,) in the accumulation dtype)."""
+    a_PI, partials = _act(_preactivation(z_PN, b1_EN, row_expert_P), gate)
     da_acc_PI = da_PI.to(a_PI.dtype)
     s_P1 = row_scores_P.to(a_PI.dtype)[:, None]
-    dz_PN = _join([s_P1 * da_acc_PI * partial for partial in partials], layout)
+    dz_PN = _join([s_P1 * da_acc_PI * partial for partial in partials], gate.layout)
     return dz_PN.to(z_PN.dtype), (s_P1 * a_PI).to(z_PN.dtype), (da_acc_PI * a_PI).sum(1)
 
 
@@ -52,8 +51,9 @@ def _preactivation(z_PN: Tensor, b1_EN: Tensor | None, row_expert_P: Tensor) -> 
     return h + b1_EN.to(h.dtype)[row_expert_P.clamp(max=b1_EN.shape[0] - 1).long()]
 
 
-def _act(z_PN: Tensor, activation: Activation, layout: GateUpLayout) -> tuple[Tensor, list[Tensor]]:
-    """Value and partial derivatives (by gate, by up) or (by h,)."""
+def _act(z_PN: Tensor, columns: Gate) -> tuple[Tensor, list[Tensor]]:
+    """Value and partial derivatives (by gate, by up) or (by z,)."""
+    activation, layout = columns
     kind = activation.type
     if not activation.gated:
         value, slope = _unary(kind, z_PN)

@@ -35,6 +35,7 @@ from torch import Tensor
 from supersonic_moe.config.activation import Activation, GateUpLayout
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe
+from supersonic_moe.kernels.interface import Gate, Rows, TokenRows
 from supersonic_moe.kernels.reference.activation import acc_dtype, activation_backward, activation_forward
 from supersonic_moe.kernels.reference.gather import gather_rows, gather_sum
 from supersonic_moe.kernels.reference.grouped_mm import grouped_mm, grouped_mm_wgrad
@@ -73,10 +74,10 @@ def fp8_forward(
 ) -> tuple[Tensor, Tensor]:
     """(O (T, H), the pre-activation H (P, N1) without the bias as backward will see it)."""
     acc, pow2 = acc_dtype(x_TH.dtype), recipe.scale == "pow2"
-    x_PH = gather_rows(_rows(x_TH, pow2, acc), plan.gather_index)
-    z_PN = grouped_mm(x_PH, _blocks(w1_ENH, pow2, acc).mT, plan.expert_offsets)
-    a_PI = activation_forward(z_PN, b1_EN, plan.row_expert, activation, layout)
-    y_PH = grouped_mm(_rows(a_PI, pow2, acc), _blocks(w2_EHI, pow2, acc).mT, plan.expert_offsets)
+    x = Rows(_rows(x_TH, pow2, acc), plan.gather_index)
+    z_PN = grouped_mm(x, _blocks(w1_ENH, pow2, acc).mT, plan.expert_offsets)
+    a_PI = activation_forward(z_PN, b1_EN, plan.row_expert, Gate(activation, layout))
+    y_PH = grouped_mm(Rows(_rows(a_PI, pow2, acc)), _blocks(w2_EHI, pow2, acc).mT, plan.expert_offsets)
     out_TH = _sum_by_token(y_PH, _row_scores(scores_S, plan), b2_EH, plan)
     saved = {
         "fp8": lambda: _rows(z_PN, pow2, acc),
@@ -104,16 +105,15 @@ def fp8_backward(
     """Gradients in the accumulation dtype, from the second result of :func:`fp8_forward`."""
     acc, pow2 = acc_dtype(x_TH.dtype), recipe.scale == "pow2"
     s_P = _row_scores(scores_S, plan)
-    da_PI = grouped_mm(
-        gather_rows(_rows(dout_TH, pow2, acc), plan.gather_index), _blocks(w2_EHI, pow2, acc), plan.expert_offsets
-    )
-    dz_PN, as_PI, ds_P = activation_backward(z_PN, b1_EN, da_PI, s_P, plan.row_expert, activation, layout)
+    dout = Rows(_rows(dout_TH, pow2, acc), plan.gather_index)
+    da_PI = grouped_mm(dout, _blocks(w2_EHI, pow2, acc), plan.expert_offsets)
+    dz_PN, as_PI, ds_P = activation_backward(z_PN, b1_EN, da_PI, s_P, plan.row_expert, Gate(activation, layout))
 
     dout_PH = gather_rows(dout_TH.to(acc), plan.gather_index)
     if b2_EH is not None:
-        row_dot(dout_PH, b2_EH, plan.row_expert, ds_P)
-    db1_EN = None if b1_EN is None else segment_sum(dz_PN, None, plan.expert_offsets)
-    db2_EH = None if b2_EH is None else segment_sum(dout_PH, s_P, plan.expert_offsets)
+        row_dot(Rows(dout_PH), b2_EH, plan.row_expert, ds_P)
+    db1_EN = None if b1_EN is None else segment_sum(Rows(dz_PN), None, plan.expert_offsets)
+    db2_EH = None if b2_EH is None else segment_sum(Rows(dout_PH), s_P, plan.expert_offsets)
 
     dz_rows_PN = _rows(dz_PN, pow2, acc)
     if recipe.wgrad == "bf16":
@@ -134,15 +134,15 @@ def fp8_backward(
             dequantize(*quantize_columns(t, index, pow2, name in tiled), acc).T for name, (t, index) in sources.items()
         )
         if "dz" in tiled:
-            q_PN, row_scale, _, _ = quantize_tiles(dz_PN, row_index, pow2)
-            dz_rows_PN = dequantize(q_PN, row_scale, acc)
+            dz_rows_PN = dequantize(*quantize_tiles(dz_PN, row_index, pow2).rows, acc)
     dout_G, as_G, dz_G, x_G = operands
+    dx_PH = grouped_mm(Rows(dz_rows_PN), _blocks(w1_ENH, pow2, acc), plan.expert_offsets)
     return Fp8Gradients(
-        x=_sum_by_token(grouped_mm(dz_rows_PN, _blocks(w1_ENH, pow2, acc), plan.expert_offsets), None, None, plan),
+        x=_sum_by_token(dx_PH, None, None, plan),
         scores=gather_rows(ds_P[:, None], plan.reverse_index)[:, 0],
-        w1=grouped_mm_wgrad(dz_G, x_G, offsets),
+        w1=grouped_mm_wgrad(Rows(dz_G), x_G, offsets),
         b1=db1_EN,
-        w2=grouped_mm_wgrad(dout_G, as_G, offsets),
+        w2=grouped_mm_wgrad(Rows(dout_G), as_G, offsets),
         b2=db2_EH,
     )
 
@@ -161,7 +161,5 @@ def _row_scores(scores_S: Tensor, plan: RoutingPlan) -> Tensor:
 
 
 def _sum_by_token(y_PH: Tensor, row_scale_P: Tensor | None, bias_EH: Tensor | None, plan: RoutingPlan) -> Tensor:
-    return gather_sum(
-        y_PH, row_scale_P, bias_EH, plan.row_expert, plan.token_rows, plan.token_offsets, plan.slots_per_token,
-        plan.num_tokens,
-    )  # fmt: skip
+    tokens = TokenRows(plan.token_rows, plan.token_offsets, plan.slots_per_token, plan.num_tokens)
+    return gather_sum(y_PH, row_scale_P, bias_EH, plan.row_expert, tokens)

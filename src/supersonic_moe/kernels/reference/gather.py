@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from supersonic_moe.kernels.interface import Rows, TokenRows
 from supersonic_moe.kernels.reference.activation import acc_dtype
 
 
@@ -16,29 +17,31 @@ def gather_rows(x_TH: Tensor, index_P: Tensor) -> Tensor:
     return rows_PH
 
 
+def rows_of(a: Rows[Tensor]) -> Tensor:
+    """(P, C): the rows themselves."""
+    return a.x if a.gather_index is None else gather_rows(a.x, a.gather_index)
+
+
 def gather_sum(
     y_PH: Tensor,
     row_scale_P: Tensor | None,
     bias_EH: Tensor | None,
     row_expert_P: Tensor,
-    token_rows_S: Tensor,
-    token_offsets_T1: Tensor | None,
-    slots_per_token: int,
-    num_tokens: int,
+    tokens: TokenRows,
 ) -> Tensor:
     """(T, H): out[t] = sum over the token's rows r >= 0, in order, of scale[r] * (y[r] + bias[expert of r]). Tokens
     without rows get 0.
     """
-    slots = torch.arange(token_rows_S.shape[0], device=y_PH.device)
-    if token_offsets_T1 is None:
-        token_S = slots // max(slots_per_token, 1)
+    slots = torch.arange(tokens.rows.shape[0], device=y_PH.device)
+    if tokens.offsets is None:
+        token_S = slots // max(tokens.each, 1)
     else:
-        token_S = torch.searchsorted(token_offsets_T1.long(), slots, right=True) - 1
-    real = (token_rows_S >= 0) & (token_S >= 0) & (token_S < num_tokens)
-    rows, tokens = token_rows_S[real].long(), token_S[real]
+        token_S = torch.searchsorted(tokens.offsets.long(), slots, right=True) - 1
+    real = (tokens.rows >= 0) & (token_S >= 0) & (token_S < tokens.num_tokens)
+    rows = tokens.rows[real].long()
     values = y_PH[rows].to(acc_dtype(y_PH.dtype))
     if bias_EH is not None:
         values = values + bias_EH.to(values.dtype)[row_expert_P[rows].long()]
     if row_scale_P is not None:
         values = values * row_scale_P.to(values.dtype)[rows, None]
-    return values.new_zeros(num_tokens, y_PH.shape[1]).index_add_(0, tokens, values).to(y_PH.dtype)
+    return values.new_zeros(tokens.num_tokens, y_PH.shape[1]).index_add_(0, token_S[real], values).to(y_PH.dtype)

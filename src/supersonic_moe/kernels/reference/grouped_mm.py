@@ -9,8 +9,9 @@ import math
 
 from torch import Tensor
 
+from supersonic_moe.kernels.interface import Rows
 from supersonic_moe.kernels.reference.activation import acc_dtype
-from supersonic_moe.kernels.reference.gather import gather_rows
+from supersonic_moe.kernels.reference.gather import rows_of
 
 
 def _segments(expert_offsets: Tensor) -> list[tuple[int, int, int]]:
@@ -18,12 +19,10 @@ def _segments(expert_offsets: Tensor) -> list[tuple[int, int, int]]:
     return [(e, start, end) for e, (start, end) in enumerate(itertools.pairwise(offsets)) if end > start]
 
 
-def grouped_mm(a_TK: Tensor, b_EKN: Tensor, expert_offsets: Tensor, *, gather_index: Tensor | None = None) -> Tensor:
-    """(P, N): rows of expert e are a[rows] @ b[e]; dead rows are undefined (NaN here). ``gather_index`` (P) names the
-    rows of a.
-    """
-    acc = acc_dtype(a_TK.dtype)
-    a_PK = a_TK if gather_index is None else gather_rows(a_TK, gather_index)
+def grouped_mm(a: Rows[Tensor], b_EKN: Tensor, expert_offsets: Tensor) -> Tensor:
+    """(P, N): rows of expert e are a[rows] @ b[e]; dead rows are NaN."""
+    a_PK = rows_of(a)
+    acc = acc_dtype(a_PK.dtype)
     out_PN = a_PK.new_full((a_PK.shape[0], b_EKN.shape[2]), math.nan)
     for e, start, end in _segments(expert_offsets):
         out_PN[start:end] = a_PK[start:end].to(acc) @ b_EKN[e].to(acc)
@@ -31,19 +30,18 @@ def grouped_mm(a_TK: Tensor, b_EKN: Tensor, expert_offsets: Tensor, *, gather_in
 
 
 def grouped_mm_wgrad(
-    a_TM: Tensor,
+    a: Rows[Tensor],
     b_PN: Tensor,
     expert_offsets: Tensor,
     out: Tensor | None = None,
     *,
-    gather_index: Tensor | None = None,
     transposed: bool = False,
     accumulate: bool = False,
 ) -> Tensor:
     """(E, M, N): a[rows of e].T @ b[rows of e], or its transpose (E, N, M); exact zeros for an expert without rows.
     Into ``out`` if given, of any float dtype; ``accumulate`` adds to it.
     """
-    a_PM = a_TM if gather_index is None else gather_rows(a_TM, gather_index)
+    a_PM = rows_of(a)
     left, right = (b_PN, a_PM) if transposed else (a_PM, b_PN)
     acc = acc_dtype(a_PM.dtype)
     if out is None:

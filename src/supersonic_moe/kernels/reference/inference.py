@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout
+from supersonic_moe.kernels.interface import Gate
 from supersonic_moe.kernels.reference.activation import activation_forward
 from supersonic_moe.kernels.reference.quantize import dequantize, quantize_rows
 from supersonic_moe.quantization.block_format import BLOCK
@@ -86,7 +87,7 @@ def expert_rows(
         if row_scale_TK is not None:
             x_RH = x_RH * row_scale_TK[token, choice, None].to(x_RH.dtype)
         z_RN = x_RH @ dequantize_w13(experts.w13[e], experts.w13_scale[e], order, x_TH.dtype).T
-        c_RI = activation_forward(z_RN, None, token, activation, order)
+        c_RI = activation_forward(z_RN, None, token, Gate(activation, order))
         q_RI, q_scale_RB = quantize_rows(c_RI, pow2)
         multiplied = dequantize(q_RI, q_scale_RB, x_TH.dtype) if requantize else c_RI
         slots.append(token * local_ids_TK.shape[1] + choice)

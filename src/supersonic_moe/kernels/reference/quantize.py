@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from supersonic_moe.kernels.interface import BothOrders, Quantized, Rows, Segments
 from supersonic_moe.kernels.reference.gather import gather_rows
 from supersonic_moe.kernels.reference.grouped_mm import grouped_mm, grouped_mm_wgrad
 from supersonic_moe.quantization.block_format import (
@@ -52,9 +53,9 @@ def _spread(scale: Tensor, shape: torch.Size) -> Tensor:
     return scale
 
 
-def _quantize(x: Tensor, rows: int, pow2: bool) -> tuple[Tensor, Tensor]:
+def _quantize(x: Tensor, rows: int, pow2: bool) -> Quantized:
     scale = block_scale(_block_amax(x, rows), pow2)
-    return (x.float() * _spread(1 / scale, x.shape)).to(E4M3), scale
+    return Quantized((x.float() * _spread(1 / scale, x.shape)).to(E4M3), scale)
 
 
 def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -67,11 +68,11 @@ def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float64) -> 
 # ---- the formats -----------------------------------------------------------------------------------------------------
 
 
-def quantize_rows(x_RC: Tensor, pow2: bool = False, tma: bool = False) -> tuple[Tensor, Tensor]:
+def quantize_rows(x_RC: Tensor, pow2: bool = False, tma: bool = False) -> Quantized:
     """(q (R, C), scale (R, B)): 1 x 128 along the columns. ``tma``: see ``empty_scales``."""
     q_RC, scale_RB = _quantize(x_RC, 1, pow2)
     stored_RB = empty_scales(x_RC, x_RC.shape[0], blocks(x_RC.shape[1]), tma)
-    return empty_e4m3(x_RC, *x_RC.shape).copy_(q_RC), stored_RB.copy_(scale_RB)
+    return Quantized(empty_e4m3(x_RC, *x_RC.shape).copy_(q_RC), stored_RB.copy_(scale_RB))
 
 
 def quantize_blocks(w_ENK: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,7 +87,7 @@ def quantize_weights(weights_ENK: Sequence[Tensor], pow2: bool = False) -> list[
     return [quantize_blocks(w_ENK, pow2) for w_ENK in weights_ENK]
 
 
-def quantize_columns(x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: bool = False) -> tuple[Tensor, Tensor]:
+def quantize_columns(x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: bool = False) -> Quantized:
     """(q (C, G), scale): column g is row index[g] of x, or zeros where index[g] < 0.
 
     The scale is (C, G/128), or (C/128, G/128) where ``tiled``: one for 128 x 128 elements, a single number per block of
@@ -95,28 +96,23 @@ def quantize_columns(x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: b
     return _quantize(gather_rows(x_RC, index_G).T.contiguous(), BLOCK if tiled else 1, pow2)
 
 
-def quantize_tiles(x_RC: Tensor, index_G: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(q (R, C), row_scale (R, B), q transposed (C, G), scale (C/128, G/128)): both orders of one quantisation.
-
-    ``row_scale`` repeats the tile scales for each row, so q (R, C) is also in the rows format. ``index`` must hold a
-    row at most once; rows that it does not hold are undefined (NaN here).
+def quantize_tiles(x_RC: Tensor, index_G: Tensor, pow2: bool = False) -> BothOrders:
+    """Rows (R, C) with the scale of its tile for each row, and columns (C, G) with scales (C/128, G/128). ``index``
+    must hold a row at most once; rows that it does not hold are NaN.
     """
-    q_CG, scale = quantize_columns(x_RC, index_G, pow2, tiled=True)
+    columns = q_CG, scale = quantize_columns(x_RC, index_G, pow2, tiled=True)
     held = index_G >= 0
     rows = index_G[held].long()
     q_RC = torch.full(x_RC.shape, math.nan, device=x_RC.device).to(E4M3)
     q_RC[rows] = q_CG.T[held]
     row_scale = scale.new_full((x_RC.shape[0], scale.shape[0]), math.nan)
     row_scale[rows] = scale.T.repeat_interleave(BLOCK, 0)[held]
-    return q_RC, row_scale, q_CG, scale
+    return BothOrders(Quantized(q_RC, row_scale), columns)
 
 
-def pad_segments(expert_offsets: Tensor, gather_index_P: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    """int32 (padded_offsets (E+1), row_index (G), token_index (G)): expert e owns the positions [padded_offsets[e],
-    padded_offsets[e+1]), a multiple of 128 of them, and its rows come first, in order.
-
-    ``row_index`` holds the row of the plan at each position and ``token_index`` the token that this row reads; both are
-    -1 at positions without a row, and where ``gather_index`` is. ``capacity`` is G; see ``padded_capacity``.
+def pad_segments(expert_offsets: Tensor, gather_index_P: Tensor, capacity: int) -> Segments:
+    """Positions of each expert: its rows first, in order, then none up to whole blocks. ``capacity`` is G; see
+    ``padded_capacity``.
     """
     counts = expert_offsets.diff()
     padded_offsets = F.pad(((counts + BLOCK - 1) // BLOCK * BLOCK).cumsum(0), (1, 0)).clamp(max=capacity)
@@ -127,33 +123,23 @@ def pad_segments(expert_offsets: Tensor, gather_index_P: Tensor, capacity: int) 
     token = torch.full_like(row, -1)
     token[held] = gather_index_P[row[held]].long()
     row = torch.where(token >= 0, row, -1)
-    return padded_offsets.to(torch.int32), row.to(torch.int32), token.to(torch.int32)
+    return Segments(padded_offsets.to(torch.int32), row.to(torch.int32), token.to(torch.int32))
 
 
 # ---- products --------------------------------------------------------------------------------------------------------
 
 
-def grouped_mm_fp8(
-    a_TK: Tensor,
-    a_scale: Tensor,
-    b_ENK: Tensor,
-    b_scale: Tensor,
-    expert_offsets: Tensor,
-    *,
-    gather_index: Tensor | None = None,
-) -> Tensor:
+def grouped_mm_fp8(a: Rows[Quantized], b_ENK: Quantized, expert_offsets: Tensor) -> Tensor:
     """(P, N) bf16: rows of expert e are a[rows] @ b[e].T of the dequantised operands, fp32 products and one rounding;
-    dead rows are undefined (NaN here). ``gather_index`` (P) names the rows of a.
+    dead rows are NaN.
     """
-    a, b = dequantize(a_TK, a_scale, torch.float32), dequantize(b_ENK, b_scale, torch.float32)
-    return grouped_mm(a, b.mT, expert_offsets, gather_index=gather_index).bfloat16()
+    exact = Rows(dequantize(*a.x, torch.float32), a.gather_index)
+    return grouped_mm(exact, dequantize(*b_ENK, torch.float32).mT, expert_offsets).bfloat16()
 
 
 def grouped_mm_wgrad_fp8(
-    a_MG: Tensor,
-    a_scale: Tensor,
-    b_NG: Tensor,
-    b_scale: Tensor,
+    a_MG: Quantized,
+    b_NG: Quantized,
     padded_offsets: Tensor,
     out: Tensor | None = None,
     *,
@@ -163,16 +149,16 @@ def grouped_mm_wgrad_fp8(
     """(E, M, N): a[:, positions of e] @ b[:, positions of e].T of the dequantised operands, or its transpose (E, N, M);
     exact zeros for an expert without rows. In bf16, or into ``out`` (fp32) if given; ``accumulate`` adds to it.
     """
-    a, b = dequantize(a_MG, a_scale, torch.float32), dequantize(b_NG, b_scale, torch.float32)
-    dw = grouped_mm_wgrad(a.T, b.T, padded_offsets, out, transposed=transposed, accumulate=accumulate)
+    a, b = dequantize(*a_MG, torch.float32), dequantize(*b_NG, torch.float32)
+    dw = grouped_mm_wgrad(Rows(a.T), b.T, padded_offsets, out, transposed=transposed, accumulate=accumulate)
     return dw if out is not None else dw.bfloat16()
 
 
-def fp8_grouped_mm_reference(qa_PK: Tensor, sa: Tensor, qb_ENK: Tensor, sb: Tensor, expert_offsets: Tensor) -> Tensor:
+def fp8_grouped_mm_reference(a_PK: Quantized, b_ENK: Quantized, expert_offsets: Tensor) -> Tensor:
     """(P, N) fp64: rows of expert e are a[rows] @ b[e].T, the product of the dequantised operands."""
-    return grouped_mm(dequantize(qa_PK, sa), dequantize(qb_ENK, sb).mT, expert_offsets)
+    return grouped_mm(Rows(dequantize(*a_PK)), dequantize(*b_ENK).mT, expert_offsets)
 
 
-def fp8_grouped_wgrad_reference(qa_MG: Tensor, sa: Tensor, qb_NG: Tensor, sb: Tensor, padded_offsets: Tensor) -> Tensor:
+def fp8_grouped_wgrad_reference(a_MG: Quantized, b_NG: Quantized, padded_offsets: Tensor) -> Tensor:
     """(E, M, N) fp64: a[:, positions of e] @ b[:, positions of e].T of the dequantised operands."""
-    return grouped_mm_wgrad(dequantize(qa_MG, sa).T, dequantize(qb_NG, sb).T, padded_offsets)
+    return grouped_mm_wgrad(Rows(dequantize(*a_MG).T), dequantize(*b_NG).T, padded_offsets)

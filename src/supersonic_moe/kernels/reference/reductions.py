@@ -1,29 +1,26 @@
-"""Sums over rows: the score gradient of the down bias, and bias gradients. ``gather_index`` (P) names the rows of a."""
+"""Sums over rows: the score gradient of the down bias, and bias gradients."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from supersonic_moe.kernels.interface import Rows
 from supersonic_moe.kernels.reference.activation import acc_dtype
-from supersonic_moe.kernels.reference.gather import gather_rows
+from supersonic_moe.kernels.reference.gather import rows_of
 
 
-def row_dot(
-    a_TH: Tensor, b_EH: Tensor, row_expert_P: Tensor, out_P: Tensor, *, gather_index: Tensor | None = None
-) -> None:
+def row_dot(a: Rows[Tensor], b_EH: Tensor, row_expert_P: Tensor, out_P: Tensor) -> None:
     """out[p] += <a[p], b[expert of p]> for rows that have an expert."""
-    a_PH = a_TH if gather_index is None else gather_rows(a_TH, gather_index)
+    a_PH = rows_of(a)
     rows = (row_expert_P < b_EH.shape[0]).nonzero().squeeze(1)
     experts = row_expert_P[rows].long()
     out_P[rows] += (a_PH[rows].to(out_P.dtype) * b_EH[experts].to(out_P.dtype)).sum(1)
 
 
-def segment_sum(
-    a_TN: Tensor, row_scale_P: Tensor | None, expert_offsets: Tensor, *, gather_index: Tensor | None = None
-) -> Tensor:
+def segment_sum(a: Rows[Tensor], row_scale_P: Tensor | None, expert_offsets: Tensor) -> Tensor:
     """(E, N) in the accumulation dtype: sum of scale[p] * a[p] over the rows of each expert."""
-    a_PN = a_TN if gather_index is None else gather_rows(a_TN, gather_index)
+    a_PN = rows_of(a)
     num_experts = expert_offsets.shape[0] - 1
     rows = torch.arange(a_PN.shape[0], device=a_PN.device)
     expert = torch.searchsorted(expert_offsets[1:].long(), rows, right=True)

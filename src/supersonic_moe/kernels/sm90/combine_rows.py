@@ -15,7 +15,7 @@ import functools
 
 from torch import Tensor
 
-from supersonic_moe.jit.launch import I32, PTR, Kernel, on_device
+from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.kernels.sm90.route_rows import Buffer, RowTables
 
@@ -26,7 +26,7 @@ SPECS = (KernelSpec("combine_rows", "combine_rows.cu", threads=THREADS, opcodes=
 
 @functools.cache
 def _kernel() -> Kernel:
-    return Kernel(SPECS[0], (PTR, PTR, PTR, PTR, PTR, PTR, I32, I32, I32, PTR))
+    return Kernel(SPECS[0])
 
 
 def combine_rows(
@@ -49,6 +49,6 @@ def combine_rows(
     parts = -(-hidden // CHANNELS)
     with on_device(out_TH):
         _kernel().launch(
-            (tokens * parts, 1, 1), streamed, y_PH, y_shared_TH, tables.items, tables.slot_row, tables.weights, choices,
-            hidden, parts, out_TH,
+            (tokens * parts, 1, 1), streamed=streamed, y=y_PH, y_shared=y_shared_TH, items=tables.items,
+            slot_row=tables.slot_row, weights=tables.weights, choices=choices, hidden=hidden, parts=parts, out=out_TH,
         )  # fmt: skip

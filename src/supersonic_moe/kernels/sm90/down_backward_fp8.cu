@@ -2,9 +2,9 @@
 // down_backward_fp8.py.
 #include "epilogue/gated_backward_fp8.cuh"
 #include "gemm/roles.cuh"
+#include "gemm/spec.cuh"
 
-constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .operand = Operand::E4M3, .cluster = CLUSTER, .group_m = GROUP_M,
-                        .gather = GATHER, .share_a = SHARE_A, .arrivals = ARRIVALS};
+constexpr Config CONFIG = CONFIG_OF_SPEC<Operand::E4M3>;
 constexpr Gate GATE{static_cast<Act>(ACTIVATION), INTERLEAVED};
 constexpr SavedFormat SAVED{SAVED_FP8, INTERLEAVED};
 using Epilogue = GatedBackwardScaled<CONFIG, GATE, SAVED>;

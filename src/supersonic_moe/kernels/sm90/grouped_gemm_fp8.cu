@@ -3,10 +3,10 @@
 #include "epilogue/deferred_store.cuh"
 #include "gemm/load_rows.cuh"
 #include "gemm/roles.cuh"
+#include "gemm/spec.cuh"
 #include "gemm/tiles_fp8.cuh"
 
-constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .operand = Operand::E4M3, .cluster = CLUSTER, .group_m = GROUP_M,
-                        .gather = GATHER, .share_a = SHARE_A, .arrivals = ARRIVALS};
+constexpr Config CONFIG = CONFIG_OF_SPEC<Operand::E4M3>;
 using Epilogue = DeferredStore<CONFIG>;
 
 extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)

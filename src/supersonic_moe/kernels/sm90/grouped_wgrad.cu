@@ -2,10 +2,10 @@
 #include "epilogue/weight_gradient.cuh"
 #include "gemm/load_depth.cuh"
 #include "gemm/roles.cuh"
+#include "gemm/spec.cuh"
 #include "gemm/tiles.cuh"
 
-constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .cluster = CLUSTER, .group_m = GROUP_M, .gather = GATHER,
-                        .arrivals = ARRIVALS};
+constexpr Config CONFIG = CONFIG_OF_SPEC<Operand::BF16>;
 using Epilogue = WeightGradient<CONFIG, FP32>;
 
 extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)

@@ -24,46 +24,39 @@ import torch
 from torch import Tensor
 
 from supersonic_moe import checks
-from supersonic_moe.jit.launch import I32, PTR, TENSOR_MAP, Kernel, on_device
+from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
-from supersonic_moe.kernels.sm90.mainloop import (
-    BLOCK_K,
+from supersonic_moe.kernels.interface import Rows
+from supersonic_moe.kernels.sm90.gemm_config import (
     BLOCK_M,
     BLOCK_N,
     WARP_ROWS,
     WIDE_BLOCK_N,
-    mainloop_spec,
-    map_of_rows,
-    multiprocessors,
-    num_rows,
-    tile_columns,
+    GemmConfig,
+    choose,
+    config_of,
 )
+from supersonic_moe.kernels.sm90.operands import map_of_rows
 
-CLUSTER = 2
 STORES = ("UTMASTG",), ("UTMASTG", "UTMAREDG")  # in bf16; in fp32, which is also added to
 
 
-def wgrad_spec(*, fp32: bool, gather: bool, block_n: int) -> KernelSpec:
-    constants = (("FP32", int(fp32)),)
-    opcodes = ("HGMMA", "UTMALDG", *STORES[fp32], "USETMAXREG")
-    return mainloop_spec(
-        "grouped_wgrad", block_n=block_n, cluster=CLUSTER, gather=gather, constants=constants, opcodes=opcodes
-    )
+def _spec(config: GemmConfig, fp32: bool) -> KernelSpec:
+    return config.spec("grouped_wgrad", ("HGMMA", "UTMALDG", *STORES[fp32], "USETMAXREG"), FP32=int(fp32))
 
 
 SPECS = tuple(
-    wgrad_spec(fp32=f, gather=g, block_n=w)
-    for f in (False, True)
-    for g in (False, True)
-    for w in (BLOCK_N, WIDE_BLOCK_N)
+    _spec(config_of(block_n, 2, gather), fp32)
+    for fp32 in (False, True)
+    for gather in (False, True)
+    for block_n in (BLOCK_N, WIDE_BLOCK_N)
 )
 
 
 @functools.cache
-def _kernel(fp32: bool, gather: bool, block_n: int) -> Kernel:
-    argtypes = (*[TENSOR_MAP] * 3, PTR, PTR, *[I32] * 5)
-    return Kernel(wgrad_spec(fp32=fp32, gather=gather, block_n=block_n), argtypes)
+def _kernel(config: GemmConfig, fp32: bool) -> Kernel:
+    return Kernel(_spec(config, fp32))
 
 
 def gradient_buffer(out: Tensor | None, operand: Tensor, shape: tuple[int, int, int], accumulate: bool) -> Tensor:
@@ -81,43 +74,46 @@ def gradient_buffer(out: Tensor | None, operand: Tensor, shape: tuple[int, int, 
 
 
 def map_of_output(out: Tensor, transposed: bool) -> TensorMap:
-    """D as wgrad_store.cuh writes it: boxes 128 bytes wide, of a warp's rows or, transposed, of a room's columns."""
+    """D as epilogue/weight_gradient.cuh writes it: boxes 128 bytes wide, of a warp's rows or, transposed, of the
+    columns that a staging buffer holds.
+    """
     columns = 128 // out.itemsize
     return tensor_map(out, box=(1, columns if transposed else WARP_ROWS, columns))
 
 
 def grouped_mm_wgrad(
-    a_TM: Tensor,
+    a: Rows[Tensor],
     b_PN: Tensor,
     expert_offsets: Tensor,
     out: Tensor | None = None,
     *,
-    gather_index: Tensor | None = None,
     transposed: bool = False,
     accumulate: bool = False,
 ) -> Tensor:
     """A[rows of e]ᵀ · B[rows of e], (E, M, N), or its transpose (E, N, M): bf16, or into ``out`` (bf16 or fp32;
-    ``accumulate`` adds to an fp32 one). ``gather_index`` (P) names the rows of A.
+    ``accumulate`` adds to an fp32 one).
     """
+    a_TM, index = a
     num_experts = expert_offsets.shape[0] - 1
-    rows, m, n = num_rows(a_TM, gather_index), a_TM.shape[1], b_PN.shape[1]
+    rows, m, n = a.num_rows, a_TM.shape[1], b_PN.shape[1]
     shape = (num_experts, n, m) if transposed else (num_experts, m, n)
     out = gradient_buffer(out, a_TM, shape, accumulate)
     if rows == 0 or a_TM.shape[0] == 0:
         return out if accumulate else out.zero_()
-    block_n = tile_columns(n, rows // num_experts)
+    config = choose(n, gather=index is not None, depth=rows // num_experts)
+    block_k = config.block_k
     with on_device(a_TM):
-        _kernel(out.dtype is torch.float32, gather_index is not None, block_n).launch(
-            (multiprocessors(a_TM.device.index) // CLUSTER * CLUSTER, 1, 1),
-            map_of_rows(a_TM, gather_index, box=(BLOCK_K, 64)),
-            tensor_map(b_PN[None], box=(1, BLOCK_K, 64)),
-            map_of_output(out, transposed),
-            expert_offsets,
-            gather_index,
-            num_experts,
-            -(-m // (BLOCK_M * CLUSTER)),
-            -(-n // block_n),
-            int(accumulate),
-            int(transposed),
+        _kernel(config, out.dtype is torch.float32).launch(
+            config.grid(a_TM.get_device()),
+            map_a=map_of_rows(a_TM, index, box=(block_k, 64)),
+            map_b=tensor_map(b_PN[None], box=(1, block_k, 64)),
+            map_d=map_of_output(out, transposed),
+            offsets=expert_offsets,
+            index=index,
+            experts=num_experts,
+            blocks_m=-(-m // (BLOCK_M * config.cluster)),
+            blocks_n=-(-n // config.block_n),
+            adds=int(accumulate),
+            transposed=int(transposed),
         )
     return out

@@ -3,9 +3,9 @@
 #include "epilogue/deferred_weight_gradient.cuh"
 #include "gemm/load_depth_fp8.cuh"
 #include "gemm/roles.cuh"
+#include "gemm/spec.cuh"
 
-constexpr Config CONFIG{.block_n = BLOCK_N, .stages = STAGES, .operand = Operand::E4M3, .cluster = CLUSTER, .group_m = GROUP_M,
-                        .gather = GATHER, .share_a = SHARE_A, .arrivals = ARRIVALS};
+constexpr Config CONFIG = CONFIG_OF_SPEC<Operand::E4M3>;
 using Epilogue = DeferredWeightGradient<CONFIG, FP32>;
 
 extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from supersonic_moe.config.grouped_routing import GroupedRouting, Scoring
-from supersonic_moe.jit.launch import F32, I32, I64, PTR, ArgType, Kernel, on_device
+from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 
 THREADS = 512
@@ -42,13 +42,6 @@ VALUES = (1, 2, 4, 8, 16, 32)  # experts of a lane
 
 _SCORING = {Scoring.SIGMOID: 0, Scoring.SOFTMAX: 1, Scoring.SQRT_SOFTPLUS: 2}
 _BIAS = {torch.float32: 1, torch.bfloat16: 2}
-
-_LOGITS_ARGS = (PTR, I64, PTR, I32, I32, I32, I32, F32, I32, I32, I32, I32, I32)
-_IDS_ARGS = (PTR, I32, PTR, PTR, F32, I32, I32, I32, I32, I32)
-_TABLE_ARGS = (PTR, PTR, PTR, PTR, PTR, I32)
-_SMALL_ARGS = (I32, *_TABLE_ARGS, PTR, PTR, I32)
-_COUNT_ARGS = (I32, I32, PTR, PTR, PTR, PTR, I32)
-_PLACE_ARGS = (PTR, I32, I32, I32, I32, *_TABLE_ARGS)
 
 
 def _spec(name: str, values: int | None = None, *, cluster: int = 1, pdl: bool = False) -> KernelSpec:
@@ -125,27 +118,22 @@ class Choices(NamedTuple):
 
 
 @functools.cache
-def _kernel(name: str, values: int | None, argtypes: tuple[ArgType, ...]) -> Kernel:
+def _kernel(name: str, values: int | None = None) -> Kernel:
     constants = () if values is None else (("VALUES", values),)
-    spec = next(spec for spec in SPECS if spec.name == name and spec.constants == constants)
-    return Kernel(spec, argtypes)
+    return Kernel(next(spec for spec in SPECS if spec.name == name and spec.constants == constants))
 
 
 def route_rows(
-    logits_TE: Tensor,
-    bias_E: Tensor | None,
-    rule: GroupedRouting,
-    choices: Choices,
-    tables: RowTables,
+    logits_TE: Tensor, bias_E: Tensor | None, rule: GroupedRouting, choices: Choices, tables: RowTables
 ) -> None:
     """Choose and place. ``logits_TE`` float32 with contiguous rows."""
-    token = (
-        logits_TE, logits_TE.stride(0), bias_E, _SCORING[rule.scoring], 0 if bias_E is None else _BIAS[bias_E.dtype],
-        rule.n_group, rule.topk_group, rule.scaling_factor, choices.offset, rule.num_experts, choices.routed,
-        rule.top_k, choices.per_token,
-    )  # fmt: skip
     values = next(v for v in VALUES if 32 * v >= rule.num_experts)
-    _launch("route", values, _LOGITS_ARGS, token, logits_TE, choices, tables)
+    _launch(
+        "route", values, logits_TE, choices, tables,
+        logits=logits_TE, row=logits_TE.stride(0), bias=bias_E, scoring=_SCORING[rule.scoring],
+        bias_type=0 if bias_E is None else _BIAS[bias_E.dtype], groups=rule.n_group, kept=rule.topk_group,
+        factor=rule.scaling_factor,
+    )  # fmt: skip
 
 
 def place_topk(
@@ -157,34 +145,42 @@ def place_topk(
     tables: RowTables,
 ) -> None:
     """Place the choices of another router: ids int32 or int64, weights float32 (None: 1), both contiguous."""
-    token = (
-        ids_TK, int(ids_TK.dtype is torch.int64), weights_TK, expert_map, scaling_factor, choices.offset,
-        choices.num_experts, choices.routed, choices.top_k, choices.per_token,
+    _launch(
+        "place", None, ids_TK, choices, tables,
+        ids=ids_TK, wide=int(ids_TK.dtype is torch.int64), topk_weights=weights_TK, map=expert_map,
+        factor=scaling_factor,
     )  # fmt: skip
-    _launch("place", None, _IDS_ARGS, token, ids_TK, choices, tables)
 
 
 def _launch(
     family: str,
     values: int | None,
-    token_args: tuple[ArgType, ...],
-    token: tuple[object, ...],
-    tokens: Tensor,
+    of_tokens: Tensor,
     choices: Choices,
     tables: RowTables,
+    **source: Tensor | float | None,
 ) -> None:
-    num_tokens = tokens.shape[0]
-    written = (*tables[:5], tables.stream_rows)
-    zeroed = (tables.counters, tables.counter_words)
-    with on_device(tokens):
-        if num_tokens <= SMALL_TOKENS:
-            kernel = _kernel(f"{family}_small", values, (*token_args, *_SMALL_ARGS))
-            kernel.launch((CLUSTER, 1, 1), *token, num_tokens, *written, tables.weights, *zeroed)
+    """``source``: the parameters that say where a token's choices come from."""
+    tokens = of_tokens.shape[0]
+    choose = {
+        **source, "offset": choices.offset, "num_experts": choices.num_experts, "routed": choices.routed,
+        "top_k": choices.top_k, "choices": choices.per_token, "tokens": tokens, "weights": tables.weights,
+        "counters": tables.counters, "counter_words": tables.counter_words,
+    }  # fmt: skip
+    place = {
+        "offsets": tables.offsets, "tile_offsets": tables.tile_offsets, "items": tables.items,
+        "row_slot": tables.row_slot, "slot_row": tables.slot_row, "stream_rows": tables.stream_rows,
+    }  # fmt: skip
+    with on_device(of_tokens):
+        if tokens <= SMALL_TOKENS:
+            _kernel(f"{family}_small", values).launch((CLUSTER, 1, 1), **choose, **place)
             return
-        blocks = min(MAX_BLOCKS, -(-num_tokens // PASS_TOKENS))
-        span = -(-num_tokens // blocks)
-        kernel = _kernel(f"{family}_count", values, (*token_args, *_COUNT_ARGS))
-        kernel.launch((blocks, 1, 1), *token, num_tokens, span, tables.counts, tables.slot_row, tables.weights, *zeroed)
-        _kernel("place_rows", None, _PLACE_ARGS).launch(
-            (blocks, 1, 1), tables.counts, num_tokens, span, choices.per_token, choices.num_local, *written
+        blocks = min(MAX_BLOCKS, -(-tokens // PASS_TOKENS))
+        grid, span = (blocks, 1, 1), -(-tokens // blocks)
+        _kernel(f"{family}_count", values).launch(
+            grid, **choose, span=span, counts=tables.counts, slot_row=tables.slot_row
         )
+        _kernel("place_rows").launch(
+            grid, counts=tables.counts, tokens=tokens, span=span, choices=choices.per_token,
+            num_local=choices.num_local, **place,
+        )  # fmt: skip

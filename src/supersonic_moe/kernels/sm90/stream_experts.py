@@ -34,11 +34,11 @@ import torch
 from torch import Tensor
 
 from supersonic_moe.config.activation import GateUpLayout
-from supersonic_moe.jit.launch import F32, I32, I64, PTR, TENSOR_MAP, Kernel, on_device
+from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
 from supersonic_moe.kernels.reference.inference import Fp8Experts
-from supersonic_moe.kernels.sm90.mainloop import multiprocessors
+from supersonic_moe.kernels.sm90.gemm_config import multiprocessors
 from supersonic_moe.kernels.sm90.route_rows import Buffer, RowTables
 from supersonic_moe.quantization.block_format import BLOCK, blocks
 
@@ -82,9 +82,7 @@ def num_counters(items: int, intermediate: int) -> int:
 
 @functools.cache
 def _kernel() -> Kernel:
-    rows = (PTR, PTR, PTR, *[I32] * 6)
-    scales = (PTR, I64, I64, *[PTR] * 4)
-    return Kernel(SPECS[0], (*[TENSOR_MAP] * 10, *rows, *scales, *[PTR] * 5, I32, F32, I32))
+    return Kernel(SPECS[0])
 
 
 def stream_experts(
@@ -113,33 +111,46 @@ def stream_experts(
     hidden, inter = experts.w2.shape[1:]
     interleaved = order is GateUpLayout.INTERLEAVED
     always = experts if shared is None else shared
-    maps = [*_maps(experts, interleaved), *(_maps(always, interleaved))]
+    x_scale_row, x_scale_k = x_scale_TB.stride()
     with on_device(x_TH):
+        w13, w13_narrow, w2, w2_narrow = _maps(experts, interleaved)
+        shared_w13, shared_w13_narrow, shared_w2, shared_w2_narrow = _maps(always, interleaved)
         _kernel().launch(
-            (multiprocessors(x_TH.device.index), 1, 1),
-            *maps,
-            tensor_map(x_TH, box=(1, BLOCK), l2_promotion=L2_PROMOTION),
-            _map_of_codes(scratch, inter),
-            tables.items,
-            tables.row_slot,
-            x_weight_T,
-            choices,
-            hidden,
-            inter,
-            experts.w13.shape[0],
-            int(interleaved),
-            int(order is not GateUpLayout.UP_GATE),
-            x_scale_TB,
-            *x_scale_TB.stride(),
-            experts.w13_scale,
-            experts.w2_scale,
-            always.w13_scale,
-            always.w2_scale,
-            *scratch[1:],
-            tables.counters,
-            tables.max_items,
-            math.inf if limit is None else limit,
-            int(pow2),
+            (multiprocessors(x_TH.get_device()), 1, 1),
+            map_w13=w13,
+            map_w13_narrow=w13_narrow,
+            map_w2=w2,
+            map_w2_narrow=w2_narrow,
+            map_shared_w13=shared_w13,
+            map_shared_w13_narrow=shared_w13_narrow,
+            map_shared_w2=shared_w2,
+            map_shared_w2_narrow=shared_w2_narrow,
+            map_x=tensor_map(x_TH, box=(1, BLOCK), l2_promotion=L2_PROMOTION),
+            map_codes=_map_of_codes(scratch, inter),
+            items=tables.items,
+            row_slot=tables.row_slot,
+            x_weight=x_weight_T,
+            choices=choices,
+            hidden=hidden,
+            inter=inter,
+            routed=experts.w13.shape[0],
+            interleaved=int(interleaved),
+            gate_first=int(order is not GateUpLayout.UP_GATE),
+            x_scale=x_scale_TB,
+            x_scale_row=x_scale_row,
+            x_scale_k=x_scale_k,
+            w13_scale=experts.w13_scale,
+            w2_scale=experts.w2_scale,
+            shared_w13_scale=always.w13_scale,
+            shared_w2_scale=always.w2_scale,
+            c=scratch.c_RI,
+            codes=scratch.codes_RI,
+            c_scale=scratch.c_scale_RB,
+            y=scratch.y_RH,
+            counters=tables.counters,
+            max_items=tables.max_items,
+            limit=math.inf if limit is None else limit,
+            pow2=int(pow2),
         )
 
 

@@ -7,7 +7,7 @@ a CUDA graph. Without a GPU the same code runs in Triton's interpreter (``TRITON
 imported).
 """
 
-from supersonic_moe.kernels.compose import compose_down_backward, compose_up_projection
+from supersonic_moe.kernels.compose import Composed
 from supersonic_moe.kernels.triton.activation import activation_backward, activation_forward
 from supersonic_moe.kernels.triton.aux_loss import switch_loss_backward, switch_loss_forward
 from supersonic_moe.kernels.triton.bias_gradient import segment_sum
@@ -22,8 +22,8 @@ from supersonic_moe.kernels.triton.router import route_backward, route_forward
 from supersonic_moe.kernels.triton.score_gradient import row_dot
 from supersonic_moe.kernels.triton.token_rounding import token_rounding_backward, token_rounding_forward
 
-up_projection = compose_up_projection(grouped_mm, activation_forward)
-down_backward = compose_down_backward(grouped_mm, activation_backward)
+_composed = Composed(grouped_mm, activation_forward, activation_backward)
+up_projection, down_backward = _composed.up_projection, _composed.down_backward
 
 __all__ = [
     "activation_backward",

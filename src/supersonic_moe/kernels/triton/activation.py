@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from supersonic_moe.config.activation import Activation, GateUpLayout
+from supersonic_moe.kernels.interface import Gate
 from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.tiling import cdiv, column_block
 
@@ -192,25 +192,22 @@ def _bias_sizes(b1_EN: Tensor | None) -> tuple[int, int]:
     return (0, 0) if b1_EN is None else (b1_EN.stride(0), b1_EN.shape[0])
 
 
-def _constants(
-    activation: Activation, layout: GateUpLayout, width: int
-) -> tuple[int, str, str, float, float | None, float, int, int]:
+def _constants(gate: Gate, width: int) -> tuple[int, str, str, float, float | None, float, int, int]:
     """The constants of both kernels, from WIDTH to BLOCK_P and BLOCK_I."""
+    activation, layout = gate
     block_i = column_block(width, TILE)
     order = layout.value if activation.gated else "single"
     numbers = activation.alpha, activation.limit, activation.up_offset
     return width, activation.type.value, order, *numbers, TILE // block_i, block_i
 
 
-def activation_forward(
-    z_PN: Tensor, b1_EN: Tensor | None, row_expert_P: Tensor, activation: Activation, layout: GateUpLayout
-) -> Tensor:
-    """(P, I) in the dtype of h."""
-    num_rows, width = z_PN.shape[0], z_PN.shape[1] // activation.fan
+def activation_forward(z_PN: Tensor, b1_EN: Tensor | None, row_expert_P: Tensor, gate: Gate) -> Tensor:
+    """(P, I) in the dtype of z."""
+    num_rows, width = z_PN.shape[0], z_PN.shape[1] // gate.activation.fan
     a_PI = z_PN.new_empty(num_rows, width)
     if a_PI.numel() == 0:
         return a_PI
-    *_, block_p, block_i = constants = _constants(activation, layout, width)
+    *_, block_p, block_i = constants = _constants(gate, width)
     args = (z_PN, b1_EN, row_expert_P, a_PI, num_rows, z_PN.stride(0), *_bias_sizes(b1_EN))
     launch(_forward_kernel, (cdiv(num_rows, block_p), cdiv(width, block_i)), args, constants)
     return a_PI
@@ -222,16 +219,15 @@ def activation_backward(
     da_PI: Tensor,
     row_scores_P: Tensor,
     row_expert_P: Tensor,
-    activation: Activation,
-    layout: GateUpLayout,
+    gate: Gate,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dh (P, N1), s * a (P, I), ds (P,) fp32). ds of a dead row is made of whatever h and da hold there."""
+    """(dz (P, N1), s * a (P, I), ds (P,) fp32). ds of a dead row is made of whatever z and da hold there."""
     num_rows, width = da_PI.shape
     dz_PN, as_PI = z_PN.new_empty(z_PN.shape), z_PN.new_empty(da_PI.shape)
     ds_P = z_PN.new_empty(num_rows, dtype=torch.float32)
     if da_PI.numel() == 0:
         return dz_PN, as_PI, ds_P
-    *_, block_p, _ = constants = _constants(activation, layout, width)
+    *_, block_p, _ = constants = _constants(gate, width)
     tensors = z_PN, b1_EN, da_PI, row_scores_P, row_expert_P, dz_PN, as_PI, ds_P
     args = (*tensors, num_rows, z_PN.stride(0), da_PI.stride(0), *_bias_sizes(b1_EN))
     launch(_backward_kernel, (cdiv(num_rows, block_p),), args, constants)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from supersonic_moe.kernels.interface import Rows
 from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.tiling import cdiv, column_block, expert_chunks, next_power_of_2
 
@@ -75,11 +76,10 @@ def _combine_kernel(
     tl.store(out_ptr + e.to(tl.int64) * N + column, tl.sum(total, axis=0), mask=column < N)
 
 
-def segment_sum(
-    a_TN: Tensor, row_scale_P: Tensor | None, expert_offsets: Tensor, *, gather_index: Tensor | None = None
-) -> Tensor:
-    """(E, N) fp32. ``gather_index`` (P) names the rows of a."""
-    num_rows, columns = a_TN.shape[0] if gather_index is None else gather_index.shape[0], a_TN.shape[1]
+def segment_sum(a: Rows[Tensor], row_scale_P: Tensor | None, expert_offsets: Tensor) -> Tensor:
+    """(E, N) fp32."""
+    a_TN, index = a
+    num_rows, columns = a.num_rows, a_TN.shape[1]
     num_experts = expert_offsets.shape[0] - 1
     out_EN = a_TN.new_empty(num_experts, columns, dtype=torch.float32)
     if out_EN.numel() == 0:
@@ -90,7 +90,7 @@ def segment_sum(
     static = columns, CHUNK, next_power_of_2(num_experts), min(CHUNK, TILE // block_n), block_n
     panels = cdiv(columns, block_n)
     if max_chunks:
-        args = (a_TN, gather_index, row_scale_P, expert_offsets, partials_CN, a_TN.stride(0), num_experts)
+        args = (a_TN, index, row_scale_P, expert_offsets, partials_CN, a_TN.stride(0), num_experts)
         launch(_partial_kernel, (max_chunks, panels), args, static)
     launch(_combine_kernel, (num_experts, panels), (partials_CN, expert_offsets, out_EN, num_experts), static)
     return out_EN

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from supersonic_moe.kernels.interface import Rows
 from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.tiling import cdiv, column_block
 
@@ -47,3 +48,8 @@ def gather_rows(x_TH: Tensor, index_P: Tensor) -> Tensor:
     args = (x_TH, index_P, out_PH, num_rows, x_TH.stride(0))
     launch(_gather_rows_kernel, grid, args, (columns, block_p, block_h), num_warps=8)
     return out_PH
+
+
+def rows_of(a: Rows[Tensor]) -> Tensor:
+    """(P, H): the rows themselves, copied where they come through an index."""
+    return a.x if a.gather_index is None else gather_rows(a.x, a.gather_index)

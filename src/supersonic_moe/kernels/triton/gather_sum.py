@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from supersonic_moe.kernels.interface import TokenRows
 from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.tiling import cdiv, column_block, warps
 
@@ -60,29 +61,27 @@ def gather_sum(
     row_scale_P: Tensor | None,
     bias_EH: Tensor | None,
     row_expert_P: Tensor,
-    token_rows_S: Tensor,
-    token_offsets_T1: Tensor | None,
-    slots_per_token: int,
-    num_tokens: int,
+    tokens: TokenRows,
 ) -> Tensor:
-    """(T, H) in the dtype of y. Without ``token_offsets`` each token has ``slots_per_token`` entries in a row."""
+    """(T, H) in the dtype of y."""
+    rows_S, offsets_T1, each, num_tokens = tokens
     columns = y_PH.shape[1]
     out_TH = y_PH.new_empty(num_tokens, columns)
     if out_TH.numel() == 0:
         return out_TH
-    if token_rows_S.numel() == 0:
+    if rows_S.numel() == 0:
         return out_TH.zero_()
-    rounds = max(1, cdiv(slots_per_token, MAX_UNROLL))
-    unroll = MAX_UNROLL // 2 if token_offsets_T1 is not None else max(1, cdiv(slots_per_token, rounds))
+    rounds = max(1, cdiv(each, MAX_UNROLL))
+    unroll = MAX_UNROLL // 2 if offsets_T1 is not None else max(1, cdiv(each, rounds))
     block_h = column_block(columns, 2048)
     launch(
         _gather_sum_kernel,
         (num_tokens, cdiv(columns, block_h)),
         (
-            y_PH, row_scale_P, bias_EH, row_expert_P, token_rows_S, token_offsets_T1, out_TH,
+            y_PH, row_scale_P, bias_EH, row_expert_P, rows_S, offsets_T1, out_TH,
             y_PH.stride(0), 0 if bias_EH is None else bias_EH.stride(0),
         ),
-        (columns, slots_per_token, unroll, block_h),
+        (columns, each, unroll, block_h),
         num_warps=warps(block_h),
     )  # fmt: skip
     return out_TH

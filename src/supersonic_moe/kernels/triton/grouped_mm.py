@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from supersonic_moe.kernels.triton.gather_rows import gather_rows
+from supersonic_moe.kernels.interface import Rows
+from supersonic_moe.kernels.triton.gather_rows import rows_of
 from supersonic_moe.kernels.triton.launch import launch
 
 PROGRAMS_PER_EXPERT = 16  # they share the zeroing of one expert, so that E = 8 still fills the memory system
@@ -40,30 +41,29 @@ def _zero_empty_experts_kernel(out_ptr, expert_offsets_ptr, MN: tl.constexpr, BL
         block += tl.num_programs(1)
 
 
-def grouped_mm(a_TK: Tensor, b_EKN: Tensor, expert_offsets: Tensor, *, gather_index: Tensor | None = None) -> Tensor:
-    """(P, N): rows of expert e are a[rows] @ b[e]; dead rows are undefined. ``b`` may be a transposed view;
-    ``gather_index`` (P) names the rows of a, which are copied first.
+def grouped_mm(a: Rows[Tensor], b_EKN: Tensor, expert_offsets: Tensor) -> Tensor:
+    """(P, N): rows of expert e are a[rows] @ b[e]; dead rows are undefined. ``b`` may be a transposed view. Rows that
+    come through an index are copied first.
     """
-    a_PK = a_TK if gather_index is None else gather_rows(a_TK, gather_index)
+    a_PK = rows_of(a)
     if a_PK.shape[0] == 0:
         return a_PK.new_empty(0, b_EKN.shape[2])
     return torch.nn.functional.grouped_mm(a_PK, b_EKN, offs=expert_offsets[1:])
 
 
 def grouped_mm_wgrad(
-    a_TM: Tensor,
+    a: Rows[Tensor],
     b_PN: Tensor,
     expert_offsets: Tensor,
     out: Tensor | None = None,
     *,
-    gather_index: Tensor | None = None,
     transposed: bool = False,
     accumulate: bool = False,
 ) -> Tensor:
     """(E, M, N): a[rows of e].T @ b[rows of e], or its transpose (E, N, M); exact zeros for an expert without rows.
     Into ``out`` if given, bf16 or fp32; ``accumulate`` adds the rounded product to it.
     """
-    a_PM = a_TM if gather_index is None else gather_rows(a_TM, gather_index)
+    a_PM = rows_of(a)
     left, right = (b_PN, a_PM) if transposed else (a_PM, b_PN)
     num_experts, m, n = expert_offsets.shape[0] - 1, left.shape[1], right.shape[1]
     if left.shape[0] == 0:

@@ -8,11 +8,14 @@ twenty such launches and, with few tokens, waits for them.
 
 Here the same signs are a tuple, looked up in a dictionary of launchers that Triton's own first call returned. The tuple
 tells apart at least what Triton tells apart, so a launcher found by it is the one that Triton would find
-(``tests/test_triton_launch.py``). Options that Triton reads from its environment (``TRITON_DEBUG``) count as of a
-variant's first call.
+(``tests/kernels/triton/test_triton_launch.py``). Options that Triton reads from its environment (``TRITON_DEBUG``)
+count as of a variant's first call.
 
 Tensors are passed on as addresses: of a tensor Triton's launcher would ask the address once more, and the driver
 whether it can be reached.
+
+How a launcher is called is no public interface of Triton. The minor versions in ``KNOWN`` are those for which the test
+above has shown that it is called as Triton calls it; with any other one every launch is Triton's own.
 """
 
 from __future__ import annotations
@@ -20,9 +23,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton import knobs
 
+from supersonic_moe.private_api import current_device, raw_stream
+
+KNOWN = ("3.6", "3.7", "3.8", "3.9")
+_LAUNCHER_IS_KNOWN = ".".join(triton.__version__.split(".")[:2]) in KNOWN
 _LAUNCHERS: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
 
 
@@ -42,7 +50,7 @@ def launch(
     if device < 0:  # on a CPU: Triton's interpreter
         kernel[grid](*args, *constants, num_warps=num_warps)
         return
-    if device != torch._C._cuda_getDevice():
+    if device != current_device():
         with torch.cuda.device(device):
             launch(kernel, grid, args, constants, num_warps=num_warps)
         return
@@ -61,18 +69,12 @@ def launch(
         passed.append(arg)
     key = tuple(signs)
     launcher = _LAUNCHERS.get(key)
-    if launcher is None or _profiled():
+    hooks = knobs.runtime
+    if launcher is None or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:  # a tool listens to launches
         compiled = kernel[grid](*args, *constants, num_warps=num_warps)
-        if compiled is not None:  # not interpreted
+        if _LAUNCHER_IS_KNOWN and compiled is not None:  # None: interpreted
             _LAUNCHERS[key] = compiled.run, compiled.function, compiled.packed_metadata
         return
     run, function, metadata = launcher
     x, y, z = (*grid, 1, 1)[:3]
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    run(x, y, z, stream, function, metadata, None, None, None, *passed, *constants)
-
-
-def _profiled() -> bool:
-    """Whether a tool listens to Triton's launches."""
-    runtime = knobs.runtime
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    run(x, y, z, raw_stream(device), function, metadata, None, None, None, *passed, *constants)

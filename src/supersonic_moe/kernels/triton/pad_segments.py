@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from supersonic_moe.kernels.interface import Segments
 from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.tiling import cdiv, expert_chunks, next_power_of_2
 from supersonic_moe.quantization.block_format import BLOCK
@@ -44,10 +45,8 @@ def _pad_segments_kernel(
     tl.store(token_index_ptr + position, token, mask=position < capacity)
 
 
-def pad_segments(expert_offsets: Tensor, gather_index_P: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    """int32 (padded_offsets (E+1), row_index (G), token_index (G)) with G = ``capacity``; see
-    ``kernels/reference/quantize.py``. The caller keeps the last offset <= P.
-    """
+def pad_segments(expert_offsets: Tensor, gather_index_P: Tensor, capacity: int) -> Segments:
+    """Positions of each expert, G = ``capacity`` in all. The caller keeps the last offset <= P."""
     num_experts = expert_offsets.shape[0] - 1
     padded_offsets = torch.empty_like(expert_offsets)
     row_index_G, token_index_G = gather_index_P.new_empty(capacity), gather_index_P.new_empty(capacity)
@@ -57,4 +56,4 @@ def pad_segments(expert_offsets: Tensor, gather_index_P: Tensor, capacity: int) 
         (expert_offsets, gather_index_P, padded_offsets, row_index_G, token_index_G, capacity, num_experts),
         (BLOCK, next_power_of_2(num_experts)),
     )
-    return padded_offsets, row_index_G, token_index_G
+    return Segments(padded_offsets, row_index_G, token_index_G)

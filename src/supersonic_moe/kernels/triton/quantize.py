@@ -35,6 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from supersonic_moe.kernels.interface import BothOrders, Quantized
 from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.tiling import cdiv, column_block
 from supersonic_moe.quantization import block_format
@@ -183,25 +184,20 @@ def _rows_kernel(
     tl.store(scale_ptrs, scale, mask=(row < num_rows) & (block * BLOCK < C))
 
 
-def quantize_rows(
-    x_RC: Tensor, pow2: bool = False, tma: bool = False, out: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
+def quantize_rows(x_RC: Tensor, pow2: bool = False, tma: bool = False, out: Quantized | None = None) -> Quantized:
     """(q (R, C), scale (R, B)), written to ``out`` if given. ``tma`` stores the scales of one block of columns next to
     each other, as TMA loads them with a tile of rows; otherwise those of one row, as a gather of rows does.
     """
     num_rows, columns = x_RC.shape
-    q_RC, scale_RB = out or (
-        empty_e4m3(x_RC, num_rows, columns),
-        empty_scales(x_RC, num_rows, blocks(columns), tma),
-    )
+    q_RC, scale_RB = out or (empty_e4m3(x_RC, num_rows, columns), empty_scales(x_RC, num_rows, blocks(columns), tma))
     if q_RC.numel() == 0:
-        return q_RC, scale_RB
+        return Quantized(q_RC, scale_RB)
     panel = max(1, column_block(columns, (2 if tma else 8) * block_format.BLOCK) // block_format.BLOCK)
     rows = TILE // (panel * block_format.BLOCK)
     grid = (cdiv(num_rows, rows) * cdiv(blocks(columns), panel),)
     strides = x_RC.stride(0), q_RC.stride(0), scale_RB.stride(0), scale_RB.stride(1)
     launch(_rows_kernel, grid, (x_RC, q_RC, scale_RB, num_rows, *strides), (columns, pow2, rows, panel))
-    return q_RC, scale_RB
+    return Quantized(q_RC, scale_RB)
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -322,7 +318,7 @@ def _columns_kernel(
 
 def _columns(
     x_RC: Tensor, index_G: Tensor, pow2: bool, tiled: bool, q_RC: Tensor | None, row_scale_RB: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> Quantized:
     """(q (C, G), scale); fills q (R, C) and its row scales where they are given."""
     columns, num_blocks = x_RC.shape[1], index_G.shape[0] // block_format.BLOCK
     q_CG = empty_e4m3(x_RC, columns, index_G.shape[0])
@@ -339,10 +335,10 @@ def _columns(
             ),
             (columns, pow2, tiled),
         )  # fmt: skip
-    return q_CG, scale
+    return Quantized(q_CG, scale)
 
 
-def quantize_columns(x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: bool = False) -> tuple[Tensor, Tensor]:
+def quantize_columns(x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: bool = False) -> Quantized:
     """(q (C, G), scale (C, G/128), or (C/128, G/128) where ``tiled``): column g is row index[g] of x, or zeros where
     index[g] < 0. G is a multiple of 128. The scales of one block of positions lie next to each other.
 
@@ -352,14 +348,12 @@ def quantize_columns(x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: b
     return _columns(x_RC, index_G, pow2, tiled, None, None)
 
 
-def quantize_tiles(x_RC: Tensor, index_G: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(q (R, C), row_scale (R, B), q transposed (C, G), scale (C/128, G/128)): both orders of one quantisation.
-
-    ``row_scale`` repeats the tile scales for each row in the layout of ``quantize_rows(..., tma=True)``, so a GEMM of
-    rows needs to know nothing of tiles. ``index`` must hold a row at most once; rows that it does not hold stay
-    unwritten.
+def quantize_tiles(x_RC: Tensor, index_G: Tensor, pow2: bool = False) -> BothOrders:
+    """Rows (R, C) and columns (C, G). The scales of rows repeat those of tiles in the layout of ``quantize_rows(...,
+    tma=True)``, so a GEMM of rows needs to know nothing of tiles. ``index`` must hold a row at most once; rows that it
+    does not hold stay unwritten.
     """
     num_rows, columns = x_RC.shape
     q_RC, row_scale_RB = empty_e4m3(x_RC, num_rows, columns), empty_scales(x_RC, num_rows, blocks(columns), tma=True)
-    q_CG, scale = _columns(x_RC, index_G, pow2, True, q_RC, row_scale_RB)
-    return q_RC, row_scale_RB, q_CG, scale
+    columns_CG = _columns(x_RC, index_G, pow2, True, q_RC, row_scale_RB)
+    return BothOrders(Quantized(q_RC, row_scale_RB), columns_CG)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from supersonic_moe.kernels.interface import Rows
 from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.tiling import cdiv, column_block
 
@@ -45,15 +46,14 @@ def _row_dot_kernel(
     tl.store(out_ptr + row, total, mask=live)
 
 
-def row_dot(
-    a_TH: Tensor, b_EH: Tensor, row_expert_P: Tensor, out_P: Tensor, *, gather_index: Tensor | None = None
-) -> None:
-    """Adds in place to ``out``, fp32. ``gather_index`` (P) names the rows of a."""
+def row_dot(a: Rows[Tensor], b_EH: Tensor, row_expert_P: Tensor, out_P: Tensor) -> None:
+    """Adds in place to ``out``, fp32."""
+    a_TH, index = a
     num_rows, columns = out_P.shape[0], a_TH.shape[1]
     if num_rows == 0 or a_TH.numel() == 0:
         return
     block_h = column_block(columns, 1024)
     block_p = TILE // block_h
     strides = a_TH.stride(0), b_EH.stride(0)
-    args = (a_TH, gather_index, b_EH, row_expert_P, out_P, num_rows, *strides, b_EH.shape[0])
+    args = (a_TH, index, b_EH, row_expert_P, out_P, num_rows, *strides, b_EH.shape[0])
     launch(_row_dot_kernel, (cdiv(num_rows, block_p),), args, (columns, block_p, block_h))

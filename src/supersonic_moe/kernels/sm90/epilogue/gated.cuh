@@ -62,24 +62,7 @@ struct GatedActivation {
             if (rows > 0) stage_z(C.stage_buffers(), lines);
         }
         if (rows <= 0) return;
-        if (b1 != nullptr) {
-            const u16* bias = b1 + static_cast<i64>(tile.expert) * 2 * width;
-            const i32 first = tile.column + static_cast<i32>(lane % 4 * 2);
-#pragma unroll
-            for (u32 i = 0; i < WIDTH / 2; i += 4) {
-                float g[2], u[2];
-                pin_four(gate + i), pin_four(up + i);
-                load_bias(interleaved, bias, first + static_cast<i32>(i * 2), width, gate_base, up_base, g, u);
-#pragma unroll
-                for (u32 j = 0; j < 4; ++j) gate[i + j] += g[j % 2], up[i + j] += u[j % 2];  // rows r and r + 8
-            }
-        }
-#pragma unroll
-        for (u32 i = 0; i < WIDTH / 2; i += 4) {
-            pin_four(gate + i), pin_four(up + i);
-#pragma unroll
-            for (u32 j = i; j < i + 4; ++j) gate[j] = gated<Kind>(gate[j], up[j], constants);
-        }
+        activate<Kind, WIDTH / 2>(gate, up, interleaved, b1, tile.expert, tile.column, width, gate_base, up_base, constants, lane);
         const u32 buffer_of_a = lines + (z == nullptr ? 0 : C.buffer_bytes());
 #pragma unroll
         for (u32 i = 0; i < 2; ++i) stage_bf16(acc + i * 32, buffer_of_a + i * C.buffer_bytes(), lane);

@@ -131,24 +131,7 @@ struct GatedActivationQuantized {
                 }
             }
         }
-        if (b1 != nullptr) {
-            const u16* bias = b1 + static_cast<i64>(tile.expert) * 2 * width;
-            const i32 first = tile.column + static_cast<i32>(lane % 4 * 2);
-#pragma unroll
-            for (u32 i = 0; i < EACH; i += 4) {
-                float g[2], u[2];
-                pin_four(gate + i), pin_four(up + i);
-                load_bias(G.interleaved, bias, first + static_cast<i32>(i * 2), width, gate_base, up_base, g, u);
-#pragma unroll
-                for (u32 j = 0; j < 4; ++j) gate[i + j] += g[j % 2], up[i + j] += u[j % 2];  // rows r and r + 8
-            }
-        }
-#pragma unroll
-        for (u32 i = 0; i < EACH; i += 4) {
-            pin_four(gate + i), pin_four(up + i);
-#pragma unroll
-            for (u32 j = i; j < i + 4; ++j) gate[j] = gated<G.kind>(gate[j], up[j], constants);
-        }
+        activate<G.kind, EACH>(gate, up, G.interleaved, b1, tile.expert, tile.column, width, gate_base, up_base, constants, lane);
         float upper = 0.0f, lower = 0.0f;
         row_maxima(gate, upper, lower);
         row_maxima(gate + 32, upper, lower);

@@ -1,0 +1,122 @@
+"""What a suite is: a command of ``supersonic-moe bench`` as an object. ``bench/__init__`` says how to add one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from rich.console import RenderableType
+
+from supersonic_moe.bench import options
+
+if TYPE_CHECKING:
+    import torch
+
+    from supersonic_moe.bench.report import CaseResult
+    from supersonic_moe.config.recipe import Recipe
+
+Case = TypeVar("Case")
+Result = TypeVar("Result", bound="CaseResult")
+Progress = Callable[[str], None]  # takes what is going on now
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite(ABC, Generic[Case, Result]):
+    """The options that all suites have, and what they do with them. A case is anything with a ``str``."""
+
+    name: ClassVar[str]
+    """Of the command, and in the files that it writes."""
+    files: ClassVar[Mapping[str, Mapping[str, Any]]]
+    """What ``bench all`` writes: the name of a file, and the options that differ from their defaults."""
+
+    device: options.Device = None
+    json: options.Json = None
+    commit: options.Commit = None
+
+    @cached_property
+    def where(self) -> torch.device:
+        return options.device(self.device)
+
+    @property
+    def machine(self) -> str:
+        from supersonic_moe.bench.report import device_name
+
+        return device_name(self.where)
+
+    @property
+    @abstractmethod
+    def heading(self) -> str:
+        """What is measured, on what."""
+
+    @property
+    @abstractmethod
+    def method(self) -> str:
+        """How, in a sentence."""
+
+    @abstractmethod
+    def cases(self) -> Sequence[Case]:
+        """What to measure. Raises ValueError for options that do not fit together, or not this machine."""
+
+    @abstractmethod
+    def run(self, case: Case, progress: Progress) -> Result:
+        """Measure one case. Raises NoResultError where we have no result ourselves."""
+
+    def metrics(self, results: Sequence[Result]) -> list[CaseResult]:
+        """The cases of the file."""
+        return [case for result in results for case in result.cases()]
+
+    def columns(self, result: Result) -> RenderableType:
+        """What is printed as soon as a case is measured."""
+        from supersonic_moe.bench.report import case_table
+
+        return case_table(result)
+
+    def summary(self, results: Sequence[Result]) -> Iterable[RenderableType]:
+        """What is printed at the end, about all cases together."""
+        return ()
+
+    def figure(self, results: Sequence[Result]) -> Sequence[Path]:
+        """Draw what the options ask for; returns the files that were written."""
+        return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed(Suite[Case, Result]):
+    """Times contenders against each other (``timing.measure``)."""
+
+    min_ms: options.MinMs = 400
+    warm_ms: options.WarmMs = 300
+
+    @property
+    def method(self) -> str:
+        return (
+            f"Medians ± half the spread of the middle 80 %, of at least {self.min_ms:g} ms each, interleaved, "
+            f"after {self.warm_ms:g} ms of load."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Options:
+    """The choices of an FP8 recipe."""
+
+    save_preactivation: options.Saved = None
+    wgrad: options.Wgrad = None
+    scale: options.Scale = None
+
+    def recipe_named(self, name: str) -> Recipe:
+        return options.recipe(name, self.save_preactivation, self.wgrad, self.scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions(Fp8Options):
+    """Options of a layer that may compute in FP8."""
+
+    recipe: options.RecipeName = "bf16"
+
+    @cached_property
+    def numerics(self) -> Recipe:
+        return self.recipe_named(self.recipe)

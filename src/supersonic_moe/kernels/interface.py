@@ -1,0 +1,333 @@
+"""What a backend is: one protocol for each thing that it can do. mypy checks every backend against them where
+``registry.kernels`` puts it together.
+
+Shapes: T tokens, K choices, P rows of a routing plan (sorted by expert; see ``config/plan.py``), E experts, H hidden, I
+intermediate, N1 = 2I (gated) or I, G positions (the rows of each expert, padded to whole blocks of 128). Indices and
+offsets are int32. Buffers are undefined in dead rows, those at and past ``expert_offsets[-1]``; nothing reads them.
+A dtype that is not named is that of the inputs; "accumulation dtype" is fp32, and fp64 for fp64 inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from supersonic_moe.config.activation import Activation, GateUpLayout
+from supersonic_moe.config.recipe import Fp8Recipe
+from supersonic_moe.config.router import TopKRouter
+
+# ---- arguments that belong together ----------------------------------------------------------------------------------
+
+
+class Quantized(NamedTuple):
+    """A tensor in e4m3 with the scales of its blocks (``quantization/block_format.py``): it stands for q · scale."""
+
+    q: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.q.shape
+
+
+Operand = TypeVar("Operand", Tensor, Quantized)
+
+
+class Rows(NamedTuple, Generic[Operand]):
+    """P rows: those of ``x`` that an index names, or ``x`` as it lies."""
+
+    x: Operand
+    """(T, C); (P, C) without an index."""
+    gather_index: Tensor | None = None
+    """(P,) row -> row of x; -1 for a row of zeros."""
+
+    @property
+    def num_rows(self) -> int:
+        """P"""
+        return self.x.shape[0] if self.gather_index is None else self.gather_index.shape[0]
+
+
+class Groups(NamedTuple):
+    """Which rows belong to which expert, said in two ways."""
+
+    expert_offsets: Tensor
+    """(E+1,) expert e owns the rows [expert_offsets[e], expert_offsets[e+1])."""
+    row_expert: Tensor
+    """(P,) row -> expert; E for dead rows."""
+
+
+class Gate(NamedTuple):
+    """What lies between the two projections, and the order of the columns that it reads."""
+
+    activation: Activation
+    layout: GateUpLayout
+
+
+class TokenRows(NamedTuple):
+    """The rows of each token, in the order in which they are summed."""
+
+    rows: Tensor
+    """(S,) rows of token after token; -1 entries are skipped."""
+    offsets: Tensor | None
+    """(T+1,) token t has rows[offsets[t]:offsets[t+1]]; None where every token has ``each``."""
+    each: int
+    num_tokens: int
+
+
+class Segments(NamedTuple):
+    """The rows of each expert padded to whole blocks of 128 positions."""
+
+    offsets: Tensor
+    """(E+1,) expert e owns the positions [offsets[e], offsets[e+1]), a multiple of 128 of them."""
+    row_index: Tensor
+    """(G,) position -> row of the plan; -1 where there is none, or where it reads no token."""
+    token_index: Tensor
+    """(G,) position -> token that this row reads; -1 likewise."""
+
+
+class BothOrders(NamedTuple):
+    """One quantisation, with a scale for each 128 x 128 tile, as two kinds of product read it."""
+
+    rows: Quantized
+    """(P, C) with the scale of its tile for each row, (P, C/128), stored transposed: in the rows format."""
+    columns: Quantized
+    """(C, G) with scales (C/128, G/128): transposed, its positions those of :class:`Segments`."""
+
+
+# ---- capabilities ----------------------------------------------------------------------------------------------------
+
+
+class Routing(Protocol):
+    """From logits to scores and to a routing plan."""
+
+    def route_forward(
+        self, logits_TE: Tensor, k: int, router: TopKRouter, correction_bias_E: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(scores (T, K) in the accumulation dtype, ids (T, K) int32), best first; rules: ``routing/topk.py``."""
+
+    def route_backward(
+        self, dscores_TK: Tensor, logits_TE: Tensor, scores_TK: Tensor, ids_TK: Tensor, router: TopKRouter
+    ) -> Tensor:
+        """dlogits (T, E) in the dtype of the logits."""
+
+    def token_rounding_forward(
+        self,
+        logits_TE: Tensor,
+        scores_TK: Tensor,
+        ids_TK: Tensor,
+        scale: float | None,
+        mode: str,
+        tile: int,
+        seed: int,
+        step: Tensor | int,
+        capacity: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(tokens (C), experts (C), scores (C) in the dtype of ``scores_TK``, counts (E), token_offsets (T+1)) with
+        C = ``capacity``. ``scale``: None for a softmax base router, the scaling factor of a sigmoid one; rules:
+        ``routing/token_rounding.py``.
+        """
+
+    def token_rounding_backward(
+        self,
+        dscores_C: Tensor,
+        logits_TE: Tensor,
+        scores_C: Tensor,
+        experts_C: Tensor,
+        token_offsets_T1: Tensor,
+        scale: float | None,
+    ) -> Tensor:
+        """dlogits (T, E) in the dtype of the logits."""
+
+    def switch_loss_forward(self, logits_TE: Tensor, counts_E: Tensor) -> Tensor:
+        """() in the accumulation dtype; definition: ``routing/aux_loss.py``."""
+
+    def switch_loss_backward(self, dloss: Tensor, logits_TE: Tensor, counts_E: Tensor) -> Tensor:
+        """dlogits (T, E) in the dtype of the logits."""
+
+    def build_plan(
+        self,
+        ids_S: Tensor,
+        slot_tokens_S: Tensor | None,
+        slots_per_token: int,
+        num_tokens: int,
+        num_experts: int,
+        tile: int,
+        capacity: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(expert_offsets (E+1), gather_index (P), scatter_index (P), row_expert (P), reverse_index (S), expert_counts
+        (E)) with P = ``capacity``. A slot whose expert is outside [0, E), whose token is outside [0, T), or whose row
+        would be past ``capacity``, is skipped.
+        """
+
+
+class Experts(Protocol):
+    """The expert MLPs, forward and backward, in the dtype of the inputs."""
+
+    def up_projection(
+        self, x: Rows[Tensor], w1_ENH: Tensor, b1_EN: Tensor | None, groups: Groups, gate: Gate, save: bool
+    ) -> tuple[Tensor, Tensor]:
+        """(Z = X · W1ᵀ (P, N1) without the bias, or (0, N1) if not ``save``; A = act(Z + b1) (P, I))."""
+
+    def down_backward(
+        self,
+        dout: Rows[Tensor],
+        w2_EHI: Tensor,
+        z_PN: Tensor,
+        b1_EN: Tensor | None,
+        row_scores_P: Tensor,
+        groups: Groups,
+        gate: Gate,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dZ (P, N1), s · A (P, I), dS (P) in the accumulation dtype, without the part of b2), from dA = dO · W2
+        before the score. Rows of score 0 give exact zeros in the first two.
+        """
+
+    def grouped_mm(self, a: Rows[Tensor], b_EKN: Tensor, expert_offsets: Tensor) -> Tensor:
+        """(P, N): a[row] · b[expert of row]. ``b`` may be a transposed view."""
+
+    def grouped_mm_wgrad(
+        self,
+        a: Rows[Tensor],
+        b_PN: Tensor,
+        expert_offsets: Tensor,
+        out: Tensor | None = None,
+        *,
+        transposed: bool = False,
+        accumulate: bool = False,
+    ) -> Tensor:
+        """(E, M, N): a[rows of e]ᵀ · b[rows of e], or its transpose (E, N, M); exact zeros for an expert without rows.
+        Into ``out`` if given; ``accumulate`` adds to it.
+        """
+
+    def gather_sum(
+        self,
+        y_PH: Tensor,
+        row_scale_P: Tensor | None,
+        bias_EH: Tensor | None,
+        row_expert_P: Tensor,
+        tokens: TokenRows,
+    ) -> Tensor:
+        """(T, H): the sum over the token's rows, in order, of scale[row] · (y[row] + bias[expert of row]); 0 for a
+        token without rows.
+        """
+
+    def pick(self, values_N: Tensor, index_P: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """(P,) in ``dtype``, by default that of the values: values[index[p]], exactly 0 where index[p] < 0."""
+
+    def row_dot(self, a: Rows[Tensor], b_EH: Tensor, row_expert_P: Tensor, out_P: Tensor) -> None:
+        """out[row] += <a[row], b[expert of row]>, in the accumulation dtype; dead rows stay as they are."""
+
+    def segment_sum(self, a: Rows[Tensor], row_scale_P: Tensor | None, expert_offsets: Tensor) -> Tensor:
+        """(E, N) in the accumulation dtype: the sum of scale[row] · a[row] over the rows of each expert."""
+
+
+class Quantizers(Protocol):
+    """Passes that quantize, transpose or pad for products in e4m3 (``quantization/block_format.py``)."""
+
+    def quantize_rows(self, x_RC: Tensor, pow2: bool = False, tma: bool = False) -> Quantized:
+        """(R, C) with scales (R, C/128). ``tma``: stored transposed, as the loads of rows without an index want them;
+        rows that are read through an index want them row by row.
+        """
+
+    def quantize_weights(
+        self, weights_ENK: Sequence[Tensor], pow2: bool = False
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Of each: (q (E, N, K), its transpose (E, K, N), scale (E, N/128, K/128)); the transpose has ``scale.mT``."""
+
+    def quantize_columns(self, x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: bool = False) -> Quantized:
+        """(C, G): column g is row index[g] of x, or zeros where index[g] < 0. Scales (C, G/128), or (C/128, G/128)
+        where ``tiled``: one for 128 x 128 elements, a single number where a product would else multiply by one for each
+        row.
+        """
+
+    def quantize_tiles(self, x_RC: Tensor, index_G: Tensor, pow2: bool = False) -> BothOrders:
+        """Rows as they lie, and columns as ``quantize_columns(tiled=True)`` gives them. ``index`` holds a row at most
+        once; rows that it does not hold are undefined.
+        """
+
+    def pad_segments(self, expert_offsets: Tensor, gather_index_P: Tensor, capacity: int) -> Segments:
+        """The rows of a plan in positions; G = ``capacity``, which ``padded_capacity`` gives."""
+
+
+class Fp8Experts(Experts, Quantizers, Protocol):
+    """The expert MLPs with products in e4m3; what is stored between them is bf16. Both operands of such a product are
+    read along the contraction, so backward takes the weights transposed.
+    """
+
+    def grouped_mm_fp8(self, a: Rows[Quantized], b_ENK: Quantized, expert_offsets: Tensor) -> Tensor:
+        """(P, N) bf16: a[row] · b[expert of row]ᵀ."""
+
+    def grouped_mm_wgrad_fp8(
+        self,
+        a_MG: Quantized,
+        b_NG: Quantized,
+        padded_offsets: Tensor,
+        out: Tensor | None = None,
+        *,
+        transposed: bool = False,
+        accumulate: bool = False,
+    ) -> Tensor:
+        """(E, M, N): a[:, positions of e] · b[:, positions of e]ᵀ, or its transpose (E, N, M), in bf16 or into ``out``
+        (``accumulate`` adds to it); exact zeros for an expert without positions. ``a`` has a scale for each row and
+        block of positions, ``b`` one for each tile.
+        """
+
+    def up_projection_fp8(
+        self,
+        x: Rows[Quantized],
+        w1_ENH: Quantized,
+        b1_EN: Tensor | None,
+        groups: Groups,
+        gate: Gate,
+        recipe: Fp8Recipe,
+        save: bool,
+    ) -> tuple[Quantized, Quantized]:
+        """(Z as backward will see it, A = act(Z + b1) (P, I)).
+
+        Z (P, N1) is without the bias: e4m3 with scales, or bf16 with none, (0, N1/128), after
+        ``recipe.save_preactivation``; (0, N1) bf16 if not ``save``, or if backward computes it again. All scales are
+        stored transposed.
+        """
+
+    def down_backward_fp8(
+        self,
+        dout: Rows[Quantized],
+        w2_EIH: Quantized,
+        z_PN: Quantized,
+        b1_EN: Tensor | None,
+        row_scores_P: Tensor,
+        groups: Groups,
+        gate: Gate,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``down_backward`` with dZ and s · A in bf16. ``z``: what ``up_projection_fp8`` saved."""
+
+    def down_backward_fp8_quantised(
+        self,
+        dout: Rows[Quantized],
+        w2_EIH: Quantized,
+        z_PN: Quantized,
+        b1_EN: Tensor | None,
+        row_scores_P: Tensor,
+        groups: Groups,
+        gate: Gate,
+        segments: Segments,
+        pow2: bool,
+    ) -> tuple[BothOrders, Quantized, Tensor]:
+        """(dZ (P, N1) and (N1, G), s · A (I, G), dS (P)): ``down_backward_fp8`` in the formats of ``quantize_tiles``
+        and ``quantize_columns(tiled=True)``.
+        """
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The kernels of one backend, by capability."""
+
+    routing: Routing
+    experts: Experts
+    quantizers: Quantizers
+    fp8: Fp8Experts | None
+    """None: it has no FP8 products."""

@@ -1,0 +1,7 @@
+// The Config of a kernel from the constants of its KernelSpec, which the host passes as macros (kernels/sm90/*.py).
+#pragma once
+#include "gemm/config.cuh"
+
+template <Operand Type>
+constexpr Config CONFIG_OF_SPEC{.block_n = BLOCK_N, .stages = STAGES, .operand = Type, .cluster = CLUSTER, .group_m = GROUP_M,
+                                .gather = GATHER, .share_a = SHARE_A, .arrivals = ARRIVALS};

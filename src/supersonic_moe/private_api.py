@@ -1,0 +1,74 @@
+"""Names of torch that are not public and that this package uses, each with a public way for the day it is gone.
+
+Nothing else in the package touches a private name of torch: ``tests/docs/test_private_api.py`` searches for them, and
+runs every substitute here. They are in use because the public way costs host time that a small layer waits for, or
+because there is none. So that they cost none here either, each is looked up once, when this module is imported. Those
+of Triton are in ``kernels/triton/launch.py``, which takes them only from versions whose launcher it knows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def _raw_stream(device: int) -> int:
+    return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+def _add_each(targets: list[Tensor], summands: list[Tensor]) -> None:
+    for target, summand in zip(targets, summands, strict=True):
+        target.add_(summand)
+
+
+def _copy_each(targets: list[Tensor], sources: list[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
+
+
+def _gpu_sleep(cycles: int) -> None:
+    raise RuntimeError(
+        f"timing single kernels needs torch.cuda._sleep, which torch {torch.__version__} does not have; use a torch "
+        "that has been tested (README.md, Install)."
+    )
+
+
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+"""Index of the current CUDA device; the public call asks first whether CUDA is initialised."""
+
+raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _raw_stream)
+"""Address of torch's current stream on a device, at a tenth of the time of a ``torch.cuda.Stream`` object."""
+
+transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+"""Whether a transform of ``torch.func`` may be active; True where torch does not say."""
+
+BASE_APPLIES = hasattr(torch.autograd.Function.__base__, "apply")
+"""Whether ``torch.autograd.Function.apply`` binds arguments and then calls ``apply`` of its base class."""
+
+add_each: Callable[[list[Tensor], list[Tensor]], None] = getattr(torch, "_foreach_add_", _add_each)
+"""``target += summand`` for each pair, on a GPU in few launches."""
+
+copy_each: Callable[[list[Tensor], list[Tensor]], None] = getattr(torch, "_foreach_copy_", _copy_each)
+"""``target.copy_(source)`` for each pair, on a GPU in few launches."""
+
+gpu_sleep: Callable[[int], None] = getattr(torch.cuda, "_sleep", _gpu_sleep)
+"""Keep the current CUDA stream busy for so many clock cycles. There is no public way: RuntimeError without it."""
+
+_never_twice = itertools.count(-1, -1)
+
+
+def base_of(tensor: Tensor) -> Tensor:
+    """The tensor that a view looks into, else the tensor itself. A view counts as itself where torch does not say."""
+    base: Tensor | None = getattr(tensor, "_base", None)
+    return tensor if base is None else base
+
+
+def version_of(tensor: Tensor) -> int:
+    """How many times a tensor was changed in place, by torch's count; where there is none, another number each time, so
+    that nothing counts as unchanged.
+    """
+    version: int | None = getattr(tensor, "_version", None)
+    return next(_never_twice) if version is None else version

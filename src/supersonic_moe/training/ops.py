@@ -1,0 +1,361 @@
+"""The ops of the expert MLPs and autograd around them, once for both dataflows.
+
+    run_experts                         which dataflow, and whether anything is saved
+      Experts                           one autograd function
+        experts_forward, _backward      training/bf16.py
+        experts_fp8_forward, _backward  training/fp8.py
+      quantize_weights                  outside, so that a cache may keep its result from one forward to the next
+
+An op is opaque to ``torch.compile``. What it takes and gives is a list of ``training/arguments.py``, of which its
+schema is made; a tensor that forward keeps goes through ``save_for_backward``, anything else stays in the context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from supersonic_moe.autograd import apply
+from supersonic_moe.config.plan import RoutingPlan
+from supersonic_moe.config.recipe import Fp8Recipe
+from supersonic_moe.kernels import interface, registry
+from supersonic_moe.kernels.interface import Quantized
+from supersonic_moe.quantization.block_format import blocks, empty_e4m3, empty_scales
+from supersonic_moe.quantization.weight_cache import Fp8Weight, WeightCache
+from supersonic_moe.training import bf16, fp8
+from supersonic_moe.training.arguments import (
+    Bf16Forward,
+    Bf16Output,
+    Bf16Saved,
+    Fp8Forward,
+    Fp8Output,
+    Fp8Saved,
+    Fp8Weights,
+    Incoming,
+    Inputs,
+    MainGrads,
+    Numerics,
+    Plan,
+    Static,
+    Weight,
+)
+from supersonic_moe.training.fields import Fields, on_flat
+from supersonic_moe.training.main_grad import main_grads, stand_ins
+from supersonic_moe.training.options import Options
+
+_ops = torch.ops.supersonic_moe
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def _bf16_kernels(x: Tensor, w2: Tensor, static: Static) -> interface.Experts:
+    choice = registry.choose(x.device, x.dtype, hidden=w2.shape[1], intermediate=w2.shape[2], backend=static.backend)
+    return registry.kernels(choice.name).experts
+
+
+def _fp8_kernels(x: Tensor, intermediate: int, static: Static) -> interface.Fp8Experts:
+    choice = registry.choose_fp8(x.device, hidden=x.shape[1], intermediate=intermediate, backend=static.backend)
+    return registry.fp8_kernels(choice.name)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Kernels get the dtypes that they are called with. Entering ``torch.autocast`` takes as long as a launch, so only
+    where it is on.
+    """
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _bf16_forward(call: Bf16Forward) -> Bf16Output:
+    with _without_autocast(call.x):
+        return bf16.forward(_bf16_kernels(call.x, call.w2, call.static), call)
+
+
+def _bf16_backward(saved: Bf16Saved, incoming: Incoming) -> tuple[Tensor, ...]:
+    with _without_autocast(saved.x):
+        gradients = bf16.backward(_bf16_kernels(saved.x, saved.w2, saved.static), saved, incoming)
+    return _returned(saved.x, gradients, incoming.main)
+
+
+def _fp8_forward(call: Fp8Forward) -> tuple[Tensor, ...]:
+    with _without_autocast(call.x):
+        output = fp8.forward(_fp8_kernels(call.x, call.w2.shape[2], call.static), call)
+    return _FP8_OUTPUT.flat(*output)
+
+
+def _fp8_backward(weights: Fp8Weights, saved: Fp8Saved, incoming: Incoming) -> tuple[Tensor, ...]:
+    k = _fp8_kernels(saved.x, weights.w2_transposed.shape[1], saved.static)
+    with _without_autocast(saved.x):
+        gradients = fp8.backward(k, weights, saved, incoming)
+    return _returned(saved.x, gradients, incoming.main)
+
+
+def _returned(x: Tensor, gradients: Inputs[Tensor | None], main: MainGrads) -> tuple[Tensor, ...]:
+    """An op can return neither None nor what it wrote to: an empty tensor stands for a gradient that nobody asked for,
+    and for one that was added to a buffer.
+    """
+    dx, dscores, dw1, db1, dw2, db2 = gradients
+    dw1, dw2 = None if main.w1 is not None else dw1, None if main.w2 is not None else dw2
+    return tuple([x.new_empty(0) if g is None else g for g in (dx, dscores, dw1, db1, dw2, db2)])
+
+
+def _quantize_weights(weights: list[Tensor], scale: str, backend: str) -> list[Tensor]:
+    """(q, q transposed, scale) of each weight in a row."""
+    _, n, k = weights[0].shape
+    choice = registry.choose_fp8(weights[0].device, hidden=k, intermediate=n, backend=backend)
+    quantized = registry.fp8_kernels(choice.name).quantize_weights(weights, scale == "pow2")
+    return [t for q_ENK, q_EKN, scale_ENK in quantized for t in (q_ENK, q_EKN, scale_ENK.contiguous())]
+
+
+# ---- what the compiler knows of them ---------------------------------------------------------------------------------
+
+
+def _bf16_forward_fake(call: Bf16Forward) -> Bf16Output:
+    x, rows = call.x, call.plan.gather_index.shape[0]
+    z_PN = x.new_empty(rows if call.save else 0, call.w1.shape[1])
+    return Bf16Output(x.new_empty(x.shape), call.scores.new_empty(rows), z_PN)
+
+
+def _fp8_forward_fake(call: Fp8Forward) -> tuple[Tensor, ...]:
+    x, rows, n1 = call.x, call.plan.gather_index.shape[0], call.w1.shape[1]
+    saved = call.numerics.save_preactivation
+    if call.save and saved == "fp8":
+        z_PN, z_scale = empty_e4m3(x, rows, n1), empty_scales(x, rows, blocks(n1), True)
+    else:
+        z_PN = x.new_empty(rows if call.save and saved == "bf16" else 0, n1)
+        z_scale = x.new_empty(0, blocks(n1), dtype=torch.float32)
+    return x.new_empty(x.shape), call.scores.new_empty(rows), z_PN, z_scale
+
+
+def _bf16_backward_fake(saved: Bf16Saved, incoming: Incoming) -> tuple[Tensor, ...]:
+    return _gradients_fake(saved, saved.w1.shape, saved.w2.shape, incoming)
+
+
+def _fp8_backward_fake(weights: Fp8Weights, saved: Fp8Saved, incoming: Incoming) -> tuple[Tensor, ...]:
+    return _gradients_fake(saved, weights.w1_transposed.mT.shape, weights.w2_transposed.mT.shape, incoming)
+
+
+def _gradients_fake(
+    saved: Bf16Saved | Fp8Saved, w1: torch.Size, w2: torch.Size, incoming: Incoming
+) -> tuple[Tensor, ...]:
+    x, scores, b1, b2 = saved.x, saved.row_scores, saved.b1, saved.b2
+    biases = (None if b is None else b.new_empty(b.shape) for b in (b1, b2))
+    db1, db2 = biases
+    dscores = scores.new_empty(saved.plan.reverse_index.shape)
+    gradients = Inputs(x.new_empty(x.shape), dscores, x.new_empty(w1), db1, x.new_empty(w2), db2)
+    wanted = Inputs(*(g if need else None for g, need in zip(gradients, incoming.needs, strict=True)))
+    return _returned(x, wanted, incoming.main)
+
+
+def _quantize_weights_fake(weights: list[Tensor], scale: str, backend: str) -> list[Tensor]:
+    quantized = []
+    for w in weights:
+        e, n, k = w.shape
+        scales = w.new_empty(e, blocks(n), blocks(k), dtype=torch.float32)
+        quantized += [empty_e4m3(w, e, n, k), empty_e4m3(w, e, k, n), scales]
+    return quantized
+
+
+# ---- definitions -----------------------------------------------------------------------------------------------------
+
+_BF16_FORWARD, _BF16_SAVED = Fields(Bf16Forward), Fields(Bf16Saved)
+_FP8_FORWARD, _FP8_WEIGHTS, _FP8_SAVED = Fields(Fp8Forward), Fields(Fp8Weights), Fields(Fp8Saved)
+_FP8_OUTPUT, _INCOMING = Fields(Fp8Output), Fields(Incoming)
+
+
+def _define(
+    name: str, arguments: Sequence[Fields[..., Any]], result: str, run: Callable[..., Any], fake: Callable[..., Any]
+) -> None:
+    """``run`` and ``fake`` take the NamedTuples that ``arguments`` make of the op's flat ones."""
+    op = f"supersonic_moe::{name}"
+    torch.library.define(op, f"({', '.join(fields.schema for fields in arguments)}) -> ({result})")
+    torch.library.impl(op, ("cpu", "cuda"))(on_flat(run, *arguments))
+    torch.library.register_fake(op)(on_flat(fake, *arguments))
+
+
+_GRADIENTS = ", ".join(f"Tensor d{name}" for name in Inputs._fields)
+_define("experts_forward", [_BF16_FORWARD], Fields(Bf16Output).schema, _bf16_forward, _bf16_forward_fake)
+_define("experts_backward", [_BF16_SAVED, _INCOMING], _GRADIENTS, _bf16_backward, _bf16_backward_fake)
+_define("experts_fp8_forward", [_FP8_FORWARD], _FP8_OUTPUT.schema, _fp8_forward, _fp8_forward_fake)
+_define("experts_fp8_backward", [_FP8_WEIGHTS, _FP8_SAVED, _INCOMING], _GRADIENTS, _fp8_backward, _fp8_backward_fake)
+
+_QUANTIZE = "supersonic_moe::quantize_weights"
+torch.library.define(_QUANTIZE, "(Tensor[] weights, str scale, str backend) -> Tensor[]")
+torch.library.impl(_QUANTIZE, ("cpu", "cuda"))(_quantize_weights)
+torch.library.register_fake(_QUANTIZE)(_quantize_weights_fake)
+
+# ---- autograd --------------------------------------------------------------------------------------------------------
+
+
+_Operands: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
+"""x, scores, w1, b1, w2, b2: in this order gradients are asked for."""
+
+
+class _Kept(NamedTuple):
+    """What a forward keeps for its backward."""
+
+    tensors: tuple[Tensor | None, ...]
+    others: tuple[bool | str | float, ...]
+    backward: Callable[..., Sequence[Tensor]]
+    """Calls the backward op with ``tensors``, ``others`` and the flat :class:`Incoming`."""
+
+
+class _Bf16Call(NamedTuple):
+    """A call of the BF16 ops, but for its operands."""
+
+    plan: Plan
+    static: Static
+    parameters: tuple[Tensor, Tensor] | None
+    """Those of w1 and w2, if their ``main_grad`` gets dW1 and dW2."""
+
+    def forward(self, operands: _Operands, save: bool) -> tuple[Tensor, ...]:
+        arguments = _BF16_FORWARD.flat(*operands, self.plan, self.static, save)
+        output: tuple[Tensor, ...] = _ops.experts_forward.default(*arguments)
+        return output
+
+    def keep(self, operands: _Operands, row_scores: Tensor, z: Tensor) -> _Kept:
+        x, _, w1, b1, w2, b2 = operands
+        tensors, others = _BF16_SAVED.split(z, x, row_scores, w1, b1, w2, b2, self.plan, self.static)
+        return _Kept(tensors, others, _backward_in_bf16)
+
+
+class _Fp8Call(NamedTuple):
+    """The same in FP8, where the FP8 copies of the weights are multiplied."""
+
+    plan: Plan
+    static: Static
+    parameters: tuple[Tensor, Tensor] | None
+    numerics: Numerics
+    w1: Fp8Weight
+    w2: Fp8Weight
+
+    def forward(self, operands: _Operands, save: bool) -> tuple[Tensor, ...]:
+        x, scores, _w1, b1, _w2, b2 = operands
+        w1, w2 = Quantized(self.w1.q, self.w1.scale), Quantized(self.w2.q, self.w2.scale)
+        arguments = _FP8_FORWARD.flat(x, scores, w1, b1, w2, b2, self.plan, self.static, self.numerics, save)
+        output: tuple[Tensor, ...] = _ops.experts_fp8_forward.default(*arguments)
+        return output
+
+    def keep(self, operands: _Operands, row_scores: Tensor, z: Tensor, z_scale: Tensor) -> _Kept:
+        x, _, w1, b1, w2, b2 = operands
+        z_PN = Quantized(z, z_scale)
+        tensors, others = _FP8_SAVED.split(z_PN, x, row_scores, b1, b2, self.plan, self.static, self.numerics)
+        if self.w1.transposed is None:
+            return _Kept((w1, w2, *tensors), others, _backward_in_fp8_quantizing_again)
+        weights = _FP8_WEIGHTS.flat(*Fp8Weights.of(self.w1, self.w2, self.numerics))
+        return _Kept((*weights, *tensors), others, _backward_in_fp8)
+
+
+def _backward_in_bf16(tensors: Sequence[Any], others: Sequence[Any], incoming: Sequence[Any]) -> Sequence[Tensor]:
+    grads: Sequence[Tensor] = _ops.experts_backward.default(*tensors, *others, *incoming)
+    return grads
+
+
+def _backward_in_fp8(tensors: Sequence[Any], others: Sequence[Any], incoming: Sequence[Any]) -> Sequence[Tensor]:
+    grads: Sequence[Tensor] = _ops.experts_fp8_backward.default(*tensors, *others, *incoming)
+    return grads
+
+
+def _backward_in_fp8_quantizing_again(
+    tensors: Sequence[Any], others: Sequence[Any], incoming: Sequence[Any]
+) -> Sequence[Tensor]:
+    w1, w2, *tensors = tensors
+    saved = _FP8_SAVED.build(*tensors, *others)
+    q1, q2 = _quantized([w1, w2], saved.numerics.scale, saved.static.backend)
+    weights = _FP8_WEIGHTS.flat(*Fp8Weights.of(q1, q2, saved.numerics))
+    return _backward_in_fp8((*weights, *tensors), others, incoming)
+
+
+class Experts(torch.autograd.Function):
+    """``apply(x, scores, w1, b1, w2, b2, call)``: operands in the dtype of the computation, and a :class:`_Bf16Call` or
+    :class:`_Fp8Call`.
+    """
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        *operands, call = args
+        output: tuple[Tensor, ...] = call.forward(operands, save=True)
+        return output
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *operands, call = inputs
+        _, *kept = output
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        tensors, ctx.others, ctx.run_backward = call.keep(operands, *kept)
+        ctx.save_for_backward(*tensors)
+        ctx.parameters = call.parameters
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if dout is None:
+            return (None,) * 7
+        *needed, _call = ctx.needs_input_grad
+        needs = Inputs(*needed)
+        main = main_grads(ctx.parameters, needs)
+        tensors = ctx.saved_tensors  # may recompute forward, so look for what is missing first
+        incoming = _INCOMING.flat(dout.contiguous(), needs, main)
+        dx, dscores, dw1, db1, dw2, db2 = ctx.run_backward(tensors, ctx.others, incoming)
+        dw1, dw2 = stand_ins(ctx.parameters, main, dw1, dw2, dout.dtype)
+        grads = (dx, dscores, dw1, db1, dw2, db2)
+        return *[g if need else None for g, need in zip(grads, needs, strict=True)], None
+
+
+# ---- entry -----------------------------------------------------------------------------------------------------------
+
+
+def run_experts(
+    x_TH: Tensor,
+    scores_S: Tensor,
+    w1: Weight,
+    b1: Tensor | None,
+    w2: Weight,
+    b2: Tensor | None,
+    plan: RoutingPlan,
+    options: Options,
+) -> Tensor:
+    """(T, H) output of the experts, for operands in the dtype of the computation. Nothing is saved in inference mode or
+    where no input requires a gradient.
+    """
+    parameters = (w1.parameter, w2.parameter) if options.accumulate_into_main_grad else None
+    common = Plan.of(plan), Static.of(options.activation, options.layout, options.backend), parameters
+    call: _Bf16Call | _Fp8Call
+    if isinstance(options.recipe, Fp8Recipe):
+        w1, w2 = with_fp8_copies(w1, w2, options.recipe, options.backend, options.weight_cache)
+        call = _Fp8Call(*common, Numerics.of(options.recipe), w1.fp8, w2.fp8)
+    else:
+        call = _Bf16Call(*common)
+    operands = (x_TH, scores_S, w1.value, b1, w2.value, b2)
+    if not options.inference and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+        out: Tensor = apply(Experts, *operands, call)[0]
+        return out
+    with torch.no_grad():
+        return call.forward(operands, save=False)[0]
+
+
+def with_fp8_copies(
+    w1: Weight, w2: Weight, recipe: Fp8Recipe, backend: str, cache: WeightCache | None
+) -> tuple[Weight, Weight]:
+    """Both with their FP8 copies: of ``cache``, or made in one launch."""
+
+    def quantize(which: Sequence[int]) -> list[Fp8Weight]:
+        values = [(w1, w2)[i].value.detach() for i in which]
+        copies = _quantized(values, recipe.scale, backend)
+        return copies if recipe.keep_transposed else [copy._replace(transposed=None) for copy in copies]
+
+    if cache is None:
+        q1, q2 = quantize((0, 1))
+    else:
+        key = (w1.value.dtype, recipe.scale, recipe.keep_transposed, backend)
+        q1, q2 = cache.get((w1.parameter, w2.parameter), key, quantize)
+    return Weight(w1.parameter, w1.value, q1), Weight(w2.parameter, w2.value, q2)
+
+
+def _quantized(weights: list[Tensor], scale: str, backend: str) -> list[Fp8Weight]:
+    flat = iter(_ops.quantize_weights.default(weights, scale, backend))
+    return [Fp8Weight(*three) for three in zip(flat, flat, flat, strict=True)]

@@ -1,0 +1,201 @@
+"""Private names of torch and Triton: where they may be used, and that each substitute gives the right result."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import itertools
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from supersonic_moe import MoE, autograd, constant_weights, private_api
+from supersonic_moe.config.recipe import Fp8Recipe
+
+SOURCE = Path(private_api.__file__).parent
+ALLOWED = {
+    ("cli/health.py", "torch.distributed._symmetric_memory"),  # imported to see whether it is there
+    ("moe.py", "super()._apply"),  # what .to() and .cuda() call on every module: test_moe.py sees the bias stay fp32
+}
+
+
+def private_names(path: Path) -> dict[str, int]:
+    """Private attributes of anything but the file's own objects, and private modules: name -> line."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    own |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    found = {}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=value, attr=attr) if _private(attr):
+                base = ast.unparse(value)
+                if base not in ("self", "cls") and (attr not in own or base == "super()") and attr != "_replace":
+                    found[f"{base}.{attr}"] = node.lineno
+            case ast.ImportFrom(module=str(module)):
+                for name in (module, *(f"{module}.{alias.name}" for alias in node.names)):
+                    if module.split(".")[0] != "supersonic_moe" and any(map(_private, name.split("."))):
+                        found[name] = node.lineno
+            case ast.Import(names=names):
+                found |= {alias.name: node.lineno for alias in names if any(map(_private, alias.name.split(".")))}
+            case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=str(attr)), *_]) if _private(attr):
+                found[f"getattr {attr}"] = node.lineno
+    return found
+
+
+def _private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def test_private_names_are_in_one_place() -> None:
+    assert {"getattr _cuda_getDevice", "getattr _version"} <= set(private_names(SOURCE / "private_api.py"))
+    stray = [
+        f"{path.relative_to(SOURCE)}:{line}: {name}"
+        for path in SOURCE.rglob("*.py")
+        for name, line in private_names(path).items()
+        if path.name != "private_api.py" and (str(path.relative_to(SOURCE)), name) not in ALLOWED
+    ]
+    assert not stray, f"use or extend supersonic_moe/private_api.py, which has a substitute for each name: {stray}"
+
+
+# ---- without the private names, the public way gives the same --------------------------------------------------------
+
+PRIVATE = {
+    torch._C: ("_cuda_getDevice", "_cuda_getCurrentRawStream", "_are_functorch_transforms_active"),
+    torch.cuda: ("_sleep",),
+    torch: ("_foreach_add_", "_foreach_copy_"),
+}
+
+
+@pytest.fixture
+def substitutes() -> Any:
+    """A copy of the module, imported where none of the private names exists."""
+    spec = importlib.util.spec_from_file_location("private_api_without_names", private_api.__file__)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        for place, names in PRIVATE.items():
+            for name in names:
+                patch.delattr(place, name, raising=False)
+        spec.loader.exec_module(module)
+    return module
+
+
+def test_private_names_are_taken_where_they_are() -> None:
+    for place, names in PRIVATE.items():
+        for name in names:
+            if hasattr(place, name):
+                assert getattr(place, name) in vars(private_api).values()
+
+
+def test_device_and_stream_are_asked_of_torch_cuda(substitutes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert substitutes.current_device is torch.cuda.current_device
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=100 + device))
+    assert substitutes.raw_stream(2) == 102
+
+
+class Square(torch.autograd.Function):
+    bindings = 0
+
+    @staticmethod
+    def forward(x: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        return factor * x * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return 2 * ctx.factor * ctx.saved_tensors[0] * grad, None
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        cls.bindings += 1
+        return super().apply(*args)
+
+
+def squared() -> tuple[list[float], list[float], bool]:
+    """Result, gradient, and whether torch bound the arguments."""
+    x = torch.arange(4.0, requires_grad=True)
+    before = Square.bindings
+    y = autograd.apply(Square, x, 3.0)
+    y.sum().backward()
+    assert x.grad is not None
+    return y.tolist(), x.grad.tolist(), Square.bindings > before
+
+
+def test_autograd_functions_are_applied_by_torch_itself(substitutes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = [0, 3, 12, 27], [0, 6, 12, 18]
+    assert squared() == (*results, False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(autograd, "transforms_active", substitutes.transforms_active)
+        assert squared() == (*results, True)
+    monkeypatch.setattr(autograd, "BASE_APPLIES", False)
+    assert squared() == (*results, True)
+
+
+def test_transforms_of_torch_func_go_through_torch() -> None:
+    before = Square.bindings
+    dx = torch.func.grad(lambda x: autograd.apply(Square, x, 3.0).sum())(torch.arange(4.0))
+    assert dx.tolist() == [0, 6, 12, 18] and Square.bindings > before
+
+
+class Unversioned:
+    """A tensor without the private attributes."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_base", "_version"):
+            raise AttributeError(name)
+        return getattr(self.tensor, name)
+
+
+def test_a_tensor_without_a_version_never_counts_as_unchanged() -> None:
+    tensor = torch.zeros(4)
+    view = tensor[1:]
+    assert private_api.base_of(view) is tensor and private_api.base_of(tensor) is tensor
+    assert private_api.version_of(tensor) == private_api.version_of(tensor) == 0
+    bare: Any = Unversioned(view)
+    assert private_api.base_of(bare) is bare
+    assert len({private_api.version_of(bare), private_api.version_of(bare), private_api.version_of(tensor)}) == 3
+
+
+def test_weights_without_versions_are_quantized_in_every_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe = MoE(2, 1, 128, 128, "swiglu", add_bias=False, std=0.02, recipe=Fp8Recipe()).to(torch.bfloat16)
+    x = torch.randn(4, 128, dtype=torch.bfloat16)
+    numbers = itertools.count()
+    monkeypatch.setattr("supersonic_moe.quantization.weight_cache.version_of", lambda _: next(numbers))
+    with constant_weights(moe), torch.no_grad():
+        before = moe(x)[0]
+        for weight in (moe.c_fc.weight, moe.c_proj.weight):
+            weight.data.mul_(2)  # shows no sign: with a version the old copies would serve
+        assert not torch.equal(moe(x)[0], before)
+
+
+def test_pairs_of_tensors_one_by_one(substitutes: Any) -> None:
+    for module in (private_api, substitutes):
+        targets = [torch.zeros(2), torch.ones(3)]
+        module.add_each(targets, [torch.ones(2), torch.full((3,), 2.0)])
+        module.copy_each(targets[:1], [targets[0] * 5])
+        assert [t.tolist() for t in targets] == [[5, 5], [3, 3, 3]]
+
+
+def test_a_torch_without_sleep_is_named(substitutes: Any) -> None:
+    with pytest.raises(
+        RuntimeError, match=rf"needs torch\.cuda\._sleep, which torch {re.escape(torch.__version__)} does"
+    ):
+        substitutes.gpu_sleep(1)
+
+
+def test_the_correction_bias_stays_fp32_through_the_private_hook_of_modules() -> None:
+    moe = MoE(4, 2, 16, 8, "swiglu", add_bias=False, std=0.02, router="sigmoid_grouped_topk")
+    nn.Sequential(moe).to(torch.bfloat16)
+    assert moe.correction_bias is not None and moe.correction_bias.dtype is torch.float32

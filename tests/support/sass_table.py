@@ -1,0 +1,99 @@
+"""The committed table of what every CUDA kernel configuration compiles to, and what has moved since.
+
+A line of ``tests/kernels/sm90/sass_table.json`` is a spec: registers of a thread, instructions without NOP, how many
+of them are of kinds that tell what a kernel does (tensor cores, TMA, barriers, memory, branches). No number may
+change by more than 1 %, so one below a hundred may not change at all, unless the change says why. Spills and stack are
+not listed: they are zero (test_sm90_compile.py).
+
+``make sass-table`` writes the table again.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import sass
+
+from supersonic_moe.jit import KernelSpec, compile_all, nvrtc_version
+from supersonic_moe.jit.build import build
+from supersonic_moe.jit.cache import Cubin
+from supersonic_moe.kernels.sm90 import registered_specs
+
+FILE = Path(__file__).parents[1] / "kernels" / "sm90" / "sass_table.json"
+TOLERANCE = 0.01
+COUNTED = (
+    *("HGMMA", "QGMMA", "WARPGROUP"),  # wgmma in bf16 and e4m3, and waiting for it
+    *("UTMALDG", "UTMASTG", "UTMAREDG", "LDGSTS"),  # TMA loads, stores and additions; cp.async
+    *("SYNCS", "BAR", "WARPSYNC", "ELECT"),  # mbarriers, named barriers, one lane of a warp
+    *("LDG", "STG", "LDS", "STS", "LDSM", "STSM"),  # global and shared memory
+    *("SHFL", "PRMT", "BRA"),
+    *("MUFU", "F2FP", "FFMA", "FMUL"),  # exp and reciprocal, conversion, fp32
+)
+Row = dict[str, int]
+
+
+def row(spec: KernelSpec, cubin: Cubin, counts: Counter[str]) -> Row:
+    """The line of ``spec``: ``counts`` are the instructions of its kernel, with their modifiers."""
+    families: Counter[str] = Counter()
+    for opcode, count in counts.items():
+        families[opcode.split(".")[0]] += count
+    total = families.total() - families["NOP"]
+    counted = {family: families[family] for family in COUNTED if families[family]}
+    return {"registers": cubin.report.kernel(spec.name).registers, "instructions": total, **counted}
+
+
+def moved(got: Row, want: Row) -> list[str]:
+    """What differs by more than the tolerance: "SHFL 16 -> 18 (+12.5 %)"."""
+    changes = []
+    for name in dict.fromkeys([*want, *got]):
+        old, new = want.get(name, 0), got.get(name, 0)
+        if abs(new - old) > TOLERANCE * old:
+            changes.append(f"{name} {old} -> {new}" + (f" ({new / old - 1:+.1%})" if old else ""))
+    return changes
+
+
+def load() -> tuple[tuple[int, int], dict[str, Row]]:
+    """The NVRTC version whose code the table describes, and its rows by the names of their specs."""
+    table = json.loads(FILE.read_text())
+    return tuple(table["nvrtc"]), table["specs"]
+
+
+def dump(nvrtc: Sequence[int], rows: Mapping[str, Row]) -> str:
+    """The file's text: one line a spec, so that a diff shows what moved."""
+    lines = [f"  {json.dumps(name)}: {json.dumps(numbers)}" for name, numbers in rows.items()]
+    return f'{{"nvrtc": {json.dumps(list(nvrtc))}, "specs": {{\n' + ",\n".join(lines) + "\n}}\n"
+
+
+def main() -> None:
+    specs = list({str(spec): spec for spec in registered_specs()}.values())
+    failed = [result for result in compile_all(specs, lambda done, total, _: say(done, total)) if result.error]
+    if failed:
+        sys.exit("\n".join(f"{result.spec}: {result.error}" for result in failed))
+
+    def measured(spec: KernelSpec) -> Row:
+        cubin = build(spec)
+        return row(spec, cubin, sass.opcodes(sass.sass(cubin.image))[spec.name])
+
+    before = load()[1] if FILE.is_file() else {}
+    with ThreadPoolExecutor(2) as pool:
+        rows = dict(zip(map(str, specs), pool.map(measured, specs), strict=True))
+    FILE.write_text(dump(nvrtc_version(), rows))
+    for name in dict.fromkeys([*before, *rows]):
+        if name not in rows or name not in before:
+            print(f"{name}: {'gone' if name in before else 'new'}")
+        elif changes := moved(rows[name], before[name]):
+            print(f"{name}: {', '.join(changes)}")
+    print(f"{FILE}: {len(rows)} specs")
+
+
+def say(done: int, total: int) -> None:
+    print(f"\rcompiled {done} of {total} specs", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
