@@ -17,7 +17,7 @@ from supersonic_moe.inference import SharedExpert, moe_fp8_ds_routed, moe_fp8_to
 from supersonic_moe.kernels.reference import local_ids, route_grouped
 from supersonic_moe.kernels.reference.inference import Fp8Experts, moe_fp8
 from supersonic_moe.kernels.sm90 import route_rows
-from tests.support.inference_oracle import Case, make_case
+from inference_oracle import Case, make_case
 
 pytestmark = pytest.mark.gpu
 

@@ -15,7 +15,7 @@ from supersonic_moe.kernels.reference.quantize import dequantize
 from supersonic_moe.kernels.sm90.route_rows import Choices, RowTables, max_items, place_topk
 from supersonic_moe.kernels.sm90.stream_experts import Scratch, num_counters, stream_experts
 from supersonic_moe.quantization.block_format import E4M3, blocks
-from tests.support.inference_oracle import Case
+from inference_oracle import Case
 
 
 class Streamed(NamedTuple):

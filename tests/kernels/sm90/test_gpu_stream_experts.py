@@ -8,8 +8,8 @@ import torch
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
-from tests.support.inference_oracle import make_case
-from tests.support.streamed_stages import Streamed, relative_error, stream
+from inference_oracle import make_case
+from streamed_stages import Streamed, relative_error, stream
 
 pytestmark = pytest.mark.gpu
 
