@@ -27,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(STREAM_THREADS, 1)
     const Geometry geometry(problem);
     const bool narrow = geometry.narrow();
     if (warp < 4) {
-        register_dealloc<56>();
+        register_dealloc<88>();
         if (warp > 0) {
             load_tokens(block, problem, geometry, &map_x, &map_codes, warp - 1);
         } else if (elect_one()) {
@@ -36,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(STREAM_THREADS, 1)
             load_weights(block, problem, geometry, own, shared);
         }
     } else {
-        register_alloc<224>();
+        register_alloc<208>();
         compute_tiles(block, problem, geometry, warp / 4 - 1);
     }
 }

@@ -158,7 +158,7 @@ def _map_of_codes(scratch: Scratch, inter: int) -> TensorMap:
     shape = (scratch.rows, inter)
     where = scratch.codes_RI if isinstance(scratch.codes_RI, int) else scratch.codes_RI.data_ptr()
     return tensor_map(
-        where, box=(1, BLOCK), dtype=torch.uint8, shape=shape, strides=(inter, 1), l2_promotion=L2_PROMOTION
+        where, box=(8, BLOCK), dtype=torch.uint8, shape=shape, strides=(inter, 1), l2_promotion=L2_PROMOTION
     )
 
 

@@ -47,8 +47,9 @@ DEVICE void load_weights(const Block& block, const Problem& p, const Geometry& g
 // The scales of `Ahead` K blocks of a row, read together.
 constexpr u32 AHEAD = 4;
 
-// Warp `part` of three: rows part * 32 + lane and, of 128, the first also 96 + lane; of x through its index, or of c once all its blocks are
-// there. Each lane loads its rows and their scales. The first warp adds the scales of the weights, 32 K blocks at a time, one in each lane.
+// Warp `part` of three. Rows of x come through their index, one by one: lane l has row 3 l + part, and the one 96 further on. Rows of c lie
+// together and come eight at a time, once all blocks of the item are there; what follows the item's last row is multiplied and dropped.
+// A lane reads the scales of its rows. The first warp adds those of the weights, 32 K blocks at a time.
 DEVICE void load_tokens(const Block& block, const Problem& p, const Geometry& g, const TensorMap* map_x, const TensorMap* map_codes, u32 part) {
     const u32 lane = lane_index();
     Cursor ring, queue;
@@ -57,7 +58,6 @@ DEVICE void load_tokens(const Block& block, const Problem& p, const Geometry& g,
         if (tile.product == 0) return;
         const bool first_product = tile.product == 1;
         const u32 blocks = first_product ? p.blocks_hidden() : p.blocks_inter();
-        const TensorMap* map = first_product ? map_x : map_codes;
         const i64 scale_k = first_product ? p.x_scale_k : 1;
 
         const float* weight_scale[2];
@@ -90,7 +90,7 @@ DEVICE void load_tokens(const Block& block, const Problem& p, const Geometry& g,
         u32 bytes = 0;
 #pragma unroll
         for (u32 i = 0; i < 2; ++i) {
-            const u32 at = i * 32 * TOKEN_WARPS + part * 32 + lane;
+            const u32 at = TOKEN_WARPS * (32 * i + lane) + part;
             used[i] = at < static_cast<u32>(tile.rows);
             row[i] = 0, scale[i] = p.x_scale, factor[i] = 1.0f;
             if (used[i]) {
@@ -103,8 +103,11 @@ DEVICE void load_tokens(const Block& block, const Problem& p, const Geometry& g,
                     scale[i] = p.c_scale + static_cast<i64>(row[i]) * blocks;
                 }
             }
-            bytes += __popc(__ballot_sync(0xffffffffu, used[i])) * LINE_BYTES;
+            if (first_product) bytes += __popc(__ballot_sync(0xffffffffu, used[i])) * LINE_BYTES;
         }
+        const i32 box_row = 8 * (TOKEN_WARPS * lane + part);
+        const bool has_box = !first_product && box_row < tile.rows;
+        if (!first_product) bytes = __popc(__ballot_sync(0xffffffffu, has_box)) * 8 * LINE_BYTES;
         const auto read_scales = [&](float (&values)[2][AHEAD], u32 k) {
 #pragma unroll
             for (u32 i = 0; i < 2; ++i)
@@ -133,12 +136,13 @@ DEVICE void load_tokens(const Block& block, const Problem& p, const Geometry& g,
                 mbarrier_wait(block.empty(ring.at), ring.phase ^ 1);
 #pragma unroll
                 for (u32 i = 0; i < 2; ++i) {
-                    const u32 at = i * 32 * TOKEN_WARPS + part * 32 + lane;
+                    const u32 at = TOKEN_WARPS * (32 * i + lane) + part;
                     if (used[i]) {
-                        tma_load(tokens + at * LINE_BYTES, map, full, k * LINE_BYTES, row[i]);
+                        if (first_product) tma_load(tokens + at * LINE_BYTES, map_x, full, k * LINE_BYTES, row[i]);
                         block.side.token_scales[ring.at][at] = now[i][j] * factor[i];
                     }
                 }
+                if (has_box) tma_load(tokens + box_row * LINE_BYTES, map_codes, full, k * LINE_BYTES, tile.row + box_row);
                 if (part == 0) {
                     const float upper = __shfl_sync(0xffffffffu, weight_scales[0], k % 32);
                     const float lower = __shfl_sync(0xffffffffu, weight_scales[1], k % 32);
