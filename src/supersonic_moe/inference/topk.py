@@ -181,8 +181,11 @@ def _check_placement(expert_map: Tensor | None, offset: int, num_experts: int | 
 
 def _shared_weights(shared: SharedExpert, sizes: Sizes, order: GateUpLayout, w13: Tensor) -> list[Tensor]:
     """Its four tensors with a leading dimension of one expert, in the order of the op."""
-    for name, t, shape in zip(
-        shared._fields, shared, ("(2 I, H)", "(H, I)", "(row blocks, H / 128)", "(H / 128, I / 128)"), strict=True
+    for name, t, shape in (
+        ("w13", shared.w13, "(2 I, H)"),
+        ("w2", shared.w2, "(H, I)"),
+        ("w13_scale", shared.w13_scale, "(row blocks, H / 128)"),
+        ("w2_scale", shared.w2_scale, "(H / 128, I / 128)"),
     ):
         checks.tensor(f"shared_expert.{name}", t, 2, shape)
     one = SharedExpert(*(t[None] for t in shared))
