@@ -11,13 +11,14 @@ from torch import Tensor
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
+from inference_oracle import Case, make_case
+
 from supersonic_moe.config.activation import as_layout
 from supersonic_moe.config.grouped_routing import GroupedRouting
 from supersonic_moe.inference import SharedExpert, moe_fp8_ds_routed, moe_fp8_topk, workspace, workspace_bytes
 from supersonic_moe.kernels.reference import local_ids, route_grouped
 from supersonic_moe.kernels.reference.inference import Fp8Experts, moe_fp8
 from supersonic_moe.kernels.sm90 import route_rows
-from inference_oracle import Case, make_case
 
 pytestmark = pytest.mark.gpu
 

@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from inference_oracle import Case
 from torch import Tensor
 
 from supersonic_moe.config.activation import as_layout
@@ -15,7 +16,6 @@ from supersonic_moe.kernels.reference.quantize import dequantize
 from supersonic_moe.kernels.sm90.route_rows import Choices, RowTables, max_items, place_topk
 from supersonic_moe.kernels.sm90.stream_experts import Scratch, num_counters, stream_experts
 from supersonic_moe.quantization.block_format import E4M3, blocks
-from inference_oracle import Case
 
 
 class Streamed(NamedTuple):
