@@ -31,7 +31,7 @@ from supersonic_moe.private_api import raw_stream
 
 Grid = tuple[int, int, int]
 MAX_GRID = (2**31 - 1, 65535, 65535)
-DEFAULT_SMEM_LIMIT = 48 * 1024  # above it, a kernel must be told its limit on each device
+DEFAULT_SMEM_LIMIT = 48 * 1024  # static and dynamic together; above it, a kernel must be told its limit on each device
 
 
 class Kernel:
@@ -71,7 +71,8 @@ class Kernel:
             if self._handle is None:
                 make_context_current(device)
                 self._handle = _load(self.cubin, self.spec, self.signature)
-        slots = _Slots(self._handle, self.spec, self.signature, device)
+        static_bytes = self.cubin.report.kernel(self.spec.name).static_smem_bytes
+        slots = _Slots(self._handle, self.spec, self.signature, device, static_bytes)
         self._threads.by_device[device] = slots
         return slots
 
@@ -84,10 +85,10 @@ class _ThreadSlots(threading.local):
 class _Slots:
     """Launch configuration and argument buffer of one kernel, thread and device."""
 
-    def __init__(self, handle: Any, spec: KernelSpec, signature: Signature, device: int) -> None:
+    def __init__(self, handle: Any, spec: KernelSpec, signature: Signature, device: int, static_bytes: int) -> None:
         driver = binding()
         make_context_current(device)
-        if spec.smem_bytes > DEFAULT_SMEM_LIMIT:
+        if spec.smem_bytes and spec.smem_bytes + static_bytes > DEFAULT_SMEM_LIMIT:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             ordinal = call(f"finding cuda:{device}", driver.cuDeviceGet, device)
             purpose = f"giving {spec} {spec.smem_bytes} bytes of shared memory on cuda:{device}"

@@ -114,31 +114,49 @@ def launch_function(signature: Signature, threads: Any, make_slots: Callable[[in
 
     ``threads.by_device[device]`` has this thread's argument slots for a device; ``make_slots(device)`` makes them at
     the first launch; their ``enqueue(grid, stream)`` launches what they hold. Tensors on the current device, None,
-    plain ints and floats are packed as they come; whatever else is passed is looked at one by one. (``struct`` alone
-    would take a tensor of one element for a number, and wait for the device to read it.)
+    plain ints and floats are packed as they come; then it is tried with addresses among the pointers; whatever else is
+    passed is looked at one by one. (``struct`` alone would take a tensor of one element for a number, and wait for the
+    device to read it.)
     """
     names = [p.keyword for p in signature.parameters]
     pointers = [p.keyword for p in signature.parameters if p.kind is POINTER]
     floats = [p.keyword for p in signature.parameters if p.kind is FLOAT]
     ints = [p.keyword for p in signature.parameters if p.kind not in (TENSOR_MAP, POINTER, FLOAT)]
-    plain = [f"({name} is None or {name}.get_device() == _device)" for name in pointers]
-    for numbers, python_type in ((ints, "int"), (floats, "float")):
-        if numbers:
-            plain.append(" is ".join([f"type({name})" for name in numbers] + [python_type]))
-    packed = [f"0 if {name} is None else {name}.data_ptr()" if name in pointers else name for name in names]
+    of_one_type = [
+        " is ".join([f"type({name})" for name in numbers] + [python_type])
+        for numbers, python_type in ((ints, "int"), (floats, "float"))
+        if numbers
+    ]
+
+    def pack(known: str, address: str) -> str:
+        """``known``: whether a pointer's value is one that ``address`` turns into a number."""
+        conditions = [f"({known.format(name)})" for name in pointers] + of_one_type
+        packed = ", ".join(address.format(name) if name in pointers else name for name in names)
+        return f"""
+        if not ({" and ".join(conditions) or True}):
+            raise _PackError
+        _slots.pack_into(_slots.buffer, _slots.offset, {packed})"""
+
+    tensors = pack("{0} is None or {0}.get_device() == _device", "0 if {0} is None else {0}.data_ptr()")
+    addresses = pack(
+        "{0} is None or type({0}) is int or {0}.get_device() == _device",
+        "0 if {0} is None else {0} if type({0}) is int else {0}.data_ptr()",
+    )
     text = f"""
 def launch(_grid, /, *, {"".join(f"{name}, " for name in names)}stream=None):
     if 0 in _grid:
         return
     _device = _cuda.current_device()
     _slots = _threads.by_device.get(_device) or _make_slots(_device)
-    try:
-        if not ({" and ".join(plain) or True}):
-            raise _PackError
-        _slots.pack_into(_slots.buffer, _slots.offset, {", ".join(packed)})
+    try:{tensors}
+    except (AttributeError, _PackError):
+        _pack_addresses(_device, _slots, {", ".join(names)})
+    _slots.enqueue(_grid, stream)
+
+def _pack_addresses({", ".join(["_device", "_slots", *names])}):
+    try:{addresses}
     except (AttributeError, _PackError):
         _slots.pack_into(_slots.buffer, _slots.offset, *_converted(_device, [{", ".join(names)}]))
-    _slots.enqueue(_grid, stream)
 """
 
     def converted(device: int, values: list[Any]) -> list[Any]:

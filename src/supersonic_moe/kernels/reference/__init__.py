@@ -11,6 +11,8 @@ from supersonic_moe.kernels.reference.activation import activation_backward, act
 from supersonic_moe.kernels.reference.aux_loss import switch_loss_backward, switch_loss_forward
 from supersonic_moe.kernels.reference.gather import gather_rows, gather_sum
 from supersonic_moe.kernels.reference.grouped_mm import grouped_mm, grouped_mm_wgrad
+from supersonic_moe.kernels.reference.grouped_routing import route_grouped
+from supersonic_moe.kernels.reference.inference import local_ids, moe_fp8
 from supersonic_moe.kernels.reference.pick import pick
 from supersonic_moe.kernels.reference.plan import build_plan
 from supersonic_moe.kernels.reference.quantize import (
@@ -49,6 +51,8 @@ __all__ = [
     "grouped_mm_fp8",
     "grouped_mm_wgrad",
     "grouped_mm_wgrad_fp8",
+    "local_ids",
+    "moe_fp8",
     "pad_segments",
     "pick",
     "quantize_blocks",
@@ -58,6 +62,7 @@ __all__ = [
     "quantize_weights",
     "route_backward",
     "route_forward",
+    "route_grouped",
     "row_dot",
     "segment_sum",
     "switch_loss_backward",

@@ -9,6 +9,7 @@ from supersonic_moe.kernels.sm90 import launch_probe, self_test
 def registered_specs() -> tuple[KernelSpec, ...]:
     """Every kernel configuration that the package may launch: what `warmup` compiles and the tests inspect."""
     from supersonic_moe.kernels.sm90 import (  # need triton
+        combine_rows,
         down_backward,
         down_backward_fp8,
         down_backward_fp8_quantised,
@@ -17,6 +18,8 @@ def registered_specs() -> tuple[KernelSpec, ...]:
         grouped_wgrad,
         grouped_wgrad_fp8,
         quantize_columns,
+        route_rows,
+        stream_experts,
         up_projection,
         up_projection_fp8,
     )
@@ -34,4 +37,7 @@ def registered_specs() -> tuple[KernelSpec, ...]:
         *down_backward_fp8.SPECS,
         *down_backward_fp8_quantised.SPECS,
         *quantize_columns.SPECS,
+        *route_rows.SPECS,
+        *stream_experts.SPECS,
+        *combine_rows.SPECS,
     )

@@ -184,12 +184,12 @@ def _rows_kernel(
     tl.store(scale_ptrs, scale, mask=(row < num_rows) & (block * BLOCK < C))
 
 
-def quantize_rows(x_RC: Tensor, pow2: bool = False, tma: bool = False) -> Quantized:
-    """(q (R, C), scale (R, B)). ``tma`` stores the scales of one block of columns next to each other, as TMA loads them
-    with a tile of rows; otherwise those of one row, as a gather of rows does.
+def quantize_rows(x_RC: Tensor, pow2: bool = False, tma: bool = False, out: Quantized | None = None) -> Quantized:
+    """(q (R, C), scale (R, B)), written to ``out`` if given. ``tma`` stores the scales of one block of columns next to
+    each other, as TMA loads them with a tile of rows; otherwise those of one row, as a gather of rows does.
     """
     num_rows, columns = x_RC.shape
-    q_RC, scale_RB = empty_e4m3(x_RC, num_rows, columns), empty_scales(x_RC, num_rows, blocks(columns), tma)
+    q_RC, scale_RB = out or (empty_e4m3(x_RC, num_rows, columns), empty_scales(x_RC, num_rows, blocks(columns), tma))
     if q_RC.numel() == 0:
         return Quantized(q_RC, scale_RB)
     panel = max(1, column_block(columns, (2 if tma else 8) * block_format.BLOCK) // block_format.BLOCK)

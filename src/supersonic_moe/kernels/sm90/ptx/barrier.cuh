@@ -27,6 +27,10 @@ DEVICE void mbarrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+DEVICE void mbarrier_arrive(u32 barrier, u32 count) {
+    asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
 // One arrival that also announces `bytes` of asynchronous copies into this phase.
 DEVICE void mbarrier_arrive_expect_tx(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -44,6 +48,13 @@ DEVICE u32 map_to_block(u32 address, u32 rank) {
 // blocks; `.release.cluster` would, and costs a memory barrier at GPU scope each time (MEMBAR.ALL.GPU).
 DEVICE void mbarrier_arrive_remote(u32 barrier, u32 rank) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(map_to_block(barrier, rank)) : "memory");
+}
+
+// The word at `address` in block `rank` of the cluster. Between two cluster barriers: one after it was written, one before its block exits.
+DEVICE u32 load_remote(u32 address, u32 rank) {
+    u32 word;
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(word) : "r"(map_to_block(address, rank)) : "memory");
+    return word;
 }
 
 // Suspended by the hardware for a while at a time, until the phase of this parity is complete; traps after WAIT_TIMEOUT_NS.

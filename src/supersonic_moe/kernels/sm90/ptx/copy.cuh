@@ -57,6 +57,29 @@ DEVICE void tma_load_multicast(u32 tile, const TensorMap* map, u32 barrier, u16 
         : "memory");
 }
 
+// Loads of what is read once: it leaves L2 first. `policy` of evict_first().
+DEVICE u64 evict_first() {
+    u64 policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+DEVICE void tma_load_once(u32 tile, const TensorMap* map, u32 barrier, u64 policy, i32 c0, i32 c1, i32 c2) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%4, %5, %6}], [%2], %3;" ::"r"(tile),
+        "l"(map), "r"(barrier), "l"(policy), "r"(c0), "r"(c1), "r"(c2)
+        : "memory");
+}
+
+DEVICE void tma_load_once(u32 tile, const TensorMap* map, u32 barrier, u64 policy, i32 c0, i32 c1, i32 c2, i32 c3, i32 c4) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%4, %5, %6, %7, %8}], [%2], %3;" ::"r"(tile),
+        "l"(map), "r"(barrier), "l"(policy), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+        : "memory");
+}
+
 // Fetch the descriptor itself, at the start of a kernel, so that the first load does not wait for it.
 DEVICE void prefetch_tensor_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 

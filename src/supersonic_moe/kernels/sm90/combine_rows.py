@@ -1,0 +1,54 @@
+"""Each token's sum of weight * y over its rows on sm_90a, in fp32 and in ascending order of the choices: (T, H) bf16.
+
+Layout (row-major)
+    y (P, H): float32 of the streaming kernel or bf16 of the tile kernels; which of the two, the router has written on
+    the device. Slots and weights as in route_rows.py. A token without rows gets +0 and nothing is read for it.
+Blocks
+    128 threads take 1024 channels of a token, 8 each.
+Cost
+    Bytes: P H 4 (2 in bf16) + T H 2.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from torch import Tensor
+
+from supersonic_moe.jit.launch import Kernel, on_device
+from supersonic_moe.jit.spec import KernelSpec
+from supersonic_moe.kernels.sm90.route_rows import Buffer, RowTables
+
+THREADS = 128
+CHANNELS = 8 * THREADS  # of a block
+SPECS = (KernelSpec("combine_rows", "combine_rows.cu", threads=THREADS, opcodes=("LDG.E.128", "F2FP.BF16"), pdl=True),)
+
+
+@functools.cache
+def _kernel() -> Kernel:
+    return Kernel(SPECS[0])
+
+
+def combine_rows(
+    streamed: Buffer | None,
+    y_PH: Tensor | None,
+    y_shared_TH: Tensor | None,
+    tables: RowTables,
+    choices: int,
+    out_TH: Tensor,
+) -> None:
+    """Writes ``out_TH``.
+
+    Args:
+        streamed: (P, H) float32, read where rows were streamed.
+        y_PH: bf16, read where they were not.
+        y_shared_TH: (T, H) bf16: beside ``y_PH``, the rows of a shared expert; None if ``y_PH`` has them all.
+        choices: C, slots of a token.
+    """
+    tokens, hidden = out_TH.shape
+    parts = -(-hidden // CHANNELS)
+    with on_device(out_TH):
+        _kernel().launch(
+            (tokens * parts, 1, 1), streamed=streamed, y=y_PH, y_shared=y_shared_TH, items=tables.items,
+            slot_row=tables.slot_row, weights=tables.weights, choices=choices, hidden=hidden, parts=parts, out=out_TH,
+        )  # fmt: skip

@@ -1,0 +1,62 @@
+// Words of global memory that blocks of a running kernel write for one another: counters and flags, and data read behind them.
+//
+// A writer stores its data, meets the other writers of its block at a barrier, and one thread adds with release; a reader waits with
+// acquire, or adds with acquire and release where the last to arrive goes on. Where TMA reads what ordinary stores wrote, each writer
+// executes fence_proxy_async_global before that barrier and each reader after its wait.
+#pragma once
+#include "ptx/barrier.cuh"
+
+DEVICE u32 add_relaxed(u32* counter, u32 value) {
+    u32 old;
+    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(value) : "memory");
+    return old;
+}
+
+DEVICE u32 add_acquire_release(u32* counter, u32 value) {
+    u32 old;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(value) : "memory");
+    return old;
+}
+
+DEVICE void add_release(u32* counter, u32 value) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+
+// Until *counter is `target` or more; traps after WAIT_TIMEOUT_NS. One asm block, for the reason given at mbarrier_wait.
+DEVICE void wait_for_count(const u32* counter, u32 target) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        ".reg .u32 seen;\n"
+        ".reg .u64 start, now;\n"
+        "mov.u64 start, %%globaltimer;\n"
+        "RETRY:\n"
+        "ld.acquire.gpu.global.u32 seen, [%0];\n"
+        "setp.ge.u32 p, seen, %1;\n"
+        "@p bra DONE;\n"
+        "mov.u64 now, %%globaltimer;\n"
+        "sub.u64 now, now, start;\n"
+        "setp.gt.u64 p, now, %2;\n"
+        "@p trap;\n"
+        "bra RETRY;\n"
+        "DONE:\n"
+        "}\n"
+        :
+        : "l"(counter), "r"(target), "l"(WAIT_TIMEOUT_NS)
+        : "memory");
+}
+
+// Past the cache of the multiprocessor, which does not see what others write.
+DEVICE float load_shared_by_blocks(const float* address) {
+    float value;
+    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(value) : "l"(address) : "memory");
+    return value;
+}
+DEVICE float4 load_shared_by_blocks(const float4* address) {
+    float4 v;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(address) : "memory");
+    return v;
+}
+
+// Between ordinary accesses to global memory and those of TMA.
+DEVICE void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }

@@ -1,0 +1,160 @@
+// A math warpgroup of the streaming kernel: 64 rows of weights (the M operand) times the rows of an item (N), promoted to fp32 after every
+// K block, then what becomes of the sums.
+//
+//   sum[channel][row] = sum over K blocks b of  (scale_w[b] * scale_row[row][b]) * (W[channel][b] . X[row][b])
+//
+// The order of these operations is the same for every N and tile size, and wgmma's accumulators are the same bits for every N
+// (docs/log.md): a row's result depends on no other row.
+#pragma once
+#include "epilogue/activation.cuh"
+#include "epilogue/quantize.cuh"
+#include "ptx/wgmma.cuh"
+#include "stream/work.cuh"
+
+// One of the two math warpgroups; with narrow tiles there is one, whose warps arrive for both.
+struct MathGroup {
+    u32 index, arrivals;
+    DEVICE u32 warp() const { return threadIdx.x / 32 % 4; }
+    DEVICE void sync() const { named_barrier_sync(1 + index, 128); }
+    DEVICE u32 first_channel(const Geometry& g, const Tile& tile) const { return tile.index * (g.tile_rows / 2) + index * GROUP_CHANNELS; }
+};
+
+template <u32 N>
+DEVICE void multiply_rows(float (&sum)[N / 2], const Block& block, const Geometry& g, const MathGroup& group, Cursor& ring, u32 blocks) {
+    const u32 lane = lane_index();
+#pragma unroll
+    for (u32 i = 0; i < N / 2; ++i) sum[i] = 0.0f;
+    for (u32 k = 0; k < blocks; ++k) {
+        mbarrier_wait(block.full(ring.at), ring.phase);
+        const u32 stage = __shfl_sync(0xffffffffu, block.ring + ring.at * g.stage_bytes, 0);
+        const u64 weights = k_major_descriptor(stage + group.index * (64 * LINE_BYTES));
+        const u64 rows = k_major_descriptor(stage + g.token_tile());
+        float product[N / 2];
+        pin_accumulators(product);
+        wgmma_fence();
+#pragma unroll
+        for (u32 step = 0; step < 4; ++step)
+            WgmmaE4m3<N>::multiply(product, advance_descriptor(weights, 32 * step), advance_descriptor(rows, 32 * step), step > 0);
+        wgmma_commit();
+        const float upper = block.side.weight_scales[ring.at][0], lower = block.side.weight_scales[ring.at][1];
+        wgmma_wait<0>();
+        pin_accumulators(product);
+        const float* const scales = block.side.token_scales[ring.at] + 2 * (lane % 4);
+#pragma unroll
+        for (u32 j = 0; j < N / 8; ++j) {
+            const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j);
+            float* const s = sum + 4 * j;
+            const float* const d = product + 4 * j;
+            s[0] = __fmaf_rn(upper * scale.x, d[0], s[0]);
+            s[1] = __fmaf_rn(upper * scale.y, d[1], s[1]);
+            s[2] = __fmaf_rn(lower * scale.x, d[2], s[2]);
+            s[3] = __fmaf_rn(lower * scale.y, d[3], s[3]);
+        }
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(block.empty(ring.at), group.arrivals);
+        ring.advance(g.stages);
+    }
+}
+
+// `store(n, upper, lower)` for the sums of this thread in each of the item's rows: weight rows r and r + 8 of the warp's 16.
+template <u32 N, typename Store>
+DEVICE void for_each_row(const float (&sum)[N / 2], i32 rows, Store store) {
+    const i32 first = 2 * (lane_index() % 4);
+#pragma unroll
+    for (u32 j = 0; j < N / 8; ++j) {
+#pragma unroll
+        for (u32 i = 0; i < 2; ++i) {
+            const i32 n = 8 * j + first + i;
+            if (n < rows) store(n, sum[4 * j + i], sum[4 * j + 2 + i]);
+        }
+    }
+}
+
+// e4m3 codes and scales of 128 channels (or the last 64) of the item's rows, from fp32. A warp takes a row, a lane four channels.
+DEVICE void quantize_block(const Problem& p, const Tile& tile, u32 channel, u32 warp) {
+    const u32 lane = lane_index(), at = channel + 4 * lane;
+    const bool used = at < static_cast<u32>(p.inter);
+    constexpr u32 UNROLL = 4;
+    for (i32 first = warp; first < tile.rows; first += 4 * UNROLL) {
+        float4 v[UNROLL];
+#pragma unroll
+        for (u32 i = 0; i < UNROLL; ++i) {
+            const i32 n = first + 4 * i;
+            v[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            if (used && n < tile.rows)
+                v[i] = load_shared_by_blocks(reinterpret_cast<const float4*>(p.c + static_cast<i64>(tile.row + n) * p.inter + at));
+        }
+#pragma unroll
+        for (u32 i = 0; i < UNROLL; ++i) {
+            const i32 n = first + 4 * i;
+            if (n >= tile.rows) break;
+            const float largest = fmaxf(fmaxf(fabsf(v[i].x), fabsf(v[i].y)), fmaxf(fabsf(v[i].z), fabsf(v[i].w)));  // NaN left out
+            const u32 bits = __reduce_max_sync(0xffffffffu, __float_as_uint(fmaxf(largest, 0.0f)));
+            const float scale = block_scale(__uint_as_float(bits), p.pow2), inverse = inverse_of_scale(scale);
+            const i64 row = tile.row + n;
+            if (used) {
+                const u32 codes = pack_four_e4m3(v[i].x * inverse, v[i].y * inverse, v[i].z * inverse, v[i].w * inverse);
+                *reinterpret_cast<u32*>(p.codes + row * p.inter + at) = codes;
+            }
+            if (lane == 0) p.c_scale[row * p.blocks_inter() + channel / BLOCK_CHANNELS] = scale;
+        }
+    }
+}
+
+// The 32 channels of this warpgroup are in c. Whichever warpgroup of the grid completes a block of 128 quantises it and counts it as ready.
+DEVICE void finish_channels(const Block& block, const Problem& p, const Tile& tile, const MathGroup& group, u32 channel) {
+    const u32 of_block = channel / BLOCK_CHANNELS, first = of_block * BLOCK_CHANNELS;
+    group.sync();
+    if (threadIdx.x % 128 == 0) {
+        const u32 expected = min(BLOCK_CHANNELS, p.inter - first) / GROUP_CHANNELS;
+        block.side.last[group.index] = add_acquire_release(p.arrivals(tile.item, of_block), 1) + 1 == expected;
+    }
+    group.sync();
+    if (block.side.last[group.index] == 0) return;
+    quantize_block(p, tile, first, group.warp());
+    fence_proxy_async_global();  // TMA will read the codes
+    group.sync();
+    if (threadIdx.x % 128 == 0) add_release(p.ready(tile.item), 1);
+}
+
+template <u32 N>
+DEVICE void compute_tile(const Block& block, const Problem& p, const Geometry& g, const MathGroup& group, Cursor& ring, const Tile& tile) {
+    const u32 warp = group.warp(), lane = lane_index();
+    float sum[N / 2];
+    multiply_rows<N>(sum, block, g, group, ring, tile.product == 1 ? p.blocks_hidden() : p.blocks_inter());
+    if (tile.product == 1) {
+        float* const c = p.c + static_cast<i64>(tile.row) * p.inter + group.first_channel(g, tile) + 8 * warp + lane / 4;
+        const ActivationConstants constants = {1.0f, p.limit, 0.0f};
+        for_each_row<N>(sum, tile.rows, [&](i32 n, float upper, float lower) {
+            const float gate = p.gate_first ? upper : lower, up = p.gate_first ? lower : upper;
+            c[static_cast<i64>(n) * p.inter] = gated<Act::ClampedSwiGLU>(gate, up, constants);
+        });
+    } else {
+        float* const y = p.y + static_cast<i64>(tile.row) * p.hidden + tile.index * g.tile_rows + 64 * group.index + 16 * warp + lane / 4;
+        for_each_row<N>(sum, tile.rows, [&](i32 n, float upper, float lower) {
+            float* const at = y + static_cast<i64>(n) * p.hidden;
+            at[0] = upper, at[8] = lower;
+        });
+    }
+}
+
+DEVICE void compute_tiles(const Block& block, const Problem& p, const Geometry& g, u32 index) {
+    const MathGroup group = {index, g.narrow() ? 2u : 1u};
+    if (index >= g.tile_rows / 64) return;
+    Cursor ring, queue;
+    while (true) {
+        const Tile tile = block.read_tile(queue, group.arrivals);
+        if (tile.product == 0) return;
+        switch (columns_for(tile.rows)) {
+            case 8: compute_tile<8>(block, p, g, group, ring, tile); break;
+            case 16: compute_tile<16>(block, p, g, group, ring, tile); break;
+            case 24: compute_tile<24>(block, p, g, group, ring, tile); break;
+            case 32: compute_tile<32>(block, p, g, group, ring, tile); break;
+            case 48: compute_tile<48>(block, p, g, group, ring, tile); break;
+            case 64: compute_tile<64>(block, p, g, group, ring, tile); break;
+            case 96: compute_tile<96>(block, p, g, group, ring, tile); break;
+            default: compute_tile<128>(block, p, g, group, ring, tile); break;
+        }
+        if (tile.product == 1) finish_channels(block, p, tile, group, group.first_channel(g, tile));
+    }
+}
