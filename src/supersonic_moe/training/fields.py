@@ -4,11 +4,11 @@
 at five places, are where a swapped pair of arguments hides. So each list is a NamedTuple, whose fields may be
 NamedTuples, and :class:`Fields` derives the rest from its annotations:
 
-    class Quantized(NamedTuple):    Fields(Call).schema              "Tensor x, Tensor q, Tensor? scale, bool save"
+    class Quantized(NamedTuple):    Fields(Call).schema              "Tensor x, Tensor w_q, Tensor? w_scale, bool save"
         q: Tensor                   Fields(Call).flat(x, save, w)    (x, w.q, w.scale, save)
         scale: Tensor | None        Fields(Call).split(x, save, w)   ((x, w.q, w.scale), (save,))
-                                    on_flat(run, Fields(Call))       a function of (x, q, scale, save), which
-    class Call(NamedTuple):                                          calls run(Call(x, save, Quantized(q, scale)))
+                                    on_flat(run, Fields(Call))       a function of (x, w_q, w_scale, save), which
+    class Call(NamedTuple):                                          calls run(Call(x, save, Quantized(w_q, w_scale)))
         x: Tensor
         save: bool
         w: Quantized
