@@ -191,7 +191,18 @@ def test_explain_names_kernels_that_exist(backend: str) -> None:
     fp8 = fp8_step_kernels(Fp8Recipe(wgrad="fp8")) | fp8_step_kernels(Fp8Recipe(save_preactivation="recompute"))
     kernels = {*STEP_KERNELS.values(), *(fp8.values() if backend != "triton" else ())}
     assert all(callable(getattr(module, name)) for name in kernels)
-    assert backend in explain.TILES
+    assert (backend in explain.TILES) == (backend != "sm90")
+
+
+def test_explain_prints_the_tiles_that_would_run() -> None:
+    shape = LayerShape(8192, 3072, 1536, 8, 8)
+    assert explain._tiles(shape, True, Bf16Recipe()) == (
+        "128 x 256 x 64 in 4 stages, pairs of blocks share B: step 1, 2, 4, 6; "
+        "128 x 384 x 64 in 3 stages, pairs of blocks share B: step 5, 7"
+    )
+    mixed = explain._tiles(shape, True, Fp8Recipe(wgrad="bf16"))
+    assert mixed.startswith("128 x 256 x 128 in 3 stages, pairs of blocks share A: step 1, 4; ")
+    assert mixed.endswith("128 x 384 x 64 in 3 stages, pairs of blocks share B: step 5, 7")
 
 
 def test_demo_gets_the_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

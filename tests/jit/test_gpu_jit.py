@@ -17,7 +17,7 @@ from torch import Tensor
 if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("the sm90 kernels need compute capability 9.0", allow_module_level=True)
 
-from supersonic_moe.jit import F32, I32, PTR, TENSOR_MAP, Kernel, KernelSpec, LaunchError, TensorMap, tensor_map
+from supersonic_moe.jit import Kernel, KernelSpec, LaunchError, TensorMap, tensor_map
 from supersonic_moe.kernels.sm90.launch_probe import SPECS as PROBES
 from supersonic_moe.kernels.sm90.launch_probe import measure_launch_overhead
 from supersonic_moe.kernels.sm90.self_test import multiply, run_self_test
@@ -66,7 +66,7 @@ def test_wgmma(width: int, dtype: torch.dtype, a_mn_major: bool, b_mn_major: boo
 def test_cluster_multicast_store_and_reduce(rank: int) -> None:
     batch = 5
     spec = KernelSpec("multicast", "ptx_wrappers.cu", (("RANK", rank),), smem_bytes=12312, cluster=2, root=TEST_KERNELS)
-    kernel = Kernel(spec, (TENSOR_MAP,) * 4)
+    kernel = Kernel(spec)
     x = torch.randn(batch, 64, 64, device="cuda").to(BF16)
     x32 = torch.randint(-9, 9, (batch, 32, 32), device="cuda").float()  # whole numbers: exact in any order
     out = torch.full((2 * batch, 64, 64), float("nan"), dtype=BF16, device="cuda")
@@ -77,17 +77,22 @@ def test_cluster_multicast_store_and_reduce(rank: int) -> None:
             return tensor_map(tensor, box=(1, rows, columns))
         return tensor_map(tensor.flatten(0, 1), box=(rows, columns))
 
-    maps = tiles(x, 32, 64), tiles(out, 64, 64), tiles(x32, 32, 32), tiles(total, 32, 32)
-    kernel.launch((2 * batch, 1, 1), *maps)
+    maps = {
+        "map_in": tiles(x, 32, 64),
+        "map_out": tiles(out, 64, 64),
+        "map_in32": tiles(x32, 32, 32),
+        "map_total": tiles(total, 32, 32),
+    }
+    kernel.launch((2 * batch, 1, 1), **maps)
     assert torch.equal(out, x.repeat_interleave(2, dim=0))
     assert torch.equal(total[0], 1 + 2 * x32.sum(0))
     with pytest.raises(LaunchError, match="multiple of the cluster size 2"):
-        kernel.launch((3, 1, 1), *maps)
+        kernel.launch((3, 1, 1), **maps)
 
 
 def gather_kernel(pdl: bool = False) -> Kernel:
     spec = KernelSpec("gather", "ptx_wrappers.cu", smem_bytes=40968, pdl=pdl, root=TEST_KERNELS)
-    return Kernel(spec, (*[TENSOR_MAP] * 4, PTR, PTR, PTR))
+    return Kernel(spec)
 
 
 def test_gather_matrices_formats_and_reduction() -> None:
@@ -99,9 +104,16 @@ def test_gather_matrices_formats_and_reduction() -> None:
     out = torch.zeros(64, 64, device="cuda")
     transposed, copy = torch.empty_like(b), torch.empty_like(b)
     rounded = torch.empty(64, 64, dtype=E4M3, device="cuda")
-    maps = [tensor_map(rows, box=(1, 64)), tensor_map(b, box=(64, 64))]
-    maps += [tensor_map(out, box=(64, 32)), tensor_map(transposed, box=(64, 64))]
-    gather_kernel().launch((1, 1, 1), *maps, index, copy, rounded)
+    arguments = {
+        "map_rows": tensor_map(rows, box=(1, 64)),
+        "map_b": tensor_map(b, box=(64, 64)),
+        "map_out": tensor_map(out, box=(64, 32)),
+        "map_transposed": tensor_map(transposed, box=(64, 64)),
+        "index": index,
+        "copy": copy,
+        "rounded": rounded,
+    }
+    gather_kernel().launch((1, 1, 1), **arguments)
     assert_product(out, a, b)
     assert torch.equal(copy, a)
     assert torch.equal(transposed, a.T)
@@ -110,7 +122,7 @@ def test_gather_matrices_formats_and_reduction() -> None:
     once = out.clone()
     kernel = gather_kernel(pdl=True)
     for _ in range(3):  # each may start before the one before it ends, and waits for it
-        kernel.launch((1, 1, 1), *maps, index, copy, rounded)
+        kernel.launch((1, 1, 1), **arguments)
     assert torch.equal(out, once + once + once + once)
 
 
@@ -122,7 +134,7 @@ from supersonic_moe.jit import Kernel, KernelSpec
 constants = (("WAIT_TIMEOUT_NS", "20000000ull"),)
 spec = KernelSpec("deadlock", "ptx_wrappers.cu", constants, threads=64, root=pathlib.Path({str(TEST_KERNELS)!r}))
 torch.ones(1, device="cuda")
-Kernel(spec, ()).launch((1, 1, 1))
+Kernel(spec).launch((1, 1, 1))
 try:
     torch.cuda.synchronize()
 except RuntimeError as error:
@@ -161,20 +173,20 @@ def test_explicit_stream() -> None:
     x, total = torch.zeros(1, 32, 32, device="cuda"), torch.zeros(1, 32, 32, device="cuda")
     big_in = torch.zeros(1, 64, 64, dtype=BF16, device="cuda")
     big_out = torch.empty(2, 64, 64, dtype=BF16, device="cuda")
-    kernel = Kernel(
-        KernelSpec("multicast", "ptx_wrappers.cu", smem_bytes=12312, cluster=2, root=TEST_KERNELS), (TENSOR_MAP,) * 4
-    )
-    maps = [
-        tensor_map(t, box=box)
-        for t, box in ((big_in, (1, 32, 64)), (big_out, (1, 64, 64)), (x, (1, 32, 32)), (total, (1, 32, 32)))
-    ]
-    kernel.launch((2, 1, 1), *maps)
+    kernel = Kernel(KernelSpec("multicast", "ptx_wrappers.cu", smem_bytes=12312, cluster=2, root=TEST_KERNELS))
+    maps = {
+        "map_in": tensor_map(big_in, box=(1, 32, 64)),
+        "map_out": tensor_map(big_out, box=(1, 64, 64)),
+        "map_in32": tensor_map(x, box=(1, 32, 32)),
+        "map_total": tensor_map(total, box=(1, 32, 32)),
+    }
+    kernel.launch((2, 1, 1), **maps)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
         x.fill_(1.0)
-    kernel.launch((2, 1, 1), *maps, stream=stream)
+    kernel.launch((2, 1, 1), **maps, stream=stream)
     torch.cuda.synchronize()
     assert torch.equal(total, torch.full_like(total, 2.0))
 
@@ -215,28 +227,30 @@ def test_two_threads_share_a_kernel() -> None:
     assert not failures, failures
 
 
+def probe_arguments(x: Tensor | None, **others: object) -> dict[str, object]:
+    return {"a": x, "b": x, "c": x, "d": x, "m": 1, "n": 2, "k": 3, "scale": 1.0} | others
+
+
 def test_cooperative_launch() -> None:
     x = torch.zeros(1, device="cuda")
-    kernel = Kernel(replace(PROBES[0], cooperative=True), (PTR, PTR, PTR, PTR, I32, I32, I32, F32))
-    kernel.launch((torch.cuda.get_device_properties(0).multi_processor_count, 1, 1), x, x, x, x, 1, 2, 3, 1.0)
+    kernel, arguments = Kernel(replace(PROBES[0], cooperative=True)), probe_arguments(x)
+    kernel.launch((torch.cuda.get_device_properties(0).multi_processor_count, 1, 1), **arguments)
     torch.cuda.synchronize()
     with pytest.raises(LaunchError, match=r"launch_probe failed: CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE.*grid"):
-        kernel.launch((10**6, 1, 1), x, x, x, x, 1, 2, 3, 1.0)
+        kernel.launch((10**6, 1, 1), **arguments)
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:
     x = torch.zeros(1, device="cuda")
-    kernel = Kernel(PROBES[0], (PTR, PTR, PTR, PTR, I32, I32, I32, F32))
-    with pytest.raises(LaunchError, match="argument 1 is a tensor on cpu, and the current device is cuda:0"):
-        kernel.launch((1, 1, 1), x, x.cpu(), x, x, 1, 2, 3, 1.0)
-    with pytest.raises(LaunchError, match=r"takes \(PTR, PTR, PTR, PTR, I32, I32, I32, F32\); .*do not fit"):
-        kernel.launch((1, 1, 1), x, x, x, x, 1, 2, 3)
-    with pytest.raises(LaunchError, match="do not fit"):
-        kernel.launch((1, 1, 1), x, x, x, x, 1, 2**40, 3, 1.0)
+    kernel = Kernel(PROBES[0])
+    with pytest.raises(LaunchError, match="b is a tensor on cpu, and the current device is cuda:0"):
+        kernel.launch((1, 1, 1), **probe_arguments(x, b=x.cpu()))
+    with pytest.raises(LaunchError, match="n takes an int of 32 bits; got the int 1099511627776"):
+        kernel.launch((1, 1, 1), **probe_arguments(x, n=2**40))
+    with pytest.raises(LaunchError, match="n takes an int of 32 bits; got a tensor of torch.int32"):
+        kernel.launch((1, 1, 1), **probe_arguments(x, n=x.int()))
     with pytest.raises(LaunchError, match=r"1 to .* blocks"):
-        kernel.launch((1, 70000, 1), x, x, x, x, 1, 2, 3, 1.0)
-    with pytest.raises(LaunchError, match=r"has parameters of .* and is declared with"):
-        Kernel(PROBES[0], (PTR, PTR)).prepare()
+        kernel.launch((1, 70000, 1), **probe_arguments(x))
 
 
 @pytest.mark.multigpu
@@ -246,9 +260,7 @@ def test_two_devices_in_one_process() -> None:
         assert result.ok, f"cuda:{device}: {result.detail}"
     a_MK, b_NK = operands(BF16)
     with torch.cuda.device(1), pytest.raises(LaunchError, match="is a tensor on cuda:0"):
-        Kernel(PROBES[0], (PTR, PTR, PTR, PTR, I32, I32, I32, F32)).launch(
-            (1, 1, 1), a_MK, None, None, None, 1, 2, 3, 1.0
-        )
+        Kernel(PROBES[0]).launch((1, 1, 1), **probe_arguments(None, a=a_MK))
     with torch.cuda.device(1):
         a_on_1, b_on_1 = a_MK.to(1), b_NK.to(1)
         on_1 = multiply(a_on_1, b_on_1)

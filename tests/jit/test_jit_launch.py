@@ -12,40 +12,62 @@ import torch
 
 pytest.importorskip("cuda.bindings.driver")
 
-from supersonic_moe.jit import (
-    F32,
-    I32,
-    I64,
-    PTR,
-    TENSOR_MAP,
-    Kernel,
-    KernelSpec,
-    LaunchError,
-    TensorMapError,
-    tensor_map,
-)
+from supersonic_moe.jit import Kernel, KernelSpec, LaunchError, SpecError, TensorMapError, signature, tensor_map
 from supersonic_moe.jit import driver as driver_module
 from supersonic_moe.jit import launch as launch_module
 from supersonic_moe.jit import tma as tma_module
 from supersonic_moe.jit.build import build
 from supersonic_moe.jit.cache import CubinCache
-from supersonic_moe.jit.launch import on_device, slot_layout
+from supersonic_moe.jit.launch import on_device
 
 
 @pytest.fixture
 def spec(tmp_path: Path) -> KernelSpec:
-    (tmp_path / "scale.cu").write_text('extern "C" __global__ void scale(int* x) { x[threadIdx.x] *= 2; }')
+    (tmp_path / "scale.cu").write_text(SCALE)
     return KernelSpec("scale", "scale.cu", root=tmp_path)
 
 
+# ---- signatures ------------------------------------------------------------------------------------------------------
+
+SCALE = """
+struct alignas(64) TensorMap { unsigned char bytes[128]; };
+using i32 = int;  // extern "C" __global__ void scale(double no)
+extern "C" __global__ void __launch_bounds__(32 * (1 + 3), 1)
+    scale(const __grid_constant__ TensorMap map,  /* read, by TMA */
+          int* x, const i32 n) { x[n] *= 2; }
+"""
+
+
+def test_a_signature_is_read_from_the_source() -> None:
+    found = signature.parse(SCALE, "scale")
+    assert str(found) == "scale(TensorMap map, int* x, i32 n)" and found.sizes == [128, 8, 4]
+    every = """extern "C" __global__ void k(const i32 a, u32 b, const i64 c, u64 d, const float e,
+        const void *__restrict__ f, const unsigned char * const as) {}"""
+    assert [(p.keyword, p.declared, p.kind.code) for p in signature.parse(every, "k").parameters] == [
+        ("a", "i32", "i"), ("b", "u32", "I"), ("c", "i64", "q"), ("d", "u64", "Q"), ("e", "float", "f"),
+        ("f", "void*", "Q"), ("as_", "unsigned char*", "Q"),
+    ]  # fmt: skip
+    assert signature.parse('extern "C" __global__ void nothing() {}', "nothing").parameters == ()
+    with pytest.raises(SpecError, match=r'no extern "C" __global__ function scales'):
+        signature.parse(SCALE, "scales")
+    with pytest.raises(SpecError, match=r"k: a parameter is a pointer or one of i32, .*; got 'const double x'"):
+        signature.parse('extern "C" __global__ void k(int n, const double x) {}', "k")
+    with pytest.raises(SpecError, match="not called stream"):
+        signature.parse('extern "C" __global__ void k(int stream) {}', "k")
+
+
 def test_argument_slots_are_aligned_and_filled_in_one_call() -> None:
-    layout, offsets = slot_layout((I32, PTR, TENSOR_MAP, F32, I64))
+    text = 'extern "C" __global__ void k(i32 a, u8* b, const __grid_constant__ TensorMap c, float d, i64 e) {}'
+    layout, offsets = signature.parse(text, "k").slots()
     assert offsets == [0, 8, 64, 192, 200] and layout.size == 208
     buffer = bytearray(layout.size)
     layout.pack_into(buffer, 0, -1, 2**63, b"m" * 128, 1.5, -2)
     assert buffer[:4] == b"\xff" * 4 and buffer[8:16] == (2**63).to_bytes(8, "little")
     assert buffer[64:192] == b"m" * 128 and buffer[200:] == (-2).to_bytes(8, "little", signed=True)
-    assert slot_layout(())[1] == []
+    assert signature.parse('extern "C" __global__ void k() {}', "k").slots()[1] == []
+
+
+# ---- launches --------------------------------------------------------------------------------------------------------
 
 
 def test_launch_attributes_reach_the_driver_structure(spec: KernelSpec) -> None:
@@ -118,24 +140,34 @@ class FakeDriver:
         return (self.result,)
 
 
-def test_a_launch_hands_the_driver_grid_stream_and_arguments(spec: KernelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake, device, stream = FakeDriver([128, 8, 4]), [0], [77]
-    for module in (driver_module, launch_module):
-        monkeypatch.setattr(module, "binding", lambda: fake)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: device[0])
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: stream[0] + index, raising=False)
-    monkeypatch.setattr(launch_module, "build", lambda spec: build(spec, CubinCache(None)))
-    kernel = Kernel(replace(spec, smem_bytes=100_000), (TENSOR_MAP, PTR, I32))
+class Machine:
+    """A fake driver and what torch says of devices and streams; a tensor on a CPU has the device number -1."""
 
-    kernel.launch((3, 1, 1), b"a" * 128, 0xABC, 5)
-    stream[0] = 78
-    kernel.launch((3, 1, 1), b"b" * 128, None, -1)
-    device[0] = 1
-    kernel.launch((4, 2, 1), b"c" * 128, 16, 7)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.driver, self.device, self.stream = FakeDriver([128, 8, 4]), 0, 77
+        for module in (driver_module, launch_module):
+            monkeypatch.setattr(module, "binding", lambda: self.driver)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: self.device)
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: self.stream + index, raising=False)
+        monkeypatch.setattr(launch_module, "build", lambda spec: build(spec, CubinCache(None)))
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+def test_a_launch_hands_the_driver_grid_stream_and_arguments(spec: KernelSpec, machine: Machine) -> None:
+    fake, kernel = machine.driver, Kernel(replace(spec, smem_bytes=100_000))
+    kernel.launch((3, 1, 1), map=b"a" * 128, x=0xABC, n=5)
+    machine.stream = 78
+    kernel.launch((3, 1, 1), n=-1, x=None, map=b"b" * 128)  # in any order
+    machine.device = 1
+    kernel.launch((4, 2, 1), map=b"c" * 128, x=16, n=True)
     assert fake.launches == [
         ((3, 1, 1, 128, 100_000), 77, [b"a" * 128, (0xABC).to_bytes(8, "little"), (5).to_bytes(4, "little")]),
         ((3, 1, 1, 128, 100_000), 78, [b"b" * 128, bytes(8), b"\xff" * 4]),
-        ((4, 2, 1, 128, 100_000), 79, [b"c" * 128, (16).to_bytes(8, "little"), (7).to_bytes(4, "little")]),
+        ((4, 2, 1, 128, 100_000), 79, [b"c" * 128, (16).to_bytes(8, "little"), (1).to_bytes(4, "little")]),
     ]
     assert fake.smem_limits == [(100_000, 0), (100_000, 1)]
 
@@ -143,13 +175,57 @@ def test_a_launch_hands_the_driver_grid_stream_and_arguments(spec: KernelSpec, m
     with pytest.raises(
         LaunchError, match=r"scale.* failed: CUDA_ERROR_INVALID_VALUE .*grid \(4, 2, 1\).* 100000 bytes"
     ):
-        kernel.launch((4, 2, 1), b"c" * 128, 16, 7)
-    with pytest.raises(LaunchError, match="argument 1 is a tensor on cpu"):
-        kernel.launch((4, 2, 1), b"c" * 128, torch.zeros(1), 7)
-    with pytest.raises(LaunchError, match=r"takes \(TENSOR_MAP, PTR, I32\); the arguments \(bytes\) do not fit"):
-        kernel.launch((4, 2, 1), b"c" * 128)
-    with pytest.raises(LaunchError, match=r"parameters of \[128, 8, 4\] bytes, and is declared with \(PTR\) of \[8\]"):
-        Kernel(spec, (PTR,)).prepare()
+        kernel.launch((4, 2, 1), map=b"c" * 128, x=16, n=7)
+    fake.parameter_sizes = [128, 8, 8]
+    with pytest.raises(LaunchError, match=r"of \[128, 8, 8\] bytes, and its source says scale\(.*128, 8, 4\]"):
+        Kernel(spec).prepare()
+
+
+def test_tensors_are_passed_by_address_on_their_device_only(spec: KernelSpec, machine: Machine) -> None:
+    kernel, x = Kernel(spec), torch.zeros(1)
+    machine.device = -1
+    kernel.launch((1, 1, 1), map=b"a" * 128, x=x, n=1)
+    assert machine.driver.launches[0][2][1] == x.data_ptr().to_bytes(8, "little")
+    machine.device = 0
+    with pytest.raises(LaunchError, match=r"scale\(.*\): x is a tensor on cpu, and the current device is cuda:0"):
+        kernel.launch((1, 1, 1), map=b"a" * 128, x=x, n=1)
+    assert len(machine.driver.launches) == 1
+
+
+GOOD: dict[str, Any] = {"map": b"m" * 128, "x": None, "n": 7}
+WHOLE = r"scale\(TensorMap map, int\* x, i32 n\)"
+MISFITS = [
+    ({"n": torch.ones(1, dtype=torch.int32)}, "n takes an int of 32 bits; got a tensor of torch.int32 and shape"),
+    ({"n": 2**31}, "n takes an int of 32 bits; got the int 2147483648"),
+    ({"n": 1.5}, "n takes an int of 32 bits; got the float 1.5"),
+    ({"n": None}, "n takes an int of 32 bits; got a NoneType"),
+    ({"map": torch.zeros(128, dtype=torch.uint8)}, "map takes a TensorMap; got a tensor"),
+    ({"map": None}, "map takes a TensorMap; got a NoneType"),
+    ({"x": b"m" * 128}, "x takes a tensor, an address or None; got a bytes"),
+    ({"x": -1}, "x takes a tensor, an address or None; got the int -1"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), MISFITS, ids=[words.partition(";")[0] for _, words in MISFITS])
+def test_a_value_that_does_not_fit_is_named(
+    change: dict[str, Any], words: str, spec: KernelSpec, machine: Machine
+) -> None:
+    with pytest.raises(LaunchError, match=f"{WHOLE}: {words}"):
+        Kernel(spec).launch((1, 1, 1), **(GOOD | change))
+    assert machine.driver.launches == []
+
+
+def test_a_name_that_does_not_fit_shows_the_signature(spec: KernelSpec, machine: Machine) -> None:
+    kernel = Kernel(spec)
+    with pytest.raises(TypeError, match=f"{WHOLE}.* missing 1 required keyword-only argument: 'n'"):
+        kernel.launch((1, 1, 1), map=b"m" * 128, x=None)
+    with pytest.raises(TypeError, match=f"{WHOLE}.* unexpected keyword argument 'm'"):
+        kernel.launch((1, 1, 1), **GOOD, m=1)
+    with pytest.raises(TypeError, match=f"{WHOLE}.* multiple values for keyword argument 'n'"):
+        kernel.launch((1, 1, 1), **GOOD, n=1)
+    with pytest.raises(TypeError, match=f"{WHOLE}.* positional argument"):
+        kernel.launch((1, 1, 1), *GOOD.values())
+    assert machine.driver.launches == []
 
 
 def test_a_tensor_map_is_encoded_once_with_dimensions_reversed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +253,7 @@ def test_a_tensor_map_is_encoded_once_with_dimensions_reversed(monkeypatch: pyte
 
 
 def test_an_empty_grid_launches_nothing_even_without_a_gpu(spec: KernelSpec) -> None:
-    Kernel(spec, (PTR, I32)).launch((0, 1, 1), None, 0)
+    Kernel(spec).launch((0, 1, 1), map=b"", x=None, n=0)
 
 
 def test_the_device_of_a_tensor_is_selected_only_where_another_is_current(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import torch
 import supersonic_moe as sm
 from supersonic_moe.config.activation import GateUpLayout, as_activation
 from supersonic_moe.kernels.interface import Gate, Groups, Quantized, Rows
-from supersonic_moe.kernels.sm90 import grouped_gemm, grouped_wgrad, mainloop
+from supersonic_moe.kernels.sm90 import gemm_config
 from supersonic_moe.kernels.sm90.down_backward import down_backward
 from supersonic_moe.kernels.sm90.down_backward_fp8 import down_backward_fp8
 from supersonic_moe.kernels.sm90.down_backward_fp8_quantised import down_backward_fp8_quantised
@@ -21,7 +21,6 @@ from supersonic_moe.kernels.sm90.grouped_gemm import grouped_mm
 from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import grouped_mm_fp8
 from supersonic_moe.kernels.sm90.grouped_wgrad import grouped_mm_wgrad
 from supersonic_moe.kernels.sm90.grouped_wgrad_fp8 import grouped_mm_wgrad_fp8
-from supersonic_moe.kernels.sm90.mainloop import WIDE_BLOCK_N
 from supersonic_moe.kernels.sm90.quantize_columns import quantize_columns
 from supersonic_moe.kernels.sm90.up_projection import up_projection
 from supersonic_moe.kernels.triton.pad_segments import pad_segments
@@ -85,11 +84,10 @@ def kernels(counts: list[int]) -> None:
 
 def main() -> None:
     if sys.argv[1:] == ["racecheck"]:
-        mainloop.ARRIVALS = 32
+        gemm_config.ARRIVALS = 32
     kernels([70, 0, 1, 129, 15])
     kernels([300, 0, 513])
-    for module in (grouped_gemm, grouped_wgrad):
-        module.tile_columns = lambda columns, depth: WIDE_BLOCK_N  # type: ignore[assignment]
+    gemm_config.tile_columns = lambda columns, depth: gemm_config.WIDE_BLOCK_N
     kernels([300, 0, 513])
     layer = sm.MoE(8, 2, HIDDEN, WIDTH, "swiglu", True, 0.02).to(CUDA, BF16)
     x = torch.randn(77, HIDDEN, device=CUDA, dtype=BF16, requires_grad=True)

@@ -30,11 +30,9 @@ if TYPE_CHECKING:
 
 ROUTING_KERNELS = frozenset({"route_forward", "build_plan", "route_backward"})
 
-#: How a backend tiles its work.
+#: How a backend tiles its work; sm90: see ``_tiles``.
 TILES = {
     "reference": "none: one torch call per expert, or over all rows",
-    "sm90": "grouped products 128 x 256 x 64, or 128 x 384 where a contraction of 4096 and more fills it; two blocks "
-    "share B where experts average 256 rows; in FP8 128 x 256 x 128, promoted to fp32 every 128 of K",
     "triton": "grouped products by torch's own choice; memory-bound kernels by row width (kernels/triton/tiling.py)",
 }
 
@@ -76,10 +74,33 @@ def explain(
         console.print(f"[bold]{case}[/bold]   {activation}, {dtype_name}, on {where}\n")
         for what, picked in (("experts", choice), ("routing", routing)):
             console.print(f"{what}  [bold]{picked.name}[/bold]: {escape(picked.reason)}", highlight=False)
-        console.print(f"tiles    {TILES[choice.name]}\n", highlight=False)
+        tiles = TILES[choice.name] if choice.name in TILES else _tiles(case, gated, numerics)
+        console.print(f"tiles    {tiles}\n", highlight=False)
         console.print(_steps(case, gated, precision.itemsize, numerics))
         console.print()
         console.print(_kernels(choice, routing, numerics))
+
+
+def _tiles(shape: LayerShape, gated: bool, recipe: Recipe) -> str:
+    """M x N x K of a tile for each product of a layer with gathered rows on sm_90a, and what goes with it."""
+    from supersonic_moe.kernels.sm90.gemm_config import BUFFER_BYTES, choose
+
+    hidden, width, n1 = shape.hidden, shape.intermediate, shape.intermediate * (2 if gated else 1)
+    rows, fp8 = shape.rows // shape.experts, isinstance(recipe, Fp8Recipe)
+    wgrad_fp8 = isinstance(recipe, Fp8Recipe) and recipe.wgrad == "fp8"
+    products: dict[str, tuple[int, bool, int | None, int, bool]] = {  # columns, gather, rows, depth, in FP8
+        "1": (n1, True, rows, 0, fp8),
+        "2": (hidden, False, rows, width, fp8),
+        "4": (width, True, rows, 0, fp8),
+        "5": (width, not wgrad_fp8, None, rows, wgrad_fp8),
+        "6": (hidden, False, rows, n1, fp8),
+        "7": (n1, not wgrad_fp8, None, rows, wgrad_fp8),
+    }
+    steps: dict[str, list[str]] = {}
+    for step, (columns, gather, rows_of_d, depth, in_fp8) in products.items():
+        config = choose(columns, gather, rows=rows_of_d, depth=depth, staging_bytes=BUFFER_BYTES if in_fp8 else 0)
+        steps.setdefault(str(config), []).append(step)
+    return "; ".join(f"{config}: step {', '.join(keys)}" for config, keys in steps.items())
 
 
 def _steps(shape: LayerShape, gated: bool, element_bytes: int, recipe: Recipe) -> Group:

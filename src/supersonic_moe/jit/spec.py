@@ -91,7 +91,7 @@ class Program:
 
 def resolve(spec: KernelSpec) -> Program:
     """Read the source of `spec` and its headers, transitively."""
-    source = _read(spec.root / spec.source, f"the source of {spec}")
+    source = source_of(spec)
     headers: dict[str, str] = {}
     pending = [(spec.source, name) for name in _includes(source, spec.source)]
     while pending:
@@ -102,6 +102,11 @@ def resolve(spec: KernelSpec) -> Program:
             pending += [(name, inner) for inner in _includes(headers[name], name)]
     constants = tuple(f"-D{name}={value}" for name, value in spec.constants)
     return Program(source, spec.source, headers, (*BASE_OPTIONS, *constants))
+
+
+def source_of(spec: KernelSpec) -> str:
+    """The text of its .cu file."""
+    return _read(spec.root / spec.source, f"the source of {spec}")
 
 
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*(["<])([^">\n]+)[">]', re.MULTILINE)

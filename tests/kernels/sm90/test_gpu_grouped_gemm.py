@@ -12,7 +12,7 @@ from poison import poisoned_allocations  # noqa: F401
 from supersonic_moe.config.activation import Activation, GateUpLayout, as_activation
 from supersonic_moe.kernels import reference
 from supersonic_moe.kernels.interface import Gate, Groups, Rows
-from supersonic_moe.kernels.sm90 import grouped_gemm, grouped_wgrad
+from supersonic_moe.kernels.sm90 import gemm_config
 from supersonic_moe.kernels.sm90.down_backward import down_backward
 from supersonic_moe.kernels.sm90.grouped_gemm import grouped_mm
 from supersonic_moe.kernels.sm90.grouped_wgrad import grouped_mm_wgrad
@@ -26,8 +26,7 @@ SIZES = [(64, 256), (72, 8), (8, 264), (2880, 520), (1000, 1000)]
 @pytest.fixture(params=[256, 384])
 def block_n(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Columns of a tile, which the size of the problem decides otherwise."""
-    for module in (grouped_gemm, grouped_wgrad):
-        monkeypatch.setattr(module, "tile_columns", lambda columns, depth: request.param)
+    monkeypatch.setattr(gemm_config, "tile_columns", lambda columns, depth: request.param)
 
 
 @pytest.mark.usefixtures("block_n")

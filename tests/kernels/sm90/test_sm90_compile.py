@@ -20,7 +20,7 @@ from supersonic_moe.jit.build import build
 from supersonic_moe.jit.cache import CubinCache
 from supersonic_moe.jit.nvrtc import parse_ptxas_log
 from supersonic_moe.kernels.sm90 import registered_specs
-from supersonic_moe.kernels.sm90.mainloop import tile_columns
+from supersonic_moe.kernels.sm90.gemm_config import tile_columns
 from supersonic_moe.kernels.sm90.self_test import self_test_spec
 
 # The first test compiles what all of them look at: three to five minutes of two cores, more where the cores are shared.

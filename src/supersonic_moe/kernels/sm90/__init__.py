@@ -1,6 +1,5 @@
-"""Kernels for sm_90a in CUDA C++: one `name.cu` or `name.cuh` for the device, one `name.py` beside it for the host.
-
-`types.cuh`, `barrier.cuh`, `copy.cuh` and `wgmma.cuh` wrap the PTX instructions that all of them use.
+"""Kernels for sm_90a in CUDA C++: `name.cu` composes one of the parts in `ptx/`, `gemm/` and `epilogue/`, `name.py`
+beside it is its configuration and launch. `gemm_config.py` says in which forms a GEMM is compiled and chooses one.
 """
 
 from supersonic_moe.jit.spec import KernelSpec

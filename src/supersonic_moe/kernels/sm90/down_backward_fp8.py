@@ -1,21 +1,21 @@
 """Backward through the down-projection and the gated activation in FP8, one kernel on sm_90a.
 
     dA[r] = dO[r] · W2[expert of r]                   before the score
-    dS[r] = <dA[r], act(H[r] + b1)>                   score gradient, without the part of b2
-    dH[r] = act'(H[r] + b1) · (s[r] · dA[r])          sA[r] = s[r] · act(H[r] + b1)
+    dS[r] = <dA[r], act(Z[r] + b1)>                   score gradient, without the part of b2
+    dZ[r] = act'(Z[r] + b1) · (s[r] · dA[r])          sA[r] = s[r] · act(Z[r] + b1)
 
-Layout (row-major; formats: ``kernels/block_format.py``)
+Layout (row-major; formats: ``quantization/block_format.py``)
     dO (T, H) e4m3 with row scales, through an index of P rows or as it lies, W2 transposed (E, I, H) with its scales in
-    any strides: A and B of grouped_gemm_fp8.py. H (P, 2I) as the up-projection saved it, in the column order of the
-    weight: e4m3 with scales stored transposed, or bf16. dH (P, 2I) and sA (P, I) bf16, s (P) fp32. dS comes as a
+    any strides: A and B of grouped_gemm_fp8.py. Z (P, 2I) as the up-projection saved it, in the column order of the
+    weight: e4m3 with scales stored transposed, or bf16. dZ (P, 2I) and sA (P, I) bf16, s (P) fp32. dS comes as a
     partial sum of each block of 256 activations, (ceil(I / 256), P) fp32, added up in a fixed order.
 Tiles
-    128 rows × 256 activations, main loop as in grouped_gemm_fp8.py. H has shared memory of its own, dH leaves through
-    the ring, sA takes the place of H (down_backward_fp8.cu).
+    128 rows × 256 activations, main loop as in grouped_gemm_fp8.py. Z has shared memory of its own, dZ leaves through
+    the ring, sA takes the place of Z (down_backward_fp8.cu).
 Maths
-    dA is never rounded nor stored; the activation is recomputed in fp32 from H · scale, one rounding at each store.
-    Rows of score 0 (all padding) get zeros, whatever H holds there.
-    With gate and up in two halves, a scale of H may serve only one of them: I is a multiple of 128 then.
+    dA is never rounded nor stored; the activation is recomputed in fp32 from Z · scale, one rounding at each store.
+    Rows of score 0 (all padding) get zeros, whatever Z holds there.
+    With gate and up in two halves, a scale of Z may serve only one of them: I is a multiple of 128 then.
 Cost
     2·P·H·I FLOP. Bytes: P·H + E·I·H + 8·P·I, and 1/32 of e4m3 for scales; apart, dA would be written and read, 4·P·I
     more, and the GEMM would wait for nothing. The epilogue is some 32 instructions for an activation, while
@@ -29,68 +29,65 @@ import functools
 import torch
 from torch import Tensor
 
-from supersonic_moe.config.activation import GateUpLayout
-from supersonic_moe.jit.launch import F32, I32, I64, PTR, TENSOR_MAP, Kernel, on_device
+from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
 from supersonic_moe.kernels.interface import Gate, Groups, Quantized, Rows
-from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import gathering_cluster, map_of_scales
-from supersonic_moe.kernels.sm90.mainloop import (
+from supersonic_moe.kernels.sm90.gemm_config import (
     BLOCK_M,
     BLOCK_N,
-    FP8_BLOCK_K,
+    BUFFER_BYTES,
     FP8_OPCODES,
     WARP_ROWS,
-    mainloop_spec,
-    map_of_rows,
-    multiprocessors,
+    GemmConfig,
+    choose,
+    config_of,
 )
-from supersonic_moe.kernels.sm90.up_projection import (
+from supersonic_moe.kernels.sm90.operands import (
     ALL_KINDS,
-    activation_constants,
+    INTERLEAVED,
     half_bases,
     kind_of,
+    limit_of,
+    map_of_columns,
     map_of_halves,
+    map_of_rows,
+    map_of_scales,
+    map_of_stored_rows,
 )
-from supersonic_moe.kernels.sm90.up_projection_fp8 import UNFUSED
+from supersonic_moe.kernels.sm90.unfused import UNFUSED_FP8
 from supersonic_moe.quantization.block_format import BLOCK, E4M3
 
 CHUNKS = 4  # of 64 activations, in a tile
 SCALE_BYTES = 640  # 132 scales or scores of a tile's rows, in whole lines of 128 bytes
 
 
-def down_fp8_spec(
-    kind: int, *, interleaved: bool, saved_fp8: bool, gather: bool, cluster: int, name: str = "down_backward_fp8"
-) -> KernelSpec:
-    constants = (("ACTIVATION", kind), ("INTERLEAVED", int(interleaved)), ("SAVED_FP8", int(saved_fp8)))
-    vectors = 1 + (CHUNKS * (1 if interleaved else 2) if saved_fp8 else 0)  # scores, scales of H
-    return mainloop_spec(
-        name,
-        cluster=cluster,
-        gather=gather,
-        constants=constants,
-        opcodes=FP8_OPCODES,
-        scaled=True,
-        share_a=cluster == 2,
-        extra_bytes=vectors * SCALE_BYTES,
-    )
+def staging_bytes(interleaved: bool, saved_fp8: bool) -> int:
+    """Four staging buffers; the rows' scores, and the scales of Z: of both halves where there are two."""
+    vectors = 1 + (CHUNKS * (1 if interleaved else 2) if saved_fp8 else 0)
+    return 4 * BUFFER_BYTES + vectors * SCALE_BYTES
+
+
+def spec_of(config: GemmConfig, kind: int, interleaved: bool, saved_fp8: bool, name: str) -> KernelSpec:
+    constants = {"ACTIVATION": kind, "INTERLEAVED": int(interleaved), "SAVED_FP8": int(saved_fp8)}
+    return config.spec(name, FP8_OPCODES, **constants)
 
 
 SPECS = tuple(
-    down_fp8_spec(kind, interleaved=i, saved_fp8=saved, gather=g, cluster=c)
+    spec_of(
+        config_of(BLOCK_N, cluster, gather, True, staging_bytes(interleaved, saved_fp8)),
+        *(kind, interleaved, saved_fp8, "down_backward_fp8"),
+    )
     for kind in ALL_KINDS
-    for i in (False, True)
-    for saved in (False, True)
-    for g, c in ((False, 1), (True, 1), (True, 2))
+    for interleaved in (False, True)
+    for saved_fp8 in (False, True)
+    for gather, cluster in ((False, 1), (True, 1), (True, 2))
 )
 
 
 @functools.cache
-def _kernel(kind: int, interleaved: bool, saved_fp8: bool, gather: bool, cluster: int) -> Kernel:
-    spec = down_fp8_spec(kind, interleaved=interleaved, saved_fp8=saved_fp8, gather=gather, cluster=cluster)
-    scales = (PTR, I64, PTR, I64, I32, I32)
-    outputs = (*[PTR] * 4, I32, I32, I32, F32, F32, F32)
-    return Kernel(spec, (*[TENSOR_MAP] * 8, PTR, PTR, I32, I32, I32, *scales, *outputs))
+def _kernel(config: GemmConfig, kind: int, interleaved: bool, saved_fp8: bool) -> Kernel:
+    return Kernel(spec_of(config, kind, interleaved, saved_fp8, "down_backward_fp8"))
 
 
 def down_backward_fp8(
@@ -105,44 +102,54 @@ def down_backward_fp8(
     """(dZ (P, N1), s · A (P, I), both bf16, dS (P) fp32). Ungated activations, and e4m3 Z whose halves are no multiple
     of 128 wide, take the grouped GEMM and the activation pass instead.
     """
-    (activation, layout), ((doutq_TH, dout_scale), index), w2_scale = gate, dout, w2_EIH.scale
-    num_experts, width, hidden = w2_EIH.q.shape
-    interleaved, saved_fp8 = layout is GateUpLayout.INTERLEAVED, z_PN.q.dtype is E4M3
+    (activation, layout), ((doutq_TH, dout_scale), index), (w2, w2_scale) = gate, dout, w2_EIH
+    num_experts, width, hidden = w2.shape
+    interleaved, saved_fp8 = layout is INTERLEAVED, z_PN.q.dtype is E4M3
     if not activation.gated or (saved_fp8 and not interleaved and width % BLOCK):
-        return UNFUSED.down_backward_fp8(dout, w2_EIH, z_PN, b1_EN, row_scores_P, groups, gate)
+        return UNFUSED_FP8.down_backward_fp8(dout, w2_EIH, z_PN, b1_EN, row_scores_P, groups, gate)
     rows, blocks_n = dout.num_rows, -(-width // BLOCK_N)
     dz_PN = z_PN.q.new_empty(rows, 2 * width, dtype=torch.bfloat16)
     as_PI = dz_PN.new_empty(rows, width)
     partial_ds_BP = dz_PN.new_empty(blocks_n, rows, dtype=torch.float32)
     if rows == 0:
         return dz_PN, as_PI, partial_ds_BP.new_empty(0)
-    gather = index is not None
-    cluster = gathering_cluster(blocks_n, gather)
     scores_P = loadable(row_scores_P)
-    map_dh = map_of_halves(dz_PN, interleaved, rows=WARP_ROWS)
+    gate_base, up_base = half_bases(layout, width)
+    scale_w_expert, scale_w_column, scale_w_k = w2_scale.stride()
+    config = choose(width, index is not None, staging_bytes=staging_bytes(interleaved, saved_fp8))
     with on_device(doutq_TH):
-        grid = multiprocessors(doutq_TH.device.index) // cluster * cluster
-        _kernel(kind_of(activation), interleaved, saved_fp8, gather, cluster).launch(
-            (grid, 1, 1),
-            *input_maps(dout, w2_EIH.q, z_PN, scores_P, interleaved),
-            map_dh,
-            tensor_map(as_PI.view(rows, 1, width), box=(WARP_ROWS, 1, 64)),
-            groups.expert_offsets,
-            index,
-            num_experts,
-            width,
-            -(-hidden // FP8_BLOCK_K),
-            dout_scale,
-            dout_scale.stride(0),
-            w2_scale,
-            *w2_scale.stride(),
-            None if b1_EN is None else b1_EN.contiguous(),
-            dz_PN,
-            as_PI,
-            partial_ds_BP,
-            rows,
-            *half_bases(layout, width),
-            *activation_constants(activation),
+        map_z = map_of_saved(z_PN.q, interleaved)
+        _kernel(config, kind_of(activation), interleaved, saved_fp8).launch(
+            config.grid(doutq_TH.get_device()),
+            map_do=map_of_rows(doutq_TH, index, box=(BLOCK_M, config.block_k)),
+            map_scale_do=map_of_scales(dout_scale, index, map_z),
+            map_w=tensor_map(w2, box=(1, BLOCK_N, config.block_k)),
+            map_z=map_z,
+            map_scale_z=map_of_columns(z_PN.scale) if saved_fp8 else map_z,
+            map_scores=map_of_scores(scores_P, rows),
+            map_dz=map_of_halves(dz_PN, interleaved, rows=WARP_ROWS),
+            map_as=map_of_stored_rows(as_PI),
+            offsets=groups.expert_offsets,
+            index=index,
+            experts=num_experts,
+            width=width,
+            blocks_k=-(-hidden // config.block_k),
+            scale_do=dout_scale,
+            scale_do_row=dout_scale.stride(0),
+            scale_w=w2_scale,
+            scale_w_expert=scale_w_expert,
+            scale_w_column=scale_w_column,
+            scale_w_k=scale_w_k,
+            b1=None if b1_EN is None else b1_EN.contiguous(),
+            dz=dz_PN,
+            as_=as_PI,
+            dscores=partial_ds_BP,
+            rows_allocated=rows,
+            gate_base=gate_base,
+            up_base=up_base,
+            alpha=activation.alpha,
+            limit=limit_of(activation),
+            up_offset=activation.up_offset,
         )
     return dz_PN, as_PI, partial_ds_BP.sum(0)
 
@@ -153,22 +160,12 @@ def loadable(scores_P: Tensor) -> Tensor:
     return scores_P if scores_P.data_ptr() % 16 == 0 else scores_P.clone()
 
 
-def input_maps(
-    dout: Rows[Quantized], w2_EIH: Tensor, z_PN: Quantized, scores_P: Tensor, interleaved: bool
-) -> tuple[TensorMap, ...]:
-    """dO, its scales, W2, Z, its scales, the rows' scores."""
-    map_z, vector = _map_of_saved(z_PN.q, interleaved), (1, BLOCK_M + 4)
-    return (
-        map_of_rows(dout.x.q, dout.gather_index, box=(BLOCK_M, FP8_BLOCK_K)),
-        map_of_scales(dout.x.scale, dout.gather_index, map_z),
-        tensor_map(w2_EIH, box=(1, BLOCK_N, FP8_BLOCK_K)),
-        map_z,
-        tensor_map(z_PN.scale.t(), box=vector, swizzle=0) if z_PN.q.dtype is E4M3 else map_z,
-        tensor_map(scores_P[None], box=vector, swizzle=0),
-    )
+def map_of_scores(scores_P: Tensor, rows: int) -> TensorMap:
+    """Scores of a tile's rows, of whichever row the first is."""
+    return tensor_map(scores_P, box=(1, BLOCK_M + 4), swizzle=0, shape=(1, rows), strides=(rows, 1))
 
 
-def _map_of_saved(z_PN: Tensor, interleaved: bool) -> TensorMap:
+def map_of_saved(z_PN: Tensor, interleaved: bool) -> TensorMap:
     """Z in boxes of 64 activations: in e4m3 128 bytes a row, of both halves where there are two."""
     if z_PN.dtype is not E4M3:
         return map_of_halves(z_PN, interleaved, rows=BLOCK_M)

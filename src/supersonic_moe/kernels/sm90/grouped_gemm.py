@@ -24,44 +24,37 @@ import functools
 
 from torch import Tensor
 
-from supersonic_moe.jit.launch import I32, I64, PTR, TENSOR_MAP, Kernel, on_device
+from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.interface import Rows
-from supersonic_moe.kernels.sm90.mainloop import (
-    BLOCK_K,
+from supersonic_moe.kernels.sm90.gemm_config import (
     BLOCK_M,
     BLOCK_N,
     OPCODES,
-    WARP_ROWS,
     WIDE_BLOCK_N,
-    cluster_size,
-    mainloop_spec,
-    map_of_rows,
-    multiprocessors,
-    tile_columns,
+    GemmConfig,
+    choose,
+    config_of,
 )
+from supersonic_moe.kernels.sm90.operands import map_of_rows, map_of_stored_rows
 
 
-def gemm_spec(*, b_n_contiguous: bool, gather: bool, cluster: int, block_n: int) -> KernelSpec:
-    constants = (("B_MN_MAJOR", int(b_n_contiguous)),)
-    return mainloop_spec(
-        "grouped_gemm", block_n=block_n, cluster=cluster, gather=gather, constants=constants, opcodes=OPCODES
-    )
+def _spec(config: GemmConfig, n_contiguous: bool) -> KernelSpec:
+    return config.spec("grouped_gemm", OPCODES, B_MN_MAJOR=int(n_contiguous))
 
 
 SPECS = tuple(
-    gemm_spec(b_n_contiguous=n, gather=g, cluster=c, block_n=w)
-    for n in (False, True)
-    for g in (False, True)
-    for c, w in ((1, BLOCK_N), (2, BLOCK_N), (2, WIDE_BLOCK_N))
+    _spec(config_of(block_n, cluster, gather), n_contiguous)
+    for n_contiguous in (False, True)
+    for gather in (False, True)
+    for cluster, block_n in ((1, BLOCK_N), (2, BLOCK_N), (2, WIDE_BLOCK_N))
 )
 
 
 @functools.cache
-def _kernel(b_n_contiguous: bool, gather: bool, cluster: int, block_n: int) -> Kernel:
-    spec = gemm_spec(b_n_contiguous=b_n_contiguous, gather=gather, cluster=cluster, block_n=block_n)
-    return Kernel(spec, (*[TENSOR_MAP] * 3, PTR, PTR, I32, I32, I32, PTR, I64))
+def _kernel(config: GemmConfig, n_contiguous: bool) -> Kernel:
+    return Kernel(_spec(config, n_contiguous))
 
 
 def grouped_mm(a: Rows[Tensor], b_EKN: Tensor, expert_offsets: Tensor) -> Tensor:
@@ -73,25 +66,26 @@ def grouped_mm(a: Rows[Tensor], b_EKN: Tensor, expert_offsets: Tensor) -> Tensor
     if d_PN.numel() == 0:
         return d_PN
     n_contiguous = b_EKN.stride(2) == 1
-    cluster = cluster_size(rows, num_experts)
-    block_n = tile_columns(columns, depth) if cluster == 2 else BLOCK_N
-    if n_contiguous:
-        map_b = tensor_map(b_EKN, box=(1, BLOCK_K, 64))
-    else:
-        map_b = tensor_map(b_EKN.transpose(1, 2), box=(1, block_n // cluster, BLOCK_K))
+    config = choose(columns, index is not None, rows=rows // num_experts, depth=depth)
+    block_k = config.block_k
     with on_device(a_TK):
-        grid = multiprocessors(a_TK.device.index) // cluster * cluster
-        _kernel(n_contiguous, index is not None, cluster, block_n).launch(
-            (grid, 1, 1),
-            map_of_rows(a_TK, index, box=(BLOCK_M, BLOCK_K)),
-            map_b,
-            tensor_map(d_PN.view(rows, 1, columns), box=(WARP_ROWS, 1, 64)),
-            expert_offsets,
-            index,
-            num_experts,
-            columns,
-            -(-depth // BLOCK_K),
-            d_PN,
-            d_PN.stride(0) * 2,
+        if n_contiguous:
+            map_b = tensor_map(b_EKN, box=(1, block_k, 64))
+        else:
+            box = (1, config.block_n // config.cluster, block_k)
+            expert, k, column = b_EKN.stride()
+            map_b = tensor_map(b_EKN, box=box, shape=(num_experts, columns, depth), strides=(expert, column, k))
+        _kernel(config, n_contiguous).launch(
+            config.grid(a_TK.get_device()),
+            map_a=map_of_rows(a_TK, index, box=(BLOCK_M, block_k)),
+            map_b=map_b,
+            map_d=map_of_stored_rows(d_PN),
+            offsets=expert_offsets,
+            index=index,
+            experts=num_experts,
+            columns=columns,
+            blocks_k=-(-depth // block_k),
+            d=d_PN,
+            d_row_bytes=d_PN.stride(0) * 2,
         )
     return d_PN

@@ -24,48 +24,42 @@ import torch
 from torch import Tensor
 
 from supersonic_moe import checks
-from supersonic_moe.jit.launch import I32, PTR, TENSOR_MAP, Kernel, on_device
+from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
 from supersonic_moe.kernels.interface import Rows
-from supersonic_moe.kernels.sm90.mainloop import (
-    BLOCK_K,
+from supersonic_moe.kernels.sm90.gemm_config import (
     BLOCK_M,
     BLOCK_N,
     WARP_ROWS,
     WIDE_BLOCK_N,
-    mainloop_spec,
-    map_of_rows,
-    multiprocessors,
-    tile_columns,
+    GemmConfig,
+    choose,
+    config_of,
 )
+from supersonic_moe.kernels.sm90.operands import map_of_rows
 
-CLUSTER = 2
 BF16, FP32, FP32_ADD = 0, 1, 2  # the kernel's OUTPUT
 STORE = {BF16: "UTMASTG", FP32: "UTMASTG", FP32_ADD: "UTMAREDG"}
 
 
-def wgrad_spec(*, output: int, transposed: bool, gather: bool, block_n: int) -> KernelSpec:
-    constants = (("TRANSPOSED", int(transposed)), ("OUTPUT", output))
+def _spec(config: GemmConfig, output: int, transposed: bool) -> KernelSpec:
     opcodes = ("HGMMA", "UTMALDG", STORE[output], "USETMAXREG")
-    return mainloop_spec(
-        "grouped_wgrad", block_n=block_n, cluster=CLUSTER, gather=gather, constants=constants, opcodes=opcodes
-    )
+    return config.spec("grouped_wgrad", opcodes, TRANSPOSED=int(transposed), OUTPUT=output)
 
 
 SPECS = tuple(
-    wgrad_spec(output=o, transposed=t, gather=g, block_n=w)
-    for o in (BF16, FP32, FP32_ADD)
-    for t in (False, True)
-    for g in (False, True)
-    for w in (BLOCK_N, WIDE_BLOCK_N)
+    _spec(config_of(block_n, 2, gather), output, transposed)
+    for output in (BF16, FP32, FP32_ADD)
+    for transposed in (False, True)
+    for gather in (False, True)
+    for block_n in (BLOCK_N, WIDE_BLOCK_N)
 )
 
 
 @functools.cache
-def _kernel(output: int, transposed: bool, gather: bool, block_n: int) -> Kernel:
-    argtypes = (*[TENSOR_MAP] * 3, PTR, PTR, I32, I32, I32)
-    return Kernel(wgrad_spec(output=output, transposed=transposed, gather=gather, block_n=block_n), argtypes)
+def _kernel(config: GemmConfig, output: int, transposed: bool) -> Kernel:
+    return Kernel(_spec(config, output, transposed))
 
 
 def gradient_buffer(out: Tensor | None, operand: Tensor, shape: tuple[int, int, int], accumulate: bool) -> Tensor:
@@ -87,9 +81,17 @@ def output_kind(out: Tensor, accumulate: bool) -> int:
 
 
 def map_of_output(out: Tensor, transposed: bool) -> TensorMap:
-    """D as wgrad_store.cuh writes it: boxes 128 bytes wide, of a warp's rows or, transposed, of a room's columns."""
+    """D as epilogue/weight_gradient.cuh writes it: boxes 128 bytes wide, of a warp's rows or, transposed, of the
+    columns that a staging buffer holds.
+    """
     columns = 128 // out.itemsize
     return tensor_map(out, box=(1, columns if transposed else WARP_ROWS, columns))
+
+
+def map_of_whole_rows(b_PN: Tensor, block_k: int) -> TensorMap:
+    """B as (1, P, N): the kernel loads it like a weight."""
+    (rows, columns), row = b_PN.shape, b_PN.stride(0)
+    return tensor_map(b_PN, box=(1, block_k, 64), shape=(1, rows, columns), strides=(rows * row, row, 1))
 
 
 def grouped_mm_wgrad(
@@ -111,17 +113,18 @@ def grouped_mm_wgrad(
     out = gradient_buffer(out, a_TM, shape, accumulate)
     if rows == 0 or a_TM.shape[0] == 0:
         return out if accumulate else out.zero_()
-    block_n = tile_columns(n, rows // num_experts)
+    config = choose(n, index is not None, depth=rows // num_experts)
+    block_k = config.block_k
     with on_device(a_TM):
-        _kernel(output_kind(out, accumulate), transposed, index is not None, block_n).launch(
-            (multiprocessors(a_TM.device.index) // CLUSTER * CLUSTER, 1, 1),
-            map_of_rows(a_TM, index, box=(BLOCK_K, 64)),
-            tensor_map(b_PN[None], box=(1, BLOCK_K, 64)),
-            map_of_output(out, transposed),
-            expert_offsets,
-            index,
-            num_experts,
-            -(-m // (BLOCK_M * CLUSTER)),
-            -(-n // block_n),
+        _kernel(config, output_kind(out, accumulate), transposed).launch(
+            config.grid(a_TM.get_device()),
+            map_a=map_of_rows(a_TM, index, box=(block_k, 64)),
+            map_b=map_of_whole_rows(b_PN, block_k),
+            map_d=map_of_output(out, transposed),
+            offsets=expert_offsets,
+            index=index,
+            experts=num_experts,
+            blocks_m=-(-m // (BLOCK_M * config.cluster)),
+            blocks_n=-(-n // config.block_n),
         )
     return out

@@ -1,6 +1,6 @@
 """Grouped GEMM in FP8 with a ragged contraction on sm_90a: D[e] = or += A[:, positions of e] · B[:, positions of e]ᵀ.
 
-Layout (formats: ``kernels/block_format.py``)
+Layout (formats: ``quantization/block_format.py``)
     A (M, G) and B (N, G) e4m3, positions contiguous, as the transposing quantisers write them. Expert e owns the
     positions [padded_offsets[e], padded_offsets[e + 1]), int32 on the device, multiples of 128: what an expert lacks to
     whole blocks is zeros. A has a scale for each row and block of 128 positions, (M, G/128), stored block by block, as
@@ -12,8 +12,8 @@ Tiles
     without an index: there the scales of B are one number for 128 columns, and a product is promoted by one number for
     each row. With rows scaled on both sides it would take one for each element.
 Maths
-    The tensor core sums 128 positions, fp32 registers the rest (mainloop_fp8.cuh); one rounding for bf16. ``+=`` is a
-    TMA reduction in L2 with one writer a tile, hence deterministic. M and N are multiples of 8.
+    The tensor core sums 128 positions, fp32 registers the rest (gemm/k_loop_fp8.cuh); one rounding for bf16. ``+=`` is
+    a TMA reduction in L2 with one writer a tile, hence deterministic. M and N are multiples of 8.
 Cost
     2·G·M·N FLOP. Bytes: G·(M + N), 1/32 of G·M for the scales, and the output at least; a tile reads (128 + 256) bytes
     from L2 a position.
@@ -26,11 +26,11 @@ import functools
 from torch import Tensor
 
 from supersonic_moe import checks
-from supersonic_moe.jit.launch import I32, I64, PTR, TENSOR_MAP, Kernel, on_device
+from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.interface import Quantized
-from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import map_of_columns
+from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, BUFFER_BYTES, GemmConfig, choose, config_of
 from supersonic_moe.kernels.sm90.grouped_wgrad import (
     BF16,
     FP32,
@@ -40,50 +40,47 @@ from supersonic_moe.kernels.sm90.grouped_wgrad import (
     map_of_output,
     output_kind,
 )
-from supersonic_moe.kernels.sm90.mainloop import BLOCK_M, BLOCK_N, FP8_BLOCK_K, mainloop_spec, multiprocessors
+from supersonic_moe.kernels.sm90.operands import map_of_columns
 from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks
 
-
-def wgrad_fp8_spec(*, output: int, transposed: bool) -> KernelSpec:
-    return mainloop_spec(
-        "grouped_wgrad_fp8",
-        cluster=1,
-        gather=False,
-        constants=(("TRANSPOSED", int(transposed)), ("OUTPUT", output)),
-        opcodes=("QGMMA", "UTMALDG", STORE[output], "USETMAXREG"),
-        scaled=True,
-    )
+STAGING_BYTES = 4 * BUFFER_BYTES
 
 
-SPECS = tuple(wgrad_fp8_spec(output=o, transposed=t) for o in (BF16, FP32, FP32_ADD) for t in (False, True))
+def _spec(config: GemmConfig, output: int, transposed: bool) -> KernelSpec:
+    opcodes = ("QGMMA", "UTMALDG", STORE[output], "USETMAXREG")
+    return config.spec("grouped_wgrad_fp8", opcodes, TRANSPOSED=int(transposed), OUTPUT=output)
+
+
+SPECS = tuple(
+    _spec(config_of(BLOCK_N, 1, False, True, STAGING_BYTES), output, transposed)
+    for output in (BF16, FP32, FP32_ADD)
+    for transposed in (False, True)
+)
 
 
 @functools.cache
-def _kernel(output: int, transposed: bool) -> Kernel:
-    argtypes = (*[TENSOR_MAP] * 4, PTR, I32, I32, I32, PTR, I64, I64)
-    return Kernel(wgrad_fp8_spec(output=output, transposed=transposed), argtypes)
+def _kernel(config: GemmConfig, output: int, transposed: bool) -> Kernel:
+    return Kernel(_spec(config, output, transposed))
 
 
 def _check(a_MG: Quantized, b_NG: Quantized) -> None:
     (a, a_scale), (b, b_scale) = a_MG, b_NG
     (m, positions), n = a.shape, b.shape[0]
-    for name, operand in (("a", a), ("b", b)):
-        if operand.dtype is not E4M3:
-            raise TypeError(f"{name} must be {E4M3}; got {checks.describe(operand)}. Quantise it (quantize_columns).")
+    if not (a.dtype is E4M3 is b.dtype):
+        name, operand = ("b", b) if a.dtype is E4M3 else ("a", a)
+        raise TypeError(f"{name} must be {E4M3}; got {checks.describe(operand)}. Quantise it (quantize_columns).")
     if b.shape[1] != positions or positions % BLOCK:
         raise ValueError(
             f"a (M, G) and b (N, G) must have the same G, a multiple of {BLOCK}; got shapes {tuple(a.shape)} and "
             f"{tuple(b.shape)}. Quantise both along one pad_segments index."
         )
-    for name, scale, shape, way in (
-        ("a.scale", a_scale, (m, blocks(positions)), "quantize_columns(...)"),
-        ("b.scale", b_scale, (blocks(n), blocks(positions)), "quantize_columns(..., tiled=True) or quantize_tiles"),
-    ):
-        if scale.shape != shape:
-            raise ValueError(
-                f"{name} must have shape {shape}, one scale for {'each row' if name == 'a.scale' else '128 rows'} and "
-                f"128 positions; got {tuple(scale.shape)}. Quantise with {way}."
-            )
+    of_rows, of_tiles = (m, positions // BLOCK), (blocks(n), positions // BLOCK)
+    if a_scale.shape != of_rows or b_scale.shape != of_tiles:
+        raise ValueError(
+            f"a.scale must have shape {of_rows}, one for each row and 128 positions, and b.scale {of_tiles}, one for "
+            f"128 rows; got {tuple(a_scale.shape)} and {tuple(b_scale.shape)}. Quantise a with quantize_columns(...), "
+            "b with quantize_columns(..., tiled=True) or quantize_tiles."
+        )
     if m > 1 and a_scale.stride(0) != 1:
         raise ValueError(
             f"a.scale must be stored transposed, the scales of a block of positions next to each other; got strides "
@@ -110,18 +107,21 @@ def grouped_mm_wgrad_fp8(
     out = gradient_buffer(out, a, (num_experts, n, m) if transposed else (num_experts, m, n), accumulate)
     if positions == 0:
         return out if accumulate else out.zero_()
+    config = choose(n, False, staging_bytes=STAGING_BYTES)
+    scale_b_column, scale_b_k = b_scale.stride()
     with on_device(a):
-        _kernel(output_kind(out, accumulate), transposed).launch(
-            (multiprocessors(a.device.index), 1, 1),
-            tensor_map(a, box=(BLOCK_M, FP8_BLOCK_K)),
-            map_of_columns(a_scale),
-            tensor_map(b, box=(BLOCK_N, FP8_BLOCK_K)),
-            map_of_output(out, transposed),
-            padded_offsets,
-            num_experts,
-            m,
-            n,
-            b_scale,
-            *b_scale.stride(),
+        _kernel(config, output_kind(out, accumulate), transposed).launch(
+            config.grid(a.get_device()),
+            map_a=tensor_map(a, box=(BLOCK_M, config.block_k)),
+            map_scale_a=map_of_columns(a_scale),
+            map_b=tensor_map(b, box=(BLOCK_N, config.block_k)),
+            map_d=map_of_output(out, transposed),
+            offsets=padded_offsets,
+            experts=num_experts,
+            rows=m,
+            columns=n,
+            scale_b=b_scale,
+            scale_b_column=scale_b_column,
+            scale_b_k=scale_b_k,
         )
     return out

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from supersonic_moe.jit.launch import F32, I32, PTR, TENSOR_MAP, Kernel
+from supersonic_moe.jit.launch import Kernel
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
 
@@ -20,7 +20,6 @@ SPECS = (
     KernelSpec("launch_probe", "launch_probe.cu", threads=32),
     KernelSpec("launch_probe_tma", "launch_probe.cu", threads=32),
 )
-_SCALARS = (I32, I32, I32, F32)
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class LaunchOverhead:
 @functools.lru_cache(maxsize=1)
 def _kernels() -> tuple[Kernel, Kernel]:
     plain, tma = SPECS
-    return Kernel(plain, (PTR, PTR, PTR, PTR, *_SCALARS)), Kernel(tma, (TENSOR_MAP, PTR, PTR, PTR, *_SCALARS))
+    return Kernel(plain), Kernel(tma)
 
 
 def measure_launch_overhead(repeats: int = 200, batch: int = 20) -> LaunchOverhead:
@@ -45,10 +44,10 @@ def measure_launch_overhead(repeats: int = 200, batch: int = 20) -> LaunchOverhe
     x, grid = torch.empty(256, 256, dtype=torch.bfloat16, device="cuda"), (1, 1, 1)
 
     def launch_plain() -> None:
-        plain.launch(grid, x, x, x, x, 1, 2, 3, 1.0)
+        plain.launch(grid, a=x, b=x, c=x, d=x, m=1, n=2, k=3, scale=1.0)
 
     def launch_tma() -> None:
-        tma.launch(grid, tensor_map(x, box=(128, 64)), x, x, x, 1, 2, 3, 1.0)
+        tma.launch(grid, map=tensor_map(x, box=(128, 64)), b=x, c=x, d=x, m=1, n=2, k=3, scale=1.0)
 
     def look_up() -> None:
         tensor_map(x, box=(128, 64))

@@ -2,7 +2,7 @@
 
     q[c][g] = e4m3(x[index[g]][c] / scale[c][block of g])        zeros where index[g] < 0
 
-Layout (formats: ``kernels/block_format.py``, *columns*)
+Layout (formats: ``quantization/block_format.py``, *columns*)
     x (R, C) bf16, index (G) int32, q (C, G), scale (C, G/128), the scales of one block of positions next to each other.
 Tiles
     128 positions × 128 columns a block of 256 threads, all positions of one column panel before the next: rows that
@@ -23,7 +23,7 @@ import functools
 import torch
 from torch import Tensor
 
-from supersonic_moe.jit.launch import I32, I64, PTR, Kernel, on_device
+from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.kernels import triton
 from supersonic_moe.kernels.interface import Quantized
@@ -34,7 +34,7 @@ SPECS = (KernelSpec("quantize_columns", "quantize_columns.cu", threads=256, opco
 
 @functools.cache
 def _kernel() -> Kernel:
-    return Kernel(SPECS[0], (PTR, I64, PTR, PTR, I64, PTR, I64, I32, I32))
+    return Kernel(SPECS[0])
 
 
 def quantize_columns(x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: bool = False) -> Quantized:
@@ -49,14 +49,14 @@ def quantize_columns(x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: b
     with on_device(x_RC):
         _kernel().launch(
             (positions // BLOCK, blocks(columns), 1),
-            x_RC,
-            x_RC.stride(0),
-            index_G,
-            q_CG,
-            q_CG.stride(0),
-            scale,
-            scale.stride(1),
-            columns,
-            int(pow2),
+            x=x_RC,
+            x_row=x_RC.stride(0),
+            index=index_G,
+            q=q_CG,
+            q_column=q_CG.stride(0),
+            scales=scale,
+            scales_block=scale.stride(1),
+            columns=columns,
+            pow2=int(pow2),
         )
     return Quantized(q_CG, scale)

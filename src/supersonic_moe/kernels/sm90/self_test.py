@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from supersonic_moe.jit.launch import I32, TENSOR_MAP, Kernel
+from supersonic_moe.jit.launch import Kernel
 from supersonic_moe.jit.nvrtc import JitError
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
@@ -77,7 +77,7 @@ SPECS = (self_test_spec(torch.bfloat16), self_test_spec(torch.float8_e4m3fn))
 
 @functools.lru_cache(maxsize=64)
 def self_test_kernel(spec: KernelSpec) -> Kernel:
-    return Kernel(spec, (TENSOR_MAP, TENSOR_MAP, TENSOR_MAP, I32, I32, I32))
+    return Kernel(spec)
 
 
 def multiply(
@@ -94,7 +94,15 @@ def multiply(
     map_c = tensor_map(c_MN, box=(64, 32), swizzle=64)
     tiles_m, tiles_n = -(-rows // BLOCK_M), -(-columns // block_n)
     kernel = self_test_kernel(self_test_spec(dtype, block_n, a_mn_major, b_mn_major))
-    kernel.launch((BLOCKS, 1, 1), map_a, map_b, map_c, tiles_m, tiles_n, -(-depth // block_k))
+    kernel.launch(
+        (BLOCKS, 1, 1),
+        map_a=map_a,
+        map_b=map_b,
+        map_c=map_c,
+        tiles_m=tiles_m,
+        tiles_n=tiles_n,
+        blocks_k=-(-depth // block_k),
+    )
     return c_MN
 
 

@@ -1,0 +1,90 @@
+"""Tensor maps of what several kernels load and store, and what of an activation they are told."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout
+from supersonic_moe.jit.tma import TensorMap, tensor_map
+from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, WARP_ROWS
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def map_of_rows(a_TK: Tensor, index: Tensor | None, box: tuple[int, int]) -> TensorMap:
+    """A as a kernel loads it: boxes of rows, or with an index one row at a time."""
+    return tensor_map(a_TK, box=box if index is None else (1, box[1]))
+
+
+def map_of_scales(scale_RB: Tensor, index: Tensor | None, unused: TensorMap) -> TensorMap:
+    """Scales of A in the order that the kernel reads: by TMA without an index, else by row, without a map."""
+    contiguous = 0 if index is None else 1
+    if scale_RB.stride(contiguous) != 1 and scale_RB.shape[contiguous] > 1:
+        way = "transposed (tma=True)" if index is None else "row by row (tma=False)"
+        with_index = "without" if index is None else "with"
+        raise ValueError(
+            f"the scales of rows must be stored {way} {with_index} an index; got strides {scale_RB.stride()} for shape "
+            f"{tuple(scale_RB.shape)}. Quantise with quantize_rows(..., tma={index is None})."
+        )
+    return unused if index is not None else map_of_columns(scale_RB)
+
+
+def map_of_columns(scale_RB: Tensor) -> TensorMap:
+    """Scales stored transposed, as TMA loads those of 128 rows at once, of whichever row the first is."""
+    (rows, count), (row, column) = scale_RB.shape, scale_RB.stride()
+    return tensor_map(scale_RB, box=(1, BLOCK_M + 4), swizzle=0, shape=(count, rows), strides=(column, row))
+
+
+def map_of_stored_rows(d_PN: Tensor) -> TensorMap:
+    """D as (P, 1, N) in boxes of a warp's rows and 128 bytes: where two halves are stored, the middle counts them."""
+    (rows, columns), row = d_PN.shape, d_PN.stride(0)
+    box = (WARP_ROWS, 1, 128 // d_PN.element_size())
+    return tensor_map(d_PN, box=box, shape=(rows, 1, columns), strides=(row, columns, 1))
+
+
+# ---- gate and up -----------------------------------------------------------------------------------------------------
+
+
+def map_of_gate_and_up(w1_ENH: Tensor, interleaved: bool, width: int) -> TensorMap:
+    """W1 as (E, 2, I, H), bf16 or e4m3, in boxes of the rows of half a tile and 128 bytes."""
+    expert, row, _ = w1_ENH.stride()
+    half, step = (row, 2 * row) if interleaved else (width * row, row)
+    shape = (w1_ENH.shape[0], 2, width, w1_ENH.shape[2])
+    box = (1, 1, BLOCK_N // 2, 128 // w1_ENH.element_size())
+    return tensor_map(w1_ENH, box=box, shape=shape, strides=(expert, half, step, 1))
+
+
+def map_of_halves(z_PN: Tensor, interleaved: bool, *, rows: int) -> TensorMap:
+    """Z as (P, 1, 2I) or (P, 2, I), bf16 or e4m3, in boxes of 128 bytes a row: none crosses from one half into the
+    other.
+    """
+    capacity, columns = z_PN.shape
+    row, halves = z_PN.stride(0), 1 if interleaved else 2
+    shape, strides = (capacity, halves, columns // halves), (row, row if interleaved else columns // 2, 1)
+    return tensor_map(z_PN, box=(rows, 1, 128 // z_PN.element_size()), shape=shape, strides=strides)
+
+
+INTERLEAVED, GATE_UP = GateUpLayout.INTERLEAVED, GateUpLayout.GATE_UP
+KINDS = {ActivationType.SWIGLU: 0, ActivationType.GEGLU: 1, ActivationType.REGLU: 2}  # Act of activation.cuh
+CLAMPED_SWIGLU = 3
+ALL_KINDS = (*KINDS.values(), CLAMPED_SWIGLU)
+
+
+def kind_of(activation: Activation) -> int:
+    """The kernel's ACTIVATION: SwiGLU with constants is one of its own, since they cost a third of its instructions."""
+    plain = activation.limit is None and activation.alpha == 1.0 and activation.up_offset == 0.0
+    return KINDS[activation.type] if plain else CLAMPED_SWIGLU
+
+
+def half_bases(layout: GateUpLayout, width: int) -> tuple[int, int]:
+    """First columns of gate and up in a row of Z."""
+    if layout is INTERLEAVED:
+        return 0, 1
+    return (0, width) if layout is GATE_UP else (width, 0)
+
+
+def limit_of(activation: Activation) -> float:
+    """The kernel's ``limit``."""
+    return math.inf if activation.limit is None else activation.limit

@@ -1,0 +1,44 @@
+"""Backends against the protocols: mypy checks the types where ``registry.kernels`` puts a backend together; names and
+defaults of arguments, which it does not compare, are checked here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+from supersonic_moe.kernels import registry
+from supersonic_moe.kernels.interface import Experts, Fp8Experts, Quantized, Quantizers, Routing, Rows
+
+PROTOCOLS: dict[str, type] = {"routing": Routing, "experts": Experts, "quantizers": Quantizers, "fp8": Fp8Experts}
+
+
+def functions(protocol: Any) -> dict[str, Any]:
+    return {name: f for name in dir(protocol) if not name.startswith("_") and callable(f := getattr(protocol, name))}
+
+
+def parameters(function: Any) -> list[tuple[str, Any, Any]]:
+    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values() if p.name != "self"]
+
+
+@pytest.mark.parametrize("capability", PROTOCOLS)
+@pytest.mark.parametrize("name", [name for name in registry.BACKENDS if name != "auto"])
+def test_backends_name_their_arguments_as_the_protocols_do(name: str, capability: str) -> None:
+    if name != "reference":
+        pytest.importorskip("triton")
+    backend = getattr(registry.kernels(name), capability)
+    assert (backend is None) == (name == "triton" and capability == "fp8")
+    wanted = functions(PROTOCOLS[capability])
+    assert len(wanted) >= 5
+    for function, contract in wanted.items():
+        if backend is not None:
+            assert parameters(getattr(backend, function)) == parameters(contract), function
+
+
+def test_rows_count_what_is_read() -> None:
+    x, index = torch.zeros(5, 3), torch.zeros(7, dtype=torch.int32)
+    assert Rows(x).num_rows == 5 and Rows(x, index).num_rows == 7
+    assert Rows(Quantized(x, x)).num_rows == 5 and Rows(Quantized(x, x), index).num_rows == 7
