@@ -4,11 +4,11 @@
 at five places, are where a swapped pair of arguments hides. So each list is a NamedTuple, whose fields may be
 NamedTuples, and :class:`Fields` derives the rest from its annotations:
 
-    class Quantized(NamedTuple):    Fields(Call).schema              "Tensor x, Tensor w1_q, Tensor? w1_scale, bool save"
-        q: Tensor                   Fields(Call).flat(x, save, w1)   (x, w1.q, w1.scale, save)
-        scale: Tensor | None        Fields(Call).split(x, save, w1)  ((x, w1.q, w1.scale), (save,))
-                                    on_flat(run, Fields(Call))       a function of (x, w1_q, w1_scale, save), which calls
-    class Call(NamedTuple):                                          run(Call(x, save, Quantized(w1_q, w1_scale)))
+    class Quantized(NamedTuple):   Fields(Call).schema              "Tensor x, Tensor w1_q, Tensor? w1_scale, bool save"
+        q: Tensor                  Fields(Call).flat(x, save, w1)   (x, w1.q, w1.scale, save)
+        scale: Tensor | None       Fields(Call).split(x, save, w1)  ((x, w1.q, w1.scale), (save,))
+                                   on_flat(run, Fields(Call))       a function of (x, w1_q, w1_scale, save), which calls
+    class Call(NamedTuple):                                         run(Call(x, save, Quantized(w1_q, w1_scale)))
         x: Tensor
         save: bool
         w1: Quantized
