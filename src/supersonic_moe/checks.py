@@ -1,8 +1,7 @@
-"""Argument checks. Each says the constraint, what was given and the fix; all but the ``valid_*`` ones look at metadata
-only (no sync).
+"""Argument checks. Each says the constraint, what was given and the fix.
 
-``valid_*`` and ``counts_agree`` read device data, so they cost a synchronisation; they run under ``validate=True``
-only.
+Most look at metadata only (no sync). ``valid_*``, ``finite_*`` and ``counts_suffice`` read device data, so they cost a
+synchronisation; they run under ``validate=True`` only.
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ def test_pages_have_snippets() -> None:
 @pytest.mark.parametrize(("name", "text", "match"), SNIPPETS)
 def test_snippet_runs(name: str, text: str, match: re.Match[str]) -> None:
     lines_before = text[: match.start(2)].count("\n")
-    exec(compile("\n" * lines_before + match[2], name, "exec"), {"__name__": "snippet"})
+    module = {"__name__": "snippet", "__file__": str(ROOT / name)}
+    exec(compile("\n" * lines_before + match[2], name, "exec"), module)
 
 
 @pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.path.name)

@@ -161,12 +161,12 @@ def test_a_launch_hands_the_driver_grid_stream_and_arguments(spec: KernelSpec, m
     fake, kernel = machine.driver, Kernel(replace(spec, smem_bytes=100_000))
     kernel.launch((3, 1, 1), map=b"a" * 128, x=0xABC, n=5)
     machine.stream = 78
-    kernel.launch((3, 1, 1), n=-1, x=None, map=b"b" * 128)  # in any order
+    kernel.launch((5, 1, 1), n=-1, x=None, map=b"b" * 128)  # in any order
     machine.device = 1
     kernel.launch((4, 2, 1), map=b"c" * 128, x=16, n=True)
     assert fake.launches == [
         ((3, 1, 1, 128, 100_000), 77, [b"a" * 128, (0xABC).to_bytes(8, "little"), (5).to_bytes(4, "little")]),
-        ((3, 1, 1, 128, 100_000), 78, [b"b" * 128, bytes(8), b"\xff" * 4]),
+        ((5, 1, 1, 128, 100_000), 78, [b"b" * 128, bytes(8), b"\xff" * 4]),
         ((4, 2, 1, 128, 100_000), 79, [b"c" * 128, (16).to_bytes(8, "little"), (1).to_bytes(4, "little")]),
     ]
     assert fake.smem_limits == [(100_000, 0), (100_000, 1)]

@@ -210,7 +210,7 @@ def _all_calls(shape: LayerShape, config: LayerConfig) -> dict[str, Call]:
 
 
 def kernel_calls(shape: LayerShape, config: LayerConfig) -> dict[str, Call]:
-    """A call for each kernel, as ``training/experts.py`` and ``routing/`` make them."""
+    """A call for each kernel, as ``training/bf16.py`` and ``routing/`` make them."""
     T, H, I, E, K = shape.tokens, shape.hidden, shape.intermediate, shape.experts, shape.top_k  # noqa: E741
     backend = backend_of(shape, config)
     kernels = registry.kernels(backend)

@@ -1,7 +1,7 @@
 """Expert activations and the ways checkpoints store a gated pair.
 
 A gated expert computes ``act(gate) * up`` from a pre-activation of ``N1 = 2 I`` columns; an ungated one computes
-``act(h)`` from ``N1 = I`` columns. Real models add three constants to SwiGLU, all carried by :class:`Activation`:
+``act(z)`` from ``N1 = I`` columns. Real models add three constants to SwiGLU, all carried by :class:`Activation`:
 
     g = min(gate, limit)                      u = clamp(up, -limit, limit) + up_offset
     swiglu:  g * sigmoid(alpha * g) * u       (gpt-oss: alpha 1.702, limit 7, up_offset 1; DeepSeek-V4, GLM-5: limit

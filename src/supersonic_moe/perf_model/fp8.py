@@ -1,4 +1,4 @@
-"""FLOPs, compulsory bytes and floors of an FP8 layer, step by step, in the order of ``training/experts_fp8.py``.
+"""FLOPs, compulsory bytes and floors of an FP8 layer, step by step, in the order of ``training/fp8.py``.
 
 Symbols and rules are those of ``roofline.py``. An element in e4m3 is 1 byte; its scale adds 4/128 where it is shared by
 1 x 128 elements, and next to nothing where it is shared by 128 x 128. The eight steps of the BF16 layer keep their
@@ -9,8 +9,8 @@ numbers, and ``q ..`` are the passes that quantise what no product's epilogue co
     backward   q dO         at T rows
     wgrad=bf16 q dH         in rows for step 6
     wgrad=fp8  q dO^T, q X^T    transposed, each expert's rows padded to whole blocks of 128: G positions; step 4 gives
-                            dH in rows and transposed, and A' transposed (without a gradient of b1)
-    recompute  q X again, H again
+                            dZ in rows and transposed, and A' transposed (without a gradient of b1)
+    recompute  q X again, Z again
 
 Weight gradients in bf16 count at the rate of 16-bit products.
 """
@@ -51,24 +51,24 @@ def fp8_steps(shape: LayerShape, recipe: Fp8Recipe, *, gated: bool) -> list[Step
         *(bf16[key] for key in ("router", "top-k", "metadata")),
         quantise("q W", "forward", "W1, W1^T, W2 and W2^T in FP8", passes["w1"] + passes["w2"]),
         quantise("q X", "forward", "X in FP8", passes["x"]),
-        product("1", "q(H), q(A), A = act(gather(q X) @ q W1)", x_q, w1_q, a_q, saved, index),
+        product("1", "q(Z), q(A), A = act(gather(q X) @ q W1)", x_q, w1_q, a_q, saved, index),
         product("2", "Y = q(A) @ q W2", a_q, w2_q, routed_rows),
         bf16["3"],
     ]
     again = [
         quantise("q X again", "backward", "X in FP8", passes["x"]),
-        product("1'", "H = gather(q X) @ q W1", x_q, w1_q, 2 * R * N1, index),
+        product("1'", "Z = gather(q X) @ q W1", x_q, w1_q, 2 * R * N1, index),
     ]
     in_fp8, positions = recipe.wgrad == "fp8", passes["positions"]
     segments = quantise("segments", "backward", "positions of padded experts", 2 * index + 2 * i * positions)
     to_step_4 = x_q, w2_q, seen, 2 * scores, index
     if in_fp8:
         quantised = R * N1 * (1 + SCALE), positions * (N1 + I)
-        dgated = product("4", "q(dH), q(dH)^T, q(A')^T, dS of gather(q dO) @ q W2^T", *to_step_4, *quantised)
+        dgated = product("4", "q(dZ), q(dZ)^T, q(A')^T, dS of gather(q dO) @ q W2^T", *to_step_4, *quantised)
     else:
-        dgated = product("4", "dH, A', dS of gather(q dO) @ q W2^T", *to_step_4, 2 * R * N1, 2 * R * I)
+        dgated = product("4", "dZ, A', dS of gather(q dO) @ q W2^T", *to_step_4, 2 * R * N1, 2 * R * I)
     dw2 = product("5", "dW2 = q(dO)^T @ q(A')", R * (H + I) + SCALE * R * H, 2 * E * H * I)
-    dw1 = product("7", "dW1 = q(X)^T @ q(dH)", R * (H + N1) + SCALE * R * H, 2 * E * H * N1)
+    dw1 = product("7", "dW1 = q(X)^T @ q(dZ)", R * (H + N1) + SCALE * R * H, 2 * E * H * N1)
     return [
         *forward,
         *(again if recipe.save_preactivation == "recompute" else ()),
@@ -79,9 +79,9 @@ def fp8_steps(shape: LayerShape, recipe: Fp8Recipe, *, gated: bool) -> list[Step
         dw2 if in_fp8 else bf16["5"],
         quantise("q X^T", "backward", "gather(X)^T in FP8", passes["columns_x"])
         if in_fp8
-        else quantise("q dH", "backward", "dH in FP8", passes["rows_dh"]),
+        else quantise("q dH", "backward", "dZ in FP8", passes["rows_dh"]),
         dw1 if in_fp8 else bf16["7"],
-        product("6", "dX~ = q(dH) @ q W1^T", R * N1 * (1 + SCALE), w1_q, routed_rows),
+        product("6", "dX~ = q(dZ) @ q W1^T", R * N1 * (1 + SCALE), w1_q, routed_rows),
         *(bf16[key] for key in ("8", "d top-k", "d router")),
     ]
 

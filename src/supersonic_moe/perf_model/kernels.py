@@ -6,14 +6,14 @@ however often the gather reads them again. A variant differs from its step in wh
     up_projection_inference    no pre-activation
     wgrad_*_accumulate         fp32, read and written, of the experts that have rows; the others are left alone
 
-The quantisers write e4m3 (1 byte an element) and an fp32 scale a block (``kernels/block_format.py``). Where they
+The quantisers write e4m3 (1 byte an element) and an fp32 scale a block (``quantization/block_format.py``). Where they
 transpose for a weight gradient, rows become G positions: the rows of each expert padded to whole blocks of 128, as many
 as any routing may need.
 
     quantize_rows_x        x (T, H)               -> q (T, H), scales 1 x 128
     quantize_blocks_w1/2   w (E, N, K)            -> q, its transpose, scales 128 x 128 that both share
     quantize_columns_x     x gathered by position -> q (H, G), scales 1 x 128 along the positions
-    quantize_tiles_dz      dH (R, N1)             -> q (R, N1), scales 1 x 128; q (N1, G), scales 128 x 128
+    quantize_tiles_dz      dZ (R, N1)             -> q (R, N1), scales 1 x 128; q (N1, G), scales 128 x 128
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def kernel_steps(shape: LayerShape, *, gated: bool, element_bytes: int = 2) -> d
         "route_and_plan": Step("top-k, metadata", "forward", "scores, ids, offsets, row indices", 0, plan_bytes),
         "route_backward": step["d top-k"],
         "up_projection": step["1"],
-        "up_projection_inference": replace(step["1"], what="A without H", bytes=step["1"].bytes - b * R * N1),
+        "up_projection_inference": replace(step["1"], what="A without Z", bytes=step["1"].bytes - b * R * N1),
         "grouped_mm_y": step["2"],
         "gather_sum_out": step["3"],
         "down_backward": step["4"],
@@ -57,7 +57,7 @@ def kernel_steps(shape: LayerShape, *, gated: bool, element_bytes: int = 2) -> d
         "quantize_blocks_w1": Step("q w1", "forward", "W1 and W1^T in FP8", 0, passes["w1"]),
         "quantize_blocks_w2": Step("q w2", "forward", "W2 and W2^T in FP8", 0, passes["w2"]),
         "quantize_columns_x": Step("q x^T", "backward", "gather(X)^T in FP8", 0, passes["columns_x"]),
-        "quantize_tiles_dz": Step("q dz", "backward", "dH and dH^T in FP8", 0, passes["tiles_dh"]),
+        "quantize_tiles_dz": Step("q dz", "backward", "dZ and dZ^T in FP8", 0, passes["tiles_dh"]),
     }
 
 

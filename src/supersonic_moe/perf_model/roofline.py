@@ -6,13 +6,13 @@ b bytes an element.
 The steps are the eight kernels of SonicMoE (arXiv 2512.14080, section 4) with the router and the metadata around
 them:
 
-    forward    1  H, A = act(gather(X) @ W1)        2 R H N1 FLOPs
+    forward    1  Z, A = act(gather(X) @ W1)        2 R H N1 FLOPs
                2  Y = A @ W2                        2 R I H
                3  O = sum over k of s_k Y           bandwidth only
-    backward   4  dH, A', dS from gather(dO) @ W2^T 2 R H I
+    backward   4  dZ, A', dS from gather(dO) @ W2^T 2 R H I
                5  dW2 = gather(dO)^T @ A'           2 R H I
-               6  dX~ = dH @ W1^T                   2 R N1 H
-               7  dW1 = gather(X)^T @ dH            2 R H N1
+               6  dX~ = dZ @ W1^T                   2 R N1 H
+               7  dW1 = gather(X)^T @ dZ            2 R H N1
                8  dX = sum over k of dX~            bandwidth only
 
 They add up to 6 R H I FLOPs forward and 18 R H I forward + backward of a gated layer, 4 and 12 ungated. The router's
@@ -126,7 +126,7 @@ class Step:
         return self.flops / (machine.fp8_flops if self.fp8 else machine.matrix_flops) if self.flops else 0.0
 
 
-#: Step -> function of the backend that runs it (training/experts.py, routing/). A step without an entry is plain torch.
+#: Step -> function of the backend that runs it (training/bf16.py, routing/). A step without an entry is plain torch.
 STEP_KERNELS = {
     "top-k": "route_forward",
     "metadata": "build_plan",
@@ -171,19 +171,19 @@ def layer_steps(shape: LayerShape, *, gated: bool, element_bytes: int = 2) -> li
     pre, act = b * R * N1, b * R * I
     logits, router_weight = b * T * E, b * E * H
     scores, index = i * R, i * R
-    dgated = token_rows + w2_read + 2 * pre + act + 2 * scores + index  # H is read again to recompute A
+    dgated = token_rows + w2_read + 2 * pre + act + 2 * scores + index  # Z is read again to recompute A
     drouter = logits + 3 * token_rows + 2 * router_weight  # dX is read and written: this step adds to it
     return [
         Step("router", "forward", "router logits = X @ Wr", 2 * T * H * E, token_rows + router_weight + logits),
         Step("top-k", "forward", "scores, ids = softmax(top-k)", 0, logits + scores + index),
         Step("metadata", "forward", "expert offsets and row indices", 0, 5 * index + i * (E + 1)),
-        Step("1", "forward", "H, A = act(gather(X) @ W1)", 2 * R * H * N1, token_rows + w1_read + pre + act + index),
+        Step("1", "forward", "Z, A = act(gather(X) @ W1)", 2 * R * H * N1, token_rows + w1_read + pre + act + index),
         Step("2", "forward", "Y = A @ W2", 2 * R * I * H, act + w2_read + routed_rows),
         Step("3", "forward", "O = gather-and-sum of scores * Y", 0, routed_rows + scores + index + token_rows),
-        Step("4", "backward", "dH, A', dS of gather(dO) @ W2^T", 2 * R * H * I, dgated),
+        Step("4", "backward", "dZ, A', dS of gather(dO) @ W2^T", 2 * R * H * I, dgated),
         Step("5", "backward", "dW2 = gather(dO)^T @ A'", 2 * R * H * I, token_rows + act + w2_written + index),
-        Step("6", "backward", "dX~ = dH @ W1^T", 2 * R * N1 * H, pre + w1_read + routed_rows),
-        Step("7", "backward", "dW1 = gather(X)^T @ dH", 2 * R * H * N1, token_rows + pre + w1_written + index),
+        Step("6", "backward", "dX~ = dZ @ W1^T", 2 * R * N1 * H, pre + w1_read + routed_rows),
+        Step("7", "backward", "dW1 = gather(X)^T @ dZ", 2 * R * H * N1, token_rows + pre + w1_written + index),
         Step("8", "backward", "dX = gather-and-sum of dX~", 0, routed_rows + index + token_rows),
         Step("d top-k", "backward", "d logits from dS", 0, 2 * scores + index + logits),
         Step("d router", "backward", "dX += d logits @ Wr^T, dWr", 4 * T * H * E, drouter),

@@ -1,4 +1,4 @@
-// Small kernels that use each instruction wrapper which the self test does not; tests/test_gpu_jit.py checks their results.
+// Small kernels that use each instruction wrapper which the self test does not; tests/jit/test_gpu_jit.py checks their results.
 #include "ptx/barrier.cuh"
 #include "ptx/copy.cuh"
 #include "ptx/types.cuh"

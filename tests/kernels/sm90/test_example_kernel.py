@@ -15,10 +15,9 @@ from sass import opcodes, sass
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
-
 from supersonic_moe.jit import KernelSpec
 from supersonic_moe.jit.build import build
-from supersonic_moe.jit.cache import CubinCache
+from supersonic_moe.kernels.interface import Rows
 
 FOLDER = Path(__file__).parent / "example"
 PAGE = Path(__file__).parents[3] / "docs" / "adding-a-kernel.md"
@@ -41,7 +40,7 @@ def test_the_page_shows_the_files() -> None:
 
 @pytest.mark.parametrize("spec", example().SPECS, ids=str)
 def test_it_compiles_without_spills(spec: KernelSpec) -> None:
-    cubin = build(spec, CubinCache(None))
+    cubin = build(spec)
     resources = cubin.report.kernel(spec.name)
     assert (resources.spill_store_bytes, resources.spill_load_bytes, resources.stack_bytes) == (0, 0, 0)
     found = opcodes(sass(cubin.image))[spec.name]
@@ -54,7 +53,7 @@ def test_it_multiplies(counts: list[int]) -> None:
     offsets, (a,) = case(counts, 3, 136)
     b = torch.randn(len(counts), 264, 136, device=CUDA, dtype=torch.bfloat16).transpose(1, 2)
     scale = torch.rand(a.shape[0], device=CUDA)
-    got = example().row_scaled_mm(a, b, scale, offsets)
+    got = example().row_scaled_mm(Rows(a), b, scale, offsets)
     for e, rows in segments(offsets):
         want = scale[rows, None].double() * (a[rows].double() @ b[e].double())
         assert rows.start == rows.stop or oracle.rel_fro(got[rows], want) < 3e-3, f"expert {e}"

@@ -77,7 +77,7 @@ POLICIES = [
 
 @pytest.mark.parametrize(("spec", "instruction"), [*CONFIGURATIONS, *POLICIES], ids=str)
 def test_parts_compile_without_spills(spec: KernelSpec, instruction: str) -> None:
-    cubin = build(spec, CubinCache(None))
+    cubin = build(spec)
     resources = cubin.report.kernel(spec.name)
     assert (resources.spill_store_bytes, resources.spill_load_bytes, resources.stack_bytes) == (0, 0, 0)
     assert instruction in sass(cubin.image)
@@ -86,12 +86,12 @@ def test_parts_compile_without_spills(spec: KernelSpec, instruction: str) -> Non
 def test_rows_that_arrive_late_are_not_read_through_the_read_only_cache() -> None:
     config = f"{PLAIN}, .cluster = 2, .gather = true"
     for ready, read_only in (("start", True), ("count", False)):
-        text = sass(build(plain(config, ready=ready), CubinCache(None)).image)
+        text = sass(build(plain(config, ready=ready)).image)
         assert ("LDG.E.CONSTANT" in text) == read_only
 
 
 def test_two_configurations_in_one_translation_unit() -> None:
-    cubin = build(plain(f"{PLAIN}, .cluster = 2, .gather = true", GATHERING), CubinCache(None))
+    cubin = build(plain(f"{PLAIN}, .cluster = 2, .gather = true", GATHERING))
     for name in ("plain_a", "plain_b"):
         resources = cubin.report.kernel(name)
         assert (resources.spill_store_bytes, resources.spill_load_bytes, resources.stack_bytes) == (0, 0, 0)

@@ -1,7 +1,7 @@
 """Expert activation and its backward on pre-activations, in the accumulation dtype.
 
-forward:   a = act(h + b1[expert])
-backward:  ds = <da, a>      as = s * a      dh = act'(h + b1) * (s * da)
+forward:   a = act(z + b1[expert])
+backward:  ds = <da, a>      as = s * a      dz = act'(z + b1) * (s * da)
 
 with s the row's router score. ``da = dO W2`` is the gradient *before* the score, hence ds = <dO, Y> without Y
 (SonicMoE, arXiv 2512.14080 §3).

@@ -1,6 +1,6 @@
 """The expert MLPs in FP8, forward and backward, as arithmetic: what the FP8 kernels of any backend must compute.
 
-The dataflow is that of ``training/experts.py``. Every operand of a GEMM passes through the format in which the kernels
+The dataflow is that of ``training/bf16.py``. Every operand of a GEMM passes through the format in which the kernels
 hold it, and comes back as the numbers that format stands for; everything between two formats is exact in fp32 (fp64 for
 fp64 inputs), with no rounding at stores. So the difference to the same layer in fp32 is what the formats cost, and the
 difference of a GPU kernel to this file is what that kernel adds.
@@ -8,9 +8,9 @@ difference of a GPU kernel to this file is what that kernel adds.
     q: through e4m3 1 x 128 (rows of activations), 128 x 128 (weights), or 1 x 128 along tokens (columns: q_T)
 
     forward                                        backward
-    H  = gather(q(x)) q(W1)^T                      dA  = gather(q(dO)) q(W2)
-    A  = act(H + b1)                               dS  = <dA, A> + <dO~, b2>     A from the saved H: q(H), bf16(H) or H
-    Y  = q(A) q(W2)^T                              dZ  = act'(H + b1) * (s dA)
+    Z  = gather(q(x)) q(W1)^T                      dA  = gather(q(dO)) q(W2)
+    A  = act(Z + b1)                               dS  = <dA, A> + <dO~, b2>     A from the saved Z: q(Z), bf16(Z) or Z
+    Y  = q(A) q(W2)^T                              dZ  = act'(Z + b1) * (s dA)
     O  = sum over the token's rows of s (Y + b2)   dW2 = q_T(dO~)^T q_T(s A)     dW1 = q_T(dZ)^T q_T(X~)
                                                    db1, db2: sums over rows of dZ and s dO~
                                                    dx  = sum over the token's rows of q(dZ) q(W1)

@@ -1,4 +1,4 @@
-"""The FP8 quantisers in plain torch, any device: the definition that ``kernels/block_format.py`` gives in words.
+"""The FP8 quantisers in plain torch, any device: the definition that ``quantization/block_format.py`` gives in words.
 
 Shapes: R rows, C columns, E experts, N and K the sides of a weight, P rows of a routing plan, G positions (the rows of
 each expert, padded to blocks of 128).

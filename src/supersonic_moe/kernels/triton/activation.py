@@ -1,13 +1,13 @@
 """Expert activation, and its backward fused with the router score; maths in fp32, one rounding at each store.
 
-    forward    a = act(h + b1[expert])
-    backward   ds = <da, a>      as = s * a      dh = act'(h + b1[expert]) * (s * da)
+    forward    a = act(z + b1[expert])
+    backward   ds = <da, a>      as = s * a      dz = act'(z + b1[expert]) * (s * da)
 
 with s the score of the row and da the gradient before the score, so that ds = <dO, Y> comes without Y. A row of score
-0 (all padding and dead rows) gets exact zeros in dh and as by selection, whatever h and da hold there: no product
+0 (all padding and dead rows) gets exact zeros in dz and as by selection, whatever z and da hold there: no product
 with uninitialised memory reaches a weight gradient.
 
-Layout: h (P, N1) with N1 = 2I gated, I otherwise; a, da, as (P, I). Interleaved pairs g0, u0, g1, u1.. are loaded as
+Layout: z (P, N1) with N1 = 2I gated, I otherwise; a, da, as (P, I). Interleaved pairs g0, u0, g1, u1.. are loaded as
 one run of 2 * BLOCK_I columns and split in registers, because a stride-2 load would fetch every sector twice; the
 concatenated layouts take two runs. The backward program owns whole rows, so ds is one sum in a fixed order.
 

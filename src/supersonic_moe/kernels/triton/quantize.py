@@ -1,6 +1,6 @@
 """FP8 quantisers: rows, weight blocks, and operands of weight gradients, each in one pass over its bf16 input.
 
-The arithmetic is that of ``kernels/block_format.py``, bit for bit. What costs time is moving bytes, and turning tiles:
+The arithmetic is that of ``quantization/block_format.py``, bit for bit. Moving bytes and turning tiles cost time:
 
 * ``quantize_rows``: a program owns a few rows of a few 128-column blocks; each maximum takes three warp shuffles.
 * ``quantize_weights``, ``quantize_columns``: a program owns a tile of 128 x 128 elements and writes

@@ -2,8 +2,8 @@
 docs/adding-a-kernel.md.
 
 Layout (row-major)
-    A (P, K) bf16, rows sorted by expert; B (E, K, N) bf16, K contiguous; s (P) fp32; D (P, N) bf16. offsets (E + 1)
-    int32 on the device; rows past offsets[E] are not written.
+    A (P, K) bf16, or (T, K) through an index of P rows sorted by expert; B (E, K, N) bf16, K contiguous; s (P) fp32;
+    D (P, N) bf16. offsets (E + 1) int32 on the device; rows past offsets[E] are not written.
 Maths
     fp32 accumulation, one product by s, one rounding. N and K are multiples of 8.
 Cost
@@ -16,54 +16,47 @@ import functools
 from dataclasses import replace
 from pathlib import Path
 
-from supersonic_moe.kernels.sm90.mainloop import (
-    BLOCK_K,
-    BLOCK_M,
-    BLOCK_N,
-    OPCODES,
-    WARP_ROWS,
-    cluster_size,
-    mainloop_spec,
-    multiprocessors,
-)
 from torch import Tensor
 
-from supersonic_moe.jit.launch import I32, I64, PTR, TENSOR_MAP, Kernel, on_device
+from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
+from supersonic_moe.kernels.interface import Rows
+from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, OPCODES, GemmConfig, choose, config_of
+from supersonic_moe.kernels.sm90.operands import map_of_rows, map_of_stored_rows
 
 
-def _spec(cluster: int) -> KernelSpec:
-    spec = mainloop_spec("row_scaled_gemm", cluster=cluster, gather=False, opcodes=OPCODES)
-    return replace(spec, root=Path(__file__).parent)
+def _spec(config: GemmConfig) -> KernelSpec:
+    return replace(config.spec("row_scaled_gemm", OPCODES), root=Path(__file__).parent)
 
 
-SPECS = (_spec(1), _spec(2))
+SPECS = tuple(_spec(config_of(BLOCK_N, cluster, gather)) for cluster in (1, 2) for gather in (False, True))
 
 
 @functools.cache
-def _kernel(cluster: int) -> Kernel:
-    return Kernel(_spec(cluster), (*[TENSOR_MAP] * 3, PTR, PTR, I32, I32, I32, PTR, PTR, I64))
+def _kernel(config: GemmConfig) -> Kernel:
+    return Kernel(_spec(config))
 
 
-def row_scaled_mm(a_PK: Tensor, b_EKN: Tensor, scale_P: Tensor, expert_offsets: Tensor) -> Tensor:
+def row_scaled_mm(a: Rows[Tensor], b_EKN: Tensor, scale_P: Tensor, expert_offsets: Tensor) -> Tensor:
     """(P, N) bf16; rows at and past ``expert_offsets[-1]`` are undefined."""
-    rows, (num_experts, depth, columns) = a_PK.shape[0], b_EKN.shape
-    d_PN = a_PK.new_empty(rows, columns)
-    cluster = cluster_size(rows, num_experts)
-    with on_device(a_PK):
-        _kernel(cluster).launch(
-            (multiprocessors(a_PK.device.index) // cluster * cluster, 1, 1),
-            tensor_map(a_PK, box=(BLOCK_M, BLOCK_K)),
-            tensor_map(b_EKN.transpose(1, 2), box=(1, BLOCK_N // cluster, BLOCK_K)),
-            tensor_map(d_PN.view(rows, 1, columns), box=(WARP_ROWS, 1, 64)),
-            expert_offsets,
-            None,
-            num_experts,
-            columns,
-            -(-depth // BLOCK_K),
-            scale_P,
-            d_PN,
-            d_PN.stride(0) * 2,
+    a_TK, index = a
+    num_experts, depth, columns = b_EKN.shape
+    d_PN = a_TK.new_empty(a.num_rows, columns)
+    config = choose(columns, gather=index is not None, rows=a.num_rows // num_experts)
+    with on_device(a_TK):
+        _kernel(config).launch(
+            config.grid(a_TK.get_device()),
+            map_a=map_of_rows(a_TK, index, box=(BLOCK_M, config.block_k)),
+            map_b=tensor_map(b_EKN.transpose(1, 2), box=(1, config.block_n // config.cluster, config.block_k)),
+            map_d=map_of_stored_rows(d_PN),
+            offsets=expert_offsets,
+            index=index,
+            experts=num_experts,
+            columns=columns,
+            blocks_k=-(-depth // config.block_k),
+            scales=scale_P,
+            d=d_PN,
+            d_row_bytes=d_PN.stride(0) * 2,
         )
     return d_PN
