@@ -9,7 +9,8 @@ of Triton are in ``kernels/triton/launch.py``, which takes them only from versio
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -76,9 +77,14 @@ def base_of(tensor: Tensor) -> Tensor:
     return tensor if base is None else base
 
 
-def version_of(tensor: Tensor) -> int:
-    """How many times a tensor was changed in place, by torch's count; where there is none, another number each time, so
-    that nothing counts as unchanged.
+_counted = operator.attrgetter("_version")
+
+
+def versions_of(tensors: Sequence[Tensor]) -> list[int]:
+    """How many times each tensor was changed in place, by torch's count; where there is none, another number each time,
+    so that nothing counts as unchanged. A map without Python code, because it runs for all weights in each pass.
     """
-    version: int | None = getattr(tensor, "_version", None)
-    return next(_never_twice) if version is None else version
+    try:
+        return list(map(_counted, tensors))
+    except AttributeError:
+        return [next(_never_twice) for _ in tensors]

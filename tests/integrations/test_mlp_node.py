@@ -33,8 +33,10 @@ from trainer_experts import (
 )
 
 import supersonic_moe as sm
-from supersonic_moe import Fp8Recipe, GateUpLayout, SonicMoEMlpNode, mlp_node
+from supersonic_moe import Fp8Recipe, GateUpLayout, SonicMoEMlpNode
 from supersonic_moe.config.activation import as_activation
+from supersonic_moe.integrations import mlp_node
+from supersonic_moe.training import expert_store
 
 # ---- sums ------------------------------------------------------------------------------------------------------------
 
@@ -208,8 +210,8 @@ def test_interleaved_schedules_give_the_bits_of_sequential_ones(schedule, fp8):
 
 def test_weights_are_copied_once_a_step_and_anew_after_it(monkeypatch):
     """With updates that show no sign: ``.data`` written in place, as Megatron does after its optimizer."""
-    copies, stacked = [], mlp_node._stacked
-    monkeypatch.setattr(mlp_node, "_stacked", lambda *args: copies.append(1) or stacked(*args))
+    copies, stacked = [], expert_store._stacked
+    monkeypatch.setattr(expert_store, "_stacked", lambda *args: copies.append(1) or stacked(*args))
     node, weights = small()
     reference = [w.detach().clone().requires_grad_() for w in weights]
     for step in range(3):
@@ -263,9 +265,9 @@ def test_an_optimizer_without_signs_makes_the_next_forward_copy_anew():
 def test_copies_serve_one_mode_one_stream_and_one_recipe(monkeypatch):
     """All in one step, in which a backward waits."""
     stacks, plans, place = [], [], [(7, False)]
-    stacked, compute = mlp_node._stacked, mlp_node.experts_from_plan
-    monkeypatch.setattr(mlp_node, "_place", lambda device: place[0])
-    monkeypatch.setattr(mlp_node, "_stacked", lambda *args: stacks.append(1) or stacked(*args))
+    stacked, compute = expert_store._stacked, mlp_node.experts_from_plan
+    monkeypatch.setattr(expert_store, "_place", lambda device: place[0])
+    monkeypatch.setattr(expert_store, "_stacked", lambda *args: stacks.append(1) or stacked(*args))
     monkeypatch.setattr(
         mlp_node, "experts_from_plan", lambda x, s, plan, *a, **k: plans.append(plan) or compute(x, s, plan, *a, **k)
     )

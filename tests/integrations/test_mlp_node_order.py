@@ -25,8 +25,9 @@ from trainer_experts import (
     swap_data,
 )
 
-from supersonic_moe import GateUpLayout, SonicMoEMlpNode, mlp_node
+from supersonic_moe import GateUpLayout, SonicMoEMlpNode
 from supersonic_moe.config.activation import as_activation
+from supersonic_moe.training import expert_store
 
 # ---- order -----------------------------------------------------------------------------------------------------------
 
@@ -143,7 +144,7 @@ def test_an_optimizer_of_other_parameters_warns_and_weights_are_copied_anew():
 
 def test_a_step_stays_on_one_stream_and_in_one_capture(monkeypatch):
     place = [(7, False)]
-    monkeypatch.setattr(mlp_node, "_place", lambda device: place[0])
+    monkeypatch.setattr(expert_store, "_place", lambda device: place[0])
     (node, weights), batch = small(), batch32()
     outs = [node(*batch), node(*batch)]
     outs[0].sum().backward()

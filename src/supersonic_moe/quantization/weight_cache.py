@@ -39,13 +39,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from supersonic_moe.private_api import base_of, version_of
+from supersonic_moe.private_api import base_of, versions_of
 
 
 class Fp8Weight(NamedTuple):
@@ -125,14 +125,18 @@ class WeightCache:
         return [self._entries[i].quantized for i in everything]
 
 
+def signs_of(weights: Sequence[Tensor]) -> tuple[list[Any], ...]:
+    """Signs of a change, a list for each sign: versions, pointers, strides. Maps without Python code, because a layer
+    with many experts asks in each pass.
+    """
+    return versions_of(weights), list(map(Tensor.data_ptr, weights)), list(map(Tensor.stride, weights))
+
+
 def _signs(weight: Tensor) -> tuple[object, ...]:
     stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else 0
-    place = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, weight.device, stream)
-    return (
-        version_of(weight),
-        *place,
-        torch.is_inference_mode_enabled(),
-    )  # inference tensors cannot be saved for backward
+    place = (weight.shape, weight.dtype, weight.device, stream)
+    inference_mode = torch.is_inference_mode_enabled()  # inference tensors cannot be saved for backward
+    return *signs_of((weight,)), *place, inference_mode
 
 
 def _capturing(weight: Tensor) -> bool:

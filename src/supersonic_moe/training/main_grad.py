@@ -21,6 +21,8 @@ breaks the graph for Megatron's parameters. Parameters that FSDP shards have no 
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor
 
@@ -28,15 +30,22 @@ from supersonic_moe import checks
 from supersonic_moe.training.arguments import Inputs, MainGrads
 
 
+def gradient_dtype(weight: Tensor) -> torch.dtype:
+    """In which gradients of ``weight`` are accumulated: fp32, or fp64 for an fp64 weight."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def fits(main: object, weight: Tensor) -> TypeGuard[Tensor]:
+    """Whether ``main`` can hold gradients of ``weight``: a tensor of that dtype, with the weight's shape and device."""
+    expected = (gradient_dtype(weight), weight.shape, weight.device)
+    return isinstance(main, Tensor) and (main.dtype, main.shape, main.device) == expected
+
+
 def main_grad_of(name: str, weight: Tensor) -> Tensor:
     """The buffer of ``weight``: contiguous, fp32 (fp64 for an fp64 weight), and aligned to 16 bytes for TMA."""
     main = getattr(weight, "main_grad", None)
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    if (
-        not isinstance(main, Tensor)
-        or (main.dtype, main.shape, main.device) != (dtype, weight.shape, weight.device)
-        or not main.is_contiguous()
-    ):
+    dtype = gradient_dtype(weight)
+    if not fits(main, weight) or not main.is_contiguous():
         strides = f" with strides {main.stride()}" if isinstance(main, Tensor) else ""
         raise ValueError(
             f"accumulate_into_main_grad needs {name}.main_grad to be a contiguous {str(dtype).removeprefix('torch.')} "

@@ -1,0 +1,1 @@
+"""The experts in the shape that trainers of other projects expect."""
