@@ -178,7 +178,7 @@ def test_a_launch_hands_the_driver_grid_stream_and_arguments(spec: KernelSpec, m
         kernel.launch((4, 2, 1), map=b"c" * 128, x=16, n=7)
     fake.parameter_sizes = [128, 8, 8]
     with pytest.raises(LaunchError, match=r"of \[128, 8, 8\] bytes, and its source says scale\(.*128, 8, 4\]"):
-        Kernel(spec).prepare()
+        Kernel(spec).launch((4, 2, 1), map=b"c" * 128, x=16, n=7)
 
 
 def test_tensors_are_passed_by_address_on_their_device_only(spec: KernelSpec, machine: Machine) -> None:
@@ -248,7 +248,7 @@ def test_a_tensor_map_is_encoded_once_with_dimensions_reversed(monkeypatch: pyte
     dims = ([64, 300, 5], [160, 60000], [64, 128, 1], [1, 1, 1])
     (call,) = calls
     assert call == (9, 3, 1 << 20, dims[0], [*dims[1], 0], dims[2], dims[3], 0, 3, 3, 0)
-    assert tensor_map(2 << 20, box=(1, 128, 32), swizzle=64, **(layout | {"shape": (5, 300, 32)}), l2_promotion=0)
+    assert tensor_map(2 << 20, box=(1, 128, 32), swizzle=64, **(layout | {"shape": (5, 300, 32)}))
     tma_module._cached.cache_clear()
 
 
@@ -281,8 +281,6 @@ BAD_MAPS = [
     ({"box": (64,)}, "one stride and one box size"),
     ({"dtype": torch.float64}, "no tensor map for torch.float64"),
     ({"swizzle": 16}, "swizzle must be one of"),
-    ({"l2_promotion": 32}, "l2_promotion must be one of"),
-    ({"dtype": torch.uint8, "oob_nan": True}, "oob_nan needs bfloat16 or float32"),
     ({"shape": (0, 64)}, "skip the launch when empty"),
     ({"address": 1 << 20 | 8}, "multiples of 16 bytes, got 0x100008"),
     ({"strides": (64, 2)}, "last dimension must be contiguous"),

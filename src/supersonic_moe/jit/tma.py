@@ -1,7 +1,7 @@
 """Tensor maps: the 128-byte descriptors from which TMA instructions take a tensor's address, shape, strides and tile.
 
     map_x = tensor_map(x_TH, box=(128, 64))      # tiles of 128 rows x 64 bf16 = 128 bytes, 128-byte swizzle
-    kernel.launch(grid, map_x, ...)              # kernel side: const __grid_constant__ TensorMap map_x
+    kernel.launch(grid, map_x=map_x, ...)        # kernel side: const __grid_constant__ TensorMap map_x
     tma_load(tile, &map_x, barrier, column, row) # device coordinates count innermost first
 
 `shape`, `strides` and `box` are written as in PyTorch, outermost first, in elements. A descriptor depends on nothing
@@ -30,7 +30,6 @@ _DTYPES = {
     torch.float8_e4m3fn: "UINT8",
 }
 _SWIZZLES = {0: "NONE", 32: "32B", 64: "64B", 128: "128B"}
-_L2_PROMOTIONS = {0: "NONE", 64: "L2_64B", 128: "L2_128B", 256: "L2_256B"}
 _ALIGNMENT = 64  # of the descriptor itself
 
 
@@ -46,10 +45,9 @@ def tensor_map(
     dtype: torch.dtype | None = None,
     shape: tuple[int, ...] | None = None,
     strides: tuple[int, ...] | None = None,
-    l2_promotion: int = 256,
-    oob_nan: bool = False,
 ) -> TensorMap:
-    """The descriptor for tiles of `box` elements of `tensor`.
+    """The descriptor for tiles of `box` elements of `tensor`. Elements outside the tensor load as zeros; a miss in L2
+    fetches 256 bytes.
 
     Args:
         tensor: a tensor of rank 1 to 5, or a device address, which then needs `dtype`, `shape` and `strides`; for a
@@ -57,8 +55,6 @@ def tensor_map(
         box: tile size; at most 256 in each dimension.
         swizzle: bytes of a swizzled line in shared memory: 128, 64, 32, or 0 for rows packed as they are. wgmma
             operands want 128.
-        l2_promotion: bytes that an L2 miss fetches: 256, 128, 64, or 0 for just the sectors asked for.
-        oob_nan: fill elements outside the tensor with NaN instead of zero (floating-point types only).
     """
     if isinstance(tensor, Tensor):
         address = tensor.data_ptr()
@@ -69,7 +65,7 @@ def tensor_map(
         address = tensor
         if dtype is None or shape is None or strides is None:
             raise TensorMapError("a tensor map of a plain address needs dtype, shape and strides")
-    return _cached(address, dtype, shape, strides, box, swizzle, l2_promotion, oob_nan)
+    return _cached(address, dtype, shape, strides, box, swizzle)
 
 
 @functools.lru_cache(maxsize=CACHED_MAPS)
@@ -80,10 +76,8 @@ def _cached(
     strides: tuple[int, ...],
     box: tuple[int, ...],
     swizzle: int,
-    l2_promotion: int,
-    oob_nan: bool,
 ) -> TensorMap:
-    check(address, dtype, shape, strides, box, swizzle, l2_promotion, oob_nan)
+    check(address, dtype, shape, strides, box, swizzle)
     driver = binding()
     make_context_current(torch.cuda.current_device())
     rank = len(shape)
@@ -101,8 +95,8 @@ def _cached(
         (ctypes.c_uint32 * rank)(*[1] * rank),
         int(driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE),
         int(getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{_SWIZZLES[swizzle]}")),
-        int(getattr(driver.CUtensorMapL2promotion, f"CU_TENSOR_MAP_L2_PROMOTION_{_L2_PROMOTIONS[l2_promotion]}")),
-        int(oob_nan),  # CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE is 0, ..._NAN_REQUEST_ZERO_FMA is 1
+        int(driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B),
+        int(driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
     )
     if result != 0:
         raise TensorMapError(
@@ -119,8 +113,6 @@ def check(
     strides: tuple[int, ...],
     box: tuple[int, ...],
     swizzle: int,
-    l2_promotion: int,
-    oob_nan: bool,
 ) -> None:
     """Raise TensorMapError with the rule, the value and the fix for whatever TMA cannot take."""
     rank = len(shape)
@@ -133,10 +125,6 @@ def check(
         raise TensorMapError(f"no tensor map for {dtype}; supported: {', '.join(str(known) for known in _DTYPES)}")
     if swizzle not in _SWIZZLES:
         raise TensorMapError(f"swizzle must be one of {sorted(_SWIZZLES)} bytes, got {swizzle}")
-    if l2_promotion not in _L2_PROMOTIONS:
-        raise TensorMapError(f"l2_promotion must be one of {sorted(_L2_PROMOTIONS)} bytes, got {l2_promotion}")
-    if oob_nan and dtype not in (torch.bfloat16, torch.float32):
-        raise TensorMapError(f"oob_nan needs bfloat16 or float32, got {dtype}; drop it to fill with zeros")
     if any(not 1 <= size <= 2**32 for size in shape):
         raise TensorMapError(
             f"each dimension must have 1 to 2**32 elements, got shape {shape}; skip the launch when empty"
