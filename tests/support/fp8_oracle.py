@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
+from fp8_layer import fp8_backward, fp8_forward
 from torch import Tensor
 
 import supersonic_moe as sm
 from supersonic_moe.config.activation import Activation, GateUpLayout
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe
-from supersonic_moe.kernels.reference.fp8_layer import fp8_backward, fp8_forward
 
 
 class Layer:

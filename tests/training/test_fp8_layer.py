@@ -1,4 +1,4 @@
-"""The FP8 training layer: its dataflow in fp64, its bits against ``kernels/reference/fp8_layer.py``, its
+"""The FP8 training layer: its dataflow in fp64, its bits against ``tests/support/fp8_layer.py``, its
 accuracy against fp32, and what it saves.
 """
 
@@ -11,6 +11,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import fp8_layer
 import pytest
 import torch
 from fp8_moe import E, H, I, K, T, experts_of, moe, step, tokens
@@ -24,7 +25,6 @@ from supersonic_moe.config.activation import Activation, ActivationType, GateUpL
 from supersonic_moe.kernels import reference, registry
 from supersonic_moe.kernels.compose import ComposedFp8
 from supersonic_moe.kernels.interface import Backend, BothOrders, Quantized, Rows
-from supersonic_moe.kernels.reference import fp8_layer
 from supersonic_moe.kernels.reference.gather import gather_rows
 from supersonic_moe.quantization.block_format import blocks
 from supersonic_moe.training.arguments import Weight

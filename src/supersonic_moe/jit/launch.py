@@ -61,10 +61,6 @@ class Kernel:
             self._cubin = build(self.spec)
         return self._cubin
 
-    def prepare(self) -> None:
-        """Do all one-time work for the current device, so that the first launch is as short as the others."""
-        self._slots(torch.cuda.current_device())
-
     def _slots(self, device: int) -> "_Slots":
         """The launch state of this thread on `device`, created at the first call."""
         with self._load_lock:

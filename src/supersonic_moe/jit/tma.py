@@ -1,7 +1,7 @@
 """Tensor maps: the 128-byte descriptors from which TMA instructions take a tensor's address, shape, strides and tile.
 
     map_x = tensor_map(x_TH, box=(128, 64))      # tiles of 128 rows x 64 bf16 = 128 bytes, 128-byte swizzle
-    kernel.launch(grid, map_x, ...)              # kernel side: const __grid_constant__ TensorMap map_x
+    kernel.launch(grid, map_x=map_x, ...)        # kernel side: const __grid_constant__ TensorMap map_x
     tma_load(tile, &map_x, barrier, column, row) # device coordinates count innermost first
 
 `shape`, `strides` and `box` are written as in PyTorch, outermost first, in elements. A descriptor depends on nothing

@@ -6,8 +6,10 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import fp8_layer
 import pytest
 import torch
+from fp8_layer import fp8_forward
 from fp8_oracle import (
     COSINES,
     LIMITS,
@@ -28,8 +30,6 @@ from torch import Tensor
 import supersonic_moe as sm
 from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout, as_activation
 from supersonic_moe.config.recipe import Fp8Recipe, as_recipe
-from supersonic_moe.kernels.reference import fp8_layer
-from supersonic_moe.kernels.reference.fp8_layer import fp8_forward
 from supersonic_moe.kernels.reference.gather import gather_rows
 from supersonic_moe.kernels.reference.quantize import dequantize, quantize_blocks, quantize_rows
 

@@ -7,12 +7,12 @@ import itertools
 import oracle
 import pytest
 import torch
+from fp8_products import exact_grouped_mm_wgrad
 from grouped_cases import CUDA, GROUPS, case, segments
 from poison import poisoned_allocations  # noqa: F401
 from torch import Tensor
 
 from supersonic_moe.kernels.interface import Quantized
-from supersonic_moe.kernels.reference.quantize import fp8_grouped_wgrad_reference
 from supersonic_moe.kernels.sm90.grouped_wgrad_fp8 import grouped_mm_wgrad_fp8
 from supersonic_moe.kernels.triton.pad_segments import pad_segments
 from supersonic_moe.kernels.triton.quantize import quantize_columns
@@ -48,7 +48,7 @@ def operands(counts: list[int], m: int, n: int, positive: bool = False) -> tuple
 def test_every_output(counts: list[int], m: int, n: int, positive: bool) -> None:
     """fp32 against fp64; bf16 is its rounding, a transpose its transpose, and += one addition to each element."""
     arguments, shape = operands(counts, m, n, positive), (len(counts), m, n)
-    want = fp8_grouped_wgrad_reference(*arguments)
+    want = exact_grouped_mm_wgrad(*arguments)
     exact = grouped_mm_wgrad_fp8(*arguments, torch.full(shape, float("nan"), device=CUDA))
     for e, part in segments(arguments[-1]):
         if part.start == part.stop:
@@ -79,7 +79,7 @@ def test_many_laps_and_tiles_with_empty_experts_between() -> None:
     counts = list(itertools.islice(itertools.cycle([4097, 0, 130, 0, 0, 1, 640, 257]), 24))
     arguments = operands(counts, 520, 776)
     exact = grouped_mm_wgrad_fp8(*arguments, torch.full((24, 520, 776), float("nan"), device=CUDA))
-    want = fp8_grouped_wgrad_reference(*arguments)
+    want = exact_grouped_mm_wgrad(*arguments)
     for e, count in enumerate(counts):
         assert oracle.rel_fro(exact[e], want[e]) < 1e-3 if count else (exact[e] == 0).all(), f"expert {e}"
     for _ in range(20):

@@ -144,13 +144,3 @@ def grouped_mm_wgrad_fp8(
     a, b = dequantize(*a_MG, torch.float32), dequantize(*b_NG, torch.float32)
     dw = grouped_mm_wgrad(Rows(a.T), b.T, padded_offsets, out, transposed=transposed, accumulate=accumulate)
     return dw if out is not None else dw.bfloat16()
-
-
-def fp8_grouped_mm_reference(a_PK: Quantized, b_ENK: Quantized, expert_offsets: Tensor) -> Tensor:
-    """(P, N) fp64: rows of expert e are a[rows] @ b[e].T, the product of the dequantised operands."""
-    return grouped_mm(Rows(dequantize(*a_PK)), dequantize(*b_ENK).mT, expert_offsets)
-
-
-def fp8_grouped_wgrad_reference(a_MG: Quantized, b_NG: Quantized, padded_offsets: Tensor) -> Tensor:
-    """(E, M, N) fp64: a[:, positions of e] @ b[:, positions of e].T of the dequantised operands."""
-    return grouped_mm_wgrad(Rows(dequantize(*a_MG).T), dequantize(*b_NG).T, padded_offsets)
