@@ -164,19 +164,21 @@ def _pair(index: int, expert: object) -> tuple[Tensor, Tensor]:
                 "Pass [(w1, w2), ...], the weights of each expert."
             )
         first, second = (getattr(expert, name) for name in found[0])
-    return _weight(name_of("w1", index), first), _weight(name_of("w2", index), second)
+    return _weight("w1", index, first), _weight("w2", index, second)
 
 
-def _weight(name: str, projection: Any) -> Tensor:
+def _weight(which: str, expert: int, projection: Any) -> Tensor:
     if isinstance(projection, Tensor):
         return projection
     weight, bias = getattr(projection, "weight", None), getattr(projection, "bias", None)
     if not isinstance(weight, Tensor):
-        raise TypeError(f"{name} must be a tensor, or a module with a weight; got {checks.describe(projection)}.")
+        raise TypeError(
+            f"{name_of(which, expert)} must be a tensor, or a module with a weight; got {checks.describe(projection)}."
+        )
     if isinstance(bias, Tensor) and bias.numel():
         raise ValueError(
-            f"{name} must have no bias; got {checks.describe(bias)}. Build the experts without (bias=False, "
-            "add_bias_linear=False), or use experts_from_plan, which takes b1 and b2."
+            f"{name_of(which, expert)} must have no bias; got {checks.describe(bias)}. Build the experts without "
+            "(bias=False, add_bias_linear=False), or use experts_from_plan, which takes b1 and b2."
         )
     return weight
 

@@ -185,7 +185,7 @@ class ExpertStore:
         for which, buffer in self._buffers.items():
             for e, (p, dw) in enumerate(zip(parameters[which], buffer.unbind(), strict=True)):
                 if p.requires_grad:
-                    mains.append(_main_grad(name_of(which, e), p))
+                    mains.append(_main_grad(which, e, p))
                     sums.append(dw.T if self._transposed else dw)
         add_each(mains, sums)
 
@@ -355,13 +355,14 @@ def _stacked(parameters: list[Tensor], shape: tuple[int, int], transposed: bool,
     return w.requires_grad_(any(p.requires_grad for p in parameters))
 
 
-def _main_grad(name: str, p: Tensor) -> Tensor:
+def _main_grad(which: str, expert: int, p: Tensor) -> Tensor:
     main = getattr(p, "main_grad", None)
     if not fits(main, p):
         raise ValueError(
-            f"step() needs main_grad of {name} to be a {str(gradient_dtype(p)).removeprefix('torch.')} tensor of shape "
-            f"{tuple(p.shape)} on {p.device}; got {checks.describe(main)}. Set it on the parameter itself before "
-            "step(), e.g. to torch.zeros_like(p, dtype=torch.float32); no gradient is lost, call step() again."
+            f"step() needs main_grad of {name_of(which, expert)} to be a "
+            f"{str(gradient_dtype(p)).removeprefix('torch.')} tensor of shape {tuple(p.shape)} on {p.device}; got "
+            f"{checks.describe(main)}. Set it on the parameter itself before step(), e.g. to torch.zeros_like(p, "
+            "dtype=torch.float32); no gradient is lost, call step() again."
         )
     return main
 
