@@ -178,7 +178,7 @@ def test_a_launch_hands_the_driver_grid_stream_and_arguments(spec: KernelSpec, m
         kernel.launch((4, 2, 1), map=b"c" * 128, x=16, n=7)
     fake.parameter_sizes = [128, 8, 8]
     with pytest.raises(LaunchError, match=r"of \[128, 8, 8\] bytes, and its source says scale\(.*128, 8, 4\]"):
-        Kernel(spec).prepare()
+        Kernel(spec).launch((4, 2, 1), map=b"c" * 128, x=16, n=7)
 
 
 def test_tensors_are_passed_by_address_on_their_device_only(spec: KernelSpec, machine: Machine) -> None:

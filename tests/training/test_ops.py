@@ -158,7 +158,8 @@ def test_opcheck(name):
 
 def test_every_op_is_checked():
     defined = {s.name.split("::")[1] for s in torch._C._jit_get_all_schemas() if s.name.startswith("supersonic_moe::")}
-    assert defined == {name.split("-")[0] for name in CASES}
+    elsewhere = {"moe_fp8_ds_routed", "moe_fp8_topk"}  # tests/inference
+    assert defined - elsewhere == {name.split("-")[0] for name in CASES}
 
 
 def test_compiled_gradients_are_those_of_the_definition():

@@ -26,7 +26,7 @@ from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import grouped_mm_fp8
 from supersonic_moe.kernels.sm90.route_rows import Choices, RowTables, max_items, place_topk, route_rows
 from supersonic_moe.kernels.sm90.stream_experts import Scratch, num_counters, stream_experts
 from supersonic_moe.kernels.sm90.up_projection_fp8 import up_projection_fp8
-from supersonic_moe.kernels.triton import quantize_rows
+from supersonic_moe.kernels.triton.quantize import quantize_rows_into
 from supersonic_moe.quantization.block_format import E4M3, blocks
 
 MEAN_ROWS = (
@@ -128,7 +128,7 @@ def _run(
     if x_scale is None:
         codes = _view(workspace, at.x, E4M3, *x.shape)
         scales = _view(workspace, at.x_scale, torch.float32, x.shape[0], blocks(hidden))
-        x, x_scale = quantize_rows(x, layer.pow2, out=Quantized(codes, scales))
+        x, x_scale = quantize_rows_into(Quantized(codes, scales), x, layer.pow2)
     route(tables)
     scratch = Scratch(capacity, base + at.c, base + at.codes, base + at.c_scale, base + at.y)
     stream_experts(

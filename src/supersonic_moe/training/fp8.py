@@ -1,5 +1,5 @@
 """Forward and backward of the expert MLPs in FP8 as a list of kernel calls: ``training/bf16.py`` with every product in
-e4m3 (``config/recipe.py``; the arithmetic alone: ``kernels/reference/fp8_layer.py``).
+e4m3 (``config/recipe.py``; the arithmetic alone: ``tests/support/fp8_layer.py``).
 
     q: e4m3, 1 x 128 scales for rows, 128 x 128 for weights    ~: rows read through an index inside a GEMM's loads
 

@@ -155,7 +155,7 @@ def test_what_the_options_cost(inputs: Any) -> None:
 @pytest.mark.parametrize("inputs", INPUTS, ids=lambda f: f.__name__)
 def test_tiles_cost_little(inputs: Any) -> None:
     """One scale per 128 x 128 tile instead of one per column and 128 tokens: a twentieth more error in a weight
-    gradient for each operand, and dx from the same bytes as dW1 hardly more.
+    gradient for each operand. dx does not read them.
     """
     torch.manual_seed(0)
     layer = Layer(topk_plan(), 256, 256, as_activation("swiglu"))
@@ -167,8 +167,7 @@ def test_tiles_cost_little(inputs: Any) -> None:
         for name in ("dw1", "dw2"):
             assert not torch.equal(tiles[name], columns[name])
             assert error(tiles[name], want[name]) < bound * error(columns[name], want[name]), (tiled, name)
-        assert torch.equal(tiles["dx"], columns["dx"]) == ("dz" not in tiled)
-        assert error(tiles["dx"], want["dx"]) < 1.05 * error(columns["dx"], want["dx"])
+        assert torch.equal(tiles["dx"], columns["dx"])
 
 
 def test_what_no_token_reads_changes_nothing() -> None:

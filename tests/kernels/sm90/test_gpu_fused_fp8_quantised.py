@@ -127,9 +127,14 @@ def check(
         empty = tile_max(exact_CG) == 0
         assert (largest[empty] == 0).all()
         assert (largest[~empty] >= 224).all() and (pow2 or (largest[~empty] == 448).all())
-    assert torch.equal(bits(q[row_index[held]]), bits(turned.T)[held]), "one quantisation, both ways round"
-    spread = scale.T.repeat_interleave(128, 0)[held]
-    assert torch.equal(row_scale[row_index[held]], spread)
+    # As it lies, dZ has a scale for each row and 128 columns: each row is as good as any, however quiet.
+    exact_rows, live = want_dh[:rows], ~zero
+    assert (bits(q)[zero] == 0).all()
+    if rows and exact_rows[live].any():
+        error = (dequantize(q, row_scale) - exact_rows).norm(dim=1) / exact_rows.norm(dim=1).clamp(min=1e-300)
+        assert error[live].max() < 0.1
+        largest = torch.nn.functional.pad(q.float().abs(), (0, -q.shape[1] % 128)).unflatten(1, (-1, 128)).amax(2)
+        assert (largest[live] == 0).logical_or(largest[live] >= 224).all()
     assert (ds[~zero].double() - want_ds[~zero]).norm() <= 3e-3 * products
     for first, second in zip(got[:-1], run()[:-1], strict=True):
         assert torch.equal(bits(first), bits(second))

@@ -184,20 +184,26 @@ def _rows_kernel(
     tl.store(scale_ptrs, scale, mask=(row < num_rows) & (block * BLOCK < C))
 
 
-def quantize_rows(x_RC: Tensor, pow2: bool = False, tma: bool = False, out: Quantized | None = None) -> Quantized:
-    """(q (R, C), scale (R, B)), written to ``out`` if given. ``tma`` stores the scales of one block of columns next to
-    each other, as TMA loads them with a tile of rows; otherwise those of one row, as a gather of rows does.
+def quantize_rows(x_RC: Tensor, pow2: bool = False, tma: bool = False) -> Quantized:
+    """(q (R, C), scale (R, B)). ``tma`` stores the scales of one block of columns next to each other, as TMA loads them
+    with a tile of rows; otherwise those of one row, as a gather of rows does.
     """
     num_rows, columns = x_RC.shape
-    q_RC, scale_RB = out or (empty_e4m3(x_RC, num_rows, columns), empty_scales(x_RC, num_rows, blocks(columns), tma))
+    out = Quantized(empty_e4m3(x_RC, num_rows, columns), empty_scales(x_RC, num_rows, blocks(columns), tma))
+    return quantize_rows_into(out, x_RC, pow2, tma)
+
+
+def quantize_rows_into(out: Quantized, x_RC: Tensor, pow2: bool = False, tma: bool = False) -> Quantized:
+    """``quantize_rows`` into memory of the caller, which is returned."""
+    (num_rows, columns), (q_RC, scale_RB) = x_RC.shape, out
     if q_RC.numel() == 0:
-        return Quantized(q_RC, scale_RB)
+        return out
     panel = max(1, column_block(columns, (2 if tma else 8) * block_format.BLOCK) // block_format.BLOCK)
     rows = TILE // (panel * block_format.BLOCK)
     grid = (cdiv(num_rows, rows) * cdiv(blocks(columns), panel),)
     strides = x_RC.stride(0), q_RC.stride(0), scale_RB.stride(0), scale_RB.stride(1)
     launch(_rows_kernel, grid, (x_RC, q_RC, scale_RB, num_rows, *strides), (columns, pow2, rows, panel))
-    return Quantized(q_RC, scale_RB)
+    return out
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
