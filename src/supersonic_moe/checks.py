@@ -12,6 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_INTEGERS = (int, torch.SymInt)
+
 
 def describe(t: object) -> str:
     if isinstance(t, Tensor):
@@ -27,7 +30,7 @@ def tensor(name: str, t: object, rank: int, shape: str) -> None:
 
 
 def floating(name: str, t: Tensor) -> None:
-    if t.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+    if t.dtype not in _FLOATING:
         raise TypeError(
             f"{name} must be bfloat16, float16, float32 or float64; got {describe(t)}. "
             f"Convert it with .to(torch.bfloat16)."
@@ -97,14 +100,14 @@ def size(name: str, what: str, got: object, want: object, why: str) -> None:
 
 
 def positive(name: str, value: object) -> None:
-    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+    if not isinstance(value, _INTEGERS) or isinstance(value, bool):
         raise TypeError(f"{name} must be a positive integer; got {describe(value)}.")
     if value < 1:
         raise ValueError(f"{name} must be at least 1; got {value}.")
 
 
 def non_negative(name: str, value: object) -> None:
-    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+    if not isinstance(value, _INTEGERS) or isinstance(value, bool):
         raise TypeError(f"{name} must be a non-negative integer; got {describe(value)}.")
     if value < 0:
         raise ValueError(f"{name} must not be negative; got {value}.")

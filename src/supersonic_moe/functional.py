@@ -72,7 +72,9 @@ def moe_layer(
     experts = _checked(x_TH, w1, w2, Options.read(options))
     _check_router_weight(x_TH, router_weight_EH, w1)
     policy, num_experts, backend = as_router(router), w1.shape[0], _router_backend(experts.options.backend)
-    logits_TE, x_for_experts = router_linear(experts.x, router_weight_EH.to(experts.x.dtype))
+    if router_weight_EH.dtype is not experts.x.dtype:
+        router_weight_EH = router_weight_EH.to(experts.x.dtype)
+    logits_TE, x_for_experts = router_linear(experts.x, router_weight_EH)
     if experts.options.validate:
         checks.finite_logits(logits_TE)
     if isinstance(policy, TokenRounding):
@@ -230,28 +232,30 @@ def _checked(x: Tensor, w1: Tensor, w2: Tensor, options: Options) -> _Experts:
     checks.tensor("w2", w2, 3, "(E, H, I)")
     num_experts, n1, hidden = w1.shape
     intermediate = w2.shape[2]
-    for name, value in (("the number of experts", num_experts), ("H", hidden), ("I", intermediate)):
-        checks.positive(name, value)
+    if not (num_experts and hidden and intermediate):
+        for name, value in (("the number of experts", num_experts), ("H", hidden), ("I", intermediate)):
+            checks.positive(name, value)
     checks.size("w1", "hidden size (last dimension)", hidden, x.shape[1], "the last dimension of x")
     checks.size("w2", "expert count", w2.shape[0], num_experts, "the experts of w1")
     checks.size("w2", "hidden size (second dimension)", w2.shape[1], hidden, "the last dimension of w1")
-    checks.size(
-        "w1",
-        "N1 (second dimension)",
-        n1,
-        activation.fan * intermediate,
-        f"{activation.fan} I for {activation.type.value}, and w2 has I = {intermediate}",
-    )
-    operands = {"x": x, "w1": w1, "w2": w2}
+    fan = activation.fan
+    if n1 != fan * intermediate:
+        why = f"{fan} I for {activation.type.value}, and w2 has I = {intermediate}"
+        checks.size("w1", "N1 (second dimension)", n1, fan * intermediate, why)
+    operands = [("w1", w1), ("w2", w2)]
     for name, bias, columns in (("b1", b1, n1), ("b2", b2, hidden)):
         if bias is not None:
-            shape = (num_experts, columns)
-            checks.tensor(name, bias, 2, str(shape))
-            checks.size(name, "shape", tuple(bias.shape), shape, f"one bias for each row of w{name[1]}")
-            operands[name] = bias
+            checks.tensor(name, bias, 2, "(E, N1)" if name == "b1" else "(E, H)")
+            if bias.shape != (num_experts, columns):
+                why = f"one bias for each row of w{name[1]}"
+                checks.size(name, "shape", tuple(bias.shape), (num_experts, columns), why)
+            operands.append((name, bias))
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    for name, t in operands.items():
+    checks.dense("x", x)
+    for name, t in operands:
+        if t.dtype is x.dtype and t.is_contiguous() and t.device == x.device:  # most are; what is wrong costs more
+            continue
         checks.same_device(name, t, "x", x)
         checks.dense(name, t)
         if dtype is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -161,16 +162,16 @@ class MoE(nn.Module):
             elif policy.mode in ("SR-f", "NR-s"):
                 # From torch's generator: fresh each step, the same when checkpointing recomputes, new at each replay.
                 rounding_step = torch.randint(2**31, (1,), device=hidden_states.device)
-        up, down = self.c_fc, self.c_proj  # looking a submodule up takes longer than most checks
+        up, down = _member(self, "c_fc"), _member(self, "c_proj")
         flat = hidden_states.dim() == 2  # views cost the host two autograd nodes
         out_TH, logits_TE, counts_E = moe_layer(
             hidden_states if flat else hidden_states.reshape(-1, self.hidden_size),
-            self.router.weight,
-            up.weight,
-            down.weight,
+            _member(_member(self, "router"), "weight"),
+            _member(up, "weight"),
+            _member(down, "weight"),
             self.top_k,
-            b1=up.bias,
-            b2=down.bias,
+            b1=_member(up, "bias"),
+            b2=_member(down, "bias"),
             router=policy,
             correction_bias=self.correction_bias,
             rounding_step=rounding_step,
@@ -183,7 +184,7 @@ class MoE(nn.Module):
             backend=_backend(kernel_backend_moe),
             validate=self.validate,
         )
-        self.expert_counts = counts_E
+        self.__dict__["expert_counts"] = counts_E  # ``self.expert_counts =`` would search all parameters first
         output = out_TH if flat else out_TH.view(hidden_states.shape)
         if is_inference_mode:
             return output, None
@@ -207,6 +208,16 @@ class MoE(nn.Module):
             f"intermediate_size={self.intermediate_size}, activation={self.activation.type.value}, "
             f"layout={self.layout.value}"
         )
+
+
+def _member(module: nn.Module, name: str) -> Any:
+    """``getattr(module, name)`` of a parameter or a submodule, without the search of ``nn.Module.__getattr__``: each
+    takes longer than most checks, and a step of a layer needs eight.
+    """
+    for members in (module._parameters, module._modules):
+        if name in members:
+            return members[name]
+    return getattr(module, name)  # a parametrization, for instance
 
 
 @contextmanager

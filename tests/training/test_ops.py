@@ -12,18 +12,19 @@ from torch.library import opcheck
 import supersonic_moe as sm
 import supersonic_moe.moe  # defines every op
 from supersonic_moe.config.activation import as_activation
+from supersonic_moe.kernels.interface import Quantized
 from supersonic_moe.kernels.reference.activation import acc_dtype
 from supersonic_moe.training.arguments import (
     Bf16Forward,
     Bf16Saved,
     Fp8Forward,
     Fp8Saved,
+    Fp8Weights,
     Incoming,
     Inputs,
     MainGrads,
     Numerics,
     Plan,
-    Quantized,
     Static,
 )
 from supersonic_moe.training.fields import Fields
@@ -53,7 +54,7 @@ def experts_args(tokens, dtype, bias, contiguous):
 
 
 def flat(arguments):
-    return Fields(type(arguments)).flat(arguments)
+    return Fields(type(arguments)).flat(*arguments)
 
 
 def cases():
@@ -132,8 +133,8 @@ def fp8_cases():
             yield f"experts_fp8_forward-{name}-{save}", forward
         forward = flat(Fp8Forward(x, scores, *weights, plan, static, numerics, True))
         _, s_P, z, z_scale = ops.experts_fp8_forward.default(*forward)
-        weights = q1 if saved == "recompute" else None, Quantized(t1, s1.mT), Quantized(t2, s2.mT), b1, b2
-        kept = flat(Fp8Saved(z, z_scale, x, s_P, *weights, plan, static, numerics))
+        weights = Fp8Weights(q1 if saved == "recompute" else None, t1, s1, t2, s2)
+        kept = flat(weights) + flat(Fp8Saved(Quantized(z, z_scale), x, s_P, b1, b2, plan, static, numerics))
         dout = torch.randn(tokens, H, dtype=torch.bfloat16)
         for kind, needs, main_w1 in [
             ("all", Inputs(*[True] * 6), None),

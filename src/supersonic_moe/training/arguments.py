@@ -2,7 +2,8 @@
 
     forward     Bf16Forward              Fp8Forward             what goes in
                 Bf16Output               Fp8Output              what comes out
-    backward    Bf16Saved, Incoming      Fp8Saved, Incoming     what forward kept, and what autograd asks for
+    backward    Bf16Saved                Fp8Weights, Fp8Saved   what forward kept
+                Incoming                 Incoming               what autograd asks for
 
 Shapes: T tokens, S slots, P rows sorted by expert, H hidden, I intermediate, N1 = 2I (gated) or I.
 """
@@ -20,7 +21,6 @@ from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.kernels.interface import Gate, Groups, Quantized, TokenRows
 from supersonic_moe.quantization.weight_cache import Fp8Weight
-from supersonic_moe.training.fields import Fields
 
 T = TypeVar("T")
 
@@ -69,8 +69,16 @@ class Plan(NamedTuple):
 
     @classmethod
     def of(cls, plan: RoutingPlan) -> Plan:
-        same: Plan = _PLAN.build(*_PLAN.flat(plan))
-        return same
+        return cls(
+            plan.expert_offsets,
+            plan.gather_index,
+            plan.scatter_index,
+            plan.row_expert,
+            plan.reverse_index,
+            plan.token_rows,
+            plan.token_offsets,
+            plan.identity,
+        )
 
     @property
     def read_index(self) -> Tensor | None:
@@ -87,9 +95,6 @@ class Plan(NamedTuple):
         return TokenRows(self.token_rows, self.token_offsets, each, num_tokens)
 
 
-_PLAN: Fields[Any] = Fields(Plan)  # reads a RoutingPlan, whose fields have the same names
-
-
 class Static(NamedTuple):
     """What does not change from call to call."""
 
@@ -104,7 +109,7 @@ class Static(NamedTuple):
     @classmethod
     def of(cls, activation: Activation, layout: GateUpLayout, backend: str) -> Static:
         limit = math.inf if activation.limit is None else activation.limit
-        return cls(activation.type.value, activation.alpha, limit, activation.up_offset, layout.value, backend)
+        return cls(activation.type._value_, activation.alpha, limit, activation.up_offset, layout._value_, backend)
 
     def gate(self) -> Gate:
         return _gate(self.activation, self.alpha, self.limit, self.up_offset, self.layout)
@@ -225,12 +230,6 @@ class Fp8Saved(NamedTuple):
     z: Quantized
     x: Tensor
     row_scores: Tensor
-    w1_q: Tensor | None
-    """(E, N1, H), to compute Z again; None where Z is kept."""
-    w1_t: Quantized
-    """(E, H, N1): transposed, and so are its scales."""
-    w2_t: Quantized
-    """(E, I, H)"""
     b1: Tensor | None
     b2: Tensor | None
     plan: Plan
@@ -241,3 +240,32 @@ class Fp8Saved(NamedTuple):
     def pow2(self) -> bool:
         """Whether scales are powers of two."""
         return self.numerics.scale == "pow2"
+
+
+class Fp8Weights(NamedTuple):
+    """What backward reads of the FP8 copies: kept from forward, or made again."""
+
+    w1_q: Tensor | None
+    """(E, N1, H), to compute Z again; None where Z is kept."""
+    w1_transposed: Tensor
+    """(E, H, N1)"""
+    w1_scale: Tensor
+    """(E, N1/128, H/128): of the weight as forward multiplies it."""
+    w2_transposed: Tensor
+    """(E, I, H)"""
+    w2_scale: Tensor
+    """(E, H/128, I/128)"""
+
+    @classmethod
+    def of(cls, w1: Fp8Weight, w2: Fp8Weight, numerics: Numerics) -> Fp8Weights:
+        assert w1.transposed is not None and w2.transposed is not None
+        w1_q = w1.q if numerics.save_preactivation == "recompute" else None
+        return cls(w1_q, w1.transposed, w1.scale, w2.transposed, w2.scale)
+
+    @property
+    def w1_t(self) -> Quantized:
+        return Quantized(self.w1_transposed, self.w1_scale.mT)
+
+    @property
+    def w2_t(self) -> Quantized:
+        return Quantized(self.w2_transposed, self.w2_scale.mT)

@@ -4,75 +4,77 @@
 at five places, are where a swapped pair of arguments hides. So each list is a NamedTuple, whose fields may be
 NamedTuples, and :class:`Fields` derives the rest from its annotations:
 
-    class Quantized(NamedTuple):          Fields(Call).schema    "Tensor x, Tensor w1_q, Tensor? w1_scale, bool save"
-        q: Tensor                         Fields(Call).flat      (call.x, call.w1.q, call.w1.scale, call.save)
-        scale: Tensor | None              Fields(Call).build     Call(x, Quantized(w1_q, w1_scale), save)
-
-    class Call(NamedTuple):
+    class Quantized(NamedTuple):    Fields(Call).schema              Tensor x, Tensor w1_q, Tensor? w1_scale, bool save
+        q: Tensor                   Fields(Call).flat(x, save, w1)   (x, w1.q, w1.scale, save)
+        scale: Tensor | None        Fields(Call).split(x, save, w1)  ((x, w1.q, w1.scale), (save,))
+                                    on_flat(run, Fields(Call))       a function of x, w1_q, w1_scale and save, which
+    class Call(NamedTuple):                                          is run(Call(x, save, Quantized(w1_q, w1_scale)))
         x: Tensor
         save: bool
         w1: Quantized
 
 Tensors come first, whatever the order of the fields: so ``save_for_backward`` takes one part of the list and the
-context the other. ``flat`` and ``build`` are expressions compiled once, like the methods of a NamedTuple, because a
-step of a layer calls each of them twice.
+context the other. Functions are compiled once, as the methods of a NamedTuple are, because every step of a layer calls
+all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Generic, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, Generic, NamedTuple, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
 _SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", str: "str", float: "float"}
 
+P = ParamSpec("P")
 N = TypeVar("N")
+R = TypeVar("R")
+
+
+class Fields(Generic[P, N]):
+    """The fields of the NamedTuple ``kind``, and of the NamedTuples in it."""
+
+    def __init__(self, kind: Callable[P, N]) -> None:
+        leaves = _leaves(kind, "")
+        tensors, others = [f for f in leaves if f.is_tensor], [f for f in leaves if not f.is_tensor]
+        self.names = [f.name for f in (*tensors, *others)]
+        self.schema = ", ".join(f"{f.type} {f.name}" for f in (*tensors, *others))
+
+        fields, groups = list(_members(kind)), _unpacked(kind, "")
+        self.flat: Callable[P, tuple[Any, ...]]
+        self.flat = _function(fields, groups, _tuple(f.name for f in (*tensors, *others)))
+        """Of the fields of a ``kind``: its leaves in the order of ``schema``."""
+        self.split: Callable[P, tuple[tuple[Tensor | None, ...], tuple[bool | str | float, ...]]]
+        self.split = _function(fields, groups, f"{_tuple(f.name for f in tensors)}, {_tuple(f.name for f in others)}")
+        """The same in two parts: tensors, and what else there is."""
+        self.classes: dict[str, Any] = {"new": tuple.__new__}
+        self.construction = _construction(kind, "", self.classes)
+        """An expression that makes a ``kind`` of variables called like its leaves, and the names in it."""
+
+
+def on_flat(run: Callable[..., R], *lists: Fields[..., Any]) -> Callable[..., R]:
+    """``run``, which takes a NamedTuple for each of ``lists``, as a function of all their leaves."""
+    names = [name for fields in lists for name in fields.names]
+    known = {name: value for fields in lists for name, value in fields.classes.items()}
+    return _function(names, [], f"run({', '.join(fields.construction for fields in lists)})", {"run": run, **known})
 
 
 class _Leaf(NamedTuple):
-    path: tuple[str, ...]
+    name: str
     hint: Any
 
     @property
-    def name(self) -> str:
-        return "_".join(self.path)
-
-    @property
-    def is_tensor(self) -> bool:
-        return self.type.startswith("Tensor")
-
-    @property
     def type(self) -> str:
-        """Its type in a schema. ``Annotated[Tensor, "a!"]`` is a tensor that the op writes to."""
+        """In a schema. ``Annotated[Tensor, "a!"]`` is a tensor that the op writes to."""
         if get_origin(self.hint) is not Annotated:
             return _SCHEMA_TYPES[self.hint]
         hint, alias = get_args(self.hint)
         return _SCHEMA_TYPES[hint].replace("Tensor", f"Tensor({alias})")
 
-
-class Fields(Generic[N]):
-    """The fields of the NamedTuple ``kind``, and of the NamedTuples in it."""
-
-    def __init__(self, kind: type[N]) -> None:
-        leaves = list(_leaves(kind, ()))
-        tensors, others = [f for f in leaves if f.is_tensor], [f for f in leaves if not f.is_tensor]
-        self.names = [f.name for f in (*tensors, *others)]
-        self.schema = ", ".join(f"{f.type} {f.name}" for f in (*tensors, *others))
-        self.flat: Callable[[N], tuple[Any, ...]] = _compiled(["call"], _values([*tensors, *others]))
-        """The leaves of a ``kind``, in the order of ``schema``."""
-        self.split: Callable[[N], tuple[tuple[Tensor | None, ...], tuple[bool | str | float, ...]]]
-        self.split = _compiled(["call"], f"({_values(tensors)}, {_values(others)})")
-        """The same in two parts: tensors, and what else there is."""
-        self.build: Callable[..., N] = _compiled(self.names, *_construction(kind, ()))
-        """A ``kind`` of its leaves."""
-
-
-def joined(*lists: Fields[Any]) -> Callable[..., tuple[Any, ...]]:
-    """One after the other: a function from the flat arguments of all ``lists`` to a NamedTuple for each."""
-    builds = {f"build_{i}": fields.build for i, fields in enumerate(lists)}
-    calls = [f"{build}({', '.join(fields.names)})" for build, fields in zip(builds, lists, strict=True)]
-    return _compiled([name for fields in lists for name in fields.names], f"({', '.join(calls)},)", builds)
+    @property
+    def is_tensor(self) -> bool:
+        return self.type.startswith("Tensor")
 
 
 def _members(kind: Any) -> dict[str, Any]:
@@ -82,33 +84,49 @@ def _members(kind: Any) -> dict[str, Any]:
     return {name: meaning.get(hint, hint) for name, hint in get_type_hints(origin, include_extras=True).items()}
 
 
-def _leaves(kind: Any, path: tuple[str, ...]) -> Iterator[_Leaf]:
+def _is_group(hint: Any) -> bool:
+    return hasattr(hint, "_fields")
+
+
+def _leaves(kind: Any, prefix: str) -> list[_Leaf]:
+    leaves = []
     for name, hint in _members(kind).items():
-        if hasattr(hint, "_fields"):
-            yield from _leaves(hint, (*path, name))
-        else:
-            yield _Leaf((*path, name), hint)
+        path = f"{prefix}{name}"
+        leaves += _leaves(hint, f"{path}_") if _is_group(hint) else [_Leaf(path, hint)]
+    return leaves
 
 
-def _construction(kind: Any, path: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
-    """An expression that makes a ``kind`` of variables called like its leaves, and the classes in it."""
+def _unpacked(kind: Any, prefix: str) -> list[str]:
+    """Statements that turn the variables of fields which are NamedTuples into variables of leaves."""
+    statements = []
+    for name, hint in _members(kind).items():
+        path = f"{prefix}{name}"
+        if _is_group(hint):
+            statements += [f"{_tuple(f'{path}_{inner}' for inner in _members(hint))} = {path}"]
+            statements += _unpacked(hint, f"{path}_")
+    return statements
+
+
+def _construction(kind: Any, prefix: str, classes: dict[str, Any]) -> str:
+    """``tuple.__new__`` itself: the one of a NamedTuple is a Python function, which takes twice as long."""
     origin = get_origin(kind) or kind
-    arguments, classes = [], {origin.__name__: origin}
+    classes[origin.__name__] = origin
+    items = []
     for name, hint in _members(kind).items():
-        if hasattr(hint, "_fields"):
-            argument, inner = _construction(hint, (*path, name))
-            classes |= inner
-        else:
-            argument = _Leaf((*path, name), hint).name
-        arguments.append(argument)
-    return f"{origin.__name__}({', '.join(arguments)})", classes
+        path = f"{prefix}{name}"
+        items.append(_construction(hint, f"{path}_", classes) if _is_group(hint) else path)
+    return f"new({origin.__name__}, {_tuple(items)})"
 
 
-def _values(leaves: list[_Leaf]) -> str:
-    """An expression: the tuple of these leaves of ``call``."""
-    return f"({''.join('call.' + '.'.join(leaf.path) + ', ' for leaf in leaves)})"
+def _tuple(items: Iterable[str]) -> str:
+    return f"({''.join(f'{item}, ' for item in items)})"
 
 
-def _compiled(arguments: list[str], expression: str, names: dict[str, Any] | None = None) -> Callable[..., Any]:
-    function: Callable[..., Any] = eval(f"lambda {', '.join(arguments)}: {expression}", {**(names or {})})
+def _function(
+    arguments: list[str], statements: list[str], result: str, names: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    lines = [f"def function({', '.join(arguments)}):", *statements, f"return {result}"]
+    scope = dict(names or {})
+    exec("\n    ".join(lines), scope)
+    function: Callable[..., Any] = scope["function"]
     return function

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from supersonic_moe.kernels.interface import BothOrders, Fp8Experts, Quantized, Rows
 from supersonic_moe.quantization.block_format import padded_capacity
-from supersonic_moe.training.arguments import Fp8Forward, Fp8Output, Fp8Saved, Incoming, Inputs
+from supersonic_moe.training.arguments import Fp8Forward, Fp8Output, Fp8Saved, Fp8Weights, Incoming, Inputs
 
 
 def forward(k: Fp8Experts, call: Fp8Forward) -> Fp8Output:
@@ -51,19 +51,19 @@ def forward(k: Fp8Experts, call: Fp8Forward) -> Fp8Output:
     return Fp8Output(out_TH, s_P, z)
 
 
-def backward(k: Fp8Experts, saved: Fp8Saved, incoming: Incoming) -> Inputs[Tensor | None]:
+def backward(k: Fp8Experts, weights: Fp8Weights, saved: Fp8Saved, incoming: Incoming) -> Inputs[Tensor | None]:
     plan, needs, pow2, s_P, b1, b2 = saved.plan, incoming.needs, saved.pow2, saved.row_scores, saved.b1, saved.b2
     dout, offsets = Rows(incoming.dout, plan.read_index), plan.expert_offsets
     dx = dscores = dw1 = db1 = dw2 = db2 = None
 
     z = saved.z
-    if saved.w1_q is not None:  # Z was not kept
+    if weights.w1_q is not None:  # Z was not kept
         x = Rows(k.quantize_rows(saved.x, pow2, plan.identity), plan.read_index)
-        z = Quantized(k.grouped_mm_fp8(x, Quantized(saved.w1_q, saved.w1_t.scale.mT), offsets), z.scale)
+        z = Quantized(k.grouped_mm_fp8(x, Quantized(weights.w1_q, weights.w1_scale), offsets), z.scale)
         del x
     dout_q = Rows(k.quantize_rows(incoming.dout, pow2, plan.identity), plan.read_index)
     wgrad = _weight_gradients(k, saved, incoming)
-    dz, scaled_a, ds_P = wgrad.down(dout_q, z)
+    dz, scaled_a, ds_P = wgrad.down(dout_q, weights.w2_t, z)
     del dout_q, z
     if needs.scores:
         if b2 is not None:
@@ -81,7 +81,7 @@ def backward(k: Fp8Experts, saved: Fp8Saved, incoming: Incoming) -> Inputs[Tenso
         dw1 = wgrad.dw1(dz)
     del dz
     if needs.x:
-        dx_PH = k.grouped_mm_fp8(Rows(dz_rows), saved.w1_t, offsets)
+        dx_PH = k.grouped_mm_fp8(Rows(dz_rows), weights.w1_t, offsets)
         dx = k.gather_sum(dx_PH, None, None, plan.row_expert, plan.rows_of_tokens(saved.x.shape[0]))
     return Inputs(dx, dscores, dw1, db1, dw2, db2)
 
@@ -99,10 +99,10 @@ class _Bf16Products:
         self.k, self.saved, self.incoming = k, saved, incoming
         self.plan, self.main, self.pow2 = saved.plan, incoming.main, saved.pow2
 
-    def down(self, dout: Rows[Quantized], z: Quantized) -> tuple[Any, Any, Tensor]:
+    def down(self, dout: Rows[Quantized], w2_t: Quantized, z: Quantized) -> tuple[Any, Any, Tensor]:
         """(dZ, s A, dS)."""
         s, plan = self.saved, self.plan
-        return self.k.down_backward_fp8(dout, s.w2_t, z, s.b1, s.row_scores, plan.groups, s.static.gate())
+        return self.k.down_backward_fp8(dout, w2_t, z, s.b1, s.row_scores, plan.groups, s.static.gate())
 
     def dw2(self, as_PI: Any) -> Tensor:
         dout, main = Rows(self.incoming.dout, self.plan.read_index), self.main.w2
@@ -146,10 +146,10 @@ class _Fp8Products(_Bf16Products):
 class _FusedFp8Products(_Fp8Products):
     """The same of what the kernel that computes dZ and s A has quantized itself."""
 
-    def down(self, dout: Rows[Quantized], z: Quantized) -> tuple[BothOrders, Quantized, Tensor]:
+    def down(self, dout: Rows[Quantized], w2_t: Quantized, z: Quantized) -> tuple[BothOrders, Quantized, Tensor]:
         s, plan = self.saved, self.plan
         return self.k.down_backward_fp8_quantised(
-            dout, s.w2_t, z, s.b1, s.row_scores, plan.groups, s.static.gate(), self.segments, self.pow2
+            dout, w2_t, z, s.b1, s.row_scores, plan.groups, s.static.gate(), self.segments, self.pow2
         )
 
     def dw2(self, scaled_a: Quantized) -> Tensor:

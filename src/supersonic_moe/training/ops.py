@@ -12,9 +12,10 @@ schema is made; a tensor that forward keeps goes through ``save_for_backward``, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from supersonic_moe.training.arguments import (
     Fp8Forward,
     Fp8Output,
     Fp8Saved,
+    Fp8Weights,
     Incoming,
     Inputs,
     MainGrads,
@@ -42,7 +44,7 @@ from supersonic_moe.training.arguments import (
     Static,
     Weight,
 )
-from supersonic_moe.training.fields import Fields, joined
+from supersonic_moe.training.fields import Fields, on_flat
 from supersonic_moe.training.main_grad import main_grads, stand_ins
 from supersonic_moe.training.options import Options
 
@@ -83,12 +85,13 @@ def _bf16_backward(saved: Bf16Saved, incoming: Incoming) -> tuple[Tensor, ...]:
 def _fp8_forward(call: Fp8Forward) -> tuple[Tensor, ...]:
     with _without_autocast(call.x):
         output = fp8.forward(_fp8_kernels(call.x, call.w2.shape[2], call.static), call)
-    return _FP8_OUTPUT.flat(output)
+    return _FP8_OUTPUT.flat(*output)
 
 
-def _fp8_backward(saved: Fp8Saved, incoming: Incoming) -> tuple[Tensor, ...]:
+def _fp8_backward(weights: Fp8Weights, saved: Fp8Saved, incoming: Incoming) -> tuple[Tensor, ...]:
+    k = _fp8_kernels(saved.x, weights.w2_transposed.shape[1], saved.static)
     with _without_autocast(saved.x):
-        gradients = fp8.backward(_fp8_kernels(saved.x, saved.w2_t.shape[1], saved.static), saved, incoming)
+        gradients = fp8.backward(k, weights, saved, incoming)
     return _returned(saved.x, gradients, incoming.main)
 
 
@@ -98,7 +101,7 @@ def _returned(x: Tensor, gradients: Inputs[Tensor | None], main: MainGrads) -> t
     """
     dx, dscores, dw1, db1, dw2, db2 = gradients
     dw1, dw2 = None if main.w1 is not None else dw1, None if main.w2 is not None else dw2
-    return tuple(x.new_empty(0) if g is None else g for g in (dx, dscores, dw1, db1, dw2, db2))
+    return tuple([x.new_empty(0) if g is None else g for g in (dx, dscores, dw1, db1, dw2, db2)])
 
 
 def _quantize_weights(weights: list[Tensor], scale: str, backend: str) -> list[Tensor]:
@@ -133,8 +136,8 @@ def _bf16_backward_fake(saved: Bf16Saved, incoming: Incoming) -> tuple[Tensor, .
     return _gradients_fake(saved, saved.w1.shape, saved.w2.shape, incoming)
 
 
-def _fp8_backward_fake(saved: Fp8Saved, incoming: Incoming) -> tuple[Tensor, ...]:
-    return _gradients_fake(saved, saved.w1_t.q.mT.shape, saved.w2_t.q.mT.shape, incoming)
+def _fp8_backward_fake(weights: Fp8Weights, saved: Fp8Saved, incoming: Incoming) -> tuple[Tensor, ...]:
+    return _gradients_fake(saved, weights.w1_transposed.mT.shape, weights.w2_transposed.mT.shape, incoming)
 
 
 def _gradients_fake(
@@ -161,25 +164,25 @@ def _quantize_weights_fake(weights: list[Tensor], scale: str, backend: str) -> l
 # ---- definitions -----------------------------------------------------------------------------------------------------
 
 _BF16_FORWARD, _BF16_SAVED = Fields(Bf16Forward), Fields(Bf16Saved)
-_FP8_FORWARD, _FP8_SAVED = Fields(Fp8Forward), Fields(Fp8Saved)
+_FP8_FORWARD, _FP8_WEIGHTS, _FP8_SAVED = Fields(Fp8Forward), Fields(Fp8Weights), Fields(Fp8Saved)
 _FP8_OUTPUT, _INCOMING = Fields(Fp8Output), Fields(Incoming)
 
 
 def _define(
-    name: str, arguments: Sequence[Fields[Any]], result: str, run: Callable[..., Any], fake: Callable[..., Any]
+    name: str, arguments: Sequence[Fields[..., Any]], result: str, run: Callable[..., Any], fake: Callable[..., Any]
 ) -> None:
     """``run`` and ``fake`` take the NamedTuples that ``arguments`` make of the op's flat ones."""
-    unflatten, op = joined(*arguments), f"supersonic_moe::{name}"
+    op = f"supersonic_moe::{name}"
     torch.library.define(op, f"({', '.join(fields.schema for fields in arguments)}) -> ({result})")
-    torch.library.impl(op, ("cpu", "cuda"))(lambda *flat: run(*unflatten(*flat)))
-    torch.library.register_fake(op)(lambda *flat: fake(*unflatten(*flat)))
+    torch.library.impl(op, ("cpu", "cuda"))(on_flat(run, *arguments))
+    torch.library.register_fake(op)(on_flat(fake, *arguments))
 
 
 _GRADIENTS = ", ".join(f"Tensor d{name}" for name in Inputs._fields)
 _define("experts_forward", [_BF16_FORWARD], Fields(Bf16Output).schema, _bf16_forward, _bf16_forward_fake)
 _define("experts_backward", [_BF16_SAVED, _INCOMING], _GRADIENTS, _bf16_backward, _bf16_backward_fake)
 _define("experts_fp8_forward", [_FP8_FORWARD], _FP8_OUTPUT.schema, _fp8_forward, _fp8_forward_fake)
-_define("experts_fp8_backward", [_FP8_SAVED, _INCOMING], _GRADIENTS, _fp8_backward, _fp8_backward_fake)
+_define("experts_fp8_backward", [_FP8_WEIGHTS, _FP8_SAVED, _INCOMING], _GRADIENTS, _fp8_backward, _fp8_backward_fake)
 
 _QUANTIZE = "supersonic_moe::quantize_weights"
 torch.library.define(_QUANTIZE, "(Tensor[] weights, str scale, str backend) -> Tensor[]")
@@ -187,6 +190,10 @@ torch.library.impl(_QUANTIZE, ("cpu", "cuda"))(_quantize_weights)
 torch.library.register_fake(_QUANTIZE)(_quantize_weights_fake)
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
+
+
+_Operands: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
+"""x, scores, w1, b1, w2, b2: in this order gradients are asked for."""
 
 
 class _Kept(NamedTuple):
@@ -206,15 +213,15 @@ class _Bf16Call(NamedTuple):
     parameters: tuple[Tensor, Tensor] | None
     """Those of w1 and w2, if their ``main_grad`` gets dW1 and dW2."""
 
-    def forward(self, inputs: Inputs[Any], save: bool) -> tuple[Tensor, ...]:
-        call = Bf16Forward(*inputs, self.plan, self.static, save)
-        output: tuple[Tensor, ...] = _ops.experts_forward.default(*_BF16_FORWARD.flat(call))
+    def forward(self, operands: _Operands, save: bool) -> tuple[Tensor, ...]:
+        arguments = _BF16_FORWARD.flat(*operands, self.plan, self.static, save)
+        output: tuple[Tensor, ...] = _ops.experts_forward.default(*arguments)
         return output
 
-    def keep(self, inputs: Inputs[Any], row_scores: Tensor, z: Tensor) -> _Kept:
-        x, _, w1, b1, w2, b2 = inputs
-        saved = Bf16Saved(z, x, row_scores, w1, b1, w2, b2, self.plan, self.static)
-        return _Kept(*_BF16_SAVED.split(saved), _backward_in_bf16)
+    def keep(self, operands: _Operands, row_scores: Tensor, z: Tensor) -> _Kept:
+        x, _, w1, b1, w2, b2 = operands
+        tensors, others = _BF16_SAVED.split(z, x, row_scores, w1, b1, w2, b2, self.plan, self.static)
+        return _Kept(tensors, others, _backward_in_bf16)
 
 
 class _Fp8Call(NamedTuple):
@@ -227,34 +234,22 @@ class _Fp8Call(NamedTuple):
     w1: Fp8Weight
     w2: Fp8Weight
 
-    def forward(self, inputs: Inputs[Any], save: bool) -> tuple[Tensor, ...]:
-        x, scores, _w1, b1, _w2, b2 = inputs
+    def forward(self, operands: _Operands, save: bool) -> tuple[Tensor, ...]:
+        x, scores, _w1, b1, _w2, b2 = operands
         w1, w2 = Quantized(self.w1.q, self.w1.scale), Quantized(self.w2.q, self.w2.scale)
-        call = Fp8Forward(x, scores, w1, b1, w2, b2, self.plan, self.static, self.numerics, save)
-        output: tuple[Tensor, ...] = _ops.experts_fp8_forward.default(*_FP8_FORWARD.flat(call))
+        arguments = _FP8_FORWARD.flat(x, scores, w1, b1, w2, b2, self.plan, self.static, self.numerics, save)
+        output: tuple[Tensor, ...] = _ops.experts_fp8_forward.default(*arguments)
         return output
 
-    def keep(self, inputs: Inputs[Any], row_scores: Tensor, z: Tensor, z_scale: Tensor) -> _Kept:
-        x, _, w1, b1, w2, b2 = inputs
-        again = self.w1.transposed is None
-        w1_q, w1_t, w2_t = _UNQUANTIZED if again else _for_backward(self.w1, self.w2, self.numerics)
-        rest = self.plan, self.static, self.numerics
-        saved = Fp8Saved(Quantized(z, z_scale), x, row_scores, w1_q, w1_t, w2_t, b1, b2, *rest)
-        tensors, others = _FP8_SAVED.split(saved)
-        if again:
-            return _Kept((*tensors, w1, w2), others, _backward_in_fp8_of_unquantized)
-        return _Kept(tensors, others, _backward_in_fp8)
-
-
-def _for_backward(w1: Fp8Weight, w2: Fp8Weight, numerics: Numerics) -> tuple[Tensor | None, Quantized, Quantized]:
-    """``w1_q``, ``w1_t`` and ``w2_t`` of an :class:`Fp8Saved`."""
-    assert w1.transposed is not None and w2.transposed is not None
-    w1_q = w1.q if numerics.save_preactivation == "recompute" else None
-    return w1_q, Quantized(w1.transposed, w1.scale.mT), Quantized(w2.transposed, w2.scale.mT)
-
-
-_UNQUANTIZED: Any = (None, Quantized(None, None), Quantized(None, None))  # type: ignore[arg-type]
-"""The same until backward quantizes the weights again."""
+    def keep(self, operands: _Operands, row_scores: Tensor, z: Tensor, z_scale: Tensor) -> _Kept:
+        x, _, w1, b1, w2, b2 = operands
+        z_PN = Quantized(z, z_scale)
+        tensors, others = _FP8_SAVED.split(z_PN, x, row_scores, b1, b2, self.plan, self.static, self.numerics)
+        if self.w1.transposed is None:
+            again = functools.partial(_backward_in_fp8_quantizing_again, self.numerics, self.static.backend)
+            return _Kept((w1, w2, *tensors), others, again)
+        weights = _FP8_WEIGHTS.flat(*Fp8Weights.of(self.w1, self.w2, self.numerics))
+        return _Kept((*weights, *tensors), others, _backward_in_fp8)
 
 
 def _backward_in_bf16(tensors: Sequence[Any], others: Sequence[Any], incoming: Sequence[Any]) -> Sequence[Tensor]:
@@ -267,15 +262,13 @@ def _backward_in_fp8(tensors: Sequence[Any], others: Sequence[Any], incoming: Se
     return grads
 
 
-def _backward_in_fp8_of_unquantized(
-    tensors: Sequence[Any], others: Sequence[Any], incoming: Sequence[Any]
+def _backward_in_fp8_quantizing_again(
+    numerics: Numerics, backend: str, tensors: Sequence[Any], others: Sequence[Any], incoming: Sequence[Any]
 ) -> Sequence[Tensor]:
-    *tensors, w1, w2 = tensors
-    saved = _FP8_SAVED.build(*tensors, *others)
-    first, second = _quantized([w1, w2], saved.numerics.scale, saved.static.backend)
-    w1_q, w1_t, w2_t = _for_backward(first, second, saved.numerics)
-    tensors, others = _FP8_SAVED.split(saved._replace(w1_q=w1_q, w1_t=w1_t, w2_t=w2_t))
-    return _backward_in_fp8(tensors, others, incoming)
+    w1, w2, *tensors = tensors
+    q1, q2 = _quantized([w1, w2], numerics.scale, backend)
+    weights = _FP8_WEIGHTS.flat(*Fp8Weights.of(q1, q2, numerics))
+    return _backward_in_fp8((*weights, *tensors), others, incoming)
 
 
 class Experts(torch.autograd.Function):
@@ -286,7 +279,7 @@ class Experts(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         *operands, call = args
-        output: tuple[Tensor, ...] = call.forward(Inputs(*operands), True)
+        output: tuple[Tensor, ...] = call.forward(operands, save=True)
         return output
 
     @staticmethod
@@ -295,7 +288,7 @@ class Experts(torch.autograd.Function):
         _, *kept = output
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
-        tensors, ctx.others, ctx.run_backward = call.keep(Inputs(*operands), *kept)
+        tensors, ctx.others, ctx.run_backward = call.keep(operands, *kept)
         ctx.save_for_backward(*tensors)
         ctx.parameters = call.parameters
 
@@ -307,11 +300,11 @@ class Experts(torch.autograd.Function):
         needs = Inputs(*needed)
         main = main_grads(ctx.parameters, needs)
         tensors = ctx.saved_tensors  # may recompute forward, so look for what is missing first
-        incoming = _INCOMING.flat(Incoming(dout.contiguous(), needs, main))
+        incoming = _INCOMING.flat(dout.contiguous(), needs, main)
         dx, dscores, dw1, db1, dw2, db2 = ctx.run_backward(tensors, ctx.others, incoming)
         dw1, dw2 = stand_ins(ctx.parameters, main, dw1, dw2, dout.dtype)
         grads = (dx, dscores, dw1, db1, dw2, db2)
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
+        return *[g if need else None for g, need in zip(grads, needs, strict=True)], None
 
 
 # ---- entry -----------------------------------------------------------------------------------------------------------
@@ -338,7 +331,7 @@ def run_experts(
         call = _Fp8Call(*common, Numerics.of(options.recipe), w1.fp8, w2.fp8)
     else:
         call = _Bf16Call(*common)
-    operands = Inputs(x_TH, scores_S, w1.value, b1, w2.value, b2)
+    operands = (x_TH, scores_S, w1.value, b1, w2.value, b2)
     if not options.inference and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
         out: Tensor = apply(Experts, *operands, call)[0]
         return out

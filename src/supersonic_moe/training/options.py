@@ -68,14 +68,13 @@ class Options(NamedTuple):
     @classmethod
     def read(cls, given: ExpertOptions) -> Options:
         """Raises TypeError for an unknown option, and what the readers raise for an unknown name."""
-        read: dict[str, Any] = {**given}
-        for name in read:
-            if name not in cls._fields:
-                raise TypeError(f"unknown option {name!r}; the options of experts are {', '.join(cls._fields)}.")
+        read: dict[str, Any] = {**cls._field_defaults, **given}
+        if len(read) > len(cls._fields):
+            unknown = next(name for name in read if name not in cls._fields)
+            raise TypeError(f"unknown option {unknown!r}; the options of experts are {', '.join(cls._fields)}.")
         for name, reader in _READERS.items():
-            if name in read:
-                read[name] = reader(read[name])
-        return cls(**read)
+            read[name] = reader(read[name])
+        return tuple.__new__(cls, read.values())
 
 
 _READERS: dict[str, Callable[[Any], Any]] = {"activation": as_activation, "layout": as_layout, "recipe": as_recipe}
