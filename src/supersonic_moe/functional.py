@@ -72,7 +72,9 @@ def moe_layer(
     experts = _checked(x_TH, w1, w2, Options.read(options))
     _check_router_weight(x_TH, router_weight_EH, w1)
     policy, num_experts, backend = as_router(router), w1.shape[0], _router_backend(experts.options.backend)
-    logits_TE, x_for_experts = router_linear(experts.x, router_weight_EH.to(experts.x.dtype))
+    if router_weight_EH.dtype is not experts.x.dtype:
+        router_weight_EH = router_weight_EH.to(experts.x.dtype)
+    logits_TE, x_for_experts = router_linear(experts.x, router_weight_EH)
     if experts.options.validate:
         checks.finite_logits(logits_TE)
     if isinstance(policy, TokenRounding):
@@ -252,6 +254,8 @@ def _checked(x: Tensor, w1: Tensor, w2: Tensor, options: Options) -> _Experts:
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     checks.dense("x", x)
     for name, t in operands:
+        if t.dtype is x.dtype and t.is_contiguous() and t.device == x.device:  # most are; what is wrong costs more
+            continue
         checks.same_device(name, t, "x", x)
         checks.dense(name, t)
         if dtype is None:

@@ -14,6 +14,7 @@ from supersonic_moe.config.activation import Activation, ActivationType, GateUpL
 from supersonic_moe.config.recipe import Fp8Recipe, Recipe, as_recipe
 from supersonic_moe.config.router import SigmoidGroupedTopK, TokenRounding, TopKRouter, as_router, check_router
 from supersonic_moe.functional import moe_layer
+from supersonic_moe.private_api import member_of
 from supersonic_moe.quantization.weight_cache import WeightCache
 from supersonic_moe.routing.aux_loss import router_z_loss, switch_load_balancing_loss
 
@@ -163,16 +164,16 @@ class MoE(nn.Module):
             elif policy.mode in ("SR-f", "NR-s"):
                 # From torch's generator: fresh each step, the same when checkpointing recomputes, new at each replay.
                 rounding_step = torch.randint(2**31, (1,), device=hidden_states.device)
-        up, down = self.c_fc, self.c_proj  # looking a submodule up takes longer than most checks
+        up, down = member_of(self, "c_fc"), member_of(self, "c_proj")
         flat = hidden_states.dim() == 2  # views cost the host two autograd nodes
         out_TH, logits_TE, counts_E = moe_layer(
             hidden_states if flat else hidden_states.reshape(-1, self.hidden_size),
-            self.router.weight,
-            up.weight,
-            down.weight,
+            member_of(member_of(self, "router"), "weight"),
+            member_of(up, "weight"),
+            member_of(down, "weight"),
             self.top_k,
-            b1=up.bias,
-            b2=down.bias,
+            b1=member_of(up, "bias"),
+            b2=member_of(down, "bias"),
             router=policy,
             correction_bias=self.correction_bias,
             rounding_step=rounding_step,
@@ -185,9 +186,7 @@ class MoE(nn.Module):
             backend=_backend(kernel_backend_moe),
             validate=self.validate,
         )
-        self.__dict__["expert_counts"] = (
-            counts_E  # setting a tensor as an attribute of a module costs as much as a launch
-        )
+        self.__dict__["expert_counts"] = counts_E  # ``self.expert_counts =`` would search all parameters first
         output = out_TH if flat else out_TH.view(hidden_states.shape)
         if is_inference_mode:
             return output, None

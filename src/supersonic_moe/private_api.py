@@ -11,9 +11,10 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def _raw_stream(device: int) -> int:
@@ -88,3 +89,14 @@ def versions_of(tensors: Sequence[Tensor]) -> list[int]:
         return list(map(_counted, tensors))
     except AttributeError:
         return [next(_never_twice) for _ in tensors]
+
+
+def member_of(module: nn.Module, name: str) -> Any:
+    """``getattr(module, name)`` of a parameter or a submodule, at a third of its time: ``nn.Module`` has it fail first,
+    then searches. Eight of them in a forward took as long as a launch.
+    """
+    own = module.__dict__
+    for members in (own.get("_parameters", ()), own.get("_modules", ())):
+        if name in members:
+            return members[name]
+    return getattr(module, name)  # a parametrization, for instance

@@ -210,3 +210,17 @@ def test_the_correction_bias_stays_fp32_through_the_private_hook_of_modules() ->
     moe = MoE(4, 2, 16, 8, "swiglu", add_bias=False, std=0.02, router="sigmoid_grouped_topk")
     nn.Sequential(moe).to(torch.bfloat16)
     assert moe.correction_bias is not None and moe.correction_bias.dtype is torch.float32
+
+
+def test_members_of_a_module_are_those_that_its_attributes_are() -> None:
+    """Also where a parametrization takes the place of a parameter, and where torch keeps members elsewhere."""
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False))
+    linear = module[0]
+    assert private_api.member_of(module, "0") is linear
+    assert private_api.member_of(linear, "weight") is linear.weight and private_api.member_of(linear, "bias") is None
+    elsewhere: Any = SimpleNamespace(weight=1)
+    assert private_api.member_of(elsewhere, "weight") == 1
+    torch.nn.utils.parametrize.register_parametrization(linear, "weight", torch.nn.Tanh())
+    assert torch.equal(private_api.member_of(linear, "weight"), linear.parametrizations.weight.original.tanh())
+    with pytest.raises(AttributeError, match="nothing"):
+        private_api.member_of(linear, "nothing")

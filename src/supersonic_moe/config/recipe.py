@@ -60,6 +60,6 @@ Recipe: TypeAlias = Bf16Recipe | Fp8Recipe
 def as_recipe(value: Recipe | None) -> Recipe:
     if value is None:
         return Bf16Recipe()
-    if isinstance(value, Bf16Recipe | Fp8Recipe):
+    if isinstance(value, Recipe):
         return value
     raise TypeError(f"recipe must be None, a Bf16Recipe or an Fp8Recipe; got {checks.describe(value)}.")

@@ -99,7 +99,7 @@ class TokenRounding:
     kind: ClassVar[str] = "token_rounding"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.base, SoftmaxAfterTopK | SoftmaxBeforeTopK | SigmoidGroupedTopK):
+        if not isinstance(self.base, TopKRouter):
             raise TypeError(
                 f"base must be a top-K router config; got {checks.short(self.base)}. "
                 "Use SoftmaxAfterTopK() or the like."
@@ -132,9 +132,12 @@ _NAMES: dict[str, TopKRouter] = {
 }
 
 
+_CONFIGS = (SoftmaxAfterTopK, SoftmaxBeforeTopK, SigmoidGroupedTopK, TokenRounding)
+
+
 def as_router(value: str | TopKRouter | TokenRounding) -> TopKRouter | TokenRounding:
     """The config that a name stands for; a config passes through."""
-    if isinstance(value, SoftmaxAfterTopK | SoftmaxBeforeTopK | SigmoidGroupedTopK | TokenRounding):
+    if isinstance(value, _CONFIGS):
         return value
     if value == "token_rounding":
         return TokenRounding()

@@ -65,7 +65,7 @@ def route(
 
 
 def _check(logits: Tensor, k: int, router: TopKRouter | TokenRounding, bias: Tensor | None) -> None:
-    if not isinstance(router, SoftmaxAfterTopK | SoftmaxBeforeTopK | SigmoidGroupedTopK):
+    if not isinstance(router, TopKRouter):
         raise TypeError(
             f"route chooses exactly K experts a token, so it cannot run {router!r}. "
             "Call token_rounding(...) in training, route(...) with its base router in evaluation."

@@ -51,8 +51,6 @@ class Fields(Generic[P, N]):
         self.classes: dict[str, Any] = {"new": tuple.__new__}
         self.construction = _construction(kind, "", self.classes)
         """An expression that makes a ``kind`` of variables called like its leaves, and the names in it."""
-        self.build: Callable[..., N] = _function(self.names, [], self.construction, self.classes)
-        """A ``kind`` of what ``flat`` gave."""
 
 
 def on_flat(run: Callable[..., R], *lists: Fields[..., Any]) -> Callable[..., R]:

@@ -12,6 +12,7 @@ schema is made; a tensor that forward keeps goes through ``save_for_backward``, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeAlias
@@ -245,7 +246,8 @@ class _Fp8Call(NamedTuple):
         z_PN = Quantized(z, z_scale)
         tensors, others = _FP8_SAVED.split(z_PN, x, row_scores, b1, b2, self.plan, self.static, self.numerics)
         if self.w1.transposed is None:
-            return _Kept((w1, w2, *tensors), others, _backward_in_fp8_quantizing_again)
+            again = functools.partial(_backward_in_fp8_quantizing_again, self.numerics, self.static.backend)
+            return _Kept((w1, w2, *tensors), others, again)
         weights = _FP8_WEIGHTS.flat(*Fp8Weights.of(self.w1, self.w2, self.numerics))
         return _Kept((*weights, *tensors), others, _backward_in_fp8)
 
@@ -261,12 +263,11 @@ def _backward_in_fp8(tensors: Sequence[Any], others: Sequence[Any], incoming: Se
 
 
 def _backward_in_fp8_quantizing_again(
-    tensors: Sequence[Any], others: Sequence[Any], incoming: Sequence[Any]
+    numerics: Numerics, backend: str, tensors: Sequence[Any], others: Sequence[Any], incoming: Sequence[Any]
 ) -> Sequence[Tensor]:
     w1, w2, *tensors = tensors
-    saved = _FP8_SAVED.build(*tensors, *others)
-    q1, q2 = _quantized([w1, w2], saved.numerics.scale, saved.static.backend)
-    weights = _FP8_WEIGHTS.flat(*Fp8Weights.of(q1, q2, saved.numerics))
+    q1, q2 = _quantized([w1, w2], numerics.scale, backend)
+    weights = _FP8_WEIGHTS.flat(*Fp8Weights.of(q1, q2, numerics))
     return _backward_in_fp8((*weights, *tensors), others, incoming)
 
 
