@@ -265,7 +265,7 @@ def test_tiles(pow2: bool, device: torch.device, counts: list[int], c: int, seed
     nobody = torch.ones(len(x), dtype=torch.bool, device=device)
     nobody[held] = False
     x[nobody] = math.nan
-    got, want = triton.quantize_tiles(x, row, pow2), reference.quantize_tiles(x, row, pow2)
+    got, want = triton.quantize_both_orders(x, row, pow2), reference.quantize_both_orders(x, row, pow2)
     assert_same_bytes(got.columns, want.columns)
     assert_same_bytes(tuple(t[held] for t in got.rows), tuple(t[held] for t in want.rows))
     (q, row_scale), (transposed, scale) = got
@@ -284,7 +284,7 @@ def test_a_quiet_row_beside_a_loud_one_keeps_its_digits(pow2: bool, device: torc
     x = x.bfloat16()
     index = torch.arange(128, dtype=torch.int32, device=device)
     for backend in (triton, reference):
-        rows = backend.quantize_tiles(x, index, pow2).rows
+        rows = backend.quantize_both_orders(x, index, pow2).rows
         error = (reference.dequantize(*rows) - x.double()).norm(dim=1) / x.double().norm(dim=1)
         assert error.amax() < 0.05
 
@@ -302,7 +302,9 @@ def test_nothing_to_quantise(device: torch.device) -> None:
     offsets = torch.zeros(4, dtype=torch.int32, device=device)
     assert_same_bytes(triton.quantize_rows(empty), reference.quantize_rows(empty))
     assert_same_bytes(triton.quantize_columns(empty, index), reference.quantize_columns(empty, index))
-    for got, want in zip(triton.quantize_tiles(empty, index), reference.quantize_tiles(empty, index), strict=True):
+    for got, want in zip(
+        triton.quantize_both_orders(empty, index), reference.quantize_both_orders(empty, index), strict=True
+    ):
         assert_same_bytes(got, want)
     assert_same_bytes(pad_segments(offsets, index, 0), reference.pad_segments(offsets, index, 0))
     weight = torch.empty(0, 128, 128, dtype=torch.bfloat16, device=device)

@@ -188,7 +188,7 @@ def run_case(shape: LayerShape, config: LayerConfig, progress: Callable[[str], N
         spans = measure_spans(
             contenders[OURS].fwd_bwd, marks_for(config.device), warm_ms=config.warm_ms, min_ms=config.min_ms
         )
-        result.metrics[OURS]["quantise_share"] = spans.quantise_share
+        result.metrics[OURS]["quantize_share"] = spans.quantize_share
     result.metrics = {name: metrics for name, metrics in result.metrics.items() if metrics}
     return result
 

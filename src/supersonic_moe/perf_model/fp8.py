@@ -102,7 +102,7 @@ def fp8_step_kernels(recipe: Fp8Recipe) -> dict[str, str]:
         **(again if recipe.save_preactivation == "recompute" else {}),
         "q dO": "quantize_rows",
         **({"segments": "pad_segments"} if in_fp8 else {}),
-        "4": "down_backward_fp8_quantised" if in_fp8 else "down_backward_fp8",
+        "4": "down_backward_fp8_quantize" if in_fp8 else "down_backward_fp8",
         **({"q dO^T": "quantize_columns"} if in_fp8 else {}),
         "5": wgrad,
         **({"q X^T": "quantize_columns"} if in_fp8 else {"q dH": "quantize_rows"}),

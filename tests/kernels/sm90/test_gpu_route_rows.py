@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from supersonic_moe.config.grouped_routing import GroupedRouting, Scoring
+from supersonic_moe.kernels.interface import Slots
 from supersonic_moe.kernels.reference import build_plan, local_ids, route_grouped
 
 pytest.importorskip("cuda.bindings.nvrtc")
@@ -67,7 +68,7 @@ def check_rows(tables: RowTables, slots_TC: Tensor, num_local: int) -> None:
     """``slots_TC``: local expert of each slot, -1 for none."""
     tokens, per_token = slots_TC.shape
     slots = slots_TC.numel()
-    plan = build_plan(slots_TC.cpu().flatten(), None, per_token, tokens, num_local, 1, slots)
+    plan = build_plan(Slots(slots_TC.cpu().flatten(), None, per_token, tokens, num_local, 1, slots))
     offsets, _, scatter, _, reverse, counts = plan
     used = int(offsets[-1])
     assert tables.offsets.tolist() == offsets.tolist()

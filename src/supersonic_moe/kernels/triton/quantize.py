@@ -22,7 +22,7 @@ Bytes an element, bf16 in, and roofline on H200 at 4.26 TB/s:
 | quantize_weights | 2 + 2 | 8 x 3072 x 3072 | 71 us |
 | quantize_columns | 2 + 1 | 65536 x 1536 | 71 us |
 | quantize_columns, gathered | 2 of each token + 1 | 8192 tokens to 65536 x 3072 | 59 us; 403 MB come from L2 |
-| quantize_tiles | 2 · 2 + 2, two passes | 65536 x 3072 | 284 us |
+| quantize_both_orders | 2 · 2 + 2, two passes | 65536 x 3072 | 284 us |
 """
 
 from __future__ import annotations
@@ -336,6 +336,6 @@ def quantize_columns(x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: b
     return Quantized(q_CG, scale)
 
 
-def quantize_tiles(x_RC: Tensor, index_G: Tensor, pow2: bool = False) -> BothOrders:
+def quantize_both_orders(x_RC: Tensor, index_G: Tensor, pow2: bool = False) -> BothOrders:
     """Rows (R, C), in the layout of ``quantize_rows(..., tma=True)``, and columns (C, G) in tiles: two passes."""
     return BothOrders(quantize_rows(x_RC, pow2, tma=True), quantize_columns(x_RC, index_G, pow2, tiled=True))
