@@ -185,7 +185,7 @@ def test_breakdown_command_prints_and_writes(tmp_path: Path) -> None:
     shape = ["--shape", "64,256,128,4,2", *QUICK]
     result = run("bench", "breakdown", "--recipe", "fp8", *shape, "--json", str(file))
     assert result.exit_code == 0, result.output
-    assert "up_projection_fp8 (1)" in result.output and "only quantising or transposing" in result.output
+    assert "up_projection_fp8 (1)" in result.output and "only quantizing or transposing" in result.output
     content = json.loads(file.read_text())
     names = list(dict.fromkeys(row["case"].partition("/")[2] for row in content["rows"]))
     assert content["suite"] == "breakdown" and names[-2:] == ["rest", "total"]

@@ -1,4 +1,4 @@
-"""FP8 quantisers: the reference against ``quantization/block_format.py``, Triton against the reference, byte for byte.
+"""FP8 quantizers: the reference against ``quantization/block_format.py``, Triton against the reference, byte for byte.
 
 Rows that must not matter hold NaN; so do fresh outputs.
 """
@@ -124,7 +124,7 @@ def test_weight_blocks_share_scales_with_their_transpose() -> None:
     torch.testing.assert_close(scale[1, 1, 1], scale_of_block)
 
 
-def test_products_are_those_of_the_dequantised_operands() -> None:
+def test_products_are_those_of_the_dequantized_operands() -> None:
     a, b = sample(7, 200, seed=1), sample(2, 130, 200, seed=2)
     (qa, sa), (qb, _, sb) = reference.quantize_rows(a), reference.quantize_blocks(b)
     got = exact_grouped_mm(Quantized(qa, sa), Quantized(qb, sb), torch.tensor([0, 3, 7]))
@@ -296,7 +296,7 @@ def test_same_bytes_again(device: torch.device) -> None:
     assert_same_bytes(triton.quantize_rows(x), triton.quantize_rows(x))
 
 
-def test_nothing_to_quantise(device: torch.device) -> None:
+def test_nothing_to_quantize(device: torch.device) -> None:
     empty = torch.empty(0, 200, dtype=torch.bfloat16, device=device)
     index = torch.empty(0, dtype=torch.int32, device=device)
     offsets = torch.zeros(4, dtype=torch.int32, device=device)

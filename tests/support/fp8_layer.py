@@ -15,12 +15,12 @@ difference of a GPU kernel to this file is what that kernel adds.
                                                    db1, db2: sums over rows of dZ and s dO~
                                                    dx  = sum over the token's rows of q(dZ) q(W1)
 
-x and dO are quantised once, at T rows; their transposed copies come from x and dO again, not from the bytes of the
-first quantisation, because a second rounding would add as much error as the first. With ``wgrad="bf16"`` the four
+x and dO are quantized once, at T rows; their transposed copies come from x and dO again, not from the bytes of the
+first quantization, because a second rounding would add as much error as the first. With ``wgrad="bf16"`` the four
 operands of the weight gradients are rounded to bf16 instead.
 
 ``tiled`` names operands of the weight gradients that have one scale per 128 x 128 tile (positions x columns) instead of
-one per column and block of tokens: "dout" and "a" of dW2, "dz" and "x" of dW1. A tiled dZ is quantised once for both
+one per column and block of tokens: "dout" and "a" of dW2, "dz" and "x" of dW1. A tiled dZ is quantized once for both
 its uses: dx takes the same bytes.
 """
 

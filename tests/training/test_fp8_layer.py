@@ -142,7 +142,7 @@ def rounding_at_stores(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: f"{r.save_preactivation}-{r.wgrad}-{r.scale}")
 def test_bits_are_those_of_the_arithmetic(recipe: Fp8Recipe, inputs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Partial blocks, empty experts. Both sides sum in fp32, in different orders at most, so a few results round the
-    other way: 2^-8 of themselves in bf16, and one that is quantised again by up to 2^-3.
+    other way: 2^-8 of themselves in bf16, and one that is quantized again by up to 2^-3.
     """
     layer = Layer(topk_plan(150, 6, 3), 200, 72, as_activation("swiglu"))
     inputs(layer)

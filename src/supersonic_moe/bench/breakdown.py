@@ -79,7 +79,7 @@ def _lines(spans: Spans, steps: Sequence[tuple[str, Step]], floors: bool) -> dic
 def breakdown_table(result: BreakdownResult) -> Table:
     """A line for each function, its share of the step, and its floor."""
     total = result.metrics["total"]
-    title = f"{result.case}   only quantising or transposing: {total['quantize_share']:.1%}"
+    title = f"{result.case}   only quantizing or transposing: {total['quantize_share']:.1%}"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     table.add_column("", no_wrap=True)
     for heading in ("µs", "% of step", "TFLOP/s", "floor µs", "floor ÷ time"):

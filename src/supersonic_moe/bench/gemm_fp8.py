@@ -1,10 +1,10 @@
 """Random e4m3 operands of the GEMM suite with their block scales, and who multiplies them.
 
-Operands are normal numbers in bf16 that pass through our quantisers. Everyone gets these bytes, in the order that he
-wants, beforehand: neither quantising nor laying out scales is in anybody's time. An exact product is that of the
-dequantised operands in fp64. Beyond the variants of ``gemm.py``:
+Operands are normal numbers in bf16 that pass through our quantizers. Everyone gets these bytes, in the order that he
+wants, beforehand: neither quantizing nor laying out scales is in anybody's time. An exact product is that of the
+dequantized operands in fp64. Beyond the variants of ``gemm.py``:
 
-    ours_up, ours_up_gathered     the up-projection: the same product with SwiGLU and both quantisations in its epilogue
+    ours_up, ours_up_gathered     the up-projection: the same product with SwiGLU and both quantizations in its epilogue
     ours_transposed               wgrad only: (E, N, M), as dW1 of a layer is stored
 
 Peers:

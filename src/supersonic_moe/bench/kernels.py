@@ -66,7 +66,7 @@ GROUPS = {
         "grouped_mm_dx",
         "gather_sum_dx",
     ),
-    "FP8 quantisers": (
+    "FP8 quantizers": (
         "quantize_rows_x",
         "quantize_blocks_w1",
         "quantize_blocks_w2",

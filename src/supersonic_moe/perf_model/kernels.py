@@ -1,4 +1,4 @@
-"""What each kernel of a layer must cost where it runs alone: steps of ``roofline.py``, their variants, FP8 quantisers.
+"""What each kernel of a layer must cost where it runs alone: steps of ``roofline.py``, their variants, FP8 quantizers.
 
 Symbols and rules are those of ``roofline.py``: bytes are compulsory, so a gathered operand counts its T distinct rows,
 however often the gather reads them again. A variant differs from its step in what it writes:
@@ -6,7 +6,7 @@ however often the gather reads them again. A variant differs from its step in wh
     up_projection_inference    no pre-activation
     wgrad_*_accumulate         fp32, read and written, of the experts that have rows; the others are left alone
 
-The quantisers write e4m3 (1 byte an element) and an fp32 scale a block (``quantization/block_format.py``). Where they
+The quantizers write e4m3 (1 byte an element) and an fp32 scale a block (``quantization/block_format.py``). Where they
 transpose for a weight gradient, rows become G positions: the rows of each expert padded to whole blocks of 128, as many
 as any routing may need.
 
@@ -62,7 +62,7 @@ def kernel_steps(shape: LayerShape, *, gated: bool, element_bytes: int = 2) -> d
 
 
 def quantizer_bytes(shape: LayerShape, *, gated: bool, element_bytes: int = 2) -> dict[str, int]:
-    """Bytes of every quantising pass, and "positions", G itself."""
+    """Bytes of every quantizing pass, and "positions", G itself."""
     from supersonic_moe.quantization.block_format import (  # imports torch, for which --help cannot wait
         blocks,
         padded_capacity,

@@ -115,7 +115,7 @@ def test_accuracy_of_activations(kind: ActivationType) -> None:
 
     A gate of ReLU that lies within the noise of H may open in one layer and not in the other. Its gradient then differs
     by all of itself, 13 to 16 % of dx and dW1, whatever backward does, so these two are compared with the fp32 layer of
-    the quantised x and W1: same H, same gates.
+    the quantized x and W1: same H, same gates.
     """
     torch.manual_seed(0)
     layer = Layer(topk_plan(), 256, 256, as_activation(kind), list(GateUpLayout)[len(kind.value) % 3])

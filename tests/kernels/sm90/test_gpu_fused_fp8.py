@@ -1,4 +1,4 @@
-"""The fused FP8 backward of the down-projection against fp64 of the dequantised operands."""
+"""The fused FP8 backward of the down-projection against fp64 of the dequantized operands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The FP8 backward of the down-projection with quantised results, against fp64 and against the formats it promises."""
+"""The FP8 backward of the down-projection with quantized results, against fp64 and against the formats it promises."""
 
 from __future__ import annotations
 

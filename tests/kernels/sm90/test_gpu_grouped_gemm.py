@@ -172,13 +172,7 @@ def test_up_projection(
 @pytest.mark.parametrize("bias", [False, True])
 @gated_cases
 def test_down_backward(
-    counts: list[int],
-    hidden: int,
-    width: int,
-    gathered: bool,
-    activation: Activation,
-    layout: GateUpLayout,
-    bias: bool,
+    counts: list[int], hidden: int, width: int, gathered: bool, activation: Activation, layout: GateUpLayout, bias: bool
 ) -> None:
     """dH, s A and dS against fp64; rows of score 0 get exact zeros although H is NaN there."""
     offsets, source, index = rows_case(counts, 3, hidden, gathered)

@@ -1,4 +1,4 @@
-"""The FP8 grouped GEMM against the fp64 product of the dequantised operands."""
+"""The FP8 grouped GEMM against the fp64 product of the dequantized operands."""
 
 from __future__ import annotations
 

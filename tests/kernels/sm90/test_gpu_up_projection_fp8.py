@@ -1,4 +1,4 @@
-"""The fused FP8 up-projection: what it stores, against the fp64 product of the dequantised operands."""
+"""The fused FP8 up-projection: what it stores, against the fp64 product of the dequantized operands."""
 
 from __future__ import annotations
 

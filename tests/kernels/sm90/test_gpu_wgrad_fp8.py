@@ -1,4 +1,4 @@
-"""The FP8 weight gradient against the fp64 product of the dequantised operands."""
+"""The FP8 weight gradient against the fp64 product of the dequantized operands."""
 
 from __future__ import annotations
 

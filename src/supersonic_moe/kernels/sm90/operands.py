@@ -23,7 +23,7 @@ def map_of_scales(scale_RB: Tensor, index: Tensor | None, unused: TensorMap) -> 
         with_index = "without" if index is None else "with"
         raise ValueError(
             f"the scales of rows must be stored {way} {with_index} an index; got strides {scale_RB.stride()} for shape "
-            f"{tuple(scale_RB.shape)}. Quantise with quantize_rows(..., tma={index is None})."
+            f"{tuple(scale_RB.shape)}. Quantize with quantize_rows(..., tma={index is None})."
         )
     return unused if index is not None else map_of_columns(scale_RB)
 

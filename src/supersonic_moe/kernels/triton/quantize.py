@@ -1,4 +1,4 @@
-"""FP8 quantisers: rows, weight blocks, and operands of weight gradients, each in one pass over its bf16 input.
+"""FP8 quantizers: rows, weight blocks, and operands of weight gradients, each in one pass over its bf16 input.
 
 The arithmetic is that of ``quantization/block_format.py``, bit for bit. Moving bytes and turning tiles cost time:
 
@@ -127,7 +127,7 @@ def _column_amax(x):
     """(32, 4, 128) bf16 -> (32, 128) fp32: the largest magnitude of four rows, NaN left out."""
     if INTERPRETED:
         return tl.max(tl.abs(x.to(tl.float32)), 1)
-    tl.static_assert(x.dtype == tl.bfloat16, "quantisers take bfloat16")
+    tl.static_assert(x.dtype == tl.bfloat16, "quantizers take bfloat16")
     x0, x1, x2, x3 = _four_rows(x)
     largest = tl.inline_asm_elementwise(LARGEST, "=r,r,r,r,r", [x0, x1, x2, x3], tl.bfloat16, is_pure=True, pack=2)
     return tl.abs(largest.to(tl.float32))
