@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -265,3 +266,59 @@ def test_a_batch_of_padding_alone():
 def test_a_mask_that_does_not_fit_is_refused(layer, mask, words):
     with pytest.raises((TypeError, ValueError), match=words):
         layer(torch.randn(T, H), token_mask=mask)
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("router_dtype", [None, torch.float32, torch.float64])
+def test_a_step_with_everything_waits_for_nothing_and_replays_in_a_graph(router_dtype):
+    """Two micro-batches with padding, a checkpoint, and the update, captured together."""
+    torch.manual_seed(0)
+    sizes = (8, 2, 64, 32, "swiglu", True, 0.1)
+    layer = sm.MoE(
+        *sizes, router="sigmoid_grouped_topk", z_loss_weight=0.1, router_dtype=router_dtype,
+        device="cuda", dtype=torch.bfloat16,
+    )  # fmt: skip
+    twin = copy.deepcopy(layer)
+    x = torch.randn(2, 100, 64, device="cuda", dtype=torch.bfloat16)
+    mask = torch.rand(2, 100, device="cuda") < 0.7
+
+    def step(layer: sm.MoE) -> None:
+        for reentrant in (False, True):
+            given = x[int(reentrant)].detach().requires_grad_()
+            real = mask[int(reentrant)]
+            call = functools.partial(layer, token_mask=real)
+            out, aux_loss = checkpoint(call, given, use_reentrant=reentrant, preserve_rng_state=False)
+            (out.float().square().sum() + aux_loss).backward()
+        sm.update_correction_bias(layer, 1e-3)
+
+    def reset(layer: sm.MoE) -> None:
+        layer.correction_bias.zero_()
+        layer.counts_since_update.zero_()
+        layer.zero_grad(set_to_none=True)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step(layer)  # compiles
+        step(twin)
+    torch.cuda.current_stream().wait_stream(side)
+    reset(layer)
+    reset(twin)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(twin)
+        step(twin)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(layer)
+    reset(layer)
+    graph.replay()
+    graph.replay()
+    assert layer.correction_bias.ne(0).any()
+    assert torch.equal(layer.correction_bias, twin.correction_bias)
+    assert not layer.counts_since_update.any()
