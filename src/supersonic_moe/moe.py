@@ -238,7 +238,12 @@ class MoE(nn.Module):
 
     def _count(self, counts_E: Tensor, training: bool) -> None:
         total_E = self.counts_since_update if training else None
-        if torch.compiler.is_compiling():  # no attribute may be set inside a checkpoint
+        if total_E is not None and total_E.device != counts_E.device:  # parameters came one by one, not by ``_apply``
+            total_E = self.counts_since_update = _moved(total_E, counts_E.device)
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            # A graph may set no attribute inside a checkpoint, and can change no tensor that inference mode made.
+            if self.expert_counts.device != counts_E.device:
+                self.expert_counts = _moved(self.expert_counts, counts_E.device)
             keep_counts(self.expert_counts, total_E, counts_E)
             return
         self.__dict__["expert_counts"] = counts_E  # ``self.expert_counts =`` would search all parameters first
@@ -269,7 +274,9 @@ class MoE(nn.Module):
 
 
 def _moved(values: Tensor, device: torch.device) -> Tensor:
-    return torch.zeros_like(values, device=device) if values.is_meta else values.to(device)
+    """For good, so no tensor of inference mode; zeros where there was no data."""
+    with torch.inference_mode(False):
+        return torch.zeros_like(values, device=device) if values.is_meta else values.to(device)
 
 
 def _bias_in_fp32(layer: nn.Module, _: object) -> None:

@@ -75,6 +75,21 @@ def test_recomputation_counts_once(reentrant, compiled):
     assert layer.counts_since_update.tolist() == chosen(layer, x).tolist()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_counts_follow_parameters_that_came_one_by_one(evaluated, compiled):
+    """From the meta device by assignment, which moves nothing else; and tensors of inference mode change no more."""
+    layer, x = moe(device="meta"), torch.randn(T, H)
+    layer.load_state_dict(moe().state_dict(), assign=True)
+    if evaluated:
+        with torch.inference_mode():
+            layer.eval()(x)
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+    layer.train()
+    backward(*run(x))
+    assert layer.expert_counts.tolist() == layer.counts_since_update.tolist() == chosen(layer, x).tolist()
+
+
 def test_counts_hold_more_than_int32():
     layer = moe()
     layer.counts_since_update += 2**31
