@@ -45,6 +45,9 @@ class Headline:
 
 SUITES = {
     "layer": Headline(("fwd_us", "fwd_bwd_us", "fwd_bwd_tflops", "mfu", "saved_bytes", "graph_us"), "fwd_bwd_us"),
+    "infer": Headline(
+        ("hits", "replay_us", "floor_us", "gbps", "eager_us", "host_us", "fixed_us", "hit_us"), "replay_us"
+    ),
     "gemm": Headline(("us", "tflops", "sm_mhz", "watts", "pj_per_flop", "rel_fro"), "us"),
     "breakdown": Headline(("us", "floor_us", "of_floor", "tflops"), "us"),
     "cold-start": Headline(("first_call_s", "call_s", "total_s", "import_s", "context_s"), "first_call_s"),

@@ -72,6 +72,13 @@ MIB = 2.0**20
 
 METRICS = (
     Metric("rows", "rows of all experts", "rows", None),
+    Metric("hits", "experts hit", "experts", None),
+    Metric("replay_us", "CUDA graph, cold L2, µs", "us", "lower"),
+    Metric("replay_spread", "", "fraction", None),
+    Metric("eager_us", "  eager, µs", "us", "lower"),
+    Metric("host_us", "  host, µs a call", "us", "lower"),
+    Metric("fixed_us", "fixed, µs", "us", "lower"),
+    Metric("hit_us", "  + µs an expert hit", "us", "lower"),
     Metric("infer_us", "inference forward, µs", "us", "lower"),
     Metric("infer_tflops", "  TFLOP/s", "TFLOP/s", "higher"),
     Metric("infer_spread", "", "fraction", None),
