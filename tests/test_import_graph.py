@@ -34,10 +34,10 @@ LAYERS = (
     "quantization",
     "routing",
     "training",
+    "inference",
     "functional",
     "moe",
     "integrations",
-    "inference",
     "supersonic_moe",  # the public names
     "perf_model",
     "demo",
