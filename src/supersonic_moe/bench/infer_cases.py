@@ -33,7 +33,7 @@ from supersonic_moe.quantization.block_format import E4M3, blocks
 
 ROUTINGS = ("uniform", "skewed", "hot")
 SKEW = 0.2  # standard deviation of experts' popularity: the busiest has 5.7 to 6.5 % of the rows, as in the real data
-HOT = 20.0  # added to a logit: chosen by every token
+HOT = 4.0  # added to the bias of an expert: with scores of at most 1, every token chooses it
 ROWS_PER_TOKEN = {901: 1340 / 901, 11948: 10501 / 11948, 14107: 16158 / 14107}
 
 
@@ -192,7 +192,7 @@ def workload(case: InferCase, experts: Fp8Experts, device: torch.device) -> Work
     if case.routing == "skewed" and case.tokens in ROWS_PER_TOKEN and rule is _DEEPSEEK:
         bias = _calibrated(case, popularity, ROWS_PER_TOKEN[case.tokens])
     if case.routing == "hot":
-        popularity[case.offset + shape.local // 2] = HOT
+        bias[case.offset + shape.local // 2] = HOT
     x = _codes(device, case.tokens, shape.hidden)
     x_scale = torch.randn(blocks(shape.hidden), case.tokens, device=device)
     while True:  # a single token has an expert here with a chance of one in two

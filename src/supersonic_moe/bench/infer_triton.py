@@ -27,9 +27,8 @@ from torch import Tensor
 
 from supersonic_moe.bench import infer_glue as glue
 from supersonic_moe.bench.infer_cases import Workload
-from supersonic_moe.bench.infer_parts import Call, new_out, routed, whole_blocks
+from supersonic_moe.bench.infer_parts import Call, new_out, sorted_rows, whole_blocks
 from supersonic_moe.bench.timing import Clock, Missing, attempt, clock_for
-from supersonic_moe.kernels.triton import plan
 from supersonic_moe.kernels.triton.tiling import cdiv
 from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks
 
@@ -111,18 +110,17 @@ def _operator(work: Workload, config: Config) -> tuple[Call, Callable[[], None]]
     tokens, top_k, hidden, inter = case.tokens, shape.rule.top_k, shape.hidden, shape.inter
     slots, tile = tokens * top_k, config.block_m
     capacity = max(tile, sum(cdiv(count, tile) * tile for count in work.counts))
-    local_TK = torch.empty(tokens, top_k, dtype=torch.int32, device=device)
     z, y = (torch.empty(slots, width, dtype=torch.bfloat16, device=device) for width in (2 * inter, hidden))
     c = torch.empty(slots, inter, dtype=torch.uint8, device=device).view(E4M3)
     c_scale = torch.empty(slots, blocks(inter), device=device)
     x_scale_TB = work.x_scale.t().contiguous()  # as SGLang has them: a copy that costs it nothing here
-    route, out = routed(work), new_out(work)
+    sort, out = sorted_rows(work, tile, capacity), new_out(work)
     state: dict[str, Any] = {}
 
     def multiply(a: tuple[Tensor, Tensor], w: tuple[Tensor, Tensor], to: Tensor, each: int, weigh: bool) -> None:
         weights_TK, slots_P, experts_B, end = state["rows"]
         kernels.invoke_fused_moe_kernel(
-            a[0], w[0], None, to, a[1], w[1], None, weights_TK, local_TK, slots_P, experts_B, end, weigh, each,
+            a[0], w[0], None, to, a[1], w[1], None, weights_TK, work.ids, slots_P, experts_B, end, weigh, each,
             config.launch(), compute_type=kernels.tl.bfloat16, use_fp8_w8a8=True, use_int8_w8a8=False,
             use_int8_w8a16=False, use_int4_w4a16=False, per_channel_quant=False, block_shape=[BLOCK, BLOCK],
             b_use_tma=config.weights_by_tma,
@@ -139,11 +137,7 @@ def _operator(work: Workload, config: Config) -> tuple[Call, Callable[[], None]]
         down()
 
     def run() -> Tensor:
-        weights_TK, ids_TK = route()
-        glue.localize(ids_TK, case.offset, shape.local, local_TK)
-        offsets, _, slot_P, expert_P, dest_S, _ = plan.build_plan(
-            local_TK.view(-1), None, top_k, tokens, shape.local, tile, capacity
-        )
+        weights_TK, (offsets, _, slot_P, expert_P, dest_S, _) = sort()
         state["rows"] = weights_TK, *glue.block_experts(slot_P, expert_P, slots, tile), offsets[-1:]
         up()
         glue.swiglu_quantize(z, dest_S, c, c_scale, gate_first=False)
