@@ -69,12 +69,13 @@ def stream(case: Case, *, limit: float | None = None, pow2: bool = False) -> Str
         nan_codes(blocks(inter), planes, 128), nan(blocks(inter), planes), nan(planes, hidden),
     )  # fmt: skip
     place = Choices(num_local, num_local, 0, choices, shared=False)
-    place_topk(ids, case.weights.to(device), None, 1.0, place, tables)
+    for launch in place_topk(ids, case.weights.to(device), None, 1.0, place, tables):
+        launch.run()
     out = nan(tokens, hidden).bfloat16()
     stream_experts(
         Inputs(x, x_scale), experts, None, tables, choices, scratch, out, order=as_layout(case.order), limit=limit,
         pow2=pow2,
-    )  # fmt: skip
+    ).run()  # fmt: skip
 
     order = as_layout(case.order)
     expected = expert_rows(

@@ -2,7 +2,7 @@
 
 A serving stack allocates once, at its largest batch, and passes the buffer to every call: the size never falls when T
 grows. Rows are bounded by T * K because only the device knows how many choices have a local expert. With R = T * K,
-R' = min(R, 128 * E_local) the rows of experts that the streaming kernel takes, and P = R' + 7 min(R', E_local) + 31 of
+R' = min(R, 128 * E_local) the rows of experts that the streaming kernel takes, and P = R' + 7 min(R', E_local) + 24 of
 them padded:
 
 | region | bytes |
@@ -84,7 +84,7 @@ def streamed_rows(rows: int, intermediate: int, num_local: int) -> int:
 
 def padding(rows: int, num_local: int) -> int:
     """P: rows as the streaming kernel numbers them, and those that it reads behind the last."""
-    return -(-rows // ROW_GROUP) * ROW_GROUP + (ROW_GROUP - 1) * min(rows, num_local) + COLUMNS_BEHIND
+    return (rows + (ROW_GROUP - 1) * min(rows, num_local)) // ROW_GROUP * ROW_GROUP + COLUMNS_BEHIND
 
 
 @functools.lru_cache(maxsize=256)

@@ -38,7 +38,7 @@ extern "C" __global__ void __launch_bounds__(STREAM_THREADS, 1)
     if (warp < MATH_WARPS) {
         gather_rows(problem, geometry, warp / 4);
         compute_tiles(block, problem, geometry, warp / 4);
-        combine_tokens(problem, geometry);
+        combine_tokens(block, problem, geometry);
     } else if (warp == TOKEN_WARP) {
         load_tokens(block, problem, geometry);
     } else if (elect_one()) {

@@ -30,9 +30,14 @@ DEVICE uint4 quantize_chunk(const uint4& first, const uint4& second, bool pow2, 
 DEVICE void gather_rows(const Problem& p, const Geometry& g, u32 group) {
     const u32 lane = lane_index(), blocks = p.blocks_hidden(), parts = (blocks + GATHER_BLOCKS - 1) / GATHER_BLOCKS;
     const u32 warp = threadIdx.x / 32, units = g.padded_rows * parts;
-    for (u32 unit = blockIdx.x + gridDim.x * warp; unit < units; unit += gridDim.x * MATH_WARPS) {
+    const u32 step = gridDim.x * MATH_WARPS;
+    const auto slot_of = [&](u32 unit) { return unit < units ? p.row_slot[unit / parts] : -1; };
+    u32 unit = blockIdx.x + gridDim.x * warp;
+    i32 next_slot = slot_of(unit);
+    for (; unit < units; unit += step) {
         const u32 row = unit / parts, first = unit % parts * GATHER_BLOCKS;
-        const i32 slot = p.row_slot[row];
+        const i32 slot = next_slot;
+        next_slot = slot_of(unit + step);
         if (slot < 0) continue;
         const i64 token = slot / p.choices;
         const bool routed = slot % p.choices < p.choices - p.shared();

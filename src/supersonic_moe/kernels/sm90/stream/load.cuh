@@ -8,11 +8,13 @@ struct WeightMaps {
 };
 
 // One thread. Takes tiles from the counter, tells the other warps, and loads a K block of the tile into each stage. Weights of W2 are
-// loaded before what they multiply is there. The next tile is asked for while this one is loaded: the answer takes as long as a K block.
+// loaded before what they multiply is there, as far as the ring goes. The next tile is asked for while this one is loaded: the answer takes as
+// long as a K block.
 DEVICE void load_weights(const Block& block, const Problem& p, const Geometry& g, const WeightMaps& routed, const WeightMaps& shared) {
     const u64 policy = evict_first();
     const u32 bytes = g.tile_rows * LINE_BYTES;
-    Cursor ring, queue;
+    Cursor ring, landed, queue;
+    u32 before_waiting = g.stages_on_the_way();
     const auto announce = [&](const Tile& tile) {
         mbarrier_wait(block.queue_empty(queue.at), queue.phase ^ 1);
         block.side.queue[queue.at] = tile;
@@ -29,8 +31,14 @@ DEVICE void load_weights(const Block& block, const Problem& p, const Geometry& g
         const u32 blocks = first_product ? p.blocks_hidden() : p.blocks_inter();
         const u32 ask = add_relaxed(p.next_tile(), 1) + gridDim.x;
         for (u32 k = 0; k < blocks; ++k) {
-            const u32 full = block.full(ring.at), stage = block.ring + ring.at * g.stage_bytes;
+            const u32 full = block.weights(ring.at), stage = block.ring + ring.at * g.stage_bytes;
             mbarrier_wait(block.empty(ring.at), ring.phase ^ 1);
+            if (before_waiting > 0) {
+                --before_waiting;
+            } else {
+                mbarrier_wait(block.weights(landed.at), landed.phase);
+                landed.advance(g.stages);
+            }
             mbarrier_arrive_expect_tx(full, bytes);
             if (first_product) {
                 tma_load_once(stage, map, full, policy, k * LINE_BYTES, 0, 0, row, expert);
@@ -90,7 +98,7 @@ DEVICE void load_tokens(const Block& block, const Problem& p, const Geometry& g)
                 gathered = true;
                 fence_proxy_async_global();
             }
-            const u32 full = block.full(ring.at);
+            const u32 full = block.tokens(ring.at);
             mbarrier_wait(block.empty(ring.at), ring.phase ^ 1);
             const float of_upper = __shfl_sync(0xffffffffu, upper, k % 32), of_lower = __shfl_sync(0xffffffffu, lower, k % 32);
             if (elect_one()) {

@@ -14,11 +14,14 @@ constexpr u32 GROUP_CHANNELS = 32;      // of a warpgroup's 64 rows of W13
 constexpr u32 MAX_STAGES = 24;
 constexpr u32 QUEUE = 4;       // tiles known ahead
 constexpr u32 KNOWN_ITEMS = 64;  // in shared memory; what is behind them is read from global memory
-constexpr u32 RING_BYTES = 224 * 1024;
+constexpr u32 RING_BYTES = 216 * 1024;
+// Weights that a block has asked for and not got, at most. 33 KB would keep DRAM busy (4.4 TB/s for a microsecond, by 132); a full ring of
+// requests is no faster and makes everything else wait 6 us behind them.
+constexpr u32 BYTES_ON_THE_WAY = 64 * 1024;
 
 constexpr u32 MATH_WARPS = 8, WEIGHT_WARP = 8, TOKEN_WARP = 9;
 constexpr u32 STREAM_THREADS = 32 * 10;
-constexpr u32 FULL_ARRIVALS = 2, QUEUE_READERS = 1 + MATH_WARPS;
+constexpr u32 QUEUE_READERS = 1 + MATH_WARPS;
 
 // Rows of e4m3 in planes: plane b holds the K block b of every row, 128 bytes each, swizzled as TMA would have it, and their scales. So the
 // rows of an item are one copy of N * 128 bytes and one of N * 4. Rows up to the next multiple of N are read, multiplied and dropped.
@@ -98,6 +101,7 @@ struct Geometry {
     }
     DEVICE bool narrow() const { return tile_rows == NARROW; }
     DEVICE u32 tiles() const { return items * (tiles1 + tiles2); }
+    DEVICE u32 stages_on_the_way() const { return min(stages, BYTES_ON_THE_WAY / (tile_rows * LINE_BYTES)); }
     DEVICE u32 token_tile() const { return tile_rows * LINE_BYTES; }  // behind the weights of a stage
     // Of the tokens in a stage, behind all stages.
     DEVICE u32 token_scales(u32 stage) const { return stages * stage_bytes + stage * token_scale_bytes; }
@@ -118,11 +122,20 @@ struct Cursor {
     }
 };
 
+constexpr u32 BATCH_SLOTS = 128;  // of the tokens that a warp combines at a time
+
+struct RowList {
+    i32 row[BATCH_SLOTS];
+    float weight[BATCH_SLOTS];
+    u8 token[BATCH_SLOTS];  // of the batch
+};
+
 struct alignas(128) Side {
+    RowList lists[MATH_WARPS];
     int4 items[1 + KNOWN_ITEMS];         // as in global memory
     float weight_scales[MAX_STAGES][2];  // of the two row sets of a thread's accumulators: r and r + 8
     Tile queue[QUEUE];
-    u64 full[MAX_STAGES], empty[MAX_STAGES];
+    u64 weights[MAX_STAGES], tokens[MAX_STAGES], empty[MAX_STAGES];  // of each stage: the two have landed; both have been used
     u64 queue_full[QUEUE], queue_empty[QUEUE];
     u32 last[2];  // whether a warpgroup was the last to reach a block of c
 };
@@ -132,7 +145,8 @@ struct Block {
     u32 ring;
     Side& side;
 
-    DEVICE u32 full(u32 stage) const { return smem_address(&side.full[stage]); }
+    DEVICE u32 weights(u32 stage) const { return smem_address(&side.weights[stage]); }
+    DEVICE u32 tokens(u32 stage) const { return smem_address(&side.tokens[stage]); }
     DEVICE u32 empty(u32 stage) const { return smem_address(&side.empty[stage]); }
     DEVICE u32 queue_full(u32 place) const { return smem_address(&side.queue_full[place]); }
     DEVICE u32 queue_empty(u32 place) const { return smem_address(&side.queue_empty[place]); }
@@ -141,7 +155,8 @@ struct Block {
     DEVICE void init_barriers() const {
         if (threadIdx.x == 0) {
             for (u32 i = 0; i < MAX_STAGES; ++i) {
-                mbarrier_init(full(i), FULL_ARRIVALS);
+                mbarrier_init(weights(i), 1);
+                mbarrier_init(tokens(i), 1);
                 mbarrier_init(empty(i), MATH_WARPS);
             }
             for (u32 i = 0; i < QUEUE; ++i) {
