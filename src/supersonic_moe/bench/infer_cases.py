@@ -204,7 +204,7 @@ def workload(case: InferCase, experts: Fp8Experts, device: torch.device) -> Work
 
 def _calibrated(case: InferCase, popularity: Tensor, rows_per_token: float) -> Tensor:
     """The bias on this rank's experts at which a token has so many rows here."""
-    probe = torch.randn(4096, popularity.shape[0], device=popularity.device) + popularity
+    probe = torch.randn(2048, popularity.shape[0], device=popularity.device) + popularity
     here = torch.zeros_like(popularity)
     here[case.offset : case.offset + case.shape.local] = 1
     return bisect(partial(_rows_per_token, case, probe, here), rows_per_token) * here
