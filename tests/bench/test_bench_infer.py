@@ -85,7 +85,7 @@ def test_a_run_on_a_cpu_writes_its_file_and_its_figure(few_calls: None, tmp_path
         metrics
     )
     assert metrics["gbps"] == pytest.approx(metrics["bytes"] / metrics["replay_us"] / 1e3, rel=1e-4)
-    assert 0.01 < metrics["rel_fro"] < infer.LIMIT
+    assert 0.01 < metrics["rel_fro"] < infer.LIMIT and metrics["matched"] > 0.9
     assert Path(files[1]).stat().st_size > 10_000
 
 
@@ -110,6 +110,12 @@ def test_a_wrong_peer_is_missing_and_a_wrong_operator_no_result(
     contenders[OURS] = wrong
     with pytest.raises(infer.NoResultError, match=r"over the limit of 0\.03"):
         runner.run(InferCase(SHAPE, 9, 16), lambda _: None)
+
+
+def test_the_contest_measure_forgives_small_and_near() -> None:
+    expected = torch.tensor([0.0, 10.0, 10.0, 1000.0, 1000.0])
+    got = torch.tensor([0.9, 12.9, 13.5, 1299.0, 1301.0])
+    assert infer.matched(got, expected) == pytest.approx(3 / 5)
 
 
 def test_fits_find_a_fixed_time_and_a_slope() -> None:
