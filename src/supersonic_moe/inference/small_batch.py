@@ -13,8 +13,8 @@ from torch import Tensor
 from supersonic_moe.config.activation import ActivationType
 from supersonic_moe.config.grouped_routing import MAX_TOP_K
 from supersonic_moe.config.recipe import Fp8Recipe
-from supersonic_moe.inference import ops  # noqa: F401  defines torch.ops.supersonic_moe.moe_fp8_topk
 from supersonic_moe.inference.operands import MAX_LOCAL_EXPERTS
+from supersonic_moe.inference.topk import moe_fp8_topk
 from supersonic_moe.kernels import registry
 from supersonic_moe.quantization.block_format import BLOCK
 from supersonic_moe.training.arguments import Weight
@@ -55,13 +55,11 @@ def run(x_TH: Tensor, ids_TK: Tensor, scores_TK: Tensor, w1: Weight, w2: Weight,
     assert isinstance(recipe, Fp8Recipe)
     with torch.no_grad():
         w1, w2 = with_fp8_copies(w1, w2, recipe, options.backend, options.weight_cache)
-        weights = [w1.fp8.q, w1.fp8.scale, w2.fp8.q, w2.fp8.scale]
-        out_TH = torch.empty_like(x_TH)
-        torch.ops.supersonic_moe.moe_fp8_topk.default(
-            x_TH, None, weights, scores_TK.float().contiguous(), ids_TK.contiguous(), None, 0, w1.value.shape[0], 1.0,
-            options.layout.value, options.activation.limit, False, recipe.pow2, out_TH, None,
+        return moe_fp8_topk(
+            x_TH.detach(), w1.fp8.q, w2.fp8.q, w1.fp8.scale, w2.fp8.scale, scores_TK.detach().float().contiguous(),
+            ids_TK.contiguous(), num_experts=w1.value.shape[0], gate_up_order=options.layout,
+            swiglu_limit=options.activation.limit, pow2_scales=recipe.pow2,
         )  # fmt: skip
-    return out_TH
 
 
 def rows_of_experts(ids_TK: Tensor, num_experts: int) -> Tensor:
