@@ -35,11 +35,11 @@ LAYERS = (
     "quantization",
     "routing",
     "training",
+    "inference",
     "functional",
     "parts",
     "moe",
     "integrations",
-    "inference",
     "supersonic_moe",  # the public names
     "perf_model",
     "demo",
