@@ -23,6 +23,7 @@ LAYERS = (
     "quantization.block_format",
     "autograd",
     "jit",
+    "kernels.alignment",
     "kernels.interface",
     "kernels.compose",
     "kernels.reference",

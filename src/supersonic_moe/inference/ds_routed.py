@@ -91,9 +91,10 @@ def moe_fp8_ds_routed(
     checked_workspace(workspace, hidden_states, top_k, sizes, max_tokens_per_chunk)
     out = output(out, hidden_states)
     weights = [gemm1_weights, gemm1_scale, gemm2_weights, gemm2_scale]
+    bias = None if routing_bias is None else routing_bias.contiguous()
     for first, end in chunks(num_tokens, max_tokens_per_chunk):
         torch.ops.supersonic_moe.moe_fp8_ds_routed.default(
-            routing_logits[first:end], routing_bias, hidden_states[first:end], x_scale[first:end], weights,
+            routing_logits[first:end], bias, hidden_states[first:end], x_scale[first:end], weights,
             int(local_expert_offset), top_k, n_group, topk_group, rule.scoring.value, rule.scaling_factor, order.value,
             out[first:end], workspace,
         )  # fmt: skip

@@ -19,6 +19,7 @@ from supersonic_moe.config.activation import Activation, ActivationType, GateUpL
 from supersonic_moe.config.grouped_routing import GroupedRouting
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.inference.workspace import ALIGNMENT, regions, streamed_rows, workspace_bytes
+from supersonic_moe.kernels.alignment import aligned, aligned_tensor, is_plain
 from supersonic_moe.kernels.interface import Gate, Groups, Quantized, Rows
 from supersonic_moe.kernels.reference.inference import Fp8Experts
 from supersonic_moe.kernels.sm90.combine_rows import combine_rows
@@ -97,6 +98,15 @@ def _run(
     out: Tensor,
     workspace: Tensor | None,
 ) -> None:
+    if not is_plain(out):
+        whole = torch.empty_like(out)
+        _run(route, choices, x, x_scale, layer, whole, workspace)
+        out.copy_(whole)
+        return
+    experts = aligned(layer.experts, "w13", "w2")
+    shared = None if layer.shared is None else aligned(layer.shared, "w13", "w2")
+    if experts is not layer.experts or shared is not layer.shared:
+        layer = layer._replace(experts=experts, shared=shared)
     hidden, inter = layer.experts.w2.shape[1:]
     sizes = (x.shape[0], choices.per_token, hidden, inter, choices.num_local)
     if workspace is None:
@@ -129,6 +139,7 @@ def _run(
         codes = _view(workspace, at.x, E4M3, *x.shape)
         scales = _view(workspace, at.x_scale, torch.float32, x.shape[0], blocks(hidden))
         x, x_scale = quantize_rows_into(Quantized(codes, scales), x, layer.pow2)
+    x = aligned_tensor("x", x)
     route(tables)
     scratch = Scratch(capacity, base + at.c, base + at.codes, base + at.c_scale, base + at.y)
     stream_experts(

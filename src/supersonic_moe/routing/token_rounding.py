@@ -185,9 +185,8 @@ def _backward(
     backend: str,
 ) -> Tensor:
     kernels = router_kernels(logits, backend)
-    return kernels.token_rounding_backward(
-        dscores.contiguous(), logits.contiguous(), scores, experts, token_offsets, scale
-    )
+    dscores, logits, scores, experts = (t.contiguous() for t in (dscores, logits, scores, experts))
+    return kernels.token_rounding_backward(dscores, logits, scores, experts, token_offsets.contiguous(), scale)
 
 
 @torch.library.register_fake("supersonic_moe::token_rounding_forward")  # type: ignore[untyped-decorator]

@@ -147,6 +147,7 @@ def _route_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     router = _decode(kind, renorm, groups, topk_groups, scale)
+    bias = None if bias is None else bias.contiguous()
     return router_kernels(logits, backend).route_forward(logits.contiguous(), k, router, bias)
 
 
@@ -165,7 +166,8 @@ def _route_backward(
 ) -> Tensor:
     router = _decode(kind, renorm, groups, topk_groups, scale)
     kernels = router_kernels(logits, backend)
-    return kernels.route_backward(dscores.contiguous(), logits.contiguous(), scores, ids, router)
+    dscores, logits, scores, ids = (t.contiguous() for t in (dscores, logits, scores, ids))
+    return kernels.route_backward(dscores, logits, scores, ids, router)
 
 
 @torch.library.register_fake("supersonic_moe::route_forward")  # type: ignore[untyped-decorator]

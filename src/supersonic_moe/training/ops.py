@@ -24,6 +24,7 @@ from supersonic_moe.autograd import apply
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.kernels import interface, registry
+from supersonic_moe.kernels.alignment import aligned
 from supersonic_moe.kernels.interface import Quantized
 from supersonic_moe.quantization.block_format import blocks, empty_e4m3, empty_scales
 from supersonic_moe.quantization.weight_cache import Fp8Weight, WeightCache
@@ -73,23 +74,26 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
 
 def _bf16_forward(call: Bf16Forward) -> Bf16Output:
     with _without_autocast(call.x):
-        return bf16.forward(_bf16_kernels(call.x, call.w2, call.static), call)
+        return bf16.forward(_bf16_kernels(call.x, call.w2, call.static), aligned(call, "x", "w1", "b1", "w2"))
 
 
 def _bf16_backward(saved: Bf16Saved, incoming: Incoming) -> tuple[Tensor, ...]:
+    k = _bf16_kernels(saved.x, saved.w2, saved.static)
+    saved, incoming = aligned(saved, "z", "x", "w1", "b1", "w2"), aligned(incoming, "dout")
     with _without_autocast(saved.x):
-        gradients = bf16.backward(_bf16_kernels(saved.x, saved.w2, saved.static), saved, incoming)
+        gradients = bf16.backward(k, saved, incoming)
     return _returned(saved.x, gradients, incoming.main)
 
 
 def _fp8_forward(call: Fp8Forward) -> tuple[Tensor, ...]:
     with _without_autocast(call.x):
-        output = fp8.forward(_fp8_kernels(call.x, call.w2.shape[2], call.static), call)
+        output = fp8.forward(_fp8_kernels(call.x, call.w2.shape[2], call.static), aligned(call, "b1"))
     return _FP8_OUTPUT.flat(*output)
 
 
 def _fp8_backward(weights: Fp8Weights, saved: Fp8Saved, incoming: Incoming) -> tuple[Tensor, ...]:
     k = _fp8_kernels(saved.x, weights.w2_transposed.shape[1], saved.static)
+    saved, incoming = aligned(saved, "x", "b1"), aligned(incoming, "dout")
     with _without_autocast(saved.x):
         gradients = fp8.backward(k, weights, saved, incoming)
     return _returned(saved.x, gradients, incoming.main)
