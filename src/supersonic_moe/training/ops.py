@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from supersonic_moe.autograd import apply
 from supersonic_moe.config.plan import RoutingPlan
@@ -28,7 +29,7 @@ from supersonic_moe.kernels.alignment import aligned
 from supersonic_moe.kernels.interface import Quantized
 from supersonic_moe.quantization.block_format import blocks, empty_e4m3, empty_scales
 from supersonic_moe.quantization.weight_cache import Fp8Weight, WeightCache
-from supersonic_moe.training import bf16, fp8
+from supersonic_moe.training import bf16, flops, fp8
 from supersonic_moe.training.arguments import (
     Bf16Forward,
     Bf16Output,
@@ -173,20 +174,41 @@ _FP8_OUTPUT, _INCOMING = Fields(Fp8Output), Fields(Incoming)
 
 
 def _define(
-    name: str, arguments: Sequence[Fields[..., Any]], result: str, run: Callable[..., Any], fake: Callable[..., Any]
+    name: str,
+    arguments: Sequence[Fields[..., Any]],
+    result: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    count: Callable[..., int],
 ) -> None:
-    """``run`` and ``fake`` take the NamedTuples that ``arguments`` make of the op's flat ones."""
+    """``run``, ``fake`` and ``count``, its FLOPs, take the NamedTuples that ``arguments`` make of the flat ones."""
     op = f"supersonic_moe::{name}"
     torch.library.define(op, f"({', '.join(fields.schema for fields in arguments)}) -> ({result})")
     torch.library.impl(op, ("cpu", "cuda"))(on_flat(run, *arguments))
     torch.library.register_fake(op)(on_flat(fake, *arguments))
+    counted = on_flat(count, *arguments)
+    register_flop_formula(getattr(_ops, name), get_raw=True)(lambda *args, out_val: counted(*args))
 
 
 _GRADIENTS = ", ".join(f"Tensor d{name}" for name in Inputs._fields)
-_define("experts_forward", [_BF16_FORWARD], Fields(Bf16Output).schema, _bf16_forward, _bf16_forward_fake)
-_define("experts_backward", [_BF16_SAVED, _INCOMING], _GRADIENTS, _bf16_backward, _bf16_backward_fake)
-_define("experts_fp8_forward", [_FP8_FORWARD], _FP8_OUTPUT.schema, _fp8_forward, _fp8_forward_fake)
-_define("experts_fp8_backward", [_FP8_WEIGHTS, _FP8_SAVED, _INCOMING], _GRADIENTS, _fp8_backward, _fp8_backward_fake)
+_define("experts_forward", [_BF16_FORWARD], Fields(Bf16Output).schema, _bf16_forward, _bf16_forward_fake, flops.forward)
+_define(
+    "experts_backward",
+    [_BF16_SAVED, _INCOMING],
+    _GRADIENTS,
+    _bf16_backward,
+    _bf16_backward_fake,
+    flops.bf16_backward,
+)
+_define("experts_fp8_forward", [_FP8_FORWARD], _FP8_OUTPUT.schema, _fp8_forward, _fp8_forward_fake, flops.forward)
+_define(
+    "experts_fp8_backward",
+    [_FP8_WEIGHTS, _FP8_SAVED, _INCOMING],
+    _GRADIENTS,
+    _fp8_backward,
+    _fp8_backward_fake,
+    flops.fp8_backward,
+)
 
 _QUANTIZE = "supersonic_moe::quantize_weights"
 torch.library.define(_QUANTIZE, "(Tensor[] weights, str scale, str backend) -> Tensor[]")
