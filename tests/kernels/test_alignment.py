@@ -12,13 +12,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings.driver")
 
 from recorded_launches import Launch, Mapped, Slots, recorded_launches  # noqa: F401
-from views import PLAIN, Place, lay
+from views import PLAIN, Place, in_one_buffer, lay
 
 import supersonic_moe as sm
 from supersonic_moe.kernels import registry
@@ -125,17 +124,6 @@ def test_a_copy_is_logged_and_what_fits_is_not_copied(caplog: pytest.LogCaptureF
         copy = aligned_tensor("w1", lay(weight, (1, 0, True)))
     assert torch.equal(copy, weight) and copy.mT.is_contiguous(), "a transposed view stays one"
     assert "copying w1 (3, 16, 8)" in caplog.text and "multiples of 16 bytes" in caplog.text
-
-
-def in_one_buffer() -> saved_tensors_hooks:
-    """Saved tensors come back as views of flat buffers, an element behind the start."""
-
-    def pack(t: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        count = 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
-        flat = torch.cat([t.new_zeros(1), torch.as_strided(t, (count,), (1,))])
-        return flat, (t.shape, t.stride())
-
-    return saved_tensors_hooks(pack, lambda packed: packed[0].as_strided(*packed[1], 1))
 
 
 @pytest.mark.gpu
