@@ -98,6 +98,29 @@ DEVICE bool mbarrier_test(u32 barrier, u32 parity) {
     return complete;
 }
 
+// The same of two barriers, whose answers come together.
+DEVICE bool mbarrier_test_both(u32 first, u32 second, u32 parity) {
+    u32 complete;
+    asm volatile(
+        "{\n"
+        ".reg .pred p, q;\n"
+        "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %3;\n"
+        "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 q, [%2], %3;\n"
+        "and.pred p, p, q;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}\n"
+        : "=r"(complete)
+        : "r"(first), "r"(second), "r"(parity)
+        : "memory");
+    return complete;
+}
+
+DEVICE void mbarrier_wait_both(u32 first, u32 second, u32 parity) {
+    if (mbarrier_test_both(first, second, parity)) return;
+    mbarrier_wait(first, parity);
+    mbarrier_wait(second, parity);
+}
+
 // Position in a ring of Stages buffers with one `full` and one `empty` barrier each. Producer and consumer both start at
 // {0, 0} and advance once a buffer:
 //   producer: mbarrier_wait(empty[stage], phase ^ 1); fill, completing on full[stage]
@@ -141,6 +164,8 @@ DEVICE u32 cluster_block_rank() {
 // All threads of all blocks of the cluster. No block may touch another's shared memory, remote barriers included, before the
 // first cluster_sync, nor after its owner may have exited: kernels that do so also end with one.
 DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// The same without an order of memory: the others may go on, and what this block wrote before may be seen later.
+DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 DEVICE void cluster_sync() {
     cluster_arrive();
