@@ -67,7 +67,7 @@ def seen(launches: list[Launch], monkeypatch: pytest.MonkeyPatch) -> list[dict[s
     gradients come out as ones.
     """
     found: list[dict[str, Any]] = []
-    monkeypatch.setattr(registry, "_sm90_obstacle", lambda device: None)
+    monkeypatch.setattr(registry, "_sm90_obstacle", lambda *_: None)
 
     def look(self: Slots, grid: Any, stream: None) -> None:
         mapped = {name: value.tensor() for name, value in self.arguments.items() if isinstance(value, Mapped)}

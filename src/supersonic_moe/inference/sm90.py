@@ -114,7 +114,8 @@ def run(call: Call, workspace: Tensor | None) -> None:
     experts, shared = call.layer.experts, call.layer.shared
     if any(t.data_ptr() % VECTOR for held in (experts, shared or experts) for t in (held.w13, held.w2)):
         placed = call.layer._replace(
-            experts=aligned(experts, "w13", "w2"), shared=None if shared is None else aligned(shared, "w13", "w2")
+            experts=aligned(experts, VECTOR, "w13", "w2"),
+            shared=None if shared is None else aligned(shared, VECTOR, "w13", "w2"),
         )
         call = call._replace(layer=placed)
     out = call.out

@@ -2,9 +2,9 @@
 
 They want addresses, and steps from row to row, that are multiples of 16 bytes. Tensors of callers need not have them:
 parameters in one flat buffer, ``cat([scalar, out.flatten()])``, rows cut out of wider ones, saved tensors that a hook
-brought back. So an op looks at each of its operands before it calls kernels, and copies the ones that do not fit, once,
-with a line in the debug log. What kernels read element by element (scores, ids, offsets, the bias of the second
-projection) may lie anywhere.
+brought back. So an op looks at each of its operands before it calls the kernels of a GPU, and copies the ones that do
+not fit, once, with a line in the debug log. What kernels read element by element (scores, ids, offsets, the bias of the
+second projection) may lie anywhere.
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ log = logging.getLogger("supersonic_moe")
 Call = TypeVar("Call", bound=NamedTuple)
 
 
-def aligned(call: Call, *names: str) -> Call:
-    """``call`` with copies of those of its tensors called ``names`` that do not fit. A name may stand for None."""
+def aligned(call: Call, alignment: int, *names: str) -> Call:
+    """``call`` with copies of those of its tensors called ``names`` that do not fit a backend that needs ``alignment``:
+    this one, or 1, for which everything fits. A name may stand for None.
+    """
+    if alignment == 1:
+        return call
     copies = {}
     for name in names:
         t = getattr(call, name)

@@ -169,6 +169,9 @@ class Routing(Protocol):
 class Experts(Protocol):
     """The expert MLPs, forward and backward, in the dtype of the inputs."""
 
+    ALIGNMENT: int
+    """Operands start, and step from row to row, at multiples of so many bytes (``kernels/alignment.py``)."""
+
     def up_projection(
         self, x: Rows[Tensor], w1_ENH: Tensor, b1_EN: Tensor | None, groups: Groups, gate: Gate, save: bool
     ) -> tuple[Tensor, Tensor]:

@@ -74,27 +74,30 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
 
 
 def _bf16_forward(call: Bf16Forward) -> Bf16Output:
+    k = _bf16_kernels(call.x, call.w2, call.static)
     with _without_autocast(call.x):
-        return bf16.forward(_bf16_kernels(call.x, call.w2, call.static), aligned(call, "x", "w1", "b1", "w2"))
+        return bf16.forward(k, aligned(call, k.ALIGNMENT, "x", "w1", "b1", "w2"))
 
 
 def _bf16_backward(saved: Bf16Saved, incoming: Incoming) -> tuple[Tensor, ...]:
     k = _bf16_kernels(saved.x, saved.w2, saved.static)
-    saved, incoming = aligned(saved, "z", "x", "w1", "b1", "w2"), aligned(incoming, "dout")
+    saved = aligned(saved, k.ALIGNMENT, "z", "x", "w1", "b1", "w2")
+    incoming = aligned(incoming, k.ALIGNMENT, "dout")
     with _without_autocast(saved.x):
         gradients = bf16.backward(k, saved, incoming)
     return _returned(saved.x, gradients, incoming.main)
 
 
 def _fp8_forward(call: Fp8Forward) -> tuple[Tensor, ...]:
+    k = _fp8_kernels(call.x, call.w2.shape[2], call.static)
     with _without_autocast(call.x):
-        output = fp8.forward(_fp8_kernels(call.x, call.w2.shape[2], call.static), aligned(call, "b1"))
+        output = fp8.forward(k, aligned(call, k.ALIGNMENT, "b1"))
     return _FP8_OUTPUT.flat(*output)
 
 
 def _fp8_backward(weights: Fp8Weights, saved: Fp8Saved, incoming: Incoming) -> tuple[Tensor, ...]:
     k = _fp8_kernels(saved.x, weights.w2_transposed.shape[1], saved.static)
-    saved, incoming = aligned(saved, "x", "b1"), aligned(incoming, "dout")
+    saved, incoming = aligned(saved, k.ALIGNMENT, "x", "b1"), aligned(incoming, k.ALIGNMENT, "dout")
     with _without_autocast(saved.x):
         gradients = fp8.backward(k, weights, saved, incoming)
     return _returned(saved.x, gradients, incoming.main)

@@ -38,7 +38,10 @@ _composed_fp8 = ComposedFp8(
 up_projection_fp8, down_backward_fp8 = _composed_fp8.up_projection_fp8, _composed_fp8.down_backward_fp8
 down_backward_fp8_quantised = _composed_fp8.down_backward_fp8_quantised
 
+ALIGNMENT = 1
+
 __all__ = [
+    "ALIGNMENT",
     "activation_backward",
     "activation_forward",
     "build_plan",

@@ -28,7 +28,10 @@ from supersonic_moe.kernels.triton import (
     token_rounding_forward,
 )
 
+ALIGNMENT = 16  # of TMA
+
 __all__ = [
+    "ALIGNMENT",
     "build_plan",
     "down_backward",
     "down_backward_fp8",
