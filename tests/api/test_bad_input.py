@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import supersonic_moe as sm
-from supersonic_moe.kernels.interface import Rows
+from supersonic_moe.kernels.interface import Into, Rows
 from supersonic_moe.kernels.sm90.grouped_wgrad import grouped_mm_wgrad
 
 T, H, I, E, K = 6, 8, 4, 4, 2  # noqa: E741
@@ -64,7 +64,7 @@ def from_plan(**change):
 
 def wgrad(out, **kwargs):
     offsets = torch.tensor([0, 1, 3, 3, 6], dtype=torch.int32)
-    return grouped_mm_wgrad(Rows(X.bfloat16()), X.bfloat16(), offsets, out, **kwargs)
+    return grouped_mm_wgrad(Rows(X.bfloat16()), X.bfloat16(), offsets, Into(out, **kwargs))
 
 
 def nan_logits():

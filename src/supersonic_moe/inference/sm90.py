@@ -22,7 +22,7 @@ from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.inference.workspace import ALIGNMENT, regions, streamed_rows, workspace_bytes
 from supersonic_moe.jit.launch import Launch, on_device
 from supersonic_moe.kernels.alignment import aligned
-from supersonic_moe.kernels.interface import Gate, Groups, Quantized, Rows
+from supersonic_moe.kernels.interface import Gate, Quantized, Rows, UpProjection
 from supersonic_moe.kernels.reference.inference import Fp8Experts
 from supersonic_moe.kernels.sm90.combine_rows import combine_rows
 from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import grouped_mm_fp8
@@ -196,7 +196,7 @@ def _multiply_tiles(
     def multiply(experts: Fp8Experts, scale: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
         gathered = Rows(Quantized(x, scale.contiguous()), rows)
         w13, w2 = Quantized(experts.w13, experts.w13_scale), Quantized(experts.w2, experts.w2_scale)
-        _, c = up_projection_fp8(gathered, w13, None, Groups(offsets, rows), gate, recipe, save=False)
+        _, c = up_projection_fp8(UpProjection(gathered, w13, None, offsets, rows, gate, save=False), recipe)
         return grouped_mm_fp8(Rows(c), w2, offsets)
 
     routed = layer.experts.w13.shape[0]
