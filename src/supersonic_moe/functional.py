@@ -275,6 +275,10 @@ def experts_from_plan(
     the scores, not the plan.
     """
     experts = _checked(x_TH, w1, w2, Options.read(options))
+    if not isinstance(plan, RoutingPlan):
+        raise TypeError(
+            f"plan must be a RoutingPlan; got {checks.describe(plan)}. Build one, e.g. with plan_from_topk."
+        )
     checks.size("plan", "num_experts", plan.num_experts, w1.shape[0], "the experts of w1")
     checks.size("plan", "num_tokens", plan.num_tokens, x_TH.shape[0], "the rows of x")
     checks.tensor("scores", scores_S, 1, "(S,)")

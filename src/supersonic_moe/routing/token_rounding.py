@@ -178,7 +178,7 @@ def _backward(
     backend: str,
 ) -> Tensor:
     kernels = router_kernels(logits, backend)
-    kept = KeptPairs(scores, experts, token_offsets)
+    kept = KeptPairs(scores.contiguous(), experts.contiguous(), token_offsets.contiguous())
     return kernels.token_rounding_backward(dscores.contiguous(), logits.contiguous(), kept, scale)
 
 

@@ -137,6 +137,7 @@ torch.library.define(
 @torch.library.impl("supersonic_moe::route_forward", ("cpu", "cuda"))
 def _route_forward(logits: Tensor, bias: Tensor | None, k: int, *config: Any) -> tuple[Tensor, Tensor]:
     *router, backend = config
+    bias = None if bias is None else bias.contiguous()
     return router_kernels(logits, backend).route_forward(logits.contiguous(), k, _decode(*router), bias)
 
 
@@ -144,7 +145,8 @@ def _route_forward(logits: Tensor, bias: Tensor | None, k: int, *config: Any) ->
 def _route_backward(dscores: Tensor, logits: Tensor, scores: Tensor, ids: Tensor, *config: Any) -> Tensor:
     *router, backend = config
     kernels = router_kernels(logits, backend)
-    return kernels.route_backward(dscores.contiguous(), logits.contiguous(), scores, ids, _decode(*router))
+    dscores, logits, scores, ids = (t.contiguous() for t in (dscores, logits, scores, ids))
+    return kernels.route_backward(dscores, logits, scores, ids, _decode(*router))
 
 
 @torch.library.register_fake("supersonic_moe::route_forward")  # type: ignore[untyped-decorator]

@@ -42,7 +42,7 @@ def fits(main: object, weight: Tensor) -> TypeGuard[Tensor]:
 
 
 def main_grad_of(name: str, weight: Tensor) -> Tensor:
-    """The buffer of ``weight``: contiguous, fp32 (fp64 for an fp64 weight), and aligned to 16 bytes for TMA."""
+    """The buffer of ``weight``: contiguous, fp32 (fp64 for an fp64 weight)."""
     main = getattr(weight, "main_grad", None)
     dtype = gradient_dtype(weight)
     if not fits(main, weight) or not main.is_contiguous():
@@ -52,11 +52,6 @@ def main_grad_of(name: str, weight: Tensor) -> Tensor:
             f"tensor of shape {tuple(weight.shape)} on {weight.device}; got {checks.describe(main)}{strides}. Set it "
             "before backward, on the parameter itself (not on a view, a copy or a shard), e.g. to "
             f"torch.zeros(weight.shape, dtype={dtype}, device=weight.device)."
-        )
-    if not torch.compiler.is_compiling() and (offset := main.storage_offset()) * dtype.itemsize % 16:
-        raise ValueError(
-            f"{name}.main_grad must start at a multiple of 16 bytes of its storage; got storage offset {offset} of "
-            f"{checks.describe(main)}. Pad what lies before it to a multiple of {16 // dtype.itemsize} elements."
         )
     return main
 

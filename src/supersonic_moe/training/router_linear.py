@@ -46,7 +46,7 @@ class RouterLinear(torch.autograd.Function):
         if dlogits_TE is None:
             return dx_TH, None
         if needs_x:
-            dx_TH = dlogits_TE @ weight_EH if dx_TH is None else dx_TH.addmm_(dlogits_TE, weight_EH)
+            dx_TH = dlogits_TE @ weight_EH if dx_TH is None else torch.addmm(dx_TH, dlogits_TE, weight_EH, out=dx_TH)
         return dx_TH if needs_x else None, dlogits_TE.t() @ x_TH if needs_weight else None
 
 
