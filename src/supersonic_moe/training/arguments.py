@@ -143,10 +143,21 @@ def _recipe(numerics: Any) -> Fp8Recipe:
 
 
 class MainGrads(NamedTuple):
-    """Buffers of the caller that get dW1 and dW2 added (``training/main_grad.py``); None: the gradient is returned."""
+    """Buffers that get dW1 and dW2 (``training/main_grad.py``); None: the gradient is returned."""
 
-    w1: Annotated[Tensor | None, "a!"]
-    w2: Annotated[Tensor | None, "b!"]
+    w1: Annotated[Tensor | None, "a!"] = None
+    w2: Annotated[Tensor | None, "b!"] = None
+    overwrite_w1: bool = False
+    """What is in the buffer is replaced; else dW is added to it."""
+    overwrite_w2: bool = False
+
+    @property
+    def adds_w1(self) -> bool:
+        return self.w1 is not None and not self.overwrite_w1
+
+    @property
+    def adds_w2(self) -> bool:
+        return self.w2 is not None and not self.overwrite_w2
 
 
 class Incoming(NamedTuple):

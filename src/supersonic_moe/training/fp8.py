@@ -106,16 +106,16 @@ class _Bf16Products:
         return self.k.down_backward_fp8(dout, w2_t, z, s.b1, s.row_scores, plan.groups, s.static.gate())
 
     def dw2(self, as_PI: Any) -> Tensor:
-        dout, main = Rows(self.incoming.dout, self.plan.read_index), self.main.w2
-        return self.k.grouped_mm_wgrad(dout, as_PI, self.plan.expert_offsets, main, accumulate=main is not None)
+        dout, main = Rows(self.incoming.dout, self.plan.read_index), self.main
+        return self.k.grouped_mm_wgrad(dout, as_PI, self.plan.expert_offsets, main.w2, accumulate=main.adds_w2)
 
     def quantized(self, dz_PN: Any) -> tuple[Any, Any]:
         """(rows of dZ for dx, dZ for ``dw1``)."""
         return self.k.quantize_rows(dz_PN, self.pow2, True) if self.incoming.needs.x else None, dz_PN
 
     def dw1(self, dz_PN: Any) -> Tensor:
-        x, main, offsets = Rows(self.saved.x, self.plan.read_index), self.main.w1, self.plan.expert_offsets
-        return self.k.grouped_mm_wgrad(x, dz_PN, offsets, main, transposed=True, accumulate=main is not None)
+        x, main, offsets = Rows(self.saved.x, self.plan.read_index), self.main, self.plan.expert_offsets
+        return self.k.grouped_mm_wgrad(x, dz_PN, offsets, main.w1, transposed=True, accumulate=main.adds_w1)
 
 
 class _Fp8Products(_Bf16Products):
@@ -129,8 +129,8 @@ class _Fp8Products(_Bf16Products):
     def dw2(self, as_PI: Any) -> Tensor:
         dout = self.k.quantize_columns(self.incoming.dout, self.segments.token_index, self.pow2)
         scaled_a = self.k.quantize_columns(as_PI, self.segments.row_index, self.pow2, tiled=True)
-        main = self.main.w2
-        return self.k.grouped_mm_wgrad_fp8(dout, scaled_a, self.segments.offsets, main, accumulate=main is not None)
+        main = self.main
+        return self.k.grouped_mm_wgrad_fp8(dout, scaled_a, self.segments.offsets, main.w2, accumulate=main.adds_w2)
 
     def quantized(self, dz_PN: Any) -> tuple[Any, Any]:
         if self.incoming.needs.w1:
@@ -138,9 +138,9 @@ class _Fp8Products(_Bf16Products):
         return super().quantized(dz_PN)
 
     def dw1(self, dz: Any) -> Tensor:
-        x, main = self.k.quantize_columns(self.saved.x, self.segments.token_index, self.pow2), self.main.w1
+        x, main = self.k.quantize_columns(self.saved.x, self.segments.token_index, self.pow2), self.main
         return self.k.grouped_mm_wgrad_fp8(
-            x, dz, self.segments.offsets, main, transposed=True, accumulate=main is not None
+            x, dz, self.segments.offsets, main.w1, transposed=True, accumulate=main.adds_w1
         )
 
 
@@ -154,8 +154,8 @@ class _FusedFp8Products(_Fp8Products):
         )
 
     def dw2(self, scaled_a: Quantized) -> Tensor:
-        dout, main = self.k.quantize_columns(self.incoming.dout, self.segments.token_index, self.pow2), self.main.w2
-        return self.k.grouped_mm_wgrad_fp8(dout, scaled_a, self.segments.offsets, main, accumulate=main is not None)
+        dout, main = self.k.quantize_columns(self.incoming.dout, self.segments.token_index, self.pow2), self.main
+        return self.k.grouped_mm_wgrad_fp8(dout, scaled_a, self.segments.offsets, main.w2, accumulate=main.adds_w2)
 
     def quantized(self, dz: BothOrders) -> tuple[Quantized, Quantized]:
         return dz
