@@ -20,6 +20,7 @@ from supersonic_moe.config.activation import Activation, ActivationType, GateUpL
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.kernels.interface import Gate, Groups, Quantized, TokenRows
+from supersonic_moe.quantization.block_format import aligned_rows
 from supersonic_moe.quantization.weight_cache import Fp8Weight
 
 T = TypeVar("T")
@@ -275,8 +276,8 @@ class Fp8Weights(NamedTuple):
 
     @property
     def w1_t(self) -> Quantized:
-        return Quantized(self.w1_transposed, self.w1_scale.mT)
+        return Quantized(aligned_rows(self.w1_transposed), self.w1_scale.mT)
 
     @property
     def w2_t(self) -> Quantized:
-        return Quantized(self.w2_transposed, self.w2_scale.mT)
+        return Quantized(aligned_rows(self.w2_transposed), self.w2_scale.mT)

@@ -37,7 +37,7 @@ from typing import Any
 from torch import Tensor
 
 from supersonic_moe.kernels.interface import BothOrders, Fp8Experts, Quantized, Rows
-from supersonic_moe.quantization.block_format import padded_capacity
+from supersonic_moe.quantization.block_format import E4M3, aligned_rows, padded_capacity, transposed_scales
 from supersonic_moe.training.arguments import Fp8Forward, Fp8Output, Fp8Saved, Fp8Weights, Incoming, Inputs
 
 
@@ -58,10 +58,13 @@ def backward(k: Fp8Experts, weights: Fp8Weights, saved: Fp8Saved, incoming: Inco
     dx = dscores = dw1 = db1 = dw2 = db2 = None
 
     z = saved.z
-    if weights.w1_q is not None:  # Z was not kept
+    if z.q.dtype is E4M3:
+        z = Quantized(aligned_rows(z.q), transposed_scales(z.scale))
+    elif weights.w1_q is not None:  # Z was not kept
         x = Rows(k.quantize_rows(saved.x, pow2, plan.identity), plan.read_index)
-        z = Quantized(k.grouped_mm_fp8(x, Quantized(weights.w1_q, weights.w1_scale), offsets), z.scale)
-        del x
+        w1 = Quantized(aligned_rows(weights.w1_q), weights.w1_scale)
+        z = Quantized(k.grouped_mm_fp8(x, w1, offsets), z.scale)
+        del x, w1
     dout_q = Rows(k.quantize_rows(incoming.dout, pow2, plan.identity), plan.read_index)
     wgrad = _weight_gradients(k, saved, incoming)
     dz, scaled_a, ds_P = wgrad.down(dout_q, weights.w2_t, z)
