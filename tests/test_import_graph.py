@@ -34,10 +34,12 @@ LAYERS = (
     "quantization",
     "routing",
     "training",
+    "grouped",
     "functional",
     "moe",
     "integrations",
     "inference",
+    "integrations.transformers",
     "supersonic_moe",  # the public names
     "perf_model",
     "demo",

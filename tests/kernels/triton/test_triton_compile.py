@@ -222,6 +222,7 @@ def main() -> None:
         rows = torch.zeros(16 * t, 64, dtype=bf16)
         offsets = torch.tensor([0, *[16 * t] * 64], dtype=i32)
         kernels.grouped_mm_wgrad(Rows(rows), rows, offsets)
+        kernels.zero_dead_rows(rows, offsets)
 
 
 if __name__ == "__main__":

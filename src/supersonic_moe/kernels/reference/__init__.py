@@ -9,7 +9,7 @@ one is caught by the tests.
 from supersonic_moe.kernels.compose import Composed, ComposedFp8
 from supersonic_moe.kernels.reference.activation import activation_backward, activation_forward
 from supersonic_moe.kernels.reference.aux_loss import switch_loss_backward, switch_loss_forward
-from supersonic_moe.kernels.reference.gather import gather_rows, gather_sum
+from supersonic_moe.kernels.reference.gather import gather_rows, gather_sum, zero_dead_rows
 from supersonic_moe.kernels.reference.grouped_mm import grouped_mm, grouped_mm_wgrad
 from supersonic_moe.kernels.reference.grouped_routing import route_grouped
 from supersonic_moe.kernels.reference.inference import local_ids, moe_fp8
@@ -71,4 +71,5 @@ __all__ = [
     "token_rounding_forward",
     "up_projection",
     "up_projection_fp8",
+    "zero_dead_rows",
 ]

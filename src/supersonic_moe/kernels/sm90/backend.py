@@ -26,6 +26,7 @@ from supersonic_moe.kernels.triton import (
     switch_loss_forward,
     token_rounding_backward,
     token_rounding_forward,
+    zero_dead_rows,
 )
 
 __all__ = [
@@ -54,4 +55,5 @@ __all__ = [
     "token_rounding_forward",
     "up_projection",
     "up_projection_fp8",
+    "zero_dead_rows",
 ]

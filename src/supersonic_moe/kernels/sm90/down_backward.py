@@ -34,6 +34,7 @@ from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, OPCODES, W
 from supersonic_moe.kernels.sm90.operands import (
     ALL_KINDS,
     INTERLEAVED,
+    KINDS,
     half_bases,
     kind_of,
     limit_of,
@@ -71,11 +72,11 @@ def down_backward(
     groups: Groups,
     gate: Gate,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dZ (P, N1), s · A (P, I), dS (P) fp32). Ungated activations and weights stored with H contiguous take the
-    grouped GEMM and the activation pass instead.
+    """(dZ (P, N1), s · A (P, I), dS (P) fp32). Activations outside ``KINDS`` and weights stored with H outermost take
+    the grouped GEMM and the activation pass instead.
     """
     activation, layout = gate
-    if not activation.gated or w2_EHI.stride(2) != 1:
+    if activation.type not in KINDS or w2_EHI.stride(2) != 1:
         return UNFUSED.down_backward(dout, w2_EHI, z_PN, b1_EN, row_scores_P, groups, gate)
     dout_TH, index = dout
     num_experts, hidden, width = w2_EHI.shape

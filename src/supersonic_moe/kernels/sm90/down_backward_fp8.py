@@ -46,6 +46,7 @@ from supersonic_moe.kernels.sm90.gemm_config import (
 from supersonic_moe.kernels.sm90.operands import (
     ALL_KINDS,
     INTERLEAVED,
+    KINDS,
     half_bases,
     kind_of,
     limit_of,
@@ -99,13 +100,13 @@ def down_backward_fp8(
     groups: Groups,
     gate: Gate,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dZ (P, N1), s · A (P, I), both bf16, dS (P) fp32). Ungated activations, and e4m3 Z whose halves are no multiple
-    of 128 wide, take the grouped GEMM and the activation pass instead.
+    """(dZ (P, N1), s · A (P, I), both bf16, dS (P) fp32). Activations outside ``KINDS``, and e4m3 Z whose halves are no
+    multiple of 128 wide, take the grouped GEMM and the activation pass instead.
     """
     (activation, layout), ((doutq_TH, dout_scale), index), (w2, w2_scale) = gate, dout, w2_EIH
     num_experts, width, hidden = w2.shape
     interleaved, saved_fp8 = layout is INTERLEAVED, z_PN.q.dtype is E4M3
-    if not activation.gated or (saved_fp8 and not interleaved and width % BLOCK):
+    if activation.type not in KINDS or (saved_fp8 and not interleaved and width % BLOCK):
         return UNFUSED_FP8.down_backward_fp8(dout, w2_EIH, z_PN, b1_EN, row_scores_P, groups, gate)
     rows, blocks_n = dout.num_rows, -(-width // BLOCK_N)
     dz_PN = z_PN.q.new_empty(rows, 2 * width, dtype=torch.bfloat16)

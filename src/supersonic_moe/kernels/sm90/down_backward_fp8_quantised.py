@@ -45,6 +45,7 @@ from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, WARP_ROWS,
 from supersonic_moe.kernels.sm90.operands import (
     ALL_KINDS,
     INTERLEAVED,
+    KINDS,
     kind_of,
     limit_of,
     map_of_columns,
@@ -86,7 +87,7 @@ def down_backward_fp8_quantised(
     (activation, layout), ((doutq_TH, dout_scale), index), (w2, w2_scale) = gate, dout, w2_EIH
     num_experts, width, hidden = w2.shape
     like, rows, blocks_n, capacity = z_PN.q, dout.num_rows, -(-width // BLOCK_N), segments.row_index.shape[0]
-    if not activation.gated or layout is not INTERLEAVED or like.dtype is not E4M3 or rows == 0:
+    if activation.type not in KINDS or layout is not INTERLEAVED or like.dtype is not E4M3 or rows == 0:
         dz_PN, as_PI, ds_P = down_backward_fp8(dout, w2_EIH, z_PN, b1_EN, row_scores_P, groups, gate)
         as_IG = quantize_columns(as_PI, segments.row_index, pow2, tiled=True)
         return quantize_tiles(dz_PN, segments.row_index, pow2), as_IG, ds_P

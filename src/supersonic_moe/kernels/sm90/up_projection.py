@@ -29,6 +29,7 @@ from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, OPCODES, W
 from supersonic_moe.kernels.sm90.operands import (
     ALL_KINDS,
     INTERLEAVED,
+    KINDS,
     half_bases,
     kind_of,
     limit_of,
@@ -60,11 +61,11 @@ def _kernel(config: GemmConfig, kind: int) -> Kernel:
 def up_projection(
     x: Rows[Tensor], w1_ENH: Tensor, b1_EN: Tensor | None, groups: Groups, gate: Gate, save: bool
 ) -> tuple[Tensor, Tensor]:
-    """(Z (P, 2I) without the bias, or (0, 2I) if not ``save``; A (P, I)). Ungated activations and weights stored with
-    H outermost take the grouped GEMM and the activation pass instead.
+    """(Z (P, 2I) without the bias, or (0, 2I) if not ``save``; A (P, I)). Activations outside ``KINDS`` and weights
+    stored with H outermost take the grouped GEMM and the activation pass instead.
     """
     activation, layout = gate
-    if not activation.gated or w1_ENH.stride(2) != 1:
+    if activation.type not in KINDS or w1_ENH.stride(2) != 1:
         return UNFUSED.up_projection(x, w1_ENH, b1_EN, groups, gate, save)
     x_TH, index = x
     num_experts, n1, hidden = w1_ENH.shape

@@ -39,6 +39,7 @@ from supersonic_moe.kernels.sm90.gemm_config import (
 from supersonic_moe.kernels.sm90.operands import (
     ALL_KINDS,
     INTERLEAVED,
+    KINDS,
     half_bases,
     kind_of,
     limit_of,
@@ -83,14 +84,14 @@ def up_projection_fp8(
     recipe: Fp8Recipe,
     save: bool,
 ) -> tuple[Quantized, Quantized]:
-    """(Z as backward will see it, A): see ``Fp8Experts``. Ungated activations take the composed form, and so do halves
-    of Z that do not start at a scale block.
+    """(Z as backward will see it, A): see ``Fp8Experts``. Activations outside ``KINDS`` take the composed form, and so
+    do halves of Z that do not start at a scale block.
     """
     (activation, layout), ((xq_TH, x_scale), index), (w1, w1_scale) = gate, x, w1_ENH
     num_experts, n1, hidden = w1.shape
     rows, width = x.num_rows, n1 // 2
     interleaved = layout is INTERLEAVED
-    if not activation.gated or not (interleaved or width % BLOCK == 0):
+    if activation.type not in KINDS or not (interleaved or width % BLOCK == 0):
         return UNFUSED_FP8.up_projection_fp8(x, w1_ENH, b1_EN, groups, gate, recipe, save)
     saved = FORMS[recipe.save_preactivation] if save else NOTHING
     if saved == IN_FP8:

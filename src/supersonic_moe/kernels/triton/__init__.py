@@ -21,6 +21,7 @@ from supersonic_moe.kernels.triton.quantize import quantize_columns, quantize_ro
 from supersonic_moe.kernels.triton.router import route_backward, route_forward
 from supersonic_moe.kernels.triton.score_gradient import row_dot
 from supersonic_moe.kernels.triton.token_rounding import token_rounding_backward, token_rounding_forward
+from supersonic_moe.kernels.triton.zero_dead_rows import zero_dead_rows
 
 _composed = Composed(grouped_mm, activation_forward, activation_backward)
 up_projection, down_backward = _composed.up_projection, _composed.down_backward
@@ -49,4 +50,5 @@ __all__ = [
     "token_rounding_backward",
     "token_rounding_forward",
     "up_projection",
+    "zero_dead_rows",
 ]
