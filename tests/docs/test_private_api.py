@@ -26,7 +26,8 @@ ALLOWED = {
     ("integrations/transformers/report.py", "module.config._experts_implementation"),
     ("moe.py", "super()._apply"),  # what .to() and .cuda() call on every module: test_moe.py sees the bias stay fp32
 }
-PUBLIC = {"_asdict", "_field_defaults", "_fields", "_make", "_replace", "_value_"}  # NamedTuple, Enum: Python documents them
+# documented by Python: NamedTuple, Enum
+PUBLIC = {"_asdict", "_field_defaults", "_fields", "_make", "_replace", "_value_"}
 
 
 def private_names(path: Path) -> dict[str, int]:
