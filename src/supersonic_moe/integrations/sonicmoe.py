@@ -119,9 +119,9 @@ def moe_general_routing_inputs(
     return out, plan.expert_counts
 
 
-def _activation(value: object) -> Activation:
+def _activation(value: ActivationType | str) -> Activation:
     """Of a name, or of either package's ``ActivationType``."""
-    return Activation(ActivationType(getattr(value, "value", value)))
+    return Activation(ActivationType(value if isinstance(value, str) else value.value))
 
 
 def _layout(concat: bool) -> GateUpLayout:

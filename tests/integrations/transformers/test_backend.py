@@ -291,4 +291,5 @@ def test_a_class_of_a_users_own_is_served() -> None:
     x, ids, scores = inputs(module)
     want = sm.topk_experts(x, ids, scores, module.gate_up_proj, module.down_proj, layout="gate_up")
     assert torch.equal(module(x, ids, scores), want)
-    assert backend.is_ours("supersonic") and not backend.is_ours("eager") and not backend.is_ours("grouped_mm")
+    assert backend.recipe_of("supersonic") == sm.Bf16Recipe() and backend.recipe_of("supersonic_fp8") == sm.Fp8Recipe()
+    assert backend.recipe_of("eager") is None and backend.recipe_of("grouped_mm") is None

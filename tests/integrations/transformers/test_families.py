@@ -112,6 +112,9 @@ def test_the_report_names_what_is_not_served() -> None:
     assert "the library's 'grouped_mm'; call model.set_experts_implementation('supersonic')" in str(served(model))
     model.set_experts_implementation("supersonic")
     assert [layer.by for layer in served(model)] == ["the fused layer on backend 'reference', swiglu"] * 2
+    model.set_experts_implementation("supersonic_fp8")
+    assert [layer.by for layer in served(model)] == ["the fused layer in FP8 on backend 'reference', swiglu"] * 2
+    model.set_experts_implementation("supersonic")
     unknown = model_of("mixtral", hidden_act="mish")
     assert "two grouped products" in str(served(unknown)[0]) and served(unknown)[0].served
     assert str(served(torch.nn.Linear(2, 2))) == "no layer of experts"

@@ -61,10 +61,11 @@ def register(name: str = "supersonic", *, recipe: Recipe | None = None) -> None:
         functions.register(name, backend)
 
 
-def is_ours(name: str) -> bool:
-    """Whether a value of ``experts_implementation`` was registered here."""
+def recipe_of(name: str) -> Recipe | None:
+    """The recipe of a value of ``experts_implementation`` that was registered here; None for any other value."""
     backend: Any = ALL_EXPERTS_FUNCTIONS.get(name) if name in ALL_EXPERTS_FUNCTIONS else None
-    return isinstance(backend, functools.partial) and backend.func is experts_forward
+    ours = isinstance(backend, functools.partial) and backend.func is experts_forward
+    return backend.keywords["recipe"] if ours else None
 
 
 def _same(taken: Any, backend: functools.partial[Tensor]) -> bool:

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from supersonic_moe.config.recipe import Fp8Recipe, Recipe
 from supersonic_moe.integrations.transformers import fp8
-from supersonic_moe.integrations.transformers.backend import is_ours
+from supersonic_moe.integrations.transformers.backend import recipe_of
 from supersonic_moe.integrations.transformers.gates import gate_of
 from supersonic_moe.integrations.transformers.weights import weights_of
 from supersonic_moe.kernels import registry
@@ -68,24 +69,30 @@ def _served(name: str, module: Any) -> Served:
         why = f"the library does not let a backend compute {kind}"
         return Served(name, kind, False, "the library's own forward", why)
     implementation = module.config._experts_implementation
-    if not is_ours(implementation):
+    recipe = recipe_of(implementation)
+    if recipe is None:
         why = "call model.set_experts_implementation('supersonic')"
         return Served(name, kind, False, f"the library's {implementation!r}", why)
     if hasattr(module, "down_proj_scale_inv") and fp8.is_quantized(module):
         obstacle = fp8.obstacle(module)
         by = "the fused layer, of weights dequantized in each call" if obstacle else "the FP8 inference operator"
         return Served(name, kind, True, by, obstacle or "")
-    return _served_by_the_layer(name, kind, module)
+    return _served_by_the_layer(name, kind, module, recipe)
 
 
-def _served_by_the_layer(name: str, kind: str, module: Any) -> Served:
+def _served_by_the_layer(name: str, kind: str, module: Any, recipe: Recipe) -> Served:
     w1, _, w2, _ = weights_of(module)
-    choice = None
+    in_fp8, where, why = isinstance(recipe, Fp8Recipe), "", ""
     if w1.device.type != "meta":
-        choice = registry.choose(w1.device, w1.dtype, hidden=w2.shape[1], intermediate=w2.shape[2])
-    on = "" if choice is None else f" on backend {choice.name!r}"
+        _, hidden, intermediate = w2.shape
+        if in_fp8:
+            choice = registry.choose_fp8(w1.device, hidden=hidden, intermediate=intermediate)
+        else:
+            choice = registry.choose(w1.device, w1.dtype, hidden=hidden, intermediate=intermediate)
+        where = f" on backend {choice.name!r}"
+        why = choice.reason if choice.name == "reference" and w1.device.type != "cpu" else ""
+    numerics = " in FP8" if in_fp8 else ""
     gate = gate_of(module)
     if gate is None:
-        return Served(name, kind, True, f"two grouped products{on}", "PyTorch's gate runs between them")
-    why = "" if choice is None or choice.name != "reference" or w1.device.type == "cpu" else choice.reason
-    return Served(name, kind, True, f"the fused layer{on}, {gate.activation.type.value}", why)
+        return Served(name, kind, True, f"two grouped products{numerics}{where}", "PyTorch's gate runs between them")
+    return Served(name, kind, True, f"the fused layer{numerics}{where}, {gate.activation.type.value}", why)
