@@ -19,16 +19,17 @@ import torch
 from torch import Tensor
 
 from supersonic_moe import checks
+from supersonic_moe.autocast import autocast_dtype, without_autocast
 from supersonic_moe.autograd import apply
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe, Recipe, as_recipe
 from supersonic_moe.kernels import registry
-from supersonic_moe.kernels.interface import Experts, Fp8Experts, Quantized, Rows, TokenRows
+from supersonic_moe.kernels.interface import Experts, Fp8Experts, Into, Quantized, Rows, TokenRows
 from supersonic_moe.quantization.block_format import padded_capacity
 from supersonic_moe.routing.plan import plan_from_offsets
+from supersonic_moe.training import ops  # noqa: F401  defines torch.ops.supersonic_moe.quantize_weights
 from supersonic_moe.training.arguments import Numerics, Plan
 from supersonic_moe.training.fields import Fields, on_flat
-from supersonic_moe.training.ops import without_autocast
 
 
 def grouped_linear(
@@ -105,8 +106,7 @@ def _plan(offsets_or_plan: Tensor | RoutingPlan, x: Tensor, w: Tensor, gather: b
 
 
 def _in_one_dtype(x: Tensor, w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    kind = x.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    autocast = autocast_dtype(x)
     for name, t in (("x", x), ("w", w), ("bias", bias)):
         if t is None:
             continue
@@ -118,6 +118,9 @@ def _in_one_dtype(x: Tensor, w: Tensor, bias: Tensor | None) -> tuple[Tensor, Te
     if autocast is None:
         return x, w, bias
     return x.to(autocast), w.to(autocast), None if bias is None else bias.to(autocast)
+
+
+TRANSPOSED = Into(transposed=True)
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -195,7 +198,7 @@ def _backward(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
             if call.fp8_wgrad:
                 dw = _fp8_weight_gradient(_fp8_kernels(x, w), call)
             else:
-                dw = k.grouped_mm_wgrad(Rows(x, index), dy, offsets, transposed=True)
+                dw = k.grouped_mm_wgrad(Rows(x, index), dy, offsets, TRANSPOSED)
         if call.needs_bias:
             dbias = k.segment_sum(Rows(dy), None, offsets).to(x.dtype)
     return dx, dw, dbias
@@ -217,7 +220,7 @@ def _fp8_weight_gradient(k: Fp8Experts, call: Backward) -> Tensor:
     read = segments.token_index if call.gather else segments.row_index
     x = k.quantize_columns(call.x, read, call.pow2)
     dy = k.quantize_columns(call.dy, segments.row_index, call.pow2, tiled=True)
-    return k.grouped_mm_wgrad_fp8(x, dy, segments.offsets, transposed=True)
+    return k.grouped_mm_wgrad_fp8(x, dy, segments.offsets, TRANSPOSED)
 
 
 # ---- ops -------------------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def _fp8_kernels(x: Tensor, intermediate: int, static: Static) -> interface.Fp8E
     return registry.fp8_kernels(choice.name)
 
 
-def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Kernels get the dtypes that they are called with. Entering ``torch.autocast`` takes as long as a launch, so only
     where it is on.
     """
@@ -72,25 +72,25 @@ def without_autocast(x: Tensor) -> AbstractContextManager[None]:
 
 
 def _bf16_forward(call: Bf16Forward) -> Bf16Output:
-    with without_autocast(call.x):
+    with _without_autocast(call.x):
         return bf16.forward(_bf16_kernels(call.x, call.w2, call.static), call)
 
 
 def _bf16_backward(saved: Bf16Saved, incoming: Incoming) -> tuple[Tensor, ...]:
-    with without_autocast(saved.x):
+    with _without_autocast(saved.x):
         gradients = bf16.backward(_bf16_kernels(saved.x, saved.w2, saved.static), saved, incoming)
     return _returned(saved.x, gradients, incoming.main)
 
 
 def _fp8_forward(call: Fp8Forward) -> tuple[Tensor, ...]:
-    with without_autocast(call.x):
+    with _without_autocast(call.x):
         output = fp8.forward(_fp8_kernels(call.x, call.w2.shape[2], call.static), call)
     return _FP8_OUTPUT.flat(*output)
 
 
 def _fp8_backward(weights: Fp8Weights, saved: Fp8Saved, incoming: Incoming) -> tuple[Tensor, ...]:
     k = _fp8_kernels(saved.x, weights.w2_transposed.shape[1], saved.static)
-    with without_autocast(saved.x):
+    with _without_autocast(saved.x):
         gradients = fp8.backward(k, weights, saved, incoming)
     return _returned(saved.x, gradients, incoming.main)
 

@@ -14,6 +14,7 @@ from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from supersonic_moe import checks
+from supersonic_moe.autocast import autocast_dtype
 from supersonic_moe.config.recipe import Bf16Recipe, Recipe, as_recipe
 from supersonic_moe.functional import topk_experts
 from supersonic_moe.grouped import grouped_linear
@@ -121,7 +122,7 @@ def fp8_experts_forward(
 def run(experts: nn.Module, x: Tensor, ids: Tensor, scores: Tensor, weights: Weights, recipe: Recipe) -> Tensor:
     """(T, H) in the dtype of the weights, or that of autocast."""
     w1, b1, w2, b2 = weights
-    if not torch.is_autocast_enabled(x.device.type):
+    if autocast_dtype(x) is None:
         x = x.to(w1.dtype)
     gate = gate_of(experts)
     if gate is None:
