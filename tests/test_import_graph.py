@@ -37,10 +37,12 @@ LAYERS = (
     "routing",
     "training",
     "inference",
+    "grouped",
     "functional",
     "parts",
     "moe",
     "integrations",
+    "integrations.transformers",
     "supersonic_moe",  # the public names
     "perf_model",
     "demo",

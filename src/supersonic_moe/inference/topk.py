@@ -121,7 +121,7 @@ def moe_fp8_topk(
     _check_placement(expert_map, local_expert_offset, num_experts, x)
     if swiglu_limit is not None:
         Activation.swiglu_clamped(swiglu_limit)  # refuses what is no limit
-    if not math.isfinite(routed_scaling_factor):
+    if not -math.inf < routed_scaling_factor < math.inf:  # isfinite does not trace
         raise ValueError(
             f"routed_scaling_factor must be a finite number; got {routed_scaling_factor}. Use 1.0 for no scaling."
         )
