@@ -114,14 +114,11 @@ def versions_of(tensors: Sequence[Tensor]) -> list[int]:
         return [next(_never_twice) for _ in tensors]
 
 
-_graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
-
-
 def in_backward() -> bool:
     """Whether autograd is running a backward on this thread, as it is when checkpointing runs a forward again. False
     where torch does not say.
     """
-    return bool(_graph_task() != -1)
+    return graph_task() != -1
 
 
 _ALL_CALLS = nn.modules.module
