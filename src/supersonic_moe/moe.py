@@ -330,7 +330,7 @@ def fp8_training(model: nn.Module, recipe: Fp8Recipe | None = None) -> Iterator[
 
 @contextmanager
 def constant_weights(model: nn.Module) -> Iterator[None]:
-    """No expert weight of ``model`` changes inside the block, so that FP8 layers quantise each once: the micro-batches
+    """No expert weight of ``model`` changes inside the block, so that FP8 layers quantize each once: the micro-batches
     of one optimizer step, or an evaluation. See ``quantization/weight_cache.py`` for what is noticed nevertheless.
     """
     with ExitStack() as held:
