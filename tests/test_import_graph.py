@@ -21,6 +21,7 @@ LAYERS = (
     "checks",
     "config",
     "quantization.block_format",
+    "autocast",
     "autograd",
     "jit",
     "kernels.interface",
@@ -36,6 +37,7 @@ LAYERS = (
     "training",
     "inference",
     "functional",
+    "parts",
     "moe",
     "integrations",
     "supersonic_moe",  # the public names

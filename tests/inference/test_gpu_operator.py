@@ -321,6 +321,6 @@ def test_nobody_waits_for_the_host() -> None:
 
 def test_constants_agree() -> None:
     assert workspace.COUNTING_BLOCKS == route_rows.MAX_BLOCKS
-    assert workspace.STREAMED_ROWS == route_rows.ITEM_ROWS
+    assert workspace.ITEM_ROWS == route_rows.ITEM_ROWS
     for rows, experts in ((0, 3), (1, 3), (8, 1), (700, 32), (4096, 32)):
         assert workspace.padding(rows, experts) == stream_experts.plane_rows(rows, experts)

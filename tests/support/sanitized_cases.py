@@ -15,11 +15,11 @@ from inference_oracle import make_case
 import supersonic_moe as sm
 from supersonic_moe.config.activation import GateUpLayout, as_activation
 from supersonic_moe.inference import SharedExpert, moe_fp8_ds_routed, moe_fp8_topk, workspace_bytes
-from supersonic_moe.kernels.interface import Gate, Groups, Quantized, Rows
+from supersonic_moe.kernels.interface import DownBackward, Gate, Into, Quantized, Rows, UpProjection
 from supersonic_moe.kernels.sm90 import gemm_config
 from supersonic_moe.kernels.sm90.down_backward import down_backward
 from supersonic_moe.kernels.sm90.down_backward_fp8 import down_backward_fp8
-from supersonic_moe.kernels.sm90.down_backward_fp8_quantised import down_backward_fp8_quantised
+from supersonic_moe.kernels.sm90.down_backward_fp8_quantize import down_backward_fp8_quantize
 from supersonic_moe.kernels.sm90.grouped_gemm import grouped_mm
 from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import grouped_mm_fp8
 from supersonic_moe.kernels.sm90.grouped_wgrad import grouped_mm_wgrad
@@ -47,7 +47,7 @@ def kernels(counts: list[int]) -> None:
     index = torch.randint(0, rows, (rows,), device=CUDA, dtype=torch.int32)
     index[::13] = -1
     segments = pad_segments(offsets, index, padded_capacity(rows, num_experts))
-    groups, swiglu = Groups(offsets, row_expert), as_activation("swiglu")
+    swiglu = as_activation("swiglu")
     w1_q, _, w1_scale = quantize_blocks(w1)
     _, w2_q, w2_scale = quantize_blocks(w2)
     for gather in (None, index):
@@ -56,22 +56,23 @@ def kernels(counts: list[int]) -> None:
         grouped_mm_fp8(rows_fp8, Quantized(w1_q[:, :200], w1_scale), offsets)  # one block of columns
         for layout in (GateUpLayout.INTERLEAVED, GateUpLayout.UP_GATE):
             gate = Gate(swiglu, layout)
-            z, a = up_projection(rows_bf16, w1, b1, groups, gate, True)
-            dz, scaled, _ = down_backward(rows_bf16, w2, z, b1, scores, groups, gate)
+            z, a = up_projection(UpProjection(rows_bf16, w1, b1, offsets, row_expert, gate, save=True))
+            down = DownBackward(rows_bf16, w2, z, b1, scores, offsets, row_expert, gate)
+            dz, scaled, _ = down_backward(down)
             no_scale = z.new_empty(0, -(-2 * WIDTH // 128), dtype=torch.float32)
             for saved in (quantize_rows(z, tma=True), Quantized(z, no_scale)):  # e4m3 in such halves is not fused
-                to_down = (rows_fp8, Quantized(w2_q, w2_scale.mT), saved, b1, scores, groups, gate)
-                down_backward_fp8(*to_down)
-                down_backward_fp8_quantised(*to_down, segments, False)
+                down_fp8 = down._replace(dout=rows_fp8, w2=Quantized(w2_q, w2_scale.mT), z=saved)
+                down_backward_fp8(down_fp8)
+                down_backward_fp8_quantize(down_fp8, segments, False)
         grouped_mm(rows_bf16, w1.transpose(1, 2), offsets)
         grouped_mm(rows_bf16, w2, offsets)
         for transposed in (False, True):
-            grouped_mm_wgrad(rows_bf16, dz, offsets, transposed=transposed)
+            grouped_mm_wgrad(rows_bf16, dz, offsets, Into(None, transposed))
             out = torch.zeros(
                 (num_experts, 2 * WIDTH, HIDDEN) if transposed else (num_experts, HIDDEN, 2 * WIDTH), device=CUDA
             )
-            grouped_mm_wgrad(rows_bf16, dz, offsets, out, transposed=transposed)
-            grouped_mm_wgrad(rows_bf16, dz, offsets, out, transposed=transposed, accumulate=True)
+            grouped_mm_wgrad(rows_bf16, dz, offsets, Into(out, transposed))
+            grouped_mm_wgrad(rows_bf16, dz, offsets, Into(out, transposed, accumulate=True))
     grouped_mm(Rows(a), w2.transpose(1, 2), offsets)
     grouped_mm_wgrad(Rows(x), scaled, offsets)
     columns = quantize_columns(x, segments.token_index)
@@ -80,9 +81,9 @@ def kernels(counts: list[int]) -> None:
         out = torch.zeros(
             (num_experts, 2 * WIDTH, HIDDEN) if transposed else (num_experts, HIDDEN, 2 * WIDTH), device=CUDA
         )
-        grouped_mm_wgrad_fp8(columns, tiles, segments.offsets, transposed=transposed)
-        grouped_mm_wgrad_fp8(columns, tiles, segments.offsets, out, transposed=transposed)
-        grouped_mm_wgrad_fp8(columns, tiles, segments.offsets, out, transposed=transposed, accumulate=True)
+        grouped_mm_wgrad_fp8(columns, tiles, segments.offsets, Into(None, transposed))
+        grouped_mm_wgrad_fp8(columns, tiles, segments.offsets, Into(out, transposed))
+        grouped_mm_wgrad_fp8(columns, tiles, segments.offsets, Into(out, transposed, accumulate=True))
 
 
 def inference(tokens: int, inter: int, order: str) -> None:

@@ -1,7 +1,7 @@
 """The precision suite: what every choice of the FP8 recipe costs in accuracy, and what it is worth in time and memory.
 
 The recipes are all combinations of weight gradients (fp8, bf16), saved pre-activation (fp8, bf16, recompute) and scales
-(fp32, powers of two), and one that quantises the weights again in backward, beside our BF16 layer. Each runs the
+(fp32, powers of two), and one that quantizes the weights again in backward, beside our BF16 layer. Each runs the
 experts alone, on routing and scores that are given, so that the gradient of the scores can be looked at; time and
 memory are those of one forward + backward on Gaussian inputs.
 
@@ -10,7 +10,7 @@ Errors are those of the output and of every gradient, against the reference in f
     cos      cosine of the angle between the two, as vectors
     rrmse    ||ours - exact|| / ||exact||
 
-Inputs (``INPUTS``): what a quantiser likes, and three things that it does not. Routing comes from a random router on x,
+Inputs (``INPUTS``): what a quantizer likes, and three things that it does not. Routing comes from a random router on x,
 so scores are those of a softmax and tokens of one expert differ.
 """
 

@@ -93,7 +93,7 @@ METRICS = (
     Metric("busy_us", "  GPU busy, µs", "us", "lower"),
     Metric("wall_over_busy", "  wall / busy", "ratio", "lower"),
     Metric("graph_us", "  in a CUDA graph, µs", "us", "lower"),
-    Metric("quantise_share", "  quantising or transposing, %", "fraction", None, shown_in=0.01),
+    Metric("quantize_share", "  quantizing or transposing, %", "fraction", None, shown_in=0.01),
     Metric("share", "", "fraction", None),
     Metric("us", "time, µs", "us", "lower"),
     Metric("tflops", "TFLOP/s", "TFLOP/s", "higher"),

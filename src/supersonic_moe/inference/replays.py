@@ -90,7 +90,7 @@ class Request(NamedTuple):
         addresses = [self.x.data_ptr(), out.data_ptr(), *(t.data_ptr() for t in self.others if t is not None)]
         misplaced = (addresses[0] | addresses[1]) % VECTOR != 0 or len(set(addresses)) < len(addresses)
         call = arguments.call(sm90, out)
-        if call.rows > call.streamed or misplaced:
+        if call.tiles or misplaced:
             return
         needed = workspace_bytes(*call.sizes)
         buffers = [(self.x.data_ptr(), 1), (out.data_ptr(), 1), (_ANYWHERE, needed)]
@@ -108,16 +108,17 @@ def _key(
     if torch.compiler.is_compiling() or dispatch_modes():
         return None
     described: list[Hashable] = [options]
+    wants_gradients = torch.is_grad_enabled()
     for t in (x, out, workspace, *others):
         if t is None:
             described.append(None)
-        elif type(t) not in _PLAIN or (t.requires_grad and torch.is_grad_enabled()):
+        elif type(t) not in _PLAIN or (wants_gradients and t.requires_grad):
             return None
         else:
-            described.append((t.shape, t.stride(), t.dtype, t.get_device()))
+            described += (t.shape, t.stride(), t.dtype, t.get_device())
     for t in weights:
         if type(t) not in _PLAIN or not t.is_cuda:
             return None
-        described.append((t.data_ptr(), t.shape, t.stride(), t.dtype))
+        described += (t.data_ptr(), t.shape, t.stride(), t.dtype)
     described.append(current_device())
     return tuple(described)

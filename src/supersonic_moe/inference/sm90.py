@@ -1,10 +1,11 @@
 """The inference operator as a list of sm_90a kernel calls: route, then multiply and combine.
 
 Rows are streamed (``kernels/sm90/stream_experts.py``) where an expert has few of them, and go through the tile kernels
-of the FP8 layer where it has many. The host knows only T * K, a bound of the rows of this rank. Up to 128 E_local of
-them everything is streamed, in two launches. Beyond, the router counts on the device and writes who works: the
-streaming kernel up to ``MEAN_ROWS`` rows an expert on average, else the tile kernels; the others find nothing to do. A
-hot expert among streamed ones takes a pass over its weights for each 128 rows.
+of the FP8 layer where it has many. The host knows only T * K, a bound of the rows of this rank, and which share of the
+experts is here. Up to 128 E_local of them, or 256 of which 64 E_local are to be expected, everything is streamed, in
+two launches up to 128 tokens and three beyond. Else the router counts on the device and writes who works: the streaming
+kernel up to ``MEAN_ROWS`` rows an expert on average, else the tile kernels; the others find nothing to do. A hot expert
+among streamed ones takes its turn once for each 128 rows, with its weights in L2.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from supersonic_moe.config.grouped_routing import GroupedRouting
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.inference.workspace import ALIGNMENT, regions, streamed_rows, workspace_bytes
 from supersonic_moe.jit.launch import Launch, on_device
-from supersonic_moe.kernels.interface import Gate, Groups, Quantized, Rows
+from supersonic_moe.kernels.interface import Gate, Quantized, Rows, UpProjection
 from supersonic_moe.kernels.reference.inference import Fp8Experts
 from supersonic_moe.kernels.sm90.combine_rows import combine_rows
 from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import grouped_mm_fp8
@@ -29,13 +30,12 @@ from supersonic_moe.kernels.sm90.route_rows import Choices, RowTables, max_items
 from supersonic_moe.kernels.sm90.stream_experts import Inputs, Scratch, num_counters, plane_rows, stream_experts
 from supersonic_moe.kernels.sm90.up_projection_fp8 import up_projection_fp8
 from supersonic_moe.kernels.triton.quantize import quantize_rows_into
-from supersonic_moe.quantization.block_format import E4M3, blocks
+from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks
 
-MEAN_ROWS = (
-    96  # streamed rows of an expert on average, where the device decides; a tile of 128 rows costs as much as 150
-)
-
-
+MEAN_ROWS = 96  # streamed rows of an expert on average, where the device decides: a tile of 128 costs as much as 150
+SURE_ROWS = 128  # bound of the mean below which nothing else is launched
+LIKELY_ROWS = 64  # the same for the mean to be expected, if the bound is at most STREAMED_ROWS
+UNKNOWN = 2**31 - 1  # experts of the model: no id is out of range
 VECTOR = 16  # bytes: x is read and out written by vectors of at most as many
 
 
@@ -75,6 +75,15 @@ class Call(NamedTuple):
         """How many of the rows may be streamed."""
         return streamed_rows(self.rows, self.layer.experts.w2.shape[2], self.choices.num_local)
 
+    @property
+    def tiles(self) -> bool:
+        """Whether the tile kernels may get the rows."""
+        if self.layer.experts.w2.shape[2] % BLOCK or self.rows <= SURE_ROWS * self.choices.num_local:
+            return False
+        local, known = self.choices.routed, self.choices.num_experts != UNKNOWN
+        expected = self.rows * local / self.choices.num_experts if known else self.rows
+        return self.rows > self.streamed or expected > LIKELY_ROWS * self.choices.num_local
+
 
 def ds_routed(
     logits: Tensor, bias: Tensor | None, rule: GroupedRouting, offset: int, x: Tensor, x_scale: Tensor, layer: Layer,
@@ -91,7 +100,7 @@ def topk(
 ) -> Call:  # fmt: skip
     known = expert_map.shape[0] if expert_map is not None else num_experts
     choices = Choices(
-        known if known is not None else 2**31 - 1, layer.experts.w13.shape[0], offset, ids.shape[1],
+        known if known is not None else UNKNOWN, layer.experts.w13.shape[0], offset, ids.shape[1],
         shared=layer.shared is not None,
     )  # fmt: skip
     if weight_on_input:
@@ -114,7 +123,7 @@ def run(call: Call, workspace: Tensor | None) -> None:
     if out.data_ptr() % VECTOR:
         call = call._replace(out=torch.empty_like(out))
     with on_device(call.x):
-        if call.rows > call.streamed:
+        if call.tiles:
             _run_undecided(call, workspace)
         else:
             for launch in launches(call, workspace.data_ptr()):
@@ -142,25 +151,26 @@ def _run_undecided(call: Call, workspace: Tensor) -> None:
         call = call._replace(x=x, x_scale=x_scale)
     _stream(call, tables, base).run()
     assert call.x_scale is not None
-    token_P = _view(workspace, at.row_slot, torch.int32, call.rows) // call.choices.per_token
+    token_P = _view(workspace, at.row_token, torch.int32, call.rows)
     offsets = _view(workspace, at.offsets, torch.int32, call.choices.num_local + 1)
     y_PH, y_shared_TH = _multiply_tiles(call.x, call.x_scale, call.layer, token_P, offsets)
     combine_rows(y_PH, y_shared_TH, tables, call.choices.per_token, call.out)
 
 
 def _tables(call: Call, base: int) -> RowTables:
-    at, local, tiles = regions(*call.sizes), call.choices.num_local, call.rows > call.streamed
+    at, local, tiles = regions(*call.sizes), call.choices.num_local, call.tiles
     hidden, inter = call.layer.experts.w2.shape[1:]
     items = max_items(local, call.streamed)
     return RowTables(
         offsets=base + at.offsets if tiles else None,
         items=base + at.items,
         row_slot=base + at.row_slot,
+        row_token=base + at.row_token if tiles else None,
         slot_row=base + at.slot_row,
         weights=base + at.weights,
         counters=base + at.counters,
         counts=base + at.counts,
-        counter_words=num_counters(items, hidden, inter),
+        counter_words=num_counters(items, plane_rows(call.streamed, local), hidden, inter),
         max_items=items,
         stream_rows=MEAN_ROWS * local if tiles else call.rows,
     )
@@ -188,7 +198,7 @@ def _multiply_tiles(
     def multiply(experts: Fp8Experts, scale: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
         gathered = Rows(Quantized(x, scale.contiguous()), rows)
         w13, w2 = Quantized(experts.w13, experts.w13_scale), Quantized(experts.w2, experts.w2_scale)
-        _, c = up_projection_fp8(gathered, w13, None, Groups(offsets, rows), gate, recipe, save=False)
+        _, c = up_projection_fp8(UpProjection(gathered, w13, None, offsets, rows, gate, save=False), recipe)
         return grouped_mm_fp8(Rows(c), w2, offsets)
 
     routed = layer.experts.w13.shape[0]

@@ -1,4 +1,4 @@
-"""The FP8 block formats, defined to the bit: every quantiser, fused into a GEMM or not, gives these bytes.
+"""The FP8 block formats, defined to the bit: every quantizer, fused into a GEMM or not, gives these bytes.
 
 Elements are e4m3 (``torch.float8_e4m3fn``: 4 exponent and 3 mantissa bits, largest value 448, no infinity, one NaN code
 per sign). A block of elements shares one fp32 scale:

@@ -59,6 +59,10 @@ class Fp8Weight(NamedTuple):
     """(E, N/128, K/128)"""
 
 
+Quantize = Callable[[Sequence[int]], list[Fp8Weight]]
+"""Copies of the weights of these indices."""
+
+
 class _Entry(NamedTuple):
     weight: weakref.ref[Tensor]
     signs: tuple[object, ...]
@@ -93,12 +97,7 @@ class WeightCache:
         """Quantise again at the next forward: after a change inside :meth:`hold` that shows no sign."""
         self._entries.clear()
 
-    def get(
-        self,
-        weights: Sequence[Tensor],
-        options: tuple[object, ...],
-        quantize: Callable[[Sequence[int]], list[Fp8Weight]],
-    ) -> list[Fp8Weight]:
+    def get(self, weights: Sequence[Tensor], options: tuple[object, ...], quantize: Quantize) -> list[Fp8Weight]:
         """``quantize`` of the indices of all ``weights``; or only of those that it has not got here before for the same
         weight and ``options``, and what it gave for the others.
 

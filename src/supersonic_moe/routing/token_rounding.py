@@ -49,6 +49,7 @@ from torch import Tensor
 from supersonic_moe import checks
 from supersonic_moe.autograd import apply
 from supersonic_moe.config.router import SigmoidGroupedTopK, TokenRounding
+from supersonic_moe.kernels.interface import KeptPairs, Rounding
 from supersonic_moe.routing.topk import route, router_kernels
 
 
@@ -161,17 +162,9 @@ def _forward(
     capacity: int,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    return router_kernels(logits, backend).token_rounding_forward(
-        logits.contiguous(),
-        scores,
-        ids,
-        scale,
-        mode,
-        tile,
-        seed,
-        step if device_step is None else device_step,
-        capacity,
-    )
+    rounding = Rounding(scale, mode, tile, seed, step if device_step is None else device_step)
+    kernels = router_kernels(logits, backend)
+    return kernels.token_rounding_forward(logits.contiguous(), scores, ids, rounding, capacity)
 
 
 @torch.library.impl("supersonic_moe::token_rounding_backward", ("cpu", "cuda"))
@@ -185,9 +178,8 @@ def _backward(
     backend: str,
 ) -> Tensor:
     kernels = router_kernels(logits, backend)
-    return kernels.token_rounding_backward(
-        dscores.contiguous(), logits.contiguous(), scores, experts, token_offsets, scale
-    )
+    kept = KeptPairs(scores, experts, token_offsets)
+    return kernels.token_rounding_backward(dscores.contiguous(), logits.contiguous(), kept, scale)
 
 
 @torch.library.register_fake("supersonic_moe::token_rounding_forward")  # type: ignore[untyped-decorator]

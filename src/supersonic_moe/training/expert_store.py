@@ -47,7 +47,7 @@ from supersonic_moe import checks
 from supersonic_moe.config.activation import Activation
 from supersonic_moe.config.recipe import Fp8Recipe, Recipe
 from supersonic_moe.private_api import add_each, copy_each
-from supersonic_moe.quantization.weight_cache import Fp8Weight, WeightCache, signs_of
+from supersonic_moe.quantization.weight_cache import Fp8Weight, Quantize, WeightCache, signs_of
 from supersonic_moe.training.main_grad import fits, gradient_dtype
 
 ExpertWeights: TypeAlias = dict[str, list[Tensor]]
@@ -329,12 +329,7 @@ class _Fp8Copies(WeightCache):
     def invalidate(self) -> None:
         self._quantized = []
 
-    def get(
-        self,
-        weights: Sequence[Tensor],
-        options: tuple[object, ...],
-        quantize: Callable[[Sequence[int]], list[Fp8Weight]],
-    ) -> list[Fp8Weight]:
+    def get(self, weights: Sequence[Tensor], options: tuple[object, ...], quantize: Quantize) -> list[Fp8Weight]:
         if not self._quantized:
             self._quantized = quantize(range(len(weights)))
         return self._quantized

@@ -56,6 +56,7 @@ def empty_tables(tokens: int, choices: Choices) -> RowTables:
         offsets=poison(local + 1),
         items=poison(1 + items, 4),
         row_slot=poison(padded_rows(slots, local)),
+        row_token=poison(padded_rows(slots, local)),
         slot_row=poison(tokens, choices.per_token),
         weights=weights,
         counters=poison(1000),
@@ -84,7 +85,7 @@ def check_rows(tables: RowTables, slots_TC: Tensor, num_local: int) -> None:
     row_slot[row_of], slot_row[by_expert] = by_expert, row_of
     offsets = [0] * (num_local + 1) if streamed else [*starts.tolist(), len(by_expert)]
     items = [
-        [e, int(starts[e]) + at, min(ITEM_ROWS, rows - at), 0]
+        [e, int(starts[e]) + at, min(ITEM_ROWS, rows - at), at // ITEM_ROWS << 16 | -(-rows // ITEM_ROWS)]
         for e, rows in enumerate(counts.tolist())
         for at in range(0, rows if streamed else 0, ITEM_ROWS)
     ]
@@ -92,6 +93,8 @@ def check_rows(tables: RowTables, slots_TC: Tensor, num_local: int) -> None:
     assert tables.slot_row.flatten().tolist() == slot_row.tolist()
     assert tables.row_slot[: len(row_slot)].tolist() == row_slot.tolist()
     assert tables.row_slot[len(row_slot) :].eq(-77).all()
+    token = np.where(row_slot >= 0, row_slot // slots_TC.shape[1], -77)
+    assert tables.row_token[: len(row_slot)].tolist() == token.tolist()
     padded = int((-(-counts // ROW_GROUP) * ROW_GROUP).sum())
     assert tables.items[0].tolist() == [len(items), min(ITEM_ROWS, int(counts.max())), padded, int(streamed)]
     assert tables.items[1 : 1 + len(items)].tolist() == items
@@ -126,9 +129,9 @@ def test_from_logits(name: str, tokens: int) -> None:
     torch.testing.assert_close(tables.weights[clear][:, : rule.top_k], weights[clear], rtol=1e-5, atol=1e-9)
     assert tables.weights[:, rule.top_k :].eq(1).all()
     check_rows(tables, got_local, choices.num_local)
-    first = [t.clone() for t in tables[:7]]
+    first = [t.clone() for t in tables[:8]]
     run(route_rows(logits, bias, rule, choices, tables))
-    assert all(torch.equal(a, b) for a, b in zip(first, tables[:7], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first, tables[:8], strict=True))
 
 
 def local_experts(tables: RowTables, num_local: int) -> Tensor:
@@ -179,7 +182,7 @@ def test_from_ids(wide: bool, tokens: int) -> None:
         moved = choices._replace(offset=offset)
         run(place_topk(ids, None, None, 1.0, moved, tables))
         slots_TC[:, :9] = local_ids(ids, 40, offset, 300)
-        for t in (tables.row_slot, tables.items):
+        for t in (tables.row_slot, tables.row_token, tables.items):
             t.fill_(-77)
         run(place_topk(ids, None, None, 1.0, moved, tables))
         check_rows(tables, slots_TC, 41)
@@ -208,7 +211,7 @@ def test_in_a_graph_with_new_contents() -> None:
         run(route_rows(logits, None, rule, choices, tables))
     for _ in range(3):
         logits.normal_()
-        for t in (*tables[:5], tables.counters):
+        for t in (*tables[:6], tables.counters):
             t.fill_(-77)
         graph.replay()
         _, ids = route_grouped(logits, None, rule)

@@ -19,7 +19,7 @@ pytest.importorskip("cuda.bindings.driver")
 from supersonic_moe.config.activation import Activation, GateUpLayout, as_activation
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.jit import Kernel, tma
-from supersonic_moe.kernels.interface import Gate, Groups, Quantized, Rows, Segments
+from supersonic_moe.kernels.interface import DownBackward, Gate, Into, Quantized, Rows, Segments, UpProjection
 from supersonic_moe.kernels.sm90 import backend, gemm_config, registered_specs
 from supersonic_moe.quantization.block_format import blocks, empty_e4m3, empty_scales
 
@@ -70,8 +70,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Kernel, Any
 
 def forget_kernels() -> None:
     """A kernel keeps its argument slots: these of a test are for nobody else."""
-    for name in backend.__all__:
-        module = sys.modules[getattr(backend, name).__module__]
+    for function in vars(backend).values():
+        module = sys.modules.get(getattr(function, "__module__", None))
         if hasattr(module, "_kernel"):
             module._kernel.cache_clear()
 
@@ -99,7 +99,7 @@ class Case:
         self.w1_fp8 = Quantized(e4m3(E, 2 * I, H), torch.zeros(E, 6, 3))
         self.w2_fp8 = Quantized(e4m3(E, I, H), torch.zeros(E, 3, 3).mT)  # transposed
         self.b1, self.scores, self.z, self.a = bf16(E, 2 * I), torch.zeros(P), bf16(P, 2 * I), bf16(P, I)
-        self.groups = Groups(OFFSETS, torch.zeros(P, dtype=torch.int32))
+        self.groups = OFFSETS, torch.zeros(P, dtype=torch.int32)
         self.segments = Segments(OFFSETS.clone(), *torch.zeros(2, G, dtype=torch.int32))
         self.columns = Quantized(e4m3(H, G), empty_scales(torch.empty(0), H, G // 128, True))
         self.tiles = Quantized(e4m3(I, G), torch.zeros(blocks(I), G // 128))
@@ -147,12 +147,12 @@ def test_fused_steps(gate: Gate, gathered: bool, launches: list[Any]) -> None:
     scales_w1 = {"scale_w": c.w1_fp8.scale, "scale_w_expert": 18, "scale_w_column": 3, "scale_w_k": 1}
     scales_w2 = {"scale_w": c.w2_fp8.scale, "scale_w_expert": 9, "scale_w_column": 1, "scale_w_k": 3}
     for b1, save in ((None, True), (c.b1, False)):
-        z, a = backend.up_projection(c.rows, c.w1, b1, c.groups, gate, save)
+        z, a = backend.up_projection(UpProjection(c.rows, c.w1, b1, *c.groups, gate, save))
         check(
             launches[-1], "up_projection", map_x=c.x, map_w=c.w1, map_z=z if save else a, map_a=a, blocks_k=5,
             z=z if save else None, a=a, b1=b1, **numbers, **halves,
         )  # fmt: skip
-        dz, scaled, ds = backend.down_backward(c.rows, c.w2, c.z, b1, c.scores, c.groups, gate)
+        dz, scaled, ds = backend.down_backward(DownBackward(c.rows, c.w2, c.z, b1, c.scores, *c.groups, gate))
         check(
             launches[-1], "down_backward", map_do=c.x, map_w=c.w2, map_z=c.z, map_dz=dz, map_as=scaled, blocks_k=5,
             b1=b1, scores=c.scores, dz=dz, rows_allocated=P, **{"as": scaled}, **numbers, **halves,
@@ -164,7 +164,8 @@ def test_fused_steps(gate: Gate, gathered: bool, launches: list[Any]) -> None:
         Fp8Recipe(save_preactivation="recompute"),
     ):
         kept = recipe.save_preactivation
-        (z, z_scale), (a, a_scale) = backend.up_projection_fp8(c.fp8, c.w1_fp8, c.b1, c.groups, gate, recipe, True)
+        up = UpProjection(c.fp8, c.w1_fp8, c.b1, *c.groups, gate, save=True)
+        (z, z_scale), (a, a_scale) = backend.up_projection_fp8(up, recipe)
         check(
             launches[-1], "up_projection_fp8", map_x=c.x_fp8.q, map_scale_x=a if gathered else c.x_fp8.scale,
             map_w=c.w1_fp8.q, map_z=a if kept == "recompute" else z, map_a=a, blocks_k=3, scale_x=c.x_fp8.scale,
@@ -175,21 +176,21 @@ def test_fused_steps(gate: Gate, gathered: bool, launches: list[Any]) -> None:
         )  # fmt: skip
         if kept == "recompute":
             continue
-        operands = (c.fp8, c.w2_fp8, Quantized(z, z_scale), c.b1, c.scores, c.groups, gate)
+        down = DownBackward(c.fp8, c.w2_fp8, Quantized(z, z_scale), c.b1, c.scores, *c.groups, gate)
         common = {
             "map_do": c.x_fp8.q, "map_scale_do": z if gathered else c.x_fp8.scale, "map_w": c.w2_fp8.q, "map_z": z,
             "map_scale_z": z_scale if kept == "fp8" else z, "map_scores": c.scores, "scale_do": c.x_fp8.scale,
             "scale_do_row": c.x_fp8.scale.stride(0), "b1": c.b1, "rows_allocated": P, "blocks_k": 3,
         }  # fmt: skip
-        dz, scaled, _ = backend.down_backward_fp8(*operands)
+        dz, scaled, _ = backend.down_backward_fp8(down)
         check(
             launches[-1], "down_backward_fp8", map_dz=dz, map_as=scaled, dz=dz, **{"as": scaled}, **common,
             **scales_w2, **numbers, **halves,
         )  # fmt: skip
         if kept == "fp8" and gate.layout is GateUpLayout.INTERLEAVED:
-            (rows, columns), tiles, _ = backend.down_backward_fp8_quantised(*operands, c.segments, True)
+            (rows, columns), tiles, _ = backend.down_backward_fp8_quantize(down, c.segments, True)
             check(
-                launches[-1], "down_backward_fp8_quantised", map_dz=rows.q, map_dz_transposed=columns.q,
+                launches[-1], "down_backward_fp8_quantize", map_dz=rows.q, map_dz_transposed=columns.q,
                 map_as_transposed=tiles.q, padded_offsets=c.segments.offsets, dz=rows.q, row_scales=rows.scale,
                 row_scales_stride=rows.scale.stride(1), dz_scales=columns.scale,
                 dz_scales_stride=columns.scale.stride(1), as_scales=tiles.scale,
@@ -217,13 +218,12 @@ def test_products(gathered: bool, launches: list[Any]) -> None:
     for transposed, output in itertools.product((False, True), range(3)):
         shape = (E, 2 * I, H) if transposed else (E, H, 2 * I)
         given = {0: None, 1: torch.zeros(shape), 2: torch.zeros(shape)}[output]
-        d = backend.grouped_mm_wgrad(c.rows, c.z, OFFSETS, given, transposed=transposed, accumulate=output == 2)
+        d = backend.grouped_mm_wgrad(c.rows, c.z, OFFSETS, Into(given, transposed, output == 2))
         check(launches[-1], "grouped_wgrad", map_a=c.x, map_b=c.z, map_d=d, blocks_m=2, blocks_n=3, **ragged)
         assert dict(launches[-1][0].spec.constants)["FP32"] == (output > 0)
         shape = (E, I, H) if transposed else (E, H, I)
         given = {0: None, 1: torch.zeros(shape), 2: torch.zeros(shape)}[output]
-        options = {"transposed": transposed, "accumulate": output == 2}
-        d = backend.grouped_mm_wgrad_fp8(c.columns, c.tiles, c.segments.offsets, given, **options)
+        d = backend.grouped_mm_wgrad_fp8(c.columns, c.tiles, c.segments.offsets, Into(given, transposed, output == 2))
         check(
             launches[-1], "grouped_wgrad_fp8", map_a=c.columns.q, map_scale_a=c.columns.scale, map_b=c.tiles.q,
             map_d=d, offsets=c.segments.offsets, experts=E, rows=H, columns=I, scale_b=c.tiles.scale,
@@ -231,7 +231,7 @@ def test_products(gathered: bool, launches: list[Any]) -> None:
         )  # fmt: skip
 
 
-def test_quantiser(launches: list[Any]) -> None:
+def test_quantizer(launches: list[Any]) -> None:
     x, index = bf16(T, H), torch.zeros(G, dtype=torch.int32)
     q, scale = backend.quantize_columns(x, index, True)
     kernel, grid, arguments = launches[-1]
@@ -261,6 +261,16 @@ def test_the_form_follows_from_the_sizes(sizes: dict[str, Any], form: tuple[int,
     config = gemm_config.choose(**sizes)
     assert (config.block_n, config.cluster, config.share_a) == form
     assert config is gemm_config.choose(**sizes)
+
+
+def test_a_form_is_one_object_however_it_is_asked_for() -> None:
+    """Kernels are found by it: two objects would compile and load the same kernel twice."""
+    assert gemm_config.choose(3072, True, rows=999) is gemm_config.bf16_form(256, 2, True)
+    assert gemm_config.choose(768, False, staging_bytes=64) is gemm_config.fp8_form(1, False, 64)
+    with pytest.raises(TypeError, match="positional-only"):
+        gemm_config.bf16_form(256, 2, gather=True)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="missing"):
+        gemm_config.fp8_form(1, False)  # type: ignore[call-arg]
 
 
 def test_forms_describe_themselves() -> None:

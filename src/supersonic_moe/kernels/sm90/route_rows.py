@@ -76,9 +76,12 @@ class RowTables(NamedTuple):
     streamed. None: they always are."""
     items: Buffer
     """(1 + max_items, 4): [number of items, rows of the largest, padded rows, 1 if the rows are streamed], then
-    [expert, first row, rows, 0] of each item: up to 128 rows of an expert. No items where the rows are not streamed."""
+    [expert, first row, rows, which << 16 | of] of each item: up to 128 rows of an expert, one of so many of it (0 of
+    1 beyond 32767). No items where the rows are not streamed."""
     row_slot: Buffer
     """(P,): slot of each row; -1 in those between two experts."""
+    row_token: Buffer | None
+    """(P,): token of each row for the tile kernels; None with ``offsets``."""
     slot_row: Buffer
     """(T, C): row of each slot, -1 for none."""
     weights: Buffer
@@ -177,7 +180,8 @@ def _launches(
         "counters": tables.counters, "counter_words": tables.counter_words,
     }  # fmt: skip
     place = {
-        "offsets": tables.offsets, "items": tables.items, "row_slot": tables.row_slot, "slot_row": tables.slot_row,
+        "offsets": tables.offsets, "items": tables.items, "row_slot": tables.row_slot, "row_token": tables.row_token,
+        "slot_row": tables.slot_row,
         "stream_rows": tables.stream_rows,
     }  # fmt: skip
     if tokens <= SMALL_TOKENS:

@@ -52,6 +52,7 @@ SMEM_BYTES = 216 * 1024 + 11264  # the ring; items, queue and barriers: stream/w
 TILE_ROWS = (128, 64)
 L2_PROMOTION = 128  # bytes: 4.42 TB/s where 256 gives 4.22 (docs/log.md)
 OPCODES = ("QGMMA", "UTMALDG.5D", "UTMALDG.3D", "UBLKCP", "REDUX.MAX")
+GATHER_ROWS = 64
 COLUMNS_BEHIND = 24  # rows that may be read behind an item: N is up to 31 more than its rows, of which 7 are padding
 
 SPECS = (
@@ -101,9 +102,9 @@ def plane_rows(rows: int, num_local: int) -> int:
     return padded_rows(rows, num_local) + COLUMNS_BEHIND
 
 
-def num_counters(items: int, hidden: int, intermediate: int) -> int:
-    """Words of ``Problem::counters`` (stream/work.cuh)."""
-    return 4 + blocks(hidden) + items * (1 + blocks(intermediate))
+def num_counters(items: int, planes: int, hidden: int, intermediate: int) -> int:
+    """Words of ``Problem::counters`` (stream/work.cuh) for so many items and rows of a plane."""
+    return 4 + blocks(hidden) + items * (1 + blocks(intermediate)) + -(-planes // GATHER_ROWS)
 
 
 @functools.cache

@@ -5,29 +5,37 @@
 
 constexpr u32 COMBINE_AHEAD = 8;  // rows of y that a lane has asked for
 
-// What a warp adds, in order: the rows of a batch of tokens. All lanes call it.
-DEVICE u32 list_rows(const Problem& p, RowList& list, u32 first_token, u32 tokens) {
-    const u32 lane = lane_index(), slots = tokens * p.choices;
+// The slots of a batch of tokens, spread over the lanes of a warp.
+struct Slots {
     i32 row[BATCH_SLOTS / 32];
     float weight[BATCH_SLOTS / 32];
+
+    DEVICE Slots(const Problem& p, u32 first_token, u32 tokens) {
 #pragma unroll
-    for (u32 i = 0; i < BATCH_SLOTS / 32; ++i) {
-        const i64 slot = static_cast<i64>(first_token) * p.choices + 32 * i + lane;
-        const bool used = 32 * i + lane < slots;
-        row[i] = used ? __ldg(p.slot_row + slot) : -1;
-        weight[i] = used ? __ldg(p.slot_weight + slot) : 0.0f;
+        for (u32 i = 0; i < BATCH_SLOTS / 32; ++i) {
+            const u32 at = 32 * i + lane_index();
+            const i64 slot = static_cast<i64>(first_token) * p.choices + at;
+            const bool used = at < tokens * p.choices;
+            row[i] = used ? __ldg(p.slot_row + slot) : -1;
+            weight[i] = used ? __ldg(p.slot_weight + slot) : 0.0f;
+        }
     }
-    u32 rows = 0;
+
+    // What a warp adds, in order: those that have a row. Returns how many.
+    DEVICE u32 list(const Problem& p, RowList& list) const {
+        const u32 lane = lane_index();
+        u32 rows = 0;
 #pragma unroll
-    for (u32 i = 0; i < BATCH_SLOTS / 32; ++i) {
-        const u32 used = __ballot_sync(0xffffffffu, row[i] >= 0);
-        const u32 at = rows + __popc(used & ((1u << lane) - 1));
-        if (row[i] >= 0) list.row[at] = row[i], list.weight[at] = weight[i], list.token[at] = (32 * i + lane) / p.choices;
-        rows += __popc(used);
+        for (u32 i = 0; i < BATCH_SLOTS / 32; ++i) {
+            const u32 used = __ballot_sync(0xffffffffu, row[i] >= 0);
+            const u32 at = rows + __popc(used & ((1u << lane) - 1));
+            if (row[i] >= 0) list.row[at] = row[i], list.weight[at] = weight[i], list.token[at] = (32 * i + lane) / p.choices;
+            rows += __popc(used);
+        }
+        __syncwarp();
+        return rows;
     }
-    __syncwarp();
-    return rows;
-}
+};
 
 // `y`, `out`: this lane's four columns, of the first row and of the first token of the batch.
 DEVICE void add_rows(const Problem& p, const RowList& list, u32 rows, u32 tokens, const float* y, u16* out) {
@@ -63,10 +71,18 @@ DEVICE void combine_tokens(const Block& block, const Problem& p, const Geometry&
     const u32 share = (static_cast<u64>(p.tokens) * columns + warps - 1) / warps;
     const u32 each = max(1, min(share, BATCH_SLOTS / p.choices)), batches = (p.tokens + each - 1) / each;
     RowList& list = block.side.lists[threadIdx.x / 32];
-    for (i64 unit = blockIdx.x + gridDim.x * (threadIdx.x / 32); unit < static_cast<i64>(batches) * columns; unit += warps) {
+    const u64 units = static_cast<u64>(batches) * columns;
+    const auto slots_of = [&](u64 unit) {
+        const u32 first = unit / columns * each;
+        return Slots(p, first, unit < units ? min(each, p.tokens - first) : 0);
+    };
+    u64 unit = blockIdx.x + gridDim.x * (threadIdx.x / 32);
+    Slots next = slots_of(unit);
+    for (; unit < units; unit += warps) {
         const u32 of_columns = unit % columns, column = of_columns * BLOCK_CHANNELS + 4 * lane_index();
         const u32 first = unit / columns * each, tokens = min(each, p.tokens - first);
-        const u32 rows = list_rows(p, list, first, tokens);
+        const u32 rows = next.list(p, list);
+        next = slots_of(unit + warps);
         wait_for_count(p.stored(of_columns), 2 * g.items);
         add_rows(p, list, rows, tokens, p.y + column, p.out + static_cast<i64>(first) * p.hidden + column);
         __syncwarp();  // the next batch writes the list again

@@ -1,6 +1,6 @@
 // The two loading warps of the streaming kernel: one for weights, which never waits for data, and one for the rows that they multiply.
 #pragma once
-#include "stream/work.cuh"
+#include "stream/gather.cuh"
 
 // Weights of the routed experts, or of the shared one, as maps with boxes of as many rows as a tile has.
 struct WeightMaps {
@@ -11,7 +11,7 @@ struct WeightMaps {
 // loaded before what they multiply is there, as far as the ring goes. The next tile is asked for while this one is loaded: the answer takes as
 // long as a K block.
 DEVICE void load_weights(const Block& block, const Problem& p, const Geometry& g, const WeightMaps& routed, const WeightMaps& shared) {
-    const u64 policy = evict_first();
+    const u64 read_once = evict_first(), read_again = evict_normal();
     const u32 bytes = g.tile_rows * LINE_BYTES;
     Cursor ring, landed, queue;
     u32 before_waiting = g.stages_on_the_way();
@@ -29,6 +29,7 @@ DEVICE void load_weights(const Block& block, const Problem& p, const Geometry& g
         const i32 expert = own ? 0 : tile.expert;
         const i32 row = tile.index * (first_product ? g.tile_rows / 16 : g.tile_rows);
         const u32 blocks = first_product ? p.blocks_hidden() : p.blocks_inter();
+        const u64 policy = tile.shares ? read_again : read_once;
         const u32 ask = add_relaxed(p.next_tile(), 1) + gridDim.x;
         for (u32 k = 0; k < blocks; ++k) {
             const u32 full = block.weights(ring.at), stage = block.ring + ring.at * g.stage_bytes;
@@ -76,7 +77,7 @@ struct WeightScales {
 // one in 32 ahead.
 DEVICE void load_tokens(const Block& block, const Problem& p, const Geometry& g) {
     const u32 lane = lane_index();
-    bool gathered = false;
+    u32 seen = 0xffffffffu;  // item whose rows of x are there
     Cursor ring, queue;
     while (true) {
         const Tile tile = block.read_tile(queue);
@@ -92,10 +93,10 @@ DEVICE void load_tokens(const Block& block, const Problem& p, const Geometry& g)
             if (k == 0) {
                 if (!first_product) {
                     wait_for_count(p.ready(tile.item), p.blocks_inter());
-                } else if (!gathered) {
-                    wait_for_count(p.gathered(), 2 * gridDim.x);
+                } else if (tile.item != seen) {
+                    wait_for_rows(p, g, tile);
+                    seen = tile.item;
                 }
-                gathered = true;
                 fence_proxy_async_global();
             }
             const u32 full = block.tokens(ring.at);
