@@ -24,6 +24,7 @@ LAYERS = (
     "autocast",
     "autograd",
     "jit",
+    "kernels.alignment",
     "kernels.interface",
     "kernels.compose",
     "kernels.reference",

@@ -9,7 +9,7 @@
 Shapes: T tokens, H hidden, I expert intermediate, E experts, K choices a token, N1 = 2I for gated activations, else I.
     x (T, H) · w1 (E, N1, H) · b1 (E, N1) · w2 (E, H, I) · b2 (E, H)
 Weights stored transposed, (E, H, N1) or (E, I, H), are passed as ``w.transpose(1, 2)``: a view, never a copy. Scores
-are kept in fp32 whatever the dtype of x.
+come in any float dtype and are read in fp32 (fp64 for fp64 x).
 
 All take the keyword options of :class:`ExpertOptions` (``training/options.py``): biases, activation, layout, recipe,
 weight_cache, inference, accumulate_into_main_grad, backend, validate. All raise TypeError or ValueError, with the
@@ -137,8 +137,8 @@ def run_layer(
     if token_mask_T is not None:
         ids_TK = ids_TK.masked_fill(~token_mask_T[:, None], -1)
     if small_batch.suits(experts.x, w1, w2, num_experts_per_tok, experts.options):
-        output, counts_E = experts.run_few(ids_TK, scores_TK), small_batch.rows_of_experts(ids_TK, num_experts)
-        return LayerOutput(output, logits_TE, counts_E, ids_TK)
+        counts_E = small_batch.rows_of_experts(ids_TK, num_experts)
+        return LayerOutput(experts.run_few(ids_TK, scores_TK), logits_TE, counts_E, ids_TK)
     plan = plan_from_topk(ids_TK, num_experts)
     return LayerOutput(experts.run(x_for_experts, scores_TK, plan), logits_TE, plan.expert_counts, ids_TK)
 
@@ -275,6 +275,10 @@ def experts_from_plan(
     the scores, not the plan.
     """
     experts = _checked(x_TH, w1, w2, Options.read(options))
+    if not isinstance(plan, RoutingPlan):
+        raise TypeError(
+            f"plan must be a RoutingPlan; got {checks.describe(plan)}. Build one, e.g. with plan_from_topk."
+        )
     checks.size("plan", "num_experts", plan.num_experts, w1.shape[0], "the experts of w1")
     checks.size("plan", "num_tokens", plan.num_tokens, x_TH.shape[0], "the rows of x")
     checks.tensor("scores", scores_S, 1, "(S,)")
@@ -300,8 +304,9 @@ class _Experts(NamedTuple):
     def run(self, x: Tensor, scores: Tensor, plan: RoutingPlan) -> Tensor:
         """``x``: that of the experts, or what ``router_linear`` made of it."""
         scores_S = scores if scores.dim() == 1 else scores.reshape(-1)
-        if scores_S.dtype not in (torch.float32, torch.float64):
-            scores_S = scores_S.float()
+        dtype = torch.float64 if x.dtype is torch.float64 else torch.float32  # all that kernels read
+        if scores_S.dtype is not dtype:
+            scores_S = scores_S.to(dtype)
         return run_experts(x, scores_S, self.w1, self.b1, self.w2, self.b2, plan, self.options)
 
     def run_few(self, ids_TK: Tensor, scores_TK: Tensor) -> Tensor:

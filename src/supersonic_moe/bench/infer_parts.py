@@ -12,13 +12,14 @@ from supersonic_moe.bench.infer_cases import Workload
 from supersonic_moe.config.grouped_routing import Scoring
 from supersonic_moe.config.router import SigmoidGroupedTopK, SoftmaxAfterTopK, TopKRouter
 from supersonic_moe.inference import moe_fp8_ds_routed, workspace_bytes
-from supersonic_moe.kernels.interface import PlanTensors, Slots
+from supersonic_moe.kernels.interface import Slots
 from supersonic_moe.kernels.triton import plan, router
 from supersonic_moe.kernels.triton.tiling import cdiv
 from supersonic_moe.quantization.block_format import BLOCK, E4M3
 
 Call = Callable[[], Tensor]
 Routed = Callable[[], tuple[Tensor, Tensor]]  # weights (T, K) fp32, global ids (T, K) int32
+Plan = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # of kernels/triton/plan.py
 
 
 def ours(work: Workload) -> Call:
@@ -53,17 +54,16 @@ def routed(work: Workload) -> Routed:
     return lambda: router.route_forward(work.logits, rule.top_k, chosen, bias)
 
 
-def sorted_rows(work: Workload, tile: int, capacity: int) -> Callable[[], tuple[Tensor, PlanTensors]]:
+def sorted_rows(work: Workload, tile: int, capacity: int) -> Callable[[], tuple[Tensor, Plan]]:
     """Routing, then rows sorted by expert: weights and the plan."""
     route, case = routed(work), work.case
     local, top_k = case.shape.local, case.shape.rule.top_k
     local_TK = torch.empty(case.tokens, top_k, dtype=torch.int32, device=work.x.device)
 
-    def sort() -> tuple[Tensor, PlanTensors]:
+    def sort() -> tuple[Tensor, Plan]:
         weights_TK, ids_TK = route()
         glue.localize(ids_TK, case.offset, local, local_TK)
-        slots = Slots(local_TK.view(-1), None, top_k, case.tokens, local, tile, capacity)
-        return weights_TK, plan.build_plan(slots)
+        return weights_TK, plan.build_plan(Slots(local_TK.view(-1), None, top_k, case.tokens, local, tile, capacity))
 
     return sort
 

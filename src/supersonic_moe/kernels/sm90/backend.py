@@ -22,3 +22,5 @@ from supersonic_moe.kernels.triton import quantize_rows as quantize_rows
 from supersonic_moe.kernels.triton import quantize_weights as quantize_weights
 from supersonic_moe.kernels.triton import row_dot as row_dot
 from supersonic_moe.kernels.triton import segment_sum as segment_sum
+
+ALIGNMENT = 16  # of TMA

@@ -33,3 +33,5 @@ from supersonic_moe.kernels.triton.token_rounding import token_rounding_forward 
 
 _composed = Composed(grouped_mm, activation_forward, activation_backward)
 up_projection, down_backward = _composed.up_projection, _composed.down_backward
+
+ALIGNMENT = 16  # of torch's grouped GEMM
