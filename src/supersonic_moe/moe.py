@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from supersonic_moe.functional import moe_layer
 from supersonic_moe.private_api import member_of
 from supersonic_moe.quantization.weight_cache import WeightCache
 from supersonic_moe.routing.aux_loss import router_z_loss, switch_load_balancing_loss
+
+if TYPE_CHECKING:
+    from supersonic_moe.parallel.expert_parallel import ExpertParallel
 
 
 class KernelBackendMoE(Enum):
@@ -39,10 +43,21 @@ def _backend(value: KernelBackendMoE) -> str:
 
 
 class Experts(nn.Module):
-    """Weights of all experts for one projection: weight (E, out_features, in_features), bias (E, out_features)."""
+    """Weights of all experts for one projection: weight (E, out_features, in_features), bias (E, out_features). With
+    ``first``, those of one rank: ``num_experts`` of them from expert ``first`` on, drawn from a sequence of their own.
+    """
 
-    def __init__(self, num_experts: int, in_features: int, out_features: int, add_bias: bool, std: float) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        add_bias: bool,
+        std: float,
+        first: int | None = None,
+    ) -> None:
         super().__init__()
+        self.first = first
         self.num_experts, self.in_features, self.out_features, self.std = num_experts, in_features, out_features, std
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
         self.bias = nn.Parameter(torch.empty(num_experts, out_features)) if add_bias else None
@@ -50,7 +65,11 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        self.weight.normal_(0, self.std)
+        generator = None
+        if self.first is not None and not self.weight.is_meta:  # ranks are often seeded alike
+            seed = int(torch.randint(2**62, ())) + self.first
+            generator = torch.Generator(self.weight.device).manual_seed(seed)
+        self.weight.normal_(0, self.std, generator=generator)
         if self.bias is not None:
             self.bias.zero_()
 
@@ -77,6 +96,9 @@ class MoE(nn.Module):
         accumulate_into_main_grad: add the gradients of ``c_fc.weight`` and ``c_proj.weight`` to their fp32
             ``main_grad``, not to ``.grad`` (Megatron's gradient accumulation fusion, ``training/main_grad.py``).
         validate: check device data too (NaN logits); costs a synchronisation a call.
+        expert_parallel: a ``parallel.ExpertParallel`` of R ranks. Then the layer has E/R experts and the router of all;
+            the router's weight must be the same on every rank, and ``expert_counts`` and ``aux_loss`` are of the
+            tokens of this rank.
 
     Parameters: ``router.weight`` (E, H), ``c_fc.weight`` (E, 2I or I, H), ``c_fc.bias``, ``c_proj.weight`` (E, H, I),
     ``c_proj.bias``; with SigmoidGroupedTopK also the buffer ``correction_bias`` (E,) fp32, which balances load without
@@ -99,6 +121,7 @@ class MoE(nn.Module):
         z_loss_weight: float = 0.0,
         accumulate_into_main_grad: bool = False,
         validate: bool = False,
+        expert_parallel: ExpertParallel | None = None,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -123,11 +146,18 @@ class MoE(nn.Module):
         self.z_loss_weight = z_loss_weight
         self.accumulate_into_main_grad = accumulate_into_main_grad
         self.validate = validate
+        self.expert_parallel = expert_parallel
+        experts_here, first = num_experts, None
+        if expert_parallel is not None:
+            expert_parallel.check_layer(num_experts, num_experts_per_tok, hidden_size, self.routing)
+            experts_here = expert_parallel.experts_here
+            first = expert_parallel.first_expert if expert_parallel.size > 1 else None
 
         self.router = nn.Linear(hidden_size, num_experts, bias=False)
         nn.init.normal_(self.router.weight, 0, std)
-        self.c_fc = Experts(num_experts, hidden_size, self.activation.fan * intermediate_size, add_bias, std)
-        self.c_proj = Experts(num_experts, intermediate_size, hidden_size, add_bias, std)
+        fan_out = self.activation.fan * intermediate_size
+        self.c_fc = Experts(experts_here, hidden_size, fan_out, add_bias, std, first)
+        self.c_proj = Experts(experts_here, intermediate_size, hidden_size, add_bias, std, first)
         base = self.routing.base if isinstance(self.routing, TokenRounding) else self.routing
         if isinstance(base, SigmoidGroupedTopK):
             self.register_buffer("correction_bias", torch.zeros(num_experts, dtype=torch.float32))
@@ -166,7 +196,8 @@ class MoE(nn.Module):
                 rounding_step = torch.randint(2**31, (1,), device=hidden_states.device)
         up, down = member_of(self, "c_fc"), member_of(self, "c_proj")
         flat = hidden_states.dim() == 2  # views cost the host two autograd nodes
-        out_TH, logits_TE, counts_E = moe_layer(
+        layer = moe_layer if self.expert_parallel is None else self.expert_parallel.moe_layer
+        out_TH, logits_TE, counts_E = layer(
             hidden_states if flat else hidden_states.reshape(-1, self.hidden_size),
             member_of(member_of(self, "router"), "weight"),
             member_of(up, "weight"),

@@ -1,0 +1,538 @@
+"""Experts spread over the ranks of a group: tokens go where their experts live, partial sums come back.
+
+Rank r of R holds the experts [r·E/R, (r+1)·E/R); every rank has tokens of its own, any number of them. T tokens here, U
+tokens received, K choices a token, H hidden.
+
+    forward    dispatch   x, ids, scores of each token once to each rank that needs them     (T, ·) -> (U, ·)
+               experts    part[u] = sum over the token's local rows of s (Y + b2)            as on one GPU
+               combine    part back home; out[t] = sum of its parts, in order of ranks       (U, H) -> (T, H)
+    backward   combine    dout to the same ranks
+               experts    as on one GPU: dW1, dW2 have the tokens of all ranks
+               dispatch   dx parts and dscores back home; dx[t] = sum of its parts, in order of ranks
+
+Received tokens lie in order of source rank, then token: inside an expert, rows are in the order that one process with
+the tokens of all ranks would have. So products and weight gradients have the bits of that process, and outputs and dx
+differ by one rounding of each part. Every rank runs everything on zero tokens, too, so graphs never differ by rank.
+
+Bytes each way, by rank: 2·H·p·T·(R−1) in BF16, p the probability that a token needs a given rank; + 8·K for each copy.
+"""
+
+from __future__ import annotations
+
+import functools
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Unpack
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from supersonic_moe import checks, functional
+from supersonic_moe.autograd import apply
+from supersonic_moe.config.plan import RoutingPlan
+from supersonic_moe.config.router import TokenRounding, TopKRouter, as_router
+from supersonic_moe.kernels import interface, registry
+from supersonic_moe.kernels.interface import TokenRows
+from supersonic_moe.parallel.all_to_all import AllToAll
+from supersonic_moe.parallel.departures import Departures, departures, in_fixed_places
+from supersonic_moe.parallel.watch import ExpertParallelError, Watch
+from supersonic_moe.private_api import default_store
+from supersonic_moe.routing.plan import plan_from_topk
+from supersonic_moe.routing.topk import route
+from supersonic_moe.training.options import ExpertOptions, lists_options
+from supersonic_moe.training.router_linear import router_linear
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class Trip(NamedTuple):
+    """The way of a call's tokens, there and back."""
+
+    call: int
+    num_tokens: int
+    """T"""
+    token_S: Tensor
+    """int32 token of each copy sent; -1 for an empty place."""
+    copy_TR: Tensor
+    copy_TK: Tensor
+    sent: Sequence[int] | None
+    """Copies for each rank, on the host; None: the same number for each."""
+    received: Sequence[int] | None
+
+
+@dataclass
+class Dispatched:
+    """Tokens that arrived on this rank, in order of source rank, then token."""
+
+    x: Tensor
+    """(U, H)"""
+    ids: Tensor
+    """(U, K) int32 experts of this rank, counted from 0; -1 where a choice lives elsewhere."""
+    scores: Tensor
+    """(U, K); their gradient goes home, and is 0 where a choice lives elsewhere."""
+    rows_per_expert: Sequence[int] | Tensor
+    """(E/R,) on the host, or with a fixed capacity a tensor on the device."""
+    plan: RoutingPlan
+    """Of these tokens and the experts of this rank."""
+    handle: Trip | None
+    """For ``combine``; None where a group has one rank and nothing travelled."""
+
+
+class ExpertParallel:
+    """Experts of one or more layers, spread over a group. It has no parameters; layers of one size may share it.
+
+    All ranks make the same calls in the same order, with any number of tokens up to ``max_tokens``, 0 included.
+
+    Args:
+        group: ranks that share the experts, a process group of ``torch.distributed`` or a one-dimensional DeviceMesh.
+        num_experts: E of the whole layer, a multiple of the number of ranks. top_k: K. hidden: H.
+        max_tokens: most tokens of a rank in one call.
+        capacity: ``"exact"`` asks the host for the number of tokens that arrive, one synchronization in each forward,
+            and allocates no more. A number of tokens is what each rank may send to each other one: buffers have this
+            size and nothing waits for the host, so that a call can be captured in a CUDA graph. If more would go,
+            nothing is dropped silently: on a CPU the call raises on every rank; on a GPU its outputs are NaN and a
+            later call, or ``check()``, raises on every rank.
+        timeout_s: longest wait for another rank. Then :class:`ExpertParallelError` says who is missing.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | DeviceMesh,
+        *,
+        num_experts: int,
+        top_k: int,
+        hidden: int,
+        max_tokens: int,
+        capacity: int | Literal["exact"] = "exact",
+        timeout_s: float = 300.0,
+    ) -> None:
+        for name, value in (("num_experts", num_experts), ("hidden", hidden), ("max_tokens", max_tokens)):
+            checks.positive(name, value)
+        checks.choices_fit(top_k, num_experts)
+        checks.number("timeout_s", timeout_s, lowest=0.01)
+        if capacity != "exact":
+            checks.positive("capacity", capacity)
+        self.group = _group(group)
+        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        if num_experts % self.size:
+            raise ValueError(
+                f"num_experts must be a multiple of the ranks of the group; got {num_experts} experts for {self.size} "
+                "ranks. Add experts, or use fewer ranks."
+            )
+        self.num_experts, self.top_k, self.hidden, self.max_tokens = num_experts, top_k, hidden, max_tokens
+        self.capacity, self.timeout_s = capacity, timeout_s
+        self.experts_here = num_experts // self.size
+        """E / R"""
+        self.first_expert = self.rank * self.experts_here
+        self._calls = 0
+        if self.size > 1:
+            name = self._agree()
+            what = f"expert parallel group {_name_of(self.group)!r} ({self.size} ranks)"
+            self._watch = Watch(what, self.rank, self.size, default_store(name), timeout_s)
+            self._ranks = AllToAll(self.group, self._watch)
+            self._overflow = _Overflow(self._ranks)
+
+    def _agree(self) -> str:
+        """A name that this object has on all ranks, after they have compared their arguments."""
+        arguments = {
+            name: getattr(self, name)
+            for name in ("num_experts", "top_k", "hidden", "max_tokens", "capacity", "timeout_s")
+        }
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, (uuid.uuid4().hex, arguments), group=self.group)
+        for rank, (_, theirs) in enumerate(found):
+            for name, value in arguments.items():
+                if theirs[name] != value:
+                    raise ValueError(
+                        f"ExpertParallel needs the same arguments on every rank; {name} is {value!r} on rank "
+                        f"{self.rank} and {theirs[name]!r} on rank {rank}."
+                    )
+        return f"supersonic_moe/{found[0][0]}"
+
+    # ---- the layer ---------------------------------------------------------------------------------------------------
+
+    @lists_options
+    def moe_layer(
+        self,
+        x_TH: Tensor,
+        router_weight_EH: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        num_experts_per_tok: int,
+        *,
+        router: TopKRouter | TokenRounding | str = "softmax_after_topk",
+        correction_bias: Tensor | None = None,
+        rounding_step: Tensor | int = 0,
+        **options: Unpack[ExpertOptions],
+    ) -> functional.MoEOutput:
+        """``functional.moe_layer`` with the experts of this rank in ``w1`` (E/R, N1, H) and ``w2`` (E/R, H, I), and the
+        router of all of them. ``expert_counts`` (E,) counts the choices of the tokens here.
+        """
+        if self.size == 1:
+            return functional.moe_layer(
+                x_TH,
+                _local(router_weight_EH),
+                _local(w1),
+                _local(w2),
+                num_experts_per_tok,
+                router=router,
+                correction_bias=correction_bias,
+                rounding_step=rounding_step,
+                **_local_biases(options),
+            )
+        policy = as_router(router)
+        x_TH, weight_EH = self._checked_x(x_TH), _local(router_weight_EH)
+        checks.tensor("router_weight", weight_EH, 2, "(E, H)")
+        self.check_layer(weight_EH.shape[0], num_experts_per_tok, weight_EH.shape[1], policy)
+        assert not isinstance(policy, TokenRounding)
+        logits_TE, x_for_experts = router_linear(x_TH, weight_EH.to(x_TH.dtype))
+        if options.get("validate"):
+            checks.finite_logits(logits_TE)
+        backend = "reference" if options.get("backend") == "reference" else "auto"
+        scores, ids_TK = route(logits_TE, self.top_k, policy, correction_bias=correction_bias, backend=backend)
+        found = departures(ids_TK, self.num_experts, self.size)
+        out_TH = self._experts(x_for_experts, scores, found, w1, w2, options)
+        return functional.MoEOutput(out_TH, logits_TE, found.rows_E.to(torch.int32))
+
+    @lists_options
+    def experts(
+        self,
+        x_TH: Tensor,
+        topk_ids_TK: Tensor,
+        topk_scores_TK: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        **options: Unpack[ExpertOptions],
+    ) -> Tensor:
+        """``functional.topk_experts`` for the ids (T, K) of all experts and the weights of those of this rank, ``w1``
+        (E/R, N1, H) and ``w2`` (E/R, H, I). Biases likewise.
+        """
+        if self.size == 1:
+            weights = _local(w1), _local(w2)
+            return functional.topk_experts(x_TH, topk_ids_TK, topk_scores_TK, *weights, **_local_biases(options))
+        x_TH = self._checked_x(x_TH)
+        self._check_choices(x_TH, topk_ids_TK, topk_scores_TK)
+        if options.get("validate"):
+            checks.valid_topk_ids(topk_ids_TK, self.num_experts)
+            checks.finite_scores("topk_scores", topk_scores_TK)
+        found = departures(topk_ids_TK, self.num_experts, self.size)
+        return self._experts(x_TH, topk_scores_TK, found, w1, w2, options)
+
+    def _experts(
+        self, x_TH: Tensor, scores_TK: Tensor, found: Departures, w1: Tensor, w2: Tensor, options: ExpertOptions
+    ) -> Tensor:
+        w1, w2 = _local(w1), _local(w2)
+        for name, weight in (("w1", w1), ("w2", w2)):
+            checks.tensor(name, weight, 3, "(E/R, N1, H)" if name == "w1" else "(E/R, H, I)")
+            checks.size(name, "expert count", weight.shape[0], self.experts_here, "the experts of this rank")
+        checks.size("w1", "hidden size (last dimension)", w1.shape[2], self.hidden, "hidden of the ExpertParallel")
+        inference = bool(options.get("inference"))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not inference):
+            got = self._dispatch(x_TH, scores_TK, found)
+            part_UH = functional.experts_from_plan(
+                got.x, got.scores.reshape(-1), got.plan, w1, w2, **_local_biases(options)
+            )
+            return self.combine(part_UH, got.handle)
+
+    # ---- its parts ---------------------------------------------------------------------------------------------------
+
+    def dispatch(self, x_TH: Tensor, topk_ids_TK: Tensor, topk_scores_TK: Tensor) -> Dispatched:
+        """Send each token to the ranks of its experts; differentiable in x and scores.
+
+        Args:
+            topk_ids_TK: int32 or int64 ids of all experts; outside [0, E), such as -1, a choice has no expert.
+            topk_scores_TK: floating.
+        """
+        x_TH = self._checked_x(x_TH)
+        self._check_choices(x_TH, topk_ids_TK, topk_scores_TK)
+        if self.size == 1:
+            ids = torch.where(topk_ids_TK < self.num_experts, topk_ids_TK, -1).clamp(min=-1).to(torch.int32)
+            plan = plan_from_topk(ids, self.num_experts)
+            return Dispatched(x_TH, ids, topk_scores_TK, plan.expert_counts, plan, None)
+        return self._dispatch(x_TH, topk_scores_TK, departures(topk_ids_TK, self.num_experts, self.size))
+
+    def combine(self, part_UH: Tensor, handle: Trip | None) -> Tensor:
+        """(T, H) in the dtype of ``part``: for each token of this rank the sum of what its ranks computed, in order of
+        ranks. ``part_UH`` has a row for each received token.
+        """
+        if handle is None:
+            return part_UH
+        checks.tensor("part", part_UH, 2, "(U, H)")
+        arrived = handle.token_S.shape[0] if handle.received is None else sum(handle.received)
+        checks.size("part", "shape", tuple(part_UH.shape), (arrived, self.hidden), "a row for each received token")
+        out: Tensor = apply(_Combine, part_UH, handle, self)
+        return out
+
+    def _dispatch(self, x_TH: Tensor, scores_TK: Tensor, found: Departures) -> Dispatched:
+        if scores_TK.dtype not in (torch.float32, torch.float64):
+            scores_TK = scores_TK.float()
+        self._calls += 1
+        rows: list[int] | None = None
+        if self.capacity == "exact":
+            trip, rows = self._meet(x_TH, scores_TK, found)
+        else:
+            trip, scores_TK = self._fixed(x_TH, scores_TK, found)
+        x_UH, scores_UK, ids_UK = apply(_Dispatch, x_TH, scores_TK, found.ids_TK, trip, self)
+        plan = plan_from_topk(ids_UK, self.experts_here, capacity=None if rows is None else sum(rows))
+        return Dispatched(x_UH, ids_UK, scores_UK, plan.expert_counts if rows is None else rows, plan, trip)
+
+    def _meet(self, x_TH: Tensor, scores_TK: Tensor, found: Departures) -> tuple[Trip, list[int]]:
+        """Tell all ranks what comes from here, and hear what comes from them: the one wait for the host."""
+        ranks, here = self.size, self.experts_here
+        grad = torch.is_grad_enabled()
+        signature = _DTYPES.index(x_TH.dtype) * 4 + 2 * (grad and x_TH.requires_grad)
+        signature += grad and scores_TK.requires_grad
+        common = found.rows_E.new_tensor([self._calls, signature, x_TH.shape[0]])
+        mine = torch.cat((common.expand(ranks, 3), found.tokens_R.long()[:, None], found.rows_E.view(ranks, here)), 1)
+        theirs = self._ranks.exchange(mine, self._calls, "forward dispatch", None, None)
+        host = torch.cat((found.tokens_R.long(), theirs.view(-1))).tolist()
+        sent, told = host[:ranks], [host[i : i + 4 + here] for i in range(ranks, len(host), 4 + here)]
+        self._check_told(told, (self._calls, signature, x_TH.shape[0]))
+        rows = [sum(column) for column in zip(*(source[4:] for source in told), strict=True)]
+        token_S, received = found.token_M[: sum(sent)], [source[3] for source in told]
+        return Trip(self._calls, x_TH.shape[0], token_S, found.copy_TR, found.copy_TK, sent, received), rows
+
+    def _check_told(self, told: list[list[int]], mine: tuple[int, int, int]) -> None:
+        """Every rank hears the same, so all of them raise or none."""
+        for rank, (call, signature, tokens, *_) in enumerate(told):
+            if (call, signature) != mine[:2]:
+                raise ExpertParallelError(
+                    f"ranks must make the same calls; rank {self.rank} is in {_described(*mine[:2])}, rank {rank} in "
+                    f"{_described(call, signature)}. Run the same layers and steps on every rank."
+                )
+            if tokens > self.max_tokens:
+                raise ValueError(
+                    f"a rank must not have more than max_tokens = {self.max_tokens} tokens in a call; rank {rank} has "
+                    f"{tokens}. Make the ExpertParallel with a larger max_tokens."
+                )
+
+    def _fixed(self, x_TH: Tensor, scores_TK: Tensor, found: Departures) -> tuple[Trip, Tensor]:
+        assert isinstance(self.capacity, int)
+        tokens = x_TH.shape[0]
+        if tokens > self.max_tokens:
+            raise ValueError(
+                f"a rank must not have more than max_tokens = {self.max_tokens} tokens in a call; got {tokens}. Make "
+                "the ExpertParallel with a larger max_tokens."
+            )
+        scores_TK = self._overflow.guard(scores_TK, found.tokens_R, self.capacity, self._calls)
+        placed = in_fixed_places(found, self.capacity)
+        trip = Trip(self._calls, tokens, placed.token_M, placed.copy_TR, placed.copy_TK, None, None)
+        return trip, scores_TK
+
+    # ---- life --------------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Wait for the device, and raise if a call with a fixed ``capacity`` has overflowed."""
+        if self.size > 1:
+            self._overflow.check()
+
+    def close(self) -> None:
+        """This rank makes no more calls; others that wait for it are told so. May be called twice."""
+        if self.size > 1:
+            self._watch.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertParallel:
+        """Copies of a layer share the group."""
+        return self
+
+    # ---- checks ------------------------------------------------------------------------------------------------------
+
+    def check_layer(self, num_experts: int, top_k: int, hidden: int, router: TopKRouter | TokenRounding) -> None:
+        """Raises ValueError if a layer does not fit."""
+        sizes = {"num_experts": num_experts, "top_k": top_k, "hidden": hidden}
+        for name, value in sizes.items():
+            own = getattr(self, name)
+            if value != own:
+                raise ValueError(
+                    f"a layer must have the {name} of its ExpertParallel, {own}; got {value}. Make another one for it."
+                )
+        if self.size > 1 and isinstance(router, TokenRounding):
+            raise ValueError(
+                "TokenRounding rounds what an expert gets from one rank, not from all of them; got "
+                f"{checks.short(router)} with {self.size} ranks. Use its base router."
+            )
+
+    def _checked_x(self, x_TH: Tensor) -> Tensor:
+        """x in the dtype of the computation."""
+        checks.tensor("x", x_TH, 2, "(T, H)")
+        checks.floating("x", x_TH)
+        checks.size("x", "hidden size (last dimension)", x_TH.shape[1], self.hidden, "hidden of the ExpertParallel")
+        kind = x_TH.device.type
+        return x_TH.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x_TH
+
+    def _check_choices(self, x_TH: Tensor, ids_TK: Tensor, scores_TK: Tensor) -> None:
+        checks.ids("topk_ids", ids_TK, 2)
+        shape = (x_TH.shape[0], self.top_k)
+        checks.size("topk_ids", "shape", tuple(ids_TK.shape), shape, "(T, K): rows of x, top_k of the ExpertParallel")
+        checks.same_shape("topk_ids", ids_TK, "topk_scores", scores_TK)
+        checks.floating("topk_scores", scores_TK)
+        for name, t in (("topk_ids", ids_TK), ("topk_scores", scores_TK)):
+            checks.same_device(name, t, "x", x_TH)
+
+
+# ---- autograd --------------------------------------------------------------------------------------------------------
+
+
+class _Dispatch(torch.autograd.Function):
+    """(x (T, H), scores (T, K), ids) -> (x (U, H), scores (U, K), ids (U, K))."""
+
+    @staticmethod
+    def forward(
+        x_TH: Tensor, scores_TK: Tensor, ids_TK: Tensor, trip: Trip, ep: ExpertParallel
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        send = functools.partial(_send, trip, ep, "forward dispatch")
+        x_UH = send(x_TH)
+        choices = send(torch.cat((ids_TK, scores_TK.contiguous().view(torch.int32)), 1))
+        scores_UK = choices[:, ep.top_k :].clone(memory_format=torch.contiguous_format).view(scores_TK.dtype)
+        ids_UK = choices[:, : ep.top_k] - ep.first_expert
+        return x_UH, scores_UK, torch.where((ids_UK >= 0) & (ids_UK < ep.experts_here), ids_UK, -1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *_, ctx.trip, ctx.ep = inputs
+        ctx.mark_non_differentiable(output[2])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx_UH: Tensor, dscores_UK: Tensor, _ids: Tensor) -> tuple[Tensor | None, ...]:
+        trip, ep, (needs_x, needs_scores, *_) = ctx.trip, ctx.ep, ctx.needs_input_grad
+        dx = dscores = None
+        if needs_x:
+            dx = _summed(trip, _back(trip, ep, "backward combine", dx_UH))
+        if needs_scores:
+            home_SK = _back(trip, ep, "backward combine", dscores_UK)
+            choices = torch.arange(ep.top_k, device=home_SK.device)
+            index_TK = torch.where(trip.copy_TK >= 0, trip.copy_TK * ep.top_k + choices, -1)
+            dscores = _kernels(home_SK).pick(home_SK.view(-1), index_TK.view(-1).to(torch.int32)).view_as(index_TK)
+        return dx, dscores, None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """part (U, H) -> out (T, H)."""
+
+    @staticmethod
+    def forward(part_UH: Tensor, trip: Trip, ep: ExpertParallel) -> Tensor:
+        return _summed(trip, _back(trip, ep, "forward combine", part_UH))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.trip, ctx.ep = inputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_TH: Tensor) -> tuple[Tensor | None, ...]:
+        return _send(ctx.trip, ctx.ep, "backward dispatch", dout_TH), None, None
+
+
+def _send(trip: Trip, ep: ExpertParallel, phase: str, rows_TC: Tensor) -> Tensor:
+    """(U, C): rows of tokens to where the tokens went. In an empty place int32 rows have -1, others anything finite."""
+    if trip.sent is not None:
+        rows_SC = rows_TC.index_select(0, trip.token_S)
+    elif rows_TC.shape[0]:
+        rows_SC = rows_TC.index_select(0, trip.token_S.clamp(min=0))
+    else:
+        rows_SC = rows_TC.new_zeros(trip.token_S.shape[0], rows_TC.shape[1])
+    if trip.sent is None and rows_TC.dtype is torch.int32:
+        rows_SC = torch.where(trip.token_S[:, None] >= 0, rows_SC, -1)
+    return ep._ranks.exchange(rows_SC, trip.call, phase, trip.sent, trip.received)
+
+
+def _back(trip: Trip, ep: ExpertParallel, phase: str, rows_UC: Tensor) -> Tensor:
+    """(S, C): a row for each copy that was sent."""
+    return ep._ranks.exchange(rows_UC, trip.call, phase, trip.received, trip.sent)
+
+
+def _summed(trip: Trip, rows_SC: Tensor) -> Tensor:
+    """(T, C): the rows of each token's copies, added in order of ranks and rounded once."""
+    tokens, ranks = trip.copy_TR.shape
+    copies = TokenRows(trip.copy_TR.view(-1), None, ranks, tokens)
+    return _kernels(rows_SC).gather_sum(rows_SC, None, None, trip.token_S, copies)
+
+
+def _kernels(rows: Tensor) -> interface.Experts:
+    return registry.kernels(registry.choose(rows.device, rows.dtype, hidden=rows.shape[1]).name).experts
+
+
+# ---- helpers ---------------------------------------------------------------------------------------------------------
+
+
+class _Overflow:
+    """Whether more tokens than there are places would have gone from any rank to another."""
+
+    def __init__(self, ranks: AllToAll) -> None:
+        self.ranks = ranks
+        self.flag: Tensor | None = None
+        self.seen: Tensor | None = None
+        """A copy of the flag in pinned memory, some steps old."""
+
+    def guard(self, scores_TK: Tensor, tokens_R: Tensor, capacity: int, call: int) -> Tensor:
+        """The scores; NaN on a GPU if there are too few places, so that no output of this call is used unnoticed."""
+        self.capacity = capacity
+        most = self.ranks.maximum(tokens_R.max().reshape(1), call, "forward dispatch")
+        if not most.is_cuda:
+            self._raise_if(int(most))
+            return scores_TK
+        if self.flag is None or self.seen is None:
+            self.flag, self.seen = torch.zeros_like(most), torch.zeros(1, dtype=most.dtype, pin_memory=True)
+        self._raise_if(int(self.seen))
+        torch.maximum(self.flag, most, out=self.flag)
+        self.seen.copy_(self.flag, non_blocking=True)
+        return torch.where(most > capacity, torch.nan, scores_TK)
+
+    def check(self) -> None:
+        if self.flag is not None:
+            self._raise_if(int(self.flag))
+
+    def _raise_if(self, most: int) -> None:
+        if most > self.capacity:
+            if self.flag is not None and self.seen is not None:
+                self.flag.zero_(), self.seen.zero_()
+            raise ValueError(
+                f"no rank may send more than capacity = {self.capacity} tokens to another in a call; one had {most}. "
+                "Make the ExpertParallel with a larger capacity (max_tokens always suffices) or with "
+                'capacity="exact".'
+            )
+
+
+def _group(group: object) -> dist.ProcessGroup:
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(
+                f"ExpertParallel needs a one-dimensional DeviceMesh; got {group.ndim} dimensions. Pass a slice of it, "
+                'such as mesh["ep"].'
+            )
+        return group.get_group()
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            "ExpertParallel needs a process group of torch.distributed or a DeviceMesh; got "
+            f"{checks.describe(group)}. Call torch.distributed.init_process_group() and pass "
+            "torch.distributed.group.WORLD."
+        )
+    return group
+
+
+def _name_of(group: dist.ProcessGroup) -> str:
+    return group.group_desc or group.group_name
+
+
+def _described(call: int, signature: int) -> str:
+    kinds = [name for bit, name in ((2, "x"), (1, "scores")) if signature & bit]
+    dtype = str(_DTYPES[signature // 4]).removeprefix("torch.")
+    return f"call {call} ({dtype}, {'gradients of ' + ' and '.join(kinds) if kinds else 'no gradients'})"
+
+
+def _local(weight: Tensor) -> Tensor:
+    """The experts of this rank, of a weight that ``shard_experts`` has made a DTensor."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def _local_biases(options: ExpertOptions) -> ExpertOptions:
+    for name in ("b1", "b2"):
+        if isinstance(bias := options.get(name), DTensor):
+            options = {**options, name: bias.to_local()}  # type: ignore[misc]
+    return options
