@@ -76,6 +76,13 @@ def default_store(prefix: str) -> Any:
     return None if get is None else dist.PrefixStore(prefix, get())  # type: ignore[attr-defined]
 
 
+def ignored_by_ddp(module: nn.Module, names: list[str]) -> None:
+    """DistributedDataParallel of ``module`` will leave the parameters of these ``names`` alone. There is no public way;
+    without this name it would refuse or average them.
+    """
+    module._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
+
+
 gpu_sleep: Callable[[int], None] = getattr(torch.cuda, "_sleep", _gpu_sleep)
 """Keep the current CUDA stream busy for so many clock cycles. There is no public way: RuntimeError without it."""
 

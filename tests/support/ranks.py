@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["parallel_cases"])
+_context.set_forkserver_preload(["parallel_training"])
 
 
 class Ended(NamedTuple):
