@@ -38,6 +38,8 @@ LAYERS = (
     "parallel.watch",
     "parallel.all_to_all",
     "parallel.departures",
+    "parallel.trip",
+    "parallel.fp8_wire",
     "parallel.expert_parallel",
     "parallel.shard",
     "parallel",

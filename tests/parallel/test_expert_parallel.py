@@ -41,6 +41,21 @@ def test_fp8_experts_have_the_bits_of_one_process(recipe: Fp8Recipe) -> None:
 
 
 @pytest.mark.parametrize(
+    ("recipe", "positive", "hidden", "capacity"),
+    [
+        (Fp8Recipe(scale="pow2"), False, 256, "exact"),
+        (Fp8Recipe(scale="pow2", save_preactivation="recompute", keep_transposed=False), True, 136, 700),
+        (Fp8Recipe(wgrad="bf16", save_preactivation="bf16"), True, 256, "exact"),
+    ],
+    ids=["plain", "recomputed", "bf16 weight gradients"],
+)
+def test_an_fp8_wire_carries_what_the_experts_would_make(
+    recipe: Fp8Recipe, positive: bool, hidden: int, capacity: int | str
+) -> None:
+    assert run_ranks(2, cases.over_an_fp8_wire, (700, 531), recipe, positive, hidden, capacity) == [[], []]
+
+
+@pytest.mark.parametrize(
     ("router", "recompute"), [("softmax_after_topk", False), ("sigmoid_grouped_topk", True)], ids=["plain", "recompute"]
 )
 def test_the_module_is_that_of_one_process(router: str, recompute: bool) -> None:

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from oracle import rel_fro
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from supersonic_moe import MoE, topk_experts
+from supersonic_moe import Bf16Recipe, Fp8Recipe, MoE, topk_experts
 from supersonic_moe.parallel import ExpertParallel
 from supersonic_moe.parallel.watch import Watch
 
@@ -174,6 +175,49 @@ def same_with(options: dict[str, Any], tokens: Sequence[int]) -> list[str]:
     return differences((tokens, options), got, want, tokens)
 
 
+def over_an_fp8_wire(tokens: Sequence[int], recipe: Fp8Recipe, positive: bool, hidden: int, capacity: Any) -> list[str]:
+    """Against the same layer over an exact wire: the same outputs and dx; weight gradients within their bounds."""
+    ranks = dist.get_world_size()
+    g = torch.Generator().manual_seed(sum(tokens))
+
+    def normal(*shape: int, scale: float) -> Tensor:
+        t = scale * torch.randn(*shape, generator=g)
+        return (t.abs() if positive else t).bfloat16()
+
+    total, inner = sum(tokens), 128
+    w1, w2 = normal(E, 2 * inner, hidden, scale=hidden**-0.5), normal(E, hidden, inner, scale=inner**-0.5)
+    ids = torch.rand(total, E, generator=g).argsort(1)[:, :K]
+    scores, x, dout = torch.rand(total, K, generator=g), normal(total, hidden, scale=1), normal(total, hidden, scale=1)
+    given = here(Inputs(x, ids, scores, w1, None, w2, None, dout), tokens)
+    exact, fp8 = (make(wire=wire, hidden=hidden, capacity=capacity, max_tokens=700) for wire in ("exact", "fp8"))
+    want, got = run(exact, given, recipe=recipe), run(fp8, given, recipe=recipe)
+    precise = run(
+        make(hidden=hidden, max_tokens=700),
+        Inputs(*(t.float() if t is not None and t.is_floating_point() else t for t in given)),
+    )
+    found = [f"{n} differs" for n in ("out", "dx", "dscores") if not torch.equal(getattr(got, n), getattr(want, n))]
+    for name in ("dw1", "dw2"):
+        error, usual = (rel_fro(getattr(r, name), getattr(precise, name)) for r in (got, want))
+        if error > 0.08 or (error > 1.01 * usual and recipe.scale == "pow2" and recipe.wgrad == "fp8"):
+            found.append(f"{name} of rank {dist.get_rank()} of {ranks} has an error of {error:.4f}, not {usual:.4f}")
+    again = run(fp8, given, recipe=recipe)
+    found += [
+        f"{n} varies" for n, a, b in zip(Results._fields, again, got, strict=True) if b is not None and (a != b).any()
+    ]
+    with torch.no_grad():
+        if not torch.equal(fp8.experts(given.x, given.ids, given.scores, given.w1, given.w2, recipe=recipe), got.out):
+            found.append("inference differs")
+    buffers = [w.clone().requires_grad_() for w in (given.w1, given.w2)]
+    for buffer in buffers:
+        buffer.main_grad = torch.ones_like(buffer, dtype=torch.float32)  # type: ignore[attr-defined]
+    out = fp8.experts(given.x, given.ids, given.scores, *buffers, recipe=recipe, accumulate_into_main_grad=True)
+    out.backward(given.dout)
+    for name, buffer in zip(("dw1", "dw2"), buffers, strict=True):
+        if buffer.grad is not None or rel_fro(buffer.main_grad - 1, getattr(got, name)) > 0.01:  # type: ignore[attr-defined]
+            found.append(f"{name} in main_grad differs")
+    return found
+
+
 # ---- the module ------------------------------------------------------------------------------------------------------
 
 
@@ -228,7 +272,7 @@ def of_rank_0(t: Tensor) -> Tensor:
 def error_of(function: Callable[[], object]) -> str:
     try:
         function()
-    except (ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
 
@@ -249,6 +293,9 @@ def errors_on_every_rank() -> list[str]:
     small = make(capacity=3)
     t = [0] * (size - 1) + [4]  # all of them to rank 0
     found.append(error_of(lambda: run(small, here(inputs(t, torch.float32, "one rank"), t))))
+    wired = make(wire="fp8")
+    given = here(inputs([4] * size, torch.bfloat16), [4] * size)
+    found += [error_of(lambda r=r: run(wired, given, recipe=r)) for r in (Fp8Recipe(), Bf16Recipe())]
     for still in (ep, small):
         t = [2] * size
         run(still, here(inputs(t, torch.float32, "one rank"), t))

@@ -65,16 +65,32 @@ def spread_model(mesh: Any, divisor: int) -> tuple[Model, list[nn.Parameter]]:
     return model, experts
 
 
+def averaged(gradient: Tensor) -> Tensor:
+    total = gradient.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
 def train(how: str) -> float:
     """The largest difference of any weight from that of one process, after training on all ranks."""
     ranks = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("ep",))
-    model, experts = spread_model(mesh["ep"], ranks)
+    whole_mesh = init_device_mesh("cpu", (ranks,))
+    copies = 2 if how == "copies" else 1  # of each expert
+    mesh = init_device_mesh("cpu", (copies, ranks // copies), mesh_dim_names=("copies", "ep"))
+    model, experts = spread_model(mesh["ep"], 1 if how == "copies" else ranks)
     forward: nn.Module = model
     if how == "ddp":
         forward = DistributedDataParallel(model)
+    elif how == "copies":
+        router = model.moe.router.weight
+        fully_shard(model.moe, mesh=mesh["copies"], ignored_params={router})
+        router.register_hook(averaged)
+        fully_shard(model, mesh=whole_mesh)
+        for unit in (model.moe, model):
+            unit.set_gradient_divide_factor(ranks)
+            unit.set_force_sum_reduction_for_comms(True)
     else:
-        fully_shard(model, mesh=mesh, ignored_params=set(experts))
+        fully_shard(model, mesh=whole_mesh, ignored_params=set(experts))
         model.set_gradient_divide_factor(ranks)
         model.set_force_sum_reduction_for_comms(True)  # gloo has no average
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)

@@ -19,50 +19,34 @@ Bytes each way, by rank: 2·H·p·T·(R−1) in BF16, p the probability that a t
 
 from __future__ import annotations
 
-import functools
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from supersonic_moe import checks, functional
 from supersonic_moe.autograd import apply
 from supersonic_moe.config.plan import RoutingPlan
+from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.config.router import TokenRounding, TopKRouter, as_router
-from supersonic_moe.kernels import interface, registry
-from supersonic_moe.kernels.interface import TokenRows
+from supersonic_moe.parallel import fp8_wire
 from supersonic_moe.parallel.all_to_all import AllToAll
 from supersonic_moe.parallel.departures import Departures, departures, in_fixed_places
+from supersonic_moe.parallel.trip import Combine, Dispatch, Trip
 from supersonic_moe.parallel.watch import ExpertParallelError, Watch
 from supersonic_moe.private_api import default_store
 from supersonic_moe.routing.plan import plan_from_topk
 from supersonic_moe.routing.topk import route
-from supersonic_moe.training.options import ExpertOptions, lists_options
+from supersonic_moe.training.options import ExpertOptions, Options, lists_options
 from supersonic_moe.training.router_linear import router_linear
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-class Trip(NamedTuple):
-    """The way of a call's tokens, there and back."""
-
-    call: int
-    num_tokens: int
-    """T"""
-    token_S: Tensor
-    """int32 token of each copy sent; -1 for an empty place."""
-    copy_TR: Tensor
-    copy_TK: Tensor
-    sent: Sequence[int] | None
-    """Copies for each rank, on the host; None: the same number for each."""
-    received: Sequence[int] | None
 
 
 @dataclass
@@ -97,6 +81,9 @@ class ExpertParallel:
             size and nothing waits for the host, so that a call can be captured in a CUDA graph. If more would go,
             nothing is dropped silently: on a CPU the call raises on every rank; on a GPU its outputs are NaN and a
             later call, or ``check()``, raises on every rank.
+        wire: how x and the gradient of the output travel. ``"exact"`` is in their own dtype; ``"fp8"``, for layers with
+            an ``Fp8Recipe`` with ``scale="pow2"`` or ``wgrad="bf16"``, as the experts would quantize them: half of the
+            bytes, the same bits of outputs and gradients of x. Parts go back in the dtype of x.
         timeout_s: longest wait for another rank. Then :class:`ExpertParallelError` says who is missing.
     """
 
@@ -109,6 +96,7 @@ class ExpertParallel:
         hidden: int,
         max_tokens: int,
         capacity: int | Literal["exact"] = "exact",
+        wire: Literal["exact", "fp8"] = "exact",
         timeout_s: float = 300.0,
     ) -> None:
         for name, value in (("num_experts", num_experts), ("hidden", hidden), ("max_tokens", max_tokens)):
@@ -117,6 +105,8 @@ class ExpertParallel:
         checks.number("timeout_s", timeout_s, lowest=0.01)
         if capacity != "exact":
             checks.positive("capacity", capacity)
+        if wire not in ("exact", "fp8"):
+            raise ValueError(f'wire must be "exact" or "fp8"; got {checks.short(wire)}.')
         self.group = _group(group)
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         if num_experts % self.size:
@@ -125,7 +115,7 @@ class ExpertParallel:
                 "ranks. Add experts, or use fewer ranks."
             )
         self.num_experts, self.top_k, self.hidden, self.max_tokens = num_experts, top_k, hidden, max_tokens
-        self.capacity, self.timeout_s = capacity, timeout_s
+        self.capacity, self.wire, self.timeout_s = capacity, wire, timeout_s
         self.experts_here = num_experts // self.size
         """E / R"""
         self.first_expert = self.rank * self.experts_here
@@ -141,7 +131,7 @@ class ExpertParallel:
         """A name that this object has on all ranks, after they have compared their arguments."""
         arguments = {
             name: getattr(self, name)
-            for name in ("num_experts", "top_k", "hidden", "max_tokens", "capacity", "timeout_s")
+            for name in ("num_experts", "top_k", "hidden", "max_tokens", "capacity", "wire", "timeout_s")
         }
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, (uuid.uuid4().hex, arguments), group=self.group)
@@ -231,13 +221,32 @@ class ExpertParallel:
             checks.tensor(name, weight, 3, "(E/R, N1, H)" if name == "w1" else "(E/R, H, I)")
             checks.size(name, "expert count", weight.shape[0], self.experts_here, "the experts of this rank")
         checks.size("w1", "hidden size (last dimension)", w1.shape[2], self.hidden, "hidden of the ExpertParallel")
+        options = _local_biases(options)
         inference = bool(options.get("inference"))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not inference):
+            if self.wire == "fp8":
+                return self._experts_fp8(x_TH, scores_TK, found, w1, w2, Options.read(options))
             got = self._dispatch(x_TH, scores_TK, found)
-            part_UH = functional.experts_from_plan(
-                got.x, got.scores.reshape(-1), got.plan, w1, w2, **_local_biases(options)
-            )
+            part_UH = functional.experts_from_plan(got.x, got.scores.reshape(-1), got.plan, w1, w2, **options)
             return self.combine(part_UH, got.handle)
+
+    def _experts_fp8(
+        self, x_TH: Tensor, scores_TK: Tensor, found: Departures, w1: Tensor, w2: Tensor, options: Options
+    ) -> Tensor:
+        if not isinstance(options.recipe, Fp8Recipe) or x_TH.dtype is not torch.bfloat16:
+            raise TypeError(
+                f'wire="fp8" needs an Fp8Recipe and bfloat16; got {options.recipe} and {checks.describe(x_TH)}. Make '
+                'the ExpertParallel with wire="exact", or the layer with recipe=Fp8Recipe().'
+            )
+        if options.recipe.scale == "fp32" and options.recipe.wgrad == "fp8":
+            raise ValueError(
+                'wire="fp8" needs scales that are powers of two, or weight gradients in bf16: rounding twice with fp32 '
+                f'scales would cost them accuracy; got {options.recipe}. Use Fp8Recipe(scale="pow2") or '
+                'Fp8Recipe(wgrad="bf16").'
+            )
+        trip, rows, scores_TK = self._start(x_TH, scores_TK, found)
+        rows_here = None if rows is None else sum(rows)
+        return fp8_wire.experts(x_TH, scores_TK, found.ids_TK, trip, rows_here, w1, w2, options)
 
     # ---- its parts ---------------------------------------------------------------------------------------------------
 
@@ -263,23 +272,27 @@ class ExpertParallel:
         if handle is None:
             return part_UH
         checks.tensor("part", part_UH, 2, "(U, H)")
-        arrived = handle.token_S.shape[0] if handle.received is None else sum(handle.received)
-        checks.size("part", "shape", tuple(part_UH.shape), (arrived, self.hidden), "a row for each received token")
-        out: Tensor = apply(_Combine, part_UH, handle, self)
+        checks.size(
+            "part", "shape", tuple(part_UH.shape), (handle.arrived, self.hidden), "a row for each received token"
+        )
+        out: Tensor = apply(Combine, part_UH, handle)
         return out
 
     def _dispatch(self, x_TH: Tensor, scores_TK: Tensor, found: Departures) -> Dispatched:
+        trip, rows, scores_TK = self._start(x_TH, scores_TK, found)
+        x_UH, scores_UK, ids_UK = apply(Dispatch, x_TH, scores_TK, found.ids_TK, trip)
+        plan = plan_from_topk(ids_UK, self.experts_here, capacity=None if rows is None else sum(rows))
+        return Dispatched(x_UH, ids_UK, scores_UK, plan.expert_counts if rows is None else rows, plan, trip)
+
+    def _start(self, x_TH: Tensor, scores_TK: Tensor, found: Departures) -> tuple[Trip, list[int] | None, Tensor]:
+        """The trip of a new call, the rows of each expert here if the host knows, and scores to send."""
         if scores_TK.dtype not in (torch.float32, torch.float64):
             scores_TK = scores_TK.float()
         self._calls += 1
-        rows: list[int] | None = None
         if self.capacity == "exact":
-            trip, rows = self._meet(x_TH, scores_TK, found)
-        else:
-            trip, scores_TK = self._fixed(x_TH, scores_TK, found)
-        x_UH, scores_UK, ids_UK = apply(_Dispatch, x_TH, scores_TK, found.ids_TK, trip, self)
-        plan = plan_from_topk(ids_UK, self.experts_here, capacity=None if rows is None else sum(rows))
-        return Dispatched(x_UH, ids_UK, scores_UK, plan.expert_counts if rows is None else rows, plan, trip)
+            return *self._meet(x_TH, scores_TK, found), scores_TK
+        trip, scores_TK = self._fixed(x_TH, scores_TK, found)
+        return trip, None, scores_TK
 
     def _meet(self, x_TH: Tensor, scores_TK: Tensor, found: Departures) -> tuple[Trip, list[int]]:
         """Tell all ranks what comes from here, and hear what comes from them: the one wait for the host."""
@@ -294,8 +307,8 @@ class ExpertParallel:
         sent, told = host[:ranks], [host[i : i + 4 + here] for i in range(ranks, len(host), 4 + here)]
         self._check_told(told, (self._calls, signature, x_TH.shape[0]))
         rows = [sum(column) for column in zip(*(source[4:] for source in told), strict=True)]
-        token_S, received = found.token_M[: sum(sent)], [source[3] for source in told]
-        return Trip(self._calls, x_TH.shape[0], token_S, found.copy_TR, found.copy_TK, sent, received), rows
+        found = found._replace(token_M=found.token_M[: sum(sent)])
+        return self._trip(found, sent, [source[3] for source in told]), rows
 
     def _check_told(self, told: list[list[int]], mine: tuple[int, int, int]) -> None:
         """Every rank hears the same, so all of them raise or none."""
@@ -320,9 +333,11 @@ class ExpertParallel:
                 "the ExpertParallel with a larger max_tokens."
             )
         scores_TK = self._overflow.guard(scores_TK, found.tokens_R, self.capacity, self._calls)
-        placed = in_fixed_places(found, self.capacity)
-        trip = Trip(self._calls, tokens, placed.token_M, placed.copy_TR, placed.copy_TK, None, None)
-        return trip, scores_TK
+        return self._trip(in_fixed_places(found, self.capacity), None, None), scores_TK
+
+    def _trip(self, found: Departures, sent: list[int] | None, received: list[int] | None) -> Trip:
+        places = found.token_M, found.copy_TR, found.copy_TK
+        return Trip(self._ranks, self._calls, *places, sent, received, self.first_expert, self.experts_here)
 
     # ---- life --------------------------------------------------------------------------------------------------------
 
@@ -373,89 +388,6 @@ class ExpertParallel:
         checks.floating("topk_scores", scores_TK)
         for name, t in (("topk_ids", ids_TK), ("topk_scores", scores_TK)):
             checks.same_device(name, t, "x", x_TH)
-
-
-# ---- autograd --------------------------------------------------------------------------------------------------------
-
-
-class _Dispatch(torch.autograd.Function):
-    """(x (T, H), scores (T, K), ids) -> (x (U, H), scores (U, K), ids (U, K))."""
-
-    @staticmethod
-    def forward(
-        x_TH: Tensor, scores_TK: Tensor, ids_TK: Tensor, trip: Trip, ep: ExpertParallel
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        send = functools.partial(_send, trip, ep, "forward dispatch")
-        x_UH = send(x_TH)
-        choices = send(torch.cat((ids_TK, scores_TK.contiguous().view(torch.int32)), 1))
-        scores_UK = choices[:, ep.top_k :].clone(memory_format=torch.contiguous_format).view(scores_TK.dtype)
-        ids_UK = choices[:, : ep.top_k] - ep.first_expert
-        return x_UH, scores_UK, torch.where((ids_UK >= 0) & (ids_UK < ep.experts_here), ids_UK, -1)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *_, ctx.trip, ctx.ep = inputs
-        ctx.mark_non_differentiable(output[2])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dx_UH: Tensor, dscores_UK: Tensor, _ids: Tensor) -> tuple[Tensor | None, ...]:
-        trip, ep, (needs_x, needs_scores, *_) = ctx.trip, ctx.ep, ctx.needs_input_grad
-        dx = dscores = None
-        if needs_x:
-            dx = _summed(trip, _back(trip, ep, "backward combine", dx_UH))
-        if needs_scores:
-            home_SK = _back(trip, ep, "backward combine", dscores_UK)
-            choices = torch.arange(ep.top_k, device=home_SK.device)
-            index_TK = torch.where(trip.copy_TK >= 0, trip.copy_TK * ep.top_k + choices, -1)
-            dscores = _kernels(home_SK).pick(home_SK.view(-1), index_TK.view(-1).to(torch.int32)).view_as(index_TK)
-        return dx, dscores, None, None, None
-
-
-class _Combine(torch.autograd.Function):
-    """part (U, H) -> out (T, H)."""
-
-    @staticmethod
-    def forward(part_UH: Tensor, trip: Trip, ep: ExpertParallel) -> Tensor:
-        return _summed(trip, _back(trip, ep, "forward combine", part_UH))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.trip, ctx.ep = inputs
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout_TH: Tensor) -> tuple[Tensor | None, ...]:
-        return _send(ctx.trip, ctx.ep, "backward dispatch", dout_TH), None, None
-
-
-def _send(trip: Trip, ep: ExpertParallel, phase: str, rows_TC: Tensor) -> Tensor:
-    """(U, C): rows of tokens to where the tokens went. In an empty place int32 rows have -1, others anything finite."""
-    if trip.sent is not None:
-        rows_SC = rows_TC.index_select(0, trip.token_S)
-    elif rows_TC.shape[0]:
-        rows_SC = rows_TC.index_select(0, trip.token_S.clamp(min=0))
-    else:
-        rows_SC = rows_TC.new_zeros(trip.token_S.shape[0], rows_TC.shape[1])
-    if trip.sent is None and rows_TC.dtype is torch.int32:
-        rows_SC = torch.where(trip.token_S[:, None] >= 0, rows_SC, -1)
-    return ep._ranks.exchange(rows_SC, trip.call, phase, trip.sent, trip.received)
-
-
-def _back(trip: Trip, ep: ExpertParallel, phase: str, rows_UC: Tensor) -> Tensor:
-    """(S, C): a row for each copy that was sent."""
-    return ep._ranks.exchange(rows_UC, trip.call, phase, trip.received, trip.sent)
-
-
-def _summed(trip: Trip, rows_SC: Tensor) -> Tensor:
-    """(T, C): the rows of each token's copies, added in order of ranks and rounded once."""
-    tokens, ranks = trip.copy_TR.shape
-    copies = TokenRows(trip.copy_TR.view(-1), None, ranks, tokens)
-    return _kernels(rows_SC).gather_sum(rows_SC, None, None, trip.token_S, copies)
-
-
-def _kernels(rows: Tensor) -> interface.Experts:
-    return registry.kernels(registry.choose(rows.device, rows.dtype, hidden=rows.shape[1]).name).experts
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------

@@ -64,5 +64,5 @@ def _whole(parameter: nn.Parameter, mesh: DeviceMesh, divisor: int) -> nn.Parame
         def divided(gradient: Tensor) -> Tensor:
             return gradient / divisor
 
-        result.register_hook(divided)
+        result.register_hook(divided)  # type: ignore[no-untyped-call]
     return result

@@ -41,9 +41,10 @@ from supersonic_moe.quantization.block_format import padded_capacity
 from supersonic_moe.training.arguments import Fp8Forward, Fp8Output, Fp8Saved, Fp8Weights, Incoming, Inputs
 
 
-def forward(k: Fp8Experts, call: Fp8Forward) -> Fp8Output:
+def forward(k: Fp8Experts, call: Fp8Forward, x_q: Quantized | None = None) -> Fp8Output:
+    """``x_q``: the rows format of x where it is at hand already; of ``call.x`` only the shape counts then."""
     plan, recipe = call.plan, call.numerics.recipe()
-    x = Rows(k.quantize_rows(call.x, recipe.pow2, plan.identity), plan.read_index)
+    x = Rows(x_q or k.quantize_rows(call.x, recipe.pow2, plan.identity), plan.read_index)
     z, a = k.up_projection_fp8(x, call.w1, call.b1, plan.groups, call.static.gate(), recipe, call.save)
     y_PH = k.grouped_mm_fp8(Rows(a), call.w2, plan.expert_offsets)
     del x, a
@@ -52,20 +53,28 @@ def forward(k: Fp8Experts, call: Fp8Forward) -> Fp8Output:
     return Fp8Output(out_TH, s_P, z)
 
 
-def backward(k: Fp8Experts, weights: Fp8Weights, saved: Fp8Saved, incoming: Incoming) -> Inputs[Tensor | None]:
+def backward(
+    k: Fp8Experts,
+    weights: Fp8Weights,
+    saved: Fp8Saved,
+    incoming: Incoming,
+    x_q: Quantized | None = None,
+    dout_q: Quantized | None = None,
+) -> Inputs[Tensor | None]:
+    """``x_q``, ``dout_q``: the rows format of x and dO where they are at hand already."""
     plan, needs, pow2, s_P, b1, b2 = saved.plan, incoming.needs, saved.pow2, saved.row_scores, saved.b1, saved.b2
     dout, offsets = Rows(incoming.dout, plan.read_index), plan.expert_offsets
     dx = dscores = dw1 = db1 = dw2 = db2 = None
 
     z = saved.z
     if weights.w1_q is not None:  # Z was not kept
-        x = Rows(k.quantize_rows(saved.x, pow2, plan.identity), plan.read_index)
+        x = Rows(x_q or k.quantize_rows(saved.x, pow2, plan.identity), plan.read_index)
         z = Quantized(k.grouped_mm_fp8(x, Quantized(weights.w1_q, weights.w1_scale), offsets), z.scale)
         del x
-    dout_q = Rows(k.quantize_rows(incoming.dout, pow2, plan.identity), plan.read_index)
+    dout_rows = Rows(dout_q or k.quantize_rows(incoming.dout, pow2, plan.identity), plan.read_index)
     wgrad = _weight_gradients(k, saved, incoming)
-    dz, scaled_a, ds_P = wgrad.down(dout_q, weights.w2_t, z)
-    del dout_q, z
+    dz, scaled_a, ds_P = wgrad.down(dout_rows, weights.w2_t, z)
+    del dout_rows, dout_q, z
     if needs.scores:
         if b2 is not None:
             k.row_dot(dout, b2, plan.row_expert, ds_P)
