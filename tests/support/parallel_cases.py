@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import ranks
 import torch
 import torch.distributed as dist
 from oracle import rel_fro
@@ -62,7 +63,12 @@ def inputs(tokens: Sequence[int], dtype: torch.dtype, routing: str = "random", *
     scores = torch.rand(total, K, generator=g, dtype=torch.float64).to(torch.promote_types(dtype, torch.float32))
     w1, w2 = normal(E, 2 * I, H, scale=H**-0.5), normal(E, H, I, scale=I**-0.5)
     biases = (normal(E, 2 * I), normal(E, H)) if bias else (None, None)
-    return Inputs(normal(total, H), ids, scores, w1, biases[0], w2, biases[1], normal(total, H))
+    return on_device(Inputs(normal(total, H), ids, scores, w1, biases[0], w2, biases[1], normal(total, H)))
+
+
+def on_device(given: Inputs) -> Inputs:
+    """Drawn on the CPU, so that they are the same everywhere."""
+    return Inputs(*(None if t is None else t.to(ranks.device()) for t in given))  # type: ignore[arg-type]
 
 
 class Results(NamedTuple):
@@ -79,10 +85,10 @@ def leaf(t: Tensor | None) -> Any:
     return None if t is None else t.detach().clone().requires_grad_()
 
 
-def one_process(given: Inputs, ranks: int, **options: Any) -> Results:
+def one_process(given: Inputs, size: int, **options: Any) -> Results:
     """Outputs and dx as sums over ranks, everything else of the whole layer."""
     x, scores, w1, b1, w2, b2 = map(leaf, given[:1] + given[2:7])
-    here = E // ranks
+    here = E // size
     accumulate = torch.promote_types(given.x.dtype, torch.float32)
     parts, dxs = [], []
     for first in range(0, E, here):
@@ -177,7 +183,6 @@ def same_with(options: dict[str, Any], tokens: Sequence[int]) -> list[str]:
 
 def over_an_fp8_wire(tokens: Sequence[int], recipe: Fp8Recipe, positive: bool, hidden: int, capacity: Any) -> list[str]:
     """Against the same layer over an exact wire: the same outputs and dx; weight gradients within their bounds."""
-    ranks = dist.get_world_size()
     g = torch.Generator().manual_seed(sum(tokens))
 
     def normal(*shape: int, scale: float) -> Tensor:
@@ -188,7 +193,7 @@ def over_an_fp8_wire(tokens: Sequence[int], recipe: Fp8Recipe, positive: bool, h
     w1, w2 = normal(E, 2 * inner, hidden, scale=hidden**-0.5), normal(E, hidden, inner, scale=inner**-0.5)
     ids = torch.rand(total, E, generator=g).argsort(1)[:, :K]
     scores, x, dout = torch.rand(total, K, generator=g), normal(total, hidden, scale=1), normal(total, hidden, scale=1)
-    given = here(Inputs(x, ids, scores, w1, None, w2, None, dout), tokens)
+    given = here(on_device(Inputs(x, ids, scores, w1, None, w2, None, dout)), tokens)
     exact, fp8 = (make(wire=wire, hidden=hidden, capacity=capacity, max_tokens=700) for wire in ("exact", "fp8"))
     want, got = run(exact, given, recipe=recipe), run(fp8, given, recipe=recipe)
     precise = run(
@@ -199,7 +204,7 @@ def over_an_fp8_wire(tokens: Sequence[int], recipe: Fp8Recipe, positive: bool, h
     for name in ("dw1", "dw2"):
         error, usual = (rel_fro(getattr(r, name), getattr(precise, name)) for r in (got, want))
         if error > 0.08 or (error > 1.01 * usual and recipe.scale == "pow2" and recipe.wgrad == "fp8"):
-            found.append(f"{name} of rank {dist.get_rank()} of {ranks} has an error of {error:.4f}, not {usual:.4f}")
+            found.append(f"{name} of rank {dist.get_rank()} has an error of {error:.4f}, not {usual:.4f}")
     again = run(fp8, given, recipe=recipe)
     found += [
         f"{n} varies" for n, a, b in zip(Results._fields, again, got, strict=True) if b is not None and (a != b).any()
@@ -216,6 +221,57 @@ def over_an_fp8_wire(tokens: Sequence[int], recipe: Fp8Recipe, positive: bool, h
         if buffer.grad is not None or rel_fro(buffer.main_grad - 1, getattr(got, name)) > 0.01:  # type: ignore[attr-defined]
             found.append(f"{name} in main_grad differs")
     return found
+
+
+def in_a_graph(capacity: int) -> list[str]:
+    """Forward and backward captured, and replayed with other tokens and routing, against eager calls."""
+    ep, tokens = make(capacity=capacity), [64] * dist.get_world_size()
+    sets = [here(inputs(tokens, torch.bfloat16, r), tokens) for r in ("random", "masked", "skewed")]
+    x, ids, scores, w1, _, w2, _, dout = (None if t is None else t.clone() for t in sets[0])
+    for t in (x, scores, w1, w2):
+        t.requires_grad_()
+
+    def step() -> tuple[Tensor, ...]:
+        out = ep.experts(x, ids, scores, w1, w2)
+        return out, *torch.autograd.grad(out, (x, scores, w1, w2), dout)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    found = []
+    for number, given in enumerate(sets):
+        with torch.no_grad():
+            for static, value in zip(
+                (x, ids, scores, dout), (given.x, given.ids, given.scores, given.dout), strict=True
+            ):
+                static.copy_(value)
+        graph.replay()
+        for name, t, eager in zip(("out", "dx", "dscores", "dw1", "dw2"), captured, step(), strict=True):
+            if not torch.equal(t, eager):
+                found.append(f"{name} of replay {number}")
+    ep.check()
+    ep.close()
+    return found
+
+
+def overflow_on_a_gpu() -> list[str]:
+    """Outputs of the call are NaN on every rank, and every rank raises later."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    ep, t = make(capacity=3), [2] * (size - 1) + [4]
+    out = run(ep, here(inputs(t, torch.bfloat16, "one rank"), t)).out
+    nan = "NaN" if bool(out.isnan().all()) else f"rank {rank} got numbers"
+    checked = error_of(ep.check)
+    small = here(inputs(s := [2] * size, torch.bfloat16), s)
+    after = [error_of(lambda: run(ep, small)) for _ in range(9)]
+    run(ep, here(inputs(t, torch.bfloat16, "one rank"), t))
+    later = [error_of(lambda: run(ep, small)) for _ in range(9)]
+    return [nan, checked, *set(after), *(f"{i}: {error}" for i, error in enumerate(later, 1) if error != "no error")]
 
 
 # ---- the module ------------------------------------------------------------------------------------------------------
@@ -327,7 +383,12 @@ def with_a_lost_rank(phase: str, how: str, limit_s: float) -> str:
     given = here(inputs(tokens, torch.float32), tokens)
     run(ep, given)
     start = time.monotonic()
-    error = error_of(lambda: run(ep, given))
+
+    def call() -> None:
+        run(ep, given)
+        ep.check()
+
+    error = error_of(call)
     return f"{time.monotonic() - start:.1f} s: {error}"
 
 

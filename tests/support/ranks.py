@@ -1,6 +1,9 @@
-"""Several processes on this machine that form a group of ``torch.distributed`` over gloo.
+"""Several processes on this machine that form a group of ``torch.distributed``.
 
     run_ranks(4, some_module.function, "argument")      [function("argument") of rank 0, of rank 1, ...]
+
+By default over gloo with tensors on the CPU; ``backend="nccl"`` gives each rank a GPU, ``gpu=True`` lets them share
+those that there are, over gloo.
 
 The function lies in a module that a fresh process can import: in tests/support. Processes are forked from a server that
 has imported everything and started no thread, because torch's autograd does not survive a fork. This process holds the
@@ -24,6 +27,14 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["parallel_training"])
 
 
+_device = torch.device("cpu")
+
+
+def device() -> torch.device:
+    """Where the tensors of this rank are."""
+    return _device
+
+
 class Ended(NamedTuple):
     """How a rank ended."""
 
@@ -35,21 +46,29 @@ class Ended(NamedTuple):
     """None: still there when time was up."""
 
 
-def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Any]:
+def run_ranks(size: int, function: Callable[..., Any], *args: Any, **where: Any) -> list[Any]:
     """What ``function(*args)`` returns on each rank, in a process group of all; an AssertionError if one raised."""
-    ended = end_ranks(size, function, *args, timeout_s=timeout_s)
+    ended = end_ranks(size, function, *args, **where)
     errors = [f"rank {rank} (exit code {e.exit_code}): {e.error}" for rank, e in enumerate(ended) if e.exit_code != 0]
     assert not errors, "\n".join(errors)
     return [e.result for e in ended]
 
 
-def end_ranks(size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Ended]:
+def end_ranks(
+    size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    backend: str = "gloo",
+    gpu: bool = False,
+    timeout_s: float = 120,
+) -> list[Ended]:
     """How each rank ended, however it did; none is left after ``timeout_s``."""
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     pipes, processes = [], []
     for rank in range(size):
         receive, send = _context.Pipe(duplex=False)
-        process = _context.Process(target=_rank, args=(rank, size, store.port, send, function, args), daemon=True)
+        place = (rank, size, store.port, backend, gpu or backend == "nccl")
+        process = _context.Process(target=_rank, args=(*place, send, function, args), daemon=True)
         process.start()
         send.close()
         pipes.append(receive)
@@ -69,10 +88,23 @@ def end_ranks(size: int, function: Callable[..., Any], *args: Any, timeout_s: fl
     return ended
 
 
-def _rank(rank: int, size: int, port: int, send: Connection, function: Callable[..., Any], args: Any) -> None:
+def _rank(
+    rank: int,
+    size: int,
+    port: int,
+    backend: str,
+    gpu: bool,
+    send: Connection,
+    function: Callable[..., Any],
+    args: Any,
+) -> None:
+    global _device
     torch.set_num_threads(1)
+    if gpu:
+        _device = torch.device("cuda", rank % torch.cuda.device_count())
+        torch.cuda.set_device(_device)
     store = dist.TCPStore("127.0.0.1", port, None, False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         send.send((function(*args), ""))
         code = 0

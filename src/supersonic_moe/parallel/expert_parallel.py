@@ -38,6 +38,8 @@ from supersonic_moe.config.router import TokenRounding, TopKRouter, as_router
 from supersonic_moe.parallel import fp8_wire
 from supersonic_moe.parallel.all_to_all import AllToAll
 from supersonic_moe.parallel.departures import Departures, departures, in_fixed_places
+from supersonic_moe.parallel.overflow import Overflow
+from supersonic_moe.parallel.traffic import share_of_ranks, traffic
 from supersonic_moe.parallel.trip import Combine, Dispatch, Trip
 from supersonic_moe.parallel.watch import ExpertParallelError, Watch
 from supersonic_moe.private_api import default_store
@@ -75,12 +77,12 @@ class ExpertParallel:
     Args:
         group: ranks that share the experts, a process group of ``torch.distributed`` or a one-dimensional DeviceMesh.
         num_experts: E of the whole layer, a multiple of the number of ranks. top_k: K. hidden: H.
-        max_tokens: most tokens of a rank in one call.
+        max_tokens: most tokens of a rank in one call; with an exact ``capacity``, more are an error on every rank.
         capacity: ``"exact"`` asks the host for the number of tokens that arrive, one synchronization in each forward,
             and allocates no more. A number of tokens is what each rank may send to each other one: buffers have this
             size and nothing waits for the host, so that a call can be captured in a CUDA graph. If more would go,
-            nothing is dropped silently: on a CPU the call raises on every rank; on a GPU its outputs are NaN and a
-            later call, or ``check()``, raises on every rank.
+            nothing is dropped silently: on a CPU the call raises on every rank; on a GPU its outputs are NaN and the
+            eighth call after it, or ``check()``, raises on every rank.
         wire: how x and the gradient of the output travel. ``"exact"`` is in their own dtype; ``"fp8"``, for layers with
             an ``Fp8Recipe`` with ``scale="pow2"`` or ``wgrad="bf16"``, as the experts would quantize them: half of the
             bytes, the same bits of outputs and gradients of x. Parts go back in the dtype of x.
@@ -125,7 +127,7 @@ class ExpertParallel:
             what = f"expert parallel group {_name_of(self.group)!r} ({self.size} ranks)"
             self._watch = Watch(what, self.rank, self.size, default_store(name), timeout_s)
             self._ranks = AllToAll(self.group, self._watch)
-            self._overflow = _Overflow(self._ranks)
+            self._overflow = None if capacity == "exact" else Overflow(self._ranks, capacity)
 
     def _agree(self) -> str:
         """A name that this object has on all ranks, after they have compared their arguments."""
@@ -291,7 +293,7 @@ class ExpertParallel:
         self._calls += 1
         if self.capacity == "exact":
             return *self._meet(x_TH, scores_TK, found), scores_TK
-        trip, scores_TK = self._fixed(x_TH, scores_TK, found)
+        trip, scores_TK = self._fixed(scores_TK, found)
         return trip, None, scores_TK
 
     def _meet(self, x_TH: Tensor, scores_TK: Tensor, found: Departures) -> tuple[Trip, list[int]]:
@@ -324,15 +326,9 @@ class ExpertParallel:
                     f"{tokens}. Make the ExpertParallel with a larger max_tokens."
                 )
 
-    def _fixed(self, x_TH: Tensor, scores_TK: Tensor, found: Departures) -> tuple[Trip, Tensor]:
-        assert isinstance(self.capacity, int)
-        tokens = x_TH.shape[0]
-        if tokens > self.max_tokens:
-            raise ValueError(
-                f"a rank must not have more than max_tokens = {self.max_tokens} tokens in a call; got {tokens}. Make "
-                "the ExpertParallel with a larger max_tokens."
-            )
-        scores_TK = self._overflow.guard(scores_TK, found.tokens_R, self.capacity, self._calls)
+    def _fixed(self, scores_TK: Tensor, found: Departures) -> tuple[Trip, Tensor]:
+        assert self._overflow is not None and self.capacity != "exact"
+        scores_TK = self._overflow.guard(scores_TK, found.tokens_R, self._calls)
         return self._trip(in_fixed_places(found, self.capacity), None, None), scores_TK
 
     def _trip(self, found: Departures, sent: list[int] | None, received: list[int] | None) -> Trip:
@@ -341,10 +337,51 @@ class ExpertParallel:
 
     # ---- life --------------------------------------------------------------------------------------------------------
 
+    def explain(self) -> str:
+        """What this object does and why, and how many bytes it sends for ``max_tokens`` and uniform routing."""
+        here = (
+            f"{self.num_experts} experts over {self.size} ranks, {self.experts_here} on each; this is rank {self.rank}"
+        )
+        if self.size == 1:
+            return f"{here}\ntransport: none, a group of one rank runs the plain layer"
+        backend = dist.get_backend(self.group)
+        sizes = (self.max_tokens, self.hidden, self.num_experts, self.top_k, self.size)
+        sent = traffic(*sizes, self.wire)
+        share = share_of_ranks(self.num_experts, self.top_k, self.size)
+        places = "as many as needed: the host waits once in each forward"
+        if self.capacity != "exact":
+            places = f"{self.capacity} tokens for each pair of ranks: no wait for the host, more raise"
+        return "\n".join(
+            (
+                here,
+                f"transport: all-to-all of torch.distributed ({backend}), which works on any number of nodes",
+                f"wire: x and gradients of outputs {'in e4m3' if self.wire == 'fp8' else 'in their own dtype'}",
+                f"places: {places}",
+                f"for {self.max_tokens} tokens, of which each rank gets {share:.1%}, a rank sends, in MB,",
+                f"  forward   x, ids, scores {sent.dispatch / 1e6:.3g}, partial outputs {sent.combine / 1e6:.3g}",
+                f"  backward  dout {sent.dispatch_backward / 1e6:.3g}, partial dx and dscores "
+                f"{sent.combine_backward / 1e6:.3g}",
+                f"limit of a wait: {self.timeout_s:g} s",
+            )
+        )
+
+    def warm_up(self) -> None:
+        """Compile every CUDA kernel of the package (``supersonic-moe warmup``), then wait for the other ranks as long
+        as their group allows. So no rank waits for the compiler of another inside ``timeout_s``.
+        """
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
+            from supersonic_moe.jit import compile_all
+            from supersonic_moe.kernels.sm90 import registered_specs
+
+            compile_all(registered_specs())
+        dist.barrier(self.group)
+
     def check(self) -> None:
-        """Wait for the device, and raise if a call with a fixed ``capacity`` has overflowed."""
+        """Wait for the device, and raise if a rank was missing or a call with a fixed ``capacity`` has overflowed."""
         if self.size > 1:
-            self._overflow.check()
+            self._watch.finish()
+            if self._overflow is not None:
+                self._overflow.check()
 
     def close(self) -> None:
         """This rank makes no more calls; others that wait for it are told so. May be called twice."""
@@ -391,44 +428,6 @@ class ExpertParallel:
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
-
-
-class _Overflow:
-    """Whether more tokens than there are places would have gone from any rank to another."""
-
-    def __init__(self, ranks: AllToAll) -> None:
-        self.ranks = ranks
-        self.flag: Tensor | None = None
-        self.seen: Tensor | None = None
-        """A copy of the flag in pinned memory, some steps old."""
-
-    def guard(self, scores_TK: Tensor, tokens_R: Tensor, capacity: int, call: int) -> Tensor:
-        """The scores; NaN on a GPU if there are too few places, so that no output of this call is used unnoticed."""
-        self.capacity = capacity
-        most = self.ranks.maximum(tokens_R.max().reshape(1), call, "forward dispatch")
-        if not most.is_cuda:
-            self._raise_if(int(most))
-            return scores_TK
-        if self.flag is None or self.seen is None:
-            self.flag, self.seen = torch.zeros_like(most), torch.zeros(1, dtype=most.dtype, pin_memory=True)
-        self._raise_if(int(self.seen))
-        torch.maximum(self.flag, most, out=self.flag)
-        self.seen.copy_(self.flag, non_blocking=True)
-        return torch.where(most > capacity, torch.nan, scores_TK)
-
-    def check(self) -> None:
-        if self.flag is not None:
-            self._raise_if(int(self.flag))
-
-    def _raise_if(self, most: int) -> None:
-        if most > self.capacity:
-            if self.flag is not None and self.seen is not None:
-                self.flag.zero_(), self.seen.zero_()
-            raise ValueError(
-                f"no rank may send more than capacity = {self.capacity} tokens to another in a call; one had {most}. "
-                "Make the ExpertParallel with a larger capacity (max_tokens always suffices) or with "
-                'capacity="exact".'
-            )
 
 
 def _group(group: object) -> dist.ProcessGroup:

@@ -97,11 +97,21 @@ class Watch:
 
     def enter(self, call: int, phase: str) -> None:
         """Raises ExpertParallelError if an earlier wait has failed."""
+        self.check()
+        if self._started and not torch.cuda.is_current_stream_capturing():
+            while self._started and self._started[0].end.query():
+                self._started.popleft()
+        self.activity = Activity(call, phase, True)
+
+    def check(self) -> None:
         if self.failure is not None:
             raise ExpertParallelError(self.failure)
-        while self._started and self._started[0].end.query():
-            self._started.popleft()
-        self.activity = Activity(call, phase, True)
+
+    def finish(self) -> None:
+        """Wait for the device; raises as ``enter`` does."""
+        for started in list(self._started):
+            started.end.synchronize()
+        self.check()
 
     def wait(self, work: Any, group: dist.ProcessGroup, device: torch.device) -> None:
         """The end of a collective: for the host on a CPU, for the stream on a GPU."""
