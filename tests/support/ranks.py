@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["parallel_training"])
+_context.set_forkserver_preload(["parallel_training", "parallel_trainers"])
 
 
 _device = torch.device("cpu")
