@@ -2,7 +2,7 @@
 
     suite.py     what a suite is; options.py: options that several commands share
     suites/      a command of ``supersonic-moe bench`` each: its options, its cases, what it prints, writes and draws
-    layer.py  gemm.py  kernels.py  breakdown.py  precision.py  cold_start.py  train.py       how a case is measured
+    layer.py  gemm.py  kernels.py  breakdown.py  precision.py  cold_start.py  train.py  ep.py  how a case is measured
     timing.py  spans.py  sensor.py                                                           clocks, and what they read
     peers.py  gemm_bf16.py  gemm_fp8.py                                                      who takes part
     shapes.py                                                                                which sizes
