@@ -11,7 +11,6 @@ Ranks must make the same calls, so all of them take their decisions from the sam
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -64,7 +63,7 @@ class SlowestRank:
 def group(device: torch.device) -> Iterator[dist.ProcessGroup]:
     """The ranks of torchrun, or one process alone."""
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
+    if dist.is_torchelastic_launched():
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
