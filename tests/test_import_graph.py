@@ -36,7 +36,7 @@ LAYERS = (
     "training",
     "functional",
     "parallel.watch",
-    "parallel.all_to_all",
+    "parallel.collectives",
     "parallel.overflow",
     "parallel.departures",
     "parallel.traffic",

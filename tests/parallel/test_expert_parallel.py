@@ -29,9 +29,9 @@ def spread(ranks: int, count: int) -> list[tuple]:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("capacity", ["exact", 512])
-def test_ranks_together_have_the_bits_of_one_process(ranks: int, capacity: int | str) -> None:
-    found = run_ranks(ranks, cases.same_as_one_process, spread(ranks, 14), {"capacity": capacity})
+@pytest.mark.parametrize("way", [{}, {"capacity": 512}, {"transport": "gather"}], ids=["exact", "capacity", "gather"])
+def test_ranks_together_have_the_bits_of_one_process(ranks: int, way: dict) -> None:
+    found = run_ranks(ranks, cases.same_as_one_process, spread(ranks, 14), way)
     assert found == [[]] * ranks
 
 
@@ -41,18 +41,18 @@ def test_fp8_experts_have_the_bits_of_one_process(recipe: Fp8Recipe) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "positive", "hidden", "capacity"),
+    ("recipe", "positive", "hidden", "way"),
     [
-        (Fp8Recipe(scale="pow2"), False, 256, "exact"),
-        (Fp8Recipe(scale="pow2", save_preactivation="recompute", keep_transposed=False), True, 136, 700),
-        (Fp8Recipe(wgrad="bf16", save_preactivation="bf16"), True, 256, "exact"),
+        (Fp8Recipe(scale="pow2"), False, 256, {}),
+        (Fp8Recipe(scale="pow2", save_preactivation="recompute", keep_transposed=False), True, 136, {"capacity": 700}),
+        (Fp8Recipe(wgrad="bf16", save_preactivation="bf16"), True, 256, {"transport": "gather"}),
     ],
     ids=["plain", "recomputed", "bf16 weight gradients"],
 )
 def test_an_fp8_wire_carries_what_the_experts_would_make(
-    recipe: Fp8Recipe, positive: bool, hidden: int, capacity: int | str
+    recipe: Fp8Recipe, positive: bool, hidden: int, way: dict
 ) -> None:
-    assert run_ranks(2, cases.over_an_fp8_wire, (700, 531), recipe, positive, hidden, capacity) == [[], []]
+    assert run_ranks(2, cases.over_an_fp8_wire, (700, 531), recipe, positive, hidden, way) == [[], []]
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,12 @@ PHASES = ("forward dispatch", "forward combine", "backward dispatch", "backward 
 
 def test_a_mistake_of_one_rank_is_an_error_on_all() -> None:
     for errors in run_ranks(2, cases.errors_on_every_rank):
-        arguments, experts, tokens, calls, capacity, scales, recipe, closed = errors
+        arguments, experts, tokens, calls, gather, capacity, scales, recipe, closed = errors
         assert re.match(r"ValueError: .*the same arguments on every rank; max_tokens is 51[23] on rank [01]", arguments)
         assert "must be a multiple of the ranks of the group; got 9 experts for 2 ranks" in experts
         assert "max_tokens = 8 tokens in a call; rank 1 has 9" in tokens
         assert re.match(r"ExpertParallelError: ranks must make the same calls; .*no gradients", calls)
+        assert re.match(r"ValueError: .*and no capacity; got 3\. Leave capacity out\.", gather)
         assert "more than capacity = 3 tokens to another in a call; one had 4" in capacity
         assert re.match(r"ValueError: .*powers of two.*Use Fp8Recipe\(scale=\"pow2\"\)", scales)
         assert re.match(r"TypeError: .*needs an Fp8Recipe and bfloat16; got Bf16Recipe", recipe)
@@ -44,6 +45,12 @@ def test_a_late_rank_is_named(phase: str) -> None:
         assert re.search(wanted, rank.result), rank.result
         assert "Rank 0" not in rank.result and "Rank 2" not in rank.result, "only the late one is named"
         assert rank.result.endswith("ExpertParallel(timeout_s=...) sets the limit.")
+
+
+def test_who_waits_for_a_rank_that_raised_is_told_why() -> None:
+    first, second = run_ranks(2, cases.with_too_many_tokens_to_gather)
+    assert re.match(r"ValueError: a rank must not have more than max_tokens = 8 tokens in a call; got 9", second)
+    assert re.search(r"Rank 1 has failed: a rank must not have more than max_tokens = 8", first), first
 
 
 @pytest.mark.parametrize("order", ["close, destroy", "destroy, close", "destroy, drop", "drop", "exit"])

@@ -19,6 +19,11 @@ CALLS = [
     ((128, 200), BF16, "nobody", False),
 ]
 FP8 = Fp8Recipe(scale="pow2")
+WAYS = [
+    pytest.param({}, id="exact"),
+    pytest.param({"capacity": 512}, id="capacity"),
+    pytest.param({"transport": "gather"}, id="gather"),
+]
 OVER = [
     pytest.param({"gpu": True}, marks=pytest.mark.gpu, id="one GPU"),
     pytest.param({"backend": "nccl"}, marks=pytest.mark.multigpu, id="NCCL"),
@@ -26,9 +31,9 @@ OVER = [
 
 
 @pytest.mark.parametrize("over", OVER)
-@pytest.mark.parametrize("capacity", ["exact", 512])
-def test_ranks_together_have_the_bits_of_one_process(over: dict, capacity: int | str) -> None:
-    assert run_ranks(2, cases.same_as_one_process, CALLS, {"capacity": capacity}, **over) == [[], []]
+@pytest.mark.parametrize("way", WAYS)
+def test_ranks_together_have_the_bits_of_one_process(over: dict, way: dict) -> None:
+    assert run_ranks(2, cases.same_as_one_process, CALLS, way, **over) == [[], []]
 
 
 @pytest.mark.gpu
@@ -43,9 +48,9 @@ def test_fp8_experts_have_the_bits_of_one_process(over: dict) -> None:
 
 
 @pytest.mark.parametrize("over", OVER)
-@pytest.mark.parametrize(("hidden", "capacity"), [(256, "exact"), (136, 700)])
-def test_an_fp8_wire_carries_what_the_experts_would_make(over: dict, hidden: int, capacity: int | str) -> None:
-    found = run_ranks(2, cases.over_an_fp8_wire, (700, 531), FP8, True, hidden, capacity, **over)
+@pytest.mark.parametrize(("hidden", "way"), [(256, {}), (136, {"capacity": 700}), (256, {"transport": "gather"})])
+def test_an_fp8_wire_carries_what_the_experts_would_make(over: dict, hidden: int, way: dict) -> None:
+    found = run_ranks(2, cases.over_an_fp8_wire, (700, 531), FP8, True, hidden, way, **over)
     assert found == [[], []]
 
 
@@ -59,8 +64,9 @@ def test_overflow_is_never_silent(over: dict) -> None:
 
 
 @pytest.mark.multigpu
-def test_a_fixed_capacity_is_captured_in_a_graph() -> None:
-    assert run_ranks(2, cases.in_a_graph, 64, backend="nccl") == [[], []]
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_calls_without_host_sizes_are_captured_in_a_graph(way: dict) -> None:
+    assert run_ranks(2, cases.in_a_graph, way, backend="nccl") == [[], []]
 
 
 @pytest.mark.multigpu

@@ -181,7 +181,9 @@ def same_with(options: dict[str, Any], tokens: Sequence[int]) -> list[str]:
     return differences((tokens, options), got, want, tokens)
 
 
-def over_an_fp8_wire(tokens: Sequence[int], recipe: Fp8Recipe, positive: bool, hidden: int, capacity: Any) -> list[str]:
+def over_an_fp8_wire(
+    tokens: Sequence[int], recipe: Fp8Recipe, positive: bool, hidden: int, way: dict[str, Any]
+) -> list[str]:
     """Against the same layer over an exact wire: the same outputs and dx; weight gradients within their bounds."""
     g = torch.Generator().manual_seed(sum(tokens))
 
@@ -194,7 +196,7 @@ def over_an_fp8_wire(tokens: Sequence[int], recipe: Fp8Recipe, positive: bool, h
     ids = torch.rand(total, E, generator=g).argsort(1)[:, :K]
     scores, x, dout = torch.rand(total, K, generator=g), normal(total, hidden, scale=1), normal(total, hidden, scale=1)
     given = here(on_device(Inputs(x, ids, scores, w1, None, w2, None, dout)), tokens)
-    exact, fp8 = (make(wire=wire, hidden=hidden, capacity=capacity, max_tokens=700) for wire in ("exact", "fp8"))
+    exact, fp8 = (make(wire=wire, hidden=hidden, max_tokens=700, **way) for wire in ("exact", "fp8"))
     want, got = run(exact, given, recipe=recipe), run(fp8, given, recipe=recipe)
     precise = run(
         make(hidden=hidden, max_tokens=700),
@@ -223,9 +225,9 @@ def over_an_fp8_wire(tokens: Sequence[int], recipe: Fp8Recipe, positive: bool, h
     return found
 
 
-def in_a_graph(capacity: int) -> list[str]:
+def in_a_graph(way: dict[str, Any]) -> list[str]:
     """Forward and backward captured, and replayed with other tokens and routing, against eager calls."""
-    ep, tokens = make(capacity=capacity), [64] * dist.get_world_size()
+    ep, tokens = make(**way), [64] * dist.get_world_size()
     sets = [here(inputs(tokens, torch.bfloat16, r), tokens) for r in ("random", "masked", "skewed")]
     x, ids, scores, w1, _, w2, _, dout = (None if t is None else t.clone() for t in sets[0])
     for t in (x, scores, w1, w2):
@@ -346,6 +348,7 @@ def errors_on_every_rank() -> list[str]:
             ep.experts(leaf(given.x), given.ids, given.scores, given.w1, given.w2)
 
     found.append(error_of(without_gradient_on_one))
+    found.append(error_of(lambda: make(transport="gather", capacity=3)))
     small = make(capacity=3)
     t = [0] * (size - 1) + [4]  # all of them to rank 0
     found.append(error_of(lambda: run(small, here(inputs(t, torch.float32, "one rank"), t))))
@@ -390,6 +393,16 @@ def with_a_lost_rank(phase: str, how: str, limit_s: float) -> str:
 
     error = error_of(call)
     return f"{time.monotonic() - start:.1f} s: {error}"
+
+
+def with_too_many_tokens_to_gather() -> str:
+    """Rank 1 finds out alone; the others wait for it, and are told."""
+    ep, size = make(transport="gather", max_tokens=8, timeout_s=3), dist.get_world_size()
+    tokens = [5] * (size - 1) + [9]
+    given = here(inputs(tokens, torch.float32), tokens)
+    error = error_of(lambda: run(ep, given))
+    time.sleep(4 if dist.get_rank() == size - 1 else 0)
+    return error
 
 
 def teardown(order: str) -> str:

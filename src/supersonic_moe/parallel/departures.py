@@ -38,22 +38,39 @@ class Departures(NamedTuple):
 
 def departures(ids_TK: Tensor, num_experts: int, ranks: int) -> Departures:
     """``ids_TK``: int32 or int64; outside [0, E) a choice has no expert."""
+    ids, rank_TK, needed_TR, rows_E = _needed(ids_TK, num_experts, ranks)
+    plan = plan_from_topk(needed_TR.contiguous(), ranks)
+    copy_TR = plan.reverse_index.view(-1, ranks)
+    copy_TK = F.pad(copy_TR, (0, 1), value=-1).gather(1, rank_TK)
+    return Departures(ids, plan.gather_index, copy_TR, copy_TK, plan.expert_counts, rows_E)
+
+
+def departures_everywhere(ids_TK: Tensor, num_experts: int, ranks: int, max_tokens: int) -> Departures:
+    """The same where all tokens go to all ranks: the copy of token t for rank r is r·max_tokens + t. Copies that a rank
+    does not need come back unread.
+    """
+    ids, rank_TK, needed_TR, rows_E = _needed(ids_TK, num_experts, ranks)
+    token_T1 = torch.arange(ids.shape[0], device=ids.device)[:, None]
+    copy_TR = torch.where(needed_TR >= 0, token_T1 + needed_TR * max_tokens, -1)
+    copy_TK = torch.where(rank_TK < ranks, token_T1 + rank_TK * max_tokens, -1)
+    token_M = F.pad(token_T1[:, 0], (0, max_tokens - ids.shape[0]), value=-1).repeat(ranks)
+    token_M, copy_TR, copy_TK, tokens_R = (
+        t.to(torch.int32) for t in (token_M, copy_TR, copy_TK, (needed_TR >= 0).sum(0))
+    )
+    return Departures(ids, token_M, copy_TR, copy_TK, tokens_R, rows_E)
+
+
+def _needed(ids_TK: Tensor, num_experts: int, ranks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(ids of Departures, rank of each choice (T, K), R where it has none; (T, R) the rank itself where a token needs
+    it, else -1; rows_E of Departures).
+    """
     real = (ids_TK >= 0) & (ids_TK < num_experts)
     ids = ids_TK.long()
     rank_TK = torch.where(real, ids // (num_experts // ranks), ranks)
     needed = ids.new_full((ids.shape[0], ranks + 1), -1).scatter_(1, rank_TK, rank_TK)
-    plan = plan_from_topk(needed[:, :ranks].contiguous(), ranks)
-    copy_TR = plan.reverse_index.view(-1, ranks)
     rows = ids.new_zeros(num_experts + 1)
     rows.scatter_add_(0, torch.where(real, ids, num_experts).view(-1), ids.new_ones(ids.numel()))
-    return Departures(
-        torch.where(real, ids, -1).to(torch.int32),
-        plan.gather_index,
-        copy_TR,
-        F.pad(copy_TR, (0, 1), value=-1).gather(1, rank_TK),
-        plan.expert_counts,
-        rows[:num_experts],
-    )
+    return torch.where(real, ids, -1).to(torch.int32), rank_TK, needed[:, :ranks], rows[:num_experts]
 
 
 def in_fixed_places(found: Departures, capacity: int) -> Departures:

@@ -36,8 +36,8 @@ from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.config.router import TokenRounding, TopKRouter, as_router
 from supersonic_moe.parallel import fp8_wire
-from supersonic_moe.parallel.all_to_all import AllToAll
-from supersonic_moe.parallel.departures import Departures, departures, in_fixed_places
+from supersonic_moe.parallel.collectives import Collectives
+from supersonic_moe.parallel.departures import Departures, departures, departures_everywhere, in_fixed_places
 from supersonic_moe.parallel.overflow import Overflow
 from supersonic_moe.parallel.traffic import share_of_ranks, traffic
 from supersonic_moe.parallel.trip import Combine, Dispatch, Trip
@@ -48,6 +48,7 @@ from supersonic_moe.routing.topk import route
 from supersonic_moe.training.options import ExpertOptions, Options, lists_options
 from supersonic_moe.training.router_linear import router_linear
 
+TRANSPORTS = ("all_to_all", "gather")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -83,6 +84,10 @@ class ExpertParallel:
             size and nothing waits for the host, so that a call can be captured in a CUDA graph. If more would go,
             nothing is dropped silently: on a CPU the call raises on every rank; on a GPU its outputs are NaN and the
             eighth call after it, or ``check()``, raises on every rank.
+        transport: ``"all_to_all"`` sends each token to the ranks that need it. ``"gather"`` sends all tokens to all
+            ranks, as if each had ``max_tokens``: nothing waits for the host, no number can be too small, and a call can
+            be captured in a CUDA graph. For few ranks, where most tokens need most of them anyway, and for steps whose
+            tokens are near ``max_tokens``. Buffers have R·max_tokens rows, those inside the experts K times as many.
         wire: how x and the gradient of the output travel. ``"exact"`` is in their own dtype; ``"fp8"``, for layers with
             an ``Fp8Recipe`` with ``scale="pow2"`` or ``wgrad="bf16"``, as the experts would quantize them: half of the
             bytes, the same bits of outputs and gradients of x. Parts go back in the dtype of x.
@@ -98,6 +103,7 @@ class ExpertParallel:
         hidden: int,
         max_tokens: int,
         capacity: int | Literal["exact"] = "exact",
+        transport: Literal["all_to_all", "gather"] = "all_to_all",
         wire: Literal["exact", "fp8"] = "exact",
         timeout_s: float = 300.0,
     ) -> None:
@@ -107,8 +113,14 @@ class ExpertParallel:
         checks.number("timeout_s", timeout_s, lowest=0.01)
         if capacity != "exact":
             checks.positive("capacity", capacity)
-        if wire not in ("exact", "fp8"):
-            raise ValueError(f'wire must be "exact" or "fp8"; got {checks.short(wire)}.')
+        for name, choice, known in (("wire", wire, ("exact", "fp8")), ("transport", transport, TRANSPORTS)):
+            if choice not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {checks.short(choice)}.")
+        if transport == "gather" and capacity != "exact":
+            raise ValueError(
+                f'transport="gather" has a place for each of max_tokens tokens, and no capacity; got {capacity}. Leave '
+                "capacity out."
+            )
         self.group = _group(group)
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         if num_experts % self.size:
@@ -117,7 +129,7 @@ class ExpertParallel:
                 "ranks. Add experts, or use fewer ranks."
             )
         self.num_experts, self.top_k, self.hidden, self.max_tokens = num_experts, top_k, hidden, max_tokens
-        self.capacity, self.wire, self.timeout_s = capacity, wire, timeout_s
+        self.capacity, self.transport, self.wire, self.timeout_s = capacity, transport, wire, timeout_s
         self.experts_here = num_experts // self.size
         """E / R"""
         self.first_expert = self.rank * self.experts_here
@@ -126,14 +138,14 @@ class ExpertParallel:
             name = self._agree()
             what = f"expert parallel group {_name_of(self.group)!r} ({self.size} ranks)"
             self._watch = Watch(what, self.rank, self.size, default_store(name), timeout_s)
-            self._ranks = AllToAll(self.group, self._watch)
+            self._ranks = Collectives(self.group, self._watch)
             self._overflow = None if capacity == "exact" else Overflow(self._ranks, capacity)
 
     def _agree(self) -> str:
         """A name that this object has on all ranks, after they have compared their arguments."""
         arguments = {
             name: getattr(self, name)
-            for name in ("num_experts", "top_k", "hidden", "max_tokens", "capacity", "wire", "timeout_s")
+            for name in ("num_experts", "top_k", "hidden", "max_tokens", "capacity", "transport", "wire", "timeout_s")
         }
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, (uuid.uuid4().hex, arguments), group=self.group)
@@ -187,7 +199,7 @@ class ExpertParallel:
             checks.finite_logits(logits_TE)
         backend = "reference" if options.get("backend") == "reference" else "auto"
         scores, ids_TK = route(logits_TE, self.top_k, policy, correction_bias=correction_bias, backend=backend)
-        found = departures(ids_TK, self.num_experts, self.size)
+        found = self._departures(ids_TK)
         out_TH = self._experts(x_for_experts, scores, found, w1, w2, options)
         return functional.MoEOutput(out_TH, logits_TE, found.rows_E.to(torch.int32))
 
@@ -212,7 +224,7 @@ class ExpertParallel:
         if options.get("validate"):
             checks.valid_topk_ids(topk_ids_TK, self.num_experts)
             checks.finite_scores("topk_scores", topk_scores_TK)
-        found = departures(topk_ids_TK, self.num_experts, self.size)
+        found = self._departures(topk_ids_TK)
         return self._experts(x_TH, topk_scores_TK, found, w1, w2, options)
 
     def _experts(
@@ -265,7 +277,7 @@ class ExpertParallel:
             ids = torch.where(topk_ids_TK < self.num_experts, topk_ids_TK, -1).clamp(min=-1).to(torch.int32)
             plan = plan_from_topk(ids, self.num_experts)
             return Dispatched(x_TH, ids, topk_scores_TK, plan.expert_counts, plan, None)
-        return self._dispatch(x_TH, topk_scores_TK, departures(topk_ids_TK, self.num_experts, self.size))
+        return self._dispatch(x_TH, topk_scores_TK, self._departures(topk_ids_TK))
 
     def combine(self, part_UH: Tensor, handle: Trip | None) -> Tensor:
         """(T, H) in the dtype of ``part``: for each token of this rank the sum of what its ranks computed, in order of
@@ -291,6 +303,8 @@ class ExpertParallel:
         if scores_TK.dtype not in (torch.float32, torch.float64):
             scores_TK = scores_TK.float()
         self._calls += 1
+        if self.transport == "gather":
+            return self._trip(found, None, None), None, scores_TK
         if self.capacity == "exact":
             return *self._meet(x_TH, scores_TK, found), scores_TK
         trip, scores_TK = self._fixed(scores_TK, found)
@@ -333,7 +347,20 @@ class ExpertParallel:
 
     def _trip(self, found: Departures, sent: list[int] | None, received: list[int] | None) -> Trip:
         places = found.token_M, found.copy_TR, found.copy_TK
-        return Trip(self._ranks, self._calls, *places, sent, received, self.first_expert, self.experts_here)
+        gathers = self.transport == "gather"
+        return Trip(self._ranks, self._calls, *places, sent, received, gathers, self.first_expert, self.experts_here)
+
+    def _departures(self, ids_TK: Tensor) -> Departures:
+        if self.transport == "all_to_all":
+            return departures(ids_TK, self.num_experts, self.size)
+        if (tokens := ids_TK.shape[0]) > self.max_tokens:
+            error = ValueError(
+                f"a rank must not have more than max_tokens = {self.max_tokens} tokens in a call; got {tokens}. Make "
+                "the ExpertParallel with a larger max_tokens."
+            )
+            self._watch.tell(error)  # the others wait
+            raise error
+        return departures_everywhere(ids_TK, self.num_experts, self.size, self.max_tokens)
 
     # ---- life --------------------------------------------------------------------------------------------------------
 
@@ -346,15 +373,17 @@ class ExpertParallel:
             return f"{here}\ntransport: none, a group of one rank runs the plain layer"
         backend = dist.get_backend(self.group)
         sizes = (self.max_tokens, self.hidden, self.num_experts, self.top_k, self.size)
-        sent = traffic(*sizes, self.wire)
+        sent = traffic(*sizes, self.wire, gathers=self.transport == "gather")
         share = share_of_ranks(self.num_experts, self.top_k, self.size)
         places = "as many as needed: the host waits once in each forward"
-        if self.capacity != "exact":
+        if self.transport == "gather":
+            places = f"{self.max_tokens} for each rank: no wait for the host"
+        elif self.capacity != "exact":
             places = f"{self.capacity} tokens for each pair of ranks: no wait for the host, more raise"
         return "\n".join(
             (
                 here,
-                f"transport: all-to-all of torch.distributed ({backend}), which works on any number of nodes",
+                f"transport: {self.transport}, by collectives of torch.distributed ({backend}), on any number of nodes",
                 f"wire: x and gradients of outputs {'in e4m3' if self.wire == 'fp8' else 'in their own dtype'}",
                 f"places: {places}",
                 f"for {self.max_tokens} tokens, of which each rank gets {share:.1%}, a rank sends, in MB,",

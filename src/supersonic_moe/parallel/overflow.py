@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from supersonic_moe.parallel.all_to_all import AllToAll
+from supersonic_moe.parallel.collectives import Collectives
 
 LAG = 8
 """Calls after which the host looks; it may be so far ahead of the device without waiting."""
@@ -22,7 +22,7 @@ LAG = 8
 class Overflow:
     """Whether more than ``capacity`` tokens would have gone from any rank to another."""
 
-    def __init__(self, ranks: AllToAll, capacity: int) -> None:
+    def __init__(self, ranks: Collectives, capacity: int) -> None:
         self.ranks, self.capacity = ranks, capacity
         self._most: Tensor | None = None
         """Of all calls since the last error, on the device; calls in a CUDA graph add to it at each replay."""

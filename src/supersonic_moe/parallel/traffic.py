@@ -27,8 +27,10 @@ class Traffic(NamedTuple):
     """Partial gradients of x, and of scores."""
 
 
-def traffic(tokens: int, hidden: int, num_experts: int, top_k: int, ranks: int, wire: str) -> Traffic:
-    """For BF16 layers, or with ``wire="fp8"`` FP8 layers."""
-    copies = tokens * (ranks - 1) * share_of_ranks(num_experts, top_k, ranks)
+def traffic(
+    tokens: int, hidden: int, num_experts: int, top_k: int, ranks: int, wire: str, *, gathers: bool = False
+) -> Traffic:
+    """For BF16 layers, or with ``wire="fp8"`` FP8 layers; ``gathers``: all tokens go to all ranks."""
+    copies = tokens * (ranks - 1) * (1 if gathers else share_of_ranks(num_experts, top_k, ranks))
     row = hidden + 4 * blocks(hidden) if wire == "fp8" else 2 * hidden
     return Traffic(copies * (row + 8 * top_k), copies * 2 * hidden, copies * row, copies * (2 * hidden + 4 * top_k))

@@ -13,16 +13,17 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from supersonic_moe.kernels import interface, registry
 from supersonic_moe.kernels.interface import TokenRows
-from supersonic_moe.parallel.all_to_all import AllToAll
+from supersonic_moe.parallel.collectives import Collectives
 
 
 class Trip(NamedTuple):
-    ranks: AllToAll
+    ranks: Collectives
     call: int
     token_S: Tensor
     """int32 token of each copy sent; -1 for an empty place."""
@@ -33,6 +34,8 @@ class Trip(NamedTuple):
     sent: Sequence[int] | None
     """Copies for each rank, on the host; None: the same number of places for each, some of them empty."""
     received: Sequence[int] | None
+    gathers: bool
+    """All tokens go to all ranks, each to the place of its number."""
     first_expert: int
     experts_here: int
 
@@ -43,6 +46,11 @@ class Trip(NamedTuple):
 
     def send(self, phase: str, rows_TC: Tensor) -> Tensor:
         """(U, C). In an empty place int32 rows have -1, others anything finite."""
+        if self.gathers:
+            places = self.token_S.shape[0] // self.copy_TR.shape[1]
+            empty = -1 if rows_TC.dtype is torch.int32 else 0
+            rows_MC = F.pad(rows_TC, (0, 0, 0, places - rows_TC.shape[0]), value=empty)
+            return self.ranks.gather(rows_MC, self.call, phase)
         if self.sent is not None:
             rows_SC = rows_TC.index_select(0, self.token_S)
         elif rows_TC.shape[0]:

@@ -132,6 +132,11 @@ class Watch:
         """The error of a wait that ended in ``error``, or did not end, after so many ``seconds``."""
         return ExpertParallelError(self._fail(self.activity, error, seconds))
 
+    def tell(self, error: Exception) -> None:
+        """No further call can work because of an error of this rank alone: let the others know, who wait."""
+        self.failure = str(error)
+        self._tell("failed", json.dumps((self.activity, self.failure)))
+
     def _fail(self, activity: Activity, error: Exception | None, seconds: float) -> str:
         self.failure = self._sentence(activity, error, seconds)
         self._tell("failed", json.dumps((activity, self.failure)))

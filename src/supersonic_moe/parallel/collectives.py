@@ -1,4 +1,4 @@
-"""Rows between all ranks of a group, by one collective of ``torch.distributed``: NCCL, gloo, any number of nodes."""
+"""Rows between all ranks of a group, by collectives of ``torch.distributed``: NCCL, gloo, any number of nodes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from supersonic_moe.parallel.watch import Watch
 
 
-class AllToAll:
+class Collectives:
     """Collectives of one group, each under the eyes of a :class:`Watch`. Rows travel as bytes, in any dtype."""
 
     def __init__(self, group: dist.ProcessGroup, watch: Watch) -> None:
@@ -28,6 +28,12 @@ class AllToAll:
         arriving = rows_SC.shape[0] if received is None else sum(received)
         rows_UC = rows_SC.new_empty(arriving, rows_SC.shape[1])
         self._run(call, phase, rows_SC.device, dist.all_to_all_single, _bytes(rows_UC), _bytes(rows_SC), received, sent)
+        return rows_UC
+
+    def gather(self, rows_MC: Tensor, call: int, phase: str) -> Tensor:
+        """(R·M, C): the M rows of each rank, in order of ranks."""
+        rows_UC = rows_MC.new_empty(rows_MC.shape[0] * dist.get_world_size(self.group), rows_MC.shape[1])
+        self._run(call, phase, rows_MC.device, dist.all_gather_into_tensor, _bytes(rows_UC), _bytes(rows_MC))
         return rows_UC
 
     def maximum(self, value: Tensor, call: int, phase: str) -> Tensor:
