@@ -63,6 +63,10 @@ def test_the_module_is_that_of_one_process(router: str, recompute: bool) -> None
         assert all(difference < 1e-10 for difference in found.values()), found
 
 
+def test_torch_compile_leaves_what_travels_alone() -> None:
+    assert run_ranks(2, cases.compiled, (12, 5)) == [[], []]
+
+
 @pytest.fixture
 def one_rank() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

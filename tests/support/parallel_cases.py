@@ -318,6 +318,23 @@ def module_as_one_process(tokens: Sequence[int], router: str, recompute: bool) -
     return {name: float((a.double() - b.double()).abs().max()) if a.numel() else 0.0 for name, (a, b) in found.items()}
 
 
+def compiled(tokens: Sequence[int]) -> list[str]:
+    """The graph breaks around what travels, and the rest is as without ``torch.compile``."""
+    ep = make()
+    torch.manual_seed(3)
+    layer = MoE(E, K, H, I, "swiglu", True, 0.3, expert_parallel=ep)
+    x = torch.randn(tokens[ep.rank], H)
+    results = []
+    for function in (layer, torch.compile(layer, backend="eager")):
+        mine = leaf(x)
+        out, aux = function(mine)
+        (out.square().sum() + aux).backward()
+        results.append([out, mine.grad, *(p.grad.clone() for p in layer.parameters())])
+        layer.zero_grad()
+    ep.close()
+    return [f"result {i}" for i, (a, b) in enumerate(zip(*results, strict=True)) if not torch.equal(a, b)]
+
+
 def of_rank_0(t: Tensor) -> Tensor:
     t = t.detach().clone()
     dist.broadcast(t, 0)

@@ -224,9 +224,10 @@ class ExpertParallel:
         if options.get("validate"):
             checks.valid_topk_ids(topk_ids_TK, self.num_experts)
             checks.finite_scores("topk_scores", topk_scores_TK)
-        found = self._departures(topk_ids_TK)
-        return self._experts(x_TH, topk_scores_TK, found, w1, w2, options)
+        out_TH: Tensor = self._experts(x_TH, topk_scores_TK, self._departures(topk_ids_TK), w1, w2, options)
+        return out_TH
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # sizes on the host, collectives, limits on waits
     def _experts(
         self, x_TH: Tensor, scores_TK: Tensor, found: Departures, w1: Tensor, w2: Tensor, options: ExpertOptions
     ) -> Tensor:
@@ -242,7 +243,8 @@ class ExpertParallel:
                 return self._experts_fp8(x_TH, scores_TK, found, w1, w2, Options.read(options))
             got = self._dispatch(x_TH, scores_TK, found)
             part_UH = functional.experts_from_plan(got.x, got.scores.reshape(-1), got.plan, w1, w2, **options)
-            return self.combine(part_UH, got.handle)
+            out_TH: Tensor = self.combine(part_UH, got.handle)
+            return out_TH
 
     def _experts_fp8(
         self, x_TH: Tensor, scores_TK: Tensor, found: Departures, w1: Tensor, w2: Tensor, options: Options
@@ -264,6 +266,7 @@ class ExpertParallel:
 
     # ---- its parts ---------------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def dispatch(self, x_TH: Tensor, topk_ids_TK: Tensor, topk_scores_TK: Tensor) -> Dispatched:
         """Send each token to the ranks of its experts; differentiable in x and scores.
 
@@ -279,6 +282,7 @@ class ExpertParallel:
             return Dispatched(x_TH, ids, topk_scores_TK, plan.expert_counts, plan, None)
         return self._dispatch(x_TH, topk_scores_TK, self._departures(topk_ids_TK))
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def combine(self, part_UH: Tensor, handle: Trip | None) -> Tensor:
         """(T, H) in the dtype of ``part``: for each token of this rank the sum of what its ranks computed, in order of
         ranks. ``part_UH`` has a row for each received token.
