@@ -32,6 +32,10 @@ def _copy_each(targets: list[Tensor], sources: list[Tensor]) -> None:
         target.copy_(source)
 
 
+def _always(node: Any) -> bool:
+    return True
+
+
 def _gpu_sleep(cycles: int) -> None:
     raise RuntimeError(
         f"timing single kernels needs torch.cuda._sleep, which torch {torch.__version__} does not have; use a torch "
@@ -57,6 +61,25 @@ raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream"
 
 transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 """Whether a transform of ``torch.func`` may be active; True where torch does not say."""
+
+dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+"""How many ``__torch_dispatch__`` modes are active; 1 where torch does not say."""
+
+_executes: Callable[[Any], bool] = getattr(torch._C, "_will_engine_execute_node", _always)
+
+
+def reaches(node: Any) -> bool | None:
+    """In a backward pass: whether it goes on to ``node`` of the graph; None where ``node`` is a leaf whose gradient
+    ``torch.autograd.grad`` hands out instead of accumulating it. True where torch does not say.
+    """
+    try:
+        return _executes(node)
+    except RuntimeError:
+        return None
+
+
+graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+"""A number for the backward pass that runs in this thread; -1 outside of one, and where torch does not say."""
 
 BASE_APPLIES = hasattr(torch.autograd.Function.__base__, "apply")
 """Whether ``torch.autograd.Function.apply`` binds arguments and then calls ``apply`` of its base class."""
@@ -106,6 +129,43 @@ def versions_of(tensors: Sequence[Tensor]) -> list[int]:
         return list(map(_counted, tensors))
     except AttributeError:
         return [next(_never_twice) for _ in tensors]
+
+
+_graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward on this thread, as it is when checkpointing runs a forward again. False
+    where torch does not say.
+    """
+    return bool(_graph_task() != -1)
+
+
+_ALL_CALLS = nn.modules.module
+_SOMETHING = {None: None}
+_forward_of_all = getattr(_ALL_CALLS, "_global_forward_hooks", _SOMETHING)
+_forward_pre_of_all = getattr(_ALL_CALLS, "_global_forward_pre_hooks", _SOMETHING)
+_backward_of_all = getattr(_ALL_CALLS, "_global_backward_hooks", _SOMETHING)
+_backward_pre_of_all = getattr(_ALL_CALLS, "_global_backward_pre_hooks", _SOMETHING)
+
+
+def runs_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module runs more than the ``forward`` of its class. True where torch does not say."""
+    own = module.__dict__
+    try:
+        return bool(
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or _forward_of_all
+            or _forward_pre_of_all
+            or _backward_of_all
+            or _backward_pre_of_all
+            or "forward" in own  # how accelerate offloads
+        )
+    except KeyError:
+        return True
 
 
 def member_of(module: nn.Module, name: str) -> Any:

@@ -20,7 +20,7 @@ Bytes each way, by rank: 2·H·p·T·(R−1) in BF16, p the probability that a t
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Unpack
 
@@ -31,10 +31,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from supersonic_moe import checks, functional
+from supersonic_moe.autocast import autocast_dtype
 from supersonic_moe.autograd import apply
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.config.router import TokenRounding, TopKRouter, as_router
+from supersonic_moe.functional import LayerOutput, RouterWeight
 from supersonic_moe.parallel import fp8_wire
 from supersonic_moe.parallel.collectives import Collectives
 from supersonic_moe.parallel.departures import Departures, departures, departures_everywhere, in_fixed_places
@@ -46,7 +48,7 @@ from supersonic_moe.private_api import default_store
 from supersonic_moe.routing.plan import plan_from_topk
 from supersonic_moe.routing.topk import route
 from supersonic_moe.training.options import ExpertOptions, Options, lists_options
-from supersonic_moe.training.router_linear import router_linear
+from supersonic_moe.training.router_linear import linear_in, router_linear
 
 TRANSPORTS = ("all_to_all", "gather")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -160,48 +162,57 @@ class ExpertParallel:
 
     # ---- the layer ---------------------------------------------------------------------------------------------------
 
-    @lists_options
-    def moe_layer(
+    def run_layer(
         self,
         x_TH: Tensor,
-        router_weight_EH: Tensor,
+        router_or_logits: RouterWeight | Callable[[Tensor], Tensor],
         w1: Tensor,
         w2: Tensor,
         num_experts_per_tok: int,
-        *,
-        router: TopKRouter | TokenRounding | str = "softmax_after_topk",
-        correction_bias: Tensor | None = None,
-        rounding_step: Tensor | int = 0,
-        **options: Unpack[ExpertOptions],
-    ) -> functional.MoEOutput:
-        """``functional.moe_layer`` with the experts of this rank in ``w1`` (E/R, N1, H) and ``w2`` (E/R, H, I), and the
-        router of all of them. ``expert_counts`` (E,) counts the choices of the tokens here.
+        router: TopKRouter | TokenRounding | str,
+        correction_bias: Tensor | None,
+        rounding_step: Tensor | int,
+        token_mask_T: Tensor | None,
+        options: ExpertOptions,
+    ) -> LayerOutput:
+        """``functional.run_layer`` with the router of all experts and the weights of those of this rank, ``w1``
+        (E/R, N1, H) and ``w2`` (E/R, H, I). ``expert_counts`` (E,) are choices of the tokens here.
         """
+        k, policy = num_experts_per_tok, as_router(router)
         if self.size == 1:
-            return functional.moe_layer(
-                x_TH,
-                _local(router_weight_EH),
-                _local(w1),
-                _local(w2),
-                num_experts_per_tok,
-                router=router,
-                correction_bias=correction_bias,
-                rounding_step=rounding_step,
-                **_local_biases(options),
+            w1, w2, options = _local(w1), _local(w2), _local_biases(options)
+            return functional.run_layer(
+                x_TH, router_or_logits, w1, w2, k, policy, correction_bias, rounding_step, token_mask_T, options
             )
-        policy = as_router(router)
-        x_TH, weight_EH = self._checked_x(x_TH), _local(router_weight_EH)
-        checks.tensor("router_weight", weight_EH, 2, "(E, H)")
-        self.check_layer(weight_EH.shape[0], num_experts_per_tok, weight_EH.shape[1], policy)
+        self.check_layer(self.num_experts, k, self.hidden, policy)
         assert not isinstance(policy, TokenRounding)
-        logits_TE, x_for_experts = router_linear(x_TH, weight_EH.to(x_TH.dtype))
+        if token_mask_T is not None:
+            checks.token_mask("token_mask", token_mask_T, x_TH)
+            x_TH = x_TH.masked_fill(~token_mask_T[:, None], 0)  # what stands there would reach the router's gradient
+        logits_TE, x_TH = self._logits(x_TH, router_or_logits)
         if options.get("validate"):
             checks.finite_logits(logits_TE)
         backend = "reference" if options.get("backend") == "reference" else "auto"
-        scores, ids_TK = route(logits_TE, self.top_k, policy, correction_bias=correction_bias, backend=backend)
+        scores_TK, ids_TK = route(logits_TE, k, policy, correction_bias=correction_bias, backend=backend)
+        if token_mask_T is not None:
+            ids_TK = ids_TK.masked_fill(~token_mask_T[:, None], -1)
         found = self._departures(ids_TK)
-        out_TH = self._experts(x_for_experts, scores, found, w1, w2, options)
-        return functional.MoEOutput(out_TH, logits_TE, found.rows_E.to(torch.int32))
+        out_TH = self._experts(x_TH, scores_TK, found, w1, w2, options)
+        return LayerOutput(out_TH, logits_TE, found.rows_E.to(torch.int32), ids_TK)
+
+    def _logits(self, x_TH: Tensor, router: RouterWeight | Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """(logits (T, E), x for the experts)."""
+        x = self._checked_x(x_TH)
+        if not isinstance(router, RouterWeight):
+            logits_TE = router(x_TH)
+            shape = (x_TH.shape[0], self.num_experts)
+            checks.size("the router's output", "shape", tuple(logits_TE.shape), shape, "tokens of x, all experts")
+            return logits_TE, x
+        weight_EH, dtype = _local(router.weight_EH), router.dtype
+        checks.size("router_weight", "shape", tuple(weight_EH.shape), (self.num_experts, self.hidden), "(E, H)")
+        if dtype is not None:
+            return linear_in(x_TH, weight_EH, dtype), x
+        return router_linear(x, weight_EH.to(x.dtype))
 
     @lists_options
     def experts(
@@ -260,7 +271,7 @@ class ExpertParallel:
                 f'scales would cost them accuracy; got {options.recipe}. Use Fp8Recipe(scale="pow2") or '
                 'Fp8Recipe(wgrad="bf16").'
             )
-        trip, rows, scores_TK = self._start(x_TH, scores_TK, found)
+        trip, rows, scores_TK = self._start(x_TH, scores_TK.float(), found)
         rows_here = None if rows is None else sum(rows)
         return fp8_wire.experts(x_TH, scores_TK, found.ids_TK, trip, rows_here, w1, w2, options)
 
@@ -447,8 +458,7 @@ class ExpertParallel:
         checks.tensor("x", x_TH, 2, "(T, H)")
         checks.floating("x", x_TH)
         checks.size("x", "hidden size (last dimension)", x_TH.shape[1], self.hidden, "hidden of the ExpertParallel")
-        kind = x_TH.device.type
-        return x_TH.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x_TH
+        return x_TH.to(autocast_dtype(x_TH) or x_TH.dtype)
 
     def _check_choices(self, x_TH: Tensor, ids_TK: Tensor, scores_TK: Tensor) -> None:
         checks.ids("topk_ids", ids_TK, 2)

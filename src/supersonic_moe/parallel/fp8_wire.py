@@ -26,15 +26,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from supersonic_moe.autograd import apply
+from supersonic_moe.autocast import without_autocast
+from supersonic_moe.autograd import apply, refuse_second_derivatives
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.kernels import registry
+from supersonic_moe.kernels.alignment import aligned
 from supersonic_moe.kernels.interface import Fp8Experts, Quantized
 from supersonic_moe.kernels.reference.quantize import dequantize
 from supersonic_moe.parallel.trip import Trip
-from supersonic_moe.quantization.block_format import BLOCK, E4M3
+from supersonic_moe.quantization.block_format import BLOCK, E4M3, aligned_rows
 from supersonic_moe.routing.plan import plan_from_topk
 from supersonic_moe.training import fp8
 from supersonic_moe.training.arguments import (
@@ -49,7 +50,7 @@ from supersonic_moe.training.arguments import (
     Weight,
 )
 from supersonic_moe.training.fields import Fields, on_flat
-from supersonic_moe.training.main_grad import main_grads, stand_ins
+from supersonic_moe.training.main_grad import Targets, targets_of
 from supersonic_moe.training.ops import with_fp8_copies
 from supersonic_moe.training.options import Options
 
@@ -107,18 +108,21 @@ class _Experts(torch.autograd.Function):
         again = w[0].fp8.transposed is None  # the copies are made again in backward
         weights = () if again else _WEIGHTS.flat(*Fp8Weights.of(w[0].fp8, w[1].fp8, call.numerics))
         ctx.save_for_backward(x.scale, w[0].value, w[1].value, *weights, *tensors)
+        ctx.are_tensors = [t is not None for t in operands]
         ctx.call, ctx.again = call._replace(weights=tuple(Weight(v.parameter, v.value.detach()) for v in w)), again
         return out_TH
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout_TH: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         *needed, _ids, _call = ctx.needs_input_grad
-        needs = Inputs(*needed)
-        parameters = tuple(w.parameter for w in call.weights) if call.options.accumulate_into_main_grad else None
-        main = main_grads(parameters, needs)  # type: ignore[arg-type]
+        needs, targets = Inputs(*needed), Targets()
+        parameters = call.weights[0].parameter, call.weights[1].parameter
+        if call.options.accumulate_into_main_grad:
+            needs, targets = targets_of(parameters, needs, ctx)
+        main = targets.of_kernels()
         x_scale, w1, w2, *tensors = ctx.saved_tensors
+        rows = tensors
         if ctx.again:
             assert isinstance(call.options.recipe, Fp8Recipe)
             recipe = Fp8Recipe(**{**call.numerics._asdict(), "keep_transposed": True})
@@ -131,28 +135,36 @@ class _Experts(torch.autograd.Function):
         dout = _dense(dout_q)
 
         def run(weights: Fp8Weights, saved: Fp8Saved) -> Inputs[Tensor | None]:
-            x_q = Quantized(saved.x, x_scale)
-            saved = saved._replace(x=_dense(x_q) if needs.w1 else saved.x)
+            x_q = Quantized(aligned_rows(saved.x), x_scale)
+            saved = aligned(saved._replace(x=_dense(x_q) if needs.w1 else saved.x), k.ALIGNMENT, "b1")
             return fp8.backward(k, weights, saved, Incoming(dout, needs, main), x_q, dout_q)
 
-        with torch.autocast(dout_TH.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(dout_TH):
             dx, dscores, dw1, db1, dw2, db2 = on_flat(run, _WEIGHTS, _SAVED)(*tensors, *ctx.others)
             if dx is not None:
                 dx = trip.summed(trip.back("backward combine", dx))
             if dscores is not None:
                 dscores = trip.of_choices(trip.back("backward combine", dscores.view(trip.arrived, -1)))
-        dw1, dw2 = stand_ins(parameters, main, dw1, dw2, dout.dtype)  # type: ignore[arg-type]
-        grads = (dx, dscores, dw1, db1, dw2, db2)
-        return *[g if need else None for g, need in zip(grads, needs, strict=True)], None, None
+        if targets.w1 is not None:
+            dw1 = targets.w1.finish(parameters[0], dout.dtype)
+        if targets.w2 is not None:
+            dw2 = targets.w2.finish(parameters[1], dout.dtype)
+        grads = [g if need else None for g, need in zip((dx, dscores, dw1, db1, dw2, db2), needs, strict=True)]
+        if torch.is_grad_enabled():  # create_graph
+            given = [g for g in grads if g is not None]
+            once = iter(refuse_second_derivatives(_ONCE, given, (dout_TH, w1, w2, *rows, *parameters)))
+            grads = [None if g is None else next(once) for g in grads]
+        return *grads, None, None
 
 
+_ONCE = 'second derivatives of the experts do not exist over an FP8 wire. Use wire="exact" with Bf16Recipe().'
 _SAVED, _WEIGHTS = Fields(Fp8Saved), Fields(Fp8Weights)
 
 
 def _forward(operands: Any, ids_TK: Tensor, call: _Call, *, save: bool) -> tuple[Tensor, Quantized, Fp8Saved]:
     x_TH, scores_TK, _w1, b1, _w2, b2 = operands
     (w1, w2), trip, k = call.weights, call.trip, call.kernels(x_TH)
-    with torch.autocast(x_TH.device.type, enabled=False):
+    with without_autocast(x_TH):
         codes_TH, scale_TB = k.quantize_rows(x_TH, call.numerics.scale == "pow2")
         codes_UH = _codes(trip, "forward dispatch", codes_TH)
         ids_UK, scores_UK, scale_UB = trip.send_choices("forward dispatch", ids_TK, scores_TK, scale_TB)
@@ -160,7 +172,7 @@ def _forward(operands: Any, ids_TK: Tensor, call: _Call, *, save: bool) -> tuple
         x_q, scores_S = Quantized(codes_UH, scale_UB), scores_UK.reshape(-1)
         w1_q, w2_q = Quantized(w1.fp8.q, w1.fp8.scale), Quantized(w2.fp8.q, w2.fp8.scale)
         forward = Fp8Forward(codes_UH, scores_S, w1_q, b1, w2_q, b2, plan, call.static, call.numerics, save)
-        part_UH, row_scores_P, z_PN = fp8.forward(k, forward, x_q)
+        part_UH, row_scores_P, z_PN = fp8.forward(k, aligned(forward, k.ALIGNMENT, "b1"), x_q)
         out_TH = trip.summed(trip.back("forward combine", part_UH))
     return out_TH, x_q, Fp8Saved(z_PN, codes_UH, row_scores_P, b1, b2, plan, call.static, call.numerics)
 

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from supersonic_moe.config.grouped_routing import GroupedRouting, Scoring
-from supersonic_moe.kernels.reference import build_plan, local_ids, route_grouped
+from supersonic_moe.kernels.reference import local_ids, route_grouped
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
+from supersonic_moe.jit.launch import Launch
 from supersonic_moe.kernels.sm90.route_rows import (
     ITEM_ROWS,
     MAX_BLOCKS,
+    ROW_GROUP,
     Choices,
     RowTables,
     max_items,
+    padded_rows,
     place_topk,
     route_rows,
 )
@@ -50,9 +54,9 @@ def empty_tables(tokens: int, choices: Choices) -> RowTables:
     items = max_items(local, slots)
     return RowTables(
         offsets=poison(local + 1),
-        tile_offsets=poison(local + 1),
         items=poison(1 + items, 4),
-        row_slot=poison(slots),
+        row_slot=poison(padded_rows(slots, local)),
+        row_token=poison(padded_rows(slots, local)),
         slot_row=poison(tokens, choices.per_token),
         weights=weights,
         counters=poison(1000),
@@ -63,26 +67,37 @@ def empty_tables(tokens: int, choices: Choices) -> RowTables:
     )
 
 
+def run(launches: list[Launch]) -> None:
+    for launch in launches:
+        launch.run()
+
+
 def check_rows(tables: RowTables, slots_TC: Tensor, num_local: int) -> None:
     """``slots_TC``: local expert of each slot, -1 for none."""
-    tokens, per_token = slots_TC.shape
-    slots = slots_TC.numel()
-    plan = build_plan(slots_TC.cpu().flatten(), None, per_token, tokens, num_local, 1, slots)
-    offsets, _, scatter, _, reverse, counts = plan
-    used = int(offsets[-1])
-    assert tables.offsets.tolist() == offsets.tolist()
-    assert tables.slot_row.flatten().tolist() == reverse.tolist()
-    assert tables.row_slot[:used].tolist() == scatter[:used].tolist()
-    assert tables.row_slot[used:].eq(-77).all()
-    streamed = used <= tables.stream_rows
-    assert tables.tile_offsets.tolist() == ([0] * (num_local + 1) if streamed else offsets.tolist())
+    slots = slots_TC.flatten().cpu().numpy()
+    by_expert = np.argsort(slots, kind="stable")[(slots < 0).sum() :]
+    counts = np.bincount(slots[by_expert], minlength=num_local)
+    streamed = len(by_expert) <= tables.stream_rows
+    taken = -(-counts // ROW_GROUP) * ROW_GROUP if streamed else counts
+    starts = np.cumsum(taken) - taken
+    row_of = np.arange(len(by_expert)) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
+    row_slot, slot_row = np.full(taken.sum(), -1), np.full(len(slots), -1)
+    row_slot[row_of], slot_row[by_expert] = by_expert, row_of
+    offsets = [0] * (num_local + 1) if streamed else [*starts.tolist(), len(by_expert)]
     items = [
-        [e, int(offsets[e]) + row, min(ITEM_ROWS, rows - row), 0]
+        [e, int(starts[e]) + at, min(ITEM_ROWS, rows - at), at // ITEM_ROWS << 16 | -(-rows // ITEM_ROWS)]
         for e, rows in enumerate(counts.tolist())
-        for row in range(0, rows if streamed else 0, ITEM_ROWS)
+        for at in range(0, rows if streamed else 0, ITEM_ROWS)
     ]
-    header = [len(items), min(ITEM_ROWS, int(counts.max())), 0, int(streamed)]
-    assert tables.items[: 1 + len(items)].tolist() == [header, *items]
+    assert tables.offsets.tolist() == offsets
+    assert tables.slot_row.flatten().tolist() == slot_row.tolist()
+    assert tables.row_slot[: len(row_slot)].tolist() == row_slot.tolist()
+    assert tables.row_slot[len(row_slot) :].eq(-77).all()
+    token = np.where(row_slot >= 0, row_slot // slots_TC.shape[1], -77)
+    assert tables.row_token[: len(row_slot)].tolist() == token.tolist()
+    padded = int((-(-counts // ROW_GROUP) * ROW_GROUP).sum())
+    assert tables.items[0].tolist() == [len(items), min(ITEM_ROWS, int(counts.max())), padded, int(streamed)]
+    assert tables.items[1 : 1 + len(items)].tolist() == items
     assert tables.items[1 + len(items) :].eq(-77).all()
     assert tables.counters.tolist() == [0] * 990 + [-77] * 10
 
@@ -98,9 +113,9 @@ def test_from_logits(name: str, tokens: int) -> None:
     routed = max(1, rule.num_experts // 8)
     choices = Choices(rule.num_experts, routed, routed // 2, rule.top_k, shared=name == "kimi_k2")
     tables = empty_tables(tokens, choices)
-    route_rows(logits, bias, rule, choices, tables)
+    run(route_rows(logits, bias, rule, choices, tables))
     if tokens == 0:
-        assert tables.offsets.eq(0).all() and tables.items[0, 0] == 0
+        assert tables.offsets.eq(0).all() and tables.items[0].tolist() == [0, 0, 0, 1]
         return
 
     weights, ids = route_grouped(logits, bias, rule)
@@ -114,14 +129,19 @@ def test_from_logits(name: str, tokens: int) -> None:
     torch.testing.assert_close(tables.weights[clear][:, : rule.top_k], weights[clear], rtol=1e-5, atol=1e-9)
     assert tables.weights[:, rule.top_k :].eq(1).all()
     check_rows(tables, got_local, choices.num_local)
-    first = [t.clone() for t in tables[:7]]
-    route_rows(logits, bias, rule, choices, tables)
-    assert all(torch.equal(a, b) for a, b in zip(first, tables[:7], strict=True))
+    first = [t.clone() for t in tables[:8]]
+    run(route_rows(logits, bias, rule, choices, tables))
+    assert all(torch.equal(a, b) for a, b in zip(first, tables[:8], strict=True))
 
 
 def local_experts(tables: RowTables, num_local: int) -> Tensor:
     """Local expert of each slot, read back from its row."""
-    row = tables.slot_row.long()
+    row, (items, _, _, streamed) = tables.slot_row.long(), tables.items[0].tolist()
+    if streamed:
+        starts, experts = tables.items[1 : 1 + items, 1].long().contiguous(), tables.items[1 : 1 + items, 0]
+        if items == 0:
+            return torch.full_like(tables.slot_row, -1)
+        return torch.where(row >= 0, experts[torch.searchsorted(starts, row, right=True) - 1], -1).int()
     return torch.where(row >= 0, torch.searchsorted(tables.offsets[1:].long().contiguous(), row, right=True), -1).int()
 
 
@@ -137,7 +157,7 @@ def test_ties_and_nan(tokens: int) -> None:
     logits[4, 5:] = math.nan
     logits[5, 3], logits[5, 9] = math.inf, -math.inf
     tables = empty_tables(tokens, choices)
-    route_rows(logits, None, rule, choices, tables)
+    run(route_rows(logits, None, rule, choices, tables))
     weights, ids = route_grouped(logits, None, rule)
     assert torch.equal(local_experts(tables, 256), ids)
     torch.testing.assert_close(tables.weights, weights, equal_nan=True)
@@ -153,17 +173,18 @@ def test_from_ids(wide: bool, tokens: int) -> None:
     placed = torch.full((300,), -1, dtype=torch.int32, device="cuda")
     placed[torch.randperm(300, device="cuda")[:40]] = torch.randperm(40, device="cuda").int()
     tables = empty_tables(tokens, choices)
-    place_topk(ids, weights, placed, 2.5, choices, tables)
+    run(place_topk(ids, weights, placed, 2.5, choices, tables))
     slots_TC = ids.new_full((tokens, 10), 40)
     slots_TC[:, :9] = local_ids(ids, 40, expert_map=placed)
     check_rows(tables, slots_TC, 41)
     assert torch.equal(tables.weights[:, :9], weights * 2.5) and tables.weights[:, 9].eq(1).all()
     for offset in (-3, 30, 250, 299, 1000):
         moved = choices._replace(offset=offset)
-        place_topk(ids, None, None, 1.0, moved, tables)
+        run(place_topk(ids, None, None, 1.0, moved, tables))
         slots_TC[:, :9] = local_ids(ids, 40, offset, 300)
-        tables.row_slot[int(tables.offsets[-1]) :] = -77
-        tables.items[1 + int(tables.items[0, 0]) :] = -77
+        for t in (tables.row_slot, tables.row_token, tables.items):
+            t.fill_(-77)
+        run(place_topk(ids, None, None, 1.0, moved, tables))
         check_rows(tables, slots_TC, 41)
         assert tables.weights.eq(1).all()
 
@@ -174,7 +195,7 @@ def test_all_at_one_expert_and_none() -> None:
         for expert in (8, 15, 16):
             ids = torch.full((tokens, 2), expert, dtype=torch.int32, device="cuda")
             tables = empty_tables(tokens, choices)
-            place_topk(ids, None, None, 1.0, choices, tables)
+            run(place_topk(ids, None, None, 1.0, choices, tables))
             check_rows(tables, local_ids(ids, 8, 8), 8)
 
 
@@ -183,14 +204,14 @@ def test_in_a_graph_with_new_contents() -> None:
     choices = Choices(256, 32, 96, 8, shared=False)
     logits = torch.randn(80, 256, device="cuda")
     tables = empty_tables(80, choices)
-    route_rows(logits, None, rule, choices, tables)
+    run(route_rows(logits, None, rule, choices, tables))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        route_rows(logits, None, rule, choices, tables)
+        run(route_rows(logits, None, rule, choices, tables))
     for _ in range(3):
         logits.normal_()
-        for t in (*tables[:5], tables.counters):
+        for t in (*tables[:6], tables.counters):
             t.fill_(-77)
         graph.replay()
         _, ids = route_grouped(logits, None, rule)

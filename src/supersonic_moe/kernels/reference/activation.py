@@ -29,12 +29,7 @@ def activation_forward(z_PN: Tensor, b1_EN: Tensor | None, row_expert_P: Tensor,
 
 
 def activation_backward(
-    z_PN: Tensor,
-    b1_EN: Tensor | None,
-    da_PI: Tensor,
-    row_scores_P: Tensor,
-    row_expert_P: Tensor,
-    gate: Gate,
+    z_PN: Tensor, b1_EN: Tensor | None, da_PI: Tensor, row_scores_P: Tensor, row_expert_P: Tensor, gate: Gate
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dz (P, N1), s * a (P, I), ds (P,) in the accumulation dtype)."""
     a_PI, partials = _act(_preactivation(z_PN, b1_EN, row_expert_P), gate)
@@ -48,7 +43,9 @@ def _preactivation(z_PN: Tensor, b1_EN: Tensor | None, row_expert_P: Tensor) -> 
     h = z_PN.to(acc_dtype(z_PN.dtype))
     if b1_EN is None:
         return h
-    return h + b1_EN.to(h.dtype)[row_expert_P.clamp(max=b1_EN.shape[0] - 1).long()]
+    experts = b1_EN.shape[0]
+    bias_PN = b1_EN.to(h.dtype)[row_expert_P.clamp(max=experts - 1).long()]
+    return h + torch.where(row_expert_P[:, None] < experts, bias_PN, 0)  # a dead row's NaN must not reach db1
 
 
 def _act(z_PN: Tensor, columns: Gate) -> tuple[Tensor, list[Tensor]]:

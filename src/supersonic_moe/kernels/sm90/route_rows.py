@@ -4,11 +4,13 @@
     ids (T, K) of another router, through an offset or a map                                        -> slots
     slots -> rows sorted by local expert, in slot order inside an expert (a stable counting sort)   -> tables
 
+Where rows are streamed, each expert starts at a multiple of 8 rows; else they follow each other.
+
 Slots: s = t * C + j, C = K choices, or K + 1 with a shared expert, which is the last choice of each token and the last
 local expert. A slot without a local expert has no row.
 Choice
-    A warp for a token, E / 32 experts a lane. Scores are mapped to unsigned keys of the same order (NaN as minus
-    infinity); a round takes the largest key of the warp, then the lowest index that has it.
+    A warp for a token, E / 32 experts a lane, side by side. Scores are mapped to unsigned keys of the same order (NaN
+    as minus infinity); a round takes the largest key of the warp, then the lowest index that has it.
 Up to 128 tokens
     A cluster of 8 blocks, 16 tokens each at most, counts exchanged through distributed shared memory: no memory has to
     be zeroed beforehand, so the caller's workspace may hold anything.
@@ -29,14 +31,15 @@ import torch
 from torch import Tensor
 
 from supersonic_moe.config.grouped_routing import GroupedRouting, Scoring
-from supersonic_moe.jit.launch import Kernel, on_device
+from supersonic_moe.jit.launch import Kernel, Launch
 from supersonic_moe.jit.spec import KernelSpec
 
 THREADS = 512
 CLUSTER = 8
 SMALL_TOKENS = 128  # one cluster of 8 blocks with 16 warps
-PASS_TOKENS = 128  # tokens of a block of the larger kernels, at least
+PASS_TOKENS = 16  # tokens of a block of the larger kernels, at least: one a warp
 MAX_BLOCKS = 132  # every block adds up the counts of all others
+ROW_GROUP = 8  # routing/rows.cuh: row_group
 ITEM_ROWS = 128  # rows of an expert that the streaming kernel multiplies at a time
 VALUES = (1, 2, 4, 8, 16, 32)  # experts of a lane
 
@@ -66,17 +69,19 @@ Buffer = Tensor | int
 
 
 class RowTables(NamedTuple):
-    """int32 buffers that the kernels write. P = T * C rows at most; only offsets[E] of them are in use."""
+    """int32 buffers that the kernels write. P: at least ``padded_rows(T * C, E)``."""
 
-    offsets: Buffer
-    """(E + 1,): local expert e has the rows [offsets[e], offsets[e + 1])."""
-    tile_offsets: Buffer | None
-    """(E + 1,): the same for the tile kernels, all 0 where the rows are streamed. None: nobody reads it."""
+    offsets: Buffer | None
+    """(E + 1,) for the tile kernels: local expert e has the rows [offsets[e], offsets[e + 1]); all 0 where the rows are
+    streamed. None: they always are."""
     items: Buffer
-    """(1 + max_items, 4): [number of items, rows of the largest, 0, 1 if the rows are streamed], then [expert, first
-    row, rows, 0] of each item: up to 128 rows of an expert. No items where the rows are not streamed."""
+    """(1 + max_items, 4): [number of items, rows of the largest, padded rows, 1 if the rows are streamed], then
+    [expert, first row, rows, which << 16 | of] of each item: up to 128 rows of an expert, one of so many of it (0 of
+    1 beyond 32767). No items where the rows are not streamed."""
     row_slot: Buffer
-    """(P,): slot of each row in use."""
+    """(P,): slot of each row; -1 in those between two experts."""
+    row_token: Buffer | None
+    """(P,): token of each row for the tile kernels; None with ``offsets``."""
     slot_row: Buffer
     """(T, C): row of each slot, -1 for none."""
     weights: Buffer
@@ -95,6 +100,11 @@ class RowTables(NamedTuple):
 def max_items(num_local: int, rows: int) -> int:
     """Bound of the items of ``rows`` rows."""
     return num_local + rows // ITEM_ROWS
+
+
+def padded_rows(rows: int, num_local: int) -> int:
+    """Bound of the rows that ``rows`` slots take where each expert starts at a multiple of ``ROW_GROUP``."""
+    return (rows + (ROW_GROUP - 1) * min(rows, num_local)) // ROW_GROUP * ROW_GROUP
 
 
 class Choices(NamedTuple):
@@ -125,10 +135,10 @@ def _kernel(name: str, values: int | None = None) -> Kernel:
 
 def route_rows(
     logits_TE: Tensor, bias_E: Tensor | None, rule: GroupedRouting, choices: Choices, tables: RowTables
-) -> None:
-    """Choose and place. ``logits_TE`` float32 with contiguous rows."""
+) -> list[Launch]:
+    """The launches that choose and place. ``logits_TE`` float32 with contiguous rows."""
     values = next(v for v in VALUES if 32 * v >= rule.num_experts)
-    _launch(
+    return _launches(
         "route", values, logits_TE, choices, tables,
         logits=logits_TE, row=logits_TE.stride(0), bias=bias_E, scoring=_SCORING[rule.scoring],
         bias_type=0 if bias_E is None else _BIAS[bias_E.dtype], groups=rule.n_group, kept=rule.topk_group,
@@ -143,23 +153,25 @@ def place_topk(
     scaling_factor: float,
     choices: Choices,
     tables: RowTables,
-) -> None:
-    """Place the choices of another router: ids int32 or int64, weights float32 (None: 1), both contiguous."""
-    _launch(
+) -> list[Launch]:
+    """The launches that place the choices of another router: ids int32 or int64, weights float32 (None: 1), both
+    contiguous.
+    """
+    return _launches(
         "place", None, ids_TK, choices, tables,
         ids=ids_TK, wide=int(ids_TK.dtype is torch.int64), topk_weights=weights_TK, map=expert_map,
         factor=scaling_factor,
     )  # fmt: skip
 
 
-def _launch(
+def _launches(
     family: str,
     values: int | None,
     of_tokens: Tensor,
     choices: Choices,
     tables: RowTables,
     **source: Tensor | float | None,
-) -> None:
+) -> list[Launch]:
     """``source``: the parameters that say where a token's choices come from."""
     tokens = of_tokens.shape[0]
     choose = {
@@ -168,19 +180,17 @@ def _launch(
         "counters": tables.counters, "counter_words": tables.counter_words,
     }  # fmt: skip
     place = {
-        "offsets": tables.offsets, "tile_offsets": tables.tile_offsets, "items": tables.items,
-        "row_slot": tables.row_slot, "slot_row": tables.slot_row, "stream_rows": tables.stream_rows,
+        "offsets": tables.offsets, "items": tables.items, "row_slot": tables.row_slot, "row_token": tables.row_token,
+        "slot_row": tables.slot_row,
+        "stream_rows": tables.stream_rows,
     }  # fmt: skip
-    with on_device(of_tokens):
-        if tokens <= SMALL_TOKENS:
-            _kernel(f"{family}_small", values).launch((CLUSTER, 1, 1), **choose, **place)
-            return
-        blocks = min(MAX_BLOCKS, -(-tokens // PASS_TOKENS))
-        grid, span = (blocks, 1, 1), -(-tokens // blocks)
-        _kernel(f"{family}_count", values).launch(
-            grid, **choose, span=span, counts=tables.counts, slot_row=tables.slot_row
-        )
-        _kernel("place_rows").launch(
-            grid, counts=tables.counts, tokens=tokens, span=span, choices=choices.per_token,
-            num_local=choices.num_local, **place,
-        )  # fmt: skip
+    if tokens <= SMALL_TOKENS:
+        return [Launch(_kernel(f"{family}_small", values), (CLUSTER, 1, 1), {**choose, **place})]
+    blocks = min(MAX_BLOCKS, -(-tokens // PASS_TOKENS))
+    grid, span = (blocks, 1, 1), -(-tokens // blocks)
+    count = {**choose, "span": span, "counts": tables.counts, "slot_row": tables.slot_row}
+    place |= {
+        "counts": tables.counts, "tokens": tokens, "span": span, "choices": choices.per_token,
+        "num_local": choices.num_local,
+    }  # fmt: skip
+    return [Launch(_kernel(f"{family}_count", values), grid, count), Launch(_kernel("place_rows"), grid, place)]

@@ -57,10 +57,16 @@ DEVICE void tma_load_multicast(u32 tile, const TensorMap* map, u32 barrier, u16 
         : "memory");
 }
 
-// Loads of what is read once: it leaves L2 first. `policy` of evict_first().
+// Loads of what is read once: it leaves L2 first (`policy` of evict_first()), unless others read it soon (evict_normal()).
 DEVICE u64 evict_first() {
     u64 policy;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+DEVICE u64 evict_normal() {
+    u64 policy;
+    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
 
@@ -78,6 +84,13 @@ DEVICE void tma_load_once(u32 tile, const TensorMap* map, u32 barrier, u64 polic
         "[%0], [%1, {%4, %5, %6, %7, %8}], [%2], %3;" ::"r"(tile),
         "l"(map), "r"(barrier), "l"(policy), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
         : "memory");
+}
+
+// `bytes` that lie together, without a tensor map; addresses and size are multiples of 16.
+DEVICE void bulk_load(u32 destination, const void* source, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination), "l"(source),
+                 "r"(bytes), "r"(barrier)
+                 : "memory");
 }
 
 // Fetch the descriptor itself, at the start of a kernel, so that the first load does not wait for it.
