@@ -9,7 +9,7 @@
 Shapes: T tokens, H hidden, I expert intermediate, E experts, K choices a token, N1 = 2I for gated activations, else I.
     x (T, H) · w1 (E, N1, H) · b1 (E, N1) · w2 (E, H, I) · b2 (E, H)
 Weights stored transposed, (E, H, N1) or (E, I, H), are passed as ``w.transpose(1, 2)``: a view, never a copy. Scores
-are kept in fp32 whatever the dtype of x.
+come in any float dtype and are read in fp32 (fp64 for fp64 x).
 
 All take the keyword options of :class:`ExpertOptions` (``training/options.py``): biases, activation, layout, recipe,
 weight_cache, inference, accumulate_into_main_grad, backend, validate. All raise TypeError or ValueError, with the
@@ -304,8 +304,9 @@ class _Experts(NamedTuple):
     def run(self, x: Tensor, scores: Tensor, plan: RoutingPlan) -> Tensor:
         """``x``: that of the experts, or what ``router_linear`` made of it."""
         scores_S = scores if scores.dim() == 1 else scores.reshape(-1)
-        if scores_S.dtype not in (torch.float32, torch.float64):
-            scores_S = scores_S.float()
+        dtype = torch.float64 if x.dtype is torch.float64 else torch.float32  # all that kernels read
+        if scores_S.dtype is not dtype:
+            scores_S = scores_S.to(dtype)
         return run_experts(x, scores_S, self.w1, self.b1, self.w2, self.b2, plan, self.options)
 
     def run_few(self, ids_TK: Tensor, scores_TK: Tensor) -> Tensor:

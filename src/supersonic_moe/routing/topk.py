@@ -36,6 +36,7 @@ from supersonic_moe.config.router import (
 )
 from supersonic_moe.kernels import registry
 from supersonic_moe.kernels.interface import Routing
+from supersonic_moe.kernels.reference.router import route_backward as differentiable_backward
 
 
 def route(
@@ -177,5 +178,9 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dscores: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        dlogits = torch.ops.supersonic_moe.route_backward.default(dscores, *ctx.saved_tensors, *ctx.config)
+        if torch.is_grad_enabled():  # create_graph: the op has no derivative, plain torch has
+            logits, scores, ids = ctx.saved_tensors
+            dlogits = differentiable_backward(dscores, logits, scores, ids, _decode(*ctx.config[:-1]))
+        else:
+            dlogits = torch.ops.supersonic_moe.route_backward.default(dscores, *ctx.saved_tensors, *ctx.config)
         return dlogits, None, None, None

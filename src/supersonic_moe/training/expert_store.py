@@ -49,7 +49,7 @@ from supersonic_moe.config.activation import Activation
 from supersonic_moe.config.recipe import Fp8Recipe, Recipe
 from supersonic_moe.private_api import add_each, copy_each
 from supersonic_moe.quantization.weight_cache import Fp8Weight, Quantize, WeightCache, signs_of
-from supersonic_moe.training.main_grad import fits, gradient_dtype
+from supersonic_moe.training.main_grad import fits, gradient_dtype, main_grad_of, overwrites
 
 ExpertWeights: TypeAlias = dict[str, list[Tensor]]
 """The parameters of all experts, under "w1" and "w2"."""
@@ -186,12 +186,16 @@ class ExpertStore:
 
     @torch.no_grad()
     def _flush(self, parameters: ExpertWeights) -> None:
-        mains, sums = [], []
+        mains, sums, replaced = [], [], []
         for which, buffer in self._buffers.items():
             for e, (p, dw) in enumerate(zip(parameters[which], buffer.unbind(), strict=True)):
                 if p.requires_grad:
                     mains.append(_main_grad(which, e, p))
+                    if overwrites(p):
+                        replaced.append(mains[-1])
                     sums.append(dw.T if self._transposed else dw)
+        for main in replaced:
+            main.zero_()
         add_each(mains, sums)
 
     def _before_optimizer(self, optimizer: Optimizer) -> None:
@@ -354,11 +358,12 @@ def _signs(parameters: list[Tensor]) -> tuple[list[Any], ...]:
 def _stacked(parameters: list[Tensor], shape: tuple[int, int], transposed: bool, dtype: torch.dtype) -> Tensor:
     w = torch.empty(len(parameters), *shape, dtype=dtype, device=parameters[0].device)
     copy_each(list(w.unbind()), [p.T if transposed else p for p in parameters])
+    w.in_every_pass = True  # type: ignore[attr-defined]  # nobody but the store can ask for its gradient
     return w.requires_grad_(any(p.requires_grad for p in parameters))
 
 
 def _main_grad(which: str, expert: int, p: Tensor) -> Tensor:
-    main = getattr(p, "main_grad", None)
+    main = main_grad_of(p)
     if not fits(main, p):
         raise ValueError(
             f"step() needs main_grad of {name_of(which, expert)} to be a "
