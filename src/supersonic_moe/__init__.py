@@ -29,11 +29,14 @@ if TYPE_CHECKING:
     from supersonic_moe.functional import routed_experts as routed_experts
     from supersonic_moe.functional import topk_experts as topk_experts
     from supersonic_moe.integrations.mlp_node import SonicMoEMlpNode as SonicMoEMlpNode
-    from supersonic_moe.moe import Experts as Experts
     from supersonic_moe.moe import KernelBackendMoE as KernelBackendMoE
     from supersonic_moe.moe import MoE as MoE
+    from supersonic_moe.moe import RouterOutput as RouterOutput
     from supersonic_moe.moe import constant_weights as constant_weights
     from supersonic_moe.moe import fp8_training as fp8_training
+    from supersonic_moe.moe import update_correction_bias as update_correction_bias
+    from supersonic_moe.parts import Experts as Experts
+    from supersonic_moe.parts import Router as Router
     from supersonic_moe.quantization.weight_cache import WeightCache as WeightCache
     from supersonic_moe.routing.aux_loss import router_z_loss as router_z_loss
     from supersonic_moe.routing.aux_loss import sequence_expert_counts as sequence_expert_counts
@@ -62,7 +65,15 @@ _HOME = {
         "topk_experts",
     ),
     "integrations.mlp_node": ("SonicMoEMlpNode",),
-    "moe": ("Experts", "KernelBackendMoE", "MoE", "constant_weights", "fp8_training"),
+    "moe": (
+        "KernelBackendMoE",
+        "MoE",
+        "RouterOutput",
+        "constant_weights",
+        "fp8_training",
+        "update_correction_bias",
+    ),
+    "parts": ("Experts", "Router"),
     "quantization.weight_cache": ("WeightCache",),
     "routing.aux_loss": (
         "router_z_loss",

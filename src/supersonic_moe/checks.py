@@ -6,6 +6,7 @@ synchronisation; they run under ``validate=True`` only.
 
 from __future__ import annotations
 
+import logging
 import math
 import reprlib
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from supersonic_moe.private_api import promise
+
+log = logging.getLogger("supersonic_moe")
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 120  # a router config whole; of a list its first six elements
@@ -48,6 +51,11 @@ def floating(name: str, t: Tensor) -> None:
             f"{name} must be bfloat16, float16, float32 or float64; got {describe(t)}. "
             f"Convert it with .to(torch.bfloat16)."
         )
+
+
+def floating_dtype(name: str, dtype: object) -> None:
+    if dtype not in _FLOATING:
+        raise TypeError(f"{name} must be a float dtype; got {short(dtype)}. Use torch.float32 or torch.float64.")
 
 
 def ids(name: str, t: object, rank: int) -> None:
@@ -107,6 +115,17 @@ def dense(name: str, t: Tensor) -> None:
         )
 
 
+def dense_rows(name: str, t: Tensor) -> Tensor:
+    """``t``, copied if its rows are not contiguous or are one and the same: of an input, a view is fine."""
+    if t.is_contiguous() or not t.numel():
+        return t
+    rows, columns = t.stride()
+    if columns == 1 and (rows or t.shape[0] == 1):
+        return t
+    log.debug("%s is copied, because kernels read whole rows: strides %s", name, (rows, columns))
+    return t.contiguous()
+
+
 def size(name: str, what: str, got: object, want: object, why: str) -> None:
     if got != want:
         raise ValueError(f"{name} must have {what} {want} ({why}); got {got}.")
@@ -138,6 +157,17 @@ def number(name: str, value: object, *, lowest: float = -math.inf) -> None:
 def flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False; got {describe(value)}.")
+
+
+def token_mask(name: str, mask: object, like: Tensor) -> None:
+    """Bool, one for each row of ``like`` (..., E)."""
+    shape = tuple(like.shape[:-1])
+    if not isinstance(mask, Tensor) or mask.dtype is not torch.bool or tuple(mask.shape) != shape:
+        raise TypeError(
+            f"{name} must be a bool tensor of shape {shape}, False for padding; got {describe(mask)}. "
+            "Compare the padding id: token_ids != pad_id."
+        )
+    same_device(name, mask, "the tokens", like)
 
 
 def choices_fit(k: int, num_experts: int) -> None:

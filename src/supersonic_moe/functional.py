@@ -18,12 +18,14 @@ constraint, what was given and the fix, before any kernel runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from supersonic_moe import checks
+from supersonic_moe.autocast import autocast_dtype
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.config.router import TokenRounding, TopKRouter, as_router
@@ -34,14 +36,14 @@ from supersonic_moe.routing.topk import route
 from supersonic_moe.training.arguments import Weight
 from supersonic_moe.training.ops import run_experts
 from supersonic_moe.training.options import ExpertOptions, Options, lists_options
-from supersonic_moe.training.router_linear import router_linear
+from supersonic_moe.training.router_linear import linear_in, router_linear
 
 
 class MoEOutput(NamedTuple):
     output: Tensor
     """(T, H), dtype of x."""
     router_logits: Tensor
-    """(T, E), dtype of x; feed them to the auxiliary losses."""
+    """(T, E); feed them to the auxiliary losses. In the dtype of x, or in ``router_dtype``."""
     expert_counts: Tensor
     """(E,) int32 rows that each expert computed."""
 
@@ -55,8 +57,10 @@ def moe_layer(
     num_experts_per_tok: int,
     *,
     router: TopKRouter | TokenRounding | str = "softmax_after_topk",
+    router_dtype: torch.dtype | None = None,
     correction_bias: Tensor | None = None,
     rounding_step: Tensor | int = 0,
+    token_mask_T: Tensor | None = None,
     **options: Unpack[ExpertOptions],
 ) -> MoEOutput:
     """The whole MoE block: ``logits = x @ router_weight.T``, routing, experts, weighted sum.
@@ -65,16 +69,58 @@ def moe_layer(
         router_weight_EH: (E, H). Other shapes: module docstring.
         num_experts_per_tok: K, 1 <= K <= E.
         router: a config of ``config.router`` or a TokenRounding (which then rounds, in training or not), or a name.
+        router_dtype: compute the logits in this dtype (torch.float32, torch.float64) whatever that of x, also under
+            autocast. None: in the dtype of x, or of autocast.
         correction_bias: (E,) fp32, only with SigmoidGroupedTopK.
         rounding_step: which draw of the sampled modes of token rounding, see :func:`token_rounding`.
+        token_mask_T: (T,) bool, False where a token is padding: such a token is not read and not counted, goes to no
+            expert and gets zeros. Not with a TokenRounding.
         options: :class:`ExpertOptions`.
     """
+    projection = RouterWeight(router_weight_EH, router_dtype)
+    layer = run_layer(
+        x_TH, projection, w1, w2, num_experts_per_tok, router, correction_bias, rounding_step, token_mask_T, options
+    )
+    return MoEOutput(layer.output, layer.router_logits, layer.expert_counts)
+
+
+class RouterWeight(NamedTuple):
+    """``logits = x @ weight.T``."""
+
+    weight_EH: Tensor
+    dtype: torch.dtype | None = None
+    """Of the logits; None: that of x, or of autocast."""
+
+
+class LayerOutput(NamedTuple):
+    """:class:`MoEOutput` with the choice of experts."""
+
+    output: Tensor
+    router_logits: Tensor
+    expert_counts: Tensor
+    expert_ids: Tensor | None
+    """(T, K) int32, -1 where a token is padding; None with token rounding."""
+
+
+def run_layer(
+    x_TH: Tensor,
+    router_or_logits: RouterWeight | Callable[[Tensor], Tensor],
+    w1: Tensor,
+    w2: Tensor,
+    num_experts_per_tok: int,
+    router: TopKRouter | TokenRounding | str,
+    correction_bias: Tensor | None,
+    rounding_step: Tensor | int,
+    token_mask_T: Tensor | None,
+    options: ExpertOptions,
+) -> LayerOutput:
+    """:func:`moe_layer`, for a router's weight or for any router, x (T, H) -> logits (T, E)."""
+    policy = as_router(router)
+    if token_mask_T is not None:
+        x_TH = _without_padding(x_TH, token_mask_T, policy)
     experts = _checked(x_TH, w1, w2, Options.read(options))
-    _check_router_weight(x_TH, router_weight_EH, w1)
-    policy, num_experts, backend = as_router(router), w1.shape[0], _router_backend(experts.options.backend)
-    if router_weight_EH.dtype is not experts.x.dtype:
-        router_weight_EH = router_weight_EH.to(experts.x.dtype)
-    logits_TE, x_for_experts = router_linear(experts.x, router_weight_EH)
+    num_experts, backend = w1.shape[0], _router_backend(experts.options.backend)
+    logits_TE, x_for_experts = _logits(x_TH, router_or_logits, experts)
     if experts.options.validate:
         checks.finite_logits(logits_TE)
     if isinstance(policy, TokenRounding):
@@ -84,12 +130,42 @@ def moe_layer(
         plan = plan_from_sorted_triples(
             rounded.token_indices, rounded.expert_indices, rounded.token_offsets, num_experts
         )
-        scores, counts_E = rounded.scores, rounded.counts
-    else:
-        scores, ids_TK = route(logits_TE, num_experts_per_tok, policy, correction_bias=correction_bias, backend=backend)
-        plan = plan_from_topk(ids_TK, num_experts)
-        counts_E = plan.expert_counts
-    return MoEOutput(experts.run(x_for_experts, scores, plan), logits_TE, counts_E)
+        output = experts.run(x_for_experts, rounded.scores, plan)
+        return LayerOutput(output, logits_TE, rounded.counts, None)
+    scores_TK, ids_TK = route(logits_TE, num_experts_per_tok, policy, correction_bias=correction_bias, backend=backend)
+    if token_mask_T is not None:
+        ids_TK = ids_TK.masked_fill(~token_mask_T[:, None], -1)
+    plan = plan_from_topk(ids_TK, num_experts)
+    return LayerOutput(experts.run(x_for_experts, scores_TK, plan), logits_TE, plan.expert_counts, ids_TK)
+
+
+def _without_padding(x_TH: Tensor, token_mask_T: Tensor, policy: TopKRouter | TokenRounding) -> Tensor:
+    """Zeros for padding: what stands there, NaN perhaps, would reach the gradient of the router's weight."""
+    if isinstance(policy, TokenRounding):
+        raise ValueError(
+            "token_mask cannot be combined with TokenRounding, which fills up tiles with tokens of its choice; got "
+            f"{policy}. Use its base router, or leave padding in."
+        )
+    checks.tensor("x", x_TH, 2, "(T, H)")
+    checks.token_mask("token_mask", token_mask_T, x_TH)
+    return x_TH.masked_fill(~token_mask_T[:, None], 0)
+
+
+def _logits(
+    x_TH: Tensor, router: RouterWeight | Callable[[Tensor], Tensor], experts: _Experts
+) -> tuple[Tensor, Tensor]:
+    """(logits (T, E), x for the experts)."""
+    if not isinstance(router, RouterWeight):
+        logits_TE = router(x_TH)
+        _check_router_logits(logits_TE, x_TH, experts.w1.value)
+        return logits_TE, experts.x
+    weight_EH, dtype = router
+    _check_router_weight(experts.x, weight_EH, experts.w1.value, dtype)
+    if dtype is not None:
+        return linear_in(x_TH, weight_EH, dtype), experts.x
+    if weight_EH.dtype is not experts.x.dtype:
+        weight_EH = weight_EH.to(experts.x.dtype)
+    return router_linear(experts.x, weight_EH)
 
 
 @lists_options
@@ -251,9 +327,8 @@ def _checked(x: Tensor, w1: Tensor, w2: Tensor, options: Options) -> _Experts:
                 why = f"one bias for each row of w{name[1]}"
                 checks.size(name, "shape", tuple(bias.shape), (num_experts, columns), why)
             operands.append((name, bias))
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    checks.dense("x", x)
+    dtype = autocast_dtype(x)
+    x = checks.dense_rows("x", x)
     for name, t in operands:
         if t.dtype is x.dtype and t.is_contiguous() and t.device == x.device:  # most are; what is wrong costs more
             continue
@@ -282,14 +357,25 @@ def _checked(x: Tensor, w1: Tensor, w2: Tensor, options: Options) -> _Experts:
     return _Experts(x, first, b1, second, b2, options)
 
 
-def _check_router_weight(x: Tensor, weight: Tensor, w1: Tensor) -> None:
+def _check_router_weight(x: Tensor, weight: Tensor, w1: Tensor, dtype: torch.dtype | None) -> None:
     checks.tensor("router_weight", weight, 2, "(E, H)")
     checks.floating("router_weight", weight)
     checks.same_device("router_weight", weight, "x", x)
-    if not torch.is_autocast_enabled(x.device.type):
+    if dtype is not None:
+        checks.floating_dtype("router_dtype", dtype)
+    elif weight.dtype is not x.dtype and autocast_dtype(x) is None:
         checks.same_dtype("router_weight", weight, "x", x)
     checks.size("router_weight", "hidden size", weight.shape[1], x.shape[1], "the last dimension of x")
     checks.size("router_weight", "expert count", weight.shape[0], w1.shape[0], "the experts of w1")
+
+
+def _check_router_logits(logits: Tensor, x: Tensor, w1: Tensor) -> None:
+    """What a router of any class returned."""
+    checks.tensor("the router's output", logits, 2, "(T, E)")
+    checks.floating("the router's output", logits)
+    checks.same_device("the router's output", logits, "x", x)
+    shape = (x.shape[0], w1.shape[0])
+    checks.size("the router's output", "shape", tuple(logits.shape), shape, "tokens of x, experts of w1")
 
 
 def _check_scores(name: str, scores: Tensor, x: Tensor, validate: bool) -> None:

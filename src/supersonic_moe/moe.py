@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,16 @@ from supersonic_moe import checks
 from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout, as_activation, as_layout
 from supersonic_moe.config.recipe import Fp8Recipe, Recipe, as_recipe
 from supersonic_moe.config.router import SigmoidGroupedTopK, TokenRounding, TopKRouter, as_router, check_router
-from supersonic_moe.functional import moe_layer
+from supersonic_moe.functional import RouterWeight, run_layer
+from supersonic_moe.parts import Experts, Router, is_plain_linear, weights_of
 from supersonic_moe.private_api import member_of
 from supersonic_moe.quantization.weight_cache import WeightCache
 from supersonic_moe.routing.aux_loss import router_z_loss, switch_load_balancing_loss
+from supersonic_moe.routing.counts import add_counts, keep_counts, move_biases
+from supersonic_moe.training.recompute import LastForward
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class KernelBackendMoE(Enum):
@@ -38,29 +45,19 @@ def _backend(value: KernelBackendMoE) -> str:
     return value.value
 
 
-class Experts(nn.Module):
-    """Weights of all experts for one projection: weight (E, out_features, in_features), bias (E, out_features)."""
+class RouterOutput(NamedTuple):
+    """What auxiliary losses of your own are made of (``routing/aux_loss.py``)."""
 
-    def __init__(self, num_experts: int, in_features: int, out_features: int, add_bias: bool, std: float) -> None:
-        super().__init__()
-        self.num_experts, self.in_features, self.out_features, self.std = num_experts, in_features, out_features, std
-        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(num_experts, out_features)) if add_bias else None
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        self.weight.normal_(0, self.std)
-        if self.bias is not None:
-            self.bias.zero_()
-
-    def extra_repr(self) -> str:
-        sizes = f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"
-        return f"{sizes}, bias={self.bias is not None}"
+    router_logits: Tensor
+    """(T, E), differentiable."""
+    expert_ids: Tensor | None
+    """(T, K) int32 experts of each token, -1 where it is padding; None with token rounding."""
+    expert_counts: Tensor
+    """(E,) int32 rows that each expert computed."""
 
 
 class MoE(nn.Module):
-    """TopKRouter, experts and weighted sum.
+    """Router, experts and weighted sum.
 
     Args:
         num_experts: E. num_experts_per_tok: K, at most E.
@@ -77,10 +74,16 @@ class MoE(nn.Module):
         accumulate_into_main_grad: add the gradients of ``c_fc.weight`` and ``c_proj.weight`` to their fp32
             ``main_grad``, not to ``.grad`` (Megatron's gradient accumulation fusion, ``training/main_grad.py``).
         validate: check device data too (NaN logits); costs a synchronisation a call.
+        router_dtype: compute the logits in this dtype (torch.float32, torch.float64) whatever that of the experts, also
+            under autocast.
+        device, dtype: of the parameters, as in any module of torch.
 
     Parameters: ``router.weight`` (E, H), ``c_fc.weight`` (E, 2I or I, H), ``c_fc.bias``, ``c_proj.weight`` (E, H, I),
-    ``c_proj.bias``; with SigmoidGroupedTopK also the buffer ``correction_bias`` (E,) fp32, which balances load without
-    a gradient (DeepSeek-V3 §2.1.2).
+    ``c_proj.bias``; with SigmoidGroupedTopK also the buffer ``correction_bias`` (E,), which balances load without a
+    gradient (DeepSeek-V3 §2.1.2) and stays fp32, see :func:`update_correction_bias`.
+
+    ``router``, ``c_fc`` and ``c_proj`` are called as modules, so hooks, parametrizations and adapters on them work.
+    ``router`` may be replaced by any module that maps x (T, H) to logits (T, E).
     """
 
     def __init__(
@@ -99,6 +102,9 @@ class MoE(nn.Module):
         z_loss_weight: float = 0.0,
         accumulate_into_main_grad: bool = False,
         validate: bool = False,
+        router_dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -110,6 +116,8 @@ class MoE(nn.Module):
             checks.positive(name, value)
         checks.flag("add_bias", add_bias)
         checks.number("z_loss_weight", z_loss_weight, lowest=0)
+        if router_dtype is not None:
+            checks.floating_dtype("router_dtype", router_dtype)
         self.num_experts = num_experts
         self.top_k = num_experts_per_tok
         self.hidden_size = hidden_size
@@ -120,33 +128,57 @@ class MoE(nn.Module):
         self.layout = as_layout(layout)
         self.recipe = as_recipe(recipe)
         self.weight_cache = WeightCache()
+        self._last_forward = LastForward()
         self.z_loss_weight = z_loss_weight
         self.accumulate_into_main_grad = accumulate_into_main_grad
         self.validate = validate
 
-        self.router = nn.Linear(hidden_size, num_experts, bias=False)
-        nn.init.normal_(self.router.weight, 0, std)
-        self.c_fc = Experts(num_experts, hidden_size, self.activation.fan * intermediate_size, add_bias, std)
-        self.c_proj = Experts(num_experts, intermediate_size, hidden_size, add_bias, std)
+        self.router = Router(hidden_size, num_experts, std, router_dtype, device, dtype)
+        fan_in = self.activation.fan * intermediate_size
+        self.c_fc = Experts(num_experts, hidden_size, fan_in, add_bias, std, device, dtype)
+        self.c_proj = Experts(num_experts, intermediate_size, hidden_size, add_bias, std, device, dtype)
         base = self.routing.base if isinstance(self.routing, TokenRounding) else self.routing
+        # No buffers: DistributedDataParallel would overwrite the counts of every rank by those of the first.
+        self.expert_counts = torch.zeros(num_experts, dtype=torch.int32, device=device)
+        """(E,) rows that each expert computed in the last forward; zeros before."""
+        self.counts_since_update: Tensor | None = None
+        """(E,) int64 rows of all forwards in training mode since the correction bias was moved; None without one."""
         if isinstance(base, SigmoidGroupedTopK):
-            self.register_buffer("correction_bias", torch.zeros(num_experts, dtype=torch.float32))
+            self.register_buffer("correction_bias", torch.zeros(num_experts, dtype=torch.float32, device=device))
+            self.counts_since_update = torch.zeros(num_experts, dtype=torch.int64, device=device)
+            self.register_load_state_dict_post_hook(_bias_in_fp32)  # type: ignore[no-untyped-call]
         else:
             self.correction_bias: Tensor | None = None
-        self.expert_counts: Tensor | None = None
-        """(E,) rows that each expert computed in the last forward; None before."""
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """What the constructor does to parameters and buffers; after ``to_empty``, for instance."""
+        for part in (self.router, self.c_fc, self.c_proj):
+            part.reset_parameters()
+        self.expert_counts.zero_()
+        if self.correction_bias is not None and self.counts_since_update is not None:
+            self.correction_bias.zero_()
+            self.counts_since_update.zero_()
 
     def forward(
         self,
         hidden_states: Tensor,
         kernel_backend_moe: KernelBackendMoE = KernelBackendMoE.auto,
         is_inference_mode: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """``hidden_states`` (..., H) -> (output (..., H), aux_loss).
+        *,
+        token_mask: Tensor | None = None,
+        return_routing: bool = False,
+    ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, RouterOutput]:
+        """``hidden_states`` (..., H) -> (output (..., H), aux_loss), and a :class:`RouterOutput` on request.
 
         ``aux_loss`` is the Switch load-balancing loss, unscaled, plus ``z_loss_weight`` times the z-loss; None when
         ``is_inference_mode``, which also saves nothing for backward. Without it nothing is saved either wherever
         autograd would not need it (``torch.no_grad``).
+
+        Args:
+            token_mask: (...) bool, False where a token is padding: such a token gets zeros, and is in neither the
+                losses nor the counts.
+            return_routing: return logits, expert ids and counts as well, for losses of your own.
         """
         if not isinstance(hidden_states, Tensor) or hidden_states.dim() < 1:
             raise TypeError(
@@ -164,58 +196,133 @@ class MoE(nn.Module):
             elif policy.mode in ("SR-f", "NR-s"):
                 # From torch's generator: fresh each step, the same when checkpointing recomputes, new at each replay.
                 rounding_step = torch.randint(2**31, (1,), device=hidden_states.device)
-        up, down = member_of(self, "c_fc"), member_of(self, "c_proj")
+                if not torch.compiler.is_compiling():
+                    rounding_step = self._last_forward.step(rounding_step)
+        recipe, correction_bias = self.recipe, self.correction_bias
+        if not torch.compiler.is_compiling():
+            counts = not is_inference_mode and (self.training or torch.is_grad_enabled())
+            recipe, correction_bias = self._last_forward.settings(recipe, correction_bias, counts)
         flat = hidden_states.dim() == 2  # views cost the host two autograd nodes
-        out_TH, logits_TE, counts_E = moe_layer(
-            hidden_states if flat else hidden_states.reshape(-1, self.hidden_size),
-            member_of(member_of(self, "router"), "weight"),
-            member_of(up, "weight"),
-            member_of(down, "weight"),
+        x_TH = hidden_states if flat else hidden_states.reshape(-1, self.hidden_size)
+        if token_mask is not None:
+            checks.token_mask("token_mask", token_mask, hidden_states)
+            token_mask = token_mask.reshape(-1)
+        router = member_of(self, "router")
+        w1, b1 = weights_of(member_of(self, "c_fc"), "c_fc", x_TH)
+        w2, b2 = weights_of(member_of(self, "c_proj"), "c_proj", x_TH)
+        out_TH, logits_TE, counts_E, ids_TK = run_layer(
+            x_TH,
+            RouterWeight(member_of(router, "weight")) if is_plain_linear(router) else router,
+            w1,
+            w2,
             self.top_k,
-            b1=member_of(up, "bias"),
-            b2=member_of(down, "bias"),
-            router=policy,
-            correction_bias=self.correction_bias,
-            rounding_step=rounding_step,
-            activation=self.activation,
-            layout=self.layout,
-            recipe=self.recipe,
-            weight_cache=self.weight_cache,
-            inference=is_inference_mode,
-            accumulate_into_main_grad=self.accumulate_into_main_grad,
-            backend=_backend(kernel_backend_moe),
-            validate=self.validate,
+            policy,
+            correction_bias,
+            rounding_step,
+            token_mask,
+            {
+                "b1": b1,
+                "b2": b2,
+                "activation": self.activation,
+                "layout": self.layout,
+                "recipe": recipe,
+                "weight_cache": self.weight_cache,
+                "inference": is_inference_mode,
+                "accumulate_into_main_grad": self.accumulate_into_main_grad,
+                "backend": _backend(kernel_backend_moe),
+                "validate": self.validate,
+            },
         )
-        self.__dict__["expert_counts"] = counts_E  # ``self.expert_counts =`` would search all parameters first
+        self._count(counts_E, self.training and not is_inference_mode)
         output = out_TH if flat else out_TH.view(hidden_states.shape)
-        if is_inference_mode:
-            return output, None
-        aux_loss = switch_load_balancing_loss(logits_TE, counts_E, router=policy)
-        if self.z_loss_weight:
-            aux_loss = aux_loss + self.z_loss_weight * router_z_loss(logits_TE)
+        aux_loss = None
+        if not is_inference_mode:
+            aux_loss = switch_load_balancing_loss(logits_TE, counts_E, router=policy, token_mask_T=token_mask)
+            if self.z_loss_weight:
+                aux_loss = aux_loss + self.z_loss_weight * router_z_loss(logits_TE, token_mask_T=token_mask)
+        if return_routing:
+            return output, aux_loss, RouterOutput(logits_TE, ids_TK, counts_E)
         return output, aux_loss
 
+    def _count(self, counts_E: Tensor, training: bool) -> None:
+        total_E = self.counts_since_update if training else None
+        if total_E is not None and total_E.device != counts_E.device:  # parameters came one by one, not by ``_apply``
+            total_E = self.counts_since_update = _moved(total_E, counts_E.device)
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            # A graph may set no attribute inside a checkpoint, and can change no tensor that inference mode made.
+            if self.expert_counts.device != counts_E.device:
+                self.expert_counts = _moved(self.expert_counts, counts_E.device)
+            keep_counts(self.expert_counts, total_E, counts_E)
+            return
+        self.__dict__["expert_counts"] = counts_E  # ``self.expert_counts =`` would search all parameters first
+        if total_E is not None:
+            add_counts(total_E, counts_E)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoE:
-        """``.to(torch.bfloat16)`` leaves the correction bias in fp32: its updates of 1e-3 would round away."""
+        """``.to(torch.bfloat16)`` leaves the correction bias in fp32: its updates of 1e-3 would round away. The counts
+        go along, and with the bias start at zero where there was no data (``to_empty`` from the meta device).
+        """
         before = self.correction_bias
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         after = self.correction_bias
-        if before is not None and after is not None and after.dtype is not before.dtype:
-            self.correction_bias = after.to(before.dtype) if before.is_meta else before.to(after.device)
+        if before is not None and after is not None and (before.is_meta or after.dtype is not before.dtype):
+            self.correction_bias = _moved(before, after.device)
+        device = fn(self.expert_counts).device
+        self.expert_counts = _moved(self.expert_counts, device)
+        if self.counts_since_update is not None:
+            self.counts_since_update = _moved(self.counts_since_update, device)
         return self
 
     def extra_repr(self) -> str:
         return (
             f"num_experts={self.num_experts}, num_experts_per_tok={self.top_k}, hidden_size={self.hidden_size}, "
             f"intermediate_size={self.intermediate_size}, activation={self.activation.type.value}, "
-            f"layout={self.layout.value}"
+            f"layout={self.layout.value}, router={self.routing}, recipe={self.recipe}"
         )
+
+
+def _moved(values: Tensor, device: torch.device) -> Tensor:
+    """For good, so no tensor of inference mode; zeros where there was no data."""
+    with torch.inference_mode(False):
+        return torch.zeros_like(values, device=device) if values.is_meta else values.to(device)
+
+
+def _bias_in_fp32(layer: nn.Module, _: object) -> None:
+    """After ``load_state_dict(..., assign=True)``, which takes the dtype of the checkpoint."""
+    assert isinstance(layer, MoE) and layer.correction_bias is not None
+    if layer.correction_bias.dtype is not torch.float32:
+        layer.correction_bias = layer.correction_bias.float()
+
+
+def update_correction_bias(model: nn.Module, rate: float, *, group: ProcessGroup | None = None) -> None:
+    """Balance the load of every :class:`MoE` of ``model`` that has a ``correction_bias``, once after each optimizer
+    step: ``rate`` is added to the bias of experts that got fewer tokens than the mean since the last call, and
+    subtracted from that of experts that got more (DeepSeek-V3, arXiv 2412.19437, section 2.1.2, where it is 1e-3).
+
+    Counted are all forwards in training mode, each once: the micro-batches of a step, not an evaluation, and not the
+    recomputation of a checkpoint. Nothing waits for the device, so this may be part of a CUDA graph.
+
+    Args:
+        group: sum the counts over these processes first, in one ``all_reduce``. All of them must call this.
+            ``torch.distributed.group.WORLD`` is the default group. None: no communication.
+    """
+    checks.number("rate", rate, lowest=0)
+    layers = [layer for layer in _layers(model, "update_correction_bias") if layer.correction_bias is not None]
+    if not layers:
+        raise ValueError(
+            "update_correction_bias needs a layer with a correction_bias, which comes with "
+            f"router=SigmoidGroupedTopK(...); {type(model).__name__} has none."
+        )
+    biases_E = [layer.correction_bias for layer in layers if layer.correction_bias is not None]
+    totals_E = [layer.counts_since_update for layer in layers if layer.counts_since_update is not None]
+    move_biases(biases_E, totals_E, rate, group)
 
 
 @contextmanager
 def fp8_training(model: nn.Module, recipe: Fp8Recipe | None = None) -> Iterator[None]:
     """Every :class:`MoE` of ``model`` computes with ``recipe``, by default ``Fp8Recipe()``, inside the block; then each
-    has its own recipe again. Backward may run outside: a pass ends in the recipe that its forward had.
+    has its own recipe again. Backward may run outside: a pass ends in the recipe that its forward had, also where
+    activation checkpointing computes it again (``training/recompute.py``).
     """
     recipe = Fp8Recipe() if recipe is None else recipe
     if not isinstance(recipe, Fp8Recipe):

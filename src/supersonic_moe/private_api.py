@@ -74,9 +74,6 @@ def reaches(node: Any) -> bool | None:
         return None
 
 
-graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
-"""A number for the backward pass that runs in this thread; -1 outside of one, and where torch does not say."""
-
 BASE_APPLIES = hasattr(torch.autograd.Function.__base__, "apply")
 """Whether ``torch.autograd.Function.apply`` binds arguments and then calls ``apply`` of its base class."""
 
@@ -109,6 +106,43 @@ def versions_of(tensors: Sequence[Tensor]) -> list[int]:
         return list(map(_counted, tensors))
     except AttributeError:
         return [next(_never_twice) for _ in tensors]
+
+
+_graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward on this thread, as it is when checkpointing runs a forward again. False
+    where torch does not say.
+    """
+    return bool(_graph_task() != -1)
+
+
+_ALL_CALLS = nn.modules.module
+_SOMETHING = {None: None}
+_forward_of_all = getattr(_ALL_CALLS, "_global_forward_hooks", _SOMETHING)
+_forward_pre_of_all = getattr(_ALL_CALLS, "_global_forward_pre_hooks", _SOMETHING)
+_backward_of_all = getattr(_ALL_CALLS, "_global_backward_hooks", _SOMETHING)
+_backward_pre_of_all = getattr(_ALL_CALLS, "_global_backward_pre_hooks", _SOMETHING)
+
+
+def runs_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module runs more than the ``forward`` of its class. True where torch does not say."""
+    own = module.__dict__
+    try:
+        return bool(
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or _forward_of_all
+            or _forward_pre_of_all
+            or _backward_of_all
+            or _backward_pre_of_all
+            or "forward" in own  # how accelerate offloads
+        )
+    except KeyError:
+        return True
 
 
 def member_of(module: nn.Module, name: str) -> Any:

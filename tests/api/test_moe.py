@@ -182,6 +182,158 @@ def test_correction_bias_stays_in_fp32():
     moe(torch.randn(T, H, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("router", ["softmax_after_topk", "sigmoid_grouped_topk"])
+def test_compile_fullgraph_around_a_checkpoint(router):
+    """No attribute may be set in there, so counts are kept in place."""
+    moe = layer(router=router, add_bias=True)
+
+    def grads(run):
+        moe.zero_grad()
+        y = x.clone().requires_grad_()
+        out, aux = run(y)
+        (out.square().sum() + aux).backward()
+        return [out, y.grad, moe.expert_counts.clone(), *(p.grad for p in moe.parameters())]
+
+    x = torch.randn(9, H)
+    want = grads(moe)
+    compiled = torch.compile(
+        lambda x: checkpoint(moe, x, use_reentrant=False), fullgraph=True, backend="aot_eager", dynamic=True
+    )
+    moe.expert_counts.zero_()
+    for got, expected in zip(grads(compiled), want, strict=True):
+        torch.testing.assert_close(got, expected)
+    if moe.counts_since_update is not None:
+        assert moe.counts_since_update.sum() == 2 * 9 * K
+
+
+VIEWS = {
+    "batch 1 transposed": lambda x: x.view(1, H, T).transpose(1, 2),
+    "batch 2 transposed": lambda x: x.view(2, H, T // 2).transpose(1, 2),
+    "2-D transposed": lambda x: x.view(H, T).t(),
+    "expanded rows": lambda x: x[:1].expand(5, H),
+    "expanded batch": lambda x: x[:1].expand(5, 1, H),
+    "expanded columns": lambda x: x[:, :1].expand(T, H),
+    "every other column": lambda x: torch.cat([x, x], 1)[:, ::2],
+    "rows that overlap": lambda x: x.flatten().as_strided((T - 1, H), (3, 1)),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_any_view_is_an_input(view):
+    moe, x = layer(), torch.randn(T, H)
+    results = []
+    for copied in (False, True):
+        y = x.clone().requires_grad_()
+        given = VIEWS[view](y)
+        out, aux = moe(given.clone(memory_format=torch.contiguous_format) if copied else given)
+        (out.square().sum() + aux).backward()
+        results.append((out, aux, y.grad))
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_meta_device():
+    """Shapes of a forward without its data."""
+    moe = layer(router="sigmoid_grouped_topk", device="meta")
+    x = torch.randn(3, 5, H, device="meta", requires_grad=True)
+    out, aux = moe(x)
+    (out.sum() + aux).backward()
+    assert out.shape == x.shape and out.is_meta and x.grad.shape == x.shape
+    assert moe.expert_counts.is_meta
+
+
+@pytest.mark.parametrize("how", ["reset", "each part"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_from_the_meta_device_as_from_the_constructor(how, dtype):
+    args = dict(add_bias=True, router="sigmoid_grouped_topk")
+    moe = layer(**args, device="meta", dtype=dtype)
+    assert all(p.is_meta and p.dtype is dtype for p in moe.parameters())
+    moe.to_empty(device="cpu")
+    assert not moe.correction_bias.any() and not moe.counts_since_update.any() and not moe.expert_counts.any()
+    for value in (*moe.parameters(), moe.correction_bias, moe.counts_since_update, moe.expert_counts):
+        value.data.fill_(77)
+    torch.manual_seed(5)
+    if how == "reset":
+        moe.reset_parameters()
+    else:
+        for module in (moe.router, moe.c_fc, moe.c_proj):
+            module.reset_parameters()
+        moe.correction_bias.zero_()
+    torch.manual_seed(5)
+    made = layer(**args, dtype=dtype)
+    for (name, got), want in zip(moe.state_dict().items(), made.state_dict().values(), strict=True):
+        assert torch.equal(got, want), name
+    assert moe.correction_bias.dtype is torch.float32
+    if how == "reset":
+        assert not moe.counts_since_update.any() and not moe.expert_counts.any()
+
+
+def test_router_has_the_standard_deviation_that_was_asked_for():
+    moe = sm.MoE(64, 2, 256, I, "swiglu", False, 0.5, device="meta").to_empty(device="cpu")
+    for module in moe.modules():
+        module.reset_parameters()  # as FSDP2's recipes do
+    for weight in moe.parameters():
+        assert weight.std().item() == pytest.approx(0.5, rel=0.05)
+
+
+def test_skip_init():
+    moe = torch.nn.utils.skip_init(
+        MoE, E, K, H, I, "swiglu", True, 0.5, router="sigmoid_grouped_topk", device="cpu", dtype=torch.float64
+    )
+    moe.load_state_dict(layer(add_bias=True, router="sigmoid_grouped_topk").state_dict())
+    moe(torch.randn(T, H, dtype=torch.float64))
+    assert moe.counts_since_update.sum() == T * K
+
+
+@pytest.mark.parametrize("router_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_router_dtype(router_dtype, autocast):
+    """Beside experts in BF16 logits are those of the exact operands, and so are the choices; rounding changes some."""
+    torch.manual_seed(2)
+    moe = MoE(32, 4, H, I, "swiglu", False, 0.5, router_dtype=router_dtype, dtype=None if autocast else torch.bfloat16)
+    x = torch.randn(256, H, dtype=torch.float32 if autocast else torch.bfloat16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out, aux, routing = moe(x, return_routing=True)
+        rounded = torch.nn.functional.linear(x, moe.router.weight)
+        (out.float().square().sum() + aux + routing.router_logits.square().sum()).backward()
+    exact = x.detach().double() @ moe.router.weight.detach().double().T
+    assert out.dtype == torch.bfloat16 and routing.router_logits.dtype == router_dtype
+    torch.testing.assert_close(routing.router_logits.double(), exact, rtol=1e-5, atol=1e-5)
+    best = [logits.topk(4).indices.sort(1).values for logits in (exact, rounded)]
+    assert torch.equal(routing.expert_ids.sort(1).values, best[0].int())
+    assert not torch.equal(*best)
+    assert x.grad.dtype == x.dtype and moe.router.weight.grad.dtype == moe.router.weight.dtype
+
+
+def test_gradients_of_logits_in_another_dtype():
+    """The definition is F.linear of converted operands; second derivatives come with it."""
+    from supersonic_moe.training.router_linear import linear_in
+
+    x, w = torch.randn(T, H, requires_grad=True), torch.randn(E, H, requires_grad=True)
+    results = []
+    for project in (linear_in, lambda x, w, dtype: torch.nn.functional.linear(x.to(dtype), w.to(dtype))):
+        loss = project(x, w, torch.float64).sin().sum()
+        grads = torch.autograd.grad(loss, (x, w), create_graph=True)
+        results.append([*grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), (x, w))])
+    for got, want in zip(*results, strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, want)
+
+
+def test_print_shows_router_and_recipe():
+    text = repr(
+        layer(router=sm.SigmoidGroupedTopK(scaling_factor=2.5), recipe=sm.Fp8Recipe(), router_dtype=torch.float32)
+    )
+    for part in (
+        "SigmoidGroupedTopK(",
+        "scaling_factor=2.5",
+        "recipe=Fp8Recipe(",
+        "num_experts=4",
+        "logits_dtype=torch.float32",
+    ):
+        assert part in text
+
+
 def test_eval_mode_still_gives_gradients():
     """Fine-tuning may run in eval(): only torch.no_grad and is_inference_mode drop the gradients."""
     moe = layer().eval()

@@ -18,7 +18,7 @@ from supersonic_moe.config.grouped_routing import GroupedRouting
 from supersonic_moe.inference import SharedExpert, moe_fp8_ds_routed, moe_fp8_topk, workspace, workspace_bytes
 from supersonic_moe.kernels.reference import local_ids, route_grouped
 from supersonic_moe.kernels.reference.inference import Fp8Experts, moe_fp8
-from supersonic_moe.kernels.sm90 import route_rows
+from supersonic_moe.kernels.sm90 import route_rows, stream_experts
 
 pytestmark = pytest.mark.gpu
 
@@ -264,3 +264,5 @@ def test_nobody_waits_for_the_host() -> None:
 def test_constants_agree() -> None:
     assert workspace.COUNTING_BLOCKS == route_rows.MAX_BLOCKS
     assert workspace.STREAMED_ROWS == route_rows.ITEM_ROWS
+    for rows, experts in ((0, 3), (1, 3), (8, 1), (700, 32), (4096, 32)):
+        assert workspace.padding(rows, experts) == stream_experts.plane_rows(rows, experts)

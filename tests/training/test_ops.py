@@ -103,6 +103,9 @@ def cases():
         logits, dloss = torch.randn(T, E, dtype=dtype), torch.tensor(0.5, dtype=acc_dtype(dtype))
         yield f"switch_loss_forward-{str(dtype)[6:]}", (logits, counts, "auto")
         yield f"switch_loss_backward-{str(dtype)[6:]}", (dloss, logits, counts, "auto")
+    counts = torch.arange(E, dtype=torch.int32)
+    yield "keep_counts-last", (torch.zeros_like(counts), None, counts)
+    yield "keep_counts-and_total", (torch.zeros_like(counts), torch.full((E,), 2**40), counts)
     for dtype, scale, step in ((torch.float32, None, None), (torch.bfloat16, 2.5, torch.tensor(3))):
         logits = torch.randn(T, E, dtype=dtype)
         scores, ids = ops.route_forward.default(logits, None, K, *ROUTERS[0], "auto")

@@ -141,8 +141,7 @@ class ByteTransformer(nn.Module):
 
     def expert_counts(self) -> Tensor:
         """(layers, E): how many tokens each expert received in the last forward."""
-        layers = [layer.expert_counts for layer in self.modules() if isinstance(layer, MoE)]
-        return torch.stack([counts_E for counts_E in layers if counts_E is not None])
+        return torch.stack([layer.expert_counts for layer in self.modules() if isinstance(layer, MoE)])
 
     @torch.no_grad()
     def generate(self, prompt: bytes, length: int, *, temperature: float = 0.6, seed: int = 0) -> Iterator[bytes]:

@@ -1,8 +1,8 @@
-"""The inference operator as a list of sm_90a kernel calls: route, multiply, combine.
+"""The inference operator as a list of sm_90a kernel calls: route, then multiply and combine.
 
 Rows are streamed (``kernels/sm90/stream_experts.py``) where an expert has few of them, and go through the tile kernels
 of the FP8 layer where it has many. The host knows only T * K, a bound of the rows of this rank. Up to 128 E_local of
-them everything is streamed, in three launches. Beyond, the router counts on the device and writes who works: the
+them everything is streamed, in two launches. Beyond, the router counts on the device and writes who works: the
 streaming kernel up to ``MEAN_ROWS`` rows an expert on average, else the tile kernels; the others find nothing to do. A
 hot expert among streamed ones takes a pass over its weights for each 128 rows.
 """
@@ -24,7 +24,7 @@ from supersonic_moe.kernels.reference.inference import Fp8Experts
 from supersonic_moe.kernels.sm90.combine_rows import combine_rows
 from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import grouped_mm_fp8
 from supersonic_moe.kernels.sm90.route_rows import Choices, RowTables, max_items, place_topk, route_rows
-from supersonic_moe.kernels.sm90.stream_experts import Scratch, num_counters, stream_experts
+from supersonic_moe.kernels.sm90.stream_experts import Inputs, Scratch, num_counters, plane_rows, stream_experts
 from supersonic_moe.kernels.sm90.up_projection_fp8 import up_projection_fp8
 from supersonic_moe.kernels.triton.quantize import quantize_rows_into
 from supersonic_moe.quantization.block_format import E4M3, blocks
@@ -109,38 +109,41 @@ def _run(
         )
     at = regions(*sizes)
     rows = x.shape[0] * choices.per_token
-    capacity = streamed_rows(rows, inter, choices.num_local)
-    tiles = rows > capacity
-    items = max_items(choices.num_local, capacity)
+    streamed = streamed_rows(rows, inter, choices.num_local)
+    tiles = rows > streamed
+    items = max_items(choices.num_local, streamed)
     tables = RowTables(
-        offsets=base + at.offsets,
-        tile_offsets=base + at.tile_offsets if tiles else None,
+        offsets=base + at.offsets if tiles else None,
         items=base + at.items,
         row_slot=base + at.row_slot,
         slot_row=base + at.slot_row,
         weights=base + at.weights,
         counters=base + at.counters,
         counts=base + at.counts,
-        counter_words=num_counters(items, inter),
+        counter_words=num_counters(items, hidden, inter),
         max_items=items,
         stream_rows=MEAN_ROWS * choices.num_local if tiles else rows,
     )
-    if x_scale is None:
+    route(tables)
+    if tiles and x_scale is None:
         codes = _view(workspace, at.x, E4M3, *x.shape)
         scales = _view(workspace, at.x_scale, torch.float32, x.shape[0], blocks(hidden))
         x, x_scale = quantize_rows_into(Quantized(codes, scales), x, layer.pow2)
-    route(tables)
-    scratch = Scratch(capacity, base + at.c, base + at.codes, base + at.c_scale, base + at.y)
-    stream_experts(
-        x, x_scale, layer.experts, layer.shared, tables, choices.per_token, scratch,
-        order=layer.order, limit=layer.limit, pow2=layer.pow2, x_weight_T=layer.x_weight_T,
+    scratch = Scratch(
+        plane_rows(streamed, choices.num_local), base + at.x_rows, base + at.x_rows_scale, base + at.c,
+        base + at.c_codes, base + at.c_scale, base + at.y,
     )  # fmt: skip
-    y_PH, y_shared_TH = None, None
-    if tiles:
-        row_slot_P = _view(workspace, at.row_slot, torch.int32, rows)
-        offsets = _view(workspace, at.tile_offsets, torch.int32, choices.num_local + 1)
-        y_PH, y_shared_TH = _multiply_tiles(x, x_scale, layer, row_slot_P // choices.per_token, offsets)
-    combine_rows(scratch.y_RH, y_PH, y_shared_TH, tables, choices.per_token, out)
+    stream_experts(
+        Inputs(x, x_scale, layer.x_weight_T), layer.experts, layer.shared, tables, choices.per_token, scratch, out,
+        order=layer.order, limit=layer.limit, pow2=layer.pow2,
+    )  # fmt: skip
+    if not tiles:
+        return
+    assert x_scale is not None
+    row_slot_P = _view(workspace, at.row_slot, torch.int32, rows)
+    offsets = _view(workspace, at.offsets, torch.int32, choices.num_local + 1)
+    y_PH, y_shared_TH = _multiply_tiles(x, x_scale, layer, row_slot_P // choices.per_token, offsets)
+    combine_rows(y_PH, y_shared_TH, tables, choices.per_token, out)
 
 
 def _multiply_tiles(

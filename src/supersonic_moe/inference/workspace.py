@@ -1,23 +1,24 @@
 """Device memory of one call, known on the host from shapes alone.
 
 A serving stack allocates once, at its largest batch, and passes the buffer to every call: the size never falls when T
-grows. Rows are bounded by T * K because only the device knows how many choices have a local expert. With R = T * K and
-R' = min(R, 128 * E_local), the rows of experts that the streaming kernel takes:
+grows. Rows are bounded by T * K because only the device knows how many choices have a local expert. With R = T * K,
+R' = min(R, 128 * E_local) the rows of experts that the streaming kernel takes, and P = R' + 7 min(R', E_local) + 31 of
+them padded:
 
 | region | bytes |
 |---|---|
-| counters and items | 20 + 4 ceil(I / 128) for each item |
-| tables of experts | 536 E_local |
+| counters and items | 32 + 4 H / 128, and 20 + 4 ceil(I / 128) for each item |
+| tables of experts | 532 E_local |
 | row -> slot, slot -> row, slot -> weight | 12 R |
-| x codes and scales, where x comes in bf16 | T H (1 + 4/128) |
-| c in fp32 before it is quantised | 4 R' I |
-| c codes and scales | R I + 4 R ceil(I / 128) |
-| y of each row: fp32 where streamed, else bf16 | the larger of 4 R' H and 2 R H |
+| x of each streamed row | P H (1 + 4/128) |
+| c in fp32, then in e4m3 | 4 P I + P I (1 + 4/128) |
+| y of each streamed row in fp32 | 4 P H |
+| x in e4m3, where R > R' | T H (1 + 4/128) |
 
-An item is up to 128 rows of an expert: E_local + R' / 128 at most. The last region is most of it: 1.6 GB at T 14107, K
-8, H 7168. ``max_tokens_per_chunk`` of the operators bounds T. Where I is not a multiple of 128 every row is streamed:
-R' = R. The tile kernels, which take over where rows are many, do not use their part of it yet: their c and y (the R
-terms of the last two regions) come from torch's allocator.
+An item is up to 128 rows of an expert: E_local + R' / 128 at most. So no more than 0.2 GB at E_local 32, H 7168,
+I 2048, and T H beyond T = 16 E_local. Where I is not a multiple of 128 every row is streamed: R' = R;
+``max_tokens_per_chunk`` of the operators bounds T. The tile kernels, which take over where rows are many, get their c
+and y (2 R I and 2 R H bytes) from torch's allocator.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from supersonic_moe.quantization.block_format import BLOCK, blocks
 
 ALIGNMENT = 256  # of the buffer and of each region: TMA wants 16 bytes, a DRAM burst of L2 is at most 256
 STREAMED_ROWS = 128  # of an expert, on average: beyond, the tile kernels take them
+ROW_GROUP, COLUMNS_BEHIND = 8, 24  # kernels/sm90/route_rows.py, stream_experts.py
 COUNTING_BLOCKS = 132  # of the routing kernel for many tokens
 
 
@@ -41,18 +43,19 @@ class Regions(NamedTuple):
 
     counters: int
     offsets: int
-    tile_offsets: int
     items: int
     counts: int
     row_slot: int
     slot_row: int
     weights: int
-    x: int
-    x_scale: int
+    x_rows: int
+    x_rows_scale: int
     c: int
-    codes: int
+    c_codes: int
     c_scale: int
     y: int
+    x: int
+    x_scale: int
     end: int
 
 
@@ -79,26 +82,34 @@ def streamed_rows(rows: int, intermediate: int, num_local: int) -> int:
     return rows if intermediate % BLOCK else min(rows, STREAMED_ROWS * num_local)
 
 
+def padding(rows: int, num_local: int) -> int:
+    """P: rows as the streaming kernel numbers them, and those that it reads behind the last."""
+    return -(-rows // ROW_GROUP) * ROW_GROUP + (ROW_GROUP - 1) * min(rows, num_local) + COLUMNS_BEHIND
+
+
 @functools.lru_cache(maxsize=256)
 def regions(num_tokens: int, top_k: int, hidden: int, intermediate: int, num_local: int) -> Regions:
     rows = num_tokens * top_k
     streamed = streamed_rows(rows, intermediate, num_local)
     items = num_local + streamed // STREAMED_ROWS
+    padded = padding(streamed, num_local)
+    token_major = num_tokens if rows > streamed else 0
     sizes = (
-        4 * (4 + items * (1 + blocks(intermediate))),
-        4 * (num_local + 1),
+        4 * (4 + blocks(hidden) + items * (1 + blocks(intermediate))),
         4 * (num_local + 1),
         16 * (items + 1),
         4 * COUNTING_BLOCKS * num_local,
+        4 * max(rows, padded),
         4 * rows,
         4 * rows,
-        4 * rows,
-        num_tokens * hidden,
-        4 * num_tokens * blocks(hidden),
-        4 * streamed * intermediate,
-        rows * intermediate,
-        4 * rows * blocks(intermediate),
-        max(4 * streamed, 2 * rows) * hidden,
+        padded * hidden,
+        4 * padded * blocks(hidden),
+        4 * padded * intermediate,
+        padded * blocks(intermediate) * BLOCK,
+        4 * padded * blocks(intermediate),
+        4 * padded * hidden,
+        token_major * hidden,
+        4 * token_major * blocks(hidden),
     )
     starts = [0]
     for size in sizes:

@@ -26,7 +26,7 @@ HAS_DRIVER_BINDINGS = (
 )
 
 _WHAT = {
-    "triton": "Triton kernels around torch's grouped GEMM",
+    "triton": "Triton kernels around torch's grouped GEMM, or in fp16 our own",
     "sm90": "our sm_90 grouped GEMMs, Triton for what is bound by memory",
 }
 _NO_FP8 = (
@@ -107,7 +107,7 @@ def choose(
     if backend == "reference":
         return Choice("reference", "asked for: per-expert torch loop, the truth that kernels are tested against")
     obstacle = _triton_obstacle(device, dtype, hidden, intermediate)
-    sm90_obstacle = obstacle or _sm90_obstacle(device)
+    sm90_obstacle = obstacle or _sm90_obstacle(device, dtype)
     if backend == "sm90":
         if sm90_obstacle:
             raise ValueError(f"backend 'sm90' cannot run this call: {sm90_obstacle}. Use backend='auto'.")
@@ -140,7 +140,7 @@ def choose_fp8(device: torch.device, *, hidden: int, intermediate: int, backend:
     if backend == "triton":
         raise ValueError(_NO_FP8.format(backend))
     if backend == "auto" and device.type == "cuda":
-        obstacle = _triton_obstacle(device, torch.bfloat16, hidden, intermediate) or _sm90_obstacle(device)
+        obstacle = _triton_obstacle(device, torch.bfloat16, hidden, intermediate) or _sm90_obstacle(device, None)
         if obstacle:
             raise ValueError(
                 f"Fp8Recipe cannot run on {device}: {obstacle}. Use recipe=Bf16Recipe(), or backend='reference', which "
@@ -156,16 +156,18 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype | None, hidden: in
         return f"Triton needs a CUDA device, the tensors are on {device}"
     if dtype is None:
         return None
-    if dtype is not torch.bfloat16:
-        return f"torch's grouped GEMM needs bfloat16, the inputs are {str(dtype).removeprefix('torch.')}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"the grouped GEMMs need bfloat16 or float16, the inputs are {str(dtype).removeprefix('torch.')}"
     if hidden % 8 or intermediate % 8:
-        return f"torch's grouped GEMM needs H and I to be multiples of 8, they are {hidden} and {intermediate}"
+        return f"the grouped GEMMs need H and I to be multiples of 8, they are {hidden} and {intermediate}"
     return None
 
 
-def _sm90_obstacle(device: torch.device) -> str | None:
+def _sm90_obstacle(device: torch.device, dtype: torch.dtype | None) -> str | None:
     if device.type != "cuda":
         return f"the sm_90 kernels need a CUDA device, the tensors are on {device}"
+    if dtype not in (None, torch.bfloat16):
+        return f"the sm_90 kernels need bfloat16, the inputs are {str(dtype).removeprefix('torch.')}"
     if not HAS_DRIVER_BINDINGS:
         return "the package cuda-bindings is not installed (pip install cuda-bindings)"
     capability = _capability(torch.cuda.current_device() if device.index is None else device.index)

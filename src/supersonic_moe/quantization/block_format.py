@@ -93,4 +93,4 @@ def transposed_scales(scale_RB: Tensor) -> Tensor:
     row, column = scale_RB.stride()
     if row == 1 and column % 4 == 0:
         return scale_RB
-    return empty_scales(scale_RB, *scale_RB.shape, tma=True).copy_(scale_RB)
+    return empty_scales(scale_RB, scale_RB.shape[0], scale_RB.shape[1], tma=True).copy_(scale_RB)

@@ -14,6 +14,9 @@ global batch    the same with counts summed over ranks and            Qiu et al.
                 the whole batch
 each sequence   ``sequence_load_balancing_loss``                      DeepSeek-V3; Megatron's ``seq_aux_loss``
 ==============  ====================================================  ==================================================
+
+All take a ``token_mask``, False for padding: those tokens are in no mean and get no gradient. Counts must leave them
+out too, as those of a layer with this mask do.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ def switch_load_balancing_loss(
     expert_counts_E: Tensor,
     *,
     router: TopKRouter | TokenRounding | str = "softmax_after_topk",
+    token_mask_T: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """The Switch Transformer's load-balancing loss (Fedus et al. 2021, arXiv 2101.03961, eq. 4-6, without its alpha).
@@ -52,13 +56,20 @@ def switch_load_balancing_loss(
         expert_counts_E: (E,) tokens routed to each expert, integer or float. Counts of the global batch give the
             global-batch loss: add up those of all ranks (``all_reduce``) and micro-batches first.
         router: the router's config or name: whether probabilities come from sigmoids.
-        backend: see ``kernels/registry.py``.
+        token_mask_T: (T,) bool, False where a token is padding.
+        backend: see ``kernels/registry.py``; with a mask always plain torch.
     """
     _check_logits(router_logits_TE)
     checks.tensor("expert_counts", expert_counts_E, 1, "(E,)")
     num_experts = router_logits_TE.shape[1]
     checks.size("expert_counts", "length", expert_counts_E.shape[0], num_experts, "the number of experts")
     checks.same_device("router_logits", router_logits_TE, "expert_counts", expert_counts_E)
+    if token_mask_T is not None:
+        checks.token_mask("token_mask", token_mask_T, router_logits_TE)
+        padding_T1 = ~token_mask_T[:, None]
+        p_TE = probabilities(router_logits_TE.masked_fill(padding_T1, 0), _sigmoid(router)).masked_fill(padding_T1, 0)
+        p_E = _mean(p_TE.sum(0), token_mask_T)
+        return num_experts * torch.dot(p_E, shares(expert_counts_E, p_E.dtype))
     loss: Tensor = apply(_SwitchLoss, router_logits_TE, expert_counts_E, backend, _sigmoid(router))
     return loss
 
@@ -68,6 +79,7 @@ def sequence_load_balancing_loss(
     expert_counts_BE: Tensor,
     *,
     router: TopKRouter | TokenRounding | str = "softmax_after_topk",
+    token_mask_BS: Tensor | None = None,
 ) -> Tensor:
     """The mean over B sequences of each one's ``switch_load_balancing_loss`` (DeepSeek-V3, arXiv 2412.19437, eq. 17-20,
     without its alpha): keeps single sequences balanced where the batch is.
@@ -77,6 +89,7 @@ def sequence_load_balancing_loss(
         expert_counts_BE: (B, E) tokens of each sequence that were routed to each expert, integer or float;
             ``sequence_expert_counts`` counts them.
         router: as in ``switch_load_balancing_loss``.
+        token_mask_BS: (B, S) bool, False where a token is padding. A sequence of padding alone counts as 0.
     """
     checks.tensor("router_logits", router_logits_BSE, 3, "(B, S, E)")
     checks.floating("router_logits", router_logits_BSE)
@@ -85,9 +98,15 @@ def sequence_load_balancing_loss(
     want = (sequences, num_experts)
     checks.size("expert_counts", "shape", tuple(expert_counts_BE.shape), want, "sequences and experts of the logits")
     checks.same_device("router_logits", router_logits_BSE, "expert_counts", expert_counts_BE)
-    p_BSE = probabilities(router_logits_BSE, _sigmoid(router))
-    f_BE = shares(expert_counts_BE, p_BSE.dtype)
-    return num_experts / max(sequences * length, 1) * (p_BSE.sum(1) * f_BE).sum()
+    if token_mask_BS is None:
+        p_BSE = probabilities(router_logits_BSE, _sigmoid(router))
+        p_BE = p_BSE.sum(1) / max(length, 1)
+    else:
+        checks.token_mask("token_mask", token_mask_BS, router_logits_BSE)
+        padding_BS1 = ~token_mask_BS[..., None]
+        p_BSE = probabilities(router_logits_BSE.masked_fill(padding_BS1, 0), _sigmoid(router))
+        p_BE = _mean(p_BSE.masked_fill(padding_BS1, 0).sum(1), token_mask_BS)
+    return num_experts / max(sequences, 1) * (p_BE * shares(expert_counts_BE, p_BE.dtype)).sum()
 
 
 def sequence_expert_counts(topk_ids_TK: Tensor, num_sequences: int, num_experts: int) -> Tensor:
@@ -114,14 +133,25 @@ def sequence_expert_counts(topk_ids_TK: Tensor, num_sequences: int, num_experts:
     return counts_BE.scatter_add_(1, slot_BN, torch.ones_like(slot_BN, dtype=torch.int32))[:, :-1]
 
 
-def router_z_loss(router_logits_TE: Tensor) -> Tensor:
-    """ST-MoE's router z-loss (Zoph et al. 2022, arXiv 2202.08906, eq. 5): mean over tokens of logsumexp(logits_t)^2.
+def router_z_loss(router_logits_TE: Tensor, *, token_mask_T: Tensor | None = None) -> Tensor:
+    """ST-MoE's router z-loss (Zoph et al. 2022, arXiv 2202.08906, eq. 5): mean over tokens of logsumexp(logits_t)^2,
+    or over those where ``token_mask_T`` (T,) is True.
 
-    Keeps logits small, so that the softmax stays accurate in low precision. T = 0 gives 0.
+    Keeps logits small, so that the softmax stays accurate in low precision. No tokens give 0.
     """
     _check_logits(router_logits_TE)
     acc = torch.promote_types(router_logits_TE.dtype, torch.float32)
-    return router_logits_TE.to(acc).logsumexp(1).square().sum() / max(router_logits_TE.shape[0], 1)
+    if token_mask_T is None:
+        return router_logits_TE.to(acc).logsumexp(1).square().sum() / max(router_logits_TE.shape[0], 1)
+    checks.token_mask("token_mask", token_mask_T, router_logits_TE)
+    z_T = router_logits_TE.to(acc).masked_fill(~token_mask_T[:, None], 0).logsumexp(1)
+    return _mean(z_T.square().masked_fill(~token_mask_T, 0).sum(), token_mask_T)
+
+
+def _mean(sums: Tensor, token_mask: Tensor) -> Tensor:
+    """``sums`` over tokens that are no padding, divided by their number: one for a mask (T,), (B, 1) for (B, S)."""
+    tokens = token_mask.sum(-1, keepdim=token_mask.dim() > 1)
+    return sums / tokens.clamp(min=1)
 
 
 def _sigmoid(router: TopKRouter | TokenRounding | str) -> bool:

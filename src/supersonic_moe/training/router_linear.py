@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from supersonic_moe.autocast import without_autocast
 from supersonic_moe.autograd import apply
 
 
@@ -51,3 +52,36 @@ class RouterLinear(torch.autograd.Function):
             else:
                 dx_TH = dx_TH.addmm_(dlogits_TE, weight_EH)
         return dx_TH if needs_x else None, dlogits_TE.t() @ x_TH if needs_weight else None
+
+
+def linear_in(x_TH: Tensor, weight_EH: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x W^T`` (T, E), computed and returned in ``dtype`` whatever the dtypes of both, under autocast too. The
+    gradients have the dtypes of x and W.
+    """
+    with without_autocast(x_TH):
+        if torch.compiler.is_compiling():  # which does not keep the converted tensors
+            return F.linear(x_TH.to(dtype), weight_EH.to(dtype))
+        logits_TE: Tensor = apply(LinearIn, x_TH, weight_EH, dtype)
+        return logits_TE
+
+
+class LinearIn(torch.autograd.Function):
+    """Keeps x and W as they are: a converted x would be two or four times as large."""
+
+    @staticmethod
+    def forward(x_TH: Tensor, weight_EH: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.linear(x_TH.to(dtype), weight_EH.to(dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, torch.dtype], output: Tensor) -> None:
+        x_TH, weight_EH, ctx.dtype = inputs
+        ctx.save_for_backward(x_TH, weight_EH)
+
+    @staticmethod
+    def backward(ctx: Any, dlogits_TE: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_TH, weight_EH = ctx.saved_tensors
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        with without_autocast(x_TH):
+            dx_TH = (dlogits_TE @ weight_EH.to(ctx.dtype)).to(x_TH.dtype) if needs_x else None
+            dw_EH = (dlogits_TE.t() @ x_TH.to(ctx.dtype)).to(weight_EH.dtype) if needs_weight else None
+        return dx_TH, dw_EH, None

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from supersonic_moe.config.grouped_routing import GroupedRouting, Scoring
-from supersonic_moe.kernels.reference import build_plan, local_ids, route_grouped
+from supersonic_moe.kernels.reference import local_ids, route_grouped
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
 from supersonic_moe.kernels.sm90.route_rows import (
     ITEM_ROWS,
     MAX_BLOCKS,
+    ROW_GROUP,
     Choices,
     RowTables,
     max_items,
+    padded_rows,
     place_topk,
     route_rows,
 )
@@ -50,9 +53,8 @@ def empty_tables(tokens: int, choices: Choices) -> RowTables:
     items = max_items(local, slots)
     return RowTables(
         offsets=poison(local + 1),
-        tile_offsets=poison(local + 1),
         items=poison(1 + items, 4),
-        row_slot=poison(slots),
+        row_slot=poison(padded_rows(slots, local)),
         slot_row=poison(tokens, choices.per_token),
         weights=weights,
         counters=poison(1000),
@@ -65,24 +67,28 @@ def empty_tables(tokens: int, choices: Choices) -> RowTables:
 
 def check_rows(tables: RowTables, slots_TC: Tensor, num_local: int) -> None:
     """``slots_TC``: local expert of each slot, -1 for none."""
-    tokens, per_token = slots_TC.shape
-    slots = slots_TC.numel()
-    plan = build_plan(slots_TC.cpu().flatten(), None, per_token, tokens, num_local, 1, slots)
-    offsets, _, scatter, _, reverse, counts = plan
-    used = int(offsets[-1])
-    assert tables.offsets.tolist() == offsets.tolist()
-    assert tables.slot_row.flatten().tolist() == reverse.tolist()
-    assert tables.row_slot[:used].tolist() == scatter[:used].tolist()
-    assert tables.row_slot[used:].eq(-77).all()
-    streamed = used <= tables.stream_rows
-    assert tables.tile_offsets.tolist() == ([0] * (num_local + 1) if streamed else offsets.tolist())
+    slots = slots_TC.flatten().cpu().numpy()
+    by_expert = np.argsort(slots, kind="stable")[(slots < 0).sum() :]
+    counts = np.bincount(slots[by_expert], minlength=num_local)
+    streamed = len(by_expert) <= tables.stream_rows
+    taken = -(-counts // ROW_GROUP) * ROW_GROUP if streamed else counts
+    starts = np.cumsum(taken) - taken
+    row_of = np.arange(len(by_expert)) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
+    row_slot, slot_row = np.full(taken.sum(), -1), np.full(len(slots), -1)
+    row_slot[row_of], slot_row[by_expert] = by_expert, row_of
+    offsets = [0] * (num_local + 1) if streamed else [*starts.tolist(), len(by_expert)]
     items = [
-        [e, int(offsets[e]) + row, min(ITEM_ROWS, rows - row), 0]
+        [e, int(starts[e]) + at, min(ITEM_ROWS, rows - at), 0]
         for e, rows in enumerate(counts.tolist())
-        for row in range(0, rows if streamed else 0, ITEM_ROWS)
+        for at in range(0, rows if streamed else 0, ITEM_ROWS)
     ]
-    header = [len(items), min(ITEM_ROWS, int(counts.max())), 0, int(streamed)]
-    assert tables.items[: 1 + len(items)].tolist() == [header, *items]
+    assert tables.offsets.tolist() == offsets
+    assert tables.slot_row.flatten().tolist() == slot_row.tolist()
+    assert tables.row_slot[: len(row_slot)].tolist() == row_slot.tolist()
+    assert tables.row_slot[len(row_slot) :].eq(-77).all()
+    padded = int((-(-counts // ROW_GROUP) * ROW_GROUP).sum())
+    assert tables.items[0].tolist() == [len(items), min(ITEM_ROWS, int(counts.max())), padded, int(streamed)]
+    assert tables.items[1 : 1 + len(items)].tolist() == items
     assert tables.items[1 + len(items) :].eq(-77).all()
     assert tables.counters.tolist() == [0] * 990 + [-77] * 10
 
@@ -100,7 +106,7 @@ def test_from_logits(name: str, tokens: int) -> None:
     tables = empty_tables(tokens, choices)
     route_rows(logits, bias, rule, choices, tables)
     if tokens == 0:
-        assert tables.offsets.eq(0).all() and tables.items[0, 0] == 0
+        assert tables.offsets.eq(0).all() and tables.items[0].tolist() == [0, 0, 0, 1]
         return
 
     weights, ids = route_grouped(logits, bias, rule)
@@ -121,7 +127,12 @@ def test_from_logits(name: str, tokens: int) -> None:
 
 def local_experts(tables: RowTables, num_local: int) -> Tensor:
     """Local expert of each slot, read back from its row."""
-    row = tables.slot_row.long()
+    row, (items, _, _, streamed) = tables.slot_row.long(), tables.items[0].tolist()
+    if streamed:
+        starts, experts = tables.items[1 : 1 + items, 1].long().contiguous(), tables.items[1 : 1 + items, 0]
+        if items == 0:
+            return torch.full_like(tables.slot_row, -1)
+        return torch.where(row >= 0, experts[torch.searchsorted(starts, row, right=True) - 1], -1).int()
     return torch.where(row >= 0, torch.searchsorted(tables.offsets[1:].long().contiguous(), row, right=True), -1).int()
 
 
@@ -162,8 +173,9 @@ def test_from_ids(wide: bool, tokens: int) -> None:
         moved = choices._replace(offset=offset)
         place_topk(ids, None, None, 1.0, moved, tables)
         slots_TC[:, :9] = local_ids(ids, 40, offset, 300)
-        tables.row_slot[int(tables.offsets[-1]) :] = -77
-        tables.items[1 + int(tables.items[0, 0]) :] = -77
+        for t in (tables.row_slot, tables.items):
+            t.fill_(-77)
+        place_topk(ids, None, None, 1.0, moved, tables)
         check_rows(tables, slots_TC, 41)
         assert tables.weights.eq(1).all()
 

@@ -178,6 +178,14 @@ def main() -> None:
         quantize.quantize_columns(x, index, pow2, tiled=True)
         quantize.quantize_tiles(x, index, pow2)
 
+    def fp16_products(t: int, h: int, n: int, e: int) -> None:
+        rows, w = torch.zeros(t, h, dtype=torch.float16), torch.zeros(e, n, h, dtype=torch.float16)
+        offsets = torch.zeros(e + 1, dtype=i32)
+        z = kernels.grouped_mm(Rows(rows), w.mT, offsets)
+        kernels.grouped_mm(Rows(z), w, offsets)
+        kernels.grouped_mm_wgrad(Rows(rows), z, offsets, torch.zeros(e, h, n), accumulate=True)
+        kernels.grouped_mm_wgrad(Rows(rows), z, offsets, transposed=True)
+
     for e, k in ((1, 1), (60, 4), (128, 8), (512, 10), (4096, 64)):
         case = f"E {e}, K {k}"
         route(40, e, k, torch.float32, SoftmaxAfterTopK())
@@ -204,6 +212,9 @@ def main() -> None:
     for dtype in (torch.float16, torch.float32):
         case = str(dtype)
         experts(40, 1024, 512, 8, 8, dtype, as_activation("swiglu"), layouts[0], biased=True)
+    case = "fp16 products"
+    for h, n, e in ((2880, 3072, 32), (104, 40, 4096)):
+        fp16_products(40, h, n, e)
     case = "H 7168, I 2048, E 4096"
     experts(40, 7168, 2048, 4096, 8, bf16, as_activation("geglu"), layouts[1], biased=True)
     case = "scores"
@@ -222,6 +233,7 @@ def main() -> None:
         rows = torch.zeros(16 * t, 64, dtype=bf16)
         offsets = torch.tensor([0, *[16 * t] * 64], dtype=i32)
         kernels.grouped_mm_wgrad(Rows(rows), rows, offsets)
+        fp16_products(16 * t, 64, 32, 64)
 
 
 if __name__ == "__main__":

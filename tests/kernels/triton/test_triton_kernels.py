@@ -345,6 +345,45 @@ def test_grouped_mm_wgrad(device: torch.device) -> None:
     assert not got[1].any() and not got[3].any()
 
 
+@pytest.mark.parametrize(("depth", "columns"), [(48, 32), (136, 200), (8, 8)])
+def test_grouped_mm_in_fp16(depth: int, columns: int, device: torch.device) -> None:
+    """Tiles that end inside an expert, experts without rows, rows at a stride, weights in either order."""
+    counts = [5, 0, 130, 1, 0, 256]
+    a = torch.randn(395, depth + 8, device=device).half()[:, :depth]
+    a[392:] = math.nan
+    w = torch.randn(6, columns, depth, device=device).half()
+    transposed_storage = w.mT.contiguous().mT
+    offsets = offsets_of(counts, device)
+    got = kernels.grouped_mm(Rows(a), w.transpose(1, 2), offsets)
+    assert got.dtype is torch.float16 and got.shape == (395, columns)
+    for e, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        assert_rounded(got[start:end], (a[start:end].double() @ w[e].double().T).cpu(), scale=200)
+    again = kernels.grouped_mm(Rows(a), transposed_storage.transpose(1, 2), offsets)
+    assert torch.equal(again[:392], got[:392])
+
+
+@pytest.mark.parametrize("out_dtype", [None, torch.float16, torch.float32])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_grouped_mm_wgrad_in_fp16(out_dtype: torch.dtype | None, accumulate: bool, device: torch.device) -> None:
+    counts = [5, 0, 600, 0, 1]
+    a, b = (torch.randn(610, width, device=device).half() for width in (24, 140))
+    a[606:], b[606:] = math.nan, math.nan
+    offsets = offsets_of(counts, device)
+    if out_dtype is None:
+        got = kernels.grouped_mm_wgrad(Rows(a), b, offsets)
+        before = torch.zeros(5, 24, 140, dtype=torch.float64)
+        assert torch.equal(kernels.grouped_mm_wgrad(Rows(b), a, offsets, transposed=True), got)
+    else:
+        out = torch.randn(5, 24, 140, device=device).to(out_dtype)
+        before = out.double().cpu() if accumulate else torch.zeros(5, 24, 140, dtype=torch.float64)
+        got = kernels.grouped_mm_wgrad(Rows(a), b, offsets, out, accumulate=accumulate)
+        assert got is out
+    for e, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        product = (a[start:end].double().T @ b[start:end].double()).cpu()
+        assert_rounded(got[e], before[e] + product, scale=200)
+    assert accumulate or (not got[1].any() and not got[3].any())
+
+
 def test_wgrad_of_an_empty_expert_is_zero_whatever_the_gemm_left(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,13 +411,11 @@ def test_no_rows(device: torch.device) -> None:
     assert (dh.shape, scaled.shape, ds.shape) == ((0, 16), (0, 8), (0,))
     kernels.row_dot(Rows(nothing), torch.empty(3, 16, dtype=bf16, device=device), index, scores)
     assert torch.equal(kernels.segment_sum(Rows(nothing), None, offsets), torch.zeros(3, 16, device=device))
-    assert kernels.grouped_mm(Rows(nothing), torch.empty(3, 16, 24, dtype=bf16, device=device), offsets).shape == (
-        0,
-        24,
-    )
-    assert torch.equal(
-        kernels.grouped_mm_wgrad(Rows(nothing), nothing, offsets), torch.zeros(3, 16, 16, dtype=bf16, device=device)
-    )
+    for dtype in (bf16, torch.float16):
+        rows, w = nothing.to(dtype), torch.empty(3, 16, 24, dtype=dtype, device=device)
+        assert kernels.grouped_mm(Rows(rows), w, offsets).shape == (0, 24)
+        dw = kernels.grouped_mm_wgrad(Rows(rows), rows, offsets)
+        assert torch.equal(dw, torch.zeros(3, 16, 16, dtype=dtype, device=device))
 
 
 # ---- sizes that only a GPU holds -------------------------------------------------------------------------------------

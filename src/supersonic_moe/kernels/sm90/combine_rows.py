@@ -1,12 +1,13 @@
 """Each token's sum of weight * y over its rows on sm_90a, in fp32 and in ascending order of the choices: (T, H) bf16.
 
 Layout (row-major)
-    y (P, H): float32 of the streaming kernel or bf16 of the tile kernels; which of the two, the router has written on
-    the device. Slots and weights as in route_rows.py. A token without rows gets +0 and nothing is read for it.
+    y (P, H): bf16 of the tile kernels. Slots and weights as in route_rows.py. A token without rows gets +0 and nothing
+    is read for it. Where the router has written on the device that rows are streamed, nothing happens: the streaming
+    kernel combines its own.
 Blocks
     128 threads take 1024 channels of a token, 8 each.
 Cost
-    Bytes: P H 4 (2 in bf16) + T H 2.
+    Bytes: P H 2 + T H 2.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
-from supersonic_moe.kernels.sm90.route_rows import Buffer, RowTables
+from supersonic_moe.kernels.sm90.route_rows import RowTables
 
 THREADS = 128
 CHANNELS = 8 * THREADS  # of a block
@@ -30,8 +31,7 @@ def _kernel() -> Kernel:
 
 
 def combine_rows(
-    streamed: Buffer | None,
-    y_PH: Tensor | None,
+    y_PH: Tensor,
     y_shared_TH: Tensor | None,
     tables: RowTables,
     choices: int,
@@ -40,8 +40,7 @@ def combine_rows(
     """Writes ``out_TH``.
 
     Args:
-        streamed: (P, H) float32, read where rows were streamed.
-        y_PH: bf16, read where they were not.
+        y_PH: bf16.
         y_shared_TH: (T, H) bf16: beside ``y_PH``, the rows of a shared expert; None if ``y_PH`` has them all.
         choices: C, slots of a token.
     """
@@ -49,6 +48,6 @@ def combine_rows(
     parts = -(-hidden // CHANNELS)
     with on_device(out_TH):
         _kernel().launch(
-            (tokens * parts, 1, 1), streamed=streamed, y=y_PH, y_shared=y_shared_TH, items=tables.items,
+            (tokens * parts, 1, 1), y=y_PH, y_shared=y_shared_TH, items=tables.items,
             slot_row=tables.slot_row, weights=tables.weights, choices=choices, hidden=hidden, parts=parts, out=out_TH,
         )  # fmt: skip

@@ -4,11 +4,13 @@
     ids (T, K) of another router, through an offset or a map                                        -> slots
     slots -> rows sorted by local expert, in slot order inside an expert (a stable counting sort)   -> tables
 
+Where rows are streamed, each expert starts at a multiple of 8 rows; else they follow each other.
+
 Slots: s = t * C + j, C = K choices, or K + 1 with a shared expert, which is the last choice of each token and the last
 local expert. A slot without a local expert has no row.
 Choice
-    A warp for a token, E / 32 experts a lane. Scores are mapped to unsigned keys of the same order (NaN as minus
-    infinity); a round takes the largest key of the warp, then the lowest index that has it.
+    A warp for a token, E / 32 experts a lane, side by side. Scores are mapped to unsigned keys of the same order (NaN
+    as minus infinity); a round takes the largest key of the warp, then the lowest index that has it.
 Up to 128 tokens
     A cluster of 8 blocks, 16 tokens each at most, counts exchanged through distributed shared memory: no memory has to
     be zeroed beforehand, so the caller's workspace may hold anything.
@@ -35,8 +37,9 @@ from supersonic_moe.jit.spec import KernelSpec
 THREADS = 512
 CLUSTER = 8
 SMALL_TOKENS = 128  # one cluster of 8 blocks with 16 warps
-PASS_TOKENS = 128  # tokens of a block of the larger kernels, at least
+PASS_TOKENS = 16  # tokens of a block of the larger kernels, at least: one a warp
 MAX_BLOCKS = 132  # every block adds up the counts of all others
+ROW_GROUP = 8  # routing/rows.cuh: row_group
 ITEM_ROWS = 128  # rows of an expert that the streaming kernel multiplies at a time
 VALUES = (1, 2, 4, 8, 16, 32)  # experts of a lane
 
@@ -66,17 +69,16 @@ Buffer = Tensor | int
 
 
 class RowTables(NamedTuple):
-    """int32 buffers that the kernels write. P = T * C rows at most; only offsets[E] of them are in use."""
+    """int32 buffers that the kernels write. P: at least ``padded_rows(T * C, E)``."""
 
-    offsets: Buffer
-    """(E + 1,): local expert e has the rows [offsets[e], offsets[e + 1])."""
-    tile_offsets: Buffer | None
-    """(E + 1,): the same for the tile kernels, all 0 where the rows are streamed. None: nobody reads it."""
+    offsets: Buffer | None
+    """(E + 1,) for the tile kernels: local expert e has the rows [offsets[e], offsets[e + 1]); all 0 where the rows are
+    streamed. None: they always are."""
     items: Buffer
-    """(1 + max_items, 4): [number of items, rows of the largest, 0, 1 if the rows are streamed], then [expert, first
-    row, rows, 0] of each item: up to 128 rows of an expert. No items where the rows are not streamed."""
+    """(1 + max_items, 4): [number of items, rows of the largest, padded rows, 1 if the rows are streamed], then
+    [expert, first row, rows, 0] of each item: up to 128 rows of an expert. No items where the rows are not streamed."""
     row_slot: Buffer
-    """(P,): slot of each row in use."""
+    """(P,): slot of each row; -1 in those between two experts."""
     slot_row: Buffer
     """(T, C): row of each slot, -1 for none."""
     weights: Buffer
@@ -95,6 +97,11 @@ class RowTables(NamedTuple):
 def max_items(num_local: int, rows: int) -> int:
     """Bound of the items of ``rows`` rows."""
     return num_local + rows // ITEM_ROWS
+
+
+def padded_rows(rows: int, num_local: int) -> int:
+    """Bound of the rows that ``rows`` slots take where each expert starts at a multiple of ``ROW_GROUP``."""
+    return -(-rows // ROW_GROUP) * ROW_GROUP + (ROW_GROUP - 1) * min(rows, num_local)
 
 
 class Choices(NamedTuple):
@@ -168,7 +175,7 @@ def _launch(
         "counters": tables.counters, "counter_words": tables.counter_words,
     }  # fmt: skip
     place = {
-        "offsets": tables.offsets, "tile_offsets": tables.tile_offsets, "items": tables.items,
+        "offsets": tables.offsets, "items": tables.items,
         "row_slot": tables.row_slot, "slot_row": tables.slot_row, "stream_rows": tables.stream_rows,
     }  # fmt: skip
     with on_device(of_tokens):

@@ -1,26 +1,31 @@
-"""Both products of the FP8 inference operator for few rows an expert on sm_90a, in one launch: weights stream through
-once.
+"""Experts of few rows in the FP8 inference operator on sm_90a, from rows to the combined output, in one launch: weights
+stream through once.
 
     c = silu(gate) * up of  x w13^T        in fp32, then e4m3 with a scale of 1 x 128
     y = c w2^T                             in fp32
+    out[t] = sum over the rows of t of weight * y, in ascending order of the choices, in bf16
 
 Layout (row-major; formats: ``quantization/block_format.py``)
-    x (T, H) e4m3 with scales (T, H / 128) in any strides; rows sorted by expert, as route_rows.py lists them: items of
-    up to 128 rows of an expert. Weights and scales as a checkpoint stores them (``kernels/reference/inference.py``).
+    x (T, H): e4m3 with scales (T, H / 128) in any strides, or bf16, quantized here. Rows sorted by expert, as
+    route_rows.py lists them: items of up to 128 rows of an expert. Weights and scales as a checkpoint stores them
+    (``kernels/reference/inference.py``). x and c of each row lie in planes, one for each 128 of K, swizzled as shared
+    memory wants them: an item's rows of a K block are one copy.
 Tiles
     Weights are the M operand of wgmma, an item's rows its N: 8, 16, 24, 32, 48, 64, 96 or 128. A tile is 128 weight
-    rows, 64 where there are few tiles, times all rows of an item; K in blocks of 128, through a ring of 216 KB. Blocks
+    rows, 64 where there are few tiles, times all rows of an item; K in blocks of 128, through a ring of 224 KB. Blocks
     take tiles from a counter: first W13 of all items, then W2 of all items. W13 is read through a five-dimensional map,
     (expert, I / 8, half, 8 rows, H): each 16 rows of a tile are 8 gate rows and their 8 up rows, so that both of a
     channel are in one thread, whatever the order of rows in memory.
 Waiting
-    The last warpgroup to write its part of 128 channels of c quantises them. W2 is loaded before c is there; only the
-    loads of c wait. Nobody waits for a tile that no running block has taken, and no wait is unbounded.
+    Rows of x are gathered while the first weights arrive. The last warpgroup to write its part of 128 channels of c
+    quantizes them; W2 is loaded before c is there, only the loads of c wait. 128 columns of the output are combined
+    when all items have stored theirs. Nobody waits for a tile that no running block has taken, and no wait is
+    unbounded.
 Maths
     fp32 registers add up what wgmma sums over 128 of K. The order of operations on a row depends on that row alone, not
     on N, on the tile or on the block that takes it.
 Cost
-    Bytes: 3 I H for each expert that is hit, once for each 128 rows; 8 R I and 4 R H of intermediates through L2. Bound
+    Bytes: 3 I H for each expert that is hit, once for each 128 rows; 10 R H + 10 R I of intermediates through L2. Bound
     by DRAM up to about 130 rows an expert.
 """
 
@@ -39,14 +44,15 @@ from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
 from supersonic_moe.kernels.reference.inference import Fp8Experts
 from supersonic_moe.kernels.sm90.gemm_config import multiprocessors
-from supersonic_moe.kernels.sm90.route_rows import Buffer, RowTables
+from supersonic_moe.kernels.sm90.route_rows import Buffer, RowTables, padded_rows
 from supersonic_moe.quantization.block_format import BLOCK, blocks
 
-THREADS = 384
-SMEM_BYTES = 216 * 1024 + 8832  # the ring; scales, queue and barriers: stream/work.cuh
+THREADS = 320
+SMEM_BYTES = 224 * 1024 + 1792  # the ring; items, queue and barriers: stream/work.cuh
 TILE_ROWS = (128, 64)
 L2_PROMOTION = 128  # bytes: 4.42 TB/s where 256 gives 4.22 (docs/log.md)
-OPCODES = ("QGMMA", "UTMALDG.5D", "UTMALDG.3D", "UTMALDG.2D", "USETMAXREG", "REDUX.MAX")
+OPCODES = ("QGMMA", "UTMALDG.5D", "UTMALDG.3D", "UBLKCP", "REDUX.MAX")
+COLUMNS_BEHIND = 24  # rows that may be read behind an item: N is up to 31 more than its rows, of which 7 are padding
 
 SPECS = (
     KernelSpec(
@@ -61,23 +67,43 @@ SPECS = (
 )
 
 
+class Inputs(NamedTuple):
+    """What the experts are fed."""
+
+    x_TH: Tensor
+    """e4m3, or bf16: quantized here."""
+    x_scale_TB: Tensor | None
+    """float32, any strides; of e4m3 x."""
+    weight_T: Tensor | None = None
+    """float32, multiplies x for the routed experts; None: 1."""
+
+
 class Scratch(NamedTuple):
-    """What the kernel writes, for ``rows`` rows, R. Nothing of it has to be initialised."""
+    """What the kernel writes, for ``rows`` padded rows, R >= plane_rows(...). Nothing of it has to be initialised."""
 
     rows: int
-    c_RI: Buffer
-    """float32"""
-    codes_RI: Buffer
-    """e4m3 of c"""
-    c_scale_RB: Buffer
-    """float32, B = ceil(I / 128)"""
-    y_RH: Buffer
-    """float32"""
+    x: Buffer
+    """(H / 128, R, 128) e4m3"""
+    x_scale: Buffer
+    """(H / 128, R) float32"""
+    c: Buffer
+    """(R, I) float32"""
+    c_codes: Buffer
+    """(ceil(I / 128), R, 128) e4m3"""
+    c_scale: Buffer
+    """(ceil(I / 128), R) float32"""
+    y: Buffer
+    """(R, H) float32"""
 
 
-def num_counters(items: int, intermediate: int) -> int:
-    """The next tile (and 3 unused); for each item, its blocks of 128 channels that are ready and arrivals at each."""
-    return 4 + items * (1 + blocks(intermediate))
+def plane_rows(rows: int, num_local: int) -> int:
+    """R of ``Scratch`` for ``rows`` slots."""
+    return padded_rows(rows, num_local) + COLUMNS_BEHIND
+
+
+def num_counters(items: int, hidden: int, intermediate: int) -> int:
+    """Words of ``Problem::counters`` (stream/work.cuh)."""
+    return 4 + blocks(hidden) + items * (1 + blocks(intermediate))
 
 
 @functools.cache
@@ -86,37 +112,36 @@ def _kernel() -> Kernel:
 
 
 def stream_experts(
-    x_TH: Tensor,
-    x_scale_TB: Tensor,
+    inputs: Inputs,
     experts: Fp8Experts,
     shared: Fp8Experts | None,
     tables: RowTables,
     choices: int,
     scratch: Scratch,
+    out_TH: Tensor,
     *,
     order: GateUpLayout,
     limit: float | None = None,
     pow2: bool = False,
-    x_weight_T: Tensor | None = None,
 ) -> None:
-    """Writes ``scratch`` for all rows of the items in ``tables``.
+    """Writes ``scratch`` for all rows of the items in ``tables`` and ``out_TH`` (bf16) for all tokens; nothing where
+    the tables say that rows are not streamed.
 
     Args:
         choices: C, slots of a token.
         shared: one expert (E = 1), local expert number E of the tables.
         limit: clamps gate from above and up on both sides.
-        pow2: scales of c are powers of two.
-        x_weight_T: float32, multiplies x for the routed experts.
+        pow2: scales that are made here are powers of two.
     """
+    x = inputs.x_TH
     hidden, inter = experts.w2.shape[1:]
-    interleaved = order is GateUpLayout.INTERLEAVED
     always = experts if shared is None else shared
-    x_scale_row, x_scale_k = x_scale_TB.stride()
-    with on_device(x_TH):
-        w13, w13_narrow, w2, w2_narrow = _maps(experts, interleaved)
-        shared_w13, shared_w13_narrow, shared_w2, shared_w2_narrow = _maps(always, interleaved)
+    x_scale_row, x_scale_k = (0, 0) if inputs.x_scale_TB is None else inputs.x_scale_TB.stride()
+    with on_device(x):
+        w13, w13_narrow, w2, w2_narrow = _maps(experts, order)
+        shared_w13, shared_w13_narrow, shared_w2, shared_w2_narrow = _maps(always, order)
         _kernel().launch(
-            (multiprocessors(x_TH.get_device()), 1, 1),
+            (multiprocessors(x.get_device()), 1, 1),
             map_w13=w13,
             map_w13_narrow=w13_narrow,
             map_w2=w2,
@@ -125,28 +150,36 @@ def stream_experts(
             map_shared_w13_narrow=shared_w13_narrow,
             map_shared_w2=shared_w2,
             map_shared_w2_narrow=shared_w2_narrow,
-            map_x=tensor_map(x_TH, box=(1, BLOCK), l2_promotion=L2_PROMOTION),
-            map_codes=_map_of_codes(scratch, inter),
             items=tables.items,
             row_slot=tables.row_slot,
-            x_weight=x_weight_T,
+            slot_row=tables.slot_row,
+            slot_weight=tables.weights,
+            tokens=x.shape[0],
             choices=choices,
+            shared_expert=int(shared is not None),
             hidden=hidden,
             inter=inter,
             routed=experts.w13.shape[0],
-            interleaved=int(interleaved),
+            interleaved=int(order is GateUpLayout.INTERLEAVED),
             gate_first=int(order is not GateUpLayout.UP_GATE),
-            x_scale=x_scale_TB,
+            x=x,
+            x_bf16=int(x.dtype is torch.bfloat16),
+            x_scale=inputs.x_scale_TB,
             x_scale_row=x_scale_row,
             x_scale_k=x_scale_k,
+            x_weight=inputs.weight_T,
             w13_scale=experts.w13_scale,
             w2_scale=experts.w2_scale,
             shared_w13_scale=always.w13_scale,
             shared_w2_scale=always.w2_scale,
-            c=scratch.c_RI,
-            codes=scratch.codes_RI,
-            c_scale=scratch.c_scale_RB,
-            y=scratch.y_RH,
+            plane_rows=scratch.rows,
+            x_codes=scratch.x,
+            x_code_scale=scratch.x_scale,
+            c=scratch.c,
+            c_codes=scratch.c_codes,
+            c_scale=scratch.c_scale,
+            y=scratch.y,
+            out=out_TH,
             counters=tables.counters,
             max_items=tables.max_items,
             limit=math.inf if limit is None else limit,
@@ -154,17 +187,9 @@ def stream_experts(
         )
 
 
-def _map_of_codes(scratch: Scratch, inter: int) -> TensorMap:
-    shape = (scratch.rows, inter)
-    where = scratch.codes_RI if isinstance(scratch.codes_RI, int) else scratch.codes_RI.data_ptr()
-    return tensor_map(
-        where, box=(8, BLOCK), dtype=torch.uint8, shape=shape, strides=(inter, 1), l2_promotion=L2_PROMOTION
-    )
-
-
-def _maps(experts: Fp8Experts, interleaved: bool) -> list[TensorMap]:
+def _maps(experts: Fp8Experts, order: GateUpLayout) -> list[TensorMap]:
     """W13 and W2 in boxes of 128 and of 64 rows, 128 bytes each."""
-    w13 = [map_of_pairs(experts.w13, interleaved, rows) for rows in TILE_ROWS]
+    w13 = [map_of_pairs(experts.w13, order is GateUpLayout.INTERLEAVED, rows) for rows in TILE_ROWS]
     return w13 + [tensor_map(experts.w2, box=(1, rows, BLOCK), l2_promotion=L2_PROMOTION) for rows in TILE_ROWS]
 
 

@@ -1,4 +1,4 @@
-"""Grouped GEMMs of torch, fenced for two of its edges.
+"""Grouped GEMMs of torch, fenced for two of its edges; those for fp16 are our own (``grouped_gemm.py``).
 
 ``torch.nn.functional.grouped_mm`` takes cumulative ends per group (``expert_offsets[1:]``), accumulates in fp32 and
 rounds once. On CUDA it reads the ends on the device for bfloat16 with strides that are multiples of 16 bytes, on
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from supersonic_moe.kernels.interface import Rows
 from supersonic_moe.kernels.triton.gather_rows import rows_of
+from supersonic_moe.kernels.triton.grouped_gemm import contract_rows, multiply_rows
 from supersonic_moe.kernels.triton.launch import launch
 
 PROGRAMS_PER_EXPERT = 16  # they share the zeroing of one expert, so that E = 8 still fills the memory system
@@ -46,6 +47,8 @@ def grouped_mm(a: Rows[Tensor], b_EKN: Tensor, expert_offsets: Tensor) -> Tensor
     come through an index are copied first.
     """
     a_PK = rows_of(a)
+    if a_PK.dtype is torch.float16:
+        return multiply_rows(a_PK, b_EKN, expert_offsets)
     if a_PK.shape[0] == 0:
         return a_PK.new_empty(0, b_EKN.shape[2])
     return torch.nn.functional.grouped_mm(a_PK, b_EKN, offs=expert_offsets[1:])
@@ -61,11 +64,14 @@ def grouped_mm_wgrad(
     accumulate: bool = False,
 ) -> Tensor:
     """(E, M, N): a[rows of e].T @ b[rows of e], or its transpose (E, N, M); exact zeros for an expert without rows.
-    Into ``out`` if given, bf16 or fp32; ``accumulate`` adds the rounded product to it.
+    Into ``out`` if given, fp16, bf16 or fp32; ``accumulate`` adds the product to it, rounded before in bf16.
     """
     a_PM = rows_of(a)
     left, right = (b_PN, a_PM) if transposed else (a_PM, b_PN)
     num_experts, m, n = expert_offsets.shape[0] - 1, left.shape[1], right.shape[1]
+    if left.dtype is torch.float16:
+        dw_EMN = left.new_empty(num_experts, m, n) if out is None else out
+        return contract_rows(left, right, expert_offsets, dw_EMN, accumulate and out is not None)
     if left.shape[0] == 0:
         dw_EMN = left.new_zeros(num_experts, m, n)
     else:

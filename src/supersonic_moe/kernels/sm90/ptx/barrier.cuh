@@ -141,6 +141,8 @@ DEVICE u32 cluster_block_rank() {
 // All threads of all blocks of the cluster. No block may touch another's shared memory, remote barriers included, before the
 // first cluster_sync, nor after its owner may have exited: kernels that do so also end with one.
 DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// The same without an order of memory: the others may go on, and what this block wrote before may be seen later.
+DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 DEVICE void cluster_sync() {
     cluster_arrive();

@@ -80,6 +80,13 @@ DEVICE void tma_load_once(u32 tile, const TensorMap* map, u32 barrier, u64 polic
         : "memory");
 }
 
+// `bytes` that lie together, without a tensor map; addresses and size are multiples of 16.
+DEVICE void bulk_load(u32 destination, const void* source, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination), "l"(source),
+                 "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
 // Fetch the descriptor itself, at the start of a kernel, so that the first load does not wait for it.
 DEVICE void prefetch_tensor_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 

@@ -22,16 +22,17 @@ DEVICE void place_by_cluster(const Source& source, i32 tokens, const RowTables& 
     const u32 choices = source.placement.choices, num_local = source.placement.num_local();
     const u32 span = (tokens + route_cluster - 1) / route_cluster, first = min(span * rank, static_cast<u32>(tokens));
     const u32 own = min(span, tokens - first);
+    const bool has_slot = warp < own && lane_index() < choices;
+    float weight = 0.0f;
     if (warp < own) {
-        const u16 expert = slot_of_lane(source, first + warp, weights);
-        if (lane_index() < choices) experts[warp * choices + lane_index()] = expert;
+        const u16 expert = slot_of_lane(source, first + warp, weight);
+        if (has_slot) experts[warp * choices + lane_index()] = expert;
     }
-    zero_words(counters, counter_words);
     __syncthreads();
 
     u32 place[small_parts];
     count_slots(shared, experts, own * choices, num_local, place);
-    cluster_sync();
+    cluster_sync();  // before the first store to global memory, which it would wait for
     u32 rows = 0, earlier = 0;
     if (threadIdx.x < num_local) {
         const u32 address = smem_address(&shared.counts[threadIdx.x]);
@@ -42,10 +43,12 @@ DEVICE void place_by_cluster(const Source& source, i32 tokens, const RowTables& 
             earlier += block < rank ? theirs : 0;
         }
     }
-    cluster_arrive();  // has read the others' counts; waits for them before it exits
-    const ExpertScan scan = scan_experts(shared, rows);
-    if (threadIdx.x < num_local) shared.first_row[threadIdx.x] = static_cast<u32>(scan.before) + earlier;
-    if (rank == 0) store_experts(tables, num_local, scan, rows);
+    const ExpertScan scan = scan_experts(shared, rows, num_local);
+    cluster_arrive_relaxed();  // has read the others' counts; waits for them before it exits
+    const u32 first_row = store_experts(tables, num_local, scan, rows, rank == 0);
+    if (threadIdx.x < num_local) shared.first_row[threadIdx.x] = first_row + earlier;
+    if (has_slot) weights[static_cast<i64>(first + warp) * choices + lane_index()] = weight;
+    zero_words(counters, counter_words);
     __syncthreads();
     place_slots(shared, tables, experts, own * choices, static_cast<i64>(first) * choices, place);
     cluster_wait();
@@ -62,8 +65,10 @@ DEVICE void count_block(const Source& source, i32 tokens, i32 span, i32* counts,
     __syncthreads();
     const i64 first = static_cast<i64>(span) * blockIdx.x, end = min(first + span, static_cast<i64>(tokens));
     for (i64 token = first + warp; token < end; token += route_warps) {
-        const u16 expert = slot_of_lane(source, token, weights);
+        float weight;
+        const u16 expert = slot_of_lane(source, token, weight);
         if (lane_index() < choices) {
+            weights[token * choices + lane_index()] = weight;
             slot_row[token * choices + lane_index()] = expert == nowhere ? -1 : expert;
             if (expert != nowhere) atomicAdd(&mine[expert], 1u);
         }
@@ -76,18 +81,25 @@ DEVICE void count_block(const Source& source, i32 tokens, i32 span, i32* counts,
 DEVICE void place_counted(const i32* counts, i32 tokens, i32 span, u32 choices, u32 num_local, const RowTables& tables) {
     __shared__ RowShared shared;
     __shared__ u16 experts[pass_tokens * max_choices];
-    u32 rows = 0, earlier = 0;
-    if (threadIdx.x < num_local) {
+    if (threadIdx.x < num_local) shared.counts[threadIdx.x] = shared.first_row[threadIdx.x] = 0;
+    __syncthreads();
+    const u32 parts = route_threads / num_local, e = threadIdx.x % num_local, part = threadIdx.x / num_local;
+    if (part < parts) {
+        u32 rows = 0, earlier = 0;
 #pragma unroll 8
-        for (u32 block = 0; block < gridDim.x; ++block) {
-            const u32 theirs = counts[block * num_local + threadIdx.x];
+        for (u32 block = part; block < gridDim.x; block += parts) {
+            const u32 theirs = counts[block * num_local + e];
             rows += theirs;
             earlier += block < blockIdx.x ? theirs : 0;
         }
+        atomicAdd(&shared.counts[e], rows);
+        atomicAdd(&shared.first_row[e], earlier);
     }
-    const ExpertScan scan = scan_experts(shared, rows);
-    if (threadIdx.x < num_local) shared.first_row[threadIdx.x] = static_cast<u32>(scan.before) + earlier;
-    if (blockIdx.x == 0) store_experts(tables, num_local, scan, rows);
+    __syncthreads();
+    const u32 rows = threadIdx.x < num_local ? shared.counts[threadIdx.x] : 0;
+    const ExpertScan scan = scan_experts(shared, rows, num_local);
+    const u32 first_row = store_experts(tables, num_local, scan, rows, blockIdx.x == 0);
+    if (threadIdx.x < num_local) shared.first_row[threadIdx.x] += first_row;
 
     const i64 end = min(static_cast<i64>(span) * (blockIdx.x + 1), static_cast<i64>(tokens));
     for (i64 first = static_cast<i64>(span) * blockIdx.x; first < end; first += pass_tokens) {

@@ -15,24 +15,26 @@ constexpr u32 max_local_experts = 512;  // one thread an expert, the shared one 
 constexpr u32 max_choices = 17;         // 16 and the shared expert
 constexpr u16 nowhere = 0xffff;
 constexpr u32 item_rows = 128;  // rows of an expert that the streaming kernel multiplies at a time: an item
+constexpr u32 row_group = 8;    // where rows are streamed, each expert starts at a multiple of it; rows in between have slot -1
 
 struct RowShared {
     u16 by_warp[route_warps][max_local_experts];  // slots of each expert in each warp's part, then in all earlier parts
     u32 counts[max_local_experts];                // of this block
     u32 first_row[max_local_experts];             // where this block's slots of an expert go
-    u64 sums[route_warps];
-    u32 largest[route_warps];
+    uint4 sums[route_warps];  // rows, padded rows, items, rows of the largest: of the experts of a warp
 };
 
 // Rank of this thread's slot `part * 32 + lane` of its warp's part among the slots of its expert, for up to Parts parts. Ends with a
 // barrier. `experts`: of each of the `slots` slots, in shared memory.
 template <u32 Parts>
 DEVICE void count_slots(RowShared& shared, const u16* experts, u32 slots, u32 num_local, u32 (&rank)[Parts]) {
-    const u32 warp = threadIdx.x / 32, lane = lane_index();
-    for (u32 i = lane; i < num_local; i += 32) shared.by_warp[warp][i] = 0;
+    const u32 warp = threadIdx.x / 32, lane = lane_index(), warps = (slots + 32 * Parts - 1) / (32 * Parts);
+    if (warp < warps)
+        for (u32 i = lane; i < num_local; i += 32) shared.by_warp[warp][i] = 0;
     __syncwarp();
 #pragma unroll
     for (u32 part = 0; part < Parts; ++part) {
+        if (warp >= warps) break;
         const u32 slot = (warp * Parts + part) * 32 + lane;
         const u16 expert = slot < slots ? experts[slot] : nowhere;
         const u32 same = __match_any_sync(all_lanes, static_cast<u32>(expert));
@@ -47,8 +49,7 @@ DEVICE void count_slots(RowShared& shared, const u16* experts, u32 slots, u32 nu
     __syncthreads();
     if (threadIdx.x < num_local) {
         u32 running = 0;
-#pragma unroll
-        for (u32 w = 0; w < route_warps; ++w) {
+        for (u32 w = 0; w < warps; ++w) {
             const u32 own = shared.by_warp[w][threadIdx.x];
             shared.by_warp[w][threadIdx.x] = static_cast<u16>(running);
             running += own;
@@ -58,64 +59,70 @@ DEVICE void count_slots(RowShared& shared, const u16* experts, u32 slots, u32 nu
     __syncthreads();
 }
 
-// Rows in the low half, items in the high half.
-struct ExpertScan {
-    u64 before;   // of all experts before the thread's
-    u64 total;    // of all experts
-    u32 largest;  // rows of the expert that has most
+struct ExpertSums {
+    u32 rows;
+    u32 padded;  // each expert's rows rounded up to whole row groups
+    u32 items;
 };
 
-// Thread e brings the rows of expert e (0 past the last). All threads call it; two barriers inside.
-DEVICE ExpertScan scan_experts(RowShared& shared, u32 rows) {
+struct ExpertScan {
+    ExpertSums before;  // of all experts before the thread's
+    ExpertSums total;   // of all experts
+    u32 largest;        // rows of the expert that has most
+};
+
+// Thread e brings the rows of expert e (0 past the last). All threads call it; one barrier inside.
+DEVICE ExpertScan scan_experts(RowShared& shared, u32 rows, u32 num_local) {
     const u32 warp = threadIdx.x / 32, lane = lane_index();
-    const u64 own = rows | static_cast<u64>((rows + item_rows - 1) / item_rows) << 32;
-    u64 upto = own;
+    const ExpertSums own = {rows, (rows + row_group - 1) / row_group * row_group, (rows + item_rows - 1) / item_rows};
+    ExpertSums upto = own;
 #pragma unroll
     for (u32 lanes = 1; lanes < 32; lanes *= 2) {
-        const u64 left = __shfl_up_sync(all_lanes, upto, lanes);
-        if (lane >= lanes) upto += left;
+        const u32 left = __shfl_up_sync(all_lanes, upto.rows, lanes), left_padded = __shfl_up_sync(all_lanes, upto.padded, lanes);
+        const u32 left_items = __shfl_up_sync(all_lanes, upto.items, lanes);
+        if (lane >= lanes) upto.rows += left, upto.padded += left_padded, upto.items += left_items;
     }
     const u32 largest = __reduce_max_sync(all_lanes, rows);
-    if (lane == 31) shared.sums[warp] = upto, shared.largest[warp] = largest;
+    if (lane == 31) shared.sums[warp] = make_uint4(upto.rows, upto.padded, upto.items, largest);
     __syncthreads();
-    ExpertScan scan = {upto - own, 0, 0};
-#pragma unroll
-    for (u32 w = 0; w < route_warps; ++w) {
-        const u64 sum = shared.sums[w];
-        if (w < warp) scan.before += sum;
-        scan.total += sum;
-        scan.largest = max(scan.largest, shared.largest[w]);
+    ExpertScan scan = {{upto.rows - own.rows, upto.padded - own.padded, upto.items - own.items}, {}, 0};
+    for (u32 w = 0; w < (num_local + 31) / 32; ++w) {
+        const uint4 sum = shared.sums[w];
+        if (w < warp) scan.before.rows += sum.x, scan.before.padded += sum.y, scan.before.items += sum.z;
+        scan.total.rows += sum.x, scan.total.padded += sum.y, scan.total.items += sum.z;
+        scan.largest = max(scan.largest, sum.w);
     }
-    __syncthreads();
     return scan;
 }
 
 // What the kernels behind the router read.
 struct RowTables {
-    i32* offsets;       // (E + 1): expert e has the rows [offsets[e], offsets[e + 1])
-    i32* tile_offsets;  // the same for the tile kernels: all zero where the rows are streamed; may be null
-    int4* items;        // header {items, rows of the largest, 0, streamed?}, then {expert, first row, rows, 0} of each
-    i32* row_slot;      // slot of each row
-    i32* slot_row;      // row of each slot, -1 for none
-    i32 stream_rows;    // the most rows that are streamed
+    i32* offsets;    // (E + 1): rows [offsets[e], offsets[e + 1]) of expert e for the tile kernels, all zero where they are streamed; may be null
+    int4* items;     // header {items, rows of the largest, padded rows, streamed?}, then {expert, first row, rows, 0} of each
+    i32* row_slot;   // slot of each row; -1 in the rows between two experts
+    i32* slot_row;   // row of each slot, -1 for none
+    i32 stream_rows;  // the most rows that are streamed, padding not counted
+
+    DEVICE bool streams(const ExpertScan& scan) const { return scan.total.rows <= static_cast<u32>(stream_rows); }
 };
 
-// Thread e writes the entries of expert e.
-DEVICE void store_experts(const RowTables& tables, u32 num_local, const ExpertScan& scan, u32 rows) {
-    const u32 e = threadIdx.x, first = static_cast<u32>(scan.before), all = static_cast<u32>(scan.total);
-    const bool streamed = all <= static_cast<u32>(tables.stream_rows);
+// Thread e writes the entries of expert e. Returns the first of its rows.
+DEVICE u32 store_experts(const RowTables& tables, u32 num_local, const ExpertScan& scan, u32 rows, bool stores) {
+    const u32 e = threadIdx.x;
+    const bool streamed = tables.streams(scan);
+    const u32 first = streamed ? scan.before.padded : scan.before.rows;
+    if (!stores) return first;
     if (e == 0) {
-        const i32 items = streamed ? static_cast<i32>(scan.total >> 32) : 0;
-        tables.items[0] = make_int4(items, static_cast<i32>(min(scan.largest, item_rows)), 0, streamed);
-        tables.offsets[num_local] = all;
-        if (tables.tile_offsets) tables.tile_offsets[num_local] = streamed ? 0 : all;
+        tables.items[0] = make_int4(streamed ? scan.total.items : 0, min(scan.largest, item_rows), scan.total.padded, streamed);
+        if (tables.offsets) tables.offsets[num_local] = streamed ? 0 : scan.total.rows;
     }
-    if (e >= num_local) return;
-    tables.offsets[e] = first;
-    if (tables.tile_offsets) tables.tile_offsets[e] = streamed ? 0 : first;
-    if (!streamed) return;
-    int4* item = tables.items + 1 + (scan.before >> 32);
+    if (e >= num_local) return first;
+    if (tables.offsets) tables.offsets[e] = streamed ? 0 : first;
+    if (!streamed) return first;
+    int4* item = tables.items + 1 + scan.before.items;
     for (u32 row = 0; row < rows; row += item_rows) *item++ = make_int4(e, first + row, min(rows - row, item_rows), 0);
+    for (u32 row = rows; row % row_group != 0; ++row) tables.row_slot[first + row] = -1;
+    return first;
 }
 
 // Writes both directions for the slots that count_slots ranked; `first_slot` is the first of them in the whole batch.

@@ -53,13 +53,12 @@ struct FromIds {
     }
 };
 
-// All choices of a token: what the source says, then the shared expert with weight 1. Stores the weights.
+// All choices of a token: what the source says, then the shared expert with weight 1.
 template <class Source>
-DEVICE u16 slot_of_lane(const Source& source, i64 token, float* weights) {
-    const Placement& placement = source.placement;
-    float weight = 0.0f;
-    u16 expert = source(token, weight);
-    if (lane_index() >= placement.top_k) expert = static_cast<u16>(placement.routed), weight = 1.0f;
-    if (lane_index() < placement.choices) weights[token * placement.choices + lane_index()] = weight;
-    return expert;
+DEVICE u16 slot_of_lane(const Source& source, i64 token, float& weight) {
+    weight = 0.0f;
+    const u16 expert = source(token, weight);
+    if (lane_index() < source.placement.top_k) return expert;
+    weight = 1.0f;
+    return static_cast<u16>(source.placement.routed);
 }

@@ -39,7 +39,7 @@ DEVICE void multiply_rows(float (&sum)[N / 2], const Block& block, const Geometr
         const float upper = block.side.weight_scales[ring.at][0], lower = block.side.weight_scales[ring.at][1];
         wgmma_wait<0>();
         pin_accumulators(product);
-        const float* const scales = block.side.token_scales[ring.at] + 2 * (lane % 4);
+        const float* const scales = reinterpret_cast<const float*>(block.memory + g.token_scales(ring.at)) + 2 * (lane % 4);
 #pragma unroll
         for (u32 j = 0; j < N / 8; ++j) {
             const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j);
@@ -92,11 +92,10 @@ DEVICE void quantize_block(const Problem& p, const Tile& tile, u32 channel, u32 
             const u32 bits = __reduce_max_sync(0xffffffffu, __float_as_uint(fmaxf(largest, 0.0f)));
             const float scale = block_scale(__uint_as_float(bits), p.pow2), inverse = inverse_of_scale(scale);
             const i64 row = tile.row + n;
-            if (used) {
-                const u32 codes = pack_four_e4m3(v[i].x * inverse, v[i].y * inverse, v[i].z * inverse, v[i].w * inverse);
-                *reinterpret_cast<u32*>(p.codes + row * p.inter + at) = codes;
-            }
-            if (lane == 0) p.c_scale[row * p.blocks_inter() + channel / BLOCK_CHANNELS] = scale;
+            const u32 codes = pack_four_e4m3(v[i].x * inverse, v[i].y * inverse, v[i].z * inverse, v[i].w * inverse);
+            const u32 block = channel / BLOCK_CHANNELS;
+            *reinterpret_cast<u32*>(p.c_rows.chunk(row, block, lane / 4) + lane % 4 * 4) = codes;  // zeros past the last channel
+            if (lane == 0) *p.c_rows.scale(row, block) = scale;
         }
     }
 }
@@ -130,11 +129,14 @@ DEVICE void compute_tile(const Block& block, const Problem& p, const Geometry& g
             c[static_cast<i64>(n) * p.inter] = gated<Act::ClampedSwiGLU>(gate, up, constants);
         });
     } else {
-        float* const y = p.y + static_cast<i64>(tile.row) * p.hidden + tile.index * g.tile_rows + 64 * group.index + 16 * warp + lane / 4;
+        const u32 column = tile.index * g.tile_rows + 64 * group.index;
+        float* const y = p.y + static_cast<i64>(tile.row) * p.hidden + column + 16 * warp + lane / 4;
         for_each_row<N>(sum, tile.rows, [&](i32 n, float upper, float lower) {
             float* const at = y + static_cast<i64>(n) * p.hidden;
             at[0] = upper, at[8] = lower;
         });
+        group.sync();
+        if (threadIdx.x % 128 == 0) add_release(p.stored(column / BLOCK_CHANNELS), 1);
     }
 }
 

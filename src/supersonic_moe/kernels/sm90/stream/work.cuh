@@ -7,43 +7,70 @@
 #include "ptx/copy.cuh"
 #include "ptx/memory.cuh"
 
-constexpr u32 LINE_BYTES = 128;  // of K: a K block, one swizzled line
+constexpr u32 LINE_BYTES = 128;         // of K: a K block, one swizzled line
 constexpr u32 WIDE = 128, NARROW = 64;  // rows of a tile
-constexpr u32 MAX_COLUMNS = 128;        // rows of an item
-constexpr u32 BLOCK_CHANNELS = 128;     // one scale of c
+constexpr u32 BLOCK_CHANNELS = 128;     // one scale of c; a block of columns of y that is combined at a time
 constexpr u32 GROUP_CHANNELS = 32;      // of a warpgroup's 64 rows of W13
-constexpr u32 MAX_STAGES = 16;
-constexpr u32 QUEUE = 4;  // tiles known ahead
-constexpr u32 RING_BYTES = 216 * 1024;
+constexpr u32 MAX_STAGES = 24;
+constexpr u32 QUEUE = 4;       // tiles known ahead
+constexpr u32 KNOWN_ITEMS = 64;  // in shared memory; what is behind them is read from global memory
+constexpr u32 RING_BYTES = 224 * 1024;
 
-constexpr u32 TOKEN_WARPS = 3, MATH_WARPS = 8;
-constexpr u32 FULL_ARRIVALS = 1 + TOKEN_WARPS, QUEUE_READERS = TOKEN_WARPS + MATH_WARPS;
-constexpr u32 STREAM_THREADS = 32 * (1 + TOKEN_WARPS + MATH_WARPS);
+constexpr u32 MATH_WARPS = 8, WEIGHT_WARP = 8, TOKEN_WARP = 9;
+constexpr u32 STREAM_THREADS = 32 * 10;
+constexpr u32 FULL_ARRIVALS = 2, QUEUE_READERS = 1 + MATH_WARPS;
+
+// Rows of e4m3 in planes: plane b holds the K block b of every row, 128 bytes each, swizzled as TMA would have it, and their scales. So the
+// rows of an item are one copy of N * 128 bytes and one of N * 4. Rows up to the next multiple of N are read, multiplied and dropped.
+struct Planes {
+    u8* codes;
+    float* scales;
+    i64 rows;  // of a plane
+
+    DEVICE u8* line(i64 row, u32 block) const { return codes + (block * rows + row) * LINE_BYTES; }
+    DEVICE float* scale(i64 row, u32 block) const { return scales + block * rows + row; }
+    // Of 16-byte chunk `chunk` of a line.
+    DEVICE u8* chunk(i64 row, u32 block, u32 chunk) const { return line(row, block) + (chunk ^ static_cast<u32>(row) % 8) * 16; }
+};
 
 struct Problem {
     const int4* items;  // header, then {expert, first row, rows, 0} of each
     const i32* row_slot;
-    const float* x_weight;  // of each token, multiplies x for routed experts; null: 1
-    i32 choices;              // slots of a token
+    const i32* slot_row;
+    const float* slot_weight;
+    i32 tokens, choices;  // choices: slots of a token
     i32 hidden, inter, routed;
     bool interleaved, gate_first;
+    const void* x;  // (tokens, hidden) e4m3 with scales, or bf16
+    bool x_bf16;
     const float* x_scale;
     i64 x_scale_row, x_scale_k;
+    const float* x_weight;  // of each token, multiplies x for routed experts; null: 1
     const float *w13_scale, *w2_scale, *shared_w13_scale, *shared_w2_scale;
-    float* c;         // (rows, inter)
-    u8* codes;        // (rows, inter) e4m3 of c
-    float* c_scale;   // (rows, blocks of inter)
-    float* y;         // (rows, hidden)
-    u32* counters;    // next tile; 3 unused; ready blocks of each item; arrivals at each block of each item
+    Planes x_rows;  // x of each row
+    float* c;       // (rows, inter)
+    Planes c_rows;  // c of each row
+    float* y;       // (rows, hidden)
+    u16* out;       // (tokens, hidden) bf16
+    u32* counters;
     i32 max_items;
     float limit;
     bool pow2;
 
+    bool shared_expert;
+
+    DEVICE i32 shared() const { return shared_expert; }  // slots of a token that are no choice of the router
     DEVICE u32 blocks_hidden() const { return hidden / LINE_BYTES; }
     DEVICE u32 blocks_inter() const { return (inter + LINE_BYTES - 1) / LINE_BYTES; }
+    // Counters, all zero at the start: the next tile; warpgroups that have gathered their rows of x; warpgroups that have stored their part
+    // of a block of columns of y; blocks of c of each item that are ready; arrivals at each of these blocks.
     DEVICE u32* next_tile() const { return counters; }
-    DEVICE u32* ready(u32 item) const { return counters + 4 + item; }
-    DEVICE u32* arrivals(u32 item, u32 block) const { return counters + 4 + max_items + item * blocks_inter() + block; }
+    DEVICE u32* gathered() const { return counters + 1; }
+    DEVICE u32* stored(u32 block) const { return counters + 4 + block; }
+    DEVICE u32* ready(u32 item) const { return counters + 4 + blocks_hidden() + item; }
+    DEVICE u32* arrivals(u32 item, u32 block) const {
+        return counters + 4 + blocks_hidden() + max_items + item * blocks_inter() + block;
+    }
 };
 
 // Columns of the instruction that holds `rows` rows: one of 8, 16, 24, 32, 48, 64, 96, 128.
@@ -54,22 +81,26 @@ DEVICE u32 columns_for(u32 rows) {
 
 // Known once the router is done, the same in every thread.
 struct Geometry {
-    u32 items, tile_rows, tiles1, tiles2;  // tiles of an item in W13 and in W2
-    u32 stage_bytes, stages;
+    u32 items, padded_rows, tile_rows, tiles1, tiles2;  // tiles of an item in W13 and in W2
+    u32 stage_bytes, stages, token_scale_bytes;
+    bool streamed;  // else the tile kernels have the rows, and nothing is to be done
 
-    DEVICE Geometry(const Problem& p) {
-        const int4 header = p.items[0];
-        items = header.x;
+    DEVICE Geometry(const Problem& p, const int4& header) {
+        items = header.x, padded_rows = header.z, streamed = header.w != 0;
         // With few tiles, smaller ones fill the multiprocessors better; with many, larger ones stream better (docs/log.md).
         tile_rows = items * (p.inter / 64) * 2 <= gridDim.x * 3 ? NARROW : WIDE;
         tiles1 = 2 * p.inter / tile_rows;
         tiles2 = p.hidden / tile_rows;
-        stage_bytes = (tile_rows + columns_for(max(header.y, 1))) * LINE_BYTES;
-        stages = min(MAX_STAGES, RING_BYTES / stage_bytes);
+        const u32 columns = columns_for(max(header.y, 1));
+        stage_bytes = (tile_rows + columns) * LINE_BYTES;
+        token_scale_bytes = columns * 4;
+        stages = min(MAX_STAGES, RING_BYTES / (stage_bytes + token_scale_bytes));
     }
     DEVICE bool narrow() const { return tile_rows == NARROW; }
     DEVICE u32 tiles() const { return items * (tiles1 + tiles2); }
     DEVICE u32 token_tile() const { return tile_rows * LINE_BYTES; }  // behind the weights of a stage
+    // Of the tokens in a stage, behind all stages.
+    DEVICE u32 token_scales(u32 stage) const { return stages * stage_bytes + stage * token_scale_bytes; }
 };
 
 struct Tile {
@@ -78,15 +109,6 @@ struct Tile {
     u32 item;
     i32 expert, row, rows;
 };
-
-DEVICE Tile find_tile(const Problem& p, const Geometry& g, u32 number) {
-    if (number >= g.tiles()) return {};
-    const bool second = number >= g.items * g.tiles1;
-    const u32 inside = second ? number - g.items * g.tiles1 : number, each = second ? g.tiles2 : g.tiles1;
-    const u32 item = inside / each;
-    const int4 rows = p.items[1 + item];
-    return {second ? 2u : 1u, inside % each, item, rows.x, rows.y, rows.z};
-}
 
 // Places in a ring of `size`, which is not known at compile time.
 struct Cursor {
@@ -97,7 +119,7 @@ struct Cursor {
 };
 
 struct alignas(128) Side {
-    float token_scales[MAX_STAGES][MAX_COLUMNS];
+    int4 items[1 + KNOWN_ITEMS];         // as in global memory
     float weight_scales[MAX_STAGES][2];  // of the two row sets of a thread's accumulators: r and r + 8
     Tile queue[QUEUE];
     u64 full[MAX_STAGES], empty[MAX_STAGES];
@@ -106,6 +128,7 @@ struct alignas(128) Side {
 };
 
 struct Block {
+    u8* memory;
     u32 ring;
     Side& side;
 
@@ -114,6 +137,7 @@ struct Block {
     DEVICE u32 queue_full(u32 place) const { return smem_address(&side.queue_full[place]); }
     DEVICE u32 queue_empty(u32 place) const { return smem_address(&side.queue_empty[place]); }
 
+    // Made visible by the barrier behind read_items.
     DEVICE void init_barriers() const {
         if (threadIdx.x == 0) {
             for (u32 i = 0; i < MAX_STAGES; ++i) {
@@ -126,7 +150,21 @@ struct Block {
             }
             fence_mbarrier_init();
         }
+    }
+
+    DEVICE void read_items(const Problem& p) const {
+        const i32 i = threadIdx.x;
+        if (i <= min(p.max_items, static_cast<i32>(KNOWN_ITEMS))) side.items[i] = p.items[i];
         __syncthreads();
+    }
+
+    DEVICE Tile find_tile(const Problem& p, const Geometry& g, u32 number) const {
+        if (number >= g.tiles()) return {};
+        const bool second = number >= g.items * g.tiles1;
+        const u32 inside = second ? number - g.items * g.tiles1 : number, each = second ? g.tiles2 : g.tiles1;
+        const u32 item = inside / each;
+        const int4 rows = item < KNOWN_ITEMS ? side.items[1 + item] : p.items[1 + item];
+        return {second ? 2u : 1u, inside % each, item, rows.x, rows.y, rows.z};
     }
 
     // All lanes of a warp; the entry is handed back, `arrivals` for this warp.

@@ -1,0 +1,79 @@
+// The first thing that the math warps of the streaming kernel do, while the first weights arrive: x of each row into planes.
+#pragma once
+#include "epilogue/quantize.cuh"
+#include "stream/work.cuh"
+
+constexpr u32 GATHER_BLOCKS = 16;  // K blocks of a row that a warp takes at a time: eight lanes a block, 16 elements a lane, four times
+
+DEVICE uint4 load_chunk(const void* address) { return __ldg(static_cast<const uint4*>(address)); }
+
+// Codes of 16 elements; `scale` is that of the eight lanes' 128 elements.
+DEVICE uint4 quantize_chunk(const uint4& first, const uint4& second, bool pow2, float& scale) {
+    const u32 words[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
+    float v[16], largest = 0.0f;
+#pragma unroll
+    for (u32 i = 0; i < 8; ++i) v[2 * i] = bf16_low(words[i]), v[2 * i + 1] = bf16_high(words[i]);
+#pragma unroll
+    for (u32 i = 0; i < 16; ++i) largest = fmaxf(largest, fabsf(v[i]));
+#pragma unroll
+    for (u32 lanes = 1; lanes < 8; lanes *= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
+    scale = block_scale(largest, pow2);
+    const float inverse = inverse_of_scale(scale);
+    u32 codes[4];
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i)
+        codes[i] = pack_four_e4m3(v[4 * i] * inverse, v[4 * i + 1] * inverse, v[4 * i + 2] * inverse, v[4 * i + 3] * inverse);
+    return make_uint4(codes[0], codes[1], codes[2], codes[3]);
+}
+
+// All math warps of the grid share the work. Ends with an arrival at `gathered` for each warpgroup.
+DEVICE void gather_rows(const Problem& p, const Geometry& g, u32 group) {
+    const u32 lane = lane_index(), blocks = p.blocks_hidden(), parts = (blocks + GATHER_BLOCKS - 1) / GATHER_BLOCKS;
+    const u32 warp = threadIdx.x / 32, units = g.padded_rows * parts;
+    for (u32 unit = blockIdx.x + gridDim.x * warp; unit < units; unit += gridDim.x * MATH_WARPS) {
+        const u32 row = unit / parts, first = unit % parts * GATHER_BLOCKS;
+        const i32 slot = p.row_slot[row];
+        if (slot < 0) continue;
+        const i64 token = slot / p.choices;
+        const bool routed = slot % p.choices < p.choices - p.shared();
+        const float factor = p.x_weight && routed ? __ldg(p.x_weight + token) : 1.0f;
+        if (!p.x_bf16) {
+            uint4 chunks[4];
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                const u32 block = first + 4 * i + lane / 8;
+                if (block < blocks) chunks[i] = load_chunk(static_cast<const u8*>(p.x) + token * p.hidden + block * LINE_BYTES + lane % 8 * 16);
+            }
+            if (lane < GATHER_BLOCKS && first + lane < blocks)
+                *p.x_rows.scale(row, first + lane) = __ldg(p.x_scale + token * p.x_scale_row + (first + lane) * p.x_scale_k) * factor;
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                const u32 block = first + 4 * i + lane / 8;
+                if (block < blocks) *reinterpret_cast<uint4*>(p.x_rows.chunk(row, block, lane % 8)) = chunks[i];
+            }
+        } else {
+            uint4 chunks[4][2] = {};
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                const u32 block = first + 4 * i + lane / 8;
+                if (block < blocks) {
+                    const u16* const at = static_cast<const u16*>(p.x) + token * p.hidden + block * LINE_BYTES + lane % 8 * 16;
+                    chunks[i][0] = load_chunk(at), chunks[i][1] = load_chunk(at + 8);
+                }
+            }
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                const u32 block = first + 4 * i + lane / 8;
+                float scale;
+                const uint4 codes = quantize_chunk(chunks[i][0], chunks[i][1], p.pow2, scale);
+                if (block < blocks) {
+                    *reinterpret_cast<uint4*>(p.x_rows.chunk(row, block, lane % 8)) = codes;
+                    if (lane % 8 == 0) *p.x_rows.scale(row, block) = scale * factor;
+                }
+            }
+        }
+    }
+    fence_proxy_async_global();  // TMA will read the rows
+    named_barrier_sync(1 + group, 128);
+    if (threadIdx.x % 128 == 0) add_release(p.gathered(), 1);
+}

@@ -1,0 +1,120 @@
+"""The modules inside a :class:`MoE` and the way it uses them: as modules, by calling them.
+
+Whatever acts on a call acts on these too: hooks, offload, pruning, parametrizations, adapters, a router of another
+class. The call of an ``Experts`` hands out its weight and bias; the call of the router gives logits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from supersonic_moe import checks
+from supersonic_moe.private_api import member_of, runs_hooks
+from supersonic_moe.training.router_linear import linear_in
+
+
+class Router(nn.Linear):
+    """x (T, H) -> logits (T, E).
+
+    Args:
+        hidden_size: H. num_experts: E. std: of the normal initialisation.
+        logits_dtype: compute the logits in this dtype, under autocast too, whatever the dtypes of x and of the weight.
+            None: as any linear layer.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        std: float,
+        logits_dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.std, self.logits_dtype = std, logits_dtype  # first, because nn.Linear initialises its weight
+        super().__init__(hidden_size, num_experts, bias=False, device=device, dtype=dtype)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.weight.normal_(0, self.std)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.logits_dtype is None:
+            return F.linear(input, self.weight)
+        return linear_in(input, self.weight, self.logits_dtype)
+
+    def extra_repr(self) -> str:
+        dtype = "" if self.logits_dtype is None else f", logits_dtype={self.logits_dtype}"
+        return f"hidden_size={self.in_features}, num_experts={self.out_features}{dtype}"
+
+
+class Experts(nn.Module):
+    """Weights of all experts for one projection: weight (E, out_features, in_features), bias (E, out_features). A call
+    returns both, and multiplies nothing.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        add_bias: bool,
+        std: float,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.in_features, self.out_features, self.std = num_experts, in_features, out_features, std
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype))
+        self.bias = (
+            nn.Parameter(torch.empty(num_experts, out_features, device=device, dtype=dtype)) if add_bias else None
+        )
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.weight.normal_(0, self.std)
+        if self.bias is not None:
+            self.bias.zero_()
+
+    def forward(self, hidden_states: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(weight, bias). ``hidden_states`` is there for wrappers that expect an input."""
+        return member_of(self, "weight"), member_of(self, "bias")
+
+    def extra_repr(self) -> str:
+        sizes = f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}"
+
+
+def is_plain_linear(router: nn.Module) -> bool:
+    """Whether a call of the router would do nothing but multiply by its weight, so that the product may be fused."""
+    kind = type(router)
+    if kind is Router:
+        return router.logits_dtype is None and not runs_hooks(router)
+    return kind is nn.Linear and member_of(router, "bias") is None and not runs_hooks(router)
+
+
+def weights_of(experts: nn.Module, name: str, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(weight, bias) that a call of ``experts`` gives: an :class:`Experts`, or what stands in its place."""
+    if type(experts) is Experts and not runs_hooks(experts):
+        return experts.forward()  # what a call would do, at a third of its time
+    given = experts() if isinstance(experts, Experts) else experts(hidden_states)
+    if not (isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], Tensor)):
+        raise TypeError(
+            f"a call of {name} must return (weight, bias), as that of Experts does; got {checks.describe(given)}. "
+            f"Keep an Experts in {name}, or return what it returned."
+        )
+    _refuse_freed(given[0], name)
+    return given
+
+
+def _refuse_freed(weight: Tensor, name: str) -> None:
+    """FSDP frees the gathered weight of a unit when the call of the unit ends. Here that call only hands it out."""
+    if weight.numel() and not torch.compiler.is_compiling() and weight.untyped_storage().nbytes() == 0:
+        raise RuntimeError(
+            f"{name}.weight was freed when the call of {name} ended, before it was multiplied: a module that only "
+            f"holds weights cannot be a unit of FSDP. Shard the MoE as one unit, fully_shard(moe), and not {name}; or "
+            "pass reshard_after_forward=False."
+        )
