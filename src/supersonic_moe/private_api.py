@@ -74,6 +74,9 @@ def reaches(node: Any) -> bool | None:
         return None
 
 
+dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+"""How many ``__torch_dispatch__`` modes are active; 1 where torch does not say."""
+
 BASE_APPLIES = hasattr(torch.autograd.Function.__base__, "apply")
 """Whether ``torch.autograd.Function.apply`` binds arguments and then calls ``apply`` of its base class."""
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import supersonic_moe as sm
-from supersonic_moe.kernels.interface import Rows
+from supersonic_moe.kernels.interface import Into, Rows
 from supersonic_moe.kernels.sm90.grouped_wgrad import grouped_mm_wgrad
 
 T, H, I, E, K = 6, 8, 4, 4, 2  # noqa: E741
@@ -64,7 +64,7 @@ def from_plan(**change):
 
 def wgrad(out, **kwargs):
     offsets = torch.tensor([0, 1, 3, 3, 6], dtype=torch.int32)
-    return grouped_mm_wgrad(Rows(X.bfloat16()), X.bfloat16(), offsets, out, **kwargs)
+    return grouped_mm_wgrad(Rows(X.bfloat16()), X.bfloat16(), offsets, Into(out, **kwargs))
 
 
 def nan_logits():
@@ -157,6 +157,7 @@ BAD = [
     ("offsets dtype", lambda: rows(offs_E=OFFS.float()), TypeError, "offs must be int32 or int64"),
     ("row scores length", lambda: rows(scores_R=FLAT[:-1]), ValueError, "scores must have length 6"),
     ("row scores rank", lambda: rows(scores_R=FLAT[:, None]), ValueError, "scores must have 1 dimensions"),
+    ("no plan", lambda: from_plan(plan=None), TypeError, "plan must be a RoutingPlan; got NoneType"),
     ("plan of other experts", lambda: from_plan(plan=sm.plan_from_topk(IDS, E + 1)), ValueError, "plan must have num_experts 4"),
     ("plan of other tokens", lambda: from_plan(plan=sm.plan_from_topk(IDS[1:], E)), ValueError, "plan must have num_tokens 6"),
     ("plan scores", lambda: from_plan(scores_S=FLAT), ValueError, "scores must have length 12"),

@@ -85,7 +85,7 @@ def test_fp8_meets_our_bf16_layer_with_the_same_weights(monkeypatch: pytest.Monk
     assert list(result.metrics) == [OURS, OURS_BF16]
     assert {kind for kind, _ in seen} == {Fp8Recipe, Bf16Recipe} and len({address for _, address in seen}) == 1
     ours, bf16 = result.metrics[OURS], result.metrics[OURS_BF16]
-    assert 0 < ours["quantise_share"] < 1 and "quantise_share" not in bf16
+    assert 0 < ours["quantize_share"] < 1 and "quantize_share" not in bf16
     assert ours["saved_bytes"] / bf16["saved_bytes"] == ours["saved_of_formula"] / bf16["saved_of_formula"]
 
 
@@ -120,7 +120,7 @@ def test_command_writes_the_baseline_by_name(tmp_path: Path) -> None:
     assert content["suite"] == "layer" and {row["peer"] for row in content["rows"]} == {OURS_BF16}
     speedup = rows["fwd_bwd_us"]
     assert speedup["ratio"] == pytest.approx(speedup["peer_value"] / speedup["value"], rel=1e-4)
-    assert {"saved_bytes", "saved_of_formula", "quantise_share"} <= rows.keys()
+    assert {"saved_bytes", "saved_of_formula", "quantize_share"} <= rows.keys()
 
 
 # ---- the breakdown ---------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def test_spans_are_medians_of_what_each_function_takes(monkeypatch: pytest.Monke
 
     measured = spans.measure_spans(call, Clock(), warm_ms=0, min_ms=0.05)
     assert measured.parts == [("pick", 5), ("quantize_rows", 2), ("quantize_rows", 2)]
-    assert measured.us == 12 and measured.quantise_share == pytest.approx(4 / 12)
+    assert measured.us == 12 and measured.quantize_share == pytest.approx(4 / 12)
     assert len(delays) == 5 and min(delays) > 12, "twelve microseconds are less than the host needs"
 
 
@@ -185,7 +185,7 @@ def test_breakdown_command_prints_and_writes(tmp_path: Path) -> None:
     shape = ["--shape", "64,256,128,4,2", *QUICK]
     result = run("bench", "breakdown", "--recipe", "fp8", *shape, "--json", str(file))
     assert result.exit_code == 0, result.output
-    assert "up_projection_fp8 (1)" in result.output and "only quantising or transposing" in result.output
+    assert "up_projection_fp8 (1)" in result.output and "only quantizing or transposing" in result.output
     content = json.loads(file.read_text())
     names = list(dict.fromkeys(row["case"].partition("/")[2] for row in content["rows"]))
     assert content["suite"] == "breakdown" and names[-2:] == ["rest", "total"]
@@ -207,7 +207,7 @@ def test_commands_on_a_gpu(device: torch.device, tmp_path: Path) -> None:
         "graph_us",
         "peak_bytes",
         "saved_of_formula",
-        "quantise_share",
+        "quantize_share",
     } <= rows.keys()
     ours, bf16 = rows["mfu"]["value"], rows["mfu"]["peer_value"]
     assert ours / bf16 == pytest.approx(rows["fwd_bwd_us"]["ratio"] * 989 / 1979, rel=1e-3)

@@ -21,7 +21,7 @@ from supersonic_moe.bench import gemm, gemm_bf16, readme, report
 from supersonic_moe.bench.gemm import COMPARED, Contender, GemmResult, check_device, run_case
 from supersonic_moe.bench.shapes import GEMM_CASES, GemmCase
 from supersonic_moe.bench.timing import NoResultError, WallClock
-from supersonic_moe.kernels.interface import Rows
+from supersonic_moe.kernels.interface import NEW, Into, Rows
 from supersonic_moe.kernels.sm90 import grouped_gemm, grouped_wgrad
 
 CPU = torch.device("cpu")
@@ -125,10 +125,10 @@ def last_expert_is_nan(got: Tensor) -> Tensor:
     return got
 
 
-def overwrites(*operands: Tensor, **how: Any) -> Tensor:
-    for main_grad_EMN in operands[3:]:
-        main_grad_EMN.zero_()
-    return our_gradient(*operands, **how)
+def overwrites(a: Rows[Tensor], b_PN: Tensor, offsets: Tensor, into: Into = NEW) -> Tensor:
+    if into.out is not None:
+        into.out.zero_()
+    return our_gradient(a, b_PN, offsets, into)
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,9 @@ from supersonic_moe.bench.gemm import GemmResult, run_case
 from supersonic_moe.bench.gemm_fp8 import BF16, COMPARED
 from supersonic_moe.bench.shapes import GEMM_CASES, GemmCase
 from supersonic_moe.bench.timing import WallClock
+from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.kernels import reference
-from supersonic_moe.kernels.interface import Quantized, Rows
+from supersonic_moe.kernels.interface import Into, Quantized, Rows, UpProjection
 from supersonic_moe.kernels.reference.quantize import dequantize
 from supersonic_moe.kernels.sm90 import (
     grouped_gemm,
@@ -127,13 +128,13 @@ def ignores_index(a: Rows[Quantized], b: Quantized, offsets: Tensor) -> Tensor:
     return reference.grouped_mm_fp8(Rows(a.x), b, offsets)
 
 
-def other_experts(x: Rows[Quantized], w1: Quantized, *rest: Any) -> Any:
-    return reference.up_projection_fp8(x, w1._replace(q=w1.q.flip(0)), *rest)
+def other_experts(step: UpProjection[Quantized], recipe: Fp8Recipe) -> Any:
+    return reference.up_projection_fp8(step._replace(w1=step.w1._replace(q=step.w1.q.flip(0))), recipe)
 
 
 def forgets(option: str) -> Callable[..., Tensor]:
-    def product(*operands: Any, **how: Any) -> Tensor:
-        return reference.grouped_mm_wgrad_fp8(*operands, **(how | {option: False}))
+    def product(a: Quantized, b: Quantized, offsets: Tensor, into: Into) -> Tensor:
+        return reference.grouped_mm_wgrad_fp8(a, b, offsets, into._replace(**{option: False}))
 
     return product
 

@@ -74,7 +74,7 @@ def test_flops_and_bytes_by_hand() -> None:
         "quantize_blocks_w1": (0, 2 * w1 + 4 * 4 * 2 * 2),
         "quantize_blocks_w2": (0, 2 * w2 + 4 * 4 * 2 * 1),
         "quantize_columns_x": (0, x + 4 * 896 + 896 * 256 + 4 * 256 * 7),
-        "quantize_tiles_dz": (0, h + h // 2 + 4 * 400 * 2 + 4 * 896 + 896 * 256 + 4 * 2 * 7),
+        "quantize_both_orders_dz": (0, h + h // 2 + 4 * 400 * 2 + 4 * 896 + 896 * 256 + 4 * 2 * 7),
     }
     assert {name: (step.flops, step.bytes) for name, step in steps.items()} == by_hand
 
@@ -115,7 +115,7 @@ def test_the_bytes_are_those_of_the_tensors_that_pass(monkeypatch: pytest.Monkey
 
     for name in ("route_forward", "build_plan", "route_backward", "up_projection", "grouped_mm", "gather_sum",
                  "down_backward", "grouped_mm_wgrad", "quantize_rows", "quantize_weights", "quantize_columns",
-                 "quantize_tiles"):  # fmt: skip
+                 "quantize_both_orders"):  # fmt: skip
         monkeypatch.setattr(reference, name, counting(getattr(reference, name)))
     calls = kernel_calls(SHAPE, config())
     called.clear()

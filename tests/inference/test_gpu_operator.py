@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from inference_oracle import Case, make_case
 
 from supersonic_moe.config.activation import as_layout
 from supersonic_moe.config.grouped_routing import GroupedRouting
-from supersonic_moe.inference import SharedExpert, moe_fp8_ds_routed, moe_fp8_topk, workspace, workspace_bytes
+from supersonic_moe.inference import SharedExpert, moe_fp8_ds_routed, moe_fp8_topk, replays, workspace, workspace_bytes
 from supersonic_moe.kernels.reference import local_ids, route_grouped
 from supersonic_moe.kernels.reference.inference import Fp8Experts, moe_fp8
 from supersonic_moe.kernels.sm90 import route_rows, stream_experts
@@ -24,7 +25,9 @@ pytestmark = pytest.mark.gpu
 
 SIZES = [*range(1, 18), 31, 32, 33, 52, 57, 64, 80, 97, 127, 128, 129, 130, 900]
 EXPERTS, LOCAL, HIDDEN, INTER = 64, 8, 512, 256
-BOUND = 0.01  # rows this short scatter; at H 7168, I 2048 the error is 0.003 to 0.0045
+BOUND = (
+    0.01  # rows this short scatter (test_accuracy_budget.py); test_gpu_deepseek_shape.py has the bounds of long ones
+)
 RULE = {"n_group": 8, "topk_group": 4, "top_k": 8}
 
 
@@ -185,6 +188,61 @@ def capture(call: Call) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     return graph, out
 
 
+def moved(tensor: Tensor, by: int = 0) -> Tensor:
+    """Equal, elsewhere: ``by`` elements behind the start of its memory."""
+    memory = torch.empty(tensor.numel() + by, dtype=tensor.dtype, device="cuda")[by:]
+    return torch.as_strided(memory, tensor.shape, tensor.stride()).copy_(tensor)
+
+
+@pytest.mark.parametrize("tokens", [3, 200])
+def test_tensors_elsewhere_in_a_call_made_before(tokens: int) -> None:
+    call = Call(tokens)
+    expected = call()
+    kept = len(replays._of_thread.calls)
+    for by in (0, 1, 4, 16):
+        for name in ("logits", "bias", "x_scale"):
+            setattr(call, name, moved(getattr(call, name), by))
+        call.case.x = moved(call.case.x, by)
+        out = moved(torch.full_like(expected, math.nan), by)
+        memory = torch.empty(
+            workspace_bytes(tokens, 8, HIDDEN, INTER, LOCAL) + 512 * by, dtype=torch.uint8, device="cuda"
+        )
+        assert torch.equal(call(), expected)
+        assert call(out=out, workspace=memory[256 * by :]) is out and torch.equal(out, expected)
+    assert len(replays._of_thread.calls) <= kept + 8
+    call.case.w13 = moved(call.case.w13)
+    call.case.w13.copy_(torch.randn(call.case.w13.shape, device="cuda").clamp(-2, 2))
+    assert errors(call(), call.reference())[0] <= BOUND
+
+
+def test_result_over_the_input() -> None:
+    case = make_case("realistic", tokens=9, hidden=HIDDEN, inter=INTER, local=5, choices=2, num_experts=5)
+    experts = [t.cuda() for t in (case.w13, case.w2, case.w13_scale, case.w2_scale)]
+    ids, weights = case.ids.cuda(), case.weights.cuda()
+
+    def call(x: Tensor, out: Tensor | None = None) -> Tensor:
+        return moe_fp8_topk(x, *experts, weights, ids, gate_up_order=case.order, out=out)
+
+    x = torch.randn(9, HIDDEN, device="cuda").bfloat16()
+    expected = call(x)
+    for _ in range(2):
+        over = x.clone()
+        assert torch.equal(call(over, out=over), expected)
+        elsewhere = torch.empty_like(x)
+        assert torch.equal(call(x.clone(), out=elsewhere), expected)
+
+
+def test_host_time_of_a_call_made_before() -> None:
+    call = Call(1)
+    call()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(200):
+        call()
+    assert (time.perf_counter() - begin) / 200 <= 60e-6  # 25 us where nothing else runs
+    torch.cuda.synchronize()
+
+
 def test_on_another_stream() -> None:
     call = Call(64)
     expected = call()
@@ -263,6 +321,6 @@ def test_nobody_waits_for_the_host() -> None:
 
 def test_constants_agree() -> None:
     assert workspace.COUNTING_BLOCKS == route_rows.MAX_BLOCKS
-    assert workspace.STREAMED_ROWS == route_rows.ITEM_ROWS
+    assert workspace.ITEM_ROWS == route_rows.ITEM_ROWS
     for rows, experts in ((0, 3), (1, 3), (8, 1), (700, 32), (4096, 32)):
         assert workspace.padding(rows, experts) == stream_experts.plane_rows(rows, experts)

@@ -11,31 +11,26 @@ import pytest
 import torch
 
 from supersonic_moe.kernels import registry
-from supersonic_moe.kernels.interface import Experts, Fp8Experts, Quantized, Quantizers, Routing, Rows
-
-PROTOCOLS: dict[str, type] = {"routing": Routing, "experts": Experts, "quantizers": Quantizers, "fp8": Fp8Experts}
-
-
-def functions(protocol: Any) -> dict[str, Any]:
-    return {name: f for name in dir(protocol) if not name.startswith("_") and callable(f := getattr(protocol, name))}
+from supersonic_moe.kernels.interface import CAPABILITIES, Quantized, Rows, functions_of
 
 
 def parameters(function: Any) -> list[tuple[str, Any, Any]]:
     return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values() if p.name != "self"]
 
 
-@pytest.mark.parametrize("capability", PROTOCOLS)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", [name for name in registry.BACKENDS if name != "auto"])
 def test_backends_name_their_arguments_as_the_protocols_do(name: str, capability: str) -> None:
     if name != "reference":
         pytest.importorskip("triton")
     backend = getattr(registry.kernels(name), capability)
     assert (backend is None) == (name == "triton" and capability == "fp8")
-    wanted = functions(PROTOCOLS[capability])
+    wanted = functions_of(CAPABILITIES[capability])
     assert len(wanted) >= 5
-    for function, contract in wanted.items():
-        if backend is not None:
-            assert parameters(getattr(backend, function)) == parameters(contract), function
+    for function in wanted if backend is not None else ():
+        assert parameters(getattr(backend, function)) == parameters(getattr(CAPABILITIES[capability], function)), (
+            function
+        )
 
 
 def test_rows_count_what_is_read() -> None:

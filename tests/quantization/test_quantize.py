@@ -1,4 +1,4 @@
-"""FP8 quantisers: the reference against ``quantization/block_format.py``, Triton against the reference, byte for byte.
+"""FP8 quantizers: the reference against ``quantization/block_format.py``, Triton against the reference, byte for byte.
 
 Rows that must not matter hold NaN; so do fresh outputs.
 """
@@ -124,7 +124,7 @@ def test_weight_blocks_share_scales_with_their_transpose() -> None:
     torch.testing.assert_close(scale[1, 1, 1], scale_of_block)
 
 
-def test_products_are_those_of_the_dequantised_operands() -> None:
+def test_products_are_those_of_the_dequantized_operands() -> None:
     a, b = sample(7, 200, seed=1), sample(2, 130, 200, seed=2)
     (qa, sa), (qb, _, sb) = reference.quantize_rows(a), reference.quantize_blocks(b)
     got = exact_grouped_mm(Quantized(qa, sa), Quantized(qb, sb), torch.tensor([0, 3, 7]))
@@ -265,7 +265,7 @@ def test_tiles(pow2: bool, device: torch.device, counts: list[int], c: int, seed
     nobody = torch.ones(len(x), dtype=torch.bool, device=device)
     nobody[held] = False
     x[nobody] = math.nan
-    got, want = triton.quantize_tiles(x, row, pow2), reference.quantize_tiles(x, row, pow2)
+    got, want = triton.quantize_both_orders(x, row, pow2), reference.quantize_both_orders(x, row, pow2)
     assert_same_bytes(got.columns, want.columns)
     assert_same_bytes(tuple(t[held] for t in got.rows), tuple(t[held] for t in want.rows))
     (q, row_scale), (transposed, scale) = got
@@ -284,7 +284,7 @@ def test_a_quiet_row_beside_a_loud_one_keeps_its_digits(pow2: bool, device: torc
     x = x.bfloat16()
     index = torch.arange(128, dtype=torch.int32, device=device)
     for backend in (triton, reference):
-        rows = backend.quantize_tiles(x, index, pow2).rows
+        rows = backend.quantize_both_orders(x, index, pow2).rows
         error = (reference.dequantize(*rows) - x.double()).norm(dim=1) / x.double().norm(dim=1)
         assert error.amax() < 0.05
 
@@ -296,13 +296,15 @@ def test_same_bytes_again(device: torch.device) -> None:
     assert_same_bytes(triton.quantize_rows(x), triton.quantize_rows(x))
 
 
-def test_nothing_to_quantise(device: torch.device) -> None:
+def test_nothing_to_quantize(device: torch.device) -> None:
     empty = torch.empty(0, 200, dtype=torch.bfloat16, device=device)
     index = torch.empty(0, dtype=torch.int32, device=device)
     offsets = torch.zeros(4, dtype=torch.int32, device=device)
     assert_same_bytes(triton.quantize_rows(empty), reference.quantize_rows(empty))
     assert_same_bytes(triton.quantize_columns(empty, index), reference.quantize_columns(empty, index))
-    for got, want in zip(triton.quantize_tiles(empty, index), reference.quantize_tiles(empty, index), strict=True):
+    for got, want in zip(
+        triton.quantize_both_orders(empty, index), reference.quantize_both_orders(empty, index), strict=True
+    ):
         assert_same_bytes(got, want)
     assert_same_bytes(pad_segments(offsets, index, 0), reference.pad_segments(offsets, index, 0))
     weight = torch.empty(0, 128, 128, dtype=torch.bfloat16, device=device)

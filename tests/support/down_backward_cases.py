@@ -7,7 +7,7 @@ from grouped_cases import CUDA, picked
 
 from supersonic_moe.config.activation import Activation, GateUpLayout, as_activation
 from supersonic_moe.kernels import reference
-from supersonic_moe.kernels.interface import Gate, Groups, Quantized, Rows
+from supersonic_moe.kernels.interface import DownBackward, Gate, Quantized, Rows
 from supersonic_moe.kernels.reference.quantize import dequantize
 from supersonic_moe.kernels.triton.quantize import quantize_blocks, quantize_rows
 
@@ -21,17 +21,12 @@ ACTIVATIONS = {
     "gpt_oss": Activation.gpt_oss(limit=0.9),
 }
 
-SCORES = 4  # their place among the arguments
 
-
-SCORES = 4  # their place among the arguments
-
-
-def arguments_of(
+def step_of(
     offsets: torch.Tensor, dout: torch.Tensor, index: torch.Tensor | None, width: int, layout: GateUpLayout,
     activation: Activation, saved_fp8: bool, bias: bool,
-) -> tuple[tuple, tuple]:  # fmt: skip
-    """Arguments of ``down_backward_fp8``; the fp64 result of the rows that experts own, and the norm of the products
+) -> tuple[DownBackward[Quantized], tuple]:  # fmt: skip
+    """What ``down_backward_fp8`` takes; the fp64 result of the rows that experts own, and the norm of the products
     that dS sums: in one row they may cancel.
     """
     num_experts, rows, hidden = offsets.shape[0] - 1, int(offsets[-1]), dout.shape[1]
@@ -55,8 +50,7 @@ def arguments_of(
     experts = torch.searchsorted(
         offsets[1:].contiguous(), torch.arange(allocated, device=CUDA, dtype=torch.int32), right=True
     )
-    exact_dout = dequantize(dout_q, dout_scale)
-    exact_dout = exact_dout[:rows] if index is None else picked(exact_dout, index)[:rows]
+    exact_dout = picked(dequantize(dout_q, dout_scale), index)[:rows]
     da = reference.grouped_mm(Rows(exact_dout), dequantize(w2_q, w2_scale), offsets)
     exact_h = exact_h.float().double()  # as a kernel has it: a gate that its bias cancels is a kink of ReGLU
     exact_h, exact_b1 = torch.where(unscored[:, None], 0, exact_h)[:rows], None if b1 is None else b1.double()
@@ -64,4 +58,5 @@ def arguments_of(
     want = reference.activation_backward(exact_h, exact_b1, da, scores[:rows].double(), owner, gate)
     products = da * reference.activation_forward(exact_h, exact_b1, owner, gate)
     operands = Rows(Quantized(dout_q, dout_scale), index), Quantized(w2_transposed, w2_scale.mT), Quantized(h, z_scale)
-    return (*operands, b1, scores, Groups(offsets, experts.int()), gate), (*want, products[~unscored[:rows]].norm())
+    step = DownBackward(*operands, b1, scores, offsets, experts.int(), gate)
+    return step, (*want, products[~unscored[:rows]].norm())

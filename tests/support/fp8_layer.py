@@ -15,12 +15,12 @@ difference of a GPU kernel to this file is what that kernel adds.
                                                    db1, db2: sums over rows of dZ and s dO~
                                                    dx  = sum over the token's rows of q(dZ) q(W1)
 
-x and dO are quantised once, at T rows; their transposed copies come from x and dO again, not from the bytes of the
-first quantisation, because a second rounding would add as much error as the first. With ``wgrad="bf16"`` the four
+x and dO are quantized once, at T rows; their transposed copies come from x and dO again, not from the bytes of the
+first quantization, because a second rounding would add as much error as the first. With ``wgrad="bf16"`` the four
 operands of the weight gradients are rounded to bf16 instead.
 
 ``tiled`` names operands of the weight gradients that have one scale per 128 x 128 tile (positions x columns) instead of
-one per column and block of tokens: "dout" and "a" of dW2, "dz" and "x" of dW1. A tiled dZ is quantised once for both
+one per column and block of tokens: "dout" and "a" of dW2, "dz" and "x" of dW1. A tiled dZ is quantized once for both
 its uses: dx takes the same bytes.
 """
 
@@ -32,7 +32,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from supersonic_moe.config.activation import Activation, GateUpLayout
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.kernels.interface import Gate, Rows, TokenRows
@@ -48,34 +47,30 @@ from supersonic_moe.kernels.reference.quantize import (
 )
 from supersonic_moe.kernels.reference.reductions import row_dot, segment_sum
 from supersonic_moe.quantization.block_format import padded_capacity
+from supersonic_moe.training.arguments import Inputs
 
 
-class Fp8Gradients(NamedTuple):
-    x: Tensor
-    scores: Tensor
-    w1: Tensor
-    b1: Tensor | None
-    w2: Tensor
-    b2: Tensor | None
+class Fp8Call(NamedTuple):
+    """One call of the layer."""
+
+    x_TH: Tensor
+    scores_S: Tensor
+    w1_ENH: Tensor
+    b1_EN: Tensor | None
+    w2_EHI: Tensor
+    b2_EH: Tensor | None
+    plan: RoutingPlan
+    gate: Gate
+    recipe: Fp8Recipe
 
 
-def fp8_forward(
-    x_TH: Tensor,
-    scores_S: Tensor,
-    w1_ENH: Tensor,
-    b1_EN: Tensor | None,
-    w2_EHI: Tensor,
-    b2_EH: Tensor | None,
-    plan: RoutingPlan,
-    activation: Activation,
-    layout: GateUpLayout,
-    recipe: Fp8Recipe,
-) -> tuple[Tensor, Tensor]:
+def fp8_forward(call: Fp8Call) -> tuple[Tensor, Tensor]:
     """(O (T, H), the pre-activation H (P, N1) without the bias as backward will see it)."""
+    x_TH, scores_S, w1_ENH, b1_EN, w2_EHI, b2_EH, plan, gate, recipe = call
     acc, pow2 = acc_dtype(x_TH.dtype), recipe.scale == "pow2"
     x = Rows(_rows(x_TH, pow2, acc), plan.gather_index)
     z_PN = grouped_mm(x, _blocks(w1_ENH, pow2, acc).mT, plan.expert_offsets)
-    a_PI = activation_forward(z_PN, b1_EN, plan.row_expert, Gate(activation, layout))
+    a_PI = activation_forward(z_PN, b1_EN, plan.row_expert, gate)
     y_PH = grouped_mm(Rows(_rows(a_PI, pow2, acc)), _blocks(w2_EHI, pow2, acc).mT, plan.expert_offsets)
     out_TH = _sum_by_token(y_PH, _row_scores(scores_S, plan), b2_EH, plan)
     saved = {
@@ -86,27 +81,14 @@ def fp8_forward(
     return out_TH, saved[recipe.save_preactivation]()
 
 
-def fp8_backward(
-    dout_TH: Tensor,
-    z_PN: Tensor,
-    x_TH: Tensor,
-    scores_S: Tensor,
-    w1_ENH: Tensor,
-    b1_EN: Tensor | None,
-    w2_EHI: Tensor,
-    b2_EH: Tensor | None,
-    plan: RoutingPlan,
-    activation: Activation,
-    layout: GateUpLayout,
-    recipe: Fp8Recipe,
-    tiled: Collection[str] = (),
-) -> Fp8Gradients:
+def fp8_backward(dout_TH: Tensor, z_PN: Tensor, call: Fp8Call, tiled: Collection[str] = ()) -> Inputs[Tensor | None]:
     """Gradients in the accumulation dtype, from the second result of :func:`fp8_forward`."""
+    x_TH, scores_S, w1_ENH, b1_EN, w2_EHI, b2_EH, plan, gate, recipe = call
     acc, pow2 = acc_dtype(x_TH.dtype), recipe.scale == "pow2"
     s_P = _row_scores(scores_S, plan)
     dout = Rows(_rows(dout_TH, pow2, acc), plan.gather_index)
     da_PI = grouped_mm(dout, _blocks(w2_EHI, pow2, acc), plan.expert_offsets)
-    dz_PN, as_PI, ds_P = activation_backward(z_PN, b1_EN, da_PI, s_P, plan.row_expert, Gate(activation, layout))
+    dz_PN, as_PI, ds_P = activation_backward(z_PN, b1_EN, da_PI, s_P, plan.row_expert, gate)
 
     dout_PH = gather_rows(dout_TH.to(acc), plan.gather_index)
     if b2_EH is not None:
@@ -134,7 +116,7 @@ def fp8_backward(
         )
     dout_G, as_G, dz_G, x_G = operands
     dx_PH = grouped_mm(Rows(dz_rows_PN), _blocks(w1_ENH, pow2, acc), plan.expert_offsets)
-    return Fp8Gradients(
+    return Inputs(
         x=_sum_by_token(dx_PH, None, None, plan),
         scores=gather_rows(ds_P[:, None], plan.reverse_index)[:, 0],
         w1=grouped_mm_wgrad(Rows(dz_G), x_G, offsets),

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
-from fp8_layer import fp8_backward, fp8_forward
+from fp8_layer import Fp8Call, fp8_backward, fp8_forward
 from torch import Tensor
 
 import supersonic_moe as sm
 from supersonic_moe.config.activation import Activation, GateUpLayout
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe
+from supersonic_moe.kernels.interface import Gate
 
 
 class Layer:
@@ -53,11 +54,14 @@ class Layer:
         names = [n for n, t in zip(NAMES, leaves, strict=True) if t is not None]
         return {"out": out.detach(), **dict(zip(names, grads, strict=True))}
 
+    def call(self, recipe: Fp8Recipe) -> Fp8Call:
+        return Fp8Call(*self.operands, self.plan, Gate(self.activation, self.layout), recipe)
+
     def fp8(self, recipe: Fp8Recipe | None = None, tiled: tuple[str, ...] = ()) -> dict[str, Tensor]:
         recipe = recipe or Fp8Recipe(wgrad="fp8")  # every rounding that there can be
-        arguments = (*self.operands, self.plan, self.activation, self.layout, recipe)
-        out, h = fp8_forward(*arguments)  # type: ignore[arg-type]
-        grads = fp8_backward(self.dout, h, *arguments, tiled=tiled)  # type: ignore[arg-type]
+        call = self.call(recipe)
+        out, h = fp8_forward(call)
+        grads = fp8_backward(self.dout, h, call, tiled)
         return {"out": out, **{n: g for n, g in zip(NAMES, grads, strict=True) if g is not None}}
 
 

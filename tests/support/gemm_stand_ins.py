@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from supersonic_moe.kernels import reference
-from supersonic_moe.kernels.interface import Rows
+from supersonic_moe.kernels.interface import NEW, Into, Rows
 
 
 def our_product(a: Rows[Tensor], b_EKN: Tensor, offsets: Tensor) -> Tensor:
@@ -14,15 +14,8 @@ def our_product(a: Rows[Tensor], b_EKN: Tensor, offsets: Tensor) -> Tensor:
     return reference.grouped_mm(a, b_EKN, offsets)
 
 
-def our_gradient(
-    a: Rows[Tensor],
-    b_PN: Tensor,
-    offsets: Tensor,
-    out_EMN: Tensor | None = None,
-    *,
-    accumulate: bool = False,
-) -> Tensor:
-    if out_EMN is None:
+def our_gradient(a: Rows[Tensor], b_PN: Tensor, offsets: Tensor, into: Into = NEW) -> Tensor:
+    if into.out is None:
         return reference.grouped_mm_wgrad(a, b_PN, offsets)
-    assert accumulate and out_EMN.dtype is torch.float32
-    return out_EMN.add_(reference.grouped_mm_wgrad(a._replace(x=a.x.float()), b_PN.float(), offsets))
+    assert into.accumulate and into.out.dtype is torch.float32
+    return into.out.add_(reference.grouped_mm_wgrad(a._replace(x=a.x.float()), b_PN.float(), offsets))

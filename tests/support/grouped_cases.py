@@ -44,8 +44,26 @@ def indexed(counts: list[int], dead: int, width: int, positive: bool = False) ->
     return offsets, x, index
 
 
-def picked(x: Tensor, index: Tensor) -> Tensor:
-    """fp64 rows that the index names."""
+def rows_case(
+    counts: list[int], dead: int, width: int, gathered: bool, positive: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What ``indexed`` gives; or rows as they lie, without an index."""
+    if gathered:
+        return indexed(counts, dead, width, positive=positive)
+    offsets, (x,) = case(counts, dead, width, positive=positive)
+    return offsets, x, None
+
+
+def row_experts(counts: list[int], dead: int) -> Tensor:
+    """(P,) row -> expert; E for dead rows."""
+    repeats = torch.tensor([*counts, dead], device=CUDA)
+    return torch.repeat_interleave(torch.arange(len(counts) + 1, device=CUDA), repeats).int()
+
+
+def picked(x: Tensor, index: Tensor | None) -> Tensor:
+    """fp64 rows that the index names, or all as they lie."""
+    if index is None:
+        return x.double()
     return torch.where(index[:, None] >= 0, x[index.clamp(min=0).long()], 0).double()
 
 

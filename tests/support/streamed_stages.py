@@ -56,11 +56,12 @@ def stream(case: Case, *, limit: float | None = None, pow2: bool = False) -> Str
         offsets=None,
         items=poison(1 + items, 4),
         row_slot=poison(padded),
+        row_token=None,
         slot_row=poison(tokens, choices),
         weights=nan(tokens, choices),
-        counters=poison(num_counters(items, hidden, inter)),
+        counters=poison(num_counters(items, planes, hidden, inter)),
         counts=poison(132, num_local),
-        counter_words=num_counters(items, hidden, inter),
+        counter_words=num_counters(items, planes, hidden, inter),
         max_items=items,
         stream_rows=rows,
     )
@@ -69,12 +70,13 @@ def stream(case: Case, *, limit: float | None = None, pow2: bool = False) -> Str
         nan_codes(blocks(inter), planes, 128), nan(blocks(inter), planes), nan(planes, hidden),
     )  # fmt: skip
     place = Choices(num_local, num_local, 0, choices, shared=False)
-    place_topk(ids, case.weights.to(device), None, 1.0, place, tables)
+    for launch in place_topk(ids, case.weights.to(device), None, 1.0, place, tables):
+        launch.run()
     out = nan(tokens, hidden).bfloat16()
     stream_experts(
         Inputs(x, x_scale), experts, None, tables, choices, scratch, out, order=as_layout(case.order), limit=limit,
         pow2=pow2,
-    )  # fmt: skip
+    ).run()  # fmt: skip
 
     order = as_layout(case.order)
     expected = expert_rows(

@@ -24,7 +24,7 @@ from supersonic_moe import Fp8Recipe
 from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout, as_activation
 from supersonic_moe.kernels import reference, registry
 from supersonic_moe.kernels.compose import ComposedFp8
-from supersonic_moe.kernels.interface import Backend, BothOrders, Quantized, Rows
+from supersonic_moe.kernels.interface import Backend, BothOrders, Into, Quantized, Rows
 from supersonic_moe.kernels.reference.gather import gather_rows
 from supersonic_moe.quantization.block_format import blocks
 from supersonic_moe.training.arguments import Weight
@@ -66,43 +66,36 @@ def on_bf16_grid(layer: Layer) -> Layer:
 def lossless() -> Backend:
     """A backend whose formats lose nothing, in fp64: its scales are ones of the right shape, its products exact."""
 
-    def rows(x: Tensor, pow2: bool = False, tma: bool = False) -> Quantized:
+    def quantize_rows(x: Tensor, pow2: bool = False, tma: bool = False) -> Quantized:
         return Quantized(x, x.new_ones(x.shape[0], blocks(x.shape[1])))
 
-    def weights(both: list[Tensor], pow2: bool = False) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def quantize_weights(both: list[Tensor], pow2: bool = False) -> list[tuple[Tensor, Tensor, Tensor]]:
         return [(w.clone(), w.mT.clone(), w.new_ones(w.shape[0], blocks(w.shape[1]), blocks(w.shape[2]))) for w in both]
 
-    def columns(x: Tensor, index: Tensor, pow2: bool = False, tiled: bool = False) -> Quantized:
+    def quantize_columns(x: Tensor, index: Tensor, pow2: bool = False, tiled: bool = False) -> Quantized:
         ones = x.new_ones(blocks(x.shape[1]) if tiled else x.shape[1], blocks(len(index)))
         return Quantized(gather_rows(x, index).T, ones)
 
-    def tiles(x: Tensor, index: Tensor, pow2: bool = False) -> BothOrders:
-        return BothOrders(rows(x), columns(x, index, tiled=True))
+    def quantize_both_orders(x: Tensor, index: Tensor, pow2: bool = False) -> BothOrders:
+        return BothOrders(quantize_rows(x), quantize_columns(x, index, tiled=True))
 
-    def product(a: Rows[Quantized], b: Quantized, offsets: Tensor) -> Tensor:
+    def grouped_mm_fp8(a: Rows[Quantized], b: Quantized, offsets: Tensor) -> Tensor:
         assert a.x.scale.shape == (a.x.shape[0], blocks(a.x.shape[1]))
         assert b.scale.shape == (b.shape[0], blocks(b.shape[1]), blocks(b.shape[2]))
         return reference.grouped_mm(Rows(a.x.q, a.gather_index), b.q.mT, offsets)
 
-    def wgrad(a: Quantized, b: Quantized, offsets: Tensor, out: Tensor | None, **kw: Any) -> Tensor:
+    def grouped_mm_wgrad_fp8(a: Quantized, b: Quantized, offsets: Tensor, into: Into) -> Tensor:
         assert a.scale.shape == (a.shape[0], blocks(a.shape[1]))
         assert b.scale.shape == (blocks(b.shape[0]), blocks(b.shape[1]))
-        return reference.grouped_mm_wgrad(Rows(a.q.T), b.q.T, offsets, out, **kw)
+        return reference.grouped_mm_wgrad(Rows(a.q.T), b.q.T, offsets, into)
 
-    composed = ComposedFp8(product, reference.activation_forward, reference.activation_backward, rows, columns, tiles)
+    quantizers = quantize_rows, quantize_columns, quantize_both_orders
+    composed = ComposedFp8(grouped_mm_fp8, reference.activation_forward, reference.activation_backward, *quantizers)
     same = "pick", "gather_sum", "row_dot", "segment_sum", "grouped_mm_wgrad", "pad_segments"
-    fp8: Any = SimpleNamespace(
-        **{name: getattr(reference, name) for name in same},
-        quantize_rows=rows,
-        quantize_weights=weights,
-        quantize_columns=columns,
-        quantize_tiles=tiles,
-        grouped_mm_fp8=product,
-        grouped_mm_wgrad_fp8=wgrad,
-        up_projection_fp8=composed.up_projection_fp8,
-        down_backward_fp8=composed.down_backward_fp8,
-        down_backward_fp8_quantised=composed.down_backward_fp8_quantised,
-    )
+    fused = "up_projection_fp8", "down_backward_fp8", "down_backward_fp8_quantize"
+    own = {f.__name__: f for f in (*quantizers, quantize_weights, grouped_mm_fp8, grouped_mm_wgrad_fp8)}
+    own |= {name: getattr(reference, name) for name in same} | {name: getattr(composed, name) for name in fused}
+    fp8: Any = SimpleNamespace(**own)
     return replace(registry.kernels("reference"), fp8=fp8)
 
 
@@ -149,7 +142,7 @@ def rounding_at_stores(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: f"{r.save_preactivation}-{r.wgrad}-{r.scale}")
 def test_bits_are_those_of_the_arithmetic(recipe: Fp8Recipe, inputs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Partial blocks, empty experts. Both sides sum in fp32, in different orders at most, so a few results round the
-    other way: 2^-8 of themselves in bf16, and one that is quantised again by up to 2^-3.
+    other way: 2^-8 of themselves in bf16, and one that is quantized again by up to 2^-3.
     """
     layer = Layer(topk_plan(150, 6, 3), 200, 72, as_activation("swiglu"))
     inputs(layer)

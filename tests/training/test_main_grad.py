@@ -468,11 +468,10 @@ def test_gpu_sums_are_close_to_fp64_and_repeat_to_the_bit(backend, bound, monkey
     k, exact = registry.kernels(backend).experts, [s.double() for s in start]
     kernel = k.grouped_mm_wgrad
 
-    def in_fp64_too(a, b, offsets, out, *, transposed=False, **kwargs):
-        into = exact[0] if transposed else exact[1]
-        exact_a = a._replace(x=a.x.double())
-        reference.grouped_mm_wgrad(exact_a, b.double(), offsets, into, transposed=transposed, **kwargs)
-        return kernel(a, b, offsets, out, transposed=transposed, **kwargs)
+    def in_fp64_too(a, b, offsets, into):
+        exact_a, exact_out = a._replace(x=a.x.double()), exact[0] if into.transposed else exact[1]
+        reference.grouped_mm_wgrad(exact_a, b.double(), offsets, into._replace(out=exact_out))
+        return kernel(a, b, offsets, into)
 
     with monkeypatch.context() as patch:
         patch.setattr(k, "grouped_mm_wgrad", in_fp64_too)

@@ -72,14 +72,14 @@ def _lines(spans: Spans, steps: Sequence[tuple[str, Step]], floors: bool) -> dic
                 lines[line] |= {"floor_us": floor_us, "of_floor": floor_us / us}
     rest = spans.us - sum(span.us for span in spans.parts)
     lines["rest"] = {"us": rest, "share": rest / spans.us}
-    lines["total"] = {"us": spans.us, "share": 1.0, "quantise_share": spans.quantise_share}
+    lines["total"] = {"us": spans.us, "share": 1.0, "quantize_share": spans.quantize_share}
     return lines
 
 
 def breakdown_table(result: BreakdownResult) -> Table:
     """A line for each function, its share of the step, and its floor."""
     total = result.metrics["total"]
-    title = f"{result.case}   only quantising or transposing: {total['quantise_share']:.1%}"
+    title = f"{result.case}   only quantizing or transposing: {total['quantize_share']:.1%}"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     table.add_column("", no_wrap=True)
     for heading in ("µs", "% of step", "TFLOP/s", "floor µs", "floor ÷ time"):

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from supersonic_moe.bench.gemm import Contender
 from supersonic_moe.bench.shapes import GemmCase
-from supersonic_moe.kernels.interface import Rows
+from supersonic_moe.kernels.interface import Into, Rows
 from supersonic_moe.kernels.sm90 import grouped_gemm, grouped_wgrad
 
 DEEP_GEMM_ROWS = 128  # every expert's rows start at a multiple of this
@@ -89,7 +89,9 @@ def _weight_gradients(case: GemmCase, device: torch.device) -> Builders:
     def ours_accumulate() -> Contender:
         d_EMN = main_grad_EMN()
         return Contender(
-            lambda: grouped_wgrad.grouped_mm_wgrad(Rows(a_PM), b_PN, offsets, d_EMN, accumulate=True), exact, initial=1
+            lambda: grouped_wgrad.grouped_mm_wgrad(Rows(a_PM), b_PN, offsets, Into(d_EMN, accumulate=True)),
+            exact,
+            initial=1,
         )
 
     def deep_gemm() -> Contender:

@@ -1,10 +1,10 @@
 """Random e4m3 operands of the GEMM suite with their block scales, and who multiplies them.
 
-Operands are normal numbers in bf16 that pass through our quantisers. Everyone gets these bytes, in the order that he
-wants, beforehand: neither quantising nor laying out scales is in anybody's time. An exact product is that of the
-dequantised operands in fp64. Beyond the variants of ``gemm.py``:
+Operands are normal numbers in bf16 that pass through our quantizers. Everyone gets these bytes, in the order that he
+wants, beforehand: neither quantizing nor laying out scales is in anybody's time. An exact product is that of the
+dequantized operands in fp64. Beyond the variants of ``gemm.py``:
 
-    ours_up, ours_up_gathered     the up-projection: the same product with SwiGLU and both quantisations in its epilogue
+    ours_up, ours_up_gathered     the up-projection: the same product with SwiGLU and both quantizations in its epilogue
     ours_transposed               wgrad only: (E, N, M), as dW1 of a layer is stored
 
 Peers:
@@ -30,7 +30,7 @@ from supersonic_moe.bench.gemm_bf16 import Builders, deep_gemm_module, normal, o
 from supersonic_moe.bench.shapes import GemmCase
 from supersonic_moe.config.activation import GateUpLayout, as_activation
 from supersonic_moe.config.recipe import Fp8Recipe
-from supersonic_moe.kernels.interface import Gate, Groups, Quantized, Rows
+from supersonic_moe.kernels.interface import NEW, Gate, Into, Quantized, Rows, UpProjection
 from supersonic_moe.kernels.reference.quantize import dequantize
 from supersonic_moe.kernels.sm90 import (
     grouped_gemm,
@@ -89,11 +89,11 @@ def _products(case: GemmCase, device: torch.device) -> Builders:
     gathered = Rows(Quantized(q_PK, scale_by_row), index_P)
 
     def up(rows: Rows[Quantized], exact_h: Callable[[int], Tensor]) -> Contender:
-        groups, recipe = Groups(offsets, expert_P), Fp8Recipe()
-        gate = Gate(as_activation("swiglu"), GateUpLayout.INTERLEAVED)
+        gate, recipe = Gate(as_activation("swiglu"), GateUpLayout.INTERLEAVED), Fp8Recipe()
+        step = UpProjection(rows, weight, None, offsets, expert_P, gate, save=True)
 
         def run() -> tuple[Quantized, Quantized]:
-            return up_projection_fp8.up_projection_fp8(rows, weight, None, groups, gate, recipe, True)
+            return up_projection_fp8.up_projection_fp8(step, recipe)
 
         def exact_a(expert: int) -> Tensor:
             h = exact_h(expert)
@@ -150,14 +150,12 @@ def _weight_gradients(case: GemmCase, device: torch.device) -> Builders:
     def exact(expert: int) -> Tensor:
         return of_expert(*a_MG, expert) @ of_expert(*b_NG, expert).T
 
-    def product(out: Tensor | None = None, *, transposed: bool = False, accumulate: bool = False) -> Tensor:
-        return grouped_wgrad_fp8.grouped_mm_wgrad_fp8(
-            a_MG, b_NG, positions, out, transposed=transposed, accumulate=accumulate
-        )
+    def product(into: Into = NEW) -> Tensor:
+        return grouped_wgrad_fp8.grouped_mm_wgrad_fp8(a_MG, b_NG, positions, into)
 
     def accumulating() -> Contender:
         d_EMN = torch.ones(case.experts, M, N, device=device)  # ones, so that the check sees who overwrites
-        return Contender(lambda: product(d_EMN, accumulate=True), exact, initial=1, limit=FP32_LIMIT)
+        return Contender(lambda: product(Into(d_EMN, accumulate=True)), exact, initial=1, limit=FP32_LIMIT)
 
     def deep_gemm() -> Contender:
         gemm = deep_gemm_module(case).k_grouped_fp8_gemm_nt_contiguous
@@ -182,7 +180,7 @@ def _weight_gradients(case: GemmCase, device: torch.device) -> Builders:
 
     return {
         "ours": lambda: Contender(product, exact),
-        "ours_transposed": lambda: Contender(lambda: product(transposed=True), lambda expert: exact(expert).T),
+        "ours_transposed": lambda: Contender(lambda: product(Into(transposed=True)), lambda expert: exact(expert).T),
         "ours_accumulate": accumulating,
         BF16: lambda: Contender(lambda: grouped_wgrad.grouped_mm_wgrad(Rows(a_PM), b_PN, offsets), bf16_exact),
         "deep_gemm": deep_gemm,

@@ -46,7 +46,7 @@ from supersonic_moe.bench.timing import (
 from supersonic_moe.config.activation import GateUpLayout, as_activation
 from supersonic_moe.config.router import TokenRounding, as_router
 from supersonic_moe.kernels import reference, registry
-from supersonic_moe.kernels.interface import Gate, Groups, Rows, TokenRows
+from supersonic_moe.kernels.interface import DownBackward, Gate, Into, Rows, Slots, TokenRows, UpProjection
 from supersonic_moe.kernels.reference import quantize as reference_quantize
 from supersonic_moe.perf_model import LayerShape, Machine, Step, kernel_steps
 from supersonic_moe.quantization import block_format
@@ -66,12 +66,12 @@ GROUPS = {
         "grouped_mm_dx",
         "gather_sum_dx",
     ),
-    "FP8 quantisers": (
+    "FP8 quantizers": (
         "quantize_rows_x",
         "quantize_blocks_w1",
         "quantize_blocks_w2",
         "quantize_columns_x",
-        "quantize_tiles_dz",
+        "quantize_both_orders_dz",
     ),
 }
 CEILINGS = ("copy", "matmul")
@@ -227,7 +227,7 @@ def kernel_calls(shape: LayerShape, config: LayerConfig) -> dict[str, Call]:
     scores_TK, ids_TK = route(logits_TE, K, config.router, backend=backend)
     ids_S = ids_TK.reshape(-1)
     plan = plan_from_topk(ids_TK, E)
-    groups = offsets, row_expert = Groups(plan.expert_offsets, plan.row_expert)
+    offsets, row_expert = plan.expert_offsets, plan.row_expert
     x_rows, dout_rows = Rows(x_TH, plan.gather_index), Rows(dout_TH, plan.gather_index)
     s_P = scores_TK.reshape(-1)[plan.scatter_index]  # plain top-k: every row has a slot
     z_PN, da_PI = normal(plan.capacity, activation.fan * I), normal(plan.capacity, I)
@@ -239,29 +239,32 @@ def kernel_calls(shape: LayerShape, config: LayerConfig) -> dict[str, Call]:
     _, row_index_G, token_index_G = reference_quantize.pad_segments(offsets, plan.gather_index, positions)
     of_tokens = (row_expert, TokenRows(plan.token_rows, None, K, T))
     grad_w1, grad_w2 = (torch.zeros(w.shape, device=config.device) for w in (w1_ENH, w2_EHI))  # fp32, as main_grad is
-    wgrad = partial(k.grouped_mm_wgrad, expert_offsets=offsets)
+    add_w1, add_w2 = Into(grad_w1, transposed=True, accumulate=True), Into(grad_w2, accumulate=True)
+    up = UpProjection(x_rows, w1_ENH, None, offsets, row_expert, gate, save=True)
+    down = DownBackward(dout_rows, w2_EHI, z_PN, None, s_P, offsets, row_expert, gate)
+    slots = Slots(ids_S, None, K, T, E, tile=1, capacity=plan.capacity)
 
     return {
         "route_forward": lambda: routing.route_forward(logits_TE, K, router),
-        "build_plan": lambda: routing.build_plan(ids_S, None, K, T, E, 1, plan.capacity),
+        "build_plan": lambda: routing.build_plan(slots),
         "route_and_plan": lambda: plan_from_topk(route(logits_TE, K, config.router, backend=backend)[1], E),
         "route_backward": lambda: routing.route_backward(dscores_TK, logits_TE, scores_TK, ids_TK, router),
-        "up_projection": lambda: k.up_projection(x_rows, w1_ENH, None, groups, gate, True),
-        "up_projection_inference": lambda: k.up_projection(x_rows, w1_ENH, None, groups, gate, False),
+        "up_projection": lambda: k.up_projection(up),
+        "up_projection_inference": lambda: k.up_projection(up._replace(save=False)),
         "grouped_mm_y": lambda: k.grouped_mm(Rows(a_PI), w2_EHI.transpose(1, 2), offsets),
         "gather_sum_out": lambda: k.gather_sum(y_PH, s_P, None, *of_tokens),
-        "down_backward": lambda: k.down_backward(dout_rows, w2_EHI, z_PN, None, s_P, groups, gate),
-        "wgrad_dw2": lambda: wgrad(dout_rows, as_PI),
-        "wgrad_dw2_accumulate": lambda: wgrad(dout_rows, as_PI, out=grad_w2, accumulate=True),
-        "wgrad_dw1": lambda: wgrad(x_rows, dz_PN, transposed=True),
-        "wgrad_dw1_accumulate": lambda: wgrad(x_rows, dz_PN, transposed=True, out=grad_w1, accumulate=True),
+        "down_backward": lambda: k.down_backward(down),
+        "wgrad_dw2": lambda: k.grouped_mm_wgrad(dout_rows, as_PI, offsets),
+        "wgrad_dw2_accumulate": lambda: k.grouped_mm_wgrad(dout_rows, as_PI, offsets, add_w2),
+        "wgrad_dw1": lambda: k.grouped_mm_wgrad(x_rows, dz_PN, offsets, Into(transposed=True)),
+        "wgrad_dw1_accumulate": lambda: k.grouped_mm_wgrad(x_rows, dz_PN, offsets, add_w1),
         "grouped_mm_dx": lambda: k.grouped_mm(Rows(dz_PN), w1_ENH, offsets),
         "gather_sum_dx": lambda: k.gather_sum(y_PH, None, None, *of_tokens),
         "quantize_rows_x": lambda: quantizers.quantize_rows(x_TH),
         "quantize_blocks_w1": lambda: quantizers.quantize_weights([w1_ENH])[0],
         "quantize_blocks_w2": lambda: quantizers.quantize_weights([w2_EHI])[0],
         "quantize_columns_x": lambda: quantizers.quantize_columns(x_TH, token_index_G),
-        "quantize_tiles_dz": lambda: quantizers.quantize_tiles(dz_PN, row_index_G),
+        "quantize_both_orders_dz": lambda: quantizers.quantize_both_orders(dz_PN, row_index_G),
     }
 
 

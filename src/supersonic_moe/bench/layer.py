@@ -17,7 +17,7 @@ Under token rounding, ``plain_topk`` is one of the contenders: our layer with th
 router, as in evaluation. What rounding is worth is the ratio of the two TFLOP/s, because R differs a little.
 
 With an FP8 recipe, ``ours-BF16`` is one of the contenders: our layer with the same weights and Bf16Recipe. Weights
-are quantised in every forward, as in a training step without micro-batches.
+are quantized in every forward, as in a training step without micro-batches.
 
 A peer is only compared if it computes the same function: the median over tokens of its relative distance to our
 output is checked first (the median, because a tie between two equal bf16 logits may legally be broken either way).
@@ -188,7 +188,7 @@ def run_case(shape: LayerShape, config: LayerConfig, progress: Callable[[str], N
         spans = measure_spans(
             contenders[OURS].fwd_bwd, marks_for(config.device), warm_ms=config.warm_ms, min_ms=config.min_ms
         )
-        result.metrics[OURS]["quantise_share"] = spans.quantise_share
+        result.metrics[OURS]["quantize_share"] = spans.quantize_share
     result.metrics = {name: metrics for name, metrics in result.metrics.items() if metrics}
     return result
 

@@ -29,7 +29,7 @@ FINE_GRAINED_SHAPES = (
     LayerShape(32768, 4096, 512, 256, 16),
 )
 
-#: The default set, and short batches of the reference shape, where quantising the weights weighs most.
+#: The default set, and short batches of the reference shape, where quantizing the weights weighs most.
 FP8_SHAPES = (*LAYER_SHAPES, *(LayerShape(tokens, 3072, 1536, 8, 8) for tokens in (1024, 2048, 4096)))
 
 LAYER_SETS = {"default": LAYER_SHAPES, "fine-grained": FINE_GRAINED_SHAPES, "fp8": FP8_SHAPES}

@@ -19,9 +19,10 @@ import torch
 
 from supersonic_moe.bench.timing import Call, NoResultError, estimate_calls
 from supersonic_moe.kernels import registry
+from supersonic_moe.kernels.interface import CAPABILITIES, functions_of
 from supersonic_moe.private_api import gpu_sleep
 
-QUANTISING = ("quantize_rows", "quantize_weights", "quantize_columns", "quantize_tiles", "pad_segments")
+QUANTIZING = ("quantize_rows", "quantize_weights", "quantize_columns", "quantize_both_orders", "pad_segments")
 CYCLES_PER_US = 2000  # at least those of any clock that a GPU has today
 
 
@@ -37,9 +38,9 @@ class Spans(NamedTuple):
     us: float
 
     @property
-    def quantise_share(self) -> float:
-        """Of the whole call, what passes take that only quantise or transpose."""
-        return sum(span.us for span in self.parts if span.function in QUANTISING) / self.us
+    def quantize_share(self) -> float:
+        """Of the whole call, what passes take that only quantize or transpose."""
+        return sum(span.us for span in self.parts if span.function in QUANTIZING) / self.us
 
 
 class Marks:
@@ -134,22 +135,28 @@ def _recorded(mark: Callable[[], Any]) -> Iterator[list[tuple[str, Any, Any]]]:
 
         return call
 
-    for backend in _backends():
-        for name in backend.__all__:
-            originals.append((backend, name, getattr(backend, name)))
-            setattr(backend, name, bracketed(name, originals[-1][2]))
+    for module, name in _functions():
+        originals.append((module, name, getattr(module, name)))
+        setattr(module, name, bracketed(name, originals[-1][2]))
     try:
         yield marks
     finally:
-        for backend, name, function in originals:
-            setattr(backend, name, function)
+        for module, name, function in originals:
+            setattr(module, name, function)
 
 
-def _backends() -> list[Any]:
-    """The modules behind the backends: one has all capabilities."""
+def _functions() -> set[tuple[Any, str]]:
+    """Module and name of every function of the backends that are installed."""
     found = {
         "reference": True,
         "triton": registry.HAS_TRITON,
         "sm90": registry.HAS_TRITON and registry.HAS_DRIVER_BINDINGS,
     }
-    return [registry.kernels(name).experts for name, present in found.items() if present]
+    return {
+        (module, function)
+        for backend, present in found.items()
+        if present
+        for capability, protocol in CAPABILITIES.items()
+        if (module := getattr(registry.kernels(backend), capability)) is not None
+        for function in functions_of(protocol)
+    }

@@ -35,7 +35,7 @@ class Fp8Recipe:
     one rounding more; the whole step is faster with it (docs/log.md).
     """
     keep_transposed: Literal[True, False] = True
-    """Keep the transposed FP8 weights from forward to backward, 1 byte a weight. False quantises the BF16 weights once
+    """Keep the transposed FP8 weights from forward to backward, 1 byte a weight. False quantizes the BF16 weights once
     more in backward, 4 bytes a weight through DRAM, and keeps nothing: for FSDP, where no whole copy of the weights
     should outlive forward.
     """

@@ -8,7 +8,6 @@ from torch import Tensor
 from supersonic_moe import checks
 from supersonic_moe.config.activation import GateUpLayout, as_layout
 from supersonic_moe.config.grouped_routing import GroupedRouting, Scoring, as_scoring
-from supersonic_moe.inference import ops  # noqa: F401  defines torch.ops.supersonic_moe.moe_fp8_ds_routed
 from supersonic_moe.inference.operands import (
     check_experts,
     check_x,
@@ -17,6 +16,8 @@ from supersonic_moe.inference.operands import (
     chunks,
     output,
 )
+from supersonic_moe.inference.ops import DsRouted
+from supersonic_moe.inference.replays import Request
 from supersonic_moe.quantization.block_format import E4M3
 
 
@@ -70,6 +71,14 @@ def moe_fp8_ds_routed(
     Raises:
         TypeError, ValueError: a wrong dtype, shape, stride or setting, with the fix.
     """
+    weights = [gemm1_weights, gemm1_scale, gemm2_weights, gemm2_scale]
+    settings = (n_group, topk_group, top_k, scoring, routed_scaling_factor, local_expert_offset, gate_up_order)
+    request = Request.of(
+        hidden_states, (routing_logits, routing_bias, hidden_states_scale), out, workspace, weights,
+        ("ds_routed", max_tokens_per_chunk, *settings),
+    )  # fmt: skip
+    if (result := request.run()) is not None:
+        return result
     order = as_layout(gate_up_order)
     sizes = check_experts(gemm1_weights, gemm2_weights, gemm1_scale, gemm2_scale, order)
     check_x("hidden_states", hidden_states, sizes, gemm1_weights)
@@ -90,13 +99,15 @@ def moe_fp8_ds_routed(
     )
     checked_workspace(workspace, hidden_states, top_k, sizes, max_tokens_per_chunk)
     out = output(out, hidden_states)
-    weights = [gemm1_weights, gemm1_scale, gemm2_weights, gemm2_scale]
+    x, bias = hidden_states.contiguous(), None if routing_bias is None else routing_bias.contiguous()
     for first, end in chunks(num_tokens, max_tokens_per_chunk):
-        torch.ops.supersonic_moe.moe_fp8_ds_routed.default(
-            routing_logits[first:end], routing_bias, hidden_states[first:end], x_scale[first:end], weights,
+        arguments = DsRouted(
+            routing_logits[first:end], bias, x[first:end], x_scale[first:end], weights,
             int(local_expert_offset), top_k, n_group, topk_group, rule.scoring.value, rule.scaling_factor, order.value,
-            out[first:end], workspace,
         )  # fmt: skip
+        torch.ops.supersonic_moe.moe_fp8_ds_routed.default(*arguments, out[first:end], workspace)
+        if end - first == num_tokens:
+            request.keep(arguments, out)
     return out
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from supersonic_moe.config.activation import GateUpLayout
 from supersonic_moe.config.grouped_routing import GroupedRouting, Scoring
 from supersonic_moe.kernels import reference, registry
 from supersonic_moe.kernels.reference.inference import Fp8Experts
+
+if TYPE_CHECKING:
+    from supersonic_moe.inference.sm90 import Call
 
 torch.library.define(
     "supersonic_moe::moe_fp8_ds_routed",
@@ -30,82 +34,115 @@ torch.library.define(
 )
 
 
+class DsRouted(NamedTuple):
+    """Arguments of the op but for its buffers."""
+
+    logits: Tensor
+    bias: Tensor | None
+    x: Tensor
+    x_scale: Tensor
+    weights: list[Tensor]
+    offset: int
+    top_k: int
+    n_group: int
+    topk_group: int
+    scoring: str
+    factor: float
+    order: str
+
+    @property
+    def rule(self) -> GroupedRouting:
+        return GroupedRouting(
+            num_experts=self.logits.shape[1],
+            top_k=self.top_k,
+            n_group=self.n_group,
+            topk_group=self.topk_group,
+            scoring=Scoring(self.scoring),
+            scaling_factor=self.factor,
+        )
+
+    def call(self, sm90: ModuleType, out: Tensor) -> Call:
+        layer = sm90.Layer(Fp8Experts(*self.weights), None, GateUpLayout(self.order))
+        call: Call = sm90.ds_routed(
+            self.logits, self.bias, self.rule, self.offset, self.x, self.x_scale, layer, out
+        )  # fmt: skip
+        return call
+
+    def reference(self) -> Tensor:
+        experts = Fp8Experts(*self.weights)
+        topk_weights, topk_ids = reference.route_grouped(self.logits, self.bias, self.rule)
+        ids = reference.local_ids(topk_ids, experts.w13.shape[0], self.offset)
+        return reference.moe_fp8(self.x, self.x_scale, experts, topk_weights, ids, order=GateUpLayout(self.order))
+
+
+class TopK(NamedTuple):
+    """Arguments of the op but for its buffers."""
+
+    x: Tensor
+    x_scale: Tensor | None
+    weights: list[Tensor]
+    topk_weights: Tensor
+    topk_ids: Tensor
+    expert_map: Tensor | None
+    offset: int
+    num_experts: int | None
+    factor: float
+    order: str
+    limit: float | None
+    weight_on_input: bool
+    pow2: bool
+
+    @property
+    def shared(self) -> Fp8Experts | None:
+        return Fp8Experts(*self.weights[4:]) if self.weights[4:] else None
+
+    def call(self, sm90: ModuleType, out: Tensor) -> Call:
+        order = GateUpLayout(self.order)
+        layer = sm90.Layer(Fp8Experts(*self.weights[:4]), self.shared, order, self.limit, self.pow2)
+        call: Call = sm90.topk(
+            self.topk_ids, self.topk_weights, self.expert_map, self.offset, self.num_experts, self.factor,
+            self.weight_on_input, self.x, self.x_scale, layer, out,
+        )  # fmt: skip
+        return call
+
+    def reference(self) -> Tensor:
+        experts = Fp8Experts(*self.weights[:4])
+        return reference.moe_fp8(
+            self.x,
+            self.x_scale,
+            experts,
+            self.topk_weights,
+            reference.local_ids(self.topk_ids, experts.w13.shape[0], self.offset, self.num_experts, self.expert_map),
+            order=GateUpLayout(self.order),
+            limit=self.limit,
+            pow2=self.pow2,
+            weight_on_input=self.weight_on_input,
+            scaling_factor=self.factor,
+            shared=self.shared,
+        )
+
+
+Arguments: TypeAlias = DsRouted | TopK
+
+
+def _run(arguments: Arguments, out: Tensor, workspace: Tensor | None) -> None:
+    sm90 = sm90_for(arguments.x)
+    if sm90 is None:
+        out.copy_(arguments.reference())
+    else:
+        sm90.run(arguments.call(sm90, out), workspace)
+
+
 @torch.library.impl("supersonic_moe::moe_fp8_ds_routed", ("cpu", "cuda"))
-def _ds_routed(
-    logits: Tensor,
-    bias: Tensor | None,
-    x: Tensor,
-    x_scale: Tensor,
-    weights: list[Tensor],
-    offset: int,
-    top_k: int,
-    n_group: int,
-    topk_group: int,
-    scoring: str,
-    factor: float,
-    order: str,
-    out: Tensor,
-    workspace: Tensor | None,
-) -> None:
-    rule = GroupedRouting(
-        num_experts=logits.shape[1],
-        top_k=top_k,
-        n_group=n_group,
-        topk_group=topk_group,
-        scoring=Scoring(scoring),
-        scaling_factor=factor,
-    )
-    experts = Fp8Experts(*weights)
-    if (sm90 := _sm90(x)) is not None:
-        layer = sm90.Layer(experts, None, GateUpLayout(order))
-        sm90.ds_routed(logits, bias, rule, offset, x, x_scale, layer, out, workspace)
-        return
-    topk_weights, topk_ids = reference.route_grouped(logits, bias, rule)
-    ids = reference.local_ids(topk_ids, experts.w13.shape[0], offset)
-    out.copy_(reference.moe_fp8(x, x_scale, experts, topk_weights, ids, order=GateUpLayout(order)))
+def _ds_routed(*arguments: Any) -> None:
+    *values, out, workspace = arguments
+    _run(DsRouted(*values), out, workspace)
 
 
 @torch.library.impl("supersonic_moe::moe_fp8_topk", ("cpu", "cuda"))
-def _topk(
-    x: Tensor,
-    x_scale: Tensor | None,
-    weights: list[Tensor],
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    expert_map: Tensor | None,
-    offset: int,
-    num_experts: int | None,
-    factor: float,
-    order: str,
-    limit: float | None,
-    weight_on_input: bool,
-    pow2: bool,
-    out: Tensor,
-    workspace: Tensor | None,
-) -> None:
-    experts = Fp8Experts(*weights[:4])
-    shared = Fp8Experts(*weights[4:]) if weights[4:] else None
-    if (sm90 := _sm90(x)) is not None:
-        layer = sm90.Layer(experts, shared, GateUpLayout(order), limit, pow2)
-        sm90.topk(
-            topk_ids, topk_weights, expert_map, offset, num_experts, factor, weight_on_input, x, x_scale, layer, out,
-            workspace,
-        )  # fmt: skip
-        return
-    result = reference.moe_fp8(
-        x,
-        x_scale,
-        experts,
-        topk_weights,
-        reference.local_ids(topk_ids, experts.w13.shape[0], offset, num_experts, expert_map),
-        order=GateUpLayout(order),
-        limit=limit,
-        pow2=pow2,
-        weight_on_input=weight_on_input,
-        scaling_factor=factor,
-        shared=shared,
-    )
-    out.copy_(result)
+def _topk(*arguments: Any) -> None:
+    *values, out, workspace = arguments
+    _run(TopK(*values), out, workspace)
 
 
 @torch.library.register_fake("supersonic_moe::moe_fp8_ds_routed")  # type: ignore[untyped-decorator]
@@ -123,7 +160,7 @@ def _sm90_module() -> ModuleType:
     return importlib.import_module("supersonic_moe.inference.sm90")
 
 
-def _sm90(x: Tensor) -> ModuleType | None:
+def sm90_for(x: Tensor) -> ModuleType | None:
     """The kernels of a Hopper GPU; None: the reference, on a CPU, and with a warning on other GPUs, where it waits for
     the host.
     """

@@ -1,14 +1,16 @@
 """The inference operator as a list of sm_90a kernel calls: route, then multiply and combine.
 
 Rows are streamed (``kernels/sm90/stream_experts.py``) where an expert has few of them, and go through the tile kernels
-of the FP8 layer where it has many. The host knows only T * K, a bound of the rows of this rank. Up to 128 E_local of
-them everything is streamed, in two launches. Beyond, the router counts on the device and writes who works: the
-streaming kernel up to ``MEAN_ROWS`` rows an expert on average, else the tile kernels; the others find nothing to do. A
-hot expert among streamed ones takes a pass over its weights for each 128 rows.
+of the FP8 layer where it has many. The host knows only T * K, a bound of the rows of this rank, and which share of the
+experts is here. Up to 128 E_local of them, or 256 of which 64 E_local are to be expected, everything is streamed, in
+two launches up to 128 tokens and three beyond. Else the router counts on the device and writes who works: the streaming
+kernel up to ``MEAN_ROWS`` rows an expert on average, else the tile kernels; the others find nothing to do. A hot expert
+among streamed ones takes its turn once for each 128 rows, with its weights in L2.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,7 +21,9 @@ from supersonic_moe.config.activation import Activation, ActivationType, GateUpL
 from supersonic_moe.config.grouped_routing import GroupedRouting
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.inference.workspace import ALIGNMENT, regions, streamed_rows, workspace_bytes
-from supersonic_moe.kernels.interface import Gate, Groups, Quantized, Rows
+from supersonic_moe.jit.launch import Launch, on_device
+from supersonic_moe.kernels.alignment import aligned
+from supersonic_moe.kernels.interface import Gate, Quantized, Rows, UpProjection
 from supersonic_moe.kernels.reference.inference import Fp8Experts
 from supersonic_moe.kernels.sm90.combine_rows import combine_rows
 from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import grouped_mm_fp8
@@ -27,11 +31,13 @@ from supersonic_moe.kernels.sm90.route_rows import Choices, RowTables, max_items
 from supersonic_moe.kernels.sm90.stream_experts import Inputs, Scratch, num_counters, plane_rows, stream_experts
 from supersonic_moe.kernels.sm90.up_projection_fp8 import up_projection_fp8
 from supersonic_moe.kernels.triton.quantize import quantize_rows_into
-from supersonic_moe.quantization.block_format import E4M3, blocks
+from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks
 
-MEAN_ROWS = (
-    96  # streamed rows of an expert on average, where the device decides; a tile of 128 rows costs as much as 150
-)
+MEAN_ROWS = 96  # streamed rows of an expert on average, where the device decides: a tile of 128 costs as much as 150
+SURE_ROWS = 128  # bound of the mean below which nothing else is launched
+LIKELY_ROWS = 64  # the same for the mean to be expected, if the bound is at most STREAMED_ROWS
+UNKNOWN = 2**31 - 1  # experts of the model: no id is out of range
+VECTOR = 16  # bytes: x is read and out written by vectors of at most as many
 
 
 class Layer(NamedTuple):
@@ -45,105 +51,149 @@ class Layer(NamedTuple):
     x_weight_T: Tensor | None = None
 
 
+class Call(NamedTuple):
+    """One call: where a token's choices come from, what the experts are fed, and where the result goes."""
+
+    route: Callable[[RowTables], list[Launch]]
+    choices: Choices
+    x: Tensor
+    x_scale: Tensor | None
+    layer: Layer
+    out: Tensor
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """Arguments of ``workspace_bytes``."""
+        hidden, inter = self.layer.experts.w2.shape[1:]
+        return self.x.shape[0], self.choices.per_token, hidden, inter, self.choices.num_local
+
+    @property
+    def rows(self) -> int:
+        return self.x.shape[0] * self.choices.per_token
+
+    @property
+    def streamed(self) -> int:
+        """How many of the rows may be streamed."""
+        return streamed_rows(self.rows, self.layer.experts.w2.shape[2], self.choices.num_local)
+
+    @property
+    def tiles(self) -> bool:
+        """Whether the tile kernels may get the rows."""
+        if self.layer.experts.w2.shape[2] % BLOCK or self.rows <= SURE_ROWS * self.choices.num_local:
+            return False
+        local, known = self.choices.routed, self.choices.num_experts != UNKNOWN
+        expected = self.rows * local / self.choices.num_experts if known else self.rows
+        return self.rows > self.streamed or expected > LIKELY_ROWS * self.choices.num_local
+
+
 def ds_routed(
-    logits: Tensor,
-    bias: Tensor | None,
-    rule: GroupedRouting,
-    offset: int,
-    x: Tensor,
-    x_scale: Tensor,
-    layer: Layer,
+    logits: Tensor, bias: Tensor | None, rule: GroupedRouting, offset: int, x: Tensor, x_scale: Tensor, layer: Layer,
     out: Tensor,
-    workspace: Tensor | None,
-) -> None:
+) -> Call:  # fmt: skip
     choices = Choices(rule.num_experts, layer.experts.w13.shape[0], offset, rule.top_k, shared=False)
-    _run(lambda tables: route_rows(logits, bias, rule, choices, tables), choices, x, x_scale, layer, out, workspace)
+    route = functools.partial(route_rows, logits, bias, rule, choices)
+    return Call(route, choices, x, x_scale, layer, out)
 
 
 def topk(
-    ids: Tensor,
-    weights: Tensor,
-    expert_map: Tensor | None,
-    offset: int,
-    num_experts: int | None,
-    factor: float,
-    weight_on_input: bool,
-    x: Tensor,
-    x_scale: Tensor | None,
-    layer: Layer,
-    out: Tensor,
-    workspace: Tensor | None,
-) -> None:
+    ids: Tensor, weights: Tensor, expert_map: Tensor | None, offset: int, num_experts: int | None, factor: float,
+    weight_on_input: bool, x: Tensor, x_scale: Tensor | None, layer: Layer, out: Tensor,
+) -> Call:  # fmt: skip
     known = expert_map.shape[0] if expert_map is not None else num_experts
     choices = Choices(
-        known if known is not None else 2**31 - 1, layer.experts.w13.shape[0], offset, ids.shape[1],
+        known if known is not None else UNKNOWN, layer.experts.w13.shape[0], offset, ids.shape[1],
         shared=layer.shared is not None,
     )  # fmt: skip
     if weight_on_input:
         layer = layer._replace(x_weight_T=weights)
-
-    def place(tables: RowTables) -> None:
-        place_topk(ids, None if weight_on_input else weights, expert_map, factor, choices, tables)
-
-    _run(place, choices, x, x_scale, layer, out, workspace)
+    route = functools.partial(place_topk, ids, None if weight_on_input else weights, expert_map, factor, choices)
+    return Call(route, choices, x, x_scale, layer, out)
 
 
-def _run(
-    route: Callable[[RowTables], None],
-    choices: Choices,
-    x: Tensor,
-    x_scale: Tensor | None,
-    layer: Layer,
-    out: Tensor,
-    workspace: Tensor | None,
-) -> None:
-    hidden, inter = layer.experts.w2.shape[1:]
-    sizes = (x.shape[0], choices.per_token, hidden, inter, choices.num_local)
+def run(call: Call, workspace: Tensor | None) -> None:
     if workspace is None:
-        workspace = torch.empty(workspace_bytes(*sizes), dtype=torch.uint8, device=x.device)
-    base = workspace.data_ptr()
-    if base % ALIGNMENT:
+        workspace = torch.empty(workspace_bytes(*call.sizes), dtype=torch.uint8, device=call.x.device)
+    if workspace.data_ptr() % ALIGNMENT:
         raise ValueError(
-            f"workspace must start at a multiple of {ALIGNMENT} bytes; got address {base:#x}. Pass a whole buffer, or "
-            "a slice that starts at such a multiple."
+            f"workspace must start at a multiple of {ALIGNMENT} bytes; got address {workspace.data_ptr():#x}. Pass a "
+            "whole buffer, or a slice that starts at such a multiple."
         )
-    at = regions(*sizes)
-    rows = x.shape[0] * choices.per_token
-    streamed = streamed_rows(rows, inter, choices.num_local)
-    tiles = rows > streamed
-    items = max_items(choices.num_local, streamed)
-    tables = RowTables(
+    if call.x.data_ptr() % VECTOR:
+        call = call._replace(x=call.x.clone())
+    experts, shared = call.layer.experts, call.layer.shared
+    if any(t.data_ptr() % VECTOR for held in (experts, shared or experts) for t in (held.w13, held.w2)):
+        placed = call.layer._replace(
+            experts=aligned(experts, VECTOR, "w13", "w2"),
+            shared=None if shared is None else aligned(shared, VECTOR, "w13", "w2"),
+        )
+        call = call._replace(layer=placed)
+    out = call.out
+    if out.data_ptr() % VECTOR:
+        call = call._replace(out=torch.empty_like(out))
+    with on_device(call.x):
+        if call.tiles:
+            _run_undecided(call, workspace)
+        else:
+            for launch in launches(call, workspace.data_ptr()):
+                launch.run()
+    if call.out is not out:
+        out.copy_(call.out)
+
+
+def launches(call: Call, workspace: int) -> list[Launch]:
+    """Everything that a call does whose rows are all streamed. ``workspace``: an address."""
+    tables = _tables(call, workspace)
+    return [*call.route(tables), _stream(call, tables, workspace)]
+
+
+def _run_undecided(call: Call, workspace: Tensor) -> None:
+    """Rows are streamed or go through the tile kernels, as the router finds on the device."""
+    base, at = workspace.data_ptr(), regions(*call.sizes)
+    tables = _tables(call, base)
+    for launch in call.route(tables):
+        launch.run()
+    if call.x_scale is None:
+        codes = _view(workspace, at.x, E4M3, *call.x.shape)
+        scales = _view(workspace, at.x_scale, torch.float32, call.x.shape[0], blocks(call.x.shape[1]))
+        x, x_scale = quantize_rows_into(Quantized(codes, scales), call.x, call.layer.pow2)
+        call = call._replace(x=x, x_scale=x_scale)
+    _stream(call, tables, base).run()
+    assert call.x_scale is not None
+    token_P = _view(workspace, at.row_token, torch.int32, call.rows)
+    offsets = _view(workspace, at.offsets, torch.int32, call.choices.num_local + 1)
+    y_PH, y_shared_TH = _multiply_tiles(call.x, call.x_scale, call.layer, token_P, offsets)
+    combine_rows(y_PH, y_shared_TH, tables, call.choices.per_token, call.out)
+
+
+def _tables(call: Call, base: int) -> RowTables:
+    at, local, tiles = regions(*call.sizes), call.choices.num_local, call.tiles
+    hidden, inter = call.layer.experts.w2.shape[1:]
+    items = max_items(local, call.streamed)
+    return RowTables(
         offsets=base + at.offsets if tiles else None,
         items=base + at.items,
         row_slot=base + at.row_slot,
+        row_token=base + at.row_token if tiles else None,
         slot_row=base + at.slot_row,
         weights=base + at.weights,
         counters=base + at.counters,
         counts=base + at.counts,
-        counter_words=num_counters(items, hidden, inter),
+        counter_words=num_counters(items, plane_rows(call.streamed, local), hidden, inter),
         max_items=items,
-        stream_rows=MEAN_ROWS * choices.num_local if tiles else rows,
+        stream_rows=MEAN_ROWS * local if tiles else call.rows,
     )
-    route(tables)
-    if tiles and x_scale is None:
-        codes = _view(workspace, at.x, E4M3, *x.shape)
-        scales = _view(workspace, at.x_scale, torch.float32, x.shape[0], blocks(hidden))
-        x, x_scale = quantize_rows_into(Quantized(codes, scales), x, layer.pow2)
+
+
+def _stream(call: Call, tables: RowTables, base: int) -> Launch:
+    at, layer = regions(*call.sizes), call.layer
     scratch = Scratch(
-        plane_rows(streamed, choices.num_local), base + at.x_rows, base + at.x_rows_scale, base + at.c,
+        plane_rows(call.streamed, call.choices.num_local), base + at.x_rows, base + at.x_rows_scale, base + at.c,
         base + at.c_codes, base + at.c_scale, base + at.y,
     )  # fmt: skip
-    stream_experts(
-        Inputs(x, x_scale, layer.x_weight_T), layer.experts, layer.shared, tables, choices.per_token, scratch, out,
-        order=layer.order, limit=layer.limit, pow2=layer.pow2,
+    return stream_experts(
+        Inputs(call.x, call.x_scale, layer.x_weight_T), layer.experts, layer.shared, tables, call.choices.per_token,
+        scratch, call.out, order=layer.order, limit=layer.limit, pow2=layer.pow2,
     )  # fmt: skip
-    if not tiles:
-        return
-    assert x_scale is not None
-    row_slot_P = _view(workspace, at.row_slot, torch.int32, rows)
-    offsets = _view(workspace, at.offsets, torch.int32, choices.num_local + 1)
-    y_PH, y_shared_TH = _multiply_tiles(x, x_scale, layer, row_slot_P // choices.per_token, offsets)
-    combine_rows(y_PH, y_shared_TH, tables, choices.per_token, out)
 
 
 def _multiply_tiles(
@@ -156,7 +206,7 @@ def _multiply_tiles(
     def multiply(experts: Fp8Experts, scale: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
         gathered = Rows(Quantized(x, scale.contiguous()), rows)
         w13, w2 = Quantized(experts.w13, experts.w13_scale), Quantized(experts.w2, experts.w2_scale)
-        _, c = up_projection_fp8(gathered, w13, None, Groups(offsets, rows), gate, recipe, save=False)
+        _, c = up_projection_fp8(UpProjection(gathered, w13, None, offsets, rows, gate, save=False), recipe)
         return grouped_mm_fp8(Rows(c), w2, offsets)
 
     routed = layer.experts.w13.shape[0]

@@ -11,7 +11,6 @@ from torch import Tensor
 from supersonic_moe import checks
 from supersonic_moe.config.activation import Activation, GateUpLayout, as_layout
 from supersonic_moe.config.grouped_routing import MAX_TOP_K
-from supersonic_moe.inference import ops  # noqa: F401  defines torch.ops.supersonic_moe.moe_fp8_topk
 from supersonic_moe.inference.operands import (
     MAX_LOCAL_EXPERTS,
     Sizes,
@@ -22,6 +21,8 @@ from supersonic_moe.inference.operands import (
     chunks,
     output,
 )
+from supersonic_moe.inference.ops import TopK
+from supersonic_moe.inference.replays import Request
 from supersonic_moe.quantization.block_format import E4M3
 
 
@@ -98,6 +99,14 @@ def moe_fp8_topk(
     Raises:
         TypeError, ValueError: a wrong dtype, shape, stride or setting, with the fix.
     """
+    request = Request.of(
+        x, (x_scale, topk_weights, topk_ids, expert_map), out, workspace,
+        [w13, w13_scale, w2, w2_scale, *(shared_expert if isinstance(shared_expert, SharedExpert) else ())],
+        ("topk", shared_expert is None, x_scale_layout, local_expert_offset, num_experts, gate_up_order, swiglu_limit,
+         apply_router_weight_on_input, routed_scaling_factor, pow2_scales, max_tokens_per_chunk),
+    )  # fmt: skip
+    if (result := request.run()) is not None:
+        return result
     order = as_layout(gate_up_order)
     sizes = check_experts(w13, w2, w13_scale, w2_scale, order)
     check_x("x", x, sizes, w13)
@@ -123,12 +132,16 @@ def moe_fp8_topk(
     in_use = Sizes(sizes.num_local + always_on, sizes.hidden, sizes.intermediate)
     checked_workspace(workspace, x, num_choices + always_on, in_use, max_tokens_per_chunk)
     out = output(out, x)
+    x, topk_weights, topk_ids = x.contiguous(), topk_weights.contiguous(), topk_ids.contiguous()
     for first, end in chunks(x.shape[0], max_tokens_per_chunk):
-        torch.ops.supersonic_moe.moe_fp8_topk.default(
+        arguments = TopK(
             x[first:end], None if scales is None else scales[first:end], weights, topk_weights[first:end],
             topk_ids[first:end], expert_map, local_expert_offset, num_experts, float(routed_scaling_factor),
-            order.value, swiglu_limit, apply_router_weight_on_input, pow2_scales, out[first:end], workspace,
+            order.value, swiglu_limit, apply_router_weight_on_input, pow2_scales,
         )  # fmt: skip
+        torch.ops.supersonic_moe.moe_fp8_topk.default(*arguments, out[first:end], workspace)
+        if end - first == x.shape[0]:
+            request.keep(arguments, out)
     return out
 
 

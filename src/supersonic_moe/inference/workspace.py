@@ -2,21 +2,21 @@
 
 A serving stack allocates once, at its largest batch, and passes the buffer to every call: the size never falls when T
 grows. Rows are bounded by T * K because only the device knows how many choices have a local expert. With R = T * K,
-R' = min(R, 128 * E_local) the rows of experts that the streaming kernel takes, and P = R' + 7 min(R', E_local) + 31 of
+R' = min(R, 256 * E_local) the rows of experts that the streaming kernel takes, and P = R' + 7 min(R', E_local) + 24 of
 them padded:
 
 | region | bytes |
 |---|---|
-| counters and items | 32 + 4 H / 128, and 20 + 4 ceil(I / 128) for each item |
+| counters and items | 32 + 4 H / 128 + P / 16, and 20 + 4 ceil(I / 128) for each item |
 | tables of experts | 532 E_local |
-| row -> slot, slot -> row, slot -> weight | 12 R |
+| row -> slot, row -> token, slot -> row, slot -> weight | 16 R |
 | x of each streamed row | P H (1 + 4/128) |
 | c in fp32, then in e4m3 | 4 P I + P I (1 + 4/128) |
 | y of each streamed row in fp32 | 4 P H |
 | x in e4m3, where R > R' | T H (1 + 4/128) |
 
-An item is up to 128 rows of an expert: E_local + R' / 128 at most. So no more than 0.2 GB at E_local 32, H 7168,
-I 2048, and T H beyond T = 16 E_local. Where I is not a multiple of 128 every row is streamed: R' = R;
+An item is up to 128 rows of an expert: E_local + R' / 128 at most. So no more than 0.4 GB at E_local 32, H 7168,
+I 2048, and T H beyond T = 32 E_local. Where I is not a multiple of 128 every row is streamed: R' = R;
 ``max_tokens_per_chunk`` of the operators bounds T. The tile kernels, which take over where rows are many, get their c
 and y (2 R I and 2 R H bytes) from torch's allocator.
 """
@@ -33,8 +33,9 @@ from supersonic_moe import checks
 from supersonic_moe.quantization.block_format import BLOCK, blocks
 
 ALIGNMENT = 256  # of the buffer and of each region: TMA wants 16 bytes, a DRAM burst of L2 is at most 256
-STREAMED_ROWS = 128  # of an expert, on average: beyond, the tile kernels take them
-ROW_GROUP, COLUMNS_BEHIND = 8, 24  # kernels/sm90/route_rows.py, stream_experts.py
+ITEM_ROWS = 128  # kernels/sm90/route_rows.py
+STREAMED_ROWS = 256  # of an expert, on average: more are never streamed
+ROW_GROUP, COLUMNS_BEHIND, GATHER_ROWS = 8, 24, 64  # kernels/sm90/route_rows.py, stream_experts.py
 COUNTING_BLOCKS = 132  # of the routing kernel for many tokens
 
 
@@ -46,6 +47,7 @@ class Regions(NamedTuple):
     items: int
     counts: int
     row_slot: int
+    row_token: int
     slot_row: int
     weights: int
     x_rows: int
@@ -84,22 +86,23 @@ def streamed_rows(rows: int, intermediate: int, num_local: int) -> int:
 
 def padding(rows: int, num_local: int) -> int:
     """P: rows as the streaming kernel numbers them, and those that it reads behind the last."""
-    return -(-rows // ROW_GROUP) * ROW_GROUP + (ROW_GROUP - 1) * min(rows, num_local) + COLUMNS_BEHIND
+    return (rows + (ROW_GROUP - 1) * min(rows, num_local)) // ROW_GROUP * ROW_GROUP + COLUMNS_BEHIND
 
 
 @functools.lru_cache(maxsize=256)
 def regions(num_tokens: int, top_k: int, hidden: int, intermediate: int, num_local: int) -> Regions:
     rows = num_tokens * top_k
     streamed = streamed_rows(rows, intermediate, num_local)
-    items = num_local + streamed // STREAMED_ROWS
+    items = num_local + streamed // ITEM_ROWS
     padded = padding(streamed, num_local)
-    token_major = num_tokens if rows > streamed else 0
+    token_major = num_tokens if rows > ITEM_ROWS * num_local else 0
     sizes = (
-        4 * (4 + blocks(hidden) + items * (1 + blocks(intermediate))),
+        4 * (4 + blocks(hidden) + items * (1 + blocks(intermediate)) + -(-padded // GATHER_ROWS)),
         4 * (num_local + 1),
         16 * (items + 1),
         4 * COUNTING_BLOCKS * num_local,
         4 * max(rows, padded),
+        4 * rows if token_major else 0,
         4 * rows,
         4 * rows,
         padded * hidden,

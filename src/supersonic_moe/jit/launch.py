@@ -17,7 +17,7 @@ Importing this module needs no driver; the first launch does.
 import ctypes
 import threading
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -63,14 +63,17 @@ class Kernel:
 
     def _slots(self, device: int) -> "_Slots":
         """The launch state of this thread on `device`, created at the first call."""
+        slots = self._threads.by_device[device] = self.new_slots(device)
+        return slots
+
+    def new_slots(self, device: int) -> "_Slots":
+        """A launch state of its own, for `jit/replay.py`."""
         with self._load_lock:
             if self._handle is None:
                 make_context_current(device)
                 self._handle = _load(self.cubin, self.spec, self.signature)
         static_bytes = self.cubin.report.kernel(self.spec.name).static_smem_bytes
-        slots = _Slots(self._handle, self.spec, self.signature, device, static_bytes)
-        self._threads.by_device[device] = slots
-        return slots
+        return _Slots(self._handle, self.spec, self.signature, device, static_bytes)
 
 
 class _ThreadSlots(threading.local):
@@ -134,6 +137,17 @@ class _Slots:
             raise LaunchError(
                 f"{self._spec}: grid x must be a multiple of the cluster size {self._spec.cluster}, got {grid}"
             )
+
+
+class Launch(NamedTuple):
+    """A launch that has its arguments."""
+
+    kernel: Kernel
+    grid: Grid
+    arguments: dict[str, Any]
+
+    def run(self) -> None:
+        self.kernel.launch(self.grid, **self.arguments)
 
 
 _HERE = nullcontext()

@@ -175,6 +175,14 @@ def _pack_addresses({", ".join(["_device", "_slots", *names])}):
     return function
 
 
+def packed_values(signature: Signature, device: int, arguments: dict[str, Any]) -> list[Any]:
+    """What ``struct`` packs for each parameter, in their order; TypeError for a name that is missing or unknown."""
+    names = [p.keyword for p in signature.parameters]
+    if set(names) != set(arguments):
+        raise TypeError(f"{signature}: got the arguments {sorted(arguments)}")
+    return _converted(signature, device, [arguments[name] for name in names])
+
+
 def _converted(signature: Signature, device: int, values: list[Any]) -> list[Any]:
     """What ``struct`` packs for each value; LaunchError if one does not fit its parameter."""
     found = []

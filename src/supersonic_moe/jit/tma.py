@@ -73,17 +73,10 @@ def tensor_map(
 
 
 @functools.lru_cache(maxsize=CACHED_MAPS)
-def _cached(
-    address: int,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    box: tuple[int, ...],
-    swizzle: int,
-    l2_promotion: int,
-    oob_nan: bool,
-) -> TensorMap:
-    check(address, dtype, shape, strides, box, swizzle, l2_promotion, oob_nan)
+def _cached(*tiles: Any) -> TensorMap:
+    """``tiles``: the arguments of :func:`check`."""
+    check(*tiles)
+    address, dtype, shape, strides, box, swizzle, l2_promotion, oob_nan = tiles
     driver = binding()
     make_context_current(torch.cuda.current_device())
     rank = len(shape)

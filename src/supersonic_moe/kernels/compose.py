@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from supersonic_moe.config.recipe import Fp8Recipe
-from supersonic_moe.kernels.interface import BothOrders, Gate, Groups, Quantized, Rows, Segments
+from supersonic_moe.kernels.interface import BothOrders, DownBackward, Gate, Quantized, Rows, Segments, UpProjection
 from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks
 
 ActivationForward = Callable[[Tensor, Tensor | None, Tensor, Gate], Tensor]
@@ -28,88 +28,50 @@ class Composed:
     activation_forward: ActivationForward
     activation_backward: ActivationBackward
 
-    def up_projection(
-        self, x: Rows[Tensor], w1_ENH: Tensor, b1_EN: Tensor | None, groups: Groups, gate: Gate, save: bool
-    ) -> tuple[Tensor, Tensor]:
-        z_PN = self.grouped_mm(x, w1_ENH.transpose(1, 2), groups.expert_offsets)
-        a_PI = self.activation_forward(z_PN, b1_EN, groups.row_expert, gate)
-        return z_PN if save else z_PN.new_empty(0, z_PN.shape[1]), a_PI
+    def up_projection(self, step: UpProjection[Tensor]) -> tuple[Tensor, Tensor]:
+        z_PN = self.grouped_mm(step.x, step.w1.transpose(1, 2), step.expert_offsets)
+        a_PI = self.activation_forward(z_PN, step.b1, step.row_expert, step.gate)
+        return z_PN if step.save else z_PN.new_empty(0, z_PN.shape[1]), a_PI
 
-    def down_backward(
-        self,
-        dout: Rows[Tensor],
-        w2_EHI: Tensor,
-        z_PN: Tensor,
-        b1_EN: Tensor | None,
-        row_scores_P: Tensor,
-        groups: Groups,
-        gate: Gate,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        da_PI = self.grouped_mm(dout, w2_EHI, groups.expert_offsets)
-        return self.activation_backward(z_PN, b1_EN, da_PI, row_scores_P, groups.row_expert, gate)
+    def down_backward(self, step: DownBackward[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        da_PI = self.grouped_mm(step.dout, step.w2, step.expert_offsets)
+        return self.activation_backward(step.z, step.b1, da_PI, step.row_scores, step.row_expert, step.gate)
 
 
 @dataclass(frozen=True)
 class ComposedFp8:
-    """The fused steps of ``Fp8Experts``: a grouped GEMM, a pass over its result, and passes that quantise."""
+    """The fused steps of ``Fp8Experts``: a grouped GEMM, a pass over its result, and passes that quantize."""
 
     grouped_mm_fp8: Callable[[Rows[Quantized], Quantized, Tensor], Tensor]
     activation_forward: ActivationForward
     activation_backward: ActivationBackward
     quantize_rows: Callable[[Tensor, bool, bool], Quantized]
     quantize_columns: Callable[[Tensor, Tensor, bool, bool], Quantized]
-    quantize_tiles: Callable[[Tensor, Tensor, bool], BothOrders]
+    quantize_both_orders: Callable[[Tensor, Tensor, bool], BothOrders]
 
-    def up_projection_fp8(
-        self,
-        x: Rows[Quantized],
-        w1_ENH: Quantized,
-        b1_EN: Tensor | None,
-        groups: Groups,
-        gate: Gate,
-        recipe: Fp8Recipe,
-        save: bool,
-    ) -> tuple[Quantized, Quantized]:
-        z_PN = self.grouped_mm_fp8(x, w1_ENH, groups.expert_offsets)
-        a_PI = self.activation_forward(z_PN, b1_EN, groups.row_expert, gate)
+    def up_projection_fp8(self, step: UpProjection[Quantized], recipe: Fp8Recipe) -> tuple[Quantized, Quantized]:
+        z_PN = self.grouped_mm_fp8(step.x, step.w1, step.expert_offsets)
+        a_PI = self.activation_forward(z_PN, step.b1, step.row_expert, step.gate)
         a = self.quantize_rows(a_PI, recipe.pow2, True)
-        if save and recipe.save_preactivation == "fp8":
+        if step.save and recipe.save_preactivation == "fp8":
             return self.quantize_rows(z_PN, recipe.pow2, True), a
-        kept = save and recipe.save_preactivation == "bf16"
+        kept = step.save and recipe.save_preactivation == "bf16"
         no_scale = z_PN.new_empty(0, blocks(z_PN.shape[1]), dtype=torch.float32)
         return Quantized(z_PN if kept else z_PN.new_empty(0, z_PN.shape[1]), no_scale), a
 
-    def down_backward_fp8(
-        self,
-        dout: Rows[Quantized],
-        w2_EIH: Quantized,
-        z_PN: Quantized,
-        b1_EN: Tensor | None,
-        row_scores_P: Tensor,
-        groups: Groups,
-        gate: Gate,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        da_PI = self.grouped_mm_fp8(dout, w2_EIH, groups.expert_offsets)
-        z = _dequantize_rows(z_PN) if z_PN.q.dtype is E4M3 else z_PN.q
-        dz_PN, as_PI, ds_P = self.activation_backward(z, b1_EN, da_PI, row_scores_P, groups.row_expert, gate)
+    def down_backward_fp8(self, step: DownBackward[Quantized]) -> tuple[Tensor, Tensor, Tensor]:
+        da_PI = self.grouped_mm_fp8(step.dout, step.w2, step.expert_offsets)
+        z = _dequantize_rows(step.z) if step.z.q.dtype is E4M3 else step.z.q
+        dz_PN, as_PI, ds_P = self.activation_backward(z, step.b1, da_PI, step.row_scores, step.row_expert, step.gate)
         return dz_PN.to(da_PI.dtype), as_PI.to(da_PI.dtype), ds_P
 
-    def down_backward_fp8_quantised(
-        self,
-        dout: Rows[Quantized],
-        w2_EIH: Quantized,
-        z_PN: Quantized,
-        b1_EN: Tensor | None,
-        row_scores_P: Tensor,
-        groups: Groups,
-        gate: Gate,
-        segments: Segments,
-        pow2: bool,
+    def down_backward_fp8_quantize(
+        self, step: DownBackward[Quantized], segments: Segments, pow2: bool
     ) -> tuple[BothOrders, Quantized, Tensor]:
         """dZ and s · A are rounded to bf16 on the way."""
-        dz_PN, as_PI, ds_P = self.down_backward_fp8(dout, w2_EIH, z_PN, b1_EN, row_scores_P, groups, gate)
+        dz_PN, as_PI, ds_P = self.down_backward_fp8(step)
         as_IG = self.quantize_columns(as_PI, segments.row_index, pow2, True)
-        return self.quantize_tiles(dz_PN, segments.row_index, pow2), as_IG, ds_P
+        return self.quantize_both_orders(dz_PN, segments.row_index, pow2), as_IG, ds_P
 
 
 def _dequantize_rows(x_RC: Quantized) -> Tensor:

@@ -51,20 +51,61 @@ class Rows(NamedTuple, Generic[Operand]):
         return self.x.shape[0] if self.gather_index is None else self.gather_index.shape[0]
 
 
-class Groups(NamedTuple):
-    """Which rows belong to which expert, said in two ways."""
-
-    expert_offsets: Tensor
-    """(E+1,) expert e owns the rows [expert_offsets[e], expert_offsets[e+1])."""
-    row_expert: Tensor
-    """(P,) row -> expert; E for dead rows."""
-
-
 class Gate(NamedTuple):
     """What lies between the two projections, and the order of the columns that it reads."""
 
     activation: Activation
     layout: GateUpLayout
+
+
+class UpProjection(NamedTuple, Generic[Operand]):
+    """What the first product and the activation read."""
+
+    x: Rows[Operand]
+    """P rows of H."""
+    w1: Operand
+    """(E, N1, H)"""
+    b1: Tensor | None
+    """(E, N1)"""
+    expert_offsets: Tensor
+    """(E+1,) expert e owns the rows [expert_offsets[e], expert_offsets[e+1])."""
+    row_expert: Tensor
+    """(P,) row -> expert; E for dead rows."""
+    gate: Gate
+    save: bool
+    """Whether backward will read Z."""
+
+
+class DownBackward(NamedTuple, Generic[Operand]):
+    """What the backward of the second product and of the activation reads."""
+
+    dout: Rows[Operand]
+    """P rows of H."""
+    w2: Operand
+    """(E, H, I); transposed, (E, I, H), in FP8."""
+    z: Operand
+    """(P, N1) as ``up_projection`` saved it."""
+    b1: Tensor | None
+    """(E, N1)"""
+    row_scores: Tensor
+    """(P,)"""
+    expert_offsets: Tensor
+    row_expert: Tensor
+    gate: Gate
+
+
+class Into(NamedTuple):
+    """Where a weight gradient goes."""
+
+    out: Tensor | None = None
+    """A new tensor if None."""
+    transposed: bool = False
+    """The gradient is stored (E, N, M) instead of (E, M, N)."""
+    accumulate: bool = False
+    """It is added to what ``out`` holds."""
+
+
+NEW = Into()
 
 
 class TokenRows(NamedTuple):
@@ -76,6 +117,61 @@ class TokenRows(NamedTuple):
     """(T+1,) token t has rows[offsets[t]:offsets[t+1]]; None where every token has ``each``."""
     each: int
     num_tokens: int
+
+
+class Slots(NamedTuple):
+    """What a plan is made of: the (token, expert) pairs as the router wrote them, and sizes."""
+
+    ids: Tensor
+    """(S,) slot -> expert, int32 or int64."""
+    tokens: Tensor | None
+    """(S,) slot -> token; None: every token has ``per_token`` slots, one token after the other."""
+    per_token: int
+    num_tokens: int
+    num_experts: int
+    tile: int
+    """Rows of an expert are padded to a multiple of this."""
+    capacity: int
+    """P"""
+
+
+class PlanTensors(NamedTuple):
+    """The tensors of a :class:`RoutingPlan` that are made on the device, int32."""
+
+    expert_offsets: Tensor
+    """(E+1,)"""
+    gather_index: Tensor
+    """(P,)"""
+    scatter_index: Tensor
+    """(P,)"""
+    row_expert: Tensor
+    """(P,)"""
+    reverse_index: Tensor
+    """(S,)"""
+    counts: Tensor
+    """(E,)"""
+
+
+class Rounding(NamedTuple):
+    """How token rounding rounds (``routing/token_rounding.py``)."""
+
+    scale: float | None
+    """The scaling factor of a sigmoid base router, None for a softmax one."""
+    mode: str
+    tile: int
+    seed: int
+    step: Tensor | int
+
+
+class KeptPairs(NamedTuple):
+    """The (token, expert) pairs that token rounding keeps, sorted by token and expert."""
+
+    scores: Tensor
+    """(C,) in the accumulation dtype; 0 for what is not in use."""
+    experts: Tensor
+    """(C,) -1 for what is not in use."""
+    token_offsets: Tensor
+    """(T+1,) token t has the pairs [token_offsets[t], token_offsets[t+1])."""
 
 
 class Segments(NamedTuple):
@@ -115,30 +211,14 @@ class Routing(Protocol):
         """dlogits (T, E) in the dtype of the logits."""
 
     def token_rounding_forward(
-        self,
-        logits_TE: Tensor,
-        scores_TK: Tensor,
-        ids_TK: Tensor,
-        scale: float | None,
-        mode: str,
-        tile: int,
-        seed: int,
-        step: Tensor | int,
-        capacity: int,
+        self, logits_TE: Tensor, scores_TK: Tensor, ids_TK: Tensor, rounding: Rounding, capacity: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(tokens (C), experts (C), scores (C) in the dtype of ``scores_TK``, counts (E), token_offsets (T+1)) with
-        C = ``capacity``. ``scale``: None for a softmax base router, the scaling factor of a sigmoid one; rules:
-        ``routing/token_rounding.py``.
+        C = ``capacity``; rules: ``routing/token_rounding.py``.
         """
 
     def token_rounding_backward(
-        self,
-        dscores_C: Tensor,
-        logits_TE: Tensor,
-        scores_C: Tensor,
-        experts_C: Tensor,
-        token_offsets_T1: Tensor,
-        scale: float | None,
+        self, dscores_C: Tensor, logits_TE: Tensor, kept: KeptPairs, scale: float | None
     ) -> Tensor:
         """dlogits (T, E) in the dtype of the logits."""
 
@@ -150,40 +230,22 @@ class Routing(Protocol):
     def switch_loss_backward(self, dloss: Tensor, logits_TE: Tensor, counts_E: Tensor, sigmoid: bool = False) -> Tensor:
         """dlogits (T, E) in the dtype of the logits."""
 
-    def build_plan(
-        self,
-        ids_S: Tensor,
-        slot_tokens_S: Tensor | None,
-        slots_per_token: int,
-        num_tokens: int,
-        num_experts: int,
-        tile: int,
-        capacity: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """(expert_offsets (E+1), gather_index (P), scatter_index (P), row_expert (P), reverse_index (S), expert_counts
-        (E)) with P = ``capacity``. A slot whose expert is outside [0, E), whose token is outside [0, T), or whose row
-        would be past ``capacity``, is skipped.
+    def build_plan(self, slots: Slots) -> PlanTensors:
+        """A slot whose expert is outside [0, E), whose token is outside [0, T), or whose row would be past
+        ``capacity``, is skipped: its reverse index is -1.
         """
 
 
 class Experts(Protocol):
     """The expert MLPs, forward and backward, in the dtype of the inputs."""
 
-    def up_projection(
-        self, x: Rows[Tensor], w1_ENH: Tensor, b1_EN: Tensor | None, groups: Groups, gate: Gate, save: bool
-    ) -> tuple[Tensor, Tensor]:
+    ALIGNMENT: int
+    """Operands start, and step from row to row, at multiples of so many bytes (``kernels/alignment.py``)."""
+
+    def up_projection(self, step: UpProjection[Tensor]) -> tuple[Tensor, Tensor]:
         """(Z = X · W1ᵀ (P, N1) without the bias, or (0, N1) if not ``save``; A = act(Z + b1) (P, I))."""
 
-    def down_backward(
-        self,
-        dout: Rows[Tensor],
-        w2_EHI: Tensor,
-        z_PN: Tensor,
-        b1_EN: Tensor | None,
-        row_scores_P: Tensor,
-        groups: Groups,
-        gate: Gate,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def down_backward(self, step: DownBackward[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(dZ (P, N1), s · A (P, I), dS (P) in the accumulation dtype, without the part of b2), from dA = dO · W2
         before the score. Rows of score 0 give exact zeros in the first two.
         """
@@ -191,27 +253,13 @@ class Experts(Protocol):
     def grouped_mm(self, a: Rows[Tensor], b_EKN: Tensor, expert_offsets: Tensor) -> Tensor:
         """(P, N): a[row] · b[expert of row]. ``b`` may be a transposed view."""
 
-    def grouped_mm_wgrad(
-        self,
-        a: Rows[Tensor],
-        b_PN: Tensor,
-        expert_offsets: Tensor,
-        out: Tensor | None = None,
-        *,
-        transposed: bool = False,
-        accumulate: bool = False,
-    ) -> Tensor:
-        """(E, M, N): a[rows of e]ᵀ · b[rows of e], or its transpose (E, N, M); exact zeros for an expert without rows.
-        Into ``out`` if given; ``accumulate`` adds to it.
+    def grouped_mm_wgrad(self, a: Rows[Tensor], b_PN: Tensor, expert_offsets: Tensor, into: Into = NEW) -> Tensor:
+        """(E, M, N): a[rows of e]ᵀ · b[rows of e], or its transpose (E, N, M); exact zeros for an expert without
+        rows.
         """
 
     def gather_sum(
-        self,
-        y_PH: Tensor,
-        row_scale_P: Tensor | None,
-        bias_EH: Tensor | None,
-        row_expert_P: Tensor,
-        tokens: TokenRows,
+        self, y_PH: Tensor, row_scale_P: Tensor | None, bias_EH: Tensor | None, row_expert_P: Tensor, tokens: TokenRows
     ) -> Tensor:
         """(T, H): the sum over the token's rows, in order, of scale[row] · (y[row] + bias[expert of row]); 0 for a
         token without rows.
@@ -246,7 +294,7 @@ class Quantizers(Protocol):
         row.
         """
 
-    def quantize_tiles(self, x_RC: Tensor, index_G: Tensor, pow2: bool = False) -> BothOrders:
+    def quantize_both_orders(self, x_RC: Tensor, index_G: Tensor, pow2: bool = False) -> BothOrders:
         """Rows as they lie, and columns as ``quantize_columns(tiled=True)`` gives them. ``index`` holds a row at most
         once; rows that it does not hold are undefined.
         """
@@ -264,30 +312,13 @@ class Fp8Experts(Experts, Quantizers, Protocol):
         """(P, N) bf16: a[row] · b[expert of row]ᵀ."""
 
     def grouped_mm_wgrad_fp8(
-        self,
-        a_MG: Quantized,
-        b_NG: Quantized,
-        padded_offsets: Tensor,
-        out: Tensor | None = None,
-        *,
-        transposed: bool = False,
-        accumulate: bool = False,
+        self, a_MG: Quantized, b_NG: Quantized, padded_offsets: Tensor, into: Into = NEW
     ) -> Tensor:
-        """(E, M, N): a[:, positions of e] · b[:, positions of e]ᵀ, or its transpose (E, N, M), in bf16 or into ``out``
-        (``accumulate`` adds to it); exact zeros for an expert without positions. ``a`` has a scale for each row and
-        block of positions, ``b`` one for each tile.
+        """(E, M, N): a[:, positions of e] · b[:, positions of e]ᵀ, or its transpose (E, N, M); exact zeros for an
+        expert without positions. ``a`` has a scale for each row and block of positions, ``b`` one for each tile.
         """
 
-    def up_projection_fp8(
-        self,
-        x: Rows[Quantized],
-        w1_ENH: Quantized,
-        b1_EN: Tensor | None,
-        groups: Groups,
-        gate: Gate,
-        recipe: Fp8Recipe,
-        save: bool,
-    ) -> tuple[Quantized, Quantized]:
+    def up_projection_fp8(self, step: UpProjection[Quantized], recipe: Fp8Recipe) -> tuple[Quantized, Quantized]:
         """(Z as backward will see it, A = act(Z + b1) (P, I)).
 
         Z (P, N1) is without the bias: e4m3 with scales, or bf16 with none, (0, N1/128), after
@@ -295,33 +326,23 @@ class Fp8Experts(Experts, Quantizers, Protocol):
         stored transposed.
         """
 
-    def down_backward_fp8(
-        self,
-        dout: Rows[Quantized],
-        w2_EIH: Quantized,
-        z_PN: Quantized,
-        b1_EN: Tensor | None,
-        row_scores_P: Tensor,
-        groups: Groups,
-        gate: Gate,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """``down_backward`` with dZ and s · A in bf16. ``z``: what ``up_projection_fp8`` saved."""
+    def down_backward_fp8(self, step: DownBackward[Quantized]) -> tuple[Tensor, Tensor, Tensor]:
+        """``down_backward`` with dZ and s · A in bf16."""
 
-    def down_backward_fp8_quantised(
-        self,
-        dout: Rows[Quantized],
-        w2_EIH: Quantized,
-        z_PN: Quantized,
-        b1_EN: Tensor | None,
-        row_scores_P: Tensor,
-        groups: Groups,
-        gate: Gate,
-        segments: Segments,
-        pow2: bool,
+    def down_backward_fp8_quantize(
+        self, step: DownBackward[Quantized], segments: Segments, pow2: bool
     ) -> tuple[BothOrders, Quantized, Tensor]:
-        """(dZ (P, N1) and (N1, G), s · A (I, G), dS (P)): ``down_backward_fp8`` in the formats of ``quantize_tiles``
-        and ``quantize_columns(tiled=True)``.
+        """(dZ (P, N1) and (N1, G), s · A (I, G), dS (P)): ``down_backward_fp8`` in the formats of
+        ``quantize_both_orders`` and ``quantize_columns(tiled=True)``.
         """
+
+
+CAPABILITIES: dict[str, type] = {"routing": Routing, "experts": Experts, "quantizers": Quantizers, "fp8": Fp8Experts}
+
+
+def functions_of(capability: type) -> list[str]:
+    """Names of the functions of a protocol."""
+    return [name for name in dir(capability) if not name.startswith("_")]
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,10 @@ class Choice:
 def kernels(name: str) -> Backend:
     """The backend of that name, imported at the first call."""
     if name == "sm90":
+        from supersonic_moe.kernels import triton
         from supersonic_moe.kernels.sm90 import backend as sm90
 
-        return Backend(routing=sm90, experts=sm90, quantizers=sm90, fp8=sm90)
+        return Backend(routing=triton, experts=sm90, quantizers=sm90, fp8=sm90)
     if name == "triton":
         from supersonic_moe.kernels import triton
 

@@ -2,7 +2,7 @@
 
 Symbols and rules are those of ``roofline.py``. An element in e4m3 is 1 byte; its scale adds 4/128 where it is shared by
 1 x 128 elements, and next to nothing where it is shared by 128 x 128. The eight steps of the BF16 layer keep their
-numbers, and ``q ..`` are the passes that quantise what no product's epilogue could:
+numbers, and ``q ..`` are the passes that quantize what no product's epilogue could:
 
     forward    q W          both weights, each once: q, its transpose and their shared scales
                q X          at T rows
@@ -34,7 +34,7 @@ def fp8_steps(shape: LayerShape, recipe: Fp8Recipe, *, gated: bool) -> list[Step
     bf16 = {step.key: step for step in layer_steps(shape, gated=gated)}
     passes = quantizer_bytes(shape, gated=gated)
 
-    def quantise(key: str, phase: Literal["forward", "backward"], what: str, moved: int) -> Step:
+    def quantize(key: str, phase: Literal["forward", "backward"], what: str, moved: int) -> Step:
         return Step(key, phase, what, 0, moved)
 
     def product(key: str, what: str, *parts: float) -> Step:
@@ -49,22 +49,22 @@ def fp8_steps(shape: LayerShape, recipe: Fp8Recipe, *, gated: bool) -> list[Step
 
     forward = [
         *(bf16[key] for key in ("router", "top-k", "metadata")),
-        quantise("q W", "forward", "W1, W1^T, W2 and W2^T in FP8", passes["w1"] + passes["w2"]),
-        quantise("q X", "forward", "X in FP8", passes["x"]),
+        quantize("q W", "forward", "W1, W1^T, W2 and W2^T in FP8", passes["w1"] + passes["w2"]),
+        quantize("q X", "forward", "X in FP8", passes["x"]),
         product("1", "q(Z), q(A), A = act(gather(q X) @ q W1)", x_q, w1_q, a_q, saved, index),
         product("2", "Y = q(A) @ q W2", a_q, w2_q, routed_rows),
         bf16["3"],
     ]
     again = [
-        quantise("q X again", "backward", "X in FP8", passes["x"]),
+        quantize("q X again", "backward", "X in FP8", passes["x"]),
         product("1'", "Z = gather(q X) @ q W1", x_q, w1_q, 2 * R * N1, index),
     ]
     in_fp8, positions = recipe.wgrad == "fp8", passes["positions"]
-    segments = quantise("segments", "backward", "positions of padded experts", 2 * index + 2 * i * positions)
+    segments = quantize("segments", "backward", "positions of padded experts", 2 * index + 2 * i * positions)
     to_step_4 = x_q, w2_q, seen, 2 * scores, index
     if in_fp8:
-        quantised = R * N1 * (1 + SCALE), positions * (N1 + I)
-        dgated = product("4", "q(dZ), q(dZ)^T, q(A')^T, dS of gather(q dO) @ q W2^T", *to_step_4, *quantised)
+        quantized = R * N1 * (1 + SCALE), positions * (N1 + I)
+        dgated = product("4", "q(dZ), q(dZ)^T, q(A')^T, dS of gather(q dO) @ q W2^T", *to_step_4, *quantized)
     else:
         dgated = product("4", "dZ, A', dS of gather(q dO) @ q W2^T", *to_step_4, 2 * R * N1, 2 * R * I)
     dw2 = product("5", "dW2 = q(dO)^T @ q(A')", R * (H + I) + SCALE * R * H, 2 * E * H * I)
@@ -72,14 +72,14 @@ def fp8_steps(shape: LayerShape, recipe: Fp8Recipe, *, gated: bool) -> list[Step
     return [
         *forward,
         *(again if recipe.save_preactivation == "recompute" else ()),
-        quantise("q dO", "backward", "dO in FP8", passes["x"]),
+        quantize("q dO", "backward", "dO in FP8", passes["x"]),
         *((segments,) if in_fp8 else ()),
         dgated,
-        *((quantise("q dO^T", "backward", "gather(dO)^T in FP8", passes["columns_x"]),) if in_fp8 else ()),
+        *((quantize("q dO^T", "backward", "gather(dO)^T in FP8", passes["columns_x"]),) if in_fp8 else ()),
         dw2 if in_fp8 else bf16["5"],
-        quantise("q X^T", "backward", "gather(X)^T in FP8", passes["columns_x"])
+        quantize("q X^T", "backward", "gather(X)^T in FP8", passes["columns_x"])
         if in_fp8
-        else quantise("q dH", "backward", "dZ in FP8", passes["rows_dh"]),
+        else quantize("q dH", "backward", "dZ in FP8", passes["rows_dh"]),
         dw1 if in_fp8 else bf16["7"],
         product("6", "dX~ = q(dZ) @ q W1^T", R * N1 * (1 + SCALE), w1_q, routed_rows),
         *(bf16[key] for key in ("8", "d top-k", "d router")),
@@ -102,7 +102,7 @@ def fp8_step_kernels(recipe: Fp8Recipe) -> dict[str, str]:
         **(again if recipe.save_preactivation == "recompute" else {}),
         "q dO": "quantize_rows",
         **({"segments": "pad_segments"} if in_fp8 else {}),
-        "4": "down_backward_fp8_quantised" if in_fp8 else "down_backward_fp8",
+        "4": "down_backward_fp8_quantize" if in_fp8 else "down_backward_fp8",
         **({"q dO^T": "quantize_columns"} if in_fp8 else {}),
         "5": wgrad,
         **({"q X^T": "quantize_columns"} if in_fp8 else {"q dH": "quantize_rows"}),

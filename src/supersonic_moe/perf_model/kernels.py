@@ -1,4 +1,4 @@
-"""What each kernel of a layer must cost where it runs alone: steps of ``roofline.py``, their variants, FP8 quantisers.
+"""What each kernel of a layer must cost where it runs alone: steps of ``roofline.py``, their variants, FP8 quantizers.
 
 Symbols and rules are those of ``roofline.py``: bytes are compulsory, so a gathered operand counts its T distinct rows,
 however often the gather reads them again. A variant differs from its step in what it writes:
@@ -6,14 +6,14 @@ however often the gather reads them again. A variant differs from its step in wh
     up_projection_inference    no pre-activation
     wgrad_*_accumulate         fp32, read and written, of the experts that have rows; the others are left alone
 
-The quantisers write e4m3 (1 byte an element) and an fp32 scale a block (``quantization/block_format.py``). Where they
+The quantizers write e4m3 (1 byte an element) and an fp32 scale a block (``quantization/block_format.py``). Where they
 transpose for a weight gradient, rows become G positions: the rows of each expert padded to whole blocks of 128, as many
 as any routing may need.
 
     quantize_rows_x        x (T, H)               -> q (T, H), scales 1 x 128
     quantize_blocks_w1/2   w (E, N, K)            -> q, its transpose, scales 128 x 128 that both share
     quantize_columns_x     x gathered by position -> q (H, G), scales 1 x 128 along the positions
-    quantize_tiles_dz      dZ (R, N1)             -> q (R, N1), scales 1 x 128; q (N1, G), scales 128 x 128
+    quantize_both_orders_dz      dZ (R, N1)             -> q (R, N1), scales 1 x 128; q (N1, G), scales 128 x 128
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ def kernel_steps(shape: LayerShape, *, gated: bool, element_bytes: int = 2) -> d
         "quantize_blocks_w1": Step("q w1", "forward", "W1 and W1^T in FP8", 0, passes["w1"]),
         "quantize_blocks_w2": Step("q w2", "forward", "W2 and W2^T in FP8", 0, passes["w2"]),
         "quantize_columns_x": Step("q x^T", "backward", "gather(X)^T in FP8", 0, passes["columns_x"]),
-        "quantize_tiles_dz": Step("q dz", "backward", "dZ and dZ^T in FP8", 0, passes["tiles_dh"]),
+        "quantize_both_orders_dz": Step("q dz", "backward", "dZ and dZ^T in FP8", 0, passes["both_orders_dz"]),
     }
 
 
 def quantizer_bytes(shape: LayerShape, *, gated: bool, element_bytes: int = 2) -> dict[str, int]:
-    """Bytes of every quantising pass, and "positions", G itself."""
+    """Bytes of every quantizing pass, and "positions", G itself."""
     from supersonic_moe.quantization.block_format import (  # imports torch, for which --help cannot wait
         blocks,
         padded_capacity,
@@ -87,5 +87,5 @@ def quantizer_bytes(shape: LayerShape, *, gated: bool, element_bytes: int = 2) -
         "w2": weight(H, I),
         "rows_dh": rows(R, N1),
         "columns_x": b * T * H + transposed(H, H),
-        "tiles_dh": rows(R, N1) + transposed(N1, blocks(N1)),
+        "both_orders_dz": rows(R, N1) + transposed(N1, blocks(N1)),
     }

@@ -1,1 +1,1 @@
-"""Block formats of FP8 tensors, and how long a quantised weight may be used."""
+"""Block formats of FP8 tensors, and how long a quantized weight may be used."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from supersonic_moe import checks
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.kernels import registry
+from supersonic_moe.kernels.interface import PlanTensors, Slots
 
 MAX_INDEX = 2**31 - 1
 
@@ -26,10 +28,10 @@ def plan_from_topk(topk_ids_TK: Tensor, num_experts: int, *, tile: int = 1, vali
     if validate:
         checks.valid_topk_ids(topk_ids_TK, num_experts)
     ids_S = topk_ids_TK.reshape(-1)
-    tensors = _build(ids_S, None, k, num_tokens, num_experts, tile, _capacity(ids_S.shape[0], num_experts, tile))
-    return RoutingPlan(
-        num_tokens, num_experts, tensors[1].shape[0], tile, *tensors, token_rows=tensors[4], token_offsets=None
-    )
+    capacity = _capacity(ids_S.shape[0], num_experts, tile)
+    slots = Slots(ids_S, None, k, num_tokens, num_experts, tile, capacity)
+    tensors = _build(slots)
+    return _plan(slots, tensors, tensors.reverse_index)
 
 
 def plan_from_triples(
@@ -55,17 +57,13 @@ def plan_from_triples(
     _check_sizes(num_experts, tile)
     if validate:
         checks.valid_triples(token_indices_S, expert_indices_S, num_tokens, num_experts)
-    slots = token_indices_S.shape[0]
-    tensors = _build(
-        expert_indices_S, token_indices_S, 0, num_tokens, num_experts, tile, _capacity(slots, num_experts, tile)
-    )
+    capacity = _capacity(token_indices_S.shape[0], num_experts, tile)
+    slots = Slots(expert_indices_S, token_indices_S, 0, num_tokens, num_experts, tile, capacity)
+    tensors = _build(slots)
     sorted_tokens, order = torch.sort(token_indices_S, stable=True)
     bounds = torch.arange(num_tokens + 1, device=order.device, dtype=sorted_tokens.dtype)
     token_offsets = torch.searchsorted(sorted_tokens, bounds, out_int32=True)
-    token_rows = tensors[4].index_select(0, order)
-    return RoutingPlan(
-        num_tokens, num_experts, tensors[1].shape[0], tile, *tensors, token_rows=token_rows, token_offsets=token_offsets
-    )
+    return _plan(slots, tensors, tensors.reverse_index.index_select(0, order), token_offsets)
 
 
 def plan_from_sorted_triples(
@@ -74,11 +72,10 @@ def plan_from_sorted_triples(
     """``plan_from_triples`` without its sort, for the pairs of token rounding: sorted by token, those of token t at
     [token_offsets[t], token_offsets[t+1]), int32, unused pairs last. Nothing is checked.
     """
-    num_tokens, slots = token_offsets_T1.shape[0] - 1, token_indices_S.shape[0]
-    tensors = _build(expert_indices_S, token_indices_S, 0, num_tokens, num_experts, 1, _capacity(slots, num_experts, 1))
-    return RoutingPlan(
-        num_tokens, num_experts, slots, 1, *tensors, token_rows=tensors[4], token_offsets=token_offsets_T1
-    )
+    num_tokens, capacity = token_offsets_T1.shape[0] - 1, _capacity(token_indices_S.shape[0], num_experts, 1)
+    slots = Slots(expert_indices_S, token_indices_S, 0, num_tokens, num_experts, 1, capacity)
+    tensors = _build(slots)
+    return _plan(slots, tensors, tensors.reverse_index, token_offsets_T1)
 
 
 def plan_from_offsets(offs_E: Tensor, num_rows: int, *, validate: bool = False) -> RoutingPlan:
@@ -151,23 +148,24 @@ def plan_from_deepep(
     on_device = isinstance(tokens_per_expert, Tensor) and tokens_per_expert.device.type != "cpu"
     num_experts = len(tokens_per_expert)
     _check_sizes(num_experts, tile)
-    slots = num_tokens * k
-    capacity = _capacity(slots, num_experts, tile)
+    capacity = _capacity(num_tokens * k, num_experts, tile)
     if not on_device:
         capacity = min(capacity, sum(-(-int(n) // tile) * tile for n in tokens_per_expert))
     if validate:
         checks.valid_topk_ids(dispatched_indices_NK, num_experts, sentinel=False)
         checks.counts_suffice("tokens_per_expert", torch.as_tensor(tokens_per_expert), dispatched_indices_NK)
-    tensors = _build(dispatched_indices_NK.reshape(-1), None, k, num_tokens, num_experts, tile, capacity)
-    rows_NK = tensors[4].view(num_tokens, k)
+    slots = Slots(dispatched_indices_NK.reshape(-1), None, k, num_tokens, num_experts, tile, capacity)
+    tensors = _build(slots)
+    rows_NK = tensors.reverse_index.view(num_tokens, k)
     by_expert_NK = torch.where(rows_NK < 0, MAX_INDEX, rows_NK).sort(dim=1).values  # experts own ascending row segments
     token_rows = torch.where(by_expert_NK == MAX_INDEX, -1, by_expert_NK).reshape(-1)
-    return (
-        RoutingPlan(
-            num_tokens, num_experts, tensors[1].shape[0], tile, *tensors, token_rows=token_rows, token_offsets=None
-        ),
-        dispatched_probs_NK.reshape(-1),
-    )
+    return _plan(slots, tensors, token_rows), dispatched_probs_NK.reshape(-1)
+
+
+def _plan(slots: Slots, tensors: PlanTensors, token_rows: Tensor, token_offsets: Tensor | None = None) -> RoutingPlan:
+    capacity = tensors.gather_index.shape[0]
+    sizes = slots.num_tokens, slots.num_experts, capacity, slots.tile
+    return RoutingPlan(*sizes, *tensors, token_rows=token_rows, token_offsets=token_offsets)
 
 
 def _capacity(slots: int, num_experts: int, tile: int) -> int:
@@ -181,7 +179,7 @@ def _check_sizes(num_experts: int, tile: int) -> None:
     checks.positive("tile", tile)
 
 
-# ---- the op: (ids, ...) -> (expert_offsets, gather_index, scatter_index, row_expert, reverse_index, counts) ----------
+# ---- the op: fields of Slots -> fields of PlanTensors ----------------------------------------------------------------
 
 torch.library.define(
     "supersonic_moe::build_plan",
@@ -190,57 +188,25 @@ torch.library.define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
-PlanTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
 
 @torch.library.impl("supersonic_moe::build_plan", ("cpu", "cuda"))
-def _build_plan(
-    ids: Tensor,
-    slot_tokens: Tensor | None,
-    slots_per_token: int,
-    num_tokens: int,
-    num_experts: int,
-    tile: int,
-    capacity: int,
-) -> PlanTensors:
+def _build_plan(ids: Tensor, *rest: Any) -> PlanTensors:
     kernels = registry.kernels(registry.choose(ids.device).name).routing
-    return kernels.build_plan(ids, slot_tokens, slots_per_token, num_tokens, num_experts, tile, capacity)
+    return kernels.build_plan(Slots(ids, *rest))
 
 
 @torch.library.register_fake("supersonic_moe::build_plan")  # type: ignore[untyped-decorator]
-def _build_plan_fake(
-    ids: Tensor,
-    slot_tokens: Tensor | None,
-    slots_per_token: int,
-    num_tokens: int,
-    num_experts: int,
-    tile: int,
-    capacity: int,
-) -> PlanTensors:
+def _build_plan_fake(*arguments: Any) -> PlanTensors:
+    slots = Slots(*arguments)
+
     def empty(n: int) -> Tensor:
-        return ids.new_empty(n, dtype=torch.int32)
+        return slots.ids.new_empty(n, dtype=torch.int32)
 
-    by_row = empty(capacity), empty(capacity), empty(capacity)
-    return empty(num_experts + 1), *by_row, empty(ids.shape[0]), empty(num_experts)
+    by_row = empty(slots.capacity), empty(slots.capacity), empty(slots.capacity)
+    return PlanTensors(empty(slots.num_experts + 1), *by_row, empty(slots.ids.shape[0]), empty(slots.num_experts))
 
 
-def _build(
-    ids: Tensor,
-    slot_tokens: Tensor | None,
-    slots_per_token: int,
-    num_tokens: int,
-    num_experts: int,
-    tile: int,
-    capacity: int,
-) -> PlanTensors:
+def _build(slots: Slots) -> PlanTensors:
+    ids, tokens, *sizes = slots
     op = torch.ops.supersonic_moe.build_plan.default
-    result: PlanTensors = op(
-        ids.contiguous(),
-        None if slot_tokens is None else slot_tokens.contiguous(),
-        slots_per_token,
-        num_tokens,
-        num_experts,
-        tile,
-        capacity,
-    )
-    return result
+    return PlanTensors(*op(ids.contiguous(), None if tokens is None else tokens.contiguous(), *sizes))

@@ -49,6 +49,7 @@ from torch import Tensor
 from supersonic_moe import checks
 from supersonic_moe.autograd import apply
 from supersonic_moe.config.router import SigmoidGroupedTopK, TokenRounding
+from supersonic_moe.kernels.interface import KeptPairs, Rounding
 from supersonic_moe.kernels.reference.token_rounding import token_rounding_backward as differentiable_backward
 from supersonic_moe.routing.topk import route, router_kernels
 
@@ -162,17 +163,9 @@ def _forward(
     capacity: int,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    return router_kernels(logits, backend).token_rounding_forward(
-        logits.contiguous(),
-        scores,
-        ids,
-        scale,
-        mode,
-        tile,
-        seed,
-        step if device_step is None else device_step,
-        capacity,
-    )
+    rounding = Rounding(scale, mode, tile, seed, step if device_step is None else device_step)
+    kernels = router_kernels(logits, backend)
+    return kernels.token_rounding_forward(logits.contiguous(), scores, ids, rounding, capacity)
 
 
 @torch.library.impl("supersonic_moe::token_rounding_backward", ("cpu", "cuda"))
@@ -186,9 +179,8 @@ def _backward(
     backend: str,
 ) -> Tensor:
     kernels = router_kernels(logits, backend)
-    return kernels.token_rounding_backward(
-        dscores.contiguous(), logits.contiguous(), scores, experts, token_offsets, scale
-    )
+    kept = KeptPairs(scores.contiguous(), experts.contiguous(), token_offsets.contiguous())
+    return kernels.token_rounding_backward(dscores.contiguous(), logits.contiguous(), kept, scale)
 
 
 @torch.library.register_fake("supersonic_moe::token_rounding_forward")  # type: ignore[untyped-decorator]
@@ -245,8 +237,8 @@ class _Round(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _tokens: Tensor, _experts: Tensor, dscores: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph: the op has no derivative, plain torch has
-            logits, scores, experts, token_offsets = ctx.saved_tensors
-            dlogits = differentiable_backward(dscores, logits, scores, experts, token_offsets, ctx.scale)
+            logits, *kept = ctx.saved_tensors
+            dlogits = differentiable_backward(dscores, logits, KeptPairs(*kept), ctx.scale)
         else:
             backward = torch.ops.supersonic_moe.token_rounding_backward.default
             dlogits = backward(dscores, *ctx.saved_tensors, ctx.scale, ctx.backend)

@@ -136,37 +136,18 @@ torch.library.define(
 
 
 @torch.library.impl("supersonic_moe::route_forward", ("cpu", "cuda"))
-def _route_forward(
-    logits: Tensor,
-    bias: Tensor | None,
-    k: int,
-    kind: str,
-    renorm: bool,
-    groups: int,
-    topk_groups: int,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    router = _decode(kind, renorm, groups, topk_groups, scale)
-    return router_kernels(logits, backend).route_forward(logits.contiguous(), k, router, bias)
+def _route_forward(logits: Tensor, bias: Tensor | None, k: int, *config: Any) -> tuple[Tensor, Tensor]:
+    *router, backend = config
+    bias = None if bias is None else bias.contiguous()
+    return router_kernels(logits, backend).route_forward(logits.contiguous(), k, _decode(*router), bias)
 
 
 @torch.library.impl("supersonic_moe::route_backward", ("cpu", "cuda"))
-def _route_backward(
-    dscores: Tensor,
-    logits: Tensor,
-    scores: Tensor,
-    ids: Tensor,
-    kind: str,
-    renorm: bool,
-    groups: int,
-    topk_groups: int,
-    scale: float,
-    backend: str,
-) -> Tensor:
-    router = _decode(kind, renorm, groups, topk_groups, scale)
+def _route_backward(dscores: Tensor, logits: Tensor, scores: Tensor, ids: Tensor, *config: Any) -> Tensor:
+    *router, backend = config
     kernels = router_kernels(logits, backend)
-    return kernels.route_backward(dscores.contiguous(), logits.contiguous(), scores, ids, router)
+    dscores, logits, scores, ids = (t.contiguous() for t in (dscores, logits, scores, ids))
+    return kernels.route_backward(dscores, logits, scores, ids, _decode(*router))
 
 
 @torch.library.register_fake("supersonic_moe::route_forward")  # type: ignore[untyped-decorator]

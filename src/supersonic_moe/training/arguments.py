@@ -19,7 +19,7 @@ from torch import Tensor
 from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe
-from supersonic_moe.kernels.interface import Gate, Groups, Quantized, TokenRows
+from supersonic_moe.kernels.interface import Gate, Quantized, TokenRows
 from supersonic_moe.quantization.block_format import aligned_rows
 from supersonic_moe.quantization.weight_cache import Fp8Weight
 
@@ -85,10 +85,6 @@ class Plan(NamedTuple):
     def read_index(self) -> Tensor | None:
         """Tokens that the rows read; None where rows are tokens and nothing needs gathering."""
         return None if self.identity else self.gather_index
-
-    @property
-    def groups(self) -> Groups:
-        return Groups(self.expert_offsets, self.row_expert)
 
     def rows_of_tokens(self, num_tokens: int) -> TokenRows:
         uniform = self.token_offsets is None and num_tokens

@@ -21,13 +21,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from supersonic_moe.kernels.interface import Experts, Rows
+from supersonic_moe.kernels.interface import DownBackward, Experts, Into, Rows, UpProjection
 from supersonic_moe.training.arguments import Bf16Forward, Bf16Output, Bf16Saved, Incoming, Inputs
 
 
 def forward(k: Experts, call: Bf16Forward) -> Bf16Output:
     x, plan = Rows(call.x, call.plan.read_index), call.plan
-    z_PN, a_PI = k.up_projection(x, call.w1, call.b1, plan.groups, call.static.gate(), call.save)
+    z_PN, a_PI = k.up_projection(
+        UpProjection(x, call.w1, call.b1, plan.expert_offsets, plan.row_expert, call.static.gate(), call.save)
+    )
     y_PH = k.grouped_mm(Rows(a_PI), call.w2.mT, plan.expert_offsets)
     del a_PI
     s_P = k.pick(call.scores, plan.scatter_index)
@@ -40,20 +42,23 @@ def backward(k: Experts, saved: Bf16Saved, incoming: Incoming) -> Inputs[Tensor 
     x, dout, offsets = Rows(saved.x, plan.read_index), Rows(incoming.dout, plan.read_index), plan.expert_offsets
     dx = dscores = dw1 = db1 = dw2 = db2 = None
 
-    dz_PN, as_PI, ds_P = k.down_backward(dout, saved.w2, saved.z, b1, s_P, plan.groups, saved.static.gate())
+    dz_PN, as_PI, ds_P = k.down_backward(
+        DownBackward(dout, saved.w2, saved.z, b1, s_P, offsets, plan.row_expert, saved.static.gate())
+    )
     if needs.scores:
         if b2 is not None:
             k.row_dot(dout, b2, plan.row_expert, ds_P)
         dscores = k.pick(ds_P, plan.reverse_index, s_P.dtype)
     if needs.w2:
-        dw2 = k.grouped_mm_wgrad(dout, as_PI, offsets, main.w2, accumulate=main.adds_w2)
+        dw2 = k.grouped_mm_wgrad(dout, as_PI, offsets, Into(main.w2, accumulate=main.adds_w2))
     del as_PI
     if needs.b2 and b2 is not None:
         db2 = k.segment_sum(dout, s_P, offsets).to(b2.dtype)
     if needs.b1 and b1 is not None:
         db1 = k.segment_sum(Rows(dz_PN), None, offsets).to(b1.dtype)
     if needs.w1:
-        dw1 = k.grouped_mm_wgrad(x, dz_PN, offsets, main.w1, transposed=True, accumulate=main.adds_w1)
+        into = Into(main.w1, transposed=True, accumulate=main.adds_w1)
+        dw1 = k.grouped_mm_wgrad(x, dz_PN, offsets, into)
     if needs.x:
         dx_PH = k.grouped_mm(Rows(dz_PN), saved.w1, offsets)
         dx = k.gather_sum(dx_PH, None, None, plan.row_expert, plan.rows_of_tokens(saved.x.shape[0]))

@@ -17,7 +17,7 @@ and each expert's rows padded to whole blocks of 128 positions (``pad_segments``
 column; s A and dZ one for each tile of 128 x 128, which costs a product no more than the scales of a weight do. For
 dx, dZ is quantized as it lies, 1 x 128, so that a token beside a loud one keeps its gradient (DeepSeek-V3, arXiv
 2412.19437, appendix B.2: blocks of 128 x 128 there made training diverge). Where both weights need a gradient, the
-kernel that computes dZ and s A quantizes them itself (``down_backward_fp8_quantised``). Not so with a gradient of b1,
+kernel that computes dZ and s A quantizes them itself (``down_backward_fp8_quantize``). Not so with a gradient of b1,
 which is a sum of dZ before: then both are stored in bf16 and quantized in passes of their own. Each of the three ways
 is a class below.
 
@@ -36,7 +36,7 @@ from typing import Any
 
 from torch import Tensor
 
-from supersonic_moe.kernels.interface import BothOrders, Fp8Experts, Quantized, Rows
+from supersonic_moe.kernels.interface import BothOrders, DownBackward, Fp8Experts, Into, Quantized, Rows, UpProjection
 from supersonic_moe.quantization.block_format import E4M3, aligned_rows, padded_capacity, transposed_scales
 from supersonic_moe.training.arguments import Fp8Forward, Fp8Output, Fp8Saved, Fp8Weights, Incoming, Inputs
 
@@ -44,9 +44,10 @@ from supersonic_moe.training.arguments import Fp8Forward, Fp8Output, Fp8Saved, F
 def forward(k: Fp8Experts, call: Fp8Forward) -> Fp8Output:
     plan, recipe = call.plan, call.numerics.recipe()
     x = Rows(k.quantize_rows(call.x, recipe.pow2, plan.identity), plan.read_index)
-    z, a = k.up_projection_fp8(x, call.w1, call.b1, plan.groups, call.static.gate(), recipe, call.save)
+    up = UpProjection(x, call.w1, call.b1, plan.expert_offsets, plan.row_expert, call.static.gate(), call.save)
+    z, a = k.up_projection_fp8(up, recipe)
     y_PH = k.grouped_mm_fp8(Rows(a), call.w2, plan.expert_offsets)
-    del x, a
+    del up, x, a
     s_P = k.pick(call.scores, plan.scatter_index)
     out_TH = k.gather_sum(y_PH, s_P, call.b2, plan.row_expert, plan.rows_of_tokens(call.x.shape[0]))
     return Fp8Output(out_TH, s_P, z)
@@ -67,8 +68,9 @@ def backward(k: Fp8Experts, weights: Fp8Weights, saved: Fp8Saved, incoming: Inco
         del x, w1
     dout_q = Rows(k.quantize_rows(incoming.dout, pow2, plan.identity), plan.read_index)
     wgrad = _weight_gradients(k, saved, incoming)
-    dz, scaled_a, ds_P = wgrad.down(dout_q, weights.w2_t, z)
-    del dout_q, z
+    step = DownBackward(dout_q, weights.w2_t, z, b1, s_P, offsets, plan.row_expert, saved.static.gate())
+    dz, scaled_a, ds_P = wgrad.down(step)
+    del step, dout_q, z
     if needs.scores:
         if b2 is not None:
             k.row_dot(dout, b2, plan.row_expert, ds_P)
@@ -103,22 +105,22 @@ class _Bf16Products:
         self.k, self.saved, self.incoming = k, saved, incoming
         self.plan, self.main, self.pow2 = saved.plan, incoming.main, saved.pow2
 
-    def down(self, dout: Rows[Quantized], w2_t: Quantized, z: Quantized) -> tuple[Any, Any, Tensor]:
+    def down(self, step: DownBackward[Quantized]) -> tuple[Any, Any, Tensor]:
         """(dZ, s A, dS)."""
-        s, plan = self.saved, self.plan
-        return self.k.down_backward_fp8(dout, w2_t, z, s.b1, s.row_scores, plan.groups, s.static.gate())
+        return self.k.down_backward_fp8(step)
 
     def dw2(self, as_PI: Any) -> Tensor:
-        dout, main = Rows(self.incoming.dout, self.plan.read_index), self.main
-        return self.k.grouped_mm_wgrad(dout, as_PI, self.plan.expert_offsets, main.w2, accumulate=main.adds_w2)
+        dout, into = Rows(self.incoming.dout, self.plan.read_index), Into(self.main.w2, accumulate=self.main.adds_w2)
+        return self.k.grouped_mm_wgrad(dout, as_PI, self.plan.expert_offsets, into)
 
     def quantized(self, dz_PN: Any) -> tuple[Any, Any]:
         """(rows of dZ for dx, dZ for ``dw1``)."""
         return self.k.quantize_rows(dz_PN, self.pow2, True) if self.incoming.needs.x else None, dz_PN
 
     def dw1(self, dz_PN: Any) -> Tensor:
-        x, main, offsets = Rows(self.saved.x, self.plan.read_index), self.main, self.plan.expert_offsets
-        return self.k.grouped_mm_wgrad(x, dz_PN, offsets, main.w1, transposed=True, accumulate=main.adds_w1)
+        x, main = Rows(self.saved.x, self.plan.read_index), self.main
+        into = Into(main.w1, transposed=True, accumulate=main.adds_w1)
+        return self.k.grouped_mm_wgrad(x, dz_PN, self.plan.expert_offsets, into)
 
 
 class _Fp8Products(_Bf16Products):
@@ -130,35 +132,32 @@ class _Fp8Products(_Bf16Products):
         self.segments = k.pad_segments(offsets, index, padded_capacity(index.shape[0], offsets.shape[0] - 1))
 
     def dw2(self, as_PI: Any) -> Tensor:
-        dout = self.k.quantize_columns(self.incoming.dout, self.segments.token_index, self.pow2)
-        scaled_a = self.k.quantize_columns(as_PI, self.segments.row_index, self.pow2, tiled=True)
-        main = self.main
-        return self.k.grouped_mm_wgrad_fp8(dout, scaled_a, self.segments.offsets, main.w2, accumulate=main.adds_w2)
+        return self.dw2_of(self.k.quantize_columns(as_PI, self.segments.row_index, self.pow2, tiled=True))
+
+    def dw2_of(self, scaled_a: Quantized) -> Tensor:
+        dout, main = self.k.quantize_columns(self.incoming.dout, self.segments.token_index, self.pow2), self.main
+        into = Into(main.w2, accumulate=main.adds_w2)
+        return self.k.grouped_mm_wgrad_fp8(dout, scaled_a, self.segments.offsets, into)
 
     def quantized(self, dz_PN: Any) -> tuple[Any, Any]:
         if self.incoming.needs.w1:
-            return self.k.quantize_tiles(dz_PN, self.segments.row_index, self.pow2)
+            return self.k.quantize_both_orders(dz_PN, self.segments.row_index, self.pow2)
         return super().quantized(dz_PN)
 
     def dw1(self, dz: Any) -> Tensor:
         x, main = self.k.quantize_columns(self.saved.x, self.segments.token_index, self.pow2), self.main
-        return self.k.grouped_mm_wgrad_fp8(
-            x, dz, self.segments.offsets, main.w1, transposed=True, accumulate=main.adds_w1
-        )
+        into = Into(main.w1, transposed=True, accumulate=main.adds_w1)
+        return self.k.grouped_mm_wgrad_fp8(x, dz, self.segments.offsets, into)
 
 
 class _FusedFp8Products(_Fp8Products):
     """The same of what the kernel that computes dZ and s A has quantized itself."""
 
-    def down(self, dout: Rows[Quantized], w2_t: Quantized, z: Quantized) -> tuple[BothOrders, Quantized, Tensor]:
-        s, plan = self.saved, self.plan
-        return self.k.down_backward_fp8_quantised(
-            dout, w2_t, z, s.b1, s.row_scores, plan.groups, s.static.gate(), self.segments, self.pow2
-        )
+    def down(self, step: DownBackward[Quantized]) -> tuple[BothOrders, Quantized, Tensor]:
+        return self.k.down_backward_fp8_quantize(step, self.segments, self.pow2)
 
     def dw2(self, scaled_a: Quantized) -> Tensor:
-        dout, main = self.k.quantize_columns(self.incoming.dout, self.segments.token_index, self.pow2), self.main
-        return self.k.grouped_mm_wgrad_fp8(dout, scaled_a, self.segments.offsets, main.w2, accumulate=main.adds_w2)
+        return self.dw2_of(scaled_a)
 
     def quantized(self, dz: BothOrders) -> tuple[Quantized, Quantized]:
         return dz

@@ -18,16 +18,18 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from supersonic_moe.autocast import without_autocast
 from supersonic_moe.autograd import apply, refuse_second_derivatives
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.kernels import interface, registry
+from supersonic_moe.kernels.alignment import aligned
 from supersonic_moe.kernels.interface import Quantized
 from supersonic_moe.quantization.block_format import blocks, empty_e4m3, empty_scales
 from supersonic_moe.quantization.weight_cache import Fp8Weight, WeightCache
-from supersonic_moe.training import bf16, fp8
+from supersonic_moe.training import bf16, flops, fp8
 from supersonic_moe.training.arguments import (
     Bf16Forward,
     Bf16Output,
@@ -64,24 +66,30 @@ def _fp8_kernels(x: Tensor, intermediate: int, static: Static) -> interface.Fp8E
 
 
 def _bf16_forward(call: Bf16Forward) -> Bf16Output:
+    k = _bf16_kernels(call.x, call.w2, call.static)
     with without_autocast(call.x):
-        return bf16.forward(_bf16_kernels(call.x, call.w2, call.static), call)
+        return bf16.forward(k, aligned(call, k.ALIGNMENT, "x", "w1", "b1", "w2"))
 
 
 def _bf16_backward(saved: Bf16Saved, incoming: Incoming) -> tuple[Tensor, ...]:
+    k = _bf16_kernels(saved.x, saved.w2, saved.static)
+    saved = aligned(saved, k.ALIGNMENT, "z", "x", "w1", "b1", "w2")
+    incoming = aligned(incoming, k.ALIGNMENT, "dout")
     with without_autocast(saved.x):
-        gradients = bf16.backward(_bf16_kernels(saved.x, saved.w2, saved.static), saved, incoming)
+        gradients = bf16.backward(k, saved, incoming)
     return _returned(saved.x, gradients, incoming.main)
 
 
 def _fp8_forward(call: Fp8Forward) -> tuple[Tensor, ...]:
+    k = _fp8_kernels(call.x, call.w2.shape[2], call.static)
     with without_autocast(call.x):
-        output = fp8.forward(_fp8_kernels(call.x, call.w2.shape[2], call.static), call)
+        output = fp8.forward(k, aligned(call, k.ALIGNMENT, "b1"))
     return _FP8_OUTPUT.flat(*output)
 
 
 def _fp8_backward(weights: Fp8Weights, saved: Fp8Saved, incoming: Incoming) -> tuple[Tensor, ...]:
     k = _fp8_kernels(saved.x, weights.w2_transposed.shape[1], saved.static)
+    saved, incoming = aligned(saved, k.ALIGNMENT, "x", "b1"), aligned(incoming, k.ALIGNMENT, "dout")
     with without_autocast(saved.x):
         gradients = fp8.backward(k, weights, saved, incoming)
     return _returned(saved.x, gradients, incoming.main)
@@ -161,20 +169,41 @@ _FP8_OUTPUT, _INCOMING = Fields(Fp8Output), Fields(Incoming)
 
 
 def _define(
-    name: str, arguments: Sequence[Fields[..., Any]], result: str, run: Callable[..., Any], fake: Callable[..., Any]
+    name: str,
+    arguments: Sequence[Fields[..., Any]],
+    result: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    count: Callable[..., int],
 ) -> None:
-    """``run`` and ``fake`` take the NamedTuples that ``arguments`` make of the op's flat ones."""
+    """``run``, ``fake`` and ``count``, its FLOPs, take the NamedTuples that ``arguments`` make of the flat ones."""
     op = f"supersonic_moe::{name}"
     torch.library.define(op, f"({', '.join(fields.schema for fields in arguments)}) -> ({result})")
     torch.library.impl(op, ("cpu", "cuda"))(on_flat(run, *arguments))
     torch.library.register_fake(op)(on_flat(fake, *arguments))
+    counted = on_flat(count, *arguments)
+    register_flop_formula(getattr(_ops, name), get_raw=True)(lambda *args, out_val: counted(*args))
 
 
 _GRADIENTS = ", ".join(f"Tensor d{name}" for name in Inputs._fields)
-_define("experts_forward", [_BF16_FORWARD], Fields(Bf16Output).schema, _bf16_forward, _bf16_forward_fake)
-_define("experts_backward", [_BF16_SAVED, _INCOMING], _GRADIENTS, _bf16_backward, _bf16_backward_fake)
-_define("experts_fp8_forward", [_FP8_FORWARD], _FP8_OUTPUT.schema, _fp8_forward, _fp8_forward_fake)
-_define("experts_fp8_backward", [_FP8_WEIGHTS, _FP8_SAVED, _INCOMING], _GRADIENTS, _fp8_backward, _fp8_backward_fake)
+_define("experts_forward", [_BF16_FORWARD], Fields(Bf16Output).schema, _bf16_forward, _bf16_forward_fake, flops.forward)
+_define(
+    "experts_backward",
+    [_BF16_SAVED, _INCOMING],
+    _GRADIENTS,
+    _bf16_backward,
+    _bf16_backward_fake,
+    flops.bf16_backward,
+)
+_define("experts_fp8_forward", [_FP8_FORWARD], _FP8_OUTPUT.schema, _fp8_forward, _fp8_forward_fake, flops.forward)
+_define(
+    "experts_fp8_backward",
+    [_FP8_WEIGHTS, _FP8_SAVED, _INCOMING],
+    _GRADIENTS,
+    _fp8_backward,
+    _fp8_backward_fake,
+    flops.fp8_backward,
+)
 
 _QUANTIZE = "supersonic_moe::quantize_weights"
 torch.library.define(_QUANTIZE, "(Tensor[] weights, str scale, str backend) -> Tensor[]")

@@ -79,14 +79,13 @@ def test_formats_are_where_the_recipe_says() -> None:
     """Saved pre-activations and operands of weight gradients carry the rounding that was asked for, and no other."""
     torch.manual_seed(0)
     layer = Layer(topk_plan(40, 6, 4), 136, 72, as_activation("swiglu"))
-    arguments = (*layer.operands, layer.plan, layer.activation, layer.layout)
-    _, exact = fp8_forward(*arguments, Fp8Recipe(save_preactivation="recompute"))  # type: ignore[arg-type]
+    _, exact = fp8_forward(layer.call(Fp8Recipe(save_preactivation="recompute")))
     live = layer.plan.row_expert < layer.plan.num_experts
     for save, want in {
         "bf16": exact.bfloat16().float(),
         "fp8": dequantize(*quantize_rows(exact), torch.float32),
     }.items():
-        _, h = fp8_forward(*arguments, Fp8Recipe(save_preactivation=save))  # type: ignore[arg-type]
+        _, h = fp8_forward(layer.call(Fp8Recipe(save_preactivation=save)))
         assert torch.equal(h[live], want[live])
     assert not torch.equal(exact[live], exact[live].bfloat16().float())
 
@@ -116,7 +115,7 @@ def test_accuracy_of_activations(kind: ActivationType) -> None:
 
     A gate of ReLU that lies within the noise of H may open in one layer and not in the other. Its gradient then differs
     by all of itself, 13 to 16 % of dx and dW1, whatever backward does, so these two are compared with the fp32 layer of
-    the quantised x and W1: same H, same gates.
+    the quantized x and W1: same H, same gates.
     """
     torch.manual_seed(0)
     layer = Layer(topk_plan(), 256, 256, as_activation(kind), list(GateUpLayout)[len(kind.value) % 3])

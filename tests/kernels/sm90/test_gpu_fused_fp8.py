@@ -1,12 +1,12 @@
-"""The fused FP8 backward of the down-projection against fp64 of the dequantised operands."""
+"""The fused FP8 backward of the down-projection against fp64 of the dequantized operands."""
 
 from __future__ import annotations
 
 import oracle
 import pytest
 import torch
-from down_backward_cases import ACTIVATIONS, GATE_UP, INTERLEAVED, RAGGED, SCORES, SIZES, UP_GATE, arguments_of
-from grouped_cases import CUDA, GROUPS, case, indexed
+from down_backward_cases import ACTIVATIONS, GATE_UP, INTERLEAVED, RAGGED, SIZES, UP_GATE, step_of
+from grouped_cases import CUDA, GROUPS, case, rows_case
 from poison import poisoned_allocations  # noqa: F401
 
 from supersonic_moe.config.activation import Activation, GateUpLayout
@@ -52,10 +52,9 @@ def test_many_tiles_of_one_block(hidden: int, layout: GateUpLayout, gathered: bo
 
 def test_scores_at_any_address() -> None:
     offsets, (dout,) = case([300], 0, 256)
-    arguments, _ = arguments_of(offsets, dout, None, 256, GATE_UP, ACTIVATIONS["swiglu"], True, False)
-    scores = torch.empty(301, device=CUDA)[1:].copy_(arguments[SCORES])
-    got = down_backward_fp8(*arguments[:SCORES], scores, *arguments[SCORES + 1 :])
-    want = down_backward_fp8(*arguments)
+    step, _ = step_of(offsets, dout, None, 256, GATE_UP, ACTIVATIONS["swiglu"], True, False)
+    got = down_backward_fp8(step._replace(row_scores=torch.empty(301, device=CUDA)[1:].copy_(step.row_scores)))
+    want = down_backward_fp8(step)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
@@ -64,19 +63,15 @@ def check(
     saved_fp8: bool, bias: bool,
 ) -> None:  # fmt: skip
     """dH, s A and dS; rows of score 0 get exact zeros although H and its scales are NaN there."""
-    if gathered:
-        offsets, dout, index = indexed(counts, 3, hidden)
-    else:
-        offsets, (dout,) = case(counts, 3, hidden)
-        index = None
+    offsets, dout, index = rows_case(counts, 3, hidden, gathered)
     rows = sum(counts)
-    arguments, want = arguments_of(offsets, dout, index, width, layout, activation, saved_fp8, bias)
-    dh, scaled, ds = down_backward_fp8(*arguments)
+    step, want = step_of(offsets, dout, index, width, layout, activation, saved_fp8, bias)
+    dh, scaled, ds = down_backward_fp8(step)
     assert dh.dtype is scaled.dtype is torch.bfloat16
-    zero = arguments[SCORES][:rows] == 0
+    zero = step.row_scores[:rows] == 0
     assert (dh[:rows][zero] == 0).all() and (scaled[:rows][zero] == 0).all()
     assert oracle.rel_fro(dh[:rows], want[0]) < 3e-3
     assert oracle.rel_fro(scaled[:rows], want[1]) < 3e-3
     assert (ds[:rows][~zero].double() - want[2][~zero]).norm() <= 3e-3 * want[3]
-    again = down_backward_fp8(*arguments)
+    again = down_backward_fp8(step)
     assert all(torch.equal(x[:rows][~zero], y[:rows][~zero]) for x, y in zip((dh, scaled, ds), again, strict=True))

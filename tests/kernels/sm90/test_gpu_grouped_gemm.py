@@ -3,15 +3,18 @@ fused epilogues, accumulation."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import oracle
 import pytest
 import torch
-from grouped_cases import CUDA, GROUPS, case, indexed, picked, segments
+from down_backward_cases import ACTIVATIONS
+from grouped_cases import CUDA, GROUPS, case, indexed, picked, row_experts, rows_case, segments
 from poison import poisoned_allocations  # noqa: F401
 
 from supersonic_moe.config.activation import Activation, GateUpLayout, as_activation
 from supersonic_moe.kernels import reference
-from supersonic_moe.kernels.interface import Gate, Groups, Rows
+from supersonic_moe.kernels.interface import DownBackward, Gate, Into, Rows, UpProjection
 from supersonic_moe.kernels.sm90 import gemm_config
 from supersonic_moe.kernels.sm90.down_backward import down_backward
 from supersonic_moe.kernels.sm90.grouped_gemm import grouped_mm
@@ -55,9 +58,9 @@ def test_weight_gradient(counts: list[int], m: int, n: int, positive: bool) -> N
     offsets, (a, b) = case(counts, 70, m, n, positive=positive)
     got = grouped_mm_wgrad(Rows(a), b, offsets)
     exact = torch.full((len(counts), m, n), float("nan"), device=CUDA)
-    grouped_mm_wgrad(Rows(a), b, offsets, exact)
+    grouped_mm_wgrad(Rows(a), b, offsets, Into(exact))
     start = torch.randn(len(counts), m, n, device=CUDA)
-    added = grouped_mm_wgrad(Rows(a), b, offsets, start.clone(), accumulate=True)
+    added = grouped_mm_wgrad(Rows(a), b, offsets, Into(start.clone(), accumulate=True))
     for e, rows in segments(offsets):
         want = a[rows].double().T @ b[rows].double()
         if rows.start == rows.stop:
@@ -67,7 +70,7 @@ def test_weight_gradient(counts: list[int], m: int, n: int, positive: bool) -> N
         assert oracle.rel_fro(exact[e], want) < 1e-5, f"expert {e} fp32"
         assert oracle.rel_fro(added[e] - start[e], want) < 1e-4, f"expert {e} accumulated"
     assert torch.equal(got, grouped_mm_wgrad(Rows(a), b, offsets))
-    assert torch.equal(added, grouped_mm_wgrad(Rows(a), b, offsets, start.clone(), accumulate=True))
+    assert torch.equal(added, grouped_mm_wgrad(Rows(a), b, offsets, Into(start.clone(), accumulate=True)))
 
 
 @pytest.mark.parametrize("n_contiguous", [False, True])
@@ -96,17 +99,17 @@ def test_weight_gradient_of_indexed_rows_and_its_transpose(
     a, rows = picked(x, index), sum(counts)
     operands = Rows(x, index) if gathered else Rows(a.bfloat16()), b, offsets
     exact = torch.full((len(counts), m, n), float("nan"), device=CUDA)
-    grouped_mm_wgrad(*operands, exact)
+    grouped_mm_wgrad(*operands, Into(exact))
     for e, segment in segments(offsets):
         want = a[segment].T @ b[:rows][segment].double()
         assert oracle.rel_fro(exact[e], want) < 1e-5 or (want.abs().max() == 0 and (exact[e] == 0).all()), f"expert {e}"
     got = grouped_mm_wgrad(*operands)
     assert torch.equal(got, exact.bfloat16())
-    assert torch.equal(grouped_mm_wgrad(*operands, transposed=True), got.transpose(1, 2))
+    assert torch.equal(grouped_mm_wgrad(*operands, Into(transposed=True)), got.transpose(1, 2))
     flipped = torch.full((len(counts), n, m), float("nan"), device=CUDA)
-    assert torch.equal(grouped_mm_wgrad(*operands, flipped, transposed=True), exact.transpose(1, 2))
+    assert torch.equal(grouped_mm_wgrad(*operands, Into(flipped, transposed=True)), exact.transpose(1, 2))
     start = torch.randn(len(counts), n, m, device=CUDA)
-    added = grouped_mm_wgrad(*operands, start.clone(), transposed=True, accumulate=True)
+    added = grouped_mm_wgrad(*operands, Into(start.clone(), transposed=True, accumulate=True))
     assert torch.equal(added, start + flipped)
 
 
@@ -122,16 +125,22 @@ def test_rows_at_any_stride() -> None:
     assert torch.equal(grouped_mm_wgrad(Rows(a, index), a, offsets), grouped_mm_wgrad(Rows(a), a, offsets))
 
 
+def gated_cases(test: Callable[..., None]) -> Callable[..., None]:
+    """Activations, layouts, sizes and groups of the two fused steps."""
+    groups = ("ragged", "tiny", "even")
+    for parametrize in (
+        pytest.mark.parametrize("layout", GateUpLayout),
+        pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS),
+        pytest.mark.parametrize("gathered", [False, True]),
+        pytest.mark.parametrize(("hidden", "width"), [(72, 8), (520, 1000)]),
+        pytest.mark.parametrize("counts", [GROUPS[name] for name in groups], ids=groups),
+    ):
+        test = parametrize(test)
+    return test
+
+
 @pytest.mark.parametrize(("bias", "save"), [(False, False), (False, True), (True, True)])
-@pytest.mark.parametrize("layout", GateUpLayout)
-@pytest.mark.parametrize(
-    "activation",
-    [as_activation("swiglu"), as_activation("geglu"), as_activation("reglu"), Activation.gpt_oss(limit=0.9)],
-    ids=["swiglu", "geglu", "reglu", "gpt_oss"],
-)
-@pytest.mark.parametrize("gathered", [False, True])
-@pytest.mark.parametrize(("hidden", "width"), [(72, 8), (520, 1000)])
-@pytest.mark.parametrize("counts", [GROUPS["ragged"], GROUPS["tiny"], GROUPS["even"]], ids=["ragged", "tiny", "even"])
+@gated_cases
 def test_up_projection(
     counts: list[int],
     hidden: int,
@@ -143,56 +152,30 @@ def test_up_projection(
     save: bool,
 ) -> None:
     """H and A against fp64; rows that no expert owns are free, all others written, the bias outside H."""
-    if gathered:
-        offsets, source, index = indexed(counts, 3, hidden)
-        x = picked(source, index)
-    else:
-        offsets, (source,) = case(counts, 3, hidden)
-        x, index = source, None
+    offsets, source, index = rows_case(counts, 3, hidden, gathered)
     num_experts, rows = len(counts), sum(counts)
     w1 = torch.randn(num_experts, 2 * width, hidden, device=CUDA, dtype=torch.bfloat16)
     b1 = torch.randn(num_experts, 2 * width, device=CUDA, dtype=torch.bfloat16) if bias else None
-    row_expert = torch.repeat_interleave(
-        torch.arange(num_experts + 1, device=CUDA), torch.tensor([*counts, 3], device=CUDA)
-    ).int()
+    row_expert = row_experts(counts, 3)
     gate = Gate(activation, layout)
-    arguments = (Rows(source, index), w1, b1, Groups(offsets, row_expert), gate, save)
-    h, a = up_projection(*arguments)
-    exact = reference.grouped_mm(Rows(x[:rows].double()), w1.double().transpose(1, 2), offsets)
+    step = UpProjection(Rows(source, index), w1, b1, offsets, row_expert, gate, save)
+    h, a = up_projection(step)
+    exact = reference.grouped_mm(Rows(picked(source, index)[:rows]), w1.double().transpose(1, 2), offsets)
     want = reference.activation_forward(exact, None if b1 is None else b1.double(), row_expert[:rows], gate)
     assert oracle.rel_fro(a[:rows], want) < 3e-3
     assert h.shape == ((rows + 3) if save else 0, 2 * width)
     if save:
         assert oracle.rel_fro(h[:rows], exact) < 3e-3
-    assert torch.equal(a[:rows], up_projection(*arguments)[1][:rows])
+    assert torch.equal(a[:rows], up_projection(step)[1][:rows])
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("layout", GateUpLayout)
-@pytest.mark.parametrize(
-    "activation",
-    [as_activation("swiglu"), as_activation("geglu"), as_activation("reglu"), Activation.gpt_oss(limit=0.9)],
-    ids=["swiglu", "geglu", "reglu", "gpt_oss"],
-)
-@pytest.mark.parametrize("gathered", [False, True])
-@pytest.mark.parametrize(("hidden", "width"), [(72, 8), (520, 1000)])
-@pytest.mark.parametrize("counts", [GROUPS["ragged"], GROUPS["tiny"], GROUPS["even"]], ids=["ragged", "tiny", "even"])
+@gated_cases
 def test_down_backward(
-    counts: list[int],
-    hidden: int,
-    width: int,
-    gathered: bool,
-    activation: Activation,
-    layout: GateUpLayout,
-    bias: bool,
+    counts: list[int], hidden: int, width: int, gathered: bool, activation: Activation, layout: GateUpLayout, bias: bool
 ) -> None:
     """dH, s A and dS against fp64; rows of score 0 get exact zeros although H is NaN there."""
-    if gathered:
-        offsets, source, index = indexed(counts, 3, hidden)
-        dout = picked(source, index)
-    else:
-        offsets, (source,) = case(counts, 3, hidden)
-        dout, index = source, None
+    offsets, source, index = rows_case(counts, 3, hidden, gathered)
     num_experts, rows = len(counts), sum(counts)
     w2 = torch.randn(num_experts, hidden, width, device=CUDA, dtype=torch.bfloat16) / hidden**0.5
     h = torch.randn(rows + 3, 2 * width, device=CUDA, dtype=torch.bfloat16)
@@ -200,14 +183,12 @@ def test_down_backward(
     unscored = torch.rand(rows + 3, device=CUDA) < 0.1
     scores[unscored], h[unscored] = 0, float("nan")
     b1 = torch.randn(num_experts, 2 * width, device=CUDA, dtype=torch.bfloat16) if bias else None
-    row_expert = torch.repeat_interleave(
-        torch.arange(num_experts + 1, device=CUDA), torch.tensor([*counts, 3], device=CUDA)
-    ).int()
+    row_expert = row_experts(counts, 3)
     gate = Gate(activation, layout)
-    arguments = (Rows(source, index), w2, h, b1, scores, Groups(offsets, row_expert), gate)
-    dh, scaled, ds = down_backward(*arguments)
+    step = DownBackward(Rows(source, index), w2, h, b1, scores, offsets, row_expert, gate)
+    dh, scaled, ds = down_backward(step)
     h_read = torch.where(unscored[:, None], 0, h)
-    da = reference.grouped_mm(Rows(dout[:rows].double()), w2.double(), offsets)
+    da = reference.grouped_mm(Rows(picked(source, index)[:rows]), w2.double(), offsets)
     want = reference.activation_backward(
         h_read[:rows].double(), None if b1 is None else b1.double(), da, scores[:rows].double(), row_expert[:rows],
         gate,
@@ -217,7 +198,7 @@ def test_down_backward(
     assert oracle.rel_fro(dh[:rows], want[0]) < 3e-3
     assert oracle.rel_fro(scaled[:rows], want[1]) < 3e-3
     assert oracle.rel_fro(ds[:rows][scored], want[2][scored]) < 1e-4
-    again = down_backward(*arguments)
+    again = down_backward(step)
     assert all(torch.equal(x[:rows][scored], y[:rows][scored]) for x, y in zip((dh, scaled, ds), again, strict=True))
 
 

@@ -1,11 +1,11 @@
-"""The FP8 grouped GEMM against the fp64 product of the dequantised operands."""
+"""The FP8 grouped GEMM against the fp64 product of the dequantized operands."""
 
 from __future__ import annotations
 
 import oracle
 import pytest
 import torch
-from grouped_cases import CUDA, GROUPS, case, indexed, picked, segments
+from grouped_cases import CUDA, GROUPS, case, picked, rows_case, segments
 from poison import poisoned_allocations  # noqa: F401
 
 from supersonic_moe.kernels.interface import Quantized, Rows
@@ -26,11 +26,7 @@ SIZES = [(64, 256), (128, 8), (72, 264), (384, 512), (512, 520), (2880, 520), (1
 @pytest.mark.parametrize("counts", GROUPS.values(), ids=GROUPS)
 def test_rows(counts: list[int], depth: int, columns: int, gathered: bool, transposed: bool, positive: bool) -> None:
     """Rows as they lie or through an index, weights as they lie or transposed with transposed scales."""
-    if gathered:
-        offsets, a, index = indexed(counts, 5, depth, positive=positive)
-    else:
-        offsets, (a,) = case(counts, 5, depth, positive=positive)
-        index = None
+    offsets, a, index = rows_case(counts, 5, depth, gathered, positive)
     a[:, : depth // 2] *= 100  # a scale in the wrong K block shows
     w = torch.randn(len(counts), columns, depth, device=CUDA, dtype=torch.bfloat16)
     w = w.abs() if positive else w
@@ -43,8 +39,7 @@ def test_rows(counts: list[int], depth: int, columns: int, gathered: bool, trans
     rows = sum(counts)
     # Tensor cores cut each e4m3 product at about 2^-13 of the running sum: sums of positive products come out low.
     tolerance = 5e-3 if positive else 3e-3
-    operand = dequantize(*a_rows.x)
-    operand = operand[:rows] if index is None else picked(operand, index)[:rows]
+    operand = picked(dequantize(*a_rows.x), index)[:rows]
     want = dequantize(b, b_scale)
     got = grouped_mm_fp8(a_rows, Quantized(b, b_scale), offsets)
     for e, part in segments(offsets):

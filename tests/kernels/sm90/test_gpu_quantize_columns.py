@@ -1,4 +1,4 @@
-"""The CUDA columns quantiser against the Triton one, which is tested against the format: the same bytes."""
+"""The CUDA columns quantizer against the Triton one, which is tested against the format: the same bytes."""
 
 from __future__ import annotations
 

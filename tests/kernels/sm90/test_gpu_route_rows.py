@@ -14,6 +14,7 @@ from supersonic_moe.kernels.reference import local_ids, route_grouped
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
+from supersonic_moe.jit.launch import Launch
 from supersonic_moe.kernels.sm90.route_rows import (
     ITEM_ROWS,
     MAX_BLOCKS,
@@ -55,6 +56,7 @@ def empty_tables(tokens: int, choices: Choices) -> RowTables:
         offsets=poison(local + 1),
         items=poison(1 + items, 4),
         row_slot=poison(padded_rows(slots, local)),
+        row_token=poison(padded_rows(slots, local)),
         slot_row=poison(tokens, choices.per_token),
         weights=weights,
         counters=poison(1000),
@@ -63,6 +65,11 @@ def empty_tables(tokens: int, choices: Choices) -> RowTables:
         max_items=items,
         stream_rows=slots // 2,
     )
+
+
+def run(launches: list[Launch]) -> None:
+    for launch in launches:
+        launch.run()
 
 
 def check_rows(tables: RowTables, slots_TC: Tensor, num_local: int) -> None:
@@ -78,7 +85,7 @@ def check_rows(tables: RowTables, slots_TC: Tensor, num_local: int) -> None:
     row_slot[row_of], slot_row[by_expert] = by_expert, row_of
     offsets = [0] * (num_local + 1) if streamed else [*starts.tolist(), len(by_expert)]
     items = [
-        [e, int(starts[e]) + at, min(ITEM_ROWS, rows - at), 0]
+        [e, int(starts[e]) + at, min(ITEM_ROWS, rows - at), at // ITEM_ROWS << 16 | -(-rows // ITEM_ROWS)]
         for e, rows in enumerate(counts.tolist())
         for at in range(0, rows if streamed else 0, ITEM_ROWS)
     ]
@@ -86,6 +93,8 @@ def check_rows(tables: RowTables, slots_TC: Tensor, num_local: int) -> None:
     assert tables.slot_row.flatten().tolist() == slot_row.tolist()
     assert tables.row_slot[: len(row_slot)].tolist() == row_slot.tolist()
     assert tables.row_slot[len(row_slot) :].eq(-77).all()
+    token = np.where(row_slot >= 0, row_slot // slots_TC.shape[1], -77)
+    assert tables.row_token[: len(row_slot)].tolist() == token.tolist()
     padded = int((-(-counts // ROW_GROUP) * ROW_GROUP).sum())
     assert tables.items[0].tolist() == [len(items), min(ITEM_ROWS, int(counts.max())), padded, int(streamed)]
     assert tables.items[1 : 1 + len(items)].tolist() == items
@@ -104,7 +113,7 @@ def test_from_logits(name: str, tokens: int) -> None:
     routed = max(1, rule.num_experts // 8)
     choices = Choices(rule.num_experts, routed, routed // 2, rule.top_k, shared=name == "kimi_k2")
     tables = empty_tables(tokens, choices)
-    route_rows(logits, bias, rule, choices, tables)
+    run(route_rows(logits, bias, rule, choices, tables))
     if tokens == 0:
         assert tables.offsets.eq(0).all() and tables.items[0].tolist() == [0, 0, 0, 1]
         return
@@ -120,9 +129,9 @@ def test_from_logits(name: str, tokens: int) -> None:
     torch.testing.assert_close(tables.weights[clear][:, : rule.top_k], weights[clear], rtol=1e-5, atol=1e-9)
     assert tables.weights[:, rule.top_k :].eq(1).all()
     check_rows(tables, got_local, choices.num_local)
-    first = [t.clone() for t in tables[:7]]
-    route_rows(logits, bias, rule, choices, tables)
-    assert all(torch.equal(a, b) for a, b in zip(first, tables[:7], strict=True))
+    first = [t.clone() for t in tables[:8]]
+    run(route_rows(logits, bias, rule, choices, tables))
+    assert all(torch.equal(a, b) for a, b in zip(first, tables[:8], strict=True))
 
 
 def local_experts(tables: RowTables, num_local: int) -> Tensor:
@@ -148,7 +157,7 @@ def test_ties_and_nan(tokens: int) -> None:
     logits[4, 5:] = math.nan
     logits[5, 3], logits[5, 9] = math.inf, -math.inf
     tables = empty_tables(tokens, choices)
-    route_rows(logits, None, rule, choices, tables)
+    run(route_rows(logits, None, rule, choices, tables))
     weights, ids = route_grouped(logits, None, rule)
     assert torch.equal(local_experts(tables, 256), ids)
     torch.testing.assert_close(tables.weights, weights, equal_nan=True)
@@ -164,18 +173,18 @@ def test_from_ids(wide: bool, tokens: int) -> None:
     placed = torch.full((300,), -1, dtype=torch.int32, device="cuda")
     placed[torch.randperm(300, device="cuda")[:40]] = torch.randperm(40, device="cuda").int()
     tables = empty_tables(tokens, choices)
-    place_topk(ids, weights, placed, 2.5, choices, tables)
+    run(place_topk(ids, weights, placed, 2.5, choices, tables))
     slots_TC = ids.new_full((tokens, 10), 40)
     slots_TC[:, :9] = local_ids(ids, 40, expert_map=placed)
     check_rows(tables, slots_TC, 41)
     assert torch.equal(tables.weights[:, :9], weights * 2.5) and tables.weights[:, 9].eq(1).all()
     for offset in (-3, 30, 250, 299, 1000):
         moved = choices._replace(offset=offset)
-        place_topk(ids, None, None, 1.0, moved, tables)
+        run(place_topk(ids, None, None, 1.0, moved, tables))
         slots_TC[:, :9] = local_ids(ids, 40, offset, 300)
-        for t in (tables.row_slot, tables.items):
+        for t in (tables.row_slot, tables.row_token, tables.items):
             t.fill_(-77)
-        place_topk(ids, None, None, 1.0, moved, tables)
+        run(place_topk(ids, None, None, 1.0, moved, tables))
         check_rows(tables, slots_TC, 41)
         assert tables.weights.eq(1).all()
 
@@ -186,7 +195,7 @@ def test_all_at_one_expert_and_none() -> None:
         for expert in (8, 15, 16):
             ids = torch.full((tokens, 2), expert, dtype=torch.int32, device="cuda")
             tables = empty_tables(tokens, choices)
-            place_topk(ids, None, None, 1.0, choices, tables)
+            run(place_topk(ids, None, None, 1.0, choices, tables))
             check_rows(tables, local_ids(ids, 8, 8), 8)
 
 
@@ -195,14 +204,14 @@ def test_in_a_graph_with_new_contents() -> None:
     choices = Choices(256, 32, 96, 8, shared=False)
     logits = torch.randn(80, 256, device="cuda")
     tables = empty_tables(80, choices)
-    route_rows(logits, None, rule, choices, tables)
+    run(route_rows(logits, None, rule, choices, tables))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        route_rows(logits, None, rule, choices, tables)
+        run(route_rows(logits, None, rule, choices, tables))
     for _ in range(3):
         logits.normal_()
-        for t in (*tables[:5], tables.counters):
+        for t in (*tables[:6], tables.counters):
             t.fill_(-77)
         graph.replay()
         _, ids = route_grouped(logits, None, rule)

@@ -1,17 +1,17 @@
-"""The fused FP8 up-projection: what it stores, against the fp64 product of the dequantised operands."""
+"""The fused FP8 up-projection: what it stores, against the fp64 product of the dequantized operands."""
 
 from __future__ import annotations
 
 import oracle
 import pytest
 import torch
-from grouped_cases import CUDA, GROUPS, case, indexed, picked
+from grouped_cases import CUDA, GROUPS, picked, row_experts, rows_case
 from poison import poisoned_allocations  # noqa: F401
 
 from supersonic_moe.config.activation import Activation, GateUpLayout, as_activation
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.kernels import reference
-from supersonic_moe.kernels.interface import Gate, Groups, Quantized, Rows
+from supersonic_moe.kernels.interface import Gate, Quantized, Rows, UpProjection
 from supersonic_moe.kernels.reference.quantize import dequantize
 from supersonic_moe.kernels.reference.quantize import quantize_rows as rounded
 from supersonic_moe.kernels.sm90.up_projection_fp8 import up_projection_fp8
@@ -52,26 +52,19 @@ def check(
     counts: list[int], hidden: int, width: int, layout: GateUpLayout, gathered: bool, recipe: Fp8Recipe,
     activation: Activation, bias: bool,
 ) -> None:  # fmt: skip
-    if gathered:
-        offsets, x, index = indexed(counts, 5, hidden)
-    else:
-        offsets, (x,) = case(counts, 5, hidden)
-        index = None
+    offsets, x, index = rows_case(counts, 5, hidden, gathered)
     rows, num_experts = sum(counts), len(counts)
     w1 = torch.randn(num_experts, 2 * width, hidden, device=CUDA, dtype=torch.bfloat16) / hidden**0.5
     w1[:, ::2] *= 4  # gate and up have scales of their own
     b1 = torch.randn(num_experts, 2 * width, device=CUDA, dtype=torch.bfloat16) if bias else None
-    row_expert = torch.repeat_interleave(
-        torch.arange(num_experts + 1, device=CUDA), torch.tensor([*counts, 5], device=CUDA)
-    ).int()
+    row_expert = row_experts(counts, 5)
     w_q, _, w_scale = quantize_blocks(w1)
     x_rows = Rows(quantize_rows(x, tma=not gathered), index)
     gate = Gate(activation, layout)
-    arguments = (x_rows, Quantized(w_q, w_scale), b1, Groups(offsets, row_expert), gate, recipe)
-    (h, z_scale), (a, a_scale) = up_projection_fp8(*arguments, True)
+    step = UpProjection(x_rows, Quantized(w_q, w_scale), b1, offsets, row_expert, gate, save=True)
+    (h, z_scale), (a, a_scale) = up_projection_fp8(step, recipe)
 
-    operand = dequantize(*x_rows.x)
-    operand = operand[:rows] if index is None else picked(operand, index)[:rows]
+    operand = picked(dequantize(*x_rows.x), index)[:rows]
     want_h = reference.grouped_mm(Rows(operand), dequantize(w_q, w_scale).mT, offsets)
     want_a = reference.activation_forward(want_h, None if b1 is None else b1.double(), row_expert[:rows], gate)
     close(a[:rows], a_scale[:rows], want_a, recipe.pow2)
@@ -82,10 +75,10 @@ def check(
     else:
         assert h.shape[0] == z_scale.shape[0] == 0
 
-    again = [t for result in up_projection_fp8(*arguments, True) for t in result]
+    again = [t for result in up_projection_fp8(step, recipe) for t in result]
     stored = (h, z_scale, a, a_scale)
     assert all(torch.equal(s[:rows].float(), t[:rows].float()) for s, t in zip(stored, again, strict=True))
-    (unsaved, _), (other, _) = up_projection_fp8(*arguments, False)
+    (unsaved, _), (other, _) = up_projection_fp8(step._replace(save=False), recipe)
     assert unsaved.shape == (0, 2 * width) and torch.equal(other[:rows].float(), a[:rows].float())
 
 

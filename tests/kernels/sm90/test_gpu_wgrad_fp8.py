@@ -1,4 +1,4 @@
-"""The FP8 weight gradient against the fp64 product of the dequantised operands."""
+"""The FP8 weight gradient against the fp64 product of the dequantized operands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grouped_cases import CUDA, GROUPS, case, segments
 from poison import poisoned_allocations  # noqa: F401
 from torch import Tensor
 
-from supersonic_moe.kernels.interface import Quantized
+from supersonic_moe.kernels.interface import Into, Quantized
 from supersonic_moe.kernels.sm90.grouped_wgrad_fp8 import grouped_mm_wgrad_fp8
 from supersonic_moe.kernels.triton.pad_segments import pad_segments
 from supersonic_moe.kernels.triton.quantize import quantize_columns
@@ -49,7 +49,7 @@ def test_every_output(counts: list[int], m: int, n: int, positive: bool) -> None
     """fp32 against fp64; bf16 is its rounding, a transpose its transpose, and += one addition to each element."""
     arguments, shape = operands(counts, m, n, positive), (len(counts), m, n)
     want = exact_grouped_mm_wgrad(*arguments)
-    exact = grouped_mm_wgrad_fp8(*arguments, torch.full(shape, float("nan"), device=CUDA))
+    exact = grouped_mm_wgrad_fp8(*arguments, Into(torch.full(shape, float("nan"), device=CUDA)))
     for e, part in segments(arguments[-1]):
         if part.start == part.stop:
             assert (exact[e] == 0).all()
@@ -60,11 +60,11 @@ def test_every_output(counts: list[int], m: int, n: int, positive: bool) -> None
     for transposed in (False, True):
         expected, base = (exact.mT, start.mT) if transposed else (exact, start)
         fresh = torch.full_like(expected.contiguous(), float("nan"))
-        assert torch.equal(grouped_mm_wgrad_fp8(*arguments, fresh, transposed=transposed), expected)
-        assert torch.equal(grouped_mm_wgrad_fp8(*arguments, transposed=transposed), expected.bfloat16())
+        assert torch.equal(grouped_mm_wgrad_fp8(*arguments, Into(fresh, transposed)), expected)
+        assert torch.equal(grouped_mm_wgrad_fp8(*arguments, Into(None, transposed)), expected.bfloat16())
         total = base.contiguous().clone()
         for times in (1, 2):
-            assert grouped_mm_wgrad_fp8(*arguments, total, transposed=transposed, accumulate=True) is total
+            assert grouped_mm_wgrad_fp8(*arguments, Into(total, transposed, accumulate=True)) is total
             assert torch.equal(total, base + expected if times == 1 else (base + expected) + expected)
 
 
@@ -78,12 +78,12 @@ def test_many_laps_and_tiles_with_empty_experts_between() -> None:
     """Several tiles a block, of 0 to 33 K blocks, so that tiles wait in registers while empty ones pass."""
     counts = list(itertools.islice(itertools.cycle([4097, 0, 130, 0, 0, 1, 640, 257]), 24))
     arguments = operands(counts, 520, 776)
-    exact = grouped_mm_wgrad_fp8(*arguments, torch.full((24, 520, 776), float("nan"), device=CUDA))
+    exact = grouped_mm_wgrad_fp8(*arguments, Into(torch.full((24, 520, 776), float("nan"), device=CUDA)))
     want = exact_grouped_mm_wgrad(*arguments)
     for e, count in enumerate(counts):
         assert oracle.rel_fro(exact[e], want[e]) < 1e-3 if count else (exact[e] == 0).all(), f"expert {e}"
     for _ in range(20):
-        repeated = grouped_mm_wgrad_fp8(*arguments, torch.full_like(exact, float("nan")))
+        repeated = grouped_mm_wgrad_fp8(*arguments, Into(torch.full_like(exact, float("nan"))))
         assert torch.equal(repeated, exact)
 
 
@@ -91,7 +91,7 @@ def test_no_positions() -> None:
     arguments = operands([0, 0], 72, 264)
     assert (grouped_mm_wgrad_fp8(*arguments) == 0).all()
     start = torch.randn(2, 264, 72, device=CUDA)
-    assert torch.equal(grouped_mm_wgrad_fp8(*arguments, start.clone(), transposed=True, accumulate=True), start)
+    assert torch.equal(grouped_mm_wgrad_fp8(*arguments, Into(start.clone(), transposed=True, accumulate=True)), start)
 
 
 def test_operands_that_it_cannot_take_are_refused() -> None:
@@ -107,4 +107,4 @@ def test_operands_that_it_cannot_take_are_refused() -> None:
     with pytest.raises(TypeError, match=r"b must be torch\.float8_e4m3fn"):
         grouped_mm_wgrad_fp8(Quantized(a, a_scale), Quantized(b.bfloat16(), b_scale), positions)
     with pytest.raises(TypeError, match="accumulate adds to an fp32 out"):
-        grouped_mm_wgrad_fp8(Quantized(a, a_scale), Quantized(b, b_scale), positions, accumulate=True)
+        grouped_mm_wgrad_fp8(Quantized(a, a_scale), Quantized(b, b_scale), positions, Into(accumulate=True))

@@ -1,12 +1,9 @@
-"""What the functions of the sm_90 backend hand to their kernels, by name, without a GPU: on tensors of a CPU, with a
-tensor map that remembers its tensor, and argument slots that write down what is packed.
-"""
+"""What the functions of the sm_90 backend hand to their kernels, by name, without a GPU."""
 
 from __future__ import annotations
 
 import itertools
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,64 +13,18 @@ from torch import Tensor
 pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings.driver")
 
+from recorded_launches import Mapped, recorded_launches  # noqa: F401
+
 from supersonic_moe.config.activation import Activation, GateUpLayout, as_activation
 from supersonic_moe.config.recipe import Fp8Recipe
-from supersonic_moe.jit import Kernel, tma
-from supersonic_moe.kernels.interface import Gate, Groups, Quantized, Rows, Segments
+from supersonic_moe.jit import Kernel
+from supersonic_moe.kernels.interface import DownBackward, Gate, Into, Quantized, Rows, Segments, UpProjection
 from supersonic_moe.kernels.sm90 import backend, gemm_config, registered_specs
 from supersonic_moe.quantization.block_format import blocks, empty_e4m3, empty_scales
 
 E, H, I, T = 3, 264, 384, 40  # noqa: E741
 OFFSETS = torch.tensor([0, 700, 701, 701], dtype=torch.int32)
 P, G = 705, 1024
-MAPS: dict[bytes, int] = {}
-
-
-class Slots:
-    """Of one kernel: ``launches`` gets (kernel, grid, arguments by name); a tensor map counts as its address."""
-
-    buffer, offset = None, 0
-
-    def __init__(self, kernel: Kernel, launches: list[tuple[Kernel, Any, dict[str, Any]]]) -> None:
-        self.kernel, self.launches = kernel, launches
-
-    def pack_into(self, buffer: None, offset: int, *values: Any) -> None:
-        self.kernel.signature.slots()[0].pack(*values)
-        values = tuple(MAPS[value] if isinstance(value, bytes) else value for value in values)
-        names = [parameter.name for parameter in self.kernel.signature.parameters]
-        self.arguments = dict(zip(names, values, strict=True))
-
-    def enqueue(self, grid: Any, stream: None) -> None:
-        self.launches.append((self.kernel, grid, self.arguments))
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Kernel, Any, dict[str, Any]]]]:
-    found: list[tuple[Kernel, Any, dict[str, Any]]] = []
-    numbers = itertools.count()
-
-    def remember(address: int, *rest: Any) -> bytes:
-        tma.check(address, *rest)
-        made = next(numbers).to_bytes(128, "little")
-        MAPS[made] = address
-        return made
-
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
-    monkeypatch.setattr(tma, "_cached", remember)
-    monkeypatch.setattr(gemm_config, "multiprocessors", lambda device: 131)
-    monkeypatch.setattr(Kernel, "_slots", lambda self, device: Slots(self, found))
-    forget_kernels()
-    yield found
-    forget_kernels()
-    MAPS.clear()
-
-
-def forget_kernels() -> None:
-    """A kernel keeps its argument slots: these of a test are for nobody else."""
-    for name in backend.__all__:
-        module = sys.modules[getattr(backend, name).__module__]
-        if hasattr(module, "_kernel"):
-            module._kernel.cache_clear()
 
 
 def bf16(*shape: int) -> Tensor:
@@ -99,7 +50,7 @@ class Case:
         self.w1_fp8 = Quantized(e4m3(E, 2 * I, H), torch.zeros(E, 6, 3))
         self.w2_fp8 = Quantized(e4m3(E, I, H), torch.zeros(E, 3, 3).mT)  # transposed
         self.b1, self.scores, self.z, self.a = bf16(E, 2 * I), torch.zeros(P), bf16(P, 2 * I), bf16(P, I)
-        self.groups = Groups(OFFSETS, torch.zeros(P, dtype=torch.int32))
+        self.groups = OFFSETS, torch.zeros(P, dtype=torch.int32)
         self.segments = Segments(OFFSETS.clone(), *torch.zeros(2, G, dtype=torch.int32))
         self.columns = Quantized(e4m3(H, G), empty_scales(torch.empty(0), H, G // 128, True))
         self.tiles = Quantized(e4m3(I, G), torch.zeros(blocks(I), G // 128))
@@ -123,7 +74,8 @@ def check(launched: tuple[Kernel, Any, dict[str, Any]], name: str, **expected: A
     assert grid == (131 // kernel.spec.cluster * kernel.spec.cluster, 1, 1)
     for parameter, value in expected.items():
         wanted = address(value) if value is None or isinstance(value, Tensor) else value
-        assert arguments[parameter] == wanted, parameter
+        given = arguments[parameter]
+        assert (given.address if isinstance(given, Mapped) else given) == wanted, parameter
 
 
 GATES = [
@@ -147,12 +99,12 @@ def test_fused_steps(gate: Gate, gathered: bool, launches: list[Any]) -> None:
     scales_w1 = {"scale_w": c.w1_fp8.scale, "scale_w_expert": 18, "scale_w_column": 3, "scale_w_k": 1}
     scales_w2 = {"scale_w": c.w2_fp8.scale, "scale_w_expert": 9, "scale_w_column": 1, "scale_w_k": 3}
     for b1, save in ((None, True), (c.b1, False)):
-        z, a = backend.up_projection(c.rows, c.w1, b1, c.groups, gate, save)
+        z, a = backend.up_projection(UpProjection(c.rows, c.w1, b1, *c.groups, gate, save))
         check(
             launches[-1], "up_projection", map_x=c.x, map_w=c.w1, map_z=z if save else a, map_a=a, blocks_k=5,
             z=z if save else None, a=a, b1=b1, **numbers, **halves,
         )  # fmt: skip
-        dz, scaled, ds = backend.down_backward(c.rows, c.w2, c.z, b1, c.scores, c.groups, gate)
+        dz, scaled, ds = backend.down_backward(DownBackward(c.rows, c.w2, c.z, b1, c.scores, *c.groups, gate))
         check(
             launches[-1], "down_backward", map_do=c.x, map_w=c.w2, map_z=c.z, map_dz=dz, map_as=scaled, blocks_k=5,
             b1=b1, scores=c.scores, dz=dz, rows_allocated=P, **{"as": scaled}, **numbers, **halves,
@@ -164,7 +116,8 @@ def test_fused_steps(gate: Gate, gathered: bool, launches: list[Any]) -> None:
         Fp8Recipe(save_preactivation="recompute"),
     ):
         kept = recipe.save_preactivation
-        (z, z_scale), (a, a_scale) = backend.up_projection_fp8(c.fp8, c.w1_fp8, c.b1, c.groups, gate, recipe, True)
+        up = UpProjection(c.fp8, c.w1_fp8, c.b1, *c.groups, gate, save=True)
+        (z, z_scale), (a, a_scale) = backend.up_projection_fp8(up, recipe)
         check(
             launches[-1], "up_projection_fp8", map_x=c.x_fp8.q, map_scale_x=a if gathered else c.x_fp8.scale,
             map_w=c.w1_fp8.q, map_z=a if kept == "recompute" else z, map_a=a, blocks_k=3, scale_x=c.x_fp8.scale,
@@ -175,21 +128,21 @@ def test_fused_steps(gate: Gate, gathered: bool, launches: list[Any]) -> None:
         )  # fmt: skip
         if kept == "recompute":
             continue
-        operands = (c.fp8, c.w2_fp8, Quantized(z, z_scale), c.b1, c.scores, c.groups, gate)
+        down = DownBackward(c.fp8, c.w2_fp8, Quantized(z, z_scale), c.b1, c.scores, *c.groups, gate)
         common = {
             "map_do": c.x_fp8.q, "map_scale_do": z if gathered else c.x_fp8.scale, "map_w": c.w2_fp8.q, "map_z": z,
             "map_scale_z": z_scale if kept == "fp8" else z, "map_scores": c.scores, "scale_do": c.x_fp8.scale,
             "scale_do_row": c.x_fp8.scale.stride(0), "b1": c.b1, "rows_allocated": P, "blocks_k": 3,
         }  # fmt: skip
-        dz, scaled, _ = backend.down_backward_fp8(*operands)
+        dz, scaled, _ = backend.down_backward_fp8(down)
         check(
             launches[-1], "down_backward_fp8", map_dz=dz, map_as=scaled, dz=dz, **{"as": scaled}, **common,
             **scales_w2, **numbers, **halves,
         )  # fmt: skip
         if kept == "fp8" and gate.layout is GateUpLayout.INTERLEAVED:
-            (rows, columns), tiles, _ = backend.down_backward_fp8_quantised(*operands, c.segments, True)
+            (rows, columns), tiles, _ = backend.down_backward_fp8_quantize(down, c.segments, True)
             check(
-                launches[-1], "down_backward_fp8_quantised", map_dz=rows.q, map_dz_transposed=columns.q,
+                launches[-1], "down_backward_fp8_quantize", map_dz=rows.q, map_dz_transposed=columns.q,
                 map_as_transposed=tiles.q, padded_offsets=c.segments.offsets, dz=rows.q, row_scales=rows.scale,
                 row_scales_stride=rows.scale.stride(1), dz_scales=columns.scale,
                 dz_scales_stride=columns.scale.stride(1), as_scales=tiles.scale,
@@ -217,13 +170,12 @@ def test_products(gathered: bool, launches: list[Any]) -> None:
     for transposed, output in itertools.product((False, True), range(3)):
         shape = (E, 2 * I, H) if transposed else (E, H, 2 * I)
         given = {0: None, 1: torch.zeros(shape), 2: torch.zeros(shape)}[output]
-        d = backend.grouped_mm_wgrad(c.rows, c.z, OFFSETS, given, transposed=transposed, accumulate=output == 2)
+        d = backend.grouped_mm_wgrad(c.rows, c.z, OFFSETS, Into(given, transposed, output == 2))
         check(launches[-1], "grouped_wgrad", map_a=c.x, map_b=c.z, map_d=d, blocks_m=2, blocks_n=3, **ragged)
         assert dict(launches[-1][0].spec.constants)["FP32"] == (output > 0)
         shape = (E, I, H) if transposed else (E, H, I)
         given = {0: None, 1: torch.zeros(shape), 2: torch.zeros(shape)}[output]
-        options = {"transposed": transposed, "accumulate": output == 2}
-        d = backend.grouped_mm_wgrad_fp8(c.columns, c.tiles, c.segments.offsets, given, **options)
+        d = backend.grouped_mm_wgrad_fp8(c.columns, c.tiles, c.segments.offsets, Into(given, transposed, output == 2))
         check(
             launches[-1], "grouped_wgrad_fp8", map_a=c.columns.q, map_scale_a=c.columns.scale, map_b=c.tiles.q,
             map_d=d, offsets=c.segments.offsets, experts=E, rows=H, columns=I, scale_b=c.tiles.scale,
@@ -231,7 +183,7 @@ def test_products(gathered: bool, launches: list[Any]) -> None:
         )  # fmt: skip
 
 
-def test_quantiser(launches: list[Any]) -> None:
+def test_quantizer(launches: list[Any]) -> None:
     x, index = bf16(T, H), torch.zeros(G, dtype=torch.int32)
     q, scale = backend.quantize_columns(x, index, True)
     kernel, grid, arguments = launches[-1]
@@ -261,6 +213,16 @@ def test_the_form_follows_from_the_sizes(sizes: dict[str, Any], form: tuple[int,
     config = gemm_config.choose(**sizes)
     assert (config.block_n, config.cluster, config.share_a) == form
     assert config is gemm_config.choose(**sizes)
+
+
+def test_a_form_is_one_object_however_it_is_asked_for() -> None:
+    """Kernels are found by it: two objects would compile and load the same kernel twice."""
+    assert gemm_config.choose(3072, True, rows=999) is gemm_config.bf16_form(256, 2, True)
+    assert gemm_config.choose(768, False, staging_bytes=64) is gemm_config.fp8_form(1, False, 64)
+    with pytest.raises(TypeError, match="positional-only"):
+        gemm_config.bf16_form(256, 2, gather=True)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="missing"):
+        gemm_config.fp8_form(1, False)  # type: ignore[call-arg]
 
 
 def test_forms_describe_themselves() -> None:

@@ -76,7 +76,7 @@ def main() -> None:
     from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout, as_activation
     from supersonic_moe.config.router import MODES, SigmoidGroupedTopK, SoftmaxAfterTopK, SoftmaxBeforeTopK
     from supersonic_moe.kernels import triton as kernels
-    from supersonic_moe.kernels.interface import Gate, Rows, TokenRows
+    from supersonic_moe.kernels.interface import Gate, KeptPairs, Rounding, Rows, Slots, TokenRows
     from supersonic_moe.kernels.triton import pad_segments, quantize
 
     class OfflineHopper:
@@ -135,13 +135,13 @@ def main() -> None:
         for mode in modes:
             step = torch.tensor(5) if mode == "SR-f" else 5
             _, experts, scores_C, _, offsets = kernels.token_rounding_forward(
-                logits, scores, ids, scale, mode, 128, 2**31 + t, step, t * k
+                logits, scores, ids, Rounding(scale, mode, 128, 2**31 + t, step), t * k
             )
-        kernels.token_rounding_backward(scores_C, logits, scores_C, experts, offsets, scale)
+        kernels.token_rounding_backward(scores_C, logits, KeptPairs(scores_C, experts, offsets), scale)
 
     def plan(t: int, e: int, k: int, dtype: torch.dtype, tile: int, triples: bool = False) -> None:
         ids = torch.zeros(t * k, dtype=dtype)
-        kernels.build_plan(ids, ids if triples else None, k, t, e, tile, t * k + e * (tile - 1))
+        kernels.build_plan(Slots(ids, ids if triples else None, k, t, e, tile, t * k + e * (tile - 1)))
 
     def experts(
         t: int, h: int, i: int, e: int, k: int, dtype: torch.dtype, act: Activation, layout: GateUpLayout, biased: bool
@@ -176,7 +176,7 @@ def main() -> None:
         quantize.quantize_weights((w, w.mT.contiguous()), pow2)
         quantize.quantize_columns(x, index, pow2)
         quantize.quantize_columns(x, index, pow2, tiled=True)
-        quantize.quantize_tiles(x, index, pow2)
+        quantize.quantize_both_orders(x, index, pow2)
 
     def fp16_products(t: int, h: int, n: int, e: int) -> None:
         rows, w = torch.zeros(t, h, dtype=torch.float16), torch.zeros(e, n, h, dtype=torch.float16)

@@ -19,7 +19,7 @@ from poison import poisoned_allocations  # noqa: F401
 from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout, as_activation
 from supersonic_moe.kernels import reference
 from supersonic_moe.kernels import triton as kernels
-from supersonic_moe.kernels.interface import Gate, Rows, TokenRows
+from supersonic_moe.kernels.interface import Gate, Into, Rows, TokenRows
 from supersonic_moe.kernels.triton import bias_gradient
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -339,7 +339,7 @@ def test_grouped_mm_wgrad(device: torch.device) -> None:
     a[18:], b[18:] = math.nan, math.nan
     offsets = offsets_of(counts, device)
     got = kernels.grouped_mm_wgrad(Rows(a), b, offsets)
-    assert torch.equal(kernels.grouped_mm_wgrad(Rows(b), a, offsets, transposed=True), got)
+    assert torch.equal(kernels.grouped_mm_wgrad(Rows(b), a, offsets, Into(transposed=True)), got)
     for e, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
         assert_rounded(got[e], (a[start:end].double().T @ b[start:end].double()).cpu(), scale=200)
     assert not got[1].any() and not got[3].any()

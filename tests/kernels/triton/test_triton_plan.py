@@ -6,15 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 pytest.importorskip("triton")
 
 from poison import poisoned_allocations  # noqa: F401
 
+from supersonic_moe.kernels.interface import Slots
 from supersonic_moe.kernels.triton import build_plan, plan
-
-NAMES = ("expert_offsets", "gather_index", "scatter_index", "row_expert", "reverse_index", "expert_counts")
 
 
 def oracle(
@@ -41,30 +39,20 @@ def oracle(
         "scatter_index": rows,
         "row_expert": (owners + [num_experts] * capacity)[:capacity],
         "reverse_index": reverse,
-        "expert_counts": [
-            sum(s >= 0 and o == e for s, o in zip(rows, owners, strict=False)) for e in range(num_experts)
-        ],
+        "counts": [sum(s >= 0 and o == e for s, o in zip(rows, owners, strict=False)) for e in range(num_experts)],
     }
 
 
-def check(
-    ids: Tensor,
-    tokens: Tensor | None,
-    k: int,
-    num_tokens: int,
-    num_experts: int,
-    tile: int,
-    capacity: int,
-    device: torch.device,
-) -> None:
-    args = (ids.to(device), None if tokens is None else tokens.to(device), k, num_tokens, num_experts, tile, capacity)
-    got = build_plan(*args)
+def check(device: torch.device, slots: Slots) -> None:
+    ids, tokens, k, *sizes = slots
+    on_device = slots._replace(ids=ids.to(device), tokens=None if tokens is None else tokens.to(device))
+    got = build_plan(on_device)
     token_list = [s // max(k, 1) for s in range(len(ids))] if tokens is None else tokens.tolist()
-    want = oracle(ids.tolist(), token_list, num_tokens, num_experts, tile, capacity)
-    for name, tensor in zip(NAMES, got, strict=True):
+    want = oracle(ids.tolist(), token_list, *sizes)
+    for name, tensor in got._asdict().items():
         assert tensor.dtype is torch.int32
         assert tensor.tolist() == want[name], name
-    for first, again in zip(got, build_plan(*args), strict=True):
+    for first, again in zip(got, build_plan(on_device), strict=True):
         assert torch.equal(first, again)
 
 
@@ -89,7 +77,7 @@ def test_matches_a_counting_sort(data: st.DataObject, device: torch.device) -> N
         tokens = None
     full = len(ids) + num_experts * (tile - 1)
     capacity = data.draw(st.sampled_from([full, full, full // 2, len(ids) // 3]), "capacity")
-    check(ids, tokens, k, num_tokens, num_experts, tile, capacity, device)
+    check(device, Slots(ids, tokens, k, num_tokens, num_experts, tile, capacity))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +92,7 @@ def test_matches_a_counting_sort(data: st.DataObject, device: torch.device) -> N
 )
 def test_shapes(num_tokens: int, k: int, num_experts: int, tile: int, hot: bool, device: torch.device) -> None:
     ids = torch.full((num_tokens * k,), num_experts - 1) if hot else torch.randint(num_experts, (num_tokens * k,))
-    check(ids, None, k, num_tokens, num_experts, tile, len(ids) + num_experts * (tile - 1), device)
+    check(device, Slots(ids, None, k, num_tokens, num_experts, tile, len(ids) + num_experts * (tile - 1)))
 
 
 def test_chunks_of_several_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,9 +101,9 @@ def test_chunks_of_several_blocks(device: torch.device, monkeypatch: pytest.Monk
     monkeypatch.setattr(plan, "MAX_COUNTS", 3 * 32)
     monkeypatch.setattr(plan, "SCAN_C", 2)
     ids = torch.randint(-1, 12, (1700,), dtype=torch.int32)  # 14 blocks: 3 chunks of 5, the last one short
-    check(ids, None, 4, 425, 11, 4, 1700 + 11 * 3, device)
+    check(device, Slots(ids, None, 4, 425, 11, 4, 1700 + 11 * 3))
 
 
 def test_rejects_more_rows_than_an_int32_holds(device: torch.device) -> None:
     with pytest.raises(ValueError, match="2\\^31 rows"):
-        build_plan(torch.zeros(8, dtype=torch.int32, device=device), None, 2, 4, 4096, 2**20, 8)
+        build_plan(Slots(torch.zeros(8, dtype=torch.int32, device=device), None, 2, 4, 4096, 2**20, 8))

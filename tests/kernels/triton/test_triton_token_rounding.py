@@ -21,6 +21,7 @@ pytest.importorskip("triton")
 from poison import poisoned_allocations  # noqa: F401
 
 from supersonic_moe.config.router import MODES, SigmoidGroupedTopK, SoftmaxAfterTopK, TokenRounding, TopKRouter
+from supersonic_moe.kernels.interface import Rounding
 from supersonic_moe.kernels.reference import token_rounding as reference
 from supersonic_moe.kernels.triton import select_tokens
 from supersonic_moe.kernels.triton import token_rounding as kernels
@@ -37,10 +38,10 @@ def check(logits: Tensor, k: int, config: TokenRounding, step: Tensor | int = 0)
     scale = config.base.scaling_factor if isinstance(config.base, SigmoidGroupedTopK) else None
     scores, ids = route(logits, k, config.base, backend="triton")
     capacity = token_rounding_capacity(len(logits), k, logits.shape[1], config)
-    args = (logits, scores, ids, scale, config.mode, config.tile, config.seed, step, capacity)
+    args = (logits, scores, ids, Rounding(scale, config.mode, config.tile, config.seed, step), capacity)
     got = kernels.token_rounding_forward(*args)
     with pytest.MonkeyPatch.context() as patch:
-        keys_TE = kernels.ranking_keys(*args[:4])[:, : len(logits)].T.contiguous()
+        keys_TE = kernels.ranking_keys(logits, scores, ids, scale)[:, : len(logits)].T.contiguous()
         patch.setattr(reference, "ranking_keys", lambda *_: keys_TE)
         want = reference.token_rounding_forward(*args)
     for name, a, b in zip(NAMES, got, want, strict=True):

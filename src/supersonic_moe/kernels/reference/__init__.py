@@ -7,68 +7,41 @@ one is caught by the tests.
 """
 
 from supersonic_moe.kernels.compose import Composed, ComposedFp8
-from supersonic_moe.kernels.reference.activation import activation_backward, activation_forward
-from supersonic_moe.kernels.reference.aux_loss import switch_loss_backward, switch_loss_forward
-from supersonic_moe.kernels.reference.gather import gather_rows, gather_sum
-from supersonic_moe.kernels.reference.grouped_mm import grouped_mm, grouped_mm_wgrad
-from supersonic_moe.kernels.reference.grouped_routing import route_grouped
-from supersonic_moe.kernels.reference.inference import local_ids, moe_fp8
-from supersonic_moe.kernels.reference.pick import pick
-from supersonic_moe.kernels.reference.plan import build_plan
-from supersonic_moe.kernels.reference.quantize import (
-    grouped_mm_fp8,
-    grouped_mm_wgrad_fp8,
-    pad_segments,
-    quantize_blocks,
-    quantize_columns,
-    quantize_rows,
-    quantize_tiles,
-    quantize_weights,
-)
-from supersonic_moe.kernels.reference.reductions import row_dot, segment_sum
-from supersonic_moe.kernels.reference.router import route_backward, route_forward
-from supersonic_moe.kernels.reference.token_rounding import token_rounding_backward, token_rounding_forward
+from supersonic_moe.kernels.reference.activation import activation_backward as activation_backward
+from supersonic_moe.kernels.reference.activation import activation_forward as activation_forward
+from supersonic_moe.kernels.reference.aux_loss import switch_loss_backward as switch_loss_backward
+from supersonic_moe.kernels.reference.aux_loss import switch_loss_forward as switch_loss_forward
+from supersonic_moe.kernels.reference.gather import gather_rows as gather_rows
+from supersonic_moe.kernels.reference.gather import gather_sum as gather_sum
+from supersonic_moe.kernels.reference.grouped_mm import grouped_mm as grouped_mm
+from supersonic_moe.kernels.reference.grouped_mm import grouped_mm_wgrad as grouped_mm_wgrad
+from supersonic_moe.kernels.reference.grouped_routing import route_grouped as route_grouped
+from supersonic_moe.kernels.reference.inference import local_ids as local_ids
+from supersonic_moe.kernels.reference.inference import moe_fp8 as moe_fp8
+from supersonic_moe.kernels.reference.pick import pick as pick
+from supersonic_moe.kernels.reference.plan import build_plan as build_plan
+from supersonic_moe.kernels.reference.quantize import grouped_mm_fp8 as grouped_mm_fp8
+from supersonic_moe.kernels.reference.quantize import grouped_mm_wgrad_fp8 as grouped_mm_wgrad_fp8
+from supersonic_moe.kernels.reference.quantize import pad_segments as pad_segments
+from supersonic_moe.kernels.reference.quantize import quantize_blocks as quantize_blocks
+from supersonic_moe.kernels.reference.quantize import quantize_both_orders as quantize_both_orders
+from supersonic_moe.kernels.reference.quantize import quantize_columns as quantize_columns
+from supersonic_moe.kernels.reference.quantize import quantize_rows as quantize_rows
+from supersonic_moe.kernels.reference.quantize import quantize_weights as quantize_weights
+from supersonic_moe.kernels.reference.reductions import row_dot as row_dot
+from supersonic_moe.kernels.reference.reductions import segment_sum as segment_sum
+from supersonic_moe.kernels.reference.router import route_backward as route_backward
+from supersonic_moe.kernels.reference.router import route_forward as route_forward
+from supersonic_moe.kernels.reference.token_rounding import token_rounding_backward as token_rounding_backward
+from supersonic_moe.kernels.reference.token_rounding import token_rounding_forward as token_rounding_forward
 
 _composed = Composed(grouped_mm, activation_forward, activation_backward)
 up_projection, down_backward = _composed.up_projection, _composed.down_backward
 
 _composed_fp8 = ComposedFp8(
-    grouped_mm_fp8, activation_forward, activation_backward, quantize_rows, quantize_columns, quantize_tiles
+    grouped_mm_fp8, activation_forward, activation_backward, quantize_rows, quantize_columns, quantize_both_orders
 )
 up_projection_fp8, down_backward_fp8 = _composed_fp8.up_projection_fp8, _composed_fp8.down_backward_fp8
-down_backward_fp8_quantised = _composed_fp8.down_backward_fp8_quantised
+down_backward_fp8_quantize = _composed_fp8.down_backward_fp8_quantize
 
-__all__ = [
-    "activation_backward",
-    "activation_forward",
-    "build_plan",
-    "down_backward",
-    "down_backward_fp8",
-    "down_backward_fp8_quantised",
-    "gather_rows",
-    "gather_sum",
-    "grouped_mm",
-    "grouped_mm_fp8",
-    "grouped_mm_wgrad",
-    "grouped_mm_wgrad_fp8",
-    "local_ids",
-    "moe_fp8",
-    "pad_segments",
-    "pick",
-    "quantize_blocks",
-    "quantize_columns",
-    "quantize_rows",
-    "quantize_tiles",
-    "quantize_weights",
-    "route_backward",
-    "route_forward",
-    "route_grouped",
-    "row_dot",
-    "segment_sum",
-    "switch_loss_backward",
-    "switch_loss_forward",
-    "token_rounding_backward",
-    "token_rounding_forward",
-    "up_projection",
-    "up_projection_fp8",
-]
+ALIGNMENT = 1

@@ -29,12 +29,7 @@ def activation_forward(z_PN: Tensor, b1_EN: Tensor | None, row_expert_P: Tensor,
 
 
 def activation_backward(
-    z_PN: Tensor,
-    b1_EN: Tensor | None,
-    da_PI: Tensor,
-    row_scores_P: Tensor,
-    row_expert_P: Tensor,
-    gate: Gate,
+    z_PN: Tensor, b1_EN: Tensor | None, da_PI: Tensor, row_scores_P: Tensor, row_expert_P: Tensor, gate: Gate
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dz (P, N1), s * a (P, I), ds (P,) in the accumulation dtype)."""
     a_PI, partials = _act(_preactivation(z_PN, b1_EN, row_expert_P), gate)

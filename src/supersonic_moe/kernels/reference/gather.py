@@ -23,11 +23,7 @@ def rows_of(a: Rows[Tensor]) -> Tensor:
 
 
 def gather_sum(
-    y_PH: Tensor,
-    row_scale_P: Tensor | None,
-    bias_EH: Tensor | None,
-    row_expert_P: Tensor,
-    tokens: TokenRows,
+    y_PH: Tensor, row_scale_P: Tensor | None, bias_EH: Tensor | None, row_expert_P: Tensor, tokens: TokenRows
 ) -> Tensor:
     """(T, H): out[t] = sum over the token's rows r >= 0, in order, of scale[r] * (y[r] + bias[expert of r]). Tokens
     without rows get 0.

@@ -9,7 +9,7 @@ import math
 
 from torch import Tensor
 
-from supersonic_moe.kernels.interface import Rows
+from supersonic_moe.kernels.interface import NEW, Into, Rows
 from supersonic_moe.kernels.reference.activation import acc_dtype
 from supersonic_moe.kernels.reference.gather import rows_of
 
@@ -29,19 +29,11 @@ def grouped_mm(a: Rows[Tensor], b_EKN: Tensor, expert_offsets: Tensor) -> Tensor
     return out_PN
 
 
-def grouped_mm_wgrad(
-    a: Rows[Tensor],
-    b_PN: Tensor,
-    expert_offsets: Tensor,
-    out: Tensor | None = None,
-    *,
-    transposed: bool = False,
-    accumulate: bool = False,
-) -> Tensor:
+def grouped_mm_wgrad(a: Rows[Tensor], b_PN: Tensor, expert_offsets: Tensor, into: Into = NEW) -> Tensor:
     """(E, M, N): a[rows of e].T @ b[rows of e], or its transpose (E, N, M); exact zeros for an expert without rows.
     Into ``out`` if given, of any float dtype; ``accumulate`` adds to it.
     """
-    a_PM = rows_of(a)
+    a_PM, (out, transposed, accumulate) = rows_of(a), into
     left, right = (b_PN, a_PM) if transposed else (a_PM, b_PN)
     acc = acc_dtype(a_PM.dtype)
     if out is None:

@@ -5,25 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from supersonic_moe.kernels.interface import PlanTensors, Slots
 
-def build_plan(
-    ids_S: Tensor,
-    slot_tokens_S: Tensor | None,
-    slots_per_token: int,
-    num_tokens: int,
-    num_experts: int,
-    tile: int,
-    capacity: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns int32 (expert_offsets (E+1), gather_index (P), scatter_index (P), row_expert (P), reverse_index (S),
-    expert_counts (E)).
 
-    A slot is skipped (reverse -1) when its expert id is outside [0, E), its token outside [0, T), or its row past
-    ``capacity``.
-    """
+def build_plan(slots: Slots) -> PlanTensors:
+    """See ``Routing.build_plan``."""
+    ids_S, slot_tokens_S, slots_per_token, num_tokens, num_experts, tile, capacity = slots
     device = ids_S.device
-    slots = torch.arange(ids_S.shape[0], device=device)
-    token_S = slots // max(slots_per_token, 1) if slot_tokens_S is None else slot_tokens_S.long()
+    slot_S = torch.arange(ids_S.shape[0], device=device)
+    token_S = slot_S // max(slots_per_token, 1) if slot_tokens_S is None else slot_tokens_S.long()
     routed = (ids_S >= 0) & (ids_S < num_experts) & (token_S >= 0) & (token_S < num_tokens)
     expert_S = torch.where(routed, ids_S.long(), num_experts)
 
@@ -36,7 +26,7 @@ def build_plan(
 
     order = torch.sort(expert_S, stable=True).indices
     expert = expert_S[order]
-    row = offsets[expert] + slots - starts[expert]
+    row = offsets[expert] + slot_S - starts[expert]
     kept = (expert < num_experts) & (row < capacity)
     row, order = row[kept], order[kept]
 
@@ -44,7 +34,7 @@ def build_plan(
         return torch.full((n,), -1, dtype=torch.int32, device=device).index_copy_(0, index, value.to(torch.int32))
 
     row_expert = torch.searchsorted(offsets[1:].contiguous(), torch.arange(capacity, device=device), right=True)
-    return (
+    return PlanTensors(
         offsets.to(torch.int32),
         filled(capacity, row, token_S[order]),
         filled(capacity, row, order),

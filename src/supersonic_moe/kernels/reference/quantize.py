@@ -1,4 +1,4 @@
-"""The FP8 quantisers in plain torch, any device: the definition that ``quantization/block_format.py`` gives in words.
+"""The FP8 quantizers in plain torch, any device: the definition that ``quantization/block_format.py`` gives in words.
 
 Shapes: R rows, C columns, E experts, N and K the sides of a weight, P rows of a routing plan, G positions (the rows of
 each expert, padded to blocks of 128).
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from supersonic_moe.kernels.interface import BothOrders, Quantized, Rows, Segments
+from supersonic_moe.kernels.interface import NEW, BothOrders, Into, Quantized, Rows, Segments
 from supersonic_moe.kernels.reference.gather import gather_rows
 from supersonic_moe.kernels.reference.grouped_mm import grouped_mm, grouped_mm_wgrad
 from supersonic_moe.quantization.block_format import (
@@ -95,7 +95,7 @@ def quantize_columns(x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: b
     return _quantize(gather_rows(x_RC, index_G).T.contiguous(), BLOCK if tiled else 1, pow2)
 
 
-def quantize_tiles(x_RC: Tensor, index_G: Tensor, pow2: bool = False) -> BothOrders:
+def quantize_both_orders(x_RC: Tensor, index_G: Tensor, pow2: bool = False) -> BothOrders:
     """Rows (R, C) scaled 1 x 128, as a product that sums over columns reads them: a quiet row beside a loud one keeps
     its digits. Columns (C, G) with scales (C/128, G/128), for a product that sums over rows.
     """
@@ -122,25 +122,17 @@ def pad_segments(expert_offsets: Tensor, gather_index_P: Tensor, capacity: int) 
 
 
 def grouped_mm_fp8(a: Rows[Quantized], b_ENK: Quantized, expert_offsets: Tensor) -> Tensor:
-    """(P, N) bf16: rows of expert e are a[rows] @ b[e].T of the dequantised operands, fp32 products and one rounding;
+    """(P, N) bf16: rows of expert e are a[rows] @ b[e].T of the dequantized operands, fp32 products and one rounding;
     dead rows are NaN.
     """
     exact = Rows(dequantize(*a.x, torch.float32), a.gather_index)
     return grouped_mm(exact, dequantize(*b_ENK, torch.float32).mT, expert_offsets).bfloat16()
 
 
-def grouped_mm_wgrad_fp8(
-    a_MG: Quantized,
-    b_NG: Quantized,
-    padded_offsets: Tensor,
-    out: Tensor | None = None,
-    *,
-    transposed: bool = False,
-    accumulate: bool = False,
-) -> Tensor:
-    """(E, M, N): a[:, positions of e] @ b[:, positions of e].T of the dequantised operands, or its transpose (E, N, M);
+def grouped_mm_wgrad_fp8(a_MG: Quantized, b_NG: Quantized, padded_offsets: Tensor, into: Into = NEW) -> Tensor:
+    """(E, M, N): a[:, positions of e] @ b[:, positions of e].T of the dequantized operands, or its transpose (E, N, M);
     exact zeros for an expert without rows. In bf16, or into ``out`` (fp32) if given; ``accumulate`` adds to it.
     """
     a, b = dequantize(*a_MG, torch.float32), dequantize(*b_NG, torch.float32)
-    dw = grouped_mm_wgrad(Rows(a.T), b.T, padded_offsets, out, transposed=transposed, accumulate=accumulate)
-    return dw if out is not None else dw.bfloat16()
+    dw = grouped_mm_wgrad(Rows(a.T), b.T, padded_offsets, into)
+    return dw if into.out is not None else dw.bfloat16()

@@ -1,5 +1,4 @@
-"""Token rounding in plain torch; the rules are in ``routing/token_rounding.py``, and ``scale`` is None for a softmax
-base router, the scaling factor of a sigmoid one.
+"""Token rounding in plain torch; the rules are in ``routing/token_rounding.py``.
 
 Three steps, of which the second is integer work but for one comparison of NR-s:
 
@@ -24,23 +23,17 @@ import torch
 from torch import Tensor
 
 from supersonic_moe.config.router import SUM_EPS
+from supersonic_moe.kernels.interface import KeptPairs, Rounding
 
 
 def token_rounding_forward(
-    logits_TE: Tensor,
-    scores_TK: Tensor,
-    ids_TK: Tensor,
-    scale: float | None,
-    mode: str,
-    tile: int,
-    seed: int,
-    step: Tensor | int,
-    capacity: int,
+    logits_TE: Tensor, scores_TK: Tensor, ids_TK: Tensor, rounding: Rounding, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns (tokens (C), experts (C), scores (C), counts (E), token_offsets (T+1)): the fields of
     ``TokenRoundingResult``, C = ``capacity``. Scores have the dtype of ``scores_TK``, the others are int32.
     """
     num_experts = logits_TE.shape[1]
+    scale, mode, tile, seed, step = rounding
     kept_TE, counts_E = keep(ranking_keys(logits_TE, scores_TK, ids_TK, scale), mode, tile, seed, step)
     # The j-th kept pair in (token, expert) order is where the running count of kept pairs reaches j, or T * E.
     running = kept_TE.flatten().cumsum(0, dtype=torch.int32)
@@ -58,16 +51,9 @@ def token_rounding_forward(
     )
 
 
-def token_rounding_backward(
-    dscores_C: Tensor,
-    logits_TE: Tensor,
-    scores_C: Tensor,
-    experts_C: Tensor,
-    token_offsets_T1: Tensor,
-    scale: float | None,
-) -> Tensor:
+def token_rounding_backward(dscores_C: Tensor, logits_TE: Tensor, kept: KeptPairs, scale: float | None) -> Tensor:
     """dlogits (T, E) in the dtype of the logits."""
-    num_tokens, num_experts = logits_TE.shape
+    (num_tokens, num_experts), (scores_C, experts_C, token_offsets_T1) = logits_TE.shape, kept
     slot_C = torch.arange(experts_C.shape[0], device=experts_C.device)
     token_C = torch.searchsorted(token_offsets_T1[1:].contiguous(), slot_C, right=True)
     pair_C = torch.where(experts_C < 0, num_tokens * num_experts, token_C * num_experts + experts_C)

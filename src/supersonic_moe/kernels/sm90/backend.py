@@ -1,57 +1,26 @@
-"""The sm_90 backend: grouped GEMMs of this package, everything memory-bound from Triton (kernels/registry.py)."""
+"""The experts of the sm_90 backend: grouped GEMMs of this package, what is memory-bound from Triton. Routing is that of
+Triton (kernels/registry.py).
+"""
 
-from supersonic_moe.kernels.sm90.down_backward import down_backward
-from supersonic_moe.kernels.sm90.down_backward_fp8 import down_backward_fp8
-from supersonic_moe.kernels.sm90.down_backward_fp8_quantised import down_backward_fp8_quantised
-from supersonic_moe.kernels.sm90.grouped_gemm import grouped_mm
-from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import grouped_mm_fp8
-from supersonic_moe.kernels.sm90.grouped_wgrad import grouped_mm_wgrad
-from supersonic_moe.kernels.sm90.grouped_wgrad_fp8 import grouped_mm_wgrad_fp8
-from supersonic_moe.kernels.sm90.quantize_columns import quantize_columns
-from supersonic_moe.kernels.sm90.up_projection import up_projection
-from supersonic_moe.kernels.sm90.up_projection_fp8 import up_projection_fp8
-from supersonic_moe.kernels.triton import (
-    build_plan,
-    gather_sum,
-    pad_segments,
-    pick,
-    quantize_rows,
-    quantize_tiles,
-    quantize_weights,
-    route_backward,
-    route_forward,
-    row_dot,
-    segment_sum,
-    switch_loss_backward,
-    switch_loss_forward,
-    token_rounding_backward,
-    token_rounding_forward,
+from supersonic_moe.kernels.sm90.down_backward import down_backward as down_backward
+from supersonic_moe.kernels.sm90.down_backward_fp8 import down_backward_fp8 as down_backward_fp8
+from supersonic_moe.kernels.sm90.down_backward_fp8_quantize import (
+    down_backward_fp8_quantize as down_backward_fp8_quantize,
 )
+from supersonic_moe.kernels.sm90.grouped_gemm import grouped_mm as grouped_mm
+from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import grouped_mm_fp8 as grouped_mm_fp8
+from supersonic_moe.kernels.sm90.grouped_wgrad import grouped_mm_wgrad as grouped_mm_wgrad
+from supersonic_moe.kernels.sm90.grouped_wgrad_fp8 import grouped_mm_wgrad_fp8 as grouped_mm_wgrad_fp8
+from supersonic_moe.kernels.sm90.quantize_columns import quantize_columns as quantize_columns
+from supersonic_moe.kernels.sm90.up_projection import up_projection as up_projection
+from supersonic_moe.kernels.sm90.up_projection_fp8 import up_projection_fp8 as up_projection_fp8
+from supersonic_moe.kernels.triton import gather_sum as gather_sum
+from supersonic_moe.kernels.triton import pad_segments as pad_segments
+from supersonic_moe.kernels.triton import pick as pick
+from supersonic_moe.kernels.triton import quantize_both_orders as quantize_both_orders
+from supersonic_moe.kernels.triton import quantize_rows as quantize_rows
+from supersonic_moe.kernels.triton import quantize_weights as quantize_weights
+from supersonic_moe.kernels.triton import row_dot as row_dot
+from supersonic_moe.kernels.triton import segment_sum as segment_sum
 
-__all__ = [
-    "build_plan",
-    "down_backward",
-    "down_backward_fp8",
-    "down_backward_fp8_quantised",
-    "gather_sum",
-    "grouped_mm",
-    "grouped_mm_fp8",
-    "grouped_mm_wgrad",
-    "grouped_mm_wgrad_fp8",
-    "pad_segments",
-    "pick",
-    "quantize_columns",
-    "quantize_rows",
-    "quantize_tiles",
-    "quantize_weights",
-    "route_backward",
-    "route_forward",
-    "row_dot",
-    "segment_sum",
-    "switch_loss_backward",
-    "switch_loss_forward",
-    "token_rounding_backward",
-    "token_rounding_forward",
-    "up_projection",
-    "up_projection_fp8",
-]
+ALIGNMENT = 16  # of TMA

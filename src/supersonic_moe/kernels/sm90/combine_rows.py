@@ -5,7 +5,7 @@ Layout (row-major)
     is read for it. Where the router has written on the device that rows are streamed, nothing happens: the streaming
     kernel combines its own.
 Blocks
-    128 threads take 1024 channels of a token, 8 each.
+    128 threads take 1024 channels of a token, 8 each, then those of another token: 16 blocks a multiprocessor.
 Cost
     Bytes: P H 2 + T H 2.
 """
@@ -18,10 +18,12 @@ from torch import Tensor
 
 from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
+from supersonic_moe.kernels.sm90.gemm_config import multiprocessors
 from supersonic_moe.kernels.sm90.route_rows import RowTables
 
 THREADS = 128
 CHANNELS = 8 * THREADS  # of a block
+BLOCKS = 16  # of a multiprocessor
 SPECS = (KernelSpec("combine_rows", "combine_rows.cu", threads=THREADS, opcodes=("LDG.E.128", "F2FP.BF16"), pdl=True),)
 
 
@@ -46,8 +48,9 @@ def combine_rows(
     """
     tokens, hidden = out_TH.shape
     parts = -(-hidden // CHANNELS)
+    grid = min(tokens * parts, BLOCKS * multiprocessors(out_TH.get_device())), 1, 1
     with on_device(out_TH):
         _kernel().launch(
-            (tokens * parts, 1, 1), y=y_PH, y_shared=y_shared_TH, items=tables.items,
-            slot_row=tables.slot_row, weights=tables.weights, choices=choices, hidden=hidden, parts=parts, out=out_TH,
+            grid, y=y_PH, y_shared=y_shared_TH, items=tables.items, slot_row=tables.slot_row, weights=tables.weights,
+            choices=choices, hidden=hidden, parts=parts, tokens=tokens, out=out_TH,
         )  # fmt: skip

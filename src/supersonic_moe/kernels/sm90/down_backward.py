@@ -29,18 +29,10 @@ from torch import Tensor
 from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
-from supersonic_moe.kernels.interface import Gate, Groups, Rows
-from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, OPCODES, WARP_ROWS, GemmConfig, choose, config_of
-from supersonic_moe.kernels.sm90.operands import (
-    ALL_KINDS,
-    INTERLEAVED,
-    half_bases,
-    kind_of,
-    limit_of,
-    map_of_halves,
-    map_of_rows,
-    map_of_stored_rows,
-)
+from supersonic_moe.kernels.interface import DownBackward
+from supersonic_moe.kernels.sm90.gates import ALL_KINDS, INTERLEAVED, half_bases, kind_of, limit_of
+from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, OPCODES, WARP_ROWS, GemmConfig, bf16_form, choose
+from supersonic_moe.kernels.sm90.operands import map_of_halves, map_of_rows, map_of_stored_rows
 from supersonic_moe.kernels.sm90.unfused import UNFUSED
 
 
@@ -49,7 +41,7 @@ def _spec(config: GemmConfig, kind: int, interleaved: bool) -> KernelSpec:
 
 
 SPECS = tuple(
-    _spec(config_of(BLOCK_N, cluster, gather), kind, interleaved)
+    _spec(bf16_form(BLOCK_N, cluster, gather), kind, interleaved)
     for kind in ALL_KINDS
     for interleaved in (False, True)
     for gather in (False, True)
@@ -62,21 +54,13 @@ def _kernel(config: GemmConfig, kind: int, interleaved: bool) -> Kernel:
     return Kernel(_spec(config, kind, interleaved))
 
 
-def down_backward(
-    dout: Rows[Tensor],
-    w2_EHI: Tensor,
-    z_PN: Tensor,
-    b1_EN: Tensor | None,
-    row_scores_P: Tensor,
-    groups: Groups,
-    gate: Gate,
-) -> tuple[Tensor, Tensor, Tensor]:
+def down_backward(step: DownBackward[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """(dZ (P, N1), s · A (P, I), dS (P) fp32). Ungated activations and weights stored with H contiguous take the
     grouped GEMM and the activation pass instead.
     """
-    activation, layout = gate
+    dout, w2_EHI, z_PN, b1_EN, scores_P, expert_offsets, _, (activation, layout) = step
     if not activation.gated or w2_EHI.stride(2) != 1:
-        return UNFUSED.down_backward(dout, w2_EHI, z_PN, b1_EN, row_scores_P, groups, gate)
+        return UNFUSED.down_backward(step)
     dout_TH, index = dout
     num_experts, hidden, width = w2_EHI.shape
     rows, blocks_n = dout.num_rows, -(-width // BLOCK_N)
@@ -95,13 +79,13 @@ def down_backward(
             map_z=map_of_halves(z_PN, interleaved, rows=BLOCK_M),
             map_dz=map_of_halves(dz_PN, interleaved, rows=WARP_ROWS),
             map_as=map_of_stored_rows(as_PI),
-            offsets=groups.expert_offsets,
+            offsets=expert_offsets,
             index=index,
             experts=num_experts,
             width=width,
             blocks_k=-(-hidden // config.block_k),
             b1=None if b1_EN is None else b1_EN.contiguous(),
-            scores=row_scores_P,
+            scores=scores_P,
             dz=dz_PN,
             as_=as_PI,
             dscores=partial_ds_BP,

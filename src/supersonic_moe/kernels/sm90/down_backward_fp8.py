@@ -25,6 +25,7 @@ Cost
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ from torch import Tensor
 from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
-from supersonic_moe.kernels.interface import Gate, Groups, Quantized, Rows
+from supersonic_moe.kernels.interface import DownBackward, Quantized
+from supersonic_moe.kernels.sm90.gates import ALL_KINDS, INTERLEAVED, half_bases, kind_of, limit_of
 from supersonic_moe.kernels.sm90.gemm_config import (
     BLOCK_M,
     BLOCK_N,
@@ -41,14 +43,9 @@ from supersonic_moe.kernels.sm90.gemm_config import (
     WARP_ROWS,
     GemmConfig,
     choose,
-    config_of,
+    fp8_form,
 )
 from supersonic_moe.kernels.sm90.operands import (
-    ALL_KINDS,
-    INTERLEAVED,
-    half_bases,
-    kind_of,
-    limit_of,
     map_of_columns,
     map_of_halves,
     map_of_rows,
@@ -75,7 +72,7 @@ def spec_of(config: GemmConfig, kind: int, interleaved: bool, saved_fp8: bool, n
 
 SPECS = tuple(
     spec_of(
-        config_of(BLOCK_N, cluster, gather, True, staging_bytes(interleaved, saved_fp8)),
+        fp8_form(cluster, gather, staging_bytes(interleaved, saved_fp8)),
         *(kind, interleaved, saved_fp8, "down_backward_fp8"),
     )
     for kind in ALL_KINDS
@@ -90,68 +87,69 @@ def _kernel(config: GemmConfig, kind: int, interleaved: bool, saved_fp8: bool) -
     return Kernel(spec_of(config, kind, interleaved, saved_fp8, "down_backward_fp8"))
 
 
-def down_backward_fp8(
-    dout: Rows[Quantized],
-    w2_EIH: Quantized,
-    z_PN: Quantized,
-    b1_EN: Tensor | None,
-    row_scores_P: Tensor,
-    groups: Groups,
-    gate: Gate,
-) -> tuple[Tensor, Tensor, Tensor]:
+def down_backward_fp8(step: DownBackward[Quantized]) -> tuple[Tensor, Tensor, Tensor]:
     """(dZ (P, N1), s · A (P, I), both bf16, dS (P) fp32). Ungated activations, and e4m3 Z whose halves are no multiple
     of 128 wide, take the grouped GEMM and the activation pass instead.
     """
-    (activation, layout), ((doutq_TH, dout_scale), index), (w2, w2_scale) = gate, dout, w2_EIH
-    num_experts, width, hidden = w2.shape
-    interleaved, saved_fp8 = layout is INTERLEAVED, z_PN.q.dtype is E4M3
+    dout, (w2, _), z, _, _, _, _, (activation, layout) = step
+    width, interleaved, saved_fp8 = w2.shape[1], layout is INTERLEAVED, z.q.dtype is E4M3
     if not activation.gated or (saved_fp8 and not interleaved and width % BLOCK):
-        return UNFUSED_FP8.down_backward_fp8(dout, w2_EIH, z_PN, b1_EN, row_scores_P, groups, gate)
-    rows, blocks_n = dout.num_rows, -(-width // BLOCK_N)
-    dz_PN = z_PN.q.new_empty(rows, 2 * width, dtype=torch.bfloat16)
+        return UNFUSED_FP8.down_backward_fp8(step)
+    rows = dout.num_rows
+    dz_PN = z.q.new_empty(rows, 2 * width, dtype=torch.bfloat16)
     as_PI = dz_PN.new_empty(rows, width)
-    partial_ds_BP = dz_PN.new_empty(blocks_n, rows, dtype=torch.float32)
+    partial_ds_BP = dz_PN.new_empty(-(-width // BLOCK_N), rows, dtype=torch.float32)
     if rows == 0:
         return dz_PN, as_PI, partial_ds_BP.new_empty(0)
-    scores_P = loadable(row_scores_P)
     gate_base, up_base = half_bases(layout, width)
-    scale_w_expert, scale_w_column, scale_w_k = w2_scale.stride()
-    config = choose(width, index is not None, staging_bytes=staging_bytes(interleaved, saved_fp8))
-    with on_device(doutq_TH):
-        map_z = map_of_saved(z_PN.q, interleaved)
+    config = choose(width, dout.gather_index is not None, staging_bytes=staging_bytes(interleaved, saved_fp8))
+    scores_P = loadable(step.row_scores)
+    with on_device(w2):
         _kernel(config, kind_of(activation), interleaved, saved_fp8).launch(
-            config.grid(doutq_TH.get_device()),
-            map_do=map_of_rows(doutq_TH, index, box=(BLOCK_M, config.block_k)),
-            map_scale_do=map_of_scales(dout_scale, index, map_z),
-            map_w=tensor_map(w2, box=(1, BLOCK_N, config.block_k)),
-            map_z=map_z,
-            map_scale_z=map_of_columns(z_PN.scale) if saved_fp8 else map_z,
-            map_scores=map_of_scores(scores_P, rows),
+            config.grid(w2.get_device()),
+            **common_arguments(step, scores_P, config),
             map_dz=map_of_halves(dz_PN, interleaved, rows=WARP_ROWS),
             map_as=map_of_stored_rows(as_PI),
-            offsets=groups.expert_offsets,
-            index=index,
-            experts=num_experts,
-            width=width,
-            blocks_k=-(-hidden // config.block_k),
-            scale_do=dout_scale,
-            scale_do_row=dout_scale.stride(0),
-            scale_w=w2_scale,
-            scale_w_expert=scale_w_expert,
-            scale_w_column=scale_w_column,
-            scale_w_k=scale_w_k,
-            b1=None if b1_EN is None else b1_EN.contiguous(),
             dz=dz_PN,
             as_=as_PI,
             dscores=partial_ds_BP,
-            rows_allocated=rows,
             gate_base=gate_base,
             up_base=up_base,
-            alpha=activation.alpha,
-            limit=limit_of(activation),
-            up_offset=activation.up_offset,
         )
     return dz_PN, as_PI, partial_ds_BP.sum(0)
+
+
+def common_arguments(step: DownBackward[Quantized], scores_P: Tensor, config: GemmConfig) -> dict[str, Any]:
+    """Arguments of the kernel that do not depend on how it stores dZ and sA. ``scores``: of the rows, ``loadable``."""
+    dout, (w2, w2_scale), z, b1_EN, _, expert_offsets, _, (activation, layout) = step
+    (doutq_TH, dout_scale), index = dout
+    num_experts, width, hidden = w2.shape
+    scale_w_expert, scale_w_column, scale_w_k = w2_scale.stride()
+    map_z = map_of_saved(z.q, layout is INTERLEAVED)
+    return {
+        "map_do": map_of_rows(doutq_TH, index, box=(BLOCK_M, config.block_k)),
+        "map_scale_do": map_of_scales(dout_scale, index, map_z),
+        "map_w": tensor_map(w2, box=(1, BLOCK_N, config.block_k)),
+        "map_z": map_z,
+        "map_scale_z": map_of_columns(z.scale) if z.q.dtype is E4M3 else map_z,
+        "map_scores": map_of_scores(scores_P, dout.num_rows),
+        "offsets": expert_offsets,
+        "index": index,
+        "experts": num_experts,
+        "width": width,
+        "blocks_k": -(-hidden // config.block_k),
+        "scale_do": dout_scale,
+        "scale_do_row": dout_scale.stride(0),
+        "scale_w": w2_scale,
+        "scale_w_expert": scale_w_expert,
+        "scale_w_column": scale_w_column,
+        "scale_w_k": scale_w_k,
+        "b1": None if b1_EN is None else b1_EN.contiguous(),
+        "rows_allocated": dout.num_rows,
+        "alpha": activation.alpha,
+        "limit": limit_of(activation),
+        "up_offset": activation.up_offset,
+    }
 
 
 def loadable(scores_P: Tensor) -> Tensor:

@@ -32,15 +32,15 @@ FP8_OPCODES = ("QGMMA", *OPCODES[1:])
 
 @dataclass(frozen=True, eq=False)
 class GemmConfig:
-    """One form. There is one object for each (``config_of``), so that a kernel is found by it at once."""
+    """One form. ``bf16_form`` and ``fp8_form`` make one object of each, so that a kernel is found by it at once."""
 
-    block_n: int = BLOCK_N
-    cluster: int = 1
-    gather: bool = False
+    block_n: int
+    cluster: int
+    gather: bool
     """Rows of A come through an index."""
-    fp8: bool = False
+    fp8: bool
     """e4m3 operands with block scales."""
-    staging_bytes: int = 0
+    staging_bytes: int
     """Shared memory of the epilogue's own, behind everything else."""
     block_k: int = field(init=False)
     """K of a stage, in elements."""
@@ -98,7 +98,18 @@ class GemmConfig:
         return f"{BLOCK_M} x {self.block_n} x {self.block_k} in {self.stages} stages{pair}"
 
 
-config_of = functools.cache(GemmConfig)
+# One form is one object: the caches would take arguments given in another way (by name, or left out) for another form.
+
+
+@functools.cache
+def bf16_form(block_n: int, cluster: int, gather: bool, /) -> GemmConfig:
+    """The epilogue borrows stages."""
+    return GemmConfig(block_n, cluster, gather, fp8=False, staging_bytes=0)
+
+
+@functools.cache
+def fp8_form(cluster: int, gather: bool, staging_bytes: int, /) -> GemmConfig:
+    return GemmConfig(BLOCK_N, cluster, gather, fp8=True, staging_bytes=staging_bytes)
 
 
 def choose(
@@ -118,10 +129,10 @@ def choose(
     """
     if staging_bytes:
         pair = gather and -(-columns // BLOCK_N) % 2 == 0
-        return config_of(BLOCK_N, 2 if pair else 1, gather, True, staging_bytes)
+        return fp8_form(2 if pair else 1, gather, staging_bytes)
     if rows is not None and rows < 2 * BLOCK_M:
-        return config_of(BLOCK_N, 1, gather)
-    return config_of(tile_columns(columns, depth) if depth else BLOCK_N, 2, gather)
+        return bf16_form(BLOCK_N, 1, gather)
+    return bf16_form(tile_columns(columns, depth) if depth else BLOCK_N, 2, gather)
 
 
 def tile_columns(columns: int, depth: int) -> int:

@@ -34,8 +34,8 @@ from supersonic_moe.kernels.sm90.gemm_config import (
     OPCODES,
     WIDE_BLOCK_N,
     GemmConfig,
+    bf16_form,
     choose,
-    config_of,
 )
 from supersonic_moe.kernels.sm90.operands import map_of_rows, map_of_stored_rows
 
@@ -45,7 +45,7 @@ def _spec(config: GemmConfig, n_contiguous: bool) -> KernelSpec:
 
 
 SPECS = tuple(
-    _spec(config_of(block_n, cluster, gather), n_contiguous)
+    _spec(bf16_form(block_n, cluster, gather), n_contiguous)
     for n_contiguous in (False, True)
     for gather in (False, True)
     for cluster, block_n in ((1, BLOCK_N), (2, BLOCK_N), (2, WIDE_BLOCK_N))

@@ -36,7 +36,7 @@ from supersonic_moe.kernels.sm90.gemm_config import (
     FP8_OPCODES,
     GemmConfig,
     choose,
-    config_of,
+    fp8_form,
 )
 from supersonic_moe.kernels.sm90.operands import map_of_rows, map_of_scales, map_of_stored_rows
 
@@ -47,10 +47,7 @@ def _spec(config: GemmConfig) -> KernelSpec:
     return config.spec("grouped_gemm_fp8", FP8_OPCODES)
 
 
-SPECS = tuple(
-    _spec(config_of(BLOCK_N, cluster, gather, True, STAGING_BYTES))
-    for gather, cluster in ((False, 1), (True, 1), (True, 2))
-)
+SPECS = tuple(_spec(fp8_form(cluster, gather, STAGING_BYTES)) for gather, cluster in ((False, 1), (True, 1), (True, 2)))
 
 
 @functools.cache

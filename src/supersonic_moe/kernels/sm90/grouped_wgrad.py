@@ -19,6 +19,7 @@ Cost
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,15 +28,16 @@ from supersonic_moe import checks
 from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
-from supersonic_moe.kernels.interface import Rows
+from supersonic_moe.kernels.alignment import is_plain
+from supersonic_moe.kernels.interface import NEW, Into, Rows
 from supersonic_moe.kernels.sm90.gemm_config import (
     BLOCK_M,
     BLOCK_N,
     WARP_ROWS,
     WIDE_BLOCK_N,
     GemmConfig,
+    bf16_form,
     choose,
-    config_of,
 )
 from supersonic_moe.kernels.sm90.operands import map_of_rows
 
@@ -47,7 +49,7 @@ def _spec(config: GemmConfig, fp32: bool) -> KernelSpec:
 
 
 SPECS = tuple(
-    _spec(config_of(block_n, 2, gather), fp32)
+    _spec(bf16_form(block_n, 2, gather), fp32)
     for fp32 in (False, True)
     for gather in (False, True)
     for block_n in (BLOCK_N, WIDE_BLOCK_N)
@@ -59,8 +61,10 @@ def _kernel(config: GemmConfig, fp32: bool) -> Kernel:
     return Kernel(_spec(config, fp32))
 
 
-def gradient_buffer(out: Tensor | None, operand: Tensor, shape: tuple[int, int, int], accumulate: bool) -> Tensor:
-    """``out``, checked, or a new bf16 one beside ``operand``."""
+def gradient_buffer(into: Into, operand: Tensor, num_experts: int, m: int, n: int) -> Tensor:
+    """``into.out``, checked, or a new bf16 one beside ``operand``."""
+    out, transposed, accumulate = into
+    shape = (num_experts, n, m) if transposed else (num_experts, m, n)
     if accumulate and (out is None or out.dtype is not torch.float32):
         raise TypeError(
             f"accumulate adds to an fp32 out of shape {shape}; got {checks.describe(out)}. "
@@ -71,6 +75,14 @@ def gradient_buffer(out: Tensor | None, operand: Tensor, shape: tuple[int, int, 
     if out.shape != shape or out.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"out must be bfloat16 or float32 of shape {shape}; got {checks.describe(out)}.")
     return out
+
+
+def through_scratch(out: Tensor, into: Into, product: Callable[[Into], Tensor]) -> Tensor:
+    """``out`` that TMA cannot write to (the ``main_grad`` of a weight anywhere in a flat buffer), with a product that
+    is written to memory of our own first.
+    """
+    scratch = product(Into(torch.empty(out.shape, dtype=out.dtype, device=out.device), into.transposed))
+    return out.add_(scratch) if into.accumulate else out.copy_(scratch)
 
 
 def map_of_output(out: Tensor, transposed: bool) -> TensorMap:
@@ -87,25 +99,18 @@ def map_of_whole_rows(b_PN: Tensor, block_k: int) -> TensorMap:
     return tensor_map(b_PN, box=(1, block_k, 64), shape=(1, rows, columns), strides=(rows * row, row, 1))
 
 
-def grouped_mm_wgrad(
-    a: Rows[Tensor],
-    b_PN: Tensor,
-    expert_offsets: Tensor,
-    out: Tensor | None = None,
-    *,
-    transposed: bool = False,
-    accumulate: bool = False,
-) -> Tensor:
+def grouped_mm_wgrad(a: Rows[Tensor], b_PN: Tensor, expert_offsets: Tensor, into: Into = NEW) -> Tensor:
     """A[rows of e]ᵀ · B[rows of e], (E, M, N), or its transpose (E, N, M): bf16, or into ``out`` (bf16 or fp32;
     ``accumulate`` adds to an fp32 one).
     """
     a_TM, index = a
     num_experts = expert_offsets.shape[0] - 1
     rows, m, n = a.num_rows, a_TM.shape[1], b_PN.shape[1]
-    shape = (num_experts, n, m) if transposed else (num_experts, m, n)
-    out = gradient_buffer(out, a_TM, shape, accumulate)
+    out = gradient_buffer(into, a_TM, num_experts, m, n)
+    if not is_plain(out):
+        return through_scratch(out, into, functools.partial(grouped_mm_wgrad, a, b_PN, expert_offsets))
     if rows == 0 or a_TM.shape[0] == 0:
-        return out if accumulate else out.zero_()
+        return out if into.accumulate else out.zero_()
     config = choose(n, index is not None, depth=rows // num_experts)
     block_k = config.block_k
     with on_device(a_TM):
@@ -113,13 +118,13 @@ def grouped_mm_wgrad(
             config.grid(a_TM.get_device()),
             map_a=map_of_rows(a_TM, index, box=(block_k, 64)),
             map_b=map_of_whole_rows(b_PN, block_k),
-            map_d=map_of_output(out, transposed),
+            map_d=map_of_output(out, into.transposed),
             offsets=expert_offsets,
             index=index,
             experts=num_experts,
             blocks_m=-(-m // (BLOCK_M * config.cluster)),
             blocks_n=-(-n // config.block_n),
-            adds=int(accumulate),
-            transposed=int(transposed),
+            adds=int(into.accumulate),
+            transposed=int(into.transposed),
         )
     return out

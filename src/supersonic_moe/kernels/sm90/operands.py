@@ -1,12 +1,9 @@
-"""Tensor maps of what several kernels load and store, and what of an activation they are told."""
+"""Tensor maps of what several kernels load and store."""
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
-from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout
 from supersonic_moe.jit.tma import TensorMap, tensor_map
 from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, WARP_ROWS
 
@@ -26,7 +23,7 @@ def map_of_scales(scale_RB: Tensor, index: Tensor | None, unused: TensorMap) -> 
         with_index = "without" if index is None else "with"
         raise ValueError(
             f"the scales of rows must be stored {way} {with_index} an index; got strides {scale_RB.stride()} for shape "
-            f"{tuple(scale_RB.shape)}. Quantise with quantize_rows(..., tma={index is None})."
+            f"{tuple(scale_RB.shape)}. Quantize with quantize_rows(..., tma={index is None})."
         )
     return unused if index is not None else map_of_columns(scale_RB)
 
@@ -64,27 +61,3 @@ def map_of_halves(z_PN: Tensor, interleaved: bool, *, rows: int) -> TensorMap:
     row, halves = z_PN.stride(0), 1 if interleaved else 2
     shape, strides = (capacity, halves, columns // halves), (row, row if interleaved else columns // 2, 1)
     return tensor_map(z_PN, box=(rows, 1, 128 // z_PN.element_size()), shape=shape, strides=strides)
-
-
-INTERLEAVED, GATE_UP = GateUpLayout.INTERLEAVED, GateUpLayout.GATE_UP
-KINDS = {ActivationType.SWIGLU: 0, ActivationType.GEGLU: 1, ActivationType.REGLU: 2}  # Act of activation.cuh
-CLAMPED_SWIGLU = 3
-ALL_KINDS = (*KINDS.values(), CLAMPED_SWIGLU)
-
-
-def kind_of(activation: Activation) -> int:
-    """The kernel's ACTIVATION: SwiGLU with constants is one of its own, since they cost a third of its instructions."""
-    plain = activation.limit is None and activation.alpha == 1.0 and activation.up_offset == 0.0
-    return KINDS[activation.type] if plain else CLAMPED_SWIGLU
-
-
-def half_bases(layout: GateUpLayout, width: int) -> tuple[int, int]:
-    """First columns of gate and up in a row of Z."""
-    if layout is INTERLEAVED:
-        return 0, 1
-    return (0, width) if layout is GATE_UP else (width, 0)
-
-
-def limit_of(activation: Activation) -> float:
-    """The kernel's ``limit``."""
-    return math.inf if activation.limit is None else activation.limit

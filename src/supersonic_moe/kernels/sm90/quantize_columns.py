@@ -1,4 +1,4 @@
-"""Rows gathered by an index, transposed and quantised along the rows, on sm_90a: operands of FP8 weight gradients.
+"""Rows gathered by an index, transposed and quantized along the rows, on sm_90a: operands of FP8 weight gradients.
 
     q[c][g] = e4m3(x[index[g]][c] / scale[c][block of g])        zeros where index[g] < 0
 

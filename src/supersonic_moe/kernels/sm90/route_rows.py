@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from supersonic_moe.config.grouped_routing import GroupedRouting, Scoring
-from supersonic_moe.jit.launch import Kernel, on_device
+from supersonic_moe.jit.launch import Kernel, Launch
 from supersonic_moe.jit.spec import KernelSpec
 
 THREADS = 512
@@ -76,9 +76,12 @@ class RowTables(NamedTuple):
     streamed. None: they always are."""
     items: Buffer
     """(1 + max_items, 4): [number of items, rows of the largest, padded rows, 1 if the rows are streamed], then
-    [expert, first row, rows, 0] of each item: up to 128 rows of an expert. No items where the rows are not streamed."""
+    [expert, first row, rows, which << 16 | of] of each item: up to 128 rows of an expert, one of so many of it (0 of
+    1 beyond 32767). No items where the rows are not streamed."""
     row_slot: Buffer
     """(P,): slot of each row; -1 in those between two experts."""
+    row_token: Buffer | None
+    """(P,): token of each row for the tile kernels; None with ``offsets``."""
     slot_row: Buffer
     """(T, C): row of each slot, -1 for none."""
     weights: Buffer
@@ -101,7 +104,7 @@ def max_items(num_local: int, rows: int) -> int:
 
 def padded_rows(rows: int, num_local: int) -> int:
     """Bound of the rows that ``rows`` slots take where each expert starts at a multiple of ``ROW_GROUP``."""
-    return -(-rows // ROW_GROUP) * ROW_GROUP + (ROW_GROUP - 1) * min(rows, num_local)
+    return (rows + (ROW_GROUP - 1) * min(rows, num_local)) // ROW_GROUP * ROW_GROUP
 
 
 class Choices(NamedTuple):
@@ -132,10 +135,10 @@ def _kernel(name: str, values: int | None = None) -> Kernel:
 
 def route_rows(
     logits_TE: Tensor, bias_E: Tensor | None, rule: GroupedRouting, choices: Choices, tables: RowTables
-) -> None:
-    """Choose and place. ``logits_TE`` float32 with contiguous rows."""
+) -> list[Launch]:
+    """The launches that choose and place. ``logits_TE`` float32 with contiguous rows."""
     values = next(v for v in VALUES if 32 * v >= rule.num_experts)
-    _launch(
+    return _launches(
         "route", values, logits_TE, choices, tables,
         logits=logits_TE, row=logits_TE.stride(0), bias=bias_E, scoring=_SCORING[rule.scoring],
         bias_type=0 if bias_E is None else _BIAS[bias_E.dtype], groups=rule.n_group, kept=rule.topk_group,
@@ -150,23 +153,25 @@ def place_topk(
     scaling_factor: float,
     choices: Choices,
     tables: RowTables,
-) -> None:
-    """Place the choices of another router: ids int32 or int64, weights float32 (None: 1), both contiguous."""
-    _launch(
+) -> list[Launch]:
+    """The launches that place the choices of another router: ids int32 or int64, weights float32 (None: 1), both
+    contiguous.
+    """
+    return _launches(
         "place", None, ids_TK, choices, tables,
         ids=ids_TK, wide=int(ids_TK.dtype is torch.int64), topk_weights=weights_TK, map=expert_map,
         factor=scaling_factor,
     )  # fmt: skip
 
 
-def _launch(
+def _launches(
     family: str,
     values: int | None,
     of_tokens: Tensor,
     choices: Choices,
     tables: RowTables,
     **source: Tensor | float | None,
-) -> None:
+) -> list[Launch]:
     """``source``: the parameters that say where a token's choices come from."""
     tokens = of_tokens.shape[0]
     choose = {
@@ -175,19 +180,17 @@ def _launch(
         "counters": tables.counters, "counter_words": tables.counter_words,
     }  # fmt: skip
     place = {
-        "offsets": tables.offsets, "items": tables.items,
-        "row_slot": tables.row_slot, "slot_row": tables.slot_row, "stream_rows": tables.stream_rows,
+        "offsets": tables.offsets, "items": tables.items, "row_slot": tables.row_slot, "row_token": tables.row_token,
+        "slot_row": tables.slot_row,
+        "stream_rows": tables.stream_rows,
     }  # fmt: skip
-    with on_device(of_tokens):
-        if tokens <= SMALL_TOKENS:
-            _kernel(f"{family}_small", values).launch((CLUSTER, 1, 1), **choose, **place)
-            return
-        blocks = min(MAX_BLOCKS, -(-tokens // PASS_TOKENS))
-        grid, span = (blocks, 1, 1), -(-tokens // blocks)
-        _kernel(f"{family}_count", values).launch(
-            grid, **choose, span=span, counts=tables.counts, slot_row=tables.slot_row
-        )
-        _kernel("place_rows").launch(
-            grid, counts=tables.counts, tokens=tokens, span=span, choices=choices.per_token,
-            num_local=choices.num_local, **place,
-        )  # fmt: skip
+    if tokens <= SMALL_TOKENS:
+        return [Launch(_kernel(f"{family}_small", values), (CLUSTER, 1, 1), {**choose, **place})]
+    blocks = min(MAX_BLOCKS, -(-tokens // PASS_TOKENS))
+    grid, span = (blocks, 1, 1), -(-tokens // blocks)
+    count = {**choose, "span": span, "counts": tables.counts, "slot_row": tables.slot_row}
+    place |= {
+        "counts": tables.counts, "tokens": tokens, "span": span, "choices": choices.per_token,
+        "num_local": choices.num_local,
+    }  # fmt: skip
+    return [Launch(_kernel(f"{family}_count", values), grid, count), Launch(_kernel("place_rows"), grid, place)]

@@ -36,9 +36,9 @@ extern "C" __global__ void __launch_bounds__(STREAM_THREADS, 1)
     const Geometry geometry(problem, block.side.items[0]);
     if (!geometry.streamed) return;
     if (warp < MATH_WARPS) {
-        gather_rows(problem, geometry, warp / 4);
+        gather_rows(problem, geometry);
         compute_tiles(block, problem, geometry, warp / 4);
-        combine_tokens(problem, geometry);
+        combine_tokens(block, problem, geometry);
     } else if (warp == TOKEN_WARP) {
         load_tokens(block, problem, geometry);
     } else if (elect_one()) {

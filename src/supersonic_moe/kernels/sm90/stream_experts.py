@@ -12,7 +12,7 @@ Layout (row-major; formats: ``quantization/block_format.py``)
     memory wants them: an item's rows of a K block are one copy.
 Tiles
     Weights are the M operand of wgmma, an item's rows its N: 8, 16, 24, 32, 48, 64, 96 or 128. A tile is 128 weight
-    rows, 64 where there are few tiles, times all rows of an item; K in blocks of 128, through a ring of 224 KB. Blocks
+    rows, 64 where there are few tiles, times all rows of an item; K in blocks of 128, through a ring of 216 KB. Blocks
     take tiles from a counter: first W13 of all items, then W2 of all items. W13 is read through a five-dimensional map,
     (expert, I / 8, half, 8 rows, H): each 16 rows of a tile are 8 gate rows and their 8 up rows, so that both of a
     channel are in one thread, whatever the order of rows in memory.
@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from supersonic_moe.config.activation import GateUpLayout
-from supersonic_moe.jit.launch import Kernel, on_device
+from supersonic_moe.jit.launch import Kernel, Launch
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
 from supersonic_moe.kernels.reference.inference import Fp8Experts
@@ -48,10 +48,11 @@ from supersonic_moe.kernels.sm90.route_rows import Buffer, RowTables, padded_row
 from supersonic_moe.quantization.block_format import BLOCK, blocks
 
 THREADS = 320
-SMEM_BYTES = 224 * 1024 + 1792  # the ring; items, queue and barriers: stream/work.cuh
+SMEM_BYTES = 216 * 1024 + 11264  # the ring; items, queue and barriers: stream/work.cuh
 TILE_ROWS = (128, 64)
 L2_PROMOTION = 128  # bytes: 4.42 TB/s where 256 gives 4.22 (docs/log.md)
 OPCODES = ("QGMMA", "UTMALDG.5D", "UTMALDG.3D", "UBLKCP", "REDUX.MAX")
+GATHER_ROWS = 64
 COLUMNS_BEHIND = 24  # rows that may be read behind an item: N is up to 31 more than its rows, of which 7 are padding
 
 SPECS = (
@@ -101,9 +102,9 @@ def plane_rows(rows: int, num_local: int) -> int:
     return padded_rows(rows, num_local) + COLUMNS_BEHIND
 
 
-def num_counters(items: int, hidden: int, intermediate: int) -> int:
-    """Words of ``Problem::counters`` (stream/work.cuh)."""
-    return 4 + blocks(hidden) + items * (1 + blocks(intermediate))
+def num_counters(items: int, planes: int, hidden: int, intermediate: int) -> int:
+    """Words of ``Problem::counters`` (stream/work.cuh) for so many items and rows of a plane."""
+    return 4 + blocks(hidden) + items * (1 + blocks(intermediate)) + -(-planes // GATHER_ROWS)
 
 
 @functools.cache
@@ -123,9 +124,9 @@ def stream_experts(
     order: GateUpLayout,
     limit: float | None = None,
     pow2: bool = False,
-) -> None:
-    """Writes ``scratch`` for all rows of the items in ``tables`` and ``out_TH`` (bf16) for all tokens; nothing where
-    the tables say that rows are not streamed.
+) -> Launch:
+    """The launch that writes ``scratch`` for all rows of the items in ``tables`` and ``out_TH`` (bf16) for all tokens;
+    nothing where the tables say that rows are not streamed.
 
     Args:
         choices: C, slots of a token.
@@ -137,54 +138,53 @@ def stream_experts(
     hidden, inter = experts.w2.shape[1:]
     always = experts if shared is None else shared
     x_scale_row, x_scale_k = (0, 0) if inputs.x_scale_TB is None else inputs.x_scale_TB.stride()
-    with on_device(x):
-        w13, w13_narrow, w2, w2_narrow = _maps(experts, order)
-        shared_w13, shared_w13_narrow, shared_w2, shared_w2_narrow = _maps(always, order)
-        _kernel().launch(
-            (multiprocessors(x.get_device()), 1, 1),
-            map_w13=w13,
-            map_w13_narrow=w13_narrow,
-            map_w2=w2,
-            map_w2_narrow=w2_narrow,
-            map_shared_w13=shared_w13,
-            map_shared_w13_narrow=shared_w13_narrow,
-            map_shared_w2=shared_w2,
-            map_shared_w2_narrow=shared_w2_narrow,
-            items=tables.items,
-            row_slot=tables.row_slot,
-            slot_row=tables.slot_row,
-            slot_weight=tables.weights,
-            tokens=x.shape[0],
-            choices=choices,
-            shared_expert=int(shared is not None),
-            hidden=hidden,
-            inter=inter,
-            routed=experts.w13.shape[0],
-            interleaved=int(order is GateUpLayout.INTERLEAVED),
-            gate_first=int(order is not GateUpLayout.UP_GATE),
-            x=x,
-            x_bf16=int(x.dtype is torch.bfloat16),
-            x_scale=inputs.x_scale_TB,
-            x_scale_row=x_scale_row,
-            x_scale_k=x_scale_k,
-            x_weight=inputs.weight_T,
-            w13_scale=experts.w13_scale,
-            w2_scale=experts.w2_scale,
-            shared_w13_scale=always.w13_scale,
-            shared_w2_scale=always.w2_scale,
-            plane_rows=scratch.rows,
-            x_codes=scratch.x,
-            x_code_scale=scratch.x_scale,
-            c=scratch.c,
-            c_codes=scratch.c_codes,
-            c_scale=scratch.c_scale,
-            y=scratch.y,
-            out=out_TH,
-            counters=tables.counters,
-            max_items=tables.max_items,
-            limit=math.inf if limit is None else limit,
-            pow2=int(pow2),
-        )
+    w13, w13_narrow, w2, w2_narrow = _maps(experts, order)
+    shared_w13, shared_w13_narrow, shared_w2, shared_w2_narrow = _maps(always, order)
+    arguments = dict(
+        map_w13=w13,
+        map_w13_narrow=w13_narrow,
+        map_w2=w2,
+        map_w2_narrow=w2_narrow,
+        map_shared_w13=shared_w13,
+        map_shared_w13_narrow=shared_w13_narrow,
+        map_shared_w2=shared_w2,
+        map_shared_w2_narrow=shared_w2_narrow,
+        items=tables.items,
+        row_slot=tables.row_slot,
+        slot_row=tables.slot_row,
+        slot_weight=tables.weights,
+        tokens=x.shape[0],
+        choices=choices,
+        shared_expert=int(shared is not None),
+        hidden=hidden,
+        inter=inter,
+        routed=experts.w13.shape[0],
+        interleaved=int(order is GateUpLayout.INTERLEAVED),
+        gate_first=int(order is not GateUpLayout.UP_GATE),
+        x=x,
+        x_bf16=int(x.dtype is torch.bfloat16),
+        x_scale=inputs.x_scale_TB,
+        x_scale_row=x_scale_row,
+        x_scale_k=x_scale_k,
+        x_weight=inputs.weight_T,
+        w13_scale=experts.w13_scale,
+        w2_scale=experts.w2_scale,
+        shared_w13_scale=always.w13_scale,
+        shared_w2_scale=always.w2_scale,
+        plane_rows=scratch.rows,
+        x_codes=scratch.x,
+        x_code_scale=scratch.x_scale,
+        c=scratch.c,
+        c_codes=scratch.c_codes,
+        c_scale=scratch.c_scale,
+        y=scratch.y,
+        out=out_TH,
+        counters=tables.counters,
+        max_items=tables.max_items,
+        limit=math.inf if limit is None else limit,
+        pow2=int(pow2),
+    )
+    return Launch(_kernel(), (multiprocessors(x.get_device()), 1, 1), arguments)
 
 
 def _maps(experts: Fp8Experts, order: GateUpLayout) -> list[TensorMap]:

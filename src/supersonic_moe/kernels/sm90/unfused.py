@@ -8,12 +8,12 @@ from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import grouped_mm_fp8
 from supersonic_moe.kernels.triton import (
     activation_backward,
     activation_forward,
+    quantize_both_orders,
     quantize_columns,
     quantize_rows,
-    quantize_tiles,
 )
 
 UNFUSED = Composed(grouped_mm, activation_forward, activation_backward)
 UNFUSED_FP8 = ComposedFp8(
-    grouped_mm_fp8, activation_forward, activation_backward, quantize_rows, quantize_columns, quantize_tiles
+    grouped_mm_fp8, activation_forward, activation_backward, quantize_rows, quantize_columns, quantize_both_orders
 )

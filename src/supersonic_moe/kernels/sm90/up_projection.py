@@ -24,19 +24,10 @@ from torch import Tensor
 
 from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
-from supersonic_moe.kernels.interface import Gate, Groups, Rows
-from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, OPCODES, WARP_ROWS, GemmConfig, choose, config_of
-from supersonic_moe.kernels.sm90.operands import (
-    ALL_KINDS,
-    INTERLEAVED,
-    half_bases,
-    kind_of,
-    limit_of,
-    map_of_gate_and_up,
-    map_of_halves,
-    map_of_rows,
-    map_of_stored_rows,
-)
+from supersonic_moe.kernels.interface import UpProjection
+from supersonic_moe.kernels.sm90.gates import ALL_KINDS, INTERLEAVED, half_bases, kind_of, limit_of
+from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, OPCODES, WARP_ROWS, GemmConfig, bf16_form, choose
+from supersonic_moe.kernels.sm90.operands import map_of_gate_and_up, map_of_halves, map_of_rows, map_of_stored_rows
 from supersonic_moe.kernels.sm90.unfused import UNFUSED
 
 
@@ -45,7 +36,7 @@ def _spec(config: GemmConfig, kind: int) -> KernelSpec:
 
 
 SPECS = tuple(
-    _spec(config_of(BLOCK_N, cluster, gather), kind)
+    _spec(bf16_form(BLOCK_N, cluster, gather), kind)
     for kind in ALL_KINDS
     for gather in (False, True)
     for cluster in (1, 2)
@@ -57,15 +48,13 @@ def _kernel(config: GemmConfig, kind: int) -> Kernel:
     return Kernel(_spec(config, kind))
 
 
-def up_projection(
-    x: Rows[Tensor], w1_ENH: Tensor, b1_EN: Tensor | None, groups: Groups, gate: Gate, save: bool
-) -> tuple[Tensor, Tensor]:
+def up_projection(step: UpProjection[Tensor]) -> tuple[Tensor, Tensor]:
     """(Z (P, 2I) without the bias, or (0, 2I) if not ``save``; A (P, I)). Ungated activations and weights stored with
     H outermost take the grouped GEMM and the activation pass instead.
     """
-    activation, layout = gate
+    x, w1_ENH, b1_EN, expert_offsets, _, (activation, layout), save = step
     if not activation.gated or w1_ENH.stride(2) != 1:
-        return UNFUSED.up_projection(x, w1_ENH, b1_EN, groups, gate, save)
+        return UNFUSED.up_projection(step)
     x_TH, index = x
     num_experts, n1, hidden = w1_ENH.shape
     rows, width = x.num_rows, n1 // 2
@@ -84,7 +73,7 @@ def up_projection(
             map_w=map_of_gate_and_up(w1_ENH, interleaved, width),
             map_z=map_of_halves(z_PN, interleaved, rows=WARP_ROWS) if save else map_a,
             map_a=map_a,
-            offsets=groups.expert_offsets,
+            offsets=expert_offsets,
             index=index,
             experts=num_experts,
             width=width,

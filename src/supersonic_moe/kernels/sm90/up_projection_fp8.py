@@ -1,5 +1,5 @@
 """FP8 up-projection and gated activation in one kernel on sm_90a: Z[r] = X[r] · W1[expert of r]ᵀ and A[r] = act(Z[r] +
-b1), quantised where they are computed.
+b1), quantized where they are computed.
 
 Layout (row-major; formats: ``quantization/block_format.py``)
     X (T, H) e4m3 read through an index of P rows sorted by expert (-1: zeros), or (P, H) as it lies, with scales as in
@@ -21,27 +21,21 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import Tensor
 
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
-from supersonic_moe.kernels.interface import Gate, Groups, Quantized, Rows
+from supersonic_moe.kernels.interface import Quantized, UpProjection
+from supersonic_moe.kernels.sm90.gates import ALL_KINDS, INTERLEAVED, half_bases, kind_of, limit_of
 from supersonic_moe.kernels.sm90.gemm_config import (
     BLOCK_M,
-    BLOCK_N,
     BUFFER_BYTES,
     WARP_ROWS,
     GemmConfig,
     choose,
-    config_of,
+    fp8_form,
 )
 from supersonic_moe.kernels.sm90.operands import (
-    ALL_KINDS,
-    INTERLEAVED,
-    half_bases,
-    kind_of,
-    limit_of,
     map_of_gate_and_up,
     map_of_halves,
     map_of_rows,
@@ -62,7 +56,7 @@ def _spec(config: GemmConfig, kind: int, interleaved: bool) -> KernelSpec:
 
 
 SPECS = tuple(
-    _spec(config_of(BLOCK_N, cluster, gather, True, STAGING_BYTES), kind, interleaved)
+    _spec(fp8_form(cluster, gather, STAGING_BYTES), kind, interleaved)
     for kind in ALL_KINDS
     for interleaved in (False, True)
     for gather, cluster in ((False, 1), (True, 1), (True, 2))
@@ -74,24 +68,17 @@ def _kernel(config: GemmConfig, kind: int, interleaved: bool) -> Kernel:
     return Kernel(_spec(config, kind, interleaved))
 
 
-def up_projection_fp8(
-    x: Rows[Quantized],
-    w1_ENH: Quantized,
-    b1_EN: Tensor | None,
-    groups: Groups,
-    gate: Gate,
-    recipe: Fp8Recipe,
-    save: bool,
-) -> tuple[Quantized, Quantized]:
+def up_projection_fp8(step: UpProjection[Quantized], recipe: Fp8Recipe) -> tuple[Quantized, Quantized]:
     """(Z as backward will see it, A): see ``Fp8Experts``. Ungated activations take the composed form, and so do halves
     of Z that do not start at a scale block.
     """
-    (activation, layout), ((xq_TH, x_scale), index), (w1, w1_scale) = gate, x, w1_ENH
+    x, (w1, w1_scale), b1_EN, expert_offsets, _, (activation, layout), save = step
+    (xq_TH, x_scale), index = x
     num_experts, n1, hidden = w1.shape
     rows, width = x.num_rows, n1 // 2
     interleaved = layout is INTERLEAVED
     if not activation.gated or not (interleaved or width % BLOCK == 0):
-        return UNFUSED_FP8.up_projection_fp8(x, w1_ENH, b1_EN, groups, gate, recipe, save)
+        return UNFUSED_FP8.up_projection_fp8(step, recipe)
     saved = FORMS[recipe.save_preactivation] if save else NOTHING
     if saved == IN_FP8:
         z_PN, z_scale = empty_e4m3(xq_TH, rows, n1), empty_scales(xq_TH, rows, blocks(n1), tma=True)
@@ -114,7 +101,7 @@ def up_projection_fp8(
             map_w=map_of_gate_and_up(w1, interleaved, width),
             map_z=map_a if saved == NOTHING else map_of_halves(z_PN, interleaved, rows=WARP_ROWS),
             map_a=map_a,
-            offsets=groups.expert_offsets,
+            offsets=expert_offsets,
             index=index,
             experts=num_experts,
             width=width,

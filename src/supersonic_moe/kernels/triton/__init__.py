@@ -9,45 +9,29 @@ imported).
 """
 
 from supersonic_moe.kernels.compose import Composed
-from supersonic_moe.kernels.triton.activation import activation_backward, activation_forward
-from supersonic_moe.kernels.triton.aux_loss import switch_loss_backward, switch_loss_forward
-from supersonic_moe.kernels.triton.bias_gradient import segment_sum
-from supersonic_moe.kernels.triton.gather_rows import gather_rows
-from supersonic_moe.kernels.triton.gather_sum import gather_sum
-from supersonic_moe.kernels.triton.grouped_mm import grouped_mm, grouped_mm_wgrad
-from supersonic_moe.kernels.triton.pad_segments import pad_segments
-from supersonic_moe.kernels.triton.pick import pick
-from supersonic_moe.kernels.triton.plan import build_plan
-from supersonic_moe.kernels.triton.quantize import quantize_columns, quantize_rows, quantize_tiles, quantize_weights
-from supersonic_moe.kernels.triton.router import route_backward, route_forward
-from supersonic_moe.kernels.triton.score_gradient import row_dot
-from supersonic_moe.kernels.triton.token_rounding import token_rounding_backward, token_rounding_forward
+from supersonic_moe.kernels.triton.activation import activation_backward as activation_backward
+from supersonic_moe.kernels.triton.activation import activation_forward as activation_forward
+from supersonic_moe.kernels.triton.aux_loss import switch_loss_backward as switch_loss_backward
+from supersonic_moe.kernels.triton.aux_loss import switch_loss_forward as switch_loss_forward
+from supersonic_moe.kernels.triton.bias_gradient import segment_sum as segment_sum
+from supersonic_moe.kernels.triton.gather_rows import gather_rows as gather_rows
+from supersonic_moe.kernels.triton.gather_sum import gather_sum as gather_sum
+from supersonic_moe.kernels.triton.grouped_mm import grouped_mm as grouped_mm
+from supersonic_moe.kernels.triton.grouped_mm import grouped_mm_wgrad as grouped_mm_wgrad
+from supersonic_moe.kernels.triton.pad_segments import pad_segments as pad_segments
+from supersonic_moe.kernels.triton.pick import pick as pick
+from supersonic_moe.kernels.triton.plan import build_plan as build_plan
+from supersonic_moe.kernels.triton.quantize import quantize_both_orders as quantize_both_orders
+from supersonic_moe.kernels.triton.quantize import quantize_columns as quantize_columns
+from supersonic_moe.kernels.triton.quantize import quantize_rows as quantize_rows
+from supersonic_moe.kernels.triton.quantize import quantize_weights as quantize_weights
+from supersonic_moe.kernels.triton.router import route_backward as route_backward
+from supersonic_moe.kernels.triton.router import route_forward as route_forward
+from supersonic_moe.kernels.triton.score_gradient import row_dot as row_dot
+from supersonic_moe.kernels.triton.token_rounding import token_rounding_backward as token_rounding_backward
+from supersonic_moe.kernels.triton.token_rounding import token_rounding_forward as token_rounding_forward
 
 _composed = Composed(grouped_mm, activation_forward, activation_backward)
 up_projection, down_backward = _composed.up_projection, _composed.down_backward
 
-__all__ = [
-    "activation_backward",
-    "activation_forward",
-    "build_plan",
-    "down_backward",
-    "gather_rows",
-    "gather_sum",
-    "grouped_mm",
-    "grouped_mm_wgrad",
-    "pad_segments",
-    "pick",
-    "quantize_columns",
-    "quantize_rows",
-    "quantize_tiles",
-    "quantize_weights",
-    "route_backward",
-    "route_forward",
-    "row_dot",
-    "segment_sum",
-    "switch_loss_backward",
-    "switch_loss_forward",
-    "token_rounding_backward",
-    "token_rounding_forward",
-    "up_projection",
-]
+ALIGNMENT = 16  # of torch's grouped GEMM

@@ -214,12 +214,7 @@ def activation_forward(z_PN: Tensor, b1_EN: Tensor | None, row_expert_P: Tensor,
 
 
 def activation_backward(
-    z_PN: Tensor,
-    b1_EN: Tensor | None,
-    da_PI: Tensor,
-    row_scores_P: Tensor,
-    row_expert_P: Tensor,
-    gate: Gate,
+    z_PN: Tensor, b1_EN: Tensor | None, da_PI: Tensor, row_scores_P: Tensor, row_expert_P: Tensor, gate: Gate
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dz (P, N1), s * a (P, I), ds (P,) fp32). ds of a dead row is made of whatever z and da hold there."""
     num_rows, width = da_PI.shape

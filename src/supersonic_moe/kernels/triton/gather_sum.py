@@ -57,11 +57,7 @@ def _gather_sum_kernel(
 
 
 def gather_sum(
-    y_PH: Tensor,
-    row_scale_P: Tensor | None,
-    bias_EH: Tensor | None,
-    row_expert_P: Tensor,
-    tokens: TokenRows,
+    y_PH: Tensor, row_scale_P: Tensor | None, bias_EH: Tensor | None, row_expert_P: Tensor, tokens: TokenRows
 ) -> Tensor:
     """(T, H) in the dtype of y."""
     rows_S, offsets_T1, each, num_tokens = tokens

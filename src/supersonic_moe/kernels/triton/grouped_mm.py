@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from supersonic_moe.kernels.interface import Rows
+from supersonic_moe.kernels.interface import NEW, Into, Rows
 from supersonic_moe.kernels.triton.gather_rows import rows_of
 from supersonic_moe.kernels.triton.grouped_gemm import contract_rows, multiply_rows
 from supersonic_moe.kernels.triton.launch import launch
@@ -54,19 +54,11 @@ def grouped_mm(a: Rows[Tensor], b_EKN: Tensor, expert_offsets: Tensor) -> Tensor
     return torch.nn.functional.grouped_mm(a_PK, b_EKN, offs=expert_offsets[1:])
 
 
-def grouped_mm_wgrad(
-    a: Rows[Tensor],
-    b_PN: Tensor,
-    expert_offsets: Tensor,
-    out: Tensor | None = None,
-    *,
-    transposed: bool = False,
-    accumulate: bool = False,
-) -> Tensor:
+def grouped_mm_wgrad(a: Rows[Tensor], b_PN: Tensor, expert_offsets: Tensor, into: Into = NEW) -> Tensor:
     """(E, M, N): a[rows of e].T @ b[rows of e], or its transpose (E, N, M); exact zeros for an expert without rows.
     Into ``out`` if given, fp16, bf16 or fp32; ``accumulate`` adds the product to it, rounded before in bf16.
     """
-    a_PM = rows_of(a)
+    a_PM, (out, transposed, accumulate) = rows_of(a), into
     left, right = (b_PN, a_PM) if transposed else (a_PM, b_PN)
     num_experts, m, n = expert_offsets.shape[0] - 1, left.shape[1], right.shape[1]
     if left.dtype is torch.float16:

@@ -1,7 +1,7 @@
 """Where the rows of each expert go when every expert gets whole blocks of 128 positions.
 
 FP8 weight gradients contract over tokens in blocks of 128 that share a scale, so no block may mix experts. This kernel
-turns the offsets of a routing plan into an index that the transposing quantisers follow: the row at each position, and
+turns the offsets of a routing plan into an index that the transposing quantizers follow: the row at each position, and
 the token that this row reads, or -1. It runs once a backward pass and serves all four operands.
 
 A program owns one block of positions and finds its expert from the E + 1 offsets: counts known on the device only are

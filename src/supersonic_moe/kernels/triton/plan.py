@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from supersonic_moe.kernels.interface import PlanTensors, Slots
 from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.tiling import cdiv, next_power_of_2
 
@@ -161,21 +162,9 @@ def _place_kernel(
         first += spread
 
 
-def build_plan(
-    ids_S: Tensor,
-    slot_tokens_S: Tensor | None,
-    slots_per_token: int,
-    num_tokens: int,
-    num_experts: int,
-    tile: int,
-    capacity: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns int32 (expert_offsets (E+1), gather_index (P), scatter_index (P), row_expert (P), reverse_index (S),
-    expert_counts (E)).
-
-    A slot is skipped (reverse -1) when its expert id is outside [0, E), its token outside [0, T), or its row past
-    ``capacity``.
-    """
+def build_plan(slots: Slots) -> PlanTensors:
+    """See ``Routing.build_plan``."""
+    ids_S, slot_tokens_S, slots_per_token, num_tokens, num_experts, tile, capacity = slots
     num_slots = ids_S.shape[0]
     if num_slots + num_experts * (tile - 1) > MAX_INDEX:
         raise ValueError(
@@ -193,13 +182,13 @@ def build_plan(
     num_chunks = cdiv(blocks, blocks_per_chunk)
     counts_CE = empty((num_chunks + 1) * num_experts)
     by_row = empty(capacity), empty(capacity), empty(capacity)
-    plan = empty(num_experts + 1), *by_row, empty(num_slots), empty(num_experts)
-    slots = num_slots, max(1, slots_per_token), num_tokens, blocks_per_chunk * block_s
+    plan = PlanTensors(empty(num_experts + 1), *by_row, empty(num_slots), empty(num_experts))
+    counted = num_slots, max(1, slots_per_token), num_tokens, blocks_per_chunk * block_s
     inputs, sizes, num_warps = (ids_S, slot_tokens_S, counts_CE), (block_e, block_s), block_s // 32
-    launch(_count_kernel, (num_chunks,), (*inputs, *slots, num_experts), sizes, num_warps=num_warps)
+    launch(_count_kernel, (num_chunks,), (*inputs, *counted, num_experts), sizes, num_warps=num_warps)
     scanners = cdiv(num_experts, SCAN_E)
     launch(_scan_kernel, (scanners,), (counts_CE, num_chunks, num_experts), (SCAN_C, SCAN_E), num_warps=8)
     placers = max(num_chunks, min(MIN_PLACERS, cdiv(capacity, block_s)))
-    args = (*inputs, *plan, *slots, num_chunks, tile, capacity, num_experts)
+    args = (*inputs, *plan, *counted, num_chunks, tile, capacity, num_experts)
     launch(_place_kernel, (placers,), args, sizes, num_warps=num_warps)
     return plan

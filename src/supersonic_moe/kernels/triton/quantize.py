@@ -1,4 +1,4 @@
-"""FP8 quantisers: rows, weight blocks, and operands of weight gradients, each in one pass over its bf16 input.
+"""FP8 quantizers: rows, weight blocks, and operands of weight gradients, each in one pass over its bf16 input.
 
 The arithmetic is that of ``quantization/block_format.py``, bit for bit. Moving bytes and turning tiles cost time:
 
@@ -22,7 +22,7 @@ Bytes an element, bf16 in, and roofline on H200 at 4.26 TB/s:
 | quantize_weights | 2 + 2 | 8 x 3072 x 3072 | 71 us |
 | quantize_columns | 2 + 1 | 65536 x 1536 | 71 us |
 | quantize_columns, gathered | 2 of each token + 1 | 8192 tokens to 65536 x 3072 | 59 us; 403 MB come from L2 |
-| quantize_tiles | 2 · 2 + 2, two passes | 65536 x 3072 | 284 us |
+| quantize_both_orders | 2 · 2 + 2, two passes | 65536 x 3072 | 284 us |
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _column_amax(x):
     """(32, 4, 128) bf16 -> (32, 128) fp32: the largest magnitude of four rows, NaN left out."""
     if INTERPRETED:
         return tl.max(tl.abs(x.to(tl.float32)), 1)
-    tl.static_assert(x.dtype == tl.bfloat16, "quantisers take bfloat16")
+    tl.static_assert(x.dtype == tl.bfloat16, "quantizers take bfloat16")
     x0, x1, x2, x3 = _four_rows(x)
     largest = tl.inline_asm_elementwise(LARGEST, "=r,r,r,r,r", [x0, x1, x2, x3], tl.bfloat16, is_pure=True, pack=2)
     return tl.abs(largest.to(tl.float32))
@@ -336,6 +336,6 @@ def quantize_columns(x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: b
     return Quantized(q_CG, scale)
 
 
-def quantize_tiles(x_RC: Tensor, index_G: Tensor, pow2: bool = False) -> BothOrders:
+def quantize_both_orders(x_RC: Tensor, index_G: Tensor, pow2: bool = False) -> BothOrders:
     """Rows (R, C), in the layout of ``quantize_rows(..., tma=True)``, and columns (C, G) in tiles: two passes."""
     return BothOrders(quantize_rows(x_RC, pow2, tma=True), quantize_columns(x_RC, index_G, pow2, tiled=True))

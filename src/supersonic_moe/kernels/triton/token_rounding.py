@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from supersonic_moe.config.router import SUM_EPS
+from supersonic_moe.kernels.interface import KeptPairs, Rounding
 from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.select_tokens import CHOSEN, EXTRA, ROW_MULTIPLE, select
 from supersonic_moe.kernels.triton.tiling import cdiv, next_power_of_2
@@ -244,15 +245,7 @@ def ranking_keys(logits_TE: Tensor, scores_TK: Tensor, ids_TK: Tensor, scale: fl
 
 
 def token_rounding_forward(
-    logits_TE: Tensor,
-    scores_TK: Tensor,
-    ids_TK: Tensor,
-    scale: float | None,
-    mode: str,
-    tile: int,
-    seed: int,
-    step: Tensor | int,
-    capacity: int,
+    logits_TE: Tensor, scores_TK: Tensor, ids_TK: Tensor, rounding: Rounding, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(tokens (C), experts (C), scores (C) fp32, counts (E), token_offsets (T+1)), C = ``capacity``; see reference.
 
@@ -262,6 +255,7 @@ def token_rounding_forward(
     if num_tokens == 0:
         zeros = ids_TK.new_zeros
         return zeros(0), zeros(0), scores_TK.new_zeros(0), zeros(num_experts), zeros(1)
+    scale, mode, tile, seed, step = rounding
     keys_EN = ranking_keys(logits_TE, scores_TK, ids_TK, scale)
     threshold_E, last_E, counts_E = select(keys_EN, num_tokens, mode, tile, seed, step)
     row_blocks = cdiv(num_tokens, MAX_TOKENS)
@@ -280,14 +274,7 @@ def token_rounding_forward(
     return tokens_C, experts_C, scores_C, counts_E, offsets_T1
 
 
-def token_rounding_backward(
-    dscores_C: Tensor,
-    logits_TE: Tensor,
-    scores_C: Tensor,
-    experts_C: Tensor,
-    token_offsets_T1: Tensor,
-    scale: float | None,
-) -> Tensor:
+def token_rounding_backward(dscores_C: Tensor, logits_TE: Tensor, kept: KeptPairs, scale: float | None) -> Tensor:
     """dlogits (T, E) in the dtype of the logits. All tensors are contiguous."""
     num_tokens, num_experts = logits_TE.shape
     dlogits_TE = logits_TE.new_empty(num_tokens, num_experts)
@@ -297,7 +284,7 @@ def token_rounding_backward(
     launch(
         _backward_kernel,
         (cdiv(num_tokens, tokens),),
-        (dscores_C, logits_TE, scores_C, experts_C, token_offsets_T1, dlogits_TE, num_tokens, scale),
+        (dscores_C, logits_TE, *kept, dlogits_TE, num_tokens, scale),
         (num_experts, tokens, block_e, SLOTS),
         num_warps=WARPS,
     )

@@ -22,7 +22,7 @@ from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.interface import Rows
-from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, OPCODES, GemmConfig, choose, config_of
+from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, OPCODES, GemmConfig, bf16_form, choose
 from supersonic_moe.kernels.sm90.operands import map_of_rows, map_of_stored_rows
 
 
@@ -30,7 +30,7 @@ def _spec(config: GemmConfig) -> KernelSpec:
     return replace(config.spec("row_scaled_gemm", OPCODES), root=Path(__file__).parent)
 
 
-SPECS = tuple(_spec(config_of(BLOCK_N, cluster, gather)) for cluster in (1, 2) for gather in (False, True))
+SPECS = tuple(_spec(bf16_form(BLOCK_N, cluster, gather)) for cluster in (1, 2) for gather in (False, True))
 
 
 @functools.cache

@@ -1,5 +1,5 @@
 // Backward of the gated activation behind the FP8 loop, outputs in e4m3: dZ as it lies with a scale for each row and 128 columns; dZ
-// and s A transposed, one scale for each tile of 128 x 128. For down_backward_fp8_quantised.cu; it differs from gated_backward_fp8.cuh as
+// and s A transposed, one scale for each tile of 128 x 128. For down_backward_fp8_quantize.cu; it differs from gated_backward_fp8.cuh as
 // follows.
 //
 // A kernel tile is 128 rows from an expert's first on, one block of positions, and its 256 activations are four tiles of dZ, a chunk each

@@ -11,7 +11,7 @@ struct ReadyAtStart {
 
 // Rows arrive while the kernel runs: `arrived[b]` counts those of block b of `block_rows` rows, and whoever writes them adds to it with
 // release; a tile waits until `expected[b]` are there. All lanes wait, so that each may then read A, its scales and its index by
-// ordinary loads, or issue TMA, which reads through the async proxy: hence the fence. One asm block, for the reason given at mbarrier_wait.
+// ordinary loads, or issue TMA, which reads through the async proxy: hence the fence.
 struct ReadyByCount {
     static constexpr bool WAITS = true;
     const u32* arrived;
@@ -24,17 +24,8 @@ struct ReadyByCount {
             ".reg .pred p;\n"
             ".reg .u32 seen;\n"
             ".reg .u64 start, now;\n"
-            "mov.u64 start, %%globaltimer;\n"
-            "RETRY:\n"
-            "ld.acquire.sys.global.u32 seen, [%0];\n"
-            "setp.ge.u32 p, seen, %1;\n"
-            "@p bra DONE;\n"
-            "mov.u64 now, %%globaltimer;\n"
-            "sub.u64 now, now, start;\n"
-            "setp.gt.u64 p, now, %2;\n"
-            "@p trap;\n"
-            "bra RETRY;\n"
-            "DONE:\n"
+            RETRY_UNTIL_TIMEOUT("ld.acquire.sys.global.u32 seen, [%0];\n"
+                                "setp.ge.u32 p, seen, %1;\n")
             "fence.proxy.async.global;\n"
             "}\n"
             :

@@ -57,30 +57,34 @@ DEVICE u32 load_remote(u32 address, u32 rank) {
     return word;
 }
 
+// PTX that tries until the predicate p holds, and traps after WAIT_TIMEOUT_NS, which is operand 2. Whoever waits writes one asm block
+// with this text in it: a `trap` that the compiler can see on a branch of its own makes ptxas allocate the whole role for the
+// launch's register count instead of the one given to register_alloc (350 bytes of spills in a promoted FP8 main loop).
+#define RETRY_UNTIL_TIMEOUT(ATTEMPT)      \
+    "mov.u64 start, %%globaltimer;\n"     \
+    "RETRY:\n" ATTEMPT                    \
+    "@p bra DONE;\n"                      \
+    "mov.u64 now, %%globaltimer;\n"       \
+    "sub.u64 now, now, start;\n"          \
+    "setp.gt.u64 p, now, %2;\n"           \
+    "@p trap;\n"                          \
+    "bra RETRY;\n"                        \
+    "DONE:\n"
+
 // Suspended by the hardware for a while at a time, until the phase of this parity is complete; traps after WAIT_TIMEOUT_NS.
-// One asm block on purpose: a `trap` that the compiler can see on a branch of its own makes ptxas allocate the whole role for
-// the launch's register count instead of the one given to register_alloc (350 bytes of spills in a promoted FP8 main loop).
 DEVICE void mbarrier_wait(u32 barrier, u32 parity) {
+#define TRY_WAIT "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%0], %1;\n"
     asm volatile(
         "{\n"
         ".reg .pred p;\n"
-        ".reg .u64 start, now;\n"
-        "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%0], %1;\n"
-        "@p bra DONE;\n"
-        "mov.u64 start, %%globaltimer;\n"
-        "RETRY:\n"
-        "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%0], %1;\n"
-        "@p bra DONE;\n"
-        "mov.u64 now, %%globaltimer;\n"
-        "sub.u64 now, now, start;\n"
-        "setp.gt.u64 p, now, %2;\n"
-        "@p trap;\n"
-        "bra RETRY;\n"
-        "DONE:\n"
+        ".reg .u64 start, now;\n" TRY_WAIT
+        "@p bra DONE;\n"  // the clock is read by those who wait only
+        RETRY_UNTIL_TIMEOUT(TRY_WAIT)
         "}\n"
         :
         : "r"(barrier), "r"(parity), "l"(WAIT_TIMEOUT_NS)
         : "memory");
+#undef TRY_WAIT
 }
 
 // True if the phase of this parity is complete: a look, not a wait.
@@ -96,6 +100,29 @@ DEVICE bool mbarrier_test(u32 barrier, u32 parity) {
         : "r"(barrier), "r"(parity)
         : "memory");
     return complete;
+}
+
+// The same of two barriers, whose answers come together.
+DEVICE bool mbarrier_test_both(u32 first, u32 second, u32 parity) {
+    u32 complete;
+    asm volatile(
+        "{\n"
+        ".reg .pred p, q;\n"
+        "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %3;\n"
+        "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 q, [%2], %3;\n"
+        "and.pred p, p, q;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}\n"
+        : "=r"(complete)
+        : "r"(first), "r"(second), "r"(parity)
+        : "memory");
+    return complete;
+}
+
+DEVICE void mbarrier_wait_both(u32 first, u32 second, u32 parity) {
+    if (mbarrier_test_both(first, second, parity)) return;
+    mbarrier_wait(first, parity);
+    mbarrier_wait(second, parity);
 }
 
 // Position in a ring of Stages buffers with one `full` and one `empty` barrier each. Producer and consumer both start at

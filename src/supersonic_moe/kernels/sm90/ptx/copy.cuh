@@ -57,10 +57,16 @@ DEVICE void tma_load_multicast(u32 tile, const TensorMap* map, u32 barrier, u16 
         : "memory");
 }
 
-// Loads of what is read once: it leaves L2 first. `policy` of evict_first().
+// Loads of what is read once: it leaves L2 first (`policy` of evict_first()), unless others read it soon (evict_normal()).
 DEVICE u64 evict_first() {
     u64 policy;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+DEVICE u64 evict_normal() {
+    u64 policy;
+    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
 

@@ -22,24 +22,15 @@ DEVICE void add_release(u32* counter, u32 value) {
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
 
-// Until *counter is `target` or more; traps after WAIT_TIMEOUT_NS. One asm block, for the reason given at mbarrier_wait.
+// Until *counter is `target` or more; traps after WAIT_TIMEOUT_NS.
 DEVICE void wait_for_count(const u32* counter, u32 target) {
     asm volatile(
         "{\n"
         ".reg .pred p;\n"
         ".reg .u32 seen;\n"
         ".reg .u64 start, now;\n"
-        "mov.u64 start, %%globaltimer;\n"
-        "RETRY:\n"
-        "ld.acquire.gpu.global.u32 seen, [%0];\n"
-        "setp.ge.u32 p, seen, %1;\n"
-        "@p bra DONE;\n"
-        "mov.u64 now, %%globaltimer;\n"
-        "sub.u64 now, now, start;\n"
-        "setp.gt.u64 p, now, %2;\n"
-        "@p trap;\n"
-        "bra RETRY;\n"
-        "DONE:\n"
+        RETRY_UNTIL_TIMEOUT("ld.acquire.gpu.global.u32 seen, [%0];\n"
+                            "setp.ge.u32 p, seen, %1;\n")
         "}\n"
         :
         : "l"(counter), "r"(target), "l"(WAIT_TIMEOUT_NS)

@@ -98,8 +98,9 @@ DEVICE ExpertScan scan_experts(RowShared& shared, u32 rows, u32 num_local) {
 // What the kernels behind the router read.
 struct RowTables {
     i32* offsets;    // (E + 1): rows [offsets[e], offsets[e + 1]) of expert e for the tile kernels, all zero where they are streamed; may be null
-    int4* items;     // header {items, rows of the largest, padded rows, streamed?}, then {expert, first row, rows, 0} of each
+    int4* items;     // header {items, rows of the largest, padded rows, streamed?}, then {expert, first row, rows, which << 16 | of} of each
     i32* row_slot;   // slot of each row; -1 in the rows between two experts
+    i32* row_token;  // token of each row, for the tile kernels; may be null
     i32* slot_row;   // row of each slot, -1 for none
     i32 stream_rows;  // the most rows that are streamed, padding not counted
 
@@ -120,14 +121,16 @@ DEVICE u32 store_experts(const RowTables& tables, u32 num_local, const ExpertSca
     if (tables.offsets) tables.offsets[e] = streamed ? 0 : first;
     if (!streamed) return first;
     int4* item = tables.items + 1 + scan.before.items;
-    for (u32 row = 0; row < rows; row += item_rows) *item++ = make_int4(e, first + row, min(rows - row, item_rows), 0);
+    const u32 of = (rows + item_rows - 1) / item_rows;
+    for (u32 i = 0; i < of; ++i)
+        *item++ = make_int4(e, first + i * item_rows, min(rows - i * item_rows, item_rows), of < 0x8000 ? i << 16 | of : 1);
     for (u32 row = rows; row % row_group != 0; ++row) tables.row_slot[first + row] = -1;
     return first;
 }
 
 // Writes both directions for the slots that count_slots ranked; `first_slot` is the first of them in the whole batch.
 template <u32 Parts>
-DEVICE void place_slots(const RowShared& shared, const RowTables& tables, const u16* experts, u32 slots, i64 first_slot,
+DEVICE void place_slots(const RowShared& shared, const RowTables& tables, const u16* experts, u32 slots, i64 first_slot, u32 choices,
                         const u32 (&rank)[Parts]) {
     const u32 warp = threadIdx.x / 32, lane = lane_index();
 #pragma unroll
@@ -139,6 +142,7 @@ DEVICE void place_slots(const RowShared& shared, const RowTables& tables, const 
         if (expert != nowhere) {
             row = shared.first_row[expert] + shared.by_warp[warp][expert] + rank[part];
             tables.row_slot[row] = static_cast<i32>(first_slot + slot);
+            if (tables.row_token) tables.row_token[row] = static_cast<i32>((first_slot + slot) / choices);
         }
         tables.slot_row[first_slot + slot] = row;
     }

@@ -1,56 +1,90 @@
 // The last thing that the math warps of the streaming kernel do: each token's weighted sum of its rows of y, in fp32 and in ascending order
-// of the choices. A warp takes 128 columns of as many tokens as have their slots in 32 lanes. A token without rows gets +0.
+// of the choices. A warp takes 128 columns of a batch of tokens. A token without rows gets +0.
 #pragma once
 #include "stream/work.cuh"
 
 constexpr u32 COMBINE_AHEAD = 8;  // rows of y that a lane has asked for
 
-DEVICE void combine_tokens(const Problem& p, const Geometry& g) {
-    const u32 lane = lane_index(), warp = threadIdx.x / 32, columns = p.blocks_hidden();
-    const u32 each = 32 / p.choices, batches = (p.tokens + each - 1) / each;
-    const i64 units = static_cast<i64>(batches) * columns;
-    for (i64 unit = blockIdx.x + gridDim.x * warp; unit < units; unit += gridDim.x * MATH_WARPS) {
-        const u32 block = unit % columns, first_token = unit / columns * each, tokens = min(each, p.tokens - first_token);
-        i32 row = -1;
-        float weight = 0.0f;
-        if (lane < tokens * p.choices) {
-            const i64 slot = static_cast<i64>(first_token) * p.choices + lane;
-            row = p.slot_row[slot];
-            if (row >= 0) weight = p.slot_weight[slot];
-        }
-        u32 wanted = __ballot_sync(0xffffffffu, row >= 0), held = wanted;  // rows to ask for, rows to add
-        const u32 column = block * BLOCK_CHANNELS + 4 * lane;
-        const float* const y = p.y + column;
-        u16* out = p.out + static_cast<i64>(first_token) * p.hidden + column;
+// The slots of a batch of tokens, spread over the lanes of a warp.
+struct Slots {
+    i32 row[BATCH_SLOTS / 32];
+    float weight[BATCH_SLOTS / 32];
 
-        wait_for_count(p.stored(block), 2 * g.items);
-        float4 ahead[COMBINE_AHEAD];
-        const auto ask = [&](float4& place) {
-            const i64 of = __shfl_sync(0xffffffffu, row, __ffs(wanted) - 1 & 31);
-            if (wanted) place = load_shared_by_blocks(reinterpret_cast<const float4*>(y + of * p.hidden));
-            wanted &= wanted - 1;
-        };
+    DEVICE Slots(const Problem& p, u32 first_token, u32 tokens) {
 #pragma unroll
-        for (u32 i = 0; i < COMBINE_AHEAD; ++i) ask(ahead[i]);
-        u32 token = 0;
-        float4 sum = {};
-        const auto finish_until = [&](u32 next) {
-            for (; token < next; ++token, out += p.hidden, sum = float4{})
-                *reinterpret_cast<uint2*>(out) = make_uint2(pack_bf16(sum.x, sum.y), pack_bf16(sum.z, sum.w));
-        };
-        while (held) {
-#pragma unroll
-            for (u32 i = 0; i < COMBINE_AHEAD; ++i) {
-                if (!held) break;
-                const u32 slot = __ffs(held) - 1;
-                held &= held - 1;
-                finish_until(slot / p.choices);
-                const float w = __shfl_sync(0xffffffffu, weight, slot);
-                sum.x = __fmaf_rn(w, ahead[i].x, sum.x), sum.y = __fmaf_rn(w, ahead[i].y, sum.y);
-                sum.z = __fmaf_rn(w, ahead[i].z, sum.z), sum.w = __fmaf_rn(w, ahead[i].w, sum.w);
-                ask(ahead[i]);
-            }
+        for (u32 i = 0; i < BATCH_SLOTS / 32; ++i) {
+            const u32 at = 32 * i + lane_index();
+            const i64 slot = static_cast<i64>(first_token) * p.choices + at;
+            const bool used = at < tokens * p.choices;
+            row[i] = used ? __ldg(p.slot_row + slot) : -1;
+            weight[i] = used ? __ldg(p.slot_weight + slot) : 0.0f;
         }
-        finish_until(tokens);
+    }
+
+    // What a warp adds, in order: those that have a row. Returns how many.
+    DEVICE u32 list(const Problem& p, RowList& list) const {
+        const u32 lane = lane_index();
+        u32 rows = 0;
+#pragma unroll
+        for (u32 i = 0; i < BATCH_SLOTS / 32; ++i) {
+            const u32 used = __ballot_sync(0xffffffffu, row[i] >= 0);
+            const u32 at = rows + __popc(used & ((1u << lane) - 1));
+            if (row[i] >= 0) list.row[at] = row[i], list.weight[at] = weight[i], list.token[at] = (32 * i + lane) / p.choices;
+            rows += __popc(used);
+        }
+        __syncwarp();
+        return rows;
+    }
+};
+
+// `y`, `out`: this lane's four columns, of the first row and of the first token of the batch.
+DEVICE void add_rows(const Problem& p, const RowList& list, u32 rows, u32 tokens, const float* y, u16* out) {
+    float4 ahead[COMBINE_AHEAD];
+    const auto ask = [&](float4& place, u32 i) {
+        if (i < rows) place = load_shared_by_blocks(reinterpret_cast<const float4*>(y + static_cast<i64>(list.row[i]) * p.hidden));
+    };
+#pragma unroll
+    for (u32 i = 0; i < COMBINE_AHEAD; ++i) ask(ahead[i], i);
+    u32 token = 0;
+    float4 sum = {};
+    const auto finish_until = [&](u32 next) {
+        for (; token < next; ++token, out += p.hidden, sum = float4{})
+            *reinterpret_cast<uint2*>(out) = make_uint2(pack_bf16(sum.x, sum.y), pack_bf16(sum.z, sum.w));
+    };
+    for (u32 first = 0; first < rows; first += COMBINE_AHEAD) {
+#pragma unroll
+        for (u32 i = 0; i < COMBINE_AHEAD; ++i) {
+            if (first + i >= rows) break;
+            finish_until(list.token[first + i]);
+            const float weight = list.weight[first + i];
+            sum.x = __fmaf_rn(weight, ahead[i].x, sum.x), sum.y = __fmaf_rn(weight, ahead[i].y, sum.y);
+            sum.z = __fmaf_rn(weight, ahead[i].z, sum.z), sum.w = __fmaf_rn(weight, ahead[i].w, sum.w);
+            ask(ahead[i], first + i + COMBINE_AHEAD);
+        }
+    }
+    finish_until(tokens);
+}
+
+DEVICE void combine_tokens(const Block& block, const Problem& p, const Geometry& g) {
+    const u32 columns = p.blocks_hidden(), warps = gridDim.x * MATH_WARPS;
+    // As many tokens a batch as give each warp one, up to what a list holds.
+    const u32 share = (static_cast<u64>(p.tokens) * columns + warps - 1) / warps;
+    const u32 each = max(1, min(share, BATCH_SLOTS / p.choices)), batches = (p.tokens + each - 1) / each;
+    RowList& list = block.side.lists[threadIdx.x / 32];
+    const u64 units = static_cast<u64>(batches) * columns;
+    const auto slots_of = [&](u64 unit) {
+        const u32 first = unit / columns * each;
+        return Slots(p, first, unit < units ? min(each, p.tokens - first) : 0);
+    };
+    u64 unit = blockIdx.x + gridDim.x * (threadIdx.x / 32);
+    Slots next = slots_of(unit);
+    for (; unit < units; unit += warps) {
+        const u32 of_columns = unit % columns, column = of_columns * BLOCK_CHANNELS + 4 * lane_index();
+        const u32 first = unit / columns * each, tokens = min(each, p.tokens - first);
+        const u32 rows = next.list(p, list);
+        next = slots_of(unit + warps);
+        wait_for_count(p.stored(of_columns), 2 * g.items);
+        add_rows(p, list, rows, tokens, p.y + column, p.out + static_cast<i64>(first) * p.hidden + column);
+        __syncwarp();  // the next batch writes the list again
     }
 }

@@ -1,6 +1,6 @@
 // The two loading warps of the streaming kernel: one for weights, which never waits for data, and one for the rows that they multiply.
 #pragma once
-#include "stream/work.cuh"
+#include "stream/gather.cuh"
 
 // Weights of the routed experts, or of the shared one, as maps with boxes of as many rows as a tile has.
 struct WeightMaps {
@@ -8,11 +8,13 @@ struct WeightMaps {
 };
 
 // One thread. Takes tiles from the counter, tells the other warps, and loads a K block of the tile into each stage. Weights of W2 are
-// loaded before what they multiply is there. The next tile is asked for while this one is loaded: the answer takes as long as a K block.
+// loaded before what they multiply is there, as far as the ring goes. The next tile is asked for while this one is loaded: the answer takes as
+// long as a K block.
 DEVICE void load_weights(const Block& block, const Problem& p, const Geometry& g, const WeightMaps& routed, const WeightMaps& shared) {
-    const u64 policy = evict_first();
+    const u64 read_once = evict_first(), read_again = evict_normal();
     const u32 bytes = g.tile_rows * LINE_BYTES;
-    Cursor ring, queue;
+    Cursor ring, landed, queue;
+    u32 before_waiting = g.stages_on_the_way();
     const auto announce = [&](const Tile& tile) {
         mbarrier_wait(block.queue_empty(queue.at), queue.phase ^ 1);
         block.side.queue[queue.at] = tile;
@@ -27,10 +29,17 @@ DEVICE void load_weights(const Block& block, const Problem& p, const Geometry& g
         const i32 expert = own ? 0 : tile.expert;
         const i32 row = tile.index * (first_product ? g.tile_rows / 16 : g.tile_rows);
         const u32 blocks = first_product ? p.blocks_hidden() : p.blocks_inter();
+        const u64 policy = tile.shares ? read_again : read_once;
         const u32 ask = add_relaxed(p.next_tile(), 1) + gridDim.x;
         for (u32 k = 0; k < blocks; ++k) {
-            const u32 full = block.full(ring.at), stage = block.ring + ring.at * g.stage_bytes;
+            const u32 full = block.weights(ring.at), stage = block.ring + ring.at * g.stage_bytes;
             mbarrier_wait(block.empty(ring.at), ring.phase ^ 1);
+            if (before_waiting > 0) {
+                --before_waiting;
+            } else {
+                mbarrier_wait(block.weights(landed.at), landed.phase);
+                landed.advance(g.stages);
+            }
             mbarrier_arrive_expect_tx(full, bytes);
             if (first_product) {
                 tma_load_once(stage, map, full, policy, k * LINE_BYTES, 0, 0, row, expert);
@@ -68,7 +77,7 @@ struct WeightScales {
 // one in 32 ahead.
 DEVICE void load_tokens(const Block& block, const Problem& p, const Geometry& g) {
     const u32 lane = lane_index();
-    bool gathered = false;
+    u32 seen = 0xffffffffu;  // item whose rows of x are there
     Cursor ring, queue;
     while (true) {
         const Tile tile = block.read_tile(queue);
@@ -84,13 +93,13 @@ DEVICE void load_tokens(const Block& block, const Problem& p, const Geometry& g)
             if (k == 0) {
                 if (!first_product) {
                     wait_for_count(p.ready(tile.item), p.blocks_inter());
-                } else if (!gathered) {
-                    wait_for_count(p.gathered(), 2 * gridDim.x);
+                } else if (tile.item != seen) {
+                    wait_for_rows(p, g, tile);
+                    seen = tile.item;
                 }
-                gathered = true;
                 fence_proxy_async_global();
             }
-            const u32 full = block.full(ring.at);
+            const u32 full = block.tokens(ring.at);
             mbarrier_wait(block.empty(ring.at), ring.phase ^ 1);
             const float of_upper = __shfl_sync(0xffffffffu, upper, k % 32), of_lower = __shfl_sync(0xffffffffu, lower, k % 32);
             if (elect_one()) {

@@ -19,30 +19,55 @@ struct MathGroup {
     DEVICE u32 first_channel(const Geometry& g, const Tile& tile) const { return tile.index * (g.tile_rows / 2) + index * GROUP_CHANNELS; }
 };
 
+// Whether registers allow two products under way: a chain of four instructions and their promotion takes longer than a stage.
 template <u32 N>
-DEVICE void multiply_rows(float (&sum)[N / 2], const Block& block, const Geometry& g, const MathGroup& group, Cursor& ring, u32 blocks) {
-    const u32 lane = lane_index();
-#pragma unroll
-    for (u32 i = 0; i < N / 2; ++i) sum[i] = 0.0f;
-    for (u32 k = 0; k < blocks; ++k) {
-        mbarrier_wait(block.full(ring.at), ring.phase);
-        const u32 stage = __shfl_sync(0xffffffffu, block.ring + ring.at * g.stage_bytes, 0);
-        const u64 weights = k_major_descriptor(stage + group.index * (64 * LINE_BYTES));
-        const u64 rows = k_major_descriptor(stage + g.token_tile());
-        float product[N / 2];
+constexpr bool overlaps = N <= 64;
+
+template <u32 N>
+struct RowProduct {
+    const Block& block;
+    const Geometry& g;
+    const MathGroup& group;
+    float (&sum)[N / 2];
+    u64 weights, rows;  // descriptors of the first stage; those of others follow every g.stage_bytes
+
+    DEVICE RowProduct(const Block& block, const Geometry& g, const MathGroup& group, float (&sum)[N / 2])
+        : block(block), g(g), group(group), sum(sum) {
+        const u32 ring = __shfl_sync(0xffffffffu, block.ring, 0);
+        weights = k_major_descriptor(ring + group.index * (64 * LINE_BYTES));
+        rows = k_major_descriptor(ring + g.token_tile());
+    }
+
+    // Starts the product of the stage at `ring`, once it is there.
+    DEVICE void start(float (&product)[N / 2], const Cursor& ring) const {
+        mbarrier_wait_both(block.weights(ring.at), block.tokens(ring.at), ring.phase);
+        const u64 a = advance_descriptor(weights, ring.at * g.stage_bytes), b = advance_descriptor(rows, ring.at * g.stage_bytes);
         pin_accumulators(product);
         wgmma_fence();
 #pragma unroll
         for (u32 step = 0; step < 4; ++step)
-            WgmmaE4m3<N>::multiply(product, advance_descriptor(weights, 32 * step), advance_descriptor(rows, 32 * step), step > 0);
+            WgmmaE4m3<N>::multiply(product, advance_descriptor(a, 32 * step), advance_descriptor(b, 32 * step), step > 0);
         wgmma_commit();
+    }
+
+    // Adds it, once all but `Pending` of the products that were started are done, and hands the stage back.
+    template <u32 Pending>
+    DEVICE void finish(float (&product)[N / 2], Cursor& ring) const {
+        const u32 lane = lane_index();
         const float upper = block.side.weight_scales[ring.at][0], lower = block.side.weight_scales[ring.at][1];
-        wgmma_wait<0>();
-        pin_accumulators(product);
         const float* const scales = reinterpret_cast<const float*>(block.memory + g.token_scales(ring.at)) + 2 * (lane % 4);
+        float2 of_rows[N / 8];
+        const auto read_scales = [&] {
+#pragma unroll
+            for (u32 j = 0; j < N / 8; ++j) of_rows[j] = *reinterpret_cast<const float2*>(scales + 8 * j);
+        };
+        if (overlaps<N>) read_scales();
+        wgmma_wait<Pending>();
+        pin_accumulators(product);
+        if (!overlaps<N>) read_scales();
 #pragma unroll
         for (u32 j = 0; j < N / 8; ++j) {
-            const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j);
+            const float2 scale = of_rows[j];
             float* const s = sum + 4 * j;
             const float* const d = product + 4 * j;
             s[0] = __fmaf_rn(upper * scale.x, d[0], s[0]);
@@ -53,6 +78,39 @@ DEVICE void multiply_rows(float (&sum)[N / 2], const Block& block, const Geometr
         __syncwarp();
         if (lane == 0) mbarrier_arrive(block.empty(ring.at), group.arrivals);
         ring.advance(g.stages);
+    }
+};
+
+template <u32 N>
+DEVICE void multiply_rows(float (&sum)[N / 2], const Block& block, const Geometry& g, const MathGroup& group, Cursor& ring, u32 blocks) {
+#pragma unroll
+    for (u32 i = 0; i < N / 2; ++i) sum[i] = 0.0f;
+    const RowProduct<N> product(block, g, group, sum);
+    float even[N / 2];
+    if constexpr (!overlaps<N>) {
+        for (u32 k = 0; k < blocks; ++k) {
+            product.start(even, ring);
+            product.template finish<0>(even, ring);
+        }
+    } else {
+        float odd[N / 2];
+        Cursor next = ring;
+        const auto start = [&](float (&d)[N / 2]) {
+            product.start(d, next);
+            next.advance(g.stages);
+        };
+        start(even);
+        for (u32 k = 1; k < blocks; k += 2) {
+            start(odd);
+            product.template finish<1>(even, ring);
+            if (k + 1 == blocks) {
+                product.template finish<0>(odd, ring);
+                return;
+            }
+            start(even);
+            product.template finish<1>(odd, ring);
+        }
+        product.template finish<0>(even, ring);
     }
 }
 

@@ -1,8 +1,8 @@
 // What the streaming kernel computes, in tiles, and how its blocks share shared memory. See stream_experts.py.
 //
 // An item is up to 128 rows of an expert, as the routing kernels list them. A tile is `tile_rows` rows of a weight times all rows of an
-// item: first W13 of all items, then W2 of all items, numbered in this order, taken from a counter. A tile of W13 is for tile_rows / 2
-// channels: each 16 lines of it are 8 rows of one half of W13 and the 8 rows of the other half for the same channels.
+// item: first W13 of all items, then W2 of all items, numbered in this order, taken from a counter; items of one expert take turns, so that
+// its weights come from DRAM once. A tile of W13 is for tile_rows / 2 channels: each 16 lines of it are 8 rows of one half of W13 and the 8 rows of the other half for the same channels.
 #pragma once
 #include "ptx/copy.cuh"
 #include "ptx/memory.cuh"
@@ -11,14 +11,19 @@ constexpr u32 LINE_BYTES = 128;         // of K: a K block, one swizzled line
 constexpr u32 WIDE = 128, NARROW = 64;  // rows of a tile
 constexpr u32 BLOCK_CHANNELS = 128;     // one scale of c; a block of columns of y that is combined at a time
 constexpr u32 GROUP_CHANNELS = 32;      // of a warpgroup's 64 rows of W13
+constexpr u32 GATHER_BLOCKS = 16;       // K blocks of x that a warp gathers at a time: eight lanes a block, 16 elements a lane, four times
+constexpr u32 GATHER_ROWS = 64;         // rows of x that are waited for together
 constexpr u32 MAX_STAGES = 24;
 constexpr u32 QUEUE = 4;       // tiles known ahead
 constexpr u32 KNOWN_ITEMS = 64;  // in shared memory; what is behind them is read from global memory
-constexpr u32 RING_BYTES = 224 * 1024;
+constexpr u32 RING_BYTES = 216 * 1024;
+// Weights that a block has asked for and not got, at most. 33 KB would keep DRAM busy (4.4 TB/s for a microsecond, by 132); a full ring of
+// requests is no faster and makes everything else wait 6 us behind them.
+constexpr u32 BYTES_ON_THE_WAY = 64 * 1024;
 
 constexpr u32 MATH_WARPS = 8, WEIGHT_WARP = 8, TOKEN_WARP = 9;
 constexpr u32 STREAM_THREADS = 32 * 10;
-constexpr u32 FULL_ARRIVALS = 2, QUEUE_READERS = 1 + MATH_WARPS;
+constexpr u32 QUEUE_READERS = 1 + MATH_WARPS;
 
 // Rows of e4m3 in planes: plane b holds the K block b of every row, 128 bytes each, swizzled as TMA would have it, and their scales. So the
 // rows of an item are one copy of N * 128 bytes and one of N * 4. Rows up to the next multiple of N are read, multiplied and dropped.
@@ -34,7 +39,7 @@ struct Planes {
 };
 
 struct Problem {
-    const int4* items;  // header, then {expert, first row, rows, 0} of each
+    const int4* items;  // header, then {expert, first row, rows, which << 16 | of} of each: one of the expert's
     const i32* row_slot;
     const i32* slot_row;
     const float* slot_weight;
@@ -62,15 +67,17 @@ struct Problem {
     DEVICE i32 shared() const { return shared_expert; }  // slots of a token that are no choice of the router
     DEVICE u32 blocks_hidden() const { return hidden / LINE_BYTES; }
     DEVICE u32 blocks_inter() const { return (inter + LINE_BYTES - 1) / LINE_BYTES; }
-    // Counters, all zero at the start: the next tile; warpgroups that have gathered their rows of x; warpgroups that have stored their part
-    // of a block of columns of y; blocks of c of each item that are ready; arrivals at each of these blocks.
+    // Counters, all zero at the start: the next tile; warpgroups that have stored their part of a block of columns of y; blocks of c of each
+    // item that are ready; arrivals at each of these blocks; parts of each 64 rows of x that are gathered.
     DEVICE u32* next_tile() const { return counters; }
-    DEVICE u32* gathered() const { return counters + 1; }
     DEVICE u32* stored(u32 block) const { return counters + 4 + block; }
     DEVICE u32* ready(u32 item) const { return counters + 4 + blocks_hidden() + item; }
     DEVICE u32* arrivals(u32 item, u32 block) const {
         return counters + 4 + blocks_hidden() + max_items + item * blocks_inter() + block;
     }
+    DEVICE u32* gathered(u32 group) const { return arrivals(max_items, 0) + group; }
+    // Of a row of x; a warp gathers one at a time.
+    DEVICE u32 gather_parts() const { return (blocks_hidden() + GATHER_BLOCKS - 1) / GATHER_BLOCKS; }
 };
 
 // Columns of the instruction that holds `rows` rows: one of 8, 16, 24, 32, 48, 64, 96, 128.
@@ -98,6 +105,7 @@ struct Geometry {
     }
     DEVICE bool narrow() const { return tile_rows == NARROW; }
     DEVICE u32 tiles() const { return items * (tiles1 + tiles2); }
+    DEVICE u32 stages_on_the_way() const { return min(stages, BYTES_ON_THE_WAY / (tile_rows * LINE_BYTES)); }
     DEVICE u32 token_tile() const { return tile_rows * LINE_BYTES; }  // behind the weights of a stage
     // Of the tokens in a stage, behind all stages.
     DEVICE u32 token_scales(u32 stage) const { return stages * stage_bytes + stage * token_scale_bytes; }
@@ -108,6 +116,7 @@ struct Tile {
     u32 index;    // of the item's
     u32 item;
     i32 expert, row, rows;
+    bool shares;  // its weights with the tiles next to it, of other rows of the same expert
 };
 
 // Places in a ring of `size`, which is not known at compile time.
@@ -118,11 +127,20 @@ struct Cursor {
     }
 };
 
+constexpr u32 BATCH_SLOTS = 128;  // of the tokens that a warp combines at a time
+
+struct RowList {
+    i32 row[BATCH_SLOTS];
+    float weight[BATCH_SLOTS];
+    u8 token[BATCH_SLOTS];  // of the batch
+};
+
 struct alignas(128) Side {
+    RowList lists[MATH_WARPS];
     int4 items[1 + KNOWN_ITEMS];         // as in global memory
     float weight_scales[MAX_STAGES][2];  // of the two row sets of a thread's accumulators: r and r + 8
     Tile queue[QUEUE];
-    u64 full[MAX_STAGES], empty[MAX_STAGES];
+    u64 weights[MAX_STAGES], tokens[MAX_STAGES], empty[MAX_STAGES];  // of each stage: the two have landed; both have been used
     u64 queue_full[QUEUE], queue_empty[QUEUE];
     u32 last[2];  // whether a warpgroup was the last to reach a block of c
 };
@@ -132,7 +150,8 @@ struct Block {
     u32 ring;
     Side& side;
 
-    DEVICE u32 full(u32 stage) const { return smem_address(&side.full[stage]); }
+    DEVICE u32 weights(u32 stage) const { return smem_address(&side.weights[stage]); }
+    DEVICE u32 tokens(u32 stage) const { return smem_address(&side.tokens[stage]); }
     DEVICE u32 empty(u32 stage) const { return smem_address(&side.empty[stage]); }
     DEVICE u32 queue_full(u32 place) const { return smem_address(&side.queue_full[place]); }
     DEVICE u32 queue_empty(u32 place) const { return smem_address(&side.queue_empty[place]); }
@@ -141,7 +160,8 @@ struct Block {
     DEVICE void init_barriers() const {
         if (threadIdx.x == 0) {
             for (u32 i = 0; i < MAX_STAGES; ++i) {
-                mbarrier_init(full(i), FULL_ARRIVALS);
+                mbarrier_init(weights(i), 1);
+                mbarrier_init(tokens(i), 1);
                 mbarrier_init(empty(i), MATH_WARPS);
             }
             for (u32 i = 0; i < QUEUE; ++i) {
@@ -162,10 +182,18 @@ struct Block {
         if (number >= g.tiles()) return {};
         const bool second = number >= g.items * g.tiles1;
         const u32 inside = second ? number - g.items * g.tiles1 : number, each = second ? g.tiles2 : g.tiles1;
-        const u32 item = inside / each;
-        const int4 rows = item < KNOWN_ITEMS ? side.items[1 + item] : p.items[1 + item];
-        return {second ? 2u : 1u, inside % each, item, rows.x, rows.y, rows.z};
+        u32 item = inside / each, index = inside % each;
+        int4 rows = item_at(p, item);
+        const u32 which = static_cast<u32>(rows.w) >> 16, of = rows.w & 0xffff;
+        if (of > 1) {
+            const u32 first = item - which, number_in_expert = inside - first * each;
+            item = first + number_in_expert % of, index = number_in_expert / of;
+            rows = item_at(p, item);
+        }
+        return {second ? 2u : 1u, index, item, rows.x, rows.y, rows.z, of > 1};
     }
+
+    DEVICE int4 item_at(const Problem& p, u32 item) const { return item < KNOWN_ITEMS ? side.items[1 + item] : p.items[1 + item]; }
 
     // All lanes of a warp; the entry is handed back, `arrivals` for this warp.
     DEVICE Tile read_tile(Cursor& queue, u32 arrivals = 1) const {

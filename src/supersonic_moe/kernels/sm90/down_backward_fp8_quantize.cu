@@ -1,5 +1,5 @@
 // down_backward_fp8.cu with FP8 outputs: dZ in e4m3 as it lies and transposed, s * A transposed, one scale for each tile of 128 x 128. See
-// down_backward_fp8_quantised.py.
+// down_backward_fp8_quantize.py.
 #include "epilogue/gated_backward_quantize.cuh"
 #include "gemm/roles.cuh"
 #include "gemm/spec.cuh"
@@ -8,7 +8,7 @@ constexpr Config CONFIG = CONFIG_OF_SPEC<Operand::E4M3>;
 using Epilogue = GatedBackwardQuantized<CONFIG, Gate{static_cast<Act>(ACTIVATION), INTERLEAVED}>;
 static_assert(SAVED_FP8, "a slot is what one chunk stages");
 
-extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1) down_backward_fp8_quantised(
+extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1) down_backward_fp8_quantize(
     const __grid_constant__ TensorMap map_do, const __grid_constant__ TensorMap map_scale_do, const __grid_constant__ TensorMap map_w,
     const __grid_constant__ TensorMap map_z, const __grid_constant__ TensorMap map_scale_z, const __grid_constant__ TensorMap map_scores,
     const __grid_constant__ TensorMap map_dz, const __grid_constant__ TensorMap map_dz_transposed,

@@ -1,12 +1,12 @@
-"""The FP8 backward of the down-projection with quantised results, against fp64 and against the formats it promises."""
+"""The FP8 backward of the down-projection with quantized results, against fp64 and against the formats it promises."""
 
 from __future__ import annotations
 
 import oracle
 import pytest
 import torch
-from down_backward_cases import ACTIVATIONS, INTERLEAVED, RAGGED, SCORES, SIZES, arguments_of
-from grouped_cases import CUDA, GROUPS, case, indexed
+from down_backward_cases import ACTIVATIONS, INTERLEAVED, RAGGED, SIZES, step_of
+from grouped_cases import CUDA, GROUPS, case, rows_case
 from poison import poisoned_allocations  # noqa: F401
 
 from supersonic_moe.config.activation import Activation, GateUpLayout
@@ -14,9 +14,9 @@ from supersonic_moe.kernels import reference
 from supersonic_moe.kernels.interface import BothOrders, Quantized, Segments
 from supersonic_moe.kernels.reference.quantize import dequantize
 from supersonic_moe.kernels.sm90.down_backward_fp8 import down_backward_fp8
-from supersonic_moe.kernels.sm90.down_backward_fp8_quantised import down_backward_fp8_quantised
+from supersonic_moe.kernels.sm90.down_backward_fp8_quantize import down_backward_fp8_quantize
 from supersonic_moe.kernels.triton.pad_segments import pad_segments
-from supersonic_moe.kernels.triton.quantize import quantize_columns, quantize_tiles
+from supersonic_moe.kernels.triton.quantize import quantize_both_orders, quantize_columns
 from supersonic_moe.quantization.block_format import E4M3, padded_capacity
 
 pytestmark = pytest.mark.gpu
@@ -50,12 +50,12 @@ def test_many_tiles_of_one_block(width: int, hidden: int, gathered: bool) -> Non
 @pytest.mark.parametrize(("layout", "saved_fp8"), [(GateUpLayout.UP_GATE, True), (INTERLEAVED, False)])
 def test_other_cases_are_composed(layout: GateUpLayout, saved_fp8: bool) -> None:
     offsets, (dout,) = case([300, 0, 70], 3, 256)
-    arguments, _ = arguments_of(offsets, dout, None, 256, layout, ACTIVATIONS["swiglu"], saved_fp8, True)
+    step, _ = step_of(offsets, dout, None, 256, layout, ACTIVATIONS["swiglu"], saved_fp8, True)
     segments = segments_of(offsets, dout.shape[0])
-    got = flat(*down_backward_fp8_quantised(*arguments, segments, False))
-    dh, scaled, ds = down_backward_fp8(*arguments)
+    got = flat(*down_backward_fp8_quantize(step, segments, False))
+    dh, scaled, ds = down_backward_fp8(step)
     index = segments.row_index
-    want = flat(quantize_tiles(dh, index), quantize_columns(scaled, index, tiled=True), ds)
+    want = flat(quantize_both_orders(dh, index), quantize_columns(scaled, index, tiled=True), ds)
     rows, used = int(offsets[-1]), int(segments.offsets[-1])
     owned = [(rows,), (rows,), *[(None, used), (None, used // 128)] * 2, (rows,)]  # what is written
     for x, y, ends in zip(got, want, owned, strict=True):
@@ -82,16 +82,12 @@ def segments_of(offsets: torch.Tensor, allocated: int) -> Segments:
 def check(
     counts: list[int], hidden: int, width: int, activation: Activation, *, gathered: bool, bias: bool, pow2: bool
 ) -> None:
-    if gathered:
-        offsets, dout, index = indexed(counts, 3, hidden)
-    else:
-        offsets, (dout,) = case(counts, 3, hidden)
-        index = None
+    offsets, dout, index = rows_case(counts, 3, hidden, gathered)
     rows, allocated = sum(counts), dout.shape[0] if index is None else index.shape[0]
-    arguments, (want_dh, want_as, want_ds, products) = arguments_of(
+    step, (want_dh, want_as, want_ds, products) = step_of(
         offsets, dout, index, width, INTERLEAVED, activation, True, bias
     )
-    zero = arguments[SCORES][:rows] == 0
+    zero = step.row_scores[:rows] == 0
     segments = segments_of(offsets, allocated)
     used = int(segments.offsets[-1])
     row_index = segments.row_index[:used].long()
@@ -99,7 +95,7 @@ def check(
 
     def run() -> list[torch.Tensor]:
         """Codes and scales of what experts own; tiles of positions that none owns are not written."""
-        results = down_backward_fp8_quantised(*arguments, segments, pow2)
+        results = down_backward_fp8_quantize(step, segments, pow2)
         q, row_scale, turned, scale, a_turned, a_scale, ds = flat(*results)
         assert q.dtype is turned.dtype is a_turned.dtype is E4M3
         tiles = used // 128

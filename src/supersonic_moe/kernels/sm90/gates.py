@@ -1,0 +1,30 @@
+"""What kernels are told of an activation and of the order of gate and up."""
+
+from __future__ import annotations
+
+import math
+
+from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout
+
+INTERLEAVED, GATE_UP = GateUpLayout.INTERLEAVED, GateUpLayout.GATE_UP
+KINDS = {ActivationType.SWIGLU: 0, ActivationType.GEGLU: 1, ActivationType.REGLU: 2}  # Act of activation.cuh
+CLAMPED_SWIGLU = 3
+ALL_KINDS = (*KINDS.values(), CLAMPED_SWIGLU)
+
+
+def kind_of(activation: Activation) -> int:
+    """The kernel's ACTIVATION: SwiGLU with constants is one of its own, since they cost a third of its instructions."""
+    plain = activation.limit is None and activation.alpha == 1.0 and activation.up_offset == 0.0
+    return KINDS[activation.type] if plain else CLAMPED_SWIGLU
+
+
+def half_bases(layout: GateUpLayout, width: int) -> tuple[int, int]:
+    """First columns of gate and up in a row of Z."""
+    if layout is INTERLEAVED:
+        return 0, 1
+    return (0, width) if layout is GATE_UP else (width, 0)
+
+
+def limit_of(activation: Activation) -> float:
+    """The kernel's ``limit``."""
+    return math.inf if activation.limit is None else activation.limit
