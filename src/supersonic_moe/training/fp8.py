@@ -122,8 +122,7 @@ class _Bf16Products:
         return self.k.down_backward_fp8(step)
 
     def dw2(self, as_PI: Any) -> Tensor:
-        dout, main = Rows(self.incoming.dout, self.plan.read_index), self.main
-        into = Into(main.w2, accumulate=main.adds_w2)
+        dout, into = Rows(self.incoming.dout, self.plan.read_index), Into(self.main.w2, accumulate=self.main.adds_w2)
         return self.k.grouped_mm_wgrad(dout, as_PI, self.plan.expert_offsets, into)
 
     def quantized(self, dz_PN: Any) -> tuple[Any, Any]:
