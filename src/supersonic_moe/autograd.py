@@ -1,10 +1,12 @@
-"""Cheap calls of ``torch.autograd.Function``s."""
+"""``torch.autograd.Function``s: cheap calls, and second derivatives that are refused instead of wrong."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from supersonic_moe.private_api import BASE_APPLIES, transforms_active
 
@@ -20,3 +22,27 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     if torch.compiler.is_compiling() or transforms_active() or not BASE_APPLIES:
         return function.apply(*args)  # type: ignore[no-untyped-call]
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def refuse_second_derivatives(why: str, grads: Sequence[Tensor], inputs: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
+    """``grads``, which no graph connects to the ``inputs`` that they depend on, in such a way that whoever
+    differentiates them gets the RuntimeError ``why``, and not the derivative of a constant. ``once_differentiable``
+    does not help: it raises on a path to copies of the inputs, which autograd does not take to the inputs themselves.
+    """
+    roots = [t for t in inputs if t is not None and t.requires_grad]
+    handed_on: tuple[Tensor, ...] = apply(_Once, why, len(grads), *grads, *roots)
+    return handed_on
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(why: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple([t.detach() for t in tensors[:count]])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.why = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> NoReturn:
+        raise RuntimeError(ctx.why)

@@ -9,7 +9,7 @@
 Shapes: T tokens, H hidden, I expert intermediate, E experts, K choices a token, N1 = 2I for gated activations, else I.
     x (T, H) · w1 (E, N1, H) · b1 (E, N1) · w2 (E, H, I) · b2 (E, H)
 Weights stored transposed, (E, H, N1) or (E, I, H), are passed as ``w.transpose(1, 2)``: a view, never a copy. Scores
-are kept in fp32 whatever the dtype of x.
+come in any float dtype and are read in fp32 (fp64 for fp64 x).
 
 All take the keyword options of :class:`ExpertOptions` (``training/options.py``): biases, activation, layout, recipe,
 weight_cache, inference, accumulate_into_main_grad, backend, validate. All raise TypeError or ValueError, with the
@@ -29,6 +29,7 @@ from supersonic_moe.autocast import autocast_dtype
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.config.router import TokenRounding, TopKRouter, as_router
+from supersonic_moe.inference import small_batch
 from supersonic_moe.kernels import registry
 from supersonic_moe.routing.plan import plan_from_offsets, plan_from_sorted_triples, plan_from_topk, plan_from_triples
 from supersonic_moe.routing.token_rounding import token_rounding
@@ -135,6 +136,9 @@ def run_layer(
     scores_TK, ids_TK = route(logits_TE, num_experts_per_tok, policy, correction_bias=correction_bias, backend=backend)
     if token_mask_T is not None:
         ids_TK = ids_TK.masked_fill(~token_mask_T[:, None], -1)
+    if small_batch.suits(experts.x, w1, w2, num_experts_per_tok, experts.options):
+        counts_E = small_batch.rows_of_experts(ids_TK, num_experts)
+        return LayerOutput(experts.run_few(ids_TK, scores_TK), logits_TE, counts_E, ids_TK)
     plan = plan_from_topk(ids_TK, num_experts)
     return LayerOutput(experts.run(x_for_experts, scores_TK, plan), logits_TE, plan.expert_counts, ids_TK)
 
@@ -190,6 +194,10 @@ def topk_experts(
     checks.same_shape("topk_ids", topk_ids_TK, "topk_scores", topk_scores_TK)
     _check_scores("topk_scores", topk_scores_TK, x_TH, validate)
     checks.same_device("topk_ids", topk_ids_TK, "x", x_TH)
+    if small_batch.suits(experts.x, w1, w2, topk_ids_TK.shape[1], experts.options):
+        if validate:
+            checks.valid_topk_ids(topk_ids_TK, w1.shape[0])
+        return experts.run_few(topk_ids_TK, topk_scores_TK)
     plan = plan_from_topk(topk_ids_TK, w1.shape[0], validate=validate)
     return experts.run(experts.x, topk_scores_TK, plan)
 
@@ -267,6 +275,10 @@ def experts_from_plan(
     the scores, not the plan.
     """
     experts = _checked(x_TH, w1, w2, Options.read(options))
+    if not isinstance(plan, RoutingPlan):
+        raise TypeError(
+            f"plan must be a RoutingPlan; got {checks.describe(plan)}. Build one, e.g. with plan_from_topk."
+        )
     checks.size("plan", "num_experts", plan.num_experts, w1.shape[0], "the experts of w1")
     checks.size("plan", "num_tokens", plan.num_tokens, x_TH.shape[0], "the rows of x")
     checks.tensor("scores", scores_S, 1, "(S,)")
@@ -292,9 +304,14 @@ class _Experts(NamedTuple):
     def run(self, x: Tensor, scores: Tensor, plan: RoutingPlan) -> Tensor:
         """``x``: that of the experts, or what ``router_linear`` made of it."""
         scores_S = scores if scores.dim() == 1 else scores.reshape(-1)
-        if scores_S.dtype not in (torch.float32, torch.float64):
-            scores_S = scores_S.float()
+        dtype = torch.float64 if x.dtype is torch.float64 else torch.float32  # all that kernels read
+        if scores_S.dtype is not dtype:
+            scores_S = scores_S.to(dtype)
         return run_experts(x, scores_S, self.w1, self.b1, self.w2, self.b2, plan, self.options)
+
+    def run_few(self, ids_TK: Tensor, scores_TK: Tensor) -> Tensor:
+        """Inference in FP8 with few rows an expert: nothing is sorted or saved."""
+        return small_batch.run(self.x, ids_TK, scores_TK, self.w1, self.w2, self.options)
 
 
 def _checked(x: Tensor, w1: Tensor, w2: Tensor, options: Options) -> _Experts:

@@ -31,6 +31,10 @@ def _copy_each(targets: list[Tensor], sources: list[Tensor]) -> None:
         target.copy_(source)
 
 
+def _always(node: Any) -> bool:
+    return True
+
+
 def _gpu_sleep(cycles: int) -> None:
     raise RuntimeError(
         f"timing single kernels needs torch.cuda._sleep, which torch {torch.__version__} does not have; use a torch "
@@ -59,6 +63,22 @@ transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transf
 
 dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 """How many ``__torch_dispatch__`` modes are active; 1 where torch does not say."""
+
+_executes: Callable[[Any], bool] = getattr(torch._C, "_will_engine_execute_node", _always)
+
+
+def reaches(node: Any) -> bool | None:
+    """In a backward pass: whether it goes on to ``node`` of the graph; None where ``node`` is a leaf whose gradient
+    ``torch.autograd.grad`` hands out instead of accumulating it. True where torch does not say.
+    """
+    try:
+        return _executes(node)
+    except RuntimeError:
+        return None
+
+
+graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+"""A number for the backward pass that runs in this thread; -1 outside of one, and where torch does not say."""
 
 BASE_APPLIES = hasattr(torch.autograd.Function.__base__, "apply")
 """Whether ``torch.autograd.Function.apply`` binds arguments and then calls ``apply`` of its base class."""

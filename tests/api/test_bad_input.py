@@ -157,6 +157,7 @@ BAD = [
     ("offsets dtype", lambda: rows(offs_E=OFFS.float()), TypeError, "offs must be int32 or int64"),
     ("row scores length", lambda: rows(scores_R=FLAT[:-1]), ValueError, "scores must have length 6"),
     ("row scores rank", lambda: rows(scores_R=FLAT[:, None]), ValueError, "scores must have 1 dimensions"),
+    ("no plan", lambda: from_plan(plan=None), TypeError, "plan must be a RoutingPlan; got NoneType"),
     ("plan of other experts", lambda: from_plan(plan=sm.plan_from_topk(IDS, E + 1)), ValueError, "plan must have num_experts 4"),
     ("plan of other tokens", lambda: from_plan(plan=sm.plan_from_topk(IDS[1:], E)), ValueError, "plan must have num_tokens 6"),
     ("plan scores", lambda: from_plan(scores_S=FLAT), ValueError, "scores must have length 12"),

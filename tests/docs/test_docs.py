@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import re
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ import torch
 import typer
 
 import supersonic_moe
-from supersonic_moe.bench import readme
-from supersonic_moe.bench.report import METRICS
+from supersonic_moe.bench import readme, report
+from supersonic_moe.bench.report import METRICS, CaseResult
 from supersonic_moe.cli import reference
 from supersonic_moe.cli.app import app
 from supersonic_moe.kernels.interface import CAPABILITIES, functions_of
@@ -319,6 +320,20 @@ def test_results_show_values_ratios_and_where_they_come_from(tmp_path: Path) -> 
     ]
     (folder / "layer-test.png").touch()
     assert "](../benchmarks/layer-test.png)" in readme.results(folder, page)
+
+
+def test_inference_names_the_fastest_of_the_others(tmp_path: Path) -> None:
+    assert readme.inference(tmp_path) == readme.NO_INFERENCE
+    made = [
+        CaseResult("T1", {"ours": {"hits": 4, "floor_us": 40.0, "replay_us": 50.0}, "a": {"replay_us": 75.0},
+                          "b": {"replay_us": 60.0}}, {"c": "not installed"}),
+        CaseResult("fit", {"ours": {"fixed_us": 12.0, "hit_us": 10.5}, "a": {"fixed_us": 30.0, "hit_us": 10.75}}),
+    ]  # fmt: skip
+    rows = [asdict(row) for result in made for row in report.rows(result)]
+    result_file(tmp_path, "infer-ds", suite="infer", rows=rows)
+    text = readme.inference(tmp_path)
+    assert "| `T1` | 4 | – | 40 | 50 | – | – | – | b | 1.20× |" in text
+    assert "| `fit` | 12.0 + 10.50 × hits | a: 30.0 + 10.75 |" in text
 
 
 def test_results_refuse_what_they_would_misread(tmp_path: Path) -> None:

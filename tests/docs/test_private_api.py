@@ -78,6 +78,7 @@ PRIVATE = {
         "_cuda_getDevice",
         "_cuda_getCurrentRawStream",
         "_are_functorch_transforms_active",
+        "_will_engine_execute_node",
         "_current_graph_task_id",
     ),
     nn.modules.module: tuple(
@@ -210,6 +211,20 @@ def test_a_promise_that_does_not_hold_is_an_error(substitutes: Any) -> None:
         module.promise(True)
         with pytest.raises(RuntimeError):
             module.promise(False)
+
+
+def test_a_pass_whose_ends_torch_does_not_tell_reaches_everything(substitutes: Any) -> None:
+    leaf = torch.zeros(2, requires_grad=True)
+    told: list[list[Any]] = []
+    probe = (leaf * 2).sum()
+    probe.grad_fn.register_prehook(
+        lambda _: told.append([api.reaches(leaf_node) for api in (private_api, substitutes)])
+    )
+    leaf_node = leaf.view_as(leaf).grad_fn.next_functions[0][0]
+    probe.backward(retain_graph=True)
+    torch.autograd.grad(probe, leaf)
+    assert told == [[True, True], [None, True]]
+    assert private_api.graph_task() == substitutes.graph_task() == -1
 
 
 def test_a_torch_without_sleep_is_named(substitutes: Any) -> None:

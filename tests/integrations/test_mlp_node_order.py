@@ -19,6 +19,7 @@ from trainer_experts import (
     looped,
     mains,
     make_experts,
+    move_away_and_back,
     received,
     run,
     small,
@@ -83,6 +84,7 @@ def replace(w, node):
 CHANGES = {
     "in place": lambda w, node: add_in_place(w),
     "another storage": lambda w, node: swap_data(w),
+    "another storage at the same address": lambda w, node: move_away_and_back(w),
     "frozen": lambda w, node: w.requires_grad_(False),
     "another parameter": replace,
 }

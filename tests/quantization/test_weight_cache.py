@@ -140,6 +140,38 @@ def test_held_weights_are_quantised_once(quantised: list[Tensor]) -> None:
     assert len(quantised) == 2
 
 
+def test_another_storage_at_the_same_address_is_quantised() -> None:
+    """A weight was moved away, changed and moved back, and got the memory that it had."""
+    memory = bytearray(16)
+    weight = torch.nn.Parameter(torch.frombuffer(memory, dtype=torch.float32))
+    cache, seen = weight_cache.WeightCache(), []
+
+    def quantise(missing: Sequence[int]) -> list[weight_cache.Fp8Weight]:
+        seen.append(weight.tolist())
+        return [weight_cache.Fp8Weight(weight, None, weight)]
+
+    with cache.hold():
+        cache.get([weight], (), quantise)
+        signs = weight_cache._signs(weight)
+        weight.data = torch.empty(4)
+        weight.data = torch.frombuffer(memory, dtype=torch.float32).fill_(1)
+        assert weight_cache._signs(weight) == signs
+        cache.get([weight], (), quantise)
+    assert seen == [[0.0] * 4, [1.0] * 4]
+
+
+def test_weights_are_swapped_while_held() -> None:
+    """``torch.utils.swap_tensors``, which modules use where ``set_swap_module_params_on_conversion`` is on."""
+    layer, x = moe(), tokens()
+    with sm.constant_weights(layer):
+        before = step(layer, x)
+        layer.zero_grad()
+        for w in experts_of(layer):
+            torch.utils.swap_tensors(w, torch.nn.Parameter(2 * w.detach()))
+        after = step(layer, x)
+        assert torch.equal(after, fresh(layer, x)) and not torch.equal(after, before)
+
+
 def test_another_weight_at_the_same_address_or_other_options_are_quantised() -> None:
     """An allocator reuses memory. Then nothing but the object tells the new weight from the old one."""
     storage = torch.zeros(4).untyped_storage()

@@ -1,4 +1,5 @@
-"""One small case of every sm_90 kernel and one layer step, for compute-sanitizer (test_gpu_sanitizer.py).
+"""One small case of every sm_90 kernel, of the inference operator and of a layer step, for compute-sanitizer
+(test_gpu_sanitizer.py).
 
 Checks nothing itself. With the argument ``racecheck`` every lane arrives on barriers for itself: that tool takes an
 arrival to order the accesses of its own lane only, also behind ``__syncwarp``.
@@ -9,9 +10,11 @@ from __future__ import annotations
 import sys
 
 import torch
+from inference_oracle import make_case
 
 import supersonic_moe as sm
 from supersonic_moe.config.activation import GateUpLayout, as_activation
+from supersonic_moe.inference import SharedExpert, moe_fp8_ds_routed, moe_fp8_topk, workspace_bytes
 from supersonic_moe.kernels.interface import DownBackward, Gate, Into, Quantized, Rows, UpProjection
 from supersonic_moe.kernels.sm90 import gemm_config
 from supersonic_moe.kernels.sm90.down_backward import down_backward
@@ -83,6 +86,27 @@ def kernels(counts: list[int]) -> None:
         grouped_mm_wgrad_fp8(columns, tiles, segments.offsets, Into(out, transposed, accumulate=True))
 
 
+def inference(tokens: int, inter: int, order: str) -> None:
+    """Routing, streaming and, where rows are many, tile kernels, combination: behind logits and behind ids of others,
+    with sentinels, a shared expert and a workspace of exactly the size asked for.
+    """
+    sizes = {"tokens": tokens, "hidden": 256, "inter": inter, "choices": 2, "num_experts": 64, "order": order}
+    case, one = make_case(local=8, **sizes), make_case(local=1, **sizes)
+    x, x_scale, ids, weights = (t.to(CUDA) for t in (case.x, case.x_scale, case.ids, case.weights))
+    w13, w13_scale, w2, w2_scale = (t.to(CUDA) for t in (case.w13, case.w13_scale, case.w2, case.w2_scale))
+    shared = SharedExpert(*(t[0].to(CUDA) for t in (one.w13, one.w2, one.w13_scale, one.w2_scale)))
+    logits, bias = torch.randn(tokens, 64, device=CUDA), torch.randn(64, device=CUDA, dtype=BF16)
+    moe_fp8_ds_routed(
+        logits, bias, x, x_scale.t().contiguous(), w13, w13_scale, w2, w2_scale, 60, 2.5, gate_up_order=order
+    )
+    needed = workspace_bytes(tokens, 3, 256, inter, 9)
+    ids[0] = torch.tensor([-1, 2**31 - 1])
+    moe_fp8_topk(
+        x.to(BF16), w13, w2, w13_scale, w2_scale, weights, ids, local_expert_offset=3, num_experts=64,
+        gate_up_order=order, shared_expert=shared, workspace=torch.empty(needed, dtype=torch.uint8, device=CUDA),
+    )  # fmt: skip
+
+
 def main() -> None:
     if sys.argv[1:] == ["racecheck"]:
         gemm_config.ARRIVALS = 32
@@ -90,6 +114,8 @@ def main() -> None:
     kernels([300, 0, 513])
     gemm_config.tile_columns = lambda columns, depth: gemm_config.WIDE_BLOCK_N
     kernels([300, 0, 513])
+    for tokens, inter, order in ((1, 128, "up_gate"), (33, 192, "gate_up"), (900, 256, "interleaved")):
+        inference(tokens, inter, order)
     layer = sm.MoE(8, 2, HIDDEN, WIDTH, "swiglu", True, 0.02).to(CUDA, BF16)
     x = torch.randn(77, HIDDEN, device=CUDA, dtype=BF16, requires_grad=True)
     out, aux = layer(x)

@@ -87,6 +87,17 @@ def swap_data(w):
     w.data = 2 * w.data
 
 
+def move_away_and_back(w):
+    """Where a freed address is given out again, the weight has changed and nothing but its storage is another."""
+    address = w.data_ptr()
+    held = 2 * w.data
+    w.data = torch.empty(0)
+    for _ in range(100):
+        w.data = held.clone()
+        if w.data_ptr() == address:
+            break
+
+
 def add_in_place(w):
     with torch.no_grad():
         w.mul_(2)

@@ -12,6 +12,7 @@ import torch
 
 import supersonic_moe as sm
 from supersonic_moe import Activation, ActivationType, GateUpLayout
+from supersonic_moe.kernels import reference
 
 T, H, I, E, K = 7, 5, 3, 4, 2  # noqa: E741
 
@@ -215,3 +216,47 @@ def test_repeats_are_bit_exact():
     first = run()
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+# ---- what callers bring ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("x_dtype", "read"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_kernels_read_scores_of_any_dtype_in_that_of_their_sums(given, x_dtype, read, monkeypatch):
+    """Megatron's moe_router_dtype="fp64": no kernel may get fp64 scores beside bf16 experts. Gradients come back as
+    the scores came.
+    """
+    w1, _, w2, _ = oracle.weights(E, H, I, 2, bias=(False, False), dtype=x_dtype)
+    x, ids = torch.randn(T, H, dtype=x_dtype), torch.randint(E, (T, K))
+    scores, seen, pick = torch.rand(T, K).to(given).requires_grad_(), set(), reference.pick
+    monkeypatch.setattr(reference, "pick", lambda values, *rest: seen.add(values.dtype) or pick(values, *rest))
+    out = sm.topk_experts(x, ids, scores, w1, w2)
+    out.sum().backward()
+    assert seen == {read} and scores.grad.dtype == given
+    assert torch.equal(out, sm.topk_experts(x, ids, scores.to(read), w1, w2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["sm90", "triton"])
+def test_gpu_fp64_scores_beside_bf16_experts(backend):
+    w1, _, w2, _ = oracle.weights(E, 64, 32, 2, bias=(False, False), dtype=torch.bfloat16, device="cuda")
+    x, ids = torch.randn(T, 64, dtype=torch.bfloat16, device="cuda"), torch.randint(E, (T, K), device="cuda")
+    scores, results = torch.rand(T, K, dtype=torch.float64, device="cuda", requires_grad=True), []
+    for given in (scores, scores.detach().float().requires_grad_()):
+        out = sm.topk_experts(x, ids, given, w1, w2, backend=backend)
+        results.append([out, *torch.autograd.grad(out.sum(), (given, w1, w2))])
+    assert results[0][1].dtype == torch.float64
+    assert all(torch.equal(a.to(b.dtype), b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("needs_x", [False, True])
+def test_an_input_without_gradient_pays_for_none(needs_x, monkeypatch):
+    """The first layer, a frozen trunk: x reaches the experts past the router, whose weight needs a gradient."""
+    moe, products = sm.MoE(E, K, H, I, "swiglu", False, 0.5), []
+    x, product = torch.randn(T, H, requires_grad=needs_x), reference.grouped_mm
+    out, aux = moe(x)
+    monkeypatch.setattr(reference, "grouped_mm", lambda *a: products.append("dX") or product(*a))  # dA has its own
+    (out.square().sum() + aux).backward()
+    assert products == ["dX"] * needs_x
+    assert moe.router.weight.grad.abs().sum() > 0 and moe.c_fc.weight.grad.abs().sum() > 0

@@ -95,7 +95,7 @@ def lossless() -> Backend:
     fused = "up_projection_fp8", "down_backward_fp8", "down_backward_fp8_quantize"
     own = {f.__name__: f for f in (*quantizers, quantize_weights, grouped_mm_fp8, grouped_mm_wgrad_fp8)}
     own |= {name: getattr(reference, name) for name in same} | {name: getattr(composed, name) for name in fused}
-    fp8: Any = SimpleNamespace(**own)
+    fp8: Any = SimpleNamespace(**own, ALIGNMENT=1)
     return replace(registry.kernels("reference"), fp8=fp8)
 
 
@@ -244,7 +244,8 @@ def test_saved_bytes_equal_the_formula(recipe: Fp8Recipe, activation: str) -> No
     def padded(n: int, to: int) -> int:
         return -(-n // to) * to
 
-    metadata = 4 * (experts + 1) + 4 * 4 * rows + 4 * rows  # offsets; gather, scatter, row_expert, reverse; scores
+    metadata = 4 * (experts + 1) + 4 * 4 * rows  # offsets; gather, scatter, row_expert, reverse
+    metadata += 4 * rows + layer.scores.nbytes  # scores of rows; as they came, for second derivatives
     saved = {
         "fp8": rows * padded(n1, 16) + 4 * blocks(n1) * padded(rows, 4),
         "bf16": 2 * rows * n1,

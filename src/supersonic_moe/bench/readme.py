@@ -1,13 +1,15 @@
-"""The tables of README.md and docs/results.md, made from ``benchmarks/results/*.json`` so that no number is typed.
+"""The tables of README.md, docs/inference.md and docs/results.md, made from ``benchmarks/results/*.json`` so that no
+number is typed.
 
     python -m supersonic_moe.bench.readme     in the repository, after a benchmark has written its file
 
-README.md gets one table: the layers, in BF16 and in FP8. docs/results.md gets every file of the suites in ``SUITES``: a
-line that says where its numbers come from, its figure if there is one, and a table. A table has a row for each case, a
-column for each headline metric of its suite, and a column for each peer: the compared metric of that peer over ours in
-the same run (above 1: ours is better). Cases that meet other peers (a weight gradient, a product alone) get a table of
-their own, so that a mean is over like and like. The format of the files is that of ``bench/report.py``. Files of
-``UNSHOWN`` suites are left out: their figures stand in other pages.
+README.md gets one table: the layers, in BF16 and in FP8. docs/inference.md gets who is fastest at each batch of the
+inference operator. docs/results.md gets every file of the suites in ``SUITES``: a line that says where its numbers come
+from, its figure if there is one, and a table. A table has a row for each case, a column for each headline metric of its
+suite, and a column for each peer: the compared metric of that peer over ours in the same run (above 1: ours is better).
+Cases that meet other peers (a weight gradient, a product alone) get a table of their own, so that a mean is over like
+and like. The format of the files is that of ``bench/report.py``. Files of ``UNSHOWN`` suites are left out: their
+figures stand in other pages.
 
 A block of generated text lies between two comments, ``<!-- name:begin -->`` and ``<!-- name:end -->``.
 """
@@ -45,6 +47,9 @@ class Headline:
 
 SUITES = {
     "layer": Headline(("fwd_us", "fwd_bwd_us", "fwd_bwd_tflops", "mfu", "saved_bytes", "graph_us"), "fwd_bwd_us"),
+    "infer": Headline(
+        ("hits", "replay_us", "floor_us", "gbps", "eager_us", "host_us", "fixed_us", "hit_us"), "replay_us"
+    ),
     "gemm": Headline(("us", "tflops", "sm_mhz", "watts", "pj_per_flop", "rel_fro"), "us"),
     "breakdown": Headline(("us", "floor_us", "of_floor", "tflops"), "us"),
     "cold-start": Headline(("first_call_s", "call_s", "total_s", "import_s", "context_s"), "first_call_s"),
@@ -197,6 +202,61 @@ def _grouped_gemms(folder: Path) -> list[str]:
     return [f"Grouped GEMMs alone against DeepGEMM, geometric mean within one run: {', '.join(found)}."]
 
 
+# ---- docs/inference.md: who is fastest ------------------------------------------------------------------------------
+
+NO_INFERENCE = """\
+Not measured with the kernels of this commit yet. On an H200, with the peers of `bench/infer_peers.py` on the path:
+
+```bash
+supersonic-moe bench infer --json infer-ds.json --png infer-ds.png
+supersonic-moe bench infer --set models --json infer-models.json --png infer-models.png
+```"""
+
+
+def inference(folder: Path) -> str:
+    """A table of each file of the inference suite: ours, the floor, and the fastest of the others by name; then what a
+    small batch costs as fixed time and time an expert.
+    """
+    paths = [path for name in ("infer-ds", "infer-models") if (path := folder / f"{name}.json").is_file()]
+    sections = []
+    for path in paths:
+        content = _read(path)
+        rows = [Row(**row) for row in content["rows"]]
+        sections += [f"{path.stem}: {_origin(content)}.", _fastest(rows), _fits(rows)]
+    return "\n\n".join(filter(None, sections)) or NO_INFERENCE
+
+
+def _fastest(rows: list[Row]) -> str:
+    values = {(row.case, row.metric): row.value for row in rows}
+    lines = []
+    for case in dict.fromkeys(row.case for row in rows if row.metric == "replay_us"):
+        line = [f"`{case}`", *(_number(name, values.get((case, name))) for name in _INFERENCE)]
+        theirs = [row for row in rows if (row.case, row.metric) == (case, "replay_us") and row.peer_value is not None]
+        best = min(theirs, key=lambda row: row.peer_value or 0.0, default=None)
+        lines.append(line + ([str(best.peer), _times(best.ratio)] if best else ["–", "–"]))
+    return _markdown(["case", *map(_metric_label, _INFERENCE), "fastest of the others", "over ours"], lines)
+
+
+_INFERENCE = ("hits", "rows", "floor_us", "replay_us", "of_floor", "eager_us", "host_us")
+
+
+def _fits(rows: list[Row]) -> str:
+    """A line for each fit, ours first: ``fixed + slope`` of every contender."""
+    fixed = [row for row in rows if row.metric == "fixed_us"]
+    slopes = {(row.case, row.peer): row for row in rows if row.metric == "hit_us"}
+    lines = []
+    for case in dict.fromkeys(row.case for row in fixed):
+        of_case = [row for row in fixed if row.case == case]
+        own = f"{of_case[0].value:.1f} + {slopes[case, of_case[0].peer].value:.2f} × hits"
+        cells = [
+            f"{row.peer}: {row.peer_value:.1f} + {slopes[case, row.peer].peer_value:.2f}"
+            for row in of_case
+            if row.peer_value is not None
+        ]
+        lines.append([f"`{case}`", own, "; ".join(cells) or "–"])
+    return _markdown(["µs up to 80 tokens", "ours", "others"], lines) if lines else ""
+
+
 # ---- cells -----------------------------------------------------------------------------------------------------------
 
 
@@ -237,6 +297,7 @@ class Page:
 
 PAGES = (
     Page(Path("README.md"), "headline", lambda root: headline(root / RESULTS)),
+    Page(Path("docs/inference.md"), "inference", lambda root: inference(root / RESULTS)),
     Page(Path("docs/results.md"), "results", lambda root: results(root / RESULTS, root / "docs/results.md")),
 )
 

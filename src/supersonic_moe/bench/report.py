@@ -72,6 +72,13 @@ MIB = 2.0**20
 
 METRICS = (
     Metric("rows", "rows of all experts", "rows", None),
+    Metric("hits", "experts hit", "experts", None),
+    Metric("replay_us", "CUDA graph, cold L2, µs", "us", "lower"),
+    Metric("replay_spread", "", "fraction", None),
+    Metric("eager_us", "  eager, µs", "us", "lower"),
+    Metric("host_us", "  host, µs a call", "us", "lower"),
+    Metric("fixed_us", "fixed, µs", "us", "lower"),
+    Metric("hit_us", "  + µs an expert hit", "us", "lower"),
     Metric("infer_us", "inference forward, µs", "us", "lower"),
     Metric("infer_tflops", "  TFLOP/s", "TFLOP/s", "higher"),
     Metric("infer_spread", "", "fraction", None),
@@ -113,6 +120,7 @@ METRICS = (
     Metric("watts", "board power, W", "W", None),
     Metric("pj_per_flop", "energy, pJ/FLOP", "pJ/FLOP", "lower"),
     Metric("rel_fro", "relative error", "fraction", None),  # checked against a limit, not raced: so are the next two
+    Metric("matched", "contest's matched ratio, %", "fraction", None, shown_in=0.01),
     Metric("held_out_bpb", "held-out bits per byte", "bits", "lower"),
     Metric("train_bpb", "training bits per byte", "bits", "lower"),
     Metric("gap", "above BF16, %", "fraction", None, shown_in=0.01),

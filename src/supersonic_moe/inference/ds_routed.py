@@ -99,9 +99,10 @@ def moe_fp8_ds_routed(
     )
     checked_workspace(workspace, hidden_states, top_k, sizes, max_tokens_per_chunk)
     out = output(out, hidden_states)
+    x, bias = hidden_states.contiguous(), None if routing_bias is None else routing_bias.contiguous()
     for first, end in chunks(num_tokens, max_tokens_per_chunk):
         arguments = DsRouted(
-            routing_logits[first:end], routing_bias, hidden_states[first:end], x_scale[first:end], weights,
+            routing_logits[first:end], bias, x[first:end], x_scale[first:end], weights,
             int(local_expert_offset), top_k, n_group, topk_group, rule.scoring.value, rule.scaling_factor, order.value,
         )  # fmt: skip
         torch.ops.supersonic_moe.moe_fp8_ds_routed.default(*arguments, out[first:end], workspace)

@@ -82,13 +82,16 @@ class Request(NamedTuple):
 
     def keep(self, arguments: Arguments, out: Tensor) -> None:
         """For the next time: the op has run with ``arguments`` and ``out``. Not kept are calls for which the device
-        decides between kernels, and such as have two tensors at one address.
+        decides between kernels, such as have two tensors at one address, and such as had to copy one.
         """
         sm90 = sm90_for(self.x) if self.key is not None else None
         if sm90 is None:
             return
+        codes = [t.data_ptr() for t in arguments.weights[::2]]  # the others are their scales
         addresses = [self.x.data_ptr(), out.data_ptr(), *(t.data_ptr() for t in self.others if t is not None)]
-        misplaced = (addresses[0] | addresses[1]) % VECTOR != 0 or len(set(addresses)) < len(addresses)
+        misplaced = any(address % VECTOR for address in (*addresses[:2], *codes))
+        misplaced = misplaced or len(set(addresses)) < len(addresses)
+        misplaced = misplaced or not {t.data_ptr() for t in arguments if isinstance(t, Tensor)} <= set(addresses)
         call = arguments.call(sm90, out)
         if call.tiles or misplaced:
             return

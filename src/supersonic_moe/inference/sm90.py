@@ -22,6 +22,7 @@ from supersonic_moe.config.grouped_routing import GroupedRouting
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.inference.workspace import ALIGNMENT, regions, streamed_rows, workspace_bytes
 from supersonic_moe.jit.launch import Launch, on_device
+from supersonic_moe.kernels.alignment import aligned
 from supersonic_moe.kernels.interface import Gate, Quantized, Rows, UpProjection
 from supersonic_moe.kernels.reference.inference import Fp8Experts
 from supersonic_moe.kernels.sm90.combine_rows import combine_rows
@@ -119,6 +120,13 @@ def run(call: Call, workspace: Tensor | None) -> None:
         )
     if call.x.data_ptr() % VECTOR:
         call = call._replace(x=call.x.clone())
+    experts, shared = call.layer.experts, call.layer.shared
+    if any(t.data_ptr() % VECTOR for held in (experts, shared or experts) for t in (held.w13, held.w2)):
+        placed = call.layer._replace(
+            experts=aligned(experts, VECTOR, "w13", "w2"),
+            shared=None if shared is None else aligned(shared, VECTOR, "w13", "w2"),
+        )
+        call = call._replace(layer=placed)
     out = call.out
     if out.data_ptr() % VECTOR:
         call = call._replace(out=torch.empty_like(out))

@@ -132,6 +132,7 @@ def moe_fp8_topk(
     in_use = Sizes(sizes.num_local + always_on, sizes.hidden, sizes.intermediate)
     checked_workspace(workspace, x, num_choices + always_on, in_use, max_tokens_per_chunk)
     out = output(out, x)
+    x, topk_weights, topk_ids = x.contiguous(), topk_weights.contiguous(), topk_ids.contiguous()
     for first, end in chunks(x.shape[0], max_tokens_per_chunk):
         arguments = TopK(
             x[first:end], None if scales is None else scales[first:end], weights, topk_weights[first:end],

@@ -1,1 +1,1 @@
-"""The experts in the shape that trainers of other projects expect."""
+"""The experts in the shape that trainers and serving stacks of other projects expect."""

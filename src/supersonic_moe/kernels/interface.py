@@ -239,6 +239,9 @@ class Routing(Protocol):
 class Experts(Protocol):
     """The expert MLPs, forward and backward, in the dtype of the inputs."""
 
+    ALIGNMENT: int
+    """Operands start, and step from row to row, at multiples of so many bytes (``kernels/alignment.py``)."""
+
     def up_projection(self, step: UpProjection[Tensor]) -> tuple[Tensor, Tensor]:
         """(Z = X · W1ᵀ (P, N1) without the bias, or (0, N1) if not ``save``; A = act(Z + b1) (P, I))."""
 

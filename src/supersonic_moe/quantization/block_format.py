@@ -73,3 +73,25 @@ def empty_scales(like: Tensor, rows: int, columns: int, tma: bool) -> Tensor:
     if not tma:
         return like.new_empty(rows, columns, dtype=torch.float32)
     return like.new_empty_strided((rows, columns), (1, -(-rows // 4) * 4), dtype=torch.float32)
+
+
+# ---- layouts that other code has not kept ----------------------------------------------------------------------------
+
+
+def aligned_rows(q: Tensor) -> Tensor:
+    """``q`` as ``empty_e4m3`` lays it out: itself, or a copy where a hook on saved tensors (offloading, say) has
+    brought back other strides. Another dtype has no such layout.
+    """
+    *outer, columns = q.stride()
+    if q.dtype is not E4M3 or (columns == 1 and all(stride % 16 == 0 for stride in outer)):
+        return q
+    return empty_e4m3(q, *q.shape).copy_(q)
+
+
+def transposed_scales(scale_RB: Tensor) -> Tensor:
+    """Likewise, as ``empty_scales(..., tma=True)`` does."""
+    row, column = scale_RB.stride()
+    if row == 1 and column % 4 == 0:
+        return scale_RB
+    rows, columns = scale_RB.shape
+    return empty_scales(scale_RB, rows, columns, tma=True).copy_(scale_RB)

@@ -10,7 +10,8 @@ changed:
     optimizer.step(), foreach                            counts             stays           runs
     optimizer.step(), fused=True                         stays              stays           runs
     w.data.copy_(..): Megatron's and EMA's copies        stays              stays           -
-    w.data = ..                                          stays              changes         -
+    w.data = .., .to(device)                             stays              may come back   -
+    torch.utils.swap_tensors                             that of the other  changes         -
     all-gather of FSDP2 into the unsharded weight        stays              may stay        -
     replay of a CUDA graph that holds the optimizer      stays              stays           -
 
@@ -21,8 +22,9 @@ So **every forward quantises**, unless the caller says that weights stay as they
             loss(model(batch)).backward()
     optimizer.step()
 
-Inside, a copy is used again while every sign above still agrees: the tensor (an object, not an address), its version,
-pointer, shape and strides, the options of the quantiser, and no ``torch.optim`` step in between. What shows no sign
+Inside, a copy is used again while every sign above still agrees: the tensor and its storage (objects, not addresses,
+which an allocator gives out again), version, pointer, shape and strides, the options of the quantiser, and no
+``torch.optim`` step in between. What shows no sign
 inside the block (``.data`` written in place, FSDP2 after ``load_state_dict``) is the caller's promise; ``invalidate``
 takes it back. At the end of the block the copies are dropped, and so is their memory of 2 bytes a weight.
 
@@ -64,7 +66,10 @@ Quantize = Callable[[Sequence[int]], list[Fp8Weight]]
 
 
 class _Entry(NamedTuple):
-    weight: weakref.ref[Tensor]
+    owner: Tensor
+    """Not a weak reference: ``torch.utils.swap_tensors`` refuses tensors that have one."""
+    storage: weakref.ref[torch.UntypedStorage]
+    """Weak, so that a weight can be moved off a GPU meanwhile."""
     signs: tuple[object, ...]
     quantized: Fp8Weight
 
@@ -112,15 +117,19 @@ class WeightCache:
             return quantize(everything)
         owners = [base_of(weight) for weight in weights]
         signs = [(*_signs(weight), *options) for weight in weights]
+        storages = [weight.untyped_storage() for weight in weights]
         entries = [self._entries.get(i) for i in everything]
         missing = [
             i
             for i, entry in enumerate(entries)
-            if entry is None or entry.weight() is not owners[i] or entry.signs != signs[i]
+            if entry is None
+            or entry.owner is not owners[i]
+            or entry.storage() is not storages[i]
+            or entry.signs != signs[i]
         ]
         if missing:
             for i, quantized in zip(missing, quantize(missing), strict=True):
-                self._entries[i] = _Entry(weakref.ref(owners[i]), signs[i], quantized)
+                self._entries[i] = _Entry(owners[i], weakref.ref(storages[i]), signs[i], quantized)
         return [self._entries[i].quantized for i in everything]
 
 

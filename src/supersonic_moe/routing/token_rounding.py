@@ -50,6 +50,7 @@ from supersonic_moe import checks
 from supersonic_moe.autograd import apply
 from supersonic_moe.config.router import SigmoidGroupedTopK, TokenRounding
 from supersonic_moe.kernels.interface import KeptPairs, Rounding
+from supersonic_moe.kernels.reference.token_rounding import token_rounding_backward as differentiable_backward
 from supersonic_moe.routing.topk import route, router_kernels
 
 
@@ -178,7 +179,7 @@ def _backward(
     backend: str,
 ) -> Tensor:
     kernels = router_kernels(logits, backend)
-    kept = KeptPairs(scores, experts, token_offsets)
+    kept = KeptPairs(scores.contiguous(), experts.contiguous(), token_offsets.contiguous())
     return kernels.token_rounding_backward(dscores.contiguous(), logits.contiguous(), kept, scale)
 
 
@@ -235,9 +236,12 @@ class _Round(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _tokens: Tensor, _experts: Tensor, dscores: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        dlogits = torch.ops.supersonic_moe.token_rounding_backward.default(
-            dscores, *ctx.saved_tensors, ctx.scale, ctx.backend
-        )
+        if torch.is_grad_enabled():  # create_graph: the op has no derivative, plain torch has
+            logits, scores, experts, token_offsets = ctx.saved_tensors
+            dlogits = differentiable_backward(dscores, logits, KeptPairs(scores, experts, token_offsets), ctx.scale)
+        else:
+            backward = torch.ops.supersonic_moe.token_rounding_backward.default
+            dlogits = backward(dscores, *ctx.saved_tensors, ctx.scale, ctx.backend)
         return dlogits, *[None] * 6
 
 

@@ -36,6 +36,7 @@ from supersonic_moe.config.router import (
 )
 from supersonic_moe.kernels import registry
 from supersonic_moe.kernels.interface import Routing
+from supersonic_moe.kernels.reference.router import route_backward as differentiable_backward
 
 
 def route(
@@ -137,6 +138,7 @@ torch.library.define(
 @torch.library.impl("supersonic_moe::route_forward", ("cpu", "cuda"))
 def _route_forward(logits: Tensor, bias: Tensor | None, k: int, *config: Any) -> tuple[Tensor, Tensor]:
     *router, backend = config
+    bias = None if bias is None else bias.contiguous()
     return router_kernels(logits, backend).route_forward(logits.contiguous(), k, _decode(*router), bias)
 
 
@@ -144,7 +146,8 @@ def _route_forward(logits: Tensor, bias: Tensor | None, k: int, *config: Any) ->
 def _route_backward(dscores: Tensor, logits: Tensor, scores: Tensor, ids: Tensor, *config: Any) -> Tensor:
     *router, backend = config
     kernels = router_kernels(logits, backend)
-    return kernels.route_backward(dscores.contiguous(), logits.contiguous(), scores, ids, _decode(*router))
+    dscores, logits, scores, ids = (t.contiguous() for t in (dscores, logits, scores, ids))
+    return kernels.route_backward(dscores, logits, scores, ids, _decode(*router))
 
 
 @torch.library.register_fake("supersonic_moe::route_forward")  # type: ignore[untyped-decorator]
@@ -175,5 +178,9 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dscores: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        dlogits = torch.ops.supersonic_moe.route_backward.default(dscores, *ctx.saved_tensors, *ctx.config)
+        if torch.is_grad_enabled():  # create_graph: the op has no derivative, plain torch has
+            logits, scores, ids = ctx.saved_tensors
+            dlogits = differentiable_backward(dscores, logits, scores, ids, _decode(*ctx.config[:-1]))
+        else:
+            dlogits = torch.ops.supersonic_moe.route_backward.default(dscores, *ctx.saved_tensors, *ctx.config)
         return dlogits, None, None, None

@@ -20,6 +20,7 @@ from supersonic_moe.config.activation import Activation, ActivationType, GateUpL
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.kernels.interface import Gate, Quantized, TokenRows
+from supersonic_moe.quantization.block_format import aligned_rows
 from supersonic_moe.quantization.weight_cache import Fp8Weight
 
 T = TypeVar("T")
@@ -139,10 +140,21 @@ def _recipe(numerics: Any) -> Fp8Recipe:
 
 
 class MainGrads(NamedTuple):
-    """Buffers of the caller that get dW1 and dW2 added (``training/main_grad.py``); None: the gradient is returned."""
+    """Buffers that get dW1 and dW2 (``training/main_grad.py``); None: the gradient is returned."""
 
-    w1: Annotated[Tensor | None, "a!"]
-    w2: Annotated[Tensor | None, "b!"]
+    w1: Annotated[Tensor | None, "a!"] = None
+    w2: Annotated[Tensor | None, "b!"] = None
+    overwrite_w1: bool = False
+    """What is in the buffer is replaced; else dW is added to it."""
+    overwrite_w2: bool = False
+
+    @property
+    def adds_w1(self) -> bool:
+        return self.w1 is not None and not self.overwrite_w1
+
+    @property
+    def adds_w2(self) -> bool:
+        return self.w2 is not None and not self.overwrite_w2
 
 
 class Incoming(NamedTuple):
@@ -260,8 +272,8 @@ class Fp8Weights(NamedTuple):
 
     @property
     def w1_t(self) -> Quantized:
-        return Quantized(self.w1_transposed, self.w1_scale.mT)
+        return Quantized(aligned_rows(self.w1_transposed), self.w1_scale.mT)
 
     @property
     def w2_t(self) -> Quantized:
-        return Quantized(self.w2_transposed, self.w2_scale.mT)
+        return Quantized(aligned_rows(self.w2_transposed), self.w2_scale.mT)

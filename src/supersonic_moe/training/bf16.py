@@ -13,7 +13,7 @@ Saved for backward: x, Z, s and the plan: 2 T H + 2 R N1 bytes in BF16 (= 2TH + 
 forward and 12 R H I backward (gated). A tilde marks rows read through an index: the sm_90 kernels do that inside their
 loads, so that neither X~ nor dO~ nor dA exists in memory; other backends copy.
 
-dW1 and dW2 are returned, or added to the caller's fp32 buffers (``training/main_grad.py``). Arguments and results:
+dW1 and dW2 are returned, or go to the caller's buffers (``training/main_grad.py``). Arguments and results:
 ``training/arguments.py``; ``k``: ``kernels/interface.py``.
 """
 
@@ -50,14 +50,14 @@ def backward(k: Experts, saved: Bf16Saved, incoming: Incoming) -> Inputs[Tensor 
             k.row_dot(dout, b2, plan.row_expert, ds_P)
         dscores = k.pick(ds_P, plan.reverse_index, s_P.dtype)
     if needs.w2:
-        dw2 = k.grouped_mm_wgrad(dout, as_PI, offsets, Into(main.w2, accumulate=main.w2 is not None))
+        dw2 = k.grouped_mm_wgrad(dout, as_PI, offsets, Into(main.w2, accumulate=main.adds_w2))
     del as_PI
     if needs.b2 and b2 is not None:
         db2 = k.segment_sum(dout, s_P, offsets).to(b2.dtype)
     if needs.b1 and b1 is not None:
         db1 = k.segment_sum(Rows(dz_PN), None, offsets).to(b1.dtype)
     if needs.w1:
-        into = Into(main.w1, transposed=True, accumulate=main.w1 is not None)
+        into = Into(main.w1, transposed=True, accumulate=main.adds_w1)
         dw1 = k.grouped_mm_wgrad(x, dz_PN, offsets, into)
     if needs.x:
         dx_PH = k.grouped_mm(Rows(dz_PN), saved.w1, offsets)

@@ -14,14 +14,15 @@ are taken in the order in which backward passes run, so the same order gives the
 **Which weights are seen.** Those of the first forward of a step, by all its micro-batches. The weights must not change
 while gradients are under way, which is while a forward waits for its backward or a buffer waits for step(). Every
 forward, backward and step() compares all weights (versions, pointers, strides, ``requires_grad``) with what was copied,
-and raises where one differs; step() also finds a parameter that was replaced by another. With nothing under way a
-forward copies anew instead: after ``load_state_dict``, say, between evaluations. A ``torch.optim`` optimizer that holds
-one of the weights is stopped before it changes them if gradients are under way; any other one makes the next forward
-copy anew, with a warning.
+and raises where one differs; step() also finds a parameter that was replaced by another. With nothing under way every
+forward copies anew, and one that autograd does not record drops its copies at once: an evaluation always sees the
+weights of its moment, and leaves none behind. A ``torch.optim`` optimizer that holds one of the weights is stopped
+before it changes them if gradients are under way; any other one makes the next forward copy anew, with a warning.
 
 Some changes show no sign (``quantization/weight_cache.py`` lists them): ``.data`` written in place by Megatron's copy
-of master weights, fused optimizers outside ``torch.optim``, all-gathers. In a training loop they come after step(),
-which drops the copies, so they are seen. Elsewhere call step() or discard() after them. The weights are read from the
+of master weights or of an average of them, fused optimizers outside ``torch.optim``, all-gathers. In a training loop
+they come after step(), which drops the copies, so they are seen. In the middle of a step, between two of its
+micro-batches, they are not: call step() or discard() before them. The weights are read from the
 parameters, not through the modules: what a forward hook of an expert module would do (Megatron's
 ``overlap_param_gather``) must be done before. And no autograd hook of the parameters runs (``overlap_grad_reduce``):
 reduce after step().
@@ -48,7 +49,7 @@ from supersonic_moe.config.activation import Activation
 from supersonic_moe.config.recipe import Fp8Recipe, Recipe
 from supersonic_moe.private_api import add_each, copy_each
 from supersonic_moe.quantization.weight_cache import Fp8Weight, Quantize, WeightCache, signs_of
-from supersonic_moe.training.main_grad import fits, gradient_dtype
+from supersonic_moe.training.main_grad import fits, gradient_dtype, main_grad_of, overwrites
 
 ExpertWeights: TypeAlias = dict[str, list[Tensor]]
 """The parameters of all experts, under "w1" and "w2"."""
@@ -110,7 +111,7 @@ class ExpertStore:
             parameters = self._copies[0].parameters  # to look them up costs too much in the middle of a step
         else:
             parameters = look_up()
-            if self._copies and self._copies[0].changed(parameters):
+            if self._copies:
                 self.discard()
         dtype = parameters["w1"][0].dtype
         if torch.is_autocast_enabled(device.type):
@@ -124,13 +125,17 @@ class ExpertStore:
         return self._copies[-1]
 
     def after_forward(self, copies: StackedExperts, out: Tensor) -> None:
-        """``out`` has been computed from ``copies``: its backward will add to the buffers, or is refused."""
+        """``out`` has been computed from ``copies``: its backward will add to the buffers, or is refused. Without a
+        backward the copies are gone.
+        """
         if copies.only_fp8_is_read:
             copies.free_stacked()
         if out.requires_grad:
             begun = _Pass(copies, self._step)
             self._waiting.add(begun)
             out.register_hook(lambda _: self._before_backward(begun))  # type: ignore[no-untyped-call]
+        elif not self._under_way():
+            self.discard()
 
     def step(self, look_up: Callable[[], ExpertWeights]) -> None:
         """Add the gradients since the last call to ``main_grad`` of each parameter, then free them and the copies.
@@ -181,12 +186,16 @@ class ExpertStore:
 
     @torch.no_grad()
     def _flush(self, parameters: ExpertWeights) -> None:
-        mains, sums = [], []
+        mains, sums, replaced = [], [], []
         for which, buffer in self._buffers.items():
             for e, (p, dw) in enumerate(zip(parameters[which], buffer.unbind(), strict=True)):
                 if p.requires_grad:
                     mains.append(_main_grad(which, e, p))
+                    if overwrites(p):
+                        replaced.append(mains[-1])
                     sums.append(dw.T if self._transposed else dw)
+        for main in replaced:
+            main.zero_()
         add_each(mains, sums)
 
     def _before_optimizer(self, optimizer: Optimizer) -> None:
@@ -277,6 +286,8 @@ class StackedExperts:
         self.only_fp8_is_read = isinstance(use.recipe, Fp8Recipe) and use.recipe.keep_transposed
         """After the first forward, which makes the FP8 copies and keeps them for backward."""
         self._signs = {which: _signs(ps) for which, ps in parameters.items()}
+        self._storages = [p.untyped_storage() for ps in parameters.values() for p in ps]
+        """Kept, so that no other tensor gets the address that is one of the signs."""
         self.fp8 = _Fp8Copies()
         self.w1, self.w2 = (_stacked(parameters[which], shapes[which], transposed, use.dtype) for which in ("w1", "w2"))
 
@@ -347,11 +358,12 @@ def _signs(parameters: list[Tensor]) -> tuple[list[Any], ...]:
 def _stacked(parameters: list[Tensor], shape: tuple[int, int], transposed: bool, dtype: torch.dtype) -> Tensor:
     w = torch.empty(len(parameters), *shape, dtype=dtype, device=parameters[0].device)
     copy_each(list(w.unbind()), [p.T if transposed else p for p in parameters])
+    w.in_every_pass = True  # type: ignore[attr-defined]  # nobody but the store can ask for its gradient
     return w.requires_grad_(any(p.requires_grad for p in parameters))
 
 
 def _main_grad(which: str, expert: int, p: Tensor) -> Tensor:
-    main = getattr(p, "main_grad", None)
+    main = main_grad_of(p)
     if not fits(main, p):
         raise ValueError(
             f"step() needs main_grad of {name_of(which, expert)} to be a "

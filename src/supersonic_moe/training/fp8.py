@@ -37,7 +37,7 @@ from typing import Any
 from torch import Tensor
 
 from supersonic_moe.kernels.interface import BothOrders, DownBackward, Fp8Experts, Into, Quantized, Rows, UpProjection
-from supersonic_moe.quantization.block_format import padded_capacity
+from supersonic_moe.quantization.block_format import E4M3, aligned_rows, padded_capacity, transposed_scales
 from supersonic_moe.training.arguments import Fp8Forward, Fp8Output, Fp8Saved, Fp8Weights, Incoming, Inputs
 
 
@@ -59,10 +59,13 @@ def backward(k: Fp8Experts, weights: Fp8Weights, saved: Fp8Saved, incoming: Inco
     dx = dscores = dw1 = db1 = dw2 = db2 = None
 
     z = saved.z
-    if weights.w1_q is not None:  # Z was not kept
+    if z.q.dtype is E4M3:
+        z = Quantized(aligned_rows(z.q), transposed_scales(z.scale))
+    elif weights.w1_q is not None:  # Z was not kept
         x = Rows(k.quantize_rows(saved.x, pow2, plan.identity), plan.read_index)
-        z = Quantized(k.grouped_mm_fp8(x, Quantized(weights.w1_q, weights.w1_scale), offsets), z.scale)
-        del x
+        w1 = Quantized(aligned_rows(weights.w1_q), weights.w1_scale)
+        z = Quantized(k.grouped_mm_fp8(x, w1, offsets), z.scale)
+        del x, w1
     dout_q = Rows(k.quantize_rows(incoming.dout, pow2, plan.identity), plan.read_index)
     wgrad = _weight_gradients(k, saved, incoming)
     step = DownBackward(dout_q, weights.w2_t, z, b1, s_P, offsets, plan.row_expert, saved.static.gate())
@@ -107,8 +110,8 @@ class _Bf16Products:
         return self.k.down_backward_fp8(step)
 
     def dw2(self, as_PI: Any) -> Tensor:
-        dout, main = Rows(self.incoming.dout, self.plan.read_index), self.main.w2
-        into = Into(main, accumulate=main is not None)
+        dout, main = Rows(self.incoming.dout, self.plan.read_index), self.main
+        into = Into(main.w2, accumulate=main.adds_w2)
         return self.k.grouped_mm_wgrad(dout, as_PI, self.plan.expert_offsets, into)
 
     def quantized(self, dz_PN: Any) -> tuple[Any, Any]:
@@ -116,8 +119,8 @@ class _Bf16Products:
         return self.k.quantize_rows(dz_PN, self.pow2, True) if self.incoming.needs.x else None, dz_PN
 
     def dw1(self, dz_PN: Any) -> Tensor:
-        x, main = Rows(self.saved.x, self.plan.read_index), self.main.w1
-        into = Into(main, transposed=True, accumulate=main is not None)
+        x, main = Rows(self.saved.x, self.plan.read_index), self.main
+        into = Into(main.w1, transposed=True, accumulate=main.adds_w1)
         return self.k.grouped_mm_wgrad(x, dz_PN, self.plan.expert_offsets, into)
 
 
@@ -133,8 +136,8 @@ class _Fp8Products(_Bf16Products):
         return self.dw2_of(self.k.quantize_columns(as_PI, self.segments.row_index, self.pow2, tiled=True))
 
     def dw2_of(self, scaled_a: Quantized) -> Tensor:
-        dout, main = self.k.quantize_columns(self.incoming.dout, self.segments.token_index, self.pow2), self.main.w2
-        into = Into(main, accumulate=main is not None)
+        dout, main = self.k.quantize_columns(self.incoming.dout, self.segments.token_index, self.pow2), self.main
+        into = Into(main.w2, accumulate=main.adds_w2)
         return self.k.grouped_mm_wgrad_fp8(dout, scaled_a, self.segments.offsets, into)
 
     def quantized(self, dz_PN: Any) -> tuple[Any, Any]:
@@ -143,8 +146,8 @@ class _Fp8Products(_Bf16Products):
         return super().quantized(dz_PN)
 
     def dw1(self, dz: Any) -> Tensor:
-        x, main = self.k.quantize_columns(self.saved.x, self.segments.token_index, self.pow2), self.main.w1
-        into = Into(main, transposed=True, accumulate=main is not None)
+        x, main = self.k.quantize_columns(self.saved.x, self.segments.token_index, self.pow2), self.main
+        into = Into(main.w1, transposed=True, accumulate=main.adds_w1)
         return self.k.grouped_mm_wgrad_fp8(x, dz, self.segments.offsets, into)
 
 

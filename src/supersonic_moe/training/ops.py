@@ -19,15 +19,17 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from supersonic_moe.autograd import apply
+from supersonic_moe.autograd import apply, refuse_second_derivatives
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.kernels import interface, registry
+from supersonic_moe.kernels.alignment import aligned
 from supersonic_moe.kernels.interface import Quantized
 from supersonic_moe.quantization.block_format import blocks, empty_e4m3, empty_scales
 from supersonic_moe.quantization.weight_cache import Fp8Weight, WeightCache
-from supersonic_moe.training import bf16, fp8
+from supersonic_moe.training import bf16, flops, fp8
 from supersonic_moe.training.arguments import (
     Bf16Forward,
     Bf16Output,
@@ -45,7 +47,7 @@ from supersonic_moe.training.arguments import (
     Weight,
 )
 from supersonic_moe.training.fields import Fields, on_flat
-from supersonic_moe.training.main_grad import main_grads, stand_ins
+from supersonic_moe.training.main_grad import Targets, targets_of
 from supersonic_moe.training.options import Options
 
 _ops = torch.ops.supersonic_moe
@@ -72,24 +74,30 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
 
 
 def _bf16_forward(call: Bf16Forward) -> Bf16Output:
+    k = _bf16_kernels(call.x, call.w2, call.static)
     with _without_autocast(call.x):
-        return bf16.forward(_bf16_kernels(call.x, call.w2, call.static), call)
+        return bf16.forward(k, aligned(call, k.ALIGNMENT, "x", "w1", "b1", "w2"))
 
 
 def _bf16_backward(saved: Bf16Saved, incoming: Incoming) -> tuple[Tensor, ...]:
+    k = _bf16_kernels(saved.x, saved.w2, saved.static)
+    saved = aligned(saved, k.ALIGNMENT, "z", "x", "w1", "b1", "w2")
+    incoming = aligned(incoming, k.ALIGNMENT, "dout")
     with _without_autocast(saved.x):
-        gradients = bf16.backward(_bf16_kernels(saved.x, saved.w2, saved.static), saved, incoming)
+        gradients = bf16.backward(k, saved, incoming)
     return _returned(saved.x, gradients, incoming.main)
 
 
 def _fp8_forward(call: Fp8Forward) -> tuple[Tensor, ...]:
+    k = _fp8_kernels(call.x, call.w2.shape[2], call.static)
     with _without_autocast(call.x):
-        output = fp8.forward(_fp8_kernels(call.x, call.w2.shape[2], call.static), call)
+        output = fp8.forward(k, aligned(call, k.ALIGNMENT, "b1"))
     return _FP8_OUTPUT.flat(*output)
 
 
 def _fp8_backward(weights: Fp8Weights, saved: Fp8Saved, incoming: Incoming) -> tuple[Tensor, ...]:
     k = _fp8_kernels(saved.x, weights.w2_transposed.shape[1], saved.static)
+    saved, incoming = aligned(saved, k.ALIGNMENT, "x", "b1"), aligned(incoming, k.ALIGNMENT, "dout")
     with _without_autocast(saved.x):
         gradients = fp8.backward(k, weights, saved, incoming)
     return _returned(saved.x, gradients, incoming.main)
@@ -169,20 +177,41 @@ _FP8_OUTPUT, _INCOMING = Fields(Fp8Output), Fields(Incoming)
 
 
 def _define(
-    name: str, arguments: Sequence[Fields[..., Any]], result: str, run: Callable[..., Any], fake: Callable[..., Any]
+    name: str,
+    arguments: Sequence[Fields[..., Any]],
+    result: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    count: Callable[..., int],
 ) -> None:
-    """``run`` and ``fake`` take the NamedTuples that ``arguments`` make of the op's flat ones."""
+    """``run``, ``fake`` and ``count``, its FLOPs, take the NamedTuples that ``arguments`` make of the flat ones."""
     op = f"supersonic_moe::{name}"
     torch.library.define(op, f"({', '.join(fields.schema for fields in arguments)}) -> ({result})")
     torch.library.impl(op, ("cpu", "cuda"))(on_flat(run, *arguments))
     torch.library.register_fake(op)(on_flat(fake, *arguments))
+    counted = on_flat(count, *arguments)
+    register_flop_formula(getattr(_ops, name), get_raw=True)(lambda *args, out_val: counted(*args))
 
 
 _GRADIENTS = ", ".join(f"Tensor d{name}" for name in Inputs._fields)
-_define("experts_forward", [_BF16_FORWARD], Fields(Bf16Output).schema, _bf16_forward, _bf16_forward_fake)
-_define("experts_backward", [_BF16_SAVED, _INCOMING], _GRADIENTS, _bf16_backward, _bf16_backward_fake)
-_define("experts_fp8_forward", [_FP8_FORWARD], _FP8_OUTPUT.schema, _fp8_forward, _fp8_forward_fake)
-_define("experts_fp8_backward", [_FP8_WEIGHTS, _FP8_SAVED, _INCOMING], _GRADIENTS, _fp8_backward, _fp8_backward_fake)
+_define("experts_forward", [_BF16_FORWARD], Fields(Bf16Output).schema, _bf16_forward, _bf16_forward_fake, flops.forward)
+_define(
+    "experts_backward",
+    [_BF16_SAVED, _INCOMING],
+    _GRADIENTS,
+    _bf16_backward,
+    _bf16_backward_fake,
+    flops.bf16_backward,
+)
+_define("experts_fp8_forward", [_FP8_FORWARD], _FP8_OUTPUT.schema, _fp8_forward, _fp8_forward_fake, flops.forward)
+_define(
+    "experts_fp8_backward",
+    [_FP8_WEIGHTS, _FP8_SAVED, _INCOMING],
+    _GRADIENTS,
+    _fp8_backward,
+    _fp8_backward_fake,
+    flops.fp8_backward,
+)
 
 _QUANTIZE = "supersonic_moe::quantize_weights"
 torch.library.define(_QUANTIZE, "(Tensor[] weights, str scale, str backend) -> Tensor[]")
@@ -203,6 +232,8 @@ class _Kept(NamedTuple):
     others: tuple[bool | str | float, ...]
     backward: Callable[..., Sequence[Tensor]]
     """Calls the backward op with ``tensors``, ``others`` and the flat :class:`Incoming`."""
+    twice: bool = False
+    """Whether the gradients can be differentiated again."""
 
 
 class _Bf16Call(NamedTuple):
@@ -210,8 +241,10 @@ class _Bf16Call(NamedTuple):
 
     plan: Plan
     static: Static
-    parameters: tuple[Tensor, Tensor] | None
-    """Those of w1 and w2, if their ``main_grad`` gets dW1 and dW2."""
+    parameters: tuple[Tensor, Tensor]
+    """Those of w1 and w2."""
+    into_main_grad: bool
+    """Whether their ``main_grad`` gets dW1 and dW2."""
 
     def forward(self, operands: _Operands, save: bool) -> tuple[Tensor, ...]:
         arguments = _BF16_FORWARD.flat(*operands, self.plan, self.static, save)
@@ -221,7 +254,8 @@ class _Bf16Call(NamedTuple):
     def keep(self, operands: _Operands, row_scores: Tensor, z: Tensor) -> _Kept:
         x, _, w1, b1, w2, b2 = operands
         tensors, others = _BF16_SAVED.split(z, x, row_scores, w1, b1, w2, b2, self.plan, self.static)
-        return _Kept(tensors, others, _backward_in_bf16)
+        in_plain_torch = self.static.backend == "reference" or not x.is_cuda
+        return _Kept(tensors, others, _backward_in_bf16, in_plain_torch and not self.into_main_grad)
 
 
 class _Fp8Call(NamedTuple):
@@ -229,7 +263,8 @@ class _Fp8Call(NamedTuple):
 
     plan: Plan
     static: Static
-    parameters: tuple[Tensor, Tensor] | None
+    parameters: tuple[Tensor, Tensor]
+    into_main_grad: bool
     numerics: Numerics
     w1: Fp8Weight
     w2: Fp8Weight
@@ -271,6 +306,31 @@ def _backward_in_fp8_quantizing_again(
     return _backward_in_fp8((*weights, *tensors), others, incoming)
 
 
+_named = on_flat(lambda *groups: groups, _BF16_SAVED, _INCOMING)
+
+
+def _differentiable_backward(scores: Tensor, *flat: Any) -> list[Tensor]:
+    """Backward in plain torch: forward runs again, and autograd differentiates it, as often as it is asked to."""
+    saved, (dout, needs, _) = _named(*flat)
+    x, plan, static = saved.x, saved.plan, saved.static
+    operands = x, scores, saved.w1, saved.b1, saved.w2, saved.b2
+    with _without_autocast(x):
+        out = bf16.forward(_bf16_kernels(x, saved.w2, static), Bf16Forward(*operands, plan, static, True)).out
+    wanted = [t for t, need in zip(operands, needs, strict=True) if need]
+    grads = iter(torch.autograd.grad(out, wanted, dout, create_graph=True, materialize_grads=True))
+    return [next(grads) if need else x.new_empty(0) for need in needs]
+
+
+_ONCE = (
+    "second derivatives of the experts exist in plain torch only: on a CPU or with backend='reference', in "
+    "Bf16Recipe() and without accumulate_into_main_grad. Call the layer so where its gradient is differentiated again "
+    "(create_graph=True, torch.func.hessian), or leave create_graph out."
+)
+
+
+_NO_TARGETS, _NO_BUFFERS = Targets(), MainGrads()
+
+
 class Experts(torch.autograd.Function):
     """``apply(x, scores, w1, b1, w2, b2, call)``: operands in the dtype of the computation, and a :class:`_Bf16Call` or
     :class:`_Fp8Call`.
@@ -288,23 +348,42 @@ class Experts(torch.autograd.Function):
         _, *kept = output
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
-        tensors, ctx.others, ctx.run_backward = call.keep(operands, *kept)
-        ctx.save_for_backward(*tensors)
-        ctx.parameters = call.parameters
+        tensors, ctx.others, ctx.run_backward, ctx.twice = call.keep(operands, *kept)
+        ctx.save_for_backward(operands[1], *tensors)  # scores: a second derivative may go that way
+        ctx.parameters, ctx.into_main_grad = call.parameters, call.into_main_grad
+        if call.into_main_grad:
+            ctx.are_tensors = [t is not None for t in operands]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dout is None:
             return (None,) * 7
         *needed, _call = ctx.needs_input_grad
-        needs = Inputs(*needed)
-        main = main_grads(ctx.parameters, needs)
-        tensors = ctx.saved_tensors  # may recompute forward, so look for what is missing first
+        needs, targets, main = Inputs(*needed), _NO_TARGETS, _NO_BUFFERS
+        if ctx.into_main_grad:
+            needs, targets = targets_of(ctx.parameters, needs, ctx)
+            main = targets.of_kernels()
+        scores, *tensors = ctx.saved_tensors  # may recompute forward, so look for what is missing first
         incoming = _INCOMING.flat(dout.contiguous(), needs, main)
-        dx, dscores, dw1, db1, dw2, db2 = ctx.run_backward(tensors, ctx.others, incoming)
-        dw1, dw2 = stand_ins(ctx.parameters, main, dw1, dw2, dout.dtype)
-        grads = (dx, dscores, dw1, db1, dw2, db2)
-        return *[g if need else None for g, need in zip(grads, needs, strict=True)], None
+        again = torch.is_grad_enabled()  # create_graph
+        grads: list[Tensor | None]
+        if again and ctx.twice:
+            grads = [*_differentiable_backward(scores, *tensors, *ctx.others, *incoming)]
+        else:
+            grads = [*ctx.run_backward(tensors, ctx.others, incoming)]
+        if ctx.into_main_grad:
+            for at, target, parameter in zip((2, 4), targets, ctx.parameters, strict=True):
+                if target is not None:
+                    grads[at] = target.finish(parameter, dout.dtype)
+        grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
+        if again and not ctx.twice:
+            grads = _differentiable_once(grads, (dout, scores, *tensors, *ctx.parameters))
+        return *grads, None
+
+
+def _differentiable_once(grads: list[Tensor | None], inputs: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    handed_on = iter(refuse_second_derivatives(_ONCE, [g for g in grads if g is not None], inputs))
+    return [None if g is None else next(handed_on) for g in grads]
 
 
 # ---- entry -----------------------------------------------------------------------------------------------------------
@@ -323,8 +402,8 @@ def run_experts(
     """(T, H) output of the experts, for operands in the dtype of the computation. Nothing is saved in inference mode or
     where no input requires a gradient.
     """
-    parameters = (w1.parameter, w2.parameter) if options.accumulate_into_main_grad else None
-    common = Plan.of(plan), Static.of(options.activation, options.layout, options.backend), parameters
+    static = Static.of(options.activation, options.layout, options.backend)
+    common = Plan.of(plan), static, (w1.parameter, w2.parameter), options.accumulate_into_main_grad
     call: _Bf16Call | _Fp8Call
     if isinstance(options.recipe, Fp8Recipe):
         w1, w2 = with_fp8_copies(w1, w2, options.recipe, options.backend, options.weight_cache)

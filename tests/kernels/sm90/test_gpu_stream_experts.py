@@ -16,20 +16,23 @@ pytestmark = pytest.mark.gpu
 ORDERS = ["gate_up", "up_gate", "interleaved"]
 
 
-def check(got: Streamed, same_sign: bool = False) -> None:
-    """``same_sign``: products of one sign, of which the tensor core cuts off 6e-4 in a sum over 128; gate times up
-    doubles that.
-    """
-    assert relative_error(got.c_PI, got.expected.c_PI) <= (2e-3 if same_sign else 5e-4)
-    assert relative_error(got.q_scale_PB, got.expected.q_scale_PB) <= (2e-3 if same_sign else 5e-4)
+FEW_CODES = 8192  # of which one in a hundred scatters
+
+
+def check(got: Streamed, kind: str = "contest") -> None:
+    """Bounds are those that an exact kernel keeps on this tensor core: tests/inference/test_accuracy_budget.py."""
+    one_sign = kind == "all_positive"
+    assert relative_error(got.c_PI, got.expected.c_PI) <= (1.5e-3 if one_sign else 5e-4)
+    assert relative_error(got.q_scale_PB, got.expected.q_scale_PB) <= (1.5e-3 if one_sign else 5e-4)
     codes, expected = (q.view(torch.uint8) for q in (got.q_PI, got.expected.q_PI))
-    assert (codes != expected).float().mean() <= (0.03 if same_sign else 0.015)
+    strict = kind != "realistic" and codes.numel() >= FEW_CODES
+    assert (codes != expected).float().mean() <= (0.01 if strict else 0.015)
     # Two roundings of numbers that are d apart are at most d and one step apart.
     apart = (scaled(got.c_PI, got.q_scale_PB) - scaled(got.expected.c_PI, got.expected.q_scale_PB)).abs()
     values, wanted = (q.float() for q in (got.q_PI, got.expected.q_PI))
     exponent = torch.maximum(values.abs(), wanted.abs()).clamp(min=2.0**-6).log2().floor()
     assert ((values - wanted).abs() <= apart * 1.001 + torch.exp2(exponent - 3)).all()
-    assert relative_error(got.y_PH, got.y_of_own_codes_PH) <= 5e-4
+    assert relative_error(got.y_PH, got.y_of_own_codes_PH) <= (1e-3 if one_sign else 5e-4)
 
 
 def scaled(c_PI: torch.Tensor, scale_PB: torch.Tensor) -> torch.Tensor:
@@ -40,7 +43,7 @@ def scaled(c_PI: torch.Tensor, scale_PB: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("order", ORDERS)
 def test_stages(order: str, kind: str) -> None:
     case = make_case(kind, tokens=70, hidden=1024, inter=512, local=6, choices=3, num_experts=6, order=order)
-    check(stream(case), same_sign=kind == "all_positive")
+    check(stream(case), kind)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 16, 17, 24, 25, 32, 33, 48, 49, 64, 65, 96, 97, 127, 128, 129, 300])
@@ -65,12 +68,13 @@ def test_many_small_experts() -> None:
 def test_clamp_and_scales_of_powers_of_two() -> None:
     case = make_case("realistic", tokens=33, hidden=512, inter=256, local=4, choices=2, num_experts=4)
     got = stream(case, limit=0.5, pow2=True)
-    check(got)
+    check(got, "realistic")
     assert torch.equal(torch.exp2(torch.log2(got.q_scale_PB).round()), got.q_scale_PB)
 
 
-def test_deepseek_shape() -> None:
-    check(stream(make_case(tokens=16, hidden=7168, inter=2048, local=8, choices=3, num_experts=8)))
+@pytest.mark.parametrize("kind", ["contest", "realistic", "positive", "all_positive"])
+def test_deepseek_shape(kind: str) -> None:
+    check(stream(make_case(kind, tokens=16, hidden=7168, inter=2048, local=4, choices=3, num_experts=4)), kind)
 
 
 @pytest.mark.parametrize("inter", [128, 512])

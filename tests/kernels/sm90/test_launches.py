@@ -1,12 +1,9 @@
-"""What the functions of the sm_90 backend hand to their kernels, by name, without a GPU: on tensors of a CPU, with a
-tensor map that remembers its tensor, and argument slots that write down what is packed.
-"""
+"""What the functions of the sm_90 backend hand to their kernels, by name, without a GPU."""
 
 from __future__ import annotations
 
 import itertools
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,9 +13,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings.driver")
 
+from recorded_launches import Mapped, recorded_launches  # noqa: F401
+
 from supersonic_moe.config.activation import Activation, GateUpLayout, as_activation
 from supersonic_moe.config.recipe import Fp8Recipe
-from supersonic_moe.jit import Kernel, tma
+from supersonic_moe.jit import Kernel
 from supersonic_moe.kernels.interface import DownBackward, Gate, Into, Quantized, Rows, Segments, UpProjection
 from supersonic_moe.kernels.sm90 import backend, gemm_config, registered_specs
 from supersonic_moe.quantization.block_format import blocks, empty_e4m3, empty_scales
@@ -26,54 +25,6 @@ from supersonic_moe.quantization.block_format import blocks, empty_e4m3, empty_s
 E, H, I, T = 3, 264, 384, 40  # noqa: E741
 OFFSETS = torch.tensor([0, 700, 701, 701], dtype=torch.int32)
 P, G = 705, 1024
-MAPS: dict[bytes, int] = {}
-
-
-class Slots:
-    """Of one kernel: ``launches`` gets (kernel, grid, arguments by name); a tensor map counts as its address."""
-
-    buffer, offset = None, 0
-
-    def __init__(self, kernel: Kernel, launches: list[tuple[Kernel, Any, dict[str, Any]]]) -> None:
-        self.kernel, self.launches = kernel, launches
-
-    def pack_into(self, buffer: None, offset: int, *values: Any) -> None:
-        self.kernel.signature.slots()[0].pack(*values)
-        values = tuple(MAPS[value] if isinstance(value, bytes) else value for value in values)
-        names = [parameter.name for parameter in self.kernel.signature.parameters]
-        self.arguments = dict(zip(names, values, strict=True))
-
-    def enqueue(self, grid: Any, stream: None) -> None:
-        self.launches.append((self.kernel, grid, self.arguments))
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Kernel, Any, dict[str, Any]]]]:
-    found: list[tuple[Kernel, Any, dict[str, Any]]] = []
-    numbers = itertools.count()
-
-    def remember(address: int, *rest: Any) -> bytes:
-        tma.check(address, *rest)
-        made = next(numbers).to_bytes(128, "little")
-        MAPS[made] = address
-        return made
-
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
-    monkeypatch.setattr(tma, "_cached", remember)
-    monkeypatch.setattr(gemm_config, "multiprocessors", lambda device: 131)
-    monkeypatch.setattr(Kernel, "_slots", lambda self, device: Slots(self, found))
-    forget_kernels()
-    yield found
-    forget_kernels()
-    MAPS.clear()
-
-
-def forget_kernels() -> None:
-    """A kernel keeps its argument slots: these of a test are for nobody else."""
-    for function in vars(backend).values():
-        module = sys.modules.get(getattr(function, "__module__", None))
-        if hasattr(module, "_kernel"):
-            module._kernel.cache_clear()
 
 
 def bf16(*shape: int) -> Tensor:
@@ -123,7 +74,8 @@ def check(launched: tuple[Kernel, Any, dict[str, Any]], name: str, **expected: A
     assert grid == (131 // kernel.spec.cluster * kernel.spec.cluster, 1, 1)
     for parameter, value in expected.items():
         wanted = address(value) if value is None or isinstance(value, Tensor) else value
-        assert arguments[parameter] == wanted, parameter
+        given = arguments[parameter]
+        assert (given.address if isinstance(given, Mapped) else given) == wanted, parameter
 
 
 GATES = [

@@ -44,3 +44,5 @@ _composed_fp8 = ComposedFp8(
 )
 up_projection_fp8, down_backward_fp8 = _composed_fp8.up_projection_fp8, _composed_fp8.down_backward_fp8
 down_backward_fp8_quantize = _composed_fp8.down_backward_fp8_quantize
+
+ALIGNMENT = 1

@@ -43,7 +43,9 @@ def _preactivation(z_PN: Tensor, b1_EN: Tensor | None, row_expert_P: Tensor) -> 
     h = z_PN.to(acc_dtype(z_PN.dtype))
     if b1_EN is None:
         return h
-    return h + b1_EN.to(h.dtype)[row_expert_P.clamp(max=b1_EN.shape[0] - 1).long()]
+    experts = b1_EN.shape[0]
+    bias_PN = b1_EN.to(h.dtype)[row_expert_P.clamp(max=experts - 1).long()]
+    return h + torch.where(row_expert_P[:, None] < experts, bias_PN, 0)  # a dead row's NaN must not reach db1
 
 
 def _act(z_PN: Tensor, columns: Gate) -> tuple[Tensor, list[Tensor]]:

@@ -23,3 +23,5 @@ from supersonic_moe.kernels.triton import quantize_weights as quantize_weights
 from supersonic_moe.kernels.triton import row_dot as row_dot
 from supersonic_moe.kernels.triton import segment_sum as segment_sum
 from supersonic_moe.kernels.triton import zero_dead_rows as zero_dead_rows
+
+ALIGNMENT = 16  # of TMA

@@ -19,6 +19,7 @@ Cost
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from supersonic_moe import checks
 from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
+from supersonic_moe.kernels.alignment import is_plain
 from supersonic_moe.kernels.interface import NEW, Into, Rows
 from supersonic_moe.kernels.sm90.gemm_config import (
     BLOCK_M,
@@ -75,6 +77,14 @@ def gradient_buffer(into: Into, operand: Tensor, num_experts: int, m: int, n: in
     return out
 
 
+def through_scratch(out: Tensor, into: Into, product: Callable[[Into], Tensor]) -> Tensor:
+    """``out`` that TMA cannot write to (the ``main_grad`` of a weight anywhere in a flat buffer), with a product that
+    is written to memory of our own first.
+    """
+    scratch = product(Into(torch.empty(out.shape, dtype=out.dtype, device=out.device), into.transposed))
+    return out.add_(scratch) if into.accumulate else out.copy_(scratch)
+
+
 def map_of_output(out: Tensor, transposed: bool) -> TensorMap:
     """D as epilogue/weight_gradient.cuh writes it: boxes 128 bytes wide, of a warp's rows or, transposed, of the
     columns that a staging buffer holds.
@@ -97,6 +107,8 @@ def grouped_mm_wgrad(a: Rows[Tensor], b_PN: Tensor, expert_offsets: Tensor, into
     num_experts = expert_offsets.shape[0] - 1
     rows, m, n = a.num_rows, a_TM.shape[1], b_PN.shape[1]
     out = gradient_buffer(into, a_TM, num_experts, m, n)
+    if not is_plain(out):
+        return through_scratch(out, into, functools.partial(grouped_mm_wgrad, a, b_PN, expert_offsets))
     if rows == 0 or a_TM.shape[0] == 0:
         return out if into.accumulate else out.zero_()
     config = choose(n, index is not None, depth=rows // num_experts)

@@ -30,9 +30,10 @@ from supersonic_moe import checks
 from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
+from supersonic_moe.kernels.alignment import is_plain
 from supersonic_moe.kernels.interface import NEW, Into, Quantized
 from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, BUFFER_BYTES, GemmConfig, choose, fp8_form
-from supersonic_moe.kernels.sm90.grouped_wgrad import STORES, gradient_buffer, map_of_output
+from supersonic_moe.kernels.sm90.grouped_wgrad import STORES, gradient_buffer, map_of_output, through_scratch
 from supersonic_moe.kernels.sm90.operands import map_of_columns
 from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks
 
@@ -85,6 +86,8 @@ def grouped_mm_wgrad_fp8(a_MG: Quantized, b_NG: Quantized, padded_offsets: Tenso
     (m, positions), n = a.shape, b.shape[0]
     num_experts = padded_offsets.shape[0] - 1
     out = gradient_buffer(into, a, num_experts, m, n)
+    if not is_plain(out):
+        return through_scratch(out, into, functools.partial(grouped_mm_wgrad_fp8, a_MG, b_NG, padded_offsets))
     if positions == 0:
         return out if into.accumulate else out.zero_()
     config = choose(n, False, staging_bytes=STAGING_BYTES)

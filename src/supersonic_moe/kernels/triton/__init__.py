@@ -34,3 +34,5 @@ from supersonic_moe.kernels.triton.zero_dead_rows import zero_dead_rows as zero_
 
 _composed = Composed(grouped_mm, activation_forward, activation_backward)
 up_projection, down_backward = _composed.up_projection, _composed.down_backward
+
+ALIGNMENT = 16  # of torch's grouped GEMM

@@ -1,0 +1,74 @@
+"""Operands where kernels can load them: TMA, and torch's grouped GEMM, read 16 bytes at a time.
+
+They want addresses, and steps from row to row, that are multiples of 16 bytes. Tensors of callers need not have them:
+parameters in one flat buffer, ``cat([scalar, out.flatten()])``, rows cut out of wider ones, saved tensors that a hook
+brought back. So an op looks at each of its operands before it calls the kernels of a GPU, and copies the ones that do
+not fit, once, with a line in the debug log. What kernels read element by element (scores, ids, offsets, the bias of the
+second projection) may lie anywhere.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 16  # bytes
+
+log = logging.getLogger("supersonic_moe")
+
+Call = TypeVar("Call", bound=NamedTuple)
+
+
+def aligned(call: Call, alignment: int, *names: str) -> Call:
+    """``call`` with copies of those of its tensors called ``names`` that do not fit a backend that needs ``alignment``:
+    this one, or 1, for which everything fits. A name may stand for None.
+    """
+    if alignment == 1:
+        return call
+    copies = {}
+    for name in names:
+        t = getattr(call, name)
+        if t is not None and not _fits(t):
+            copies[name] = aligned_tensor(name, t)
+    return call._replace(**copies) if copies else call
+
+
+def aligned_tensor(name: str, t: Tensor) -> Tensor:
+    """``t``, or a copy if it does not fit; ``name`` is for the log."""
+    if _fits(t):
+        return t
+    log.debug(
+        "copying %s %s: address %#x, strides %s; kernels load from multiples of %d bytes",
+        name, tuple(t.shape), t.data_ptr(), t.stride(), ALIGNMENT,
+    )  # fmt: skip
+    if _turned(t):
+        return t.mT.clone(memory_format=torch.contiguous_format).mT
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def is_plain(t: Tensor) -> bool:
+    """Whether a kernel can write to ``t`` as to memory of its own."""
+    return t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0
+
+
+def _fits(t: Tensor) -> bool:
+    return t.data_ptr() % ALIGNMENT == 0 and (t.is_contiguous() or _steps_fit(t))
+
+
+def _steps_fit(t: Tensor) -> bool:
+    """Whether one dimension is contiguous, of a weight any of the last two, and the others step by multiples of 16
+    bytes. What is contiguous altogether has such steps: backends that need them take multiples of 8 for H and I only.
+    """
+    unit = t.dim() - (2 if _turned(t) else 1)
+    return t.stride(unit) == 1 and all(
+        d == unit or n == 1 or step * t.element_size() % ALIGNMENT == 0
+        for d, (n, step) in enumerate(zip(t.shape, t.stride(), strict=True))
+    )
+
+
+def _turned(t: Tensor) -> bool:
+    """Whether a weight is a transposed view. Some kernels take these another way, so a copy has to be one too."""
+    return t.dim() == 3 and t.stride(2) != 1 and t.stride(1) == 1
