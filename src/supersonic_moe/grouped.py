@@ -20,10 +20,11 @@ from torch import Tensor
 
 from supersonic_moe import checks
 from supersonic_moe.autocast import autocast_dtype, without_autocast
-from supersonic_moe.autograd import apply
+from supersonic_moe.autograd import apply, refuse_second_derivatives
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe, Recipe, as_recipe
 from supersonic_moe.kernels import registry
+from supersonic_moe.kernels.alignment import aligned
 from supersonic_moe.kernels.interface import Experts, Fp8Experts, Into, Quantized, Rows, TokenRows
 from supersonic_moe.quantization.block_format import padded_capacity
 from supersonic_moe.routing.plan import plan_from_offsets
@@ -163,16 +164,18 @@ def _fp8_kernels(x: Tensor, w: Tensor) -> Fp8Experts:
 
 
 def _forward(call: Forward) -> Tensor:
-    plan, index = call.plan, call.plan.gather_index if call.gather else None
+    plan, w_q, w_scale = call.plan, call.w_q, call.w_scale
+    index = plan.gather_index if call.gather else None
     with without_autocast(call.x):
         k: Experts
-        if call.w_q is None or call.w_scale is None:
+        if w_q is None or w_scale is None:
             k = _kernels(call.x, call.w)
+            call = aligned(call, k.ALIGNMENT, "x", "w")
             y_PN = k.grouped_mm(Rows(call.x, index), call.w.mT, plan.expert_offsets)
         else:
             k = fp8 = _fp8_kernels(call.x, call.w)
             x = Rows(fp8.quantize_rows(call.x, call.pow2, not call.gather), index)
-            y_PN = fp8.grouped_mm_fp8(x, Quantized(call.w_q, call.w_scale), plan.expert_offsets)
+            y_PN = fp8.grouped_mm_fp8(x, Quantized(w_q, w_scale), plan.expert_offsets)
         if call.bias is None:
             k.zero_dead_rows(y_PN, plan.expert_offsets)
             return y_PN
@@ -183,31 +186,33 @@ def _forward(call: Forward) -> Tensor:
 
 
 def _backward(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
-    x, dy, w, plan, offsets = call.x, call.dy, call.w, call.plan, call.plan.expert_offsets
-    dx, dw, dbias = (x.new_empty(0) for _ in range(3))
-    with without_autocast(x):
-        k = _kernels(x, w) if call.w_q_transposed is None else _fp8_kernels(x, w)
+    plan, offsets = call.plan, call.plan.expert_offsets
+    dx, dw, dbias = (call.x.new_empty(0) for _ in range(3))
+    with without_autocast(call.x):
+        k = _kernels(call.x, call.w) if call.w_q_transposed is None else _fp8_kernels(call.x, call.w)
+        call = aligned(call, k.ALIGNMENT, "x", "dy")
         if call.needs_x:
             dx = _dx_of_rows(k, call)
             if call.gather:
-                dx = k.gather_sum(dx, None, None, plan.row_expert, plan.rows_of_tokens(x.shape[0]))
+                dx = k.gather_sum(dx, None, None, plan.row_expert, plan.rows_of_tokens(call.x.shape[0]))
             else:
                 k.zero_dead_rows(dx, offsets)
         if call.needs_w:
             index = plan.gather_index if call.gather else None
             if call.fp8_wgrad:
-                dw = _fp8_weight_gradient(_fp8_kernels(x, w), call)
+                dw = _fp8_weight_gradient(_fp8_kernels(call.x, call.w), call)
             else:
-                dw = k.grouped_mm_wgrad(Rows(x, index), dy, offsets, TRANSPOSED)
+                dw = k.grouped_mm_wgrad(Rows(call.x, index), call.dy, offsets, TRANSPOSED)
         if call.needs_bias:
-            dbias = k.segment_sum(Rows(dy), None, offsets).to(x.dtype)
+            dbias = k.segment_sum(Rows(call.dy), None, offsets).to(call.x.dtype)
     return dx, dw, dbias
 
 
 def _dx_of_rows(k: Experts, call: Backward) -> Tensor:
     """(P, C)"""
     if call.w_q_transposed is None or call.w_scale is None:
-        return k.grouped_mm(Rows(call.dy), call.w, call.plan.expert_offsets)
+        w = aligned(call, k.ALIGNMENT, "w").w
+        return k.grouped_mm(Rows(call.dy), w, call.plan.expert_offsets)
     fp8 = _fp8_kernels(call.x, call.w)
     dy = Rows(fp8.quantize_rows(call.dy, call.pow2, True))
     return fp8.grouped_mm_fp8(dy, Quantized(call.w_q_transposed, call.w_scale.mT), call.plan.expert_offsets)
@@ -291,4 +296,12 @@ class GroupedLinear(torch.autograd.Function):
             ctx.fp8_wgrad, *needs,
         )  # fmt: skip
         grads = torch.ops.supersonic_moe.grouped_linear_backward.default(*arguments)
+        if torch.is_grad_enabled():  # create_graph
+            grads = refuse_second_derivatives(_ONCE, grads, (dy, x, w))
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
+
+
+_ONCE = (
+    "grouped_linear has no second derivatives. Leave create_graph out, or write the product in plain torch where its "
+    "gradient is differentiated again."
+)

@@ -131,6 +131,15 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_that_of_the_leave
     assert oracle.rel_fro(y.detach(), sm.grouped_linear(x, w, offsets, bias=b).detach()) < 6e-3
 
 
+def test_second_derivatives_are_refused() -> None:
+    leaves = operands(8)
+    x, w, b = leaves
+    y = sm.grouped_linear(x, w, torch.tensor([2, 4, 6, 8]), bias=b)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="grouped_linear has no second derivatives"):
+        dx.sum().backward()
+
+
 def test_compiles_in_one_graph_for_every_number_of_rows() -> None:
     graphs = []
 

@@ -224,8 +224,7 @@ def test_checkpointing_gives_the_same_bits(reentrant: bool) -> None:
 COMPILED = ("MixtralExperts", "GptOssExperts", "DeepseekV4Experts", "Gemma4TextExperts", "NemotronHExperts", "mish")
 
 
-@pytest.mark.parametrize("dynamic", [True, None])
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize(("name", "dynamic"), [*((name, True) for name in COMPILED), ("GptOssExperts", None)])
 def test_compiles_in_one_graph_for_every_number_of_tokens(name: str, dynamic: bool | None) -> None:
     torch._dynamo.reset()
     module = unknown("an activation of PyTorch") if name == "mish" else random_experts(CLASSES[name])

@@ -5,12 +5,14 @@ generation, BF16, gradient checkpointing, PEFT.
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from oracle import rel_fro
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 from transformers_models import FAMILIES, model_of, tokens, with_gradients
 
 from supersonic_moe.integrations.transformers import served
@@ -100,6 +102,24 @@ def with_gradients_of_adapters(model: Any, implementation: str, ids: Tensor) -> 
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert all("lora" in name for name in gradients)
     return {"logits": found.logits.detach(), "loss": found.loss.detach(), **gradients}
+
+
+def test_weights_that_wait_on_disk(tmp_path: Path) -> None:
+    """``device_map``: accelerate's hooks bring a layer's weights for the time of its forward."""
+    pytest.importorskip("accelerate")
+    model, ids = model_of("qwen3_moe"), tokens()
+    model.save_pretrained(tmp_path / "model")
+    where = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model",
+        dtype=torch.float32,
+        device_map={**where, "model.layers.1": "disk"},
+        offload_folder=tmp_path / "offloaded",
+        experts_implementation="supersonic",
+    )
+    assert offloaded.model.layers[1].mlp.experts.down_proj.device.type == "meta"
+    with torch.no_grad():
+        assert torch.equal(offloaded(ids).logits, model(ids).logits)
 
 
 def test_the_report_names_what_is_not_served() -> None:
