@@ -37,6 +37,7 @@ LAYERS = (
     "routing",
     "training",
     "inference",
+    "grouped",
     "functional",
     "parallel.watch",
     "parallel.collectives",
@@ -51,6 +52,7 @@ LAYERS = (
     "parts",
     "moe",
     "integrations",
+    "integrations.transformers",
     "supersonic_moe",  # the public names
     "perf_model",
     "demo",

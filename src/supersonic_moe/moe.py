@@ -20,6 +20,7 @@ from supersonic_moe.private_api import member_of
 from supersonic_moe.quantization.weight_cache import WeightCache
 from supersonic_moe.routing.aux_loss import router_z_loss, switch_load_balancing_loss
 from supersonic_moe.routing.counts import add_counts, keep_counts, move_biases
+from supersonic_moe.training.recompute import LastForward
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -132,6 +133,7 @@ class MoE(nn.Module):
         self.layout = as_layout(layout)
         self.recipe = as_recipe(recipe)
         self.weight_cache = WeightCache()
+        self._last_forward = LastForward()
         self.z_loss_weight = z_loss_weight
         self.accumulate_into_main_grad = accumulate_into_main_grad
         self.validate = validate
@@ -205,6 +207,12 @@ class MoE(nn.Module):
             elif policy.mode in ("SR-f", "NR-s"):
                 # From torch's generator: fresh each step, the same when checkpointing recomputes, new at each replay.
                 rounding_step = torch.randint(2**31, (1,), device=hidden_states.device)
+                if not torch.compiler.is_compiling():
+                    rounding_step = self._last_forward.step(rounding_step)
+        recipe, correction_bias = self.recipe, self.correction_bias
+        if not torch.compiler.is_compiling():
+            counts = not is_inference_mode and (self.training or torch.is_grad_enabled())
+            recipe, correction_bias = self._last_forward.settings(recipe, correction_bias, counts)
         flat = hidden_states.dim() == 2  # views cost the host two autograd nodes
         x_TH = hidden_states if flat else hidden_states.reshape(-1, self.hidden_size)
         if token_mask is not None:
@@ -221,7 +229,7 @@ class MoE(nn.Module):
             w2,
             self.top_k,
             policy,
-            self.correction_bias,
+            correction_bias,
             rounding_step,
             token_mask,
             {
@@ -229,7 +237,7 @@ class MoE(nn.Module):
                 "b2": b2,
                 "activation": self.activation,
                 "layout": self.layout,
-                "recipe": self.recipe,
+                "recipe": recipe,
                 "weight_cache": self.weight_cache,
                 "inference": is_inference_mode,
                 "accumulate_into_main_grad": self.accumulate_into_main_grad,
@@ -325,7 +333,8 @@ def update_correction_bias(model: nn.Module, rate: float, *, group: ProcessGroup
 @contextmanager
 def fp8_training(model: nn.Module, recipe: Fp8Recipe | None = None) -> Iterator[None]:
     """Every :class:`MoE` of ``model`` computes with ``recipe``, by default ``Fp8Recipe()``, inside the block; then each
-    has its own recipe again. Backward may run outside: a pass ends in the recipe that its forward had.
+    has its own recipe again. Backward may run outside: a pass ends in the recipe that its forward had, also where
+    activation checkpointing computes it again (``training/recompute.py``).
     """
     recipe = Fp8Recipe() if recipe is None else recipe
     if not isinstance(recipe, Fp8Recipe):
@@ -342,7 +351,7 @@ def fp8_training(model: nn.Module, recipe: Fp8Recipe | None = None) -> Iterator[
 
 @contextmanager
 def constant_weights(model: nn.Module) -> Iterator[None]:
-    """No expert weight of ``model`` changes inside the block, so that FP8 layers quantise each once: the micro-batches
+    """No expert weight of ``model`` changes inside the block, so that FP8 layers quantize each once: the micro-batches
     of one optimizer step, or an evaluation. See ``quantization/weight_cache.py`` for what is noticed nevertheless.
     """
     with ExitStack() as held:

@@ -62,9 +62,6 @@ raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream"
 transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 """Whether a transform of ``torch.func`` may be active; True where torch does not say."""
 
-dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-"""How many ``__torch_dispatch__`` modes are active; 1 where torch does not say."""
-
 _executes: Callable[[Any], bool] = getattr(torch._C, "_will_engine_execute_node", _always)
 
 
@@ -78,8 +75,8 @@ def reaches(node: Any) -> bool | None:
         return None
 
 
-graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
-"""A number for the backward pass that runs in this thread; -1 outside of one, and where torch does not say."""
+dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+"""How many ``__torch_dispatch__`` modes are active; 1 where torch does not say."""
 
 BASE_APPLIES = hasattr(torch.autograd.Function.__base__, "apply")
 """Whether ``torch.autograd.Function.apply`` binds arguments and then calls ``apply`` of its base class."""

@@ -20,9 +20,14 @@ from supersonic_moe.config.recipe import Fp8Recipe
 SOURCE = Path(private_api.__file__).parent
 ALLOWED = {
     ("cli/health.py", "torch.distributed._symmetric_memory"),  # imported to see whether it is there
+    # the contract of an experts backend of Transformers; tests/integrations/transformers fail without them
+    ("integrations/transformers/gates.py", "experts._apply_gate"),
+    ("integrations/transformers/backend.py", "module._apply_gate"),
+    ("integrations/transformers/report.py", "module.config._experts_implementation"),
     ("moe.py", "super()._apply"),  # what .to() and .cuda() call on every module: test_moe.py sees the bias stay fp32
 }
-PUBLIC = {"_asdict", "_field_defaults", "_fields", "_replace", "_value_"}  # NamedTuple, Enum: Python documents them
+# documented by Python: NamedTuple, Enum
+PUBLIC = {"_asdict", "_field_defaults", "_fields", "_make", "_replace", "_value_"}
 
 
 def private_names(path: Path) -> dict[str, int]:
@@ -227,7 +232,6 @@ def test_a_pass_whose_ends_torch_does_not_tell_reaches_everything(substitutes: A
     probe.backward(retain_graph=True)
     torch.autograd.grad(probe, leaf)
     assert told == [[True, True], [None, True]]
-    assert private_api.graph_task() == substitutes.graph_task() == -1
 
 
 def test_a_torch_without_sleep_is_named(substitutes: Any) -> None:

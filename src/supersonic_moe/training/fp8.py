@@ -36,6 +36,7 @@ from typing import Any
 
 from torch import Tensor
 
+from supersonic_moe.kernels.alignment import aligned_tensor
 from supersonic_moe.kernels.interface import BothOrders, DownBackward, Fp8Experts, Into, Quantized, Rows, UpProjection
 from supersonic_moe.quantization.block_format import E4M3, aligned_rows, padded_capacity, transposed_scales
 from supersonic_moe.training.arguments import Fp8Forward, Fp8Output, Fp8Saved, Fp8Weights, Incoming, Inputs
@@ -75,6 +76,8 @@ def backward(
         w1 = Quantized(aligned_rows(weights.w1_q), weights.w1_scale)
         z = Quantized(k.grouped_mm_fp8(x, w1, offsets), z.scale)
         del x, w1
+    else:
+        z = Quantized(aligned_tensor("z", z.q), z.scale)
     dout_rows = Rows(dout_q or k.quantize_rows(incoming.dout, pow2, plan.identity), plan.read_index)
     wgrad = _weight_gradients(k, saved, incoming)
     step = DownBackward(dout_rows, weights.w2_t, z, b1, s_P, offsets, plan.row_expert, saved.static.gate())
@@ -119,8 +122,7 @@ class _Bf16Products:
         return self.k.down_backward_fp8(step)
 
     def dw2(self, as_PI: Any) -> Tensor:
-        dout, main = Rows(self.incoming.dout, self.plan.read_index), self.main
-        into = Into(main.w2, accumulate=main.adds_w2)
+        dout, into = Rows(self.incoming.dout, self.plan.read_index), Into(self.main.w2, accumulate=self.main.adds_w2)
         return self.k.grouped_mm_wgrad(dout, as_PI, self.plan.expert_offsets, into)
 
     def quantized(self, dz_PN: Any) -> tuple[Any, Any]:

@@ -12,5 +12,17 @@ from supersonic_moe.bench.suites.kernels import Kernels
 from supersonic_moe.bench.suites.layer import Layer
 from supersonic_moe.bench.suites.precision import Precision
 from supersonic_moe.bench.suites.train import Train
+from supersonic_moe.bench.suites.transformers import Transformers
 
-SUITES: tuple[type[Suite[Any, Any]], ...] = (Layer, Infer, Gemm, Kernels, Breakdown, ColdStart, Precision, Train, Ep)
+SUITES: tuple[type[Suite[Any, Any]], ...] = (
+    Layer,
+    Infer,
+    Gemm,
+    Kernels,
+    Breakdown,
+    ColdStart,
+    Precision,
+    Train,
+    Transformers,
+    Ep,
+)
