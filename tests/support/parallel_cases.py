@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import random
 import signal
 import threading
 import time
@@ -179,6 +180,41 @@ def same_with(options: dict[str, Any], tokens: Sequence[int]) -> list[str]:
     ep.close()
     want = one_process(given, dist.get_world_size(), **options)
     return differences((tokens, options), got, want, tokens)
+
+
+def random_calls(count: int, way: dict[str, Any], delays: int) -> list[Results]:
+    """Calls of any sizes and routing, two at a time with both forwards first, and a random rest before each phase."""
+    size, calls, enter = dist.get_world_size(), random.Random(1), Watch.enter
+    rest = random.Random(1000 * delays + dist.get_rank())
+
+    def delayed(watch: Watch, call: int, phase: str) -> None:
+        time.sleep(rest.random() * 0.003)
+        enter(watch, call, phase)
+
+    Watch.enter = delayed  # type: ignore[method-assign]
+    ep, found = make(**way), []
+    for _ in range(count // 2):
+        pair = []
+        for _ in range(2):
+            tokens = [calls.choice((0, 1, 2, 17, calls.randrange(64))) for _ in range(size)]
+            given = here(inputs(tokens, torch.bfloat16, calls.choice(("random", "skewed", "masked", "nobody"))), tokens)
+            x, scores, w1, _, w2, _ = map(leaf, given[:1] + given[2:7])
+            pair.append((given, (x, scores, w1, w2), ep.experts(x, given.ids, scores, w1, w2)))
+        for given, leaves, out in pair:
+            out.backward(given.dout)
+            found.append(Results(out.detach(), *(t.grad for t in leaves), None, None))
+    Watch.enter = enter  # type: ignore[method-assign]
+    ep.close()
+    return found
+
+
+def repeats_to_the_bit(count: int, way: dict[str, Any]) -> bool:
+    first, second = (random_calls(count, way, delays) for delays in (0, 1))
+    return len(first) == count and all(
+        torch.equal(a, b)
+        for one, other in zip(first, second, strict=True)
+        for a, b in zip(one[:5], other[:5], strict=True)
+    )
 
 
 def over_an_fp8_wire(
