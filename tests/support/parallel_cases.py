@@ -250,6 +250,11 @@ def over_an_fp8_wire(
     with torch.no_grad():
         if not torch.equal(fp8.experts(given.x, given.ids, given.scores, given.w1, given.w2, recipe=recipe), got.out):
             found.append("inference differs")
+    x, w1 = leaf(given.x), leaf(given.w1)
+    out = fp8.experts(x, given.ids, given.scores, w1, given.w2, recipe=recipe)
+    (dx,) = torch.autograd.grad(out.float().sum(), x, create_graph=True)
+    if "do not exist over an FP8 wire" not in error_of(lambda: torch.autograd.grad(dx.float().sum(), w1)):
+        found.append("second derivatives are not refused")
     buffers = [w.clone().requires_grad_() for w in (given.w1, given.w2)]
     for buffer in buffers:
         buffer.main_grad = torch.ones_like(buffer, dtype=torch.float32)  # type: ignore[attr-defined]
