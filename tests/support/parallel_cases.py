@@ -320,7 +320,7 @@ def overflow_on_a_gpu() -> list[str]:
 # ---- the module ------------------------------------------------------------------------------------------------------
 
 
-def module_as_one_process(tokens: Sequence[int], router: str, recompute: bool) -> dict[str, float]:
+def module_as_one_process(tokens: Sequence[int], router: str, recompute: bool, masked: bool) -> dict[str, float]:
     """Largest difference of outputs, auxiliary loss and gradients of an expert-parallel ``MoE`` from those of one MoE
     that has the tokens of all ranks, in fp64.
     """
@@ -336,10 +336,15 @@ def module_as_one_process(tokens: Sequence[int], router: str, recompute: bool) -
     )
     x, dout = torch.randn(sum(tokens), 2, H).double(), torch.randn(sum(tokens), 2, H).double()
     rows = slice(sum(tokens[: ep.rank]), sum(tokens[: ep.rank + 1]))
+    mask = torch.rand(x.shape[:2]) < 0.7 if masked else None
+    here_mask = None if mask is None else mask[rows]
     mine, everything = leaf(x[rows]), leaf(x)
-    out, _ = checkpoint(layer, mine, use_reentrant=False) if recompute else layer(mine)
+    if recompute:
+        out, _ = checkpoint(layer, mine, token_mask=here_mask, use_reentrant=False)
+    else:
+        out, _ = layer(mine, token_mask=here_mask)
     out.backward(dout[rows])
-    expected, _ = whole(everything)
+    expected, _ = whole(everything, token_mask=mask)
     expected.backward(dout)
     found = {"out": (out, expected[rows]), "dx": (mine.grad, everything.grad[rows])}
     router_grad = layer.router.weight.grad
@@ -353,8 +358,8 @@ def module_as_one_process(tokens: Sequence[int], router: str, recompute: bool) -
     dist.all_reduce(counts)
     found["counts"] = (counts, whole.expert_counts)
     with torch.no_grad():
-        found["aux_loss"] = (layer(mine)[1], whole(x[rows])[1])
-        found["inference"] = (layer(mine, is_inference_mode=True)[0], expected[rows])
+        found["aux_loss"] = tuple(m(x[rows], token_mask=here_mask)[1] for m in (layer, whole))
+        found["inference"] = (layer(mine, is_inference_mode=True, token_mask=here_mask)[0], expected[rows])
     ep.close()
     return {name: float((a.double() - b.double()).abs().max()) if a.numel() else 0.0 for name, (a, b) in found.items()}
 

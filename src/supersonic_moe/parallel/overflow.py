@@ -47,7 +47,7 @@ class Overflow:
             number = torch.empty(1, dtype=most.dtype, pin_memory=True)
             number.copy_(most, non_blocking=True)
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record()
+            copied.record(torch.cuda.current_stream(most.device))
             self._coming.append((number, copied))
         return torch.where(most > self.capacity, torch.nan, scores_TK)
 

@@ -122,7 +122,7 @@ class Watch:
         work.wait()
         if not torch.cuda.is_current_stream_capturing():
             end: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            end.record()
+            end.record(torch.cuda.current_stream(device))
             self._group = group
             self._started.append(_Started(end, time.monotonic(), self.activity))
 
