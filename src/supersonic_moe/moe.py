@@ -20,9 +20,12 @@ from supersonic_moe.private_api import member_of
 from supersonic_moe.quantization.weight_cache import WeightCache
 from supersonic_moe.routing.aux_loss import router_z_loss, switch_load_balancing_loss
 from supersonic_moe.routing.counts import add_counts, keep_counts, move_biases
+from supersonic_moe.training.recompute import LastForward
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from supersonic_moe.parallel.expert_parallel import ExpertParallel
 
 
 class KernelBackendMoE(Enum):
@@ -76,6 +79,8 @@ class MoE(nn.Module):
         router_dtype: compute the logits in this dtype (torch.float32, torch.float64) whatever that of the experts, also
             under autocast.
         device, dtype: of the parameters, as in any module of torch.
+        expert_parallel: a ``parallel.ExpertParallel`` of R ranks. Then the layer has E/R experts and the router of all;
+            the router must be the same on every rank, and counts and ``aux_loss`` are of the tokens of this rank.
 
     Parameters: ``router.weight`` (E, H), ``c_fc.weight`` (E, 2I or I, H), ``c_fc.bias``, ``c_proj.weight`` (E, H, I),
     ``c_proj.bias``; with SigmoidGroupedTopK also the buffer ``correction_bias`` (E,), which balances load without a
@@ -104,6 +109,7 @@ class MoE(nn.Module):
         router_dtype: torch.dtype | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        expert_parallel: ExpertParallel | None = None,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -127,14 +133,21 @@ class MoE(nn.Module):
         self.layout = as_layout(layout)
         self.recipe = as_recipe(recipe)
         self.weight_cache = WeightCache()
+        self._last_forward = LastForward()
         self.z_loss_weight = z_loss_weight
         self.accumulate_into_main_grad = accumulate_into_main_grad
         self.validate = validate
+        self.expert_parallel = expert_parallel
+        experts_here, first = num_experts, None
+        if expert_parallel is not None:
+            expert_parallel.check_layer(num_experts, num_experts_per_tok, hidden_size, self.routing)
+            experts_here = expert_parallel.experts_here
+            first = expert_parallel.first_expert if expert_parallel.size > 1 else None
 
         self.router = Router(hidden_size, num_experts, std, router_dtype, device, dtype)
         fan_in = self.activation.fan * intermediate_size
-        self.c_fc = Experts(num_experts, hidden_size, fan_in, add_bias, std, device, dtype)
-        self.c_proj = Experts(num_experts, intermediate_size, hidden_size, add_bias, std, device, dtype)
+        self.c_fc = Experts(experts_here, hidden_size, fan_in, add_bias, std, device, dtype, first)
+        self.c_proj = Experts(experts_here, intermediate_size, hidden_size, add_bias, std, device, dtype, first)
         base = self.routing.base if isinstance(self.routing, TokenRounding) else self.routing
         # No buffers: DistributedDataParallel would overwrite the counts of every rank by those of the first.
         self.expert_counts = torch.zeros(num_experts, dtype=torch.int32, device=device)
@@ -194,6 +207,12 @@ class MoE(nn.Module):
             elif policy.mode in ("SR-f", "NR-s"):
                 # From torch's generator: fresh each step, the same when checkpointing recomputes, new at each replay.
                 rounding_step = torch.randint(2**31, (1,), device=hidden_states.device)
+                if not torch.compiler.is_compiling():
+                    rounding_step = self._last_forward.step(rounding_step)
+        recipe, correction_bias = self.recipe, self.correction_bias
+        if not torch.compiler.is_compiling():
+            counts = not is_inference_mode and (self.training or torch.is_grad_enabled())
+            recipe, correction_bias = self._last_forward.settings(recipe, correction_bias, counts)
         flat = hidden_states.dim() == 2  # views cost the host two autograd nodes
         x_TH = hidden_states if flat else hidden_states.reshape(-1, self.hidden_size)
         if token_mask is not None:
@@ -202,14 +221,15 @@ class MoE(nn.Module):
         router = member_of(self, "router")
         w1, b1 = weights_of(member_of(self, "c_fc"), "c_fc", x_TH)
         w2, b2 = weights_of(member_of(self, "c_proj"), "c_proj", x_TH)
-        out_TH, logits_TE, counts_E, ids_TK = run_layer(
+        run = run_layer if self.expert_parallel is None else self.expert_parallel.run_layer
+        out_TH, logits_TE, counts_E, ids_TK = run(
             x_TH,
             RouterWeight(member_of(router, "weight")) if is_plain_linear(router) else router,
             w1,
             w2,
             self.top_k,
             policy,
-            self.correction_bias,
+            correction_bias,
             rounding_step,
             token_mask,
             {
@@ -217,7 +237,7 @@ class MoE(nn.Module):
                 "b2": b2,
                 "activation": self.activation,
                 "layout": self.layout,
-                "recipe": self.recipe,
+                "recipe": recipe,
                 "weight_cache": self.weight_cache,
                 "inference": is_inference_mode,
                 "accumulate_into_main_grad": self.accumulate_into_main_grad,
@@ -313,7 +333,8 @@ def update_correction_bias(model: nn.Module, rate: float, *, group: ProcessGroup
 @contextmanager
 def fp8_training(model: nn.Module, recipe: Fp8Recipe | None = None) -> Iterator[None]:
     """Every :class:`MoE` of ``model`` computes with ``recipe``, by default ``Fp8Recipe()``, inside the block; then each
-    has its own recipe again. Backward may run outside: a pass ends in the recipe that its forward had.
+    has its own recipe again. Backward may run outside: a pass ends in the recipe that its forward had, also where
+    activation checkpointing computes it again (``training/recompute.py``).
     """
     recipe = Fp8Recipe() if recipe is None else recipe
     if not isinstance(recipe, Fp8Recipe):
@@ -330,7 +351,7 @@ def fp8_training(model: nn.Module, recipe: Fp8Recipe | None = None) -> Iterator[
 
 @contextmanager
 def constant_weights(model: nn.Module) -> Iterator[None]:
-    """No expert weight of ``model`` changes inside the block, so that FP8 layers quantise each once: the micro-batches
+    """No expert weight of ``model`` changes inside the block, so that FP8 layers quantize each once: the micro-batches
     of one optimizer step, or an evaluation. See ``quantization/weight_cache.py`` for what is noticed nevertheless.
     """
     with ExitStack() as held:

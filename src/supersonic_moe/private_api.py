@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -61,9 +62,6 @@ raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream"
 transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 """Whether a transform of ``torch.func`` may be active; True where torch does not say."""
 
-dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-"""How many ``__torch_dispatch__`` modes are active; 1 where torch does not say."""
-
 _executes: Callable[[Any], bool] = getattr(torch._C, "_will_engine_execute_node", _always)
 
 
@@ -77,8 +75,8 @@ def reaches(node: Any) -> bool | None:
         return None
 
 
-graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
-"""A number for the backward pass that runs in this thread; -1 outside of one, and where torch does not say."""
+dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+"""How many ``__torch_dispatch__`` modes are active; 1 where torch does not say."""
 
 BASE_APPLIES = hasattr(torch.autograd.Function.__base__, "apply")
 """Whether ``torch.autograd.Function.apply`` binds arguments and then calls ``apply`` of its base class."""
@@ -88,6 +86,22 @@ add_each: Callable[[list[Tensor], list[Tensor]], None] = getattr(torch, "_foreac
 
 copy_each: Callable[[list[Tensor], list[Tensor]], None] = getattr(torch, "_foreach_copy_", _copy_each)
 """``target.copy_(source)`` for each pair, on a GPU in few launches."""
+
+
+def default_store(prefix: str) -> Any:
+    """The key-value store that ranks of ``torch.distributed`` share (a ``Store``), seen through keys that start with
+    ``prefix``; None where torch does not say.
+    """
+    get = getattr(dist.distributed_c10d, "_get_default_store", None)
+    return None if get is None else dist.PrefixStore(prefix, get())  # type: ignore[attr-defined]
+
+
+def ignored_by_ddp(module: nn.Module, names: list[str]) -> None:
+    """DistributedDataParallel of ``module`` will leave the parameters of these ``names`` alone. There is no public way;
+    without this name it would refuse or average them.
+    """
+    module._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
+
 
 gpu_sleep: Callable[[int], None] = getattr(torch.cuda, "_sleep", _gpu_sleep)
 """Keep the current CUDA stream busy for so many clock cycles. There is no public way: RuntimeError without it."""

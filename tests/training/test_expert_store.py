@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from supersonic_moe import routed_experts
+from supersonic_moe import routed_experts, topk_experts
 from supersonic_moe.config.activation import Activation, ActivationType
 from supersonic_moe.config.recipe import Bf16Recipe
 from supersonic_moe.training.expert_store import ExpertStore, ExpertWeights
@@ -18,9 +18,11 @@ E, H, I, T = 3, 16, 8, 5  # noqa: E741
 SWIGLU = Activation(ActivationType.SWIGLU)
 
 
-def parameters() -> ExpertWeights:
+def parameters(dtype: torch.dtype = torch.float32) -> ExpertWeights:
     shapes = {"w1": (2 * I, H), "w2": (H, I)}
-    made = {which: [nn.Parameter(torch.randn(shape) / 4) for _ in range(E)] for which, shape in shapes.items()}
+    made = {
+        which: [nn.Parameter(torch.randn(shape).to(dtype) / 4) for _ in range(E)] for which, shape in shapes.items()
+    }
     for p in made["w1"] + made["w2"]:
         p.main_grad = torch.randn(p.shape)
     return made
@@ -51,6 +53,38 @@ def test_gradients_of_two_passes_reach_every_main_grad():
     for which, gradient in zip(weights, expected, strict=True):
         added = torch.stack([p.main_grad - b for p, b in zip(weights[which], before[which], strict=True)])
         assert oracle.rel_fro(added, gradient) < 1e-5 and not added[1].any() and added[0].any()
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["backward", "dx alone"])
+@pytest.mark.parametrize("convention", ["overwrite_main_grad", "get_main_grad", "bf16"])
+def test_main_grads_as_megatron_has_them(convention, alone):
+    """Any pass adds, also one for dx alone: nobody but the store could ask for the gradients of its copies."""
+    dtype = torch.bfloat16 if convention == "bf16" else torch.float32
+
+    def step(weights):
+        store = ExpertStore("Trainer", H, I, SWIGLU, transposed=False)
+        copies = store.copies(lambda: weights, torch.device("cpu"), Bf16Recipe())
+        x = torch.linspace(-1, 1, T * H).view(T, H).to(dtype).requires_grad_()
+        ids, scores = torch.tensor([[0], [2], [2], [0], [2]]), torch.ones(T, 1)
+        out = topk_experts(x, ids, scores, copies.w1, copies.w2, layout="gate_up", accumulate_into_main_grad=True)
+        store.after_forward(copies, out)
+        torch.autograd.grad(out.float().sum(), x) if alone else out.float().sum().backward()
+        store.step(lambda: weights)
+
+    weights, buffers, want = parameters(dtype), [], []
+    for p in (every := weights["w1"] + weights["w2"]):
+        p.main_grad.zero_()
+    step(weights)
+    for p in every:
+        start = torch.randn(p.shape).to(dtype)
+        want.append(p.main_grad + (0 if convention == "overwrite_main_grad" else start))
+        buffers.append(start)
+        p.main_grad, p.overwrite_main_grad = start, convention == "overwrite_main_grad"
+        if convention == "get_main_grad":
+            p.main_grad, p.get_main_grad = None, lambda start=start: start
+    step(weights)
+    assert all(torch.equal(got, w.to(dtype)) for got, w in zip(buffers, want, strict=True))
+    assert buffers[0].any() and buffers[3].any()
 
 
 def test_errors_name_the_owner():

@@ -244,8 +244,7 @@ def test_saved_bytes_equal_the_formula(recipe: Fp8Recipe, activation: str) -> No
     def padded(n: int, to: int) -> int:
         return -(-n // to) * to
 
-    metadata = 4 * (experts + 1) + 4 * 4 * rows  # offsets; gather, scatter, row_expert, reverse
-    metadata += 4 * rows + layer.scores.nbytes  # scores of rows; as they came, for second derivatives
+    metadata = 4 * (experts + 1) + 4 * 4 * rows + 4 * rows  # offsets; gather, scatter, row_expert, reverse; scores
     saved = {
         "fp8": rows * padded(n1, 16) + 4 * blocks(n1) * padded(rows, 4),
         "bf16": 2 * rows * n1,

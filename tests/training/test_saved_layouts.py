@@ -50,7 +50,9 @@ class Checked:
         """e4m3 operands, each with its scales where those have a layout too: of rows that no index reads."""
         for arg in args:
             operand, index = arg if isinstance(arg, Rows) else (arg, None)
-            if isinstance(operand, Quantized) and operand.q.dtype is E4M3:
+            if not isinstance(operand, Quantized):
+                yield from self._loaded(operand if isinstance(operand, tuple) else ())
+            elif operand.q.dtype is E4M3:
                 yield operand.q, operand.scale if operand.q.dim() == 2 and index is None else None
 
 

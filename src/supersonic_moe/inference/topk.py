@@ -71,7 +71,7 @@ def moe_fp8_topk(
     without a local expert is exactly +0 (or the shared expert alone). An id that a token names twice counts twice.
 
     Args:
-        x: (T, H) bfloat16, quantised inside in blocks of 1 x 128, or float8_e4m3fn with ``x_scale``.
+        x: (T, H) bfloat16, quantized inside in blocks of 1 x 128, or float8_e4m3fn with ``x_scale``.
         w13: (E_local, 2 I, H) float8_e4m3fn. H a multiple of 128, I of 64.
         w2: (E_local, H, I) float8_e4m3fn.
         w13_scale, w2_scale: (E_local, 2 I / 128, H / 128), (E_local, H / 128, ceil(I / 128)) float32 of either sign;

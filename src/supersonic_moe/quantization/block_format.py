@@ -80,10 +80,10 @@ def empty_scales(like: Tensor, rows: int, columns: int, tma: bool) -> Tensor:
 
 def aligned_rows(q: Tensor) -> Tensor:
     """``q`` as ``empty_e4m3`` lays it out: itself, or a copy where a hook on saved tensors (offloading, say) has
-    brought back other strides. Another dtype has no such layout.
+    brought back other strides or another address. Another dtype has no such layout.
     """
     *outer, columns = q.stride()
-    if q.dtype is not E4M3 or (columns == 1 and all(stride % 16 == 0 for stride in outer)):
+    if q.dtype is not E4M3 or (columns == 1 and all(n % 16 == 0 for n in (*outer, q.data_ptr()))):
         return q
     return empty_e4m3(q, *q.shape).copy_(q)
 
@@ -91,7 +91,6 @@ def aligned_rows(q: Tensor) -> Tensor:
 def transposed_scales(scale_RB: Tensor) -> Tensor:
     """Likewise, as ``empty_scales(..., tma=True)`` does."""
     row, column = scale_RB.stride()
-    if row == 1 and column % 4 == 0:
+    if row == 1 and column % 4 == 0 and scale_RB.data_ptr() % 16 == 0:
         return scale_RB
-    rows, columns = scale_RB.shape
-    return empty_scales(scale_RB, rows, columns, tma=True).copy_(scale_RB)
+    return empty_scales(scale_RB, scale_RB.shape[0], scale_RB.shape[1], tma=True).copy_(scale_RB)

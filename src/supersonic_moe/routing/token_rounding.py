@@ -237,8 +237,8 @@ class _Round(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _tokens: Tensor, _experts: Tensor, dscores: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph: the op has no derivative, plain torch has
-            logits, scores, experts, token_offsets = ctx.saved_tensors
-            dlogits = differentiable_backward(dscores, logits, KeptPairs(scores, experts, token_offsets), ctx.scale)
+            logits, *kept = ctx.saved_tensors
+            dlogits = differentiable_backward(dscores, logits, KeptPairs(*kept), ctx.scale)
         else:
             backward = torch.ops.supersonic_moe.token_rounding_backward.default
             dlogits = backward(dscores, *ctx.saved_tensors, ctx.scale, ctx.backend)

@@ -9,7 +9,8 @@ fp32 ``main_grad`` on each. A store has them all in w1 (E, N1, H) and w2 (E, H, 
 
 In bytes for each weight, from the first forward to step(): 2 for the BF16 copy, or 2 for the FP8 one (e4m3 and its
 transpose; BF16 is freed once they exist, unless ``keep_transposed=False`` needs it again), and 4 for the buffers. Sums
-are taken in the order in which backward passes run, so the same order gives the same bits.
+are taken in the order in which backward passes run, so the same order gives the same bits. Every pass adds, one of
+``torch.autograd.grad`` for dx alone too, because nobody else could ask for the gradients of the copies.
 
 **Which weights are seen.** Those of the first forward of a step, by all its micro-batches. The weights must not change
 while gradients are under way, which is while a forward waits for its backward or a buffer waits for step(). Every

@@ -8,7 +8,7 @@ What Megatron and Transformer Engine agree on holds here too:
     ``overwrite_main_grad = True``   dW replaces what is in the buffer
     ``main_grad`` in bf16            (``--grad-reduce-in-bf16``) gets the fp32 dW added with one rounding
 
-A buffer that kernels cannot write themselves, because of dtype, strides or alignment, gets dW from scratch memory.
+A buffer that kernels do not write themselves, because of its dtype or strides, gets dW from scratch memory.
 
 **Which passes add.** Those that would accumulate into ``.grad``: ``backward()`` adds, ``backward(inputs=[...])`` adds
 for the weights that it names, ``torch.autograd.grad`` adds nothing and returns the gradients that it is asked for. So a
@@ -152,14 +152,8 @@ def _asked_for(need: bool, node: Any, parameter: Tensor) -> tuple[bool, bool]:
 
 def _target(name: str, weight: Tensor) -> Target:
     main = _checked(name, weight)
-    return Target(main, main if _kernels_write(main, weight) else _scratch(main, weight), not overwrites(weight))
-
-
-def _kernels_write(main: Tensor, weight: Tensor) -> bool:
-    """In the dtype of the sums, contiguous and, for TMA, aligned to 16 bytes."""
-    if main.dtype is not gradient_dtype(weight) or not main.is_contiguous():
-        return False
-    return torch.compiler.is_compiling() or main.data_ptr() % 16 == 0
+    kernels_write = main.dtype is gradient_dtype(weight) and main.is_contiguous()
+    return Target(main, main if kernels_write else _scratch(main, weight), not overwrites(weight))
 
 
 def _scratch(main: Tensor, weight: Tensor) -> Tensor:

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from supersonic_moe.autocast import without_autocast
 from supersonic_moe.autograd import apply, refuse_second_derivatives
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe
@@ -65,17 +65,9 @@ def _fp8_kernels(x: Tensor, intermediate: int, static: Static) -> interface.Fp8E
     return registry.fp8_kernels(choice.name)
 
 
-def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
-    """Kernels get the dtypes that they are called with. Entering ``torch.autocast`` takes as long as a launch, so only
-    where it is on.
-    """
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-
 def _bf16_forward(call: Bf16Forward) -> Bf16Output:
     k = _bf16_kernels(call.x, call.w2, call.static)
-    with _without_autocast(call.x):
+    with without_autocast(call.x):
         return bf16.forward(k, aligned(call, k.ALIGNMENT, "x", "w1", "b1", "w2"))
 
 
@@ -83,14 +75,14 @@ def _bf16_backward(saved: Bf16Saved, incoming: Incoming) -> tuple[Tensor, ...]:
     k = _bf16_kernels(saved.x, saved.w2, saved.static)
     saved = aligned(saved, k.ALIGNMENT, "z", "x", "w1", "b1", "w2")
     incoming = aligned(incoming, k.ALIGNMENT, "dout")
-    with _without_autocast(saved.x):
+    with without_autocast(saved.x):
         gradients = bf16.backward(k, saved, incoming)
     return _returned(saved.x, gradients, incoming.main)
 
 
 def _fp8_forward(call: Fp8Forward) -> tuple[Tensor, ...]:
     k = _fp8_kernels(call.x, call.w2.shape[2], call.static)
-    with _without_autocast(call.x):
+    with without_autocast(call.x):
         output = fp8.forward(k, aligned(call, k.ALIGNMENT, "b1"))
     return _FP8_OUTPUT.flat(*output)
 
@@ -98,7 +90,7 @@ def _fp8_forward(call: Fp8Forward) -> tuple[Tensor, ...]:
 def _fp8_backward(weights: Fp8Weights, saved: Fp8Saved, incoming: Incoming) -> tuple[Tensor, ...]:
     k = _fp8_kernels(saved.x, weights.w2_transposed.shape[1], saved.static)
     saved, incoming = aligned(saved, k.ALIGNMENT, "x", "b1"), aligned(incoming, k.ALIGNMENT, "dout")
-    with _without_autocast(saved.x):
+    with without_autocast(saved.x):
         gradients = fp8.backward(k, weights, saved, incoming)
     return _returned(saved.x, gradients, incoming.main)
 
@@ -241,10 +233,8 @@ class _Bf16Call(NamedTuple):
 
     plan: Plan
     static: Static
-    parameters: tuple[Tensor, Tensor]
-    """Those of w1 and w2."""
-    into_main_grad: bool
-    """Whether their ``main_grad`` gets dW1 and dW2."""
+    parameters: tuple[Tensor, Tensor] | None
+    """Those of w1 and w2, if their ``main_grad`` gets dW1 and dW2."""
 
     def forward(self, operands: _Operands, save: bool) -> tuple[Tensor, ...]:
         arguments = _BF16_FORWARD.flat(*operands, self.plan, self.static, save)
@@ -255,7 +245,7 @@ class _Bf16Call(NamedTuple):
         x, _, w1, b1, w2, b2 = operands
         tensors, others = _BF16_SAVED.split(z, x, row_scores, w1, b1, w2, b2, self.plan, self.static)
         in_plain_torch = self.static.backend == "reference" or not x.is_cuda
-        return _Kept(tensors, others, _backward_in_bf16, in_plain_torch and not self.into_main_grad)
+        return _Kept(tensors, others, _backward_in_bf16, in_plain_torch and self.parameters is None)
 
 
 class _Fp8Call(NamedTuple):
@@ -263,8 +253,7 @@ class _Fp8Call(NamedTuple):
 
     plan: Plan
     static: Static
-    parameters: tuple[Tensor, Tensor]
-    into_main_grad: bool
+    parameters: tuple[Tensor, Tensor] | None
     numerics: Numerics
     w1: Fp8Weight
     w2: Fp8Weight
@@ -306,19 +295,23 @@ def _backward_in_fp8_quantizing_again(
     return _backward_in_fp8((*weights, *tensors), others, incoming)
 
 
-_named = on_flat(lambda *groups: groups, _BF16_SAVED, _INCOMING)
+_named_saved = on_flat(lambda saved: saved, _BF16_SAVED)
+_named = on_flat(lambda saved, incoming: (saved, incoming), _BF16_SAVED, _INCOMING)
 
 
-def _differentiable_backward(scores: Tensor, *flat: Any) -> list[Tensor]:
+def _differentiable_backward(*flat: Any) -> list[Tensor]:
     """Backward in plain torch: forward runs again, and autograd differentiates it, as often as it is asked to."""
     saved, (dout, needs, _) = _named(*flat)
-    x, plan, static = saved.x, saved.plan, saved.static
-    operands = x, scores, saved.w1, saved.b1, saved.w2, saved.b2
-    with _without_autocast(x):
-        out = bf16.forward(_bf16_kernels(x, saved.w2, static), Bf16Forward(*operands, plan, static, True)).out
+    x, row_scores, plan, static = saved.x, saved.row_scores, saved.plan, saved.static
+    operands = x, row_scores, saved.w1, saved.b1, saved.w2, saved.b2
+    by_row = plan._replace(scatter_index=torch.arange(len(row_scores), device=x.device))
+    k = _bf16_kernels(x, saved.w2, static)
+    with without_autocast(x):
+        out = bf16.forward(k, Bf16Forward(*operands, by_row, static, save=True)).out
     wanted = [t for t, need in zip(operands, needs, strict=True) if need]
-    grads = iter(torch.autograd.grad(out, wanted, dout, create_graph=True, materialize_grads=True))
-    return [next(grads) if need else x.new_empty(0) for need in needs]
+    found = iter(torch.autograd.grad(out, wanted, dout, create_graph=True, materialize_grads=True))
+    grads = Inputs(*[next(found) if need else x.new_empty(0) for need in needs])
+    return [*grads._replace(scores=k.pick(grads.scores, plan.reverse_index) if needs.scores else grads.scores)]
 
 
 _ONCE = (
@@ -333,7 +326,8 @@ _NO_TARGETS, _NO_BUFFERS = Targets(), MainGrads()
 
 class Experts(torch.autograd.Function):
     """``apply(x, scores, w1, b1, w2, b2, call)``: operands in the dtype of the computation, and a :class:`_Bf16Call` or
-    :class:`_Fp8Call`.
+    :class:`_Fp8Call`. Gives the output, and what backward keeps of it: the scores of the rows, through which second
+    derivatives come back, and Z.
     """
 
     @staticmethod
@@ -345,40 +339,52 @@ class Experts(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *operands, call = inputs
-        _, *kept = output
-        ctx.mark_non_differentiable(*kept)
+        _, row_scores, *z = output
+        ctx.mark_non_differentiable(*z)
         ctx.set_materialize_grads(False)
-        tensors, ctx.others, ctx.run_backward, ctx.twice = call.keep(operands, *kept)
-        ctx.save_for_backward(operands[1], *tensors)  # scores: a second derivative may go that way
-        ctx.parameters, ctx.into_main_grad = call.parameters, call.into_main_grad
-        if call.into_main_grad:
+        tensors, ctx.others, ctx.run_backward, ctx.twice = call.keep(operands, row_scores, *z)
+        ctx.save_for_backward(*tensors)
+        ctx.parameters = call.parameters
+        if call.parameters is not None:
             ctx.are_tensors = [t is not None for t in operands]
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor | None, drow_scores: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if drow_scores is not None and not torch.compiler.is_compiling():  # which gives zeros
+            return _backward_of_a_backward(ctx, dout, drow_scores)
         if dout is None:
             return (None,) * 7
         *needed, _call = ctx.needs_input_grad
         needs, targets, main = Inputs(*needed), _NO_TARGETS, _NO_BUFFERS
-        if ctx.into_main_grad:
+        if ctx.parameters is not None:
             needs, targets = targets_of(ctx.parameters, needs, ctx)
             main = targets.of_kernels()
-        scores, *tensors = ctx.saved_tensors  # may recompute forward, so look for what is missing first
+        tensors = ctx.saved_tensors  # may recompute forward, so look for what is missing first
         incoming = _INCOMING.flat(dout.contiguous(), needs, main)
         again = torch.is_grad_enabled()  # create_graph
         grads: list[Tensor | None]
         if again and ctx.twice:
-            grads = [*_differentiable_backward(scores, *tensors, *ctx.others, *incoming)]
+            grads = [*_differentiable_backward(*tensors, *ctx.others, *incoming)]
         else:
             grads = [*ctx.run_backward(tensors, ctx.others, incoming)]
-        if ctx.into_main_grad:
+        if ctx.parameters is not None:
             for at, target, parameter in zip((2, 4), targets, ctx.parameters, strict=True):
                 if target is not None:
                     grads[at] = target.finish(parameter, dout.dtype)
         grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
         if again and not ctx.twice:
-            grads = _differentiable_once(grads, (dout, scores, *tensors, *ctx.parameters))
+            grads = _differentiable_once(grads, (dout, *tensors))
         return *grads, None
+
+
+def _backward_of_a_backward(ctx: Any, dout: Tensor | None, drow_scores: Tensor) -> tuple[Tensor | None, ...]:
+    """In plain torch: what ``out`` gives, and what a second derivative gives to the scores on their way to the rows."""
+    *grads, _call = Experts.backward(ctx, dout, None)
+    if ctx.needs_input_grad[1]:
+        saved = _named_saved(*ctx.saved_tensors, *ctx.others)
+        drow_scores = _bf16_kernels(saved.x, saved.w2, saved.static).pick(drow_scores, saved.plan.reverse_index)
+        grads[1] = drow_scores if grads[1] is None else grads[1] + drow_scores
+    return *grads, None
 
 
 def _differentiable_once(grads: list[Tensor | None], inputs: tuple[Tensor | None, ...]) -> list[Tensor | None]:
@@ -402,8 +408,8 @@ def run_experts(
     """(T, H) output of the experts, for operands in the dtype of the computation. Nothing is saved in inference mode or
     where no input requires a gradient.
     """
-    static = Static.of(options.activation, options.layout, options.backend)
-    common = Plan.of(plan), static, (w1.parameter, w2.parameter), options.accumulate_into_main_grad
+    parameters = (w1.parameter, w2.parameter) if options.accumulate_into_main_grad else None
+    common = Plan.of(plan), Static.of(options.activation, options.layout, options.backend), parameters
     call: _Bf16Call | _Fp8Call
     if isinstance(options.recipe, Fp8Recipe):
         w1, w2 = with_fp8_copies(w1, w2, options.recipe, options.backend, options.weight_cache)

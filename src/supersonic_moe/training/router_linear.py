@@ -50,7 +50,7 @@ class RouterLinear(torch.autograd.Function):
             elif torch.is_grad_enabled():  # create_graph: what came may be read again
                 dx_TH = dx_TH.addmm(dlogits_TE, weight_EH)
             else:
-                dx_TH = dx_TH.addmm_(dlogits_TE, weight_EH)
+                dx_TH = torch.addmm(dx_TH, dlogits_TE, weight_EH, out=dx_TH)
         return dx_TH if needs_x else None, dlogits_TE.t() @ x_TH if needs_weight else None
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from supersonic_moe.bench.suite import Suite
 from supersonic_moe.bench.suites.breakdown import Breakdown
 from supersonic_moe.bench.suites.cold_start import ColdStart
+from supersonic_moe.bench.suites.ep import Ep
 from supersonic_moe.bench.suites.gemm import Gemm
 from supersonic_moe.bench.suites.infer import Infer
 from supersonic_moe.bench.suites.kernels import Kernels
@@ -23,4 +24,5 @@ SUITES: tuple[type[Suite[Any, Any]], ...] = (
     Precision,
     Train,
     Transformers,
+    Ep,
 )

@@ -1,0 +1,81 @@
+"""The same forward again: what activation checkpointing must find as it was.
+
+``torch.utils.checkpoint`` keeps the arguments of a forward and calls it once more inside backward. A layer also reads
+what is no argument, and what may be another by then: its recipe (``fp8_training`` has been left), its correction bias
+(it has been moved), the step of token rounding (a draw of torch's generator, which the checkpoint restores unless it is
+told not to). So a layer remembers what its last forward read, and a forward inside backward reads that:
+
+    recipe    the object itself
+    bias      the tensor itself while it is unchanged, else a copy of E floats, made by the first forward that sees a
+              new value; in a CUDA graph by every forward, because a replay shows no change on the host
+    step      the fresh draw if it is one of the last 64, which is what a restored generator gives; else the last one
+
+With several forwards under way, as in a pipeline, the last one stands for all: change neither the recipe nor the bias
+between the first of them and the last backward, and let the checkpoint keep the generator's state, as it does by
+default. What ``torch.compile`` has compiled reads recipe and bias as they are.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from supersonic_moe.config.recipe import Recipe
+from supersonic_moe.private_api import in_backward, versions_of
+
+STEPS = 64
+
+
+class LastForward:
+    """What the last forward of a layer read. Copies and pickles of the layer start without."""
+
+    def __init__(self) -> None:
+        self._recipe: Recipe | None = None
+        self._bias_E: Tensor | None = None
+        self._version = 0
+        self._copy_E: Tensor | None = None
+        self._copied_in_graph = False
+        self._steps: deque[Tensor] = deque(maxlen=STEPS)
+
+    def __reduce__(self) -> tuple[type[LastForward], tuple[()]]:
+        return LastForward, ()
+
+    def settings(self, recipe: Recipe, bias_E: Tensor | None, counts: bool) -> tuple[Recipe, Tensor | None]:
+        """What a forward is to read: what the layer has now; in backward, what the last forward read.
+
+        Args:
+            counts: this forward may get a backward, so remember what it reads.
+        """
+        if in_backward():
+            return self._recipe or recipe, self._bias_then(bias_E)
+        if counts:
+            self._recipe = recipe
+            if bias_E is not None and not bias_E.is_inference():  # such a tensor counts no changes
+                self._remember(bias_E)
+        return recipe, bias_E
+
+    def step(self, drawn: Tensor) -> Tensor:
+        """The step of token rounding for a forward that drew ``drawn``, (1,) int64."""
+        if not in_backward():
+            self._steps.append(drawn)
+            return drawn
+        if not self._steps:
+            return drawn
+        known = torch.cat(list(self._steps))
+        return torch.where((known == drawn).any(), drawn, known[-1:])
+
+    def _remember(self, bias_E: Tensor) -> None:
+        (version,) = versions_of((bias_E,))
+        in_graph = bias_E.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not in_graph and not self._copied_in_graph and bias_E is self._bias_E and version == self._version:
+            return
+        self._bias_E, self._version, self._copied_in_graph = bias_E, version, in_graph
+        self._copy_E = bias_E.detach().clone()
+
+    def _bias_then(self, bias_E: Tensor | None) -> Tensor | None:
+        if bias_E is None or self._copy_E is None:
+            return bias_E
+        unchanged = bias_E is self._bias_E and versions_of((bias_E,)) == [self._version]
+        return bias_E if unchanged and not self._copied_in_graph else self._copy_E
