@@ -7,11 +7,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import distributed_plans
+import pytest
 import torch
 from ranks import run_ranks
 from transformers_models import model_of, tokens, with_gradients
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the library would put the model on the GPUs")
 def test_two_processes_are_one(tmp_path: Path) -> None:
     for family in {family for family, _ in distributed_plans.CASES}:
         model = model_of(family)
