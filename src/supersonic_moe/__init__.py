@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from supersonic_moe.functional import moe_layer as moe_layer
     from supersonic_moe.functional import routed_experts as routed_experts
     from supersonic_moe.functional import topk_experts as topk_experts
+    from supersonic_moe.grouped import grouped_linear as grouped_linear
     from supersonic_moe.integrations.mlp_node import SonicMoEMlpNode as SonicMoEMlpNode
     from supersonic_moe.moe import KernelBackendMoE as KernelBackendMoE
     from supersonic_moe.moe import MoE as MoE
@@ -64,6 +65,7 @@ _HOME = {
         "routed_experts",
         "topk_experts",
     ),
+    "grouped": ("grouped_linear",),
     "integrations.mlp_node": ("SonicMoEMlpNode",),
     "moe": (
         "KernelBackendMoE",

@@ -25,6 +25,8 @@ from supersonic_moe.training.recompute import LastForward
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from supersonic_moe.parallel.expert_parallel import ExpertParallel
+
 
 class KernelBackendMoE(Enum):
     """Which kernels run the layer. ``auto`` is the best that the device and dtype allow; ``sonicmoe`` is its name in
@@ -77,6 +79,8 @@ class MoE(nn.Module):
         router_dtype: compute the logits in this dtype (torch.float32, torch.float64) whatever that of the experts, also
             under autocast.
         device, dtype: of the parameters, as in any module of torch.
+        expert_parallel: a ``parallel.ExpertParallel`` of R ranks. Then the layer has E/R experts and the router of all;
+            the router must be the same on every rank, and counts and ``aux_loss`` are of the tokens of this rank.
 
     Parameters: ``router.weight`` (E, H), ``c_fc.weight`` (E, 2I or I, H), ``c_fc.bias``, ``c_proj.weight`` (E, H, I),
     ``c_proj.bias``; with SigmoidGroupedTopK also the buffer ``correction_bias`` (E,), which balances load without a
@@ -105,6 +109,7 @@ class MoE(nn.Module):
         router_dtype: torch.dtype | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        expert_parallel: ExpertParallel | None = None,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -132,11 +137,17 @@ class MoE(nn.Module):
         self.z_loss_weight = z_loss_weight
         self.accumulate_into_main_grad = accumulate_into_main_grad
         self.validate = validate
+        self.expert_parallel = expert_parallel
+        experts_here, first = num_experts, None
+        if expert_parallel is not None:
+            expert_parallel.check_layer(num_experts, num_experts_per_tok, hidden_size, self.routing)
+            experts_here = expert_parallel.experts_here
+            first = expert_parallel.first_expert if expert_parallel.size > 1 else None
 
         self.router = Router(hidden_size, num_experts, std, router_dtype, device, dtype)
         fan_in = self.activation.fan * intermediate_size
-        self.c_fc = Experts(num_experts, hidden_size, fan_in, add_bias, std, device, dtype)
-        self.c_proj = Experts(num_experts, intermediate_size, hidden_size, add_bias, std, device, dtype)
+        self.c_fc = Experts(experts_here, hidden_size, fan_in, add_bias, std, device, dtype, first)
+        self.c_proj = Experts(experts_here, intermediate_size, hidden_size, add_bias, std, device, dtype, first)
         base = self.routing.base if isinstance(self.routing, TokenRounding) else self.routing
         # No buffers: DistributedDataParallel would overwrite the counts of every rank by those of the first.
         self.expert_counts = torch.zeros(num_experts, dtype=torch.int32, device=device)
@@ -210,7 +221,8 @@ class MoE(nn.Module):
         router = member_of(self, "router")
         w1, b1 = weights_of(member_of(self, "c_fc"), "c_fc", x_TH)
         w2, b2 = weights_of(member_of(self, "c_proj"), "c_proj", x_TH)
-        out_TH, logits_TE, counts_E, ids_TK = run_layer(
+        run = run_layer if self.expert_parallel is None else self.expert_parallel.run_layer
+        out_TH, logits_TE, counts_E, ids_TK = run(
             x_TH,
             RouterWeight(member_of(router, "weight")) if is_plain_linear(router) else router,
             w1,
@@ -339,7 +351,7 @@ def fp8_training(model: nn.Module, recipe: Fp8Recipe | None = None) -> Iterator[
 
 @contextmanager
 def constant_weights(model: nn.Module) -> Iterator[None]:
-    """No expert weight of ``model`` changes inside the block, so that FP8 layers quantise each once: the micro-batches
+    """No expert weight of ``model`` changes inside the block, so that FP8 layers quantize each once: the micro-batches
     of one optimizer step, or an evaluation. See ``quantization/weight_cache.py`` for what is noticed nevertheless.
     """
     with ExitStack() as held:

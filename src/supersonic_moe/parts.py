@@ -52,7 +52,8 @@ class Router(nn.Linear):
 
 class Experts(nn.Module):
     """Weights of all experts for one projection: weight (E, out_features, in_features), bias (E, out_features). A call
-    returns both, and multiplies nothing.
+    returns both, and multiplies nothing. With ``first``, those of one rank: ``num_experts`` of them from expert
+    ``first`` on, drawn from a sequence of their own, because ranks are often seeded alike.
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class Experts(nn.Module):
         std: float,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        first: int | None = None,
     ) -> None:
         super().__init__()
+        self.first = first
         self.num_experts, self.in_features, self.out_features, self.std = num_experts, in_features, out_features, std
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype))
         self.bias = (
@@ -75,7 +78,11 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        self.weight.normal_(0, self.std)
+        generator = None
+        if self.first is not None and not self.weight.is_meta:
+            seed = int(torch.randint(2**62, (), device="cpu")) + self.first
+            generator = torch.Generator(self.weight.device).manual_seed(seed)
+        self.weight.normal_(0, self.std, generator=generator)
         if self.bias is not None:
             self.bias.zero_()
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -95,6 +96,22 @@ add_each: Callable[[list[Tensor], list[Tensor]], None] = getattr(torch, "_foreac
 
 copy_each: Callable[[list[Tensor], list[Tensor]], None] = getattr(torch, "_foreach_copy_", _copy_each)
 """``target.copy_(source)`` for each pair, on a GPU in few launches."""
+
+
+def default_store(prefix: str) -> Any:
+    """The key-value store that ranks of ``torch.distributed`` share (a ``Store``), seen through keys that start with
+    ``prefix``; None where torch does not say.
+    """
+    get = getattr(dist.distributed_c10d, "_get_default_store", None)
+    return None if get is None else dist.PrefixStore(prefix, get())  # type: ignore[attr-defined]
+
+
+def ignored_by_ddp(module: nn.Module, names: list[str]) -> None:
+    """DistributedDataParallel of ``module`` will leave the parameters of these ``names`` alone. There is no public way;
+    without this name it would refuse or average them.
+    """
+    module._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
+
 
 gpu_sleep: Callable[[int], None] = getattr(torch.cuda, "_sleep", _gpu_sleep)
 """Keep the current CUDA stream busy for so many clock cycles. There is no public way: RuntimeError without it."""

@@ -26,8 +26,8 @@ import supersonic_moe as sm
 from supersonic_moe import Activation, ActivationType, GateUpLayout
 
 SMOOTH = [ActivationType.SWIGLU, ActivationType.GEGLU, ActivationType.SILU, ActivationType.GELU]
-"""In bf16 an element near a kink may fall on its other side."""
-BOUNDS = {torch.bfloat16: 1e-2, torch.float32: 1e-6, torch.float64: 1e-14}
+"""In 16 bits an element near a kink may fall on its other side."""
+BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-6, torch.float64: 1e-14}
 HOOKS: dict[str, Callable[[], Any]] = {
     "none": nullcontext,
     "cloned": lambda: saved_tensors_hooks(torch.clone, torch.clone),
@@ -56,6 +56,9 @@ class Case:
     layout: GateUpLayout
     recipe: sm.Fp8Recipe | None
     router: Any
+    router_dtype: torch.dtype | None
+    padding: bool
+    """Some tokens of a layer are padding, NaN at that."""
     tile: int
     ids_dtype: torch.dtype
     scores_dtype: torch.dtype
@@ -81,12 +84,13 @@ def cases(draw: Any, tokens: int, sizes: list[int], backends: list[str], dtypes:
     dtype, experts = one(dtypes), draw(st.integers(1, 5))
     recipe = one([None, sm.Fp8Recipe(), sm.Fp8Recipe(wgrad="bf16", save_preactivation="bf16", scale="pow2")])
     recipe = recipe if dtype is torch.bfloat16 and one((True, False)) else None
-    activation = Activation(one(SMOOTH if dtype is torch.bfloat16 else ActivationType))
-    if activation.type is ActivationType.SWIGLU and dtype is not torch.bfloat16 and one((True, False)):
+    exact = dtype in (torch.float32, torch.float64)
+    activation = Activation(one(ActivationType if exact else SMOOTH))
+    if activation.type is ActivationType.SWIGLU and exact and one((True, False)):
         activation = Activation.gpt_oss(limit=0.9)
     place = st.tuples(st.integers(0, 9), st.sampled_from([0, 1, 4, 8]), st.booleans())
     places = {name: draw(place) for name in ("x", "scores", "w1", "b1", "w2", "b2", "router", "ids", "dout", "bias")}
-    rows = ("x", "b1", "b2", "router")  # whose last dimension has to be contiguous
+    rows = ("b1", "b2", "router")  # whose last dimension has to be contiguous
     return Case(
         entry=one(ENTRIES),
         tokens=draw(st.integers(0, tokens)),
@@ -100,6 +104,8 @@ def cases(draw: Any, tokens: int, sizes: list[int], backends: list[str], dtypes:
         layout=one(GateUpLayout if activation.gated else [GateUpLayout.INTERLEAVED]),
         recipe=recipe,
         router=one(ROUTERS),
+        router_dtype=one((None, torch.promote_types(dtype, torch.float32))),
+        padding=one((True, False)),
         tile=one((1, 4)),
         ids_dtype=one((torch.int32, torch.int64)),
         scores_dtype=one((torch.float32, torch.bfloat16, torch.float16, torch.float64)),
@@ -125,6 +131,8 @@ class Operands:
     experts_S: Tensor
     leaves: dict[str, Tensor]
     dout: Tensor
+    mask_T: Tensor | None = None
+    """False where a token is padding."""
 
 
 def operands(case: Case, device: str) -> Operands:
@@ -162,7 +170,8 @@ def operands(case: Case, device: str) -> Operands:
         torch.ones((), dtype=case.dtype).expand(tokens, case.hidden) if case.sum_loss else normal(tokens, case.hidden)
     )
     moved = {name: t.to(device) for name, t in leaves.items()}
-    return Operands(tokens_S.to(device), experts_S.to(device), moved, dout.to(device))
+    mask_T = torch.arange(tokens, device=device) % 3 != 1 if case.entry == "layer" and case.padding else None
+    return Operands(tokens_S.to(device), experts_S.to(device), moved, dout.to(device), mask_T)
 
 
 # ---- ways into the layer ---------------------------------------------------------------------------------------------
@@ -183,8 +192,9 @@ def entry_point(case: Case, made: Operands) -> Call:
         sigmoid = isinstance(case.router, sm.SigmoidGroupedTopK)
         bias = lay(correction_bias(case, made.dout.device), case.places.get("bias", PLAIN)) if sigmoid else None
         return sm.moe_layer(
-            leaf["x"], leaf["router"], leaf["w1"], leaf["w2"], k, router=case.router, correction_bias=bias, **options
-        )[:2]
+            leaf["x"], leaf["router"], leaf["w1"], leaf["w2"], k, router=case.router, correction_bias=bias,
+            router_dtype=case.router_dtype, token_mask_T=made.mask_T, **options,
+        )[:2]  # fmt: skip
 
     def topk(leaf: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
         return sm.topk_experts(leaf["x"], at(ids_TK), leaf["scores"], leaf["w1"], leaf["w2"], **options)
@@ -222,6 +232,8 @@ def correction_bias(case: Case, device: Any) -> Tensor:
 def run(case: Case, device: str) -> tuple[dict[str, Tensor], Tensor | None]:
     """(output and gradients by name, logits of the layer)."""
     made = operands(case, device)
+    if made.mask_T is not None:
+        made.leaves["x"] = torch.where(made.mask_T[:, None], made.leaves["x"], torch.nan)
     laid = {name: lay(t, case.places.get(name, PLAIN)) for name, t in made.leaves.items()}
     leaves = {name: t.requires_grad_(name not in case.frozen) for name, t in laid.items()}
     call, names = entry_point(case, made), tuple(leaves)
@@ -266,7 +278,8 @@ def expected(case: Case, logits: Tensor | None, spread: float = 0.0) -> dict[str
     else:
         linear = leaves["x"] @ leaves["router"].T
         values = linear + (logits.cpu().double() - linear).detach()  # those that were routed
-        triples = [(t, e, s) for t, row in enumerate(values) for e, s in routed(case, row)]
+        tokens = range(case.tokens) if made.mask_T is None else made.mask_T.nonzero().flatten().tolist()
+        triples = [(t, e, s) for t in tokens for e, s in routed(case, values[t])]
     experts = leaves["w1"], leaves.get("b1"), leaves["w2"], leaves.get("b2")
     out = oracle.experts(leaves["x"], triples, *experts, case.activation, case.layout)
     wanted = {name: t for name, t in leaves.items() if t.requires_grad}
@@ -307,7 +320,7 @@ def check(case: Case, device: str) -> None:
         assert error <= bound * size, f"{name} is off by {error}; it is {float(exact.norm())}, its terms {size}"
 
 
-@given(cases(6, [8, 24], ["auto"], [torch.bfloat16, torch.float32, torch.float64]))
+@given(cases(6, [8, 24], ["auto"], [torch.bfloat16, torch.float16, torch.float32, torch.float64]))
 @settings(max_examples=400)
 @pytest.mark.filterwarnings("ignore:.*only expert is 1")
 def test_whatever_callers_pass(case: Case) -> None:
@@ -315,8 +328,8 @@ def test_whatever_callers_pass(case: Case) -> None:
 
 
 @pytest.mark.gpu
-@given(cases(40, [64, 200], ["sm90", "triton", "auto"], [torch.bfloat16, torch.float32]))
-@settings(max_examples=300)
+@given(cases(40, [64, 200], ["sm90", "triton", "auto"], [torch.bfloat16, torch.float16, torch.float32]))
+@settings(max_examples=200)
 @pytest.mark.filterwarnings("ignore:.*only expert is 1")
 def test_whatever_callers_pass_on_a_gpu(case: Case) -> None:
     backend = "auto" if case.dtype is not torch.bfloat16 or (case.recipe and case.backend == "triton") else case.backend

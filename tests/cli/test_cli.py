@@ -25,6 +25,7 @@ from supersonic_moe.jit.build import BuildResult
 from supersonic_moe.jit.cache import CACHE_DIR_VARIABLE, Cubin, CubinCache, default_cache
 from supersonic_moe.jit.nvrtc import CompileError, CompileReport, KernelResources
 from supersonic_moe.kernels import registry
+from supersonic_moe.kernels.interface import CAPABILITIES, functions_of
 from supersonic_moe.kernels.sm90 import launch_probe, self_test
 from supersonic_moe.perf_model import STEP_KERNELS, LayerShape, fp8_step_kernels
 
@@ -184,10 +185,11 @@ def test_explain_knows_the_fp8_recipe() -> None:
 
 @pytest.mark.parametrize("backend", [name for name in registry.BACKENDS if name != "auto"])
 def test_explain_names_kernels_that_exist(backend: str) -> None:
-    module = registry.kernels(backend).experts  # a module with all capabilities
+    found = registry.kernels(backend)
+    has = {name for what, protocol in CAPABILITIES.items() if getattr(found, what) for name in functions_of(protocol)}
     fp8 = fp8_step_kernels(Fp8Recipe(wgrad="fp8")) | fp8_step_kernels(Fp8Recipe(save_preactivation="recompute"))
     kernels = {*STEP_KERNELS.values(), *(fp8.values() if backend != "triton" else ())}
-    assert all(callable(getattr(module, name)) for name in kernels)
+    assert kernels <= has
     assert (backend in explain.TILES) == (backend != "sm90")
 
 
@@ -341,14 +343,28 @@ def test_doctor_on_a_mocked_gpu_machine(monkeypatch: pytest.MonkeyPatch) -> None
 
     names = [check.__name__ for check in health.all_checks()]
     assert names[2:4] == ["gpu", "driver"] and {"peer_access", "symmetric_memory", "launch_overhead"} <= set(names)
-    assert health.peer_access().found == "cuda:0 -> 1   18 NVLinks\ncuda:1 -> 0   18 NVLinks"
+    status = {(0, 1): 0, (1, 0): 2}
+    nvml = SimpleNamespace(
+        NVML_P2P_CAPS_INDEX_NVLINK=2,
+        NVML_P2P_STATUS_OK=0,
+        NVMLError=RuntimeError,
+        nvmlDeviceGetP2PStatus=lambda i, j, what: status[i, j],
+    )
+    monkeypatch.setattr("supersonic_moe.bench.sensor.open_nvml", lambda device: (nvml, device.index))
+    assert health.peer_access().found.split("\n") == [
+        "from \\ to  cuda:0  cuda:1",
+        "cuda:0     -       NVLink   18 NVLinks",
+        "cuda:1     PCIe    -   18 NVLinks",
+    ]
+    monkeypatch.setattr("supersonic_moe.bench.sensor.open_nvml", lambda device: None)
+    assert "cuda:0     -       P2P" in health.peer_access().found
     broken = health.self_test()
     assert broken.status == "fail" and "cuda:1 detail 1" in broken.found
     assert health.launch_overhead().status == "ok" and "4.6 µs" in health.launch_overhead().found
     overhead.tensor_map_us = 9.9
     assert health.launch_overhead().status == "warn"
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda i, j: False)
-    assert health.peer_access().status == "warn" and "cuda:1 -> none" in health.peer_access().found
+    assert health.peer_access().status == "warn" and "cuda:1     none    -" in health.peer_access().found
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,14 @@ from supersonic_moe.config.recipe import Fp8Recipe
 SOURCE = Path(private_api.__file__).parent
 ALLOWED = {
     ("cli/health.py", "torch.distributed._symmetric_memory"),  # imported to see whether it is there
+    # the contract of an experts backend of Transformers; tests/integrations/transformers fail without them
+    ("integrations/transformers/gates.py", "experts._apply_gate"),
+    ("integrations/transformers/backend.py", "module._apply_gate"),
+    ("integrations/transformers/report.py", "module.config._experts_implementation"),
     ("moe.py", "super()._apply"),  # what .to() and .cuda() call on every module: test_moe.py sees the bias stay fp32
 }
-PUBLIC = {"_asdict", "_field_defaults", "_fields", "_replace", "_value_"}  # NamedTuple, Enum: Python documents them
+# documented by Python: NamedTuple, Enum
+PUBLIC = {"_asdict", "_field_defaults", "_fields", "_make", "_replace", "_value_"}
 
 
 def private_names(path: Path) -> dict[str, int]:
@@ -199,6 +204,14 @@ def test_pairs_of_tensors_one_by_one(substitutes: Any) -> None:
         module.add_each(targets, [torch.ones(2), torch.full((3,), 2.0)])
         module.copy_each(targets[:1], [targets[0] * 5])
         assert [t.tolist() for t in targets] == [[5, 5], [3, 3, 3]]
+
+
+def test_a_torch_without_its_store_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    dist = torch.distributed
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", dist.HashStore)
+    private_api.default_store("a/").set("b", "c")
+    monkeypatch.delattr(dist.distributed_c10d, "_get_default_store")
+    assert private_api.default_store("a/") is None
 
 
 def test_a_promise_that_does_not_hold_is_an_error(substitutes: Any) -> None:

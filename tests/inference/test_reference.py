@@ -37,7 +37,7 @@ def test_every_row_order_and_width(order: str, inter: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_within_the_contract_of_the_unquantised_operator(kind: str) -> None:
+def test_within_the_contract_of_the_unquantized_operator(kind: str) -> None:
     case = make_case(kind, tokens=24, hidden=512, inter=256)
     frobenius, worst_row = errors(run(case), moe_loop(case))
     assert frobenius <= 0.03 and worst_row <= 0.06
@@ -46,7 +46,7 @@ def test_within_the_contract_of_the_unquantised_operator(kind: str) -> None:
 
 @pytest.mark.parametrize("pow2", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_like_an_operator_that_requantises(kind: str, pow2: bool) -> None:
+def test_like_an_operator_that_requantizes(kind: str, pow2: bool) -> None:
     case = make_case(kind, tokens=12, inter=192)
     frobenius, _ = errors(run(case, pow2=pow2, dtype=torch.float64), moe_loop(case, requantize=True, pow2=pow2))
     assert frobenius <= 1e-3  # a code at a border may fall either way

@@ -158,3 +158,16 @@ def test_repeated_ids_are_found_when_asked_for(few_rows: list[int], device: torc
             made["x"], ids, torch.rand(2, 3, device=device), made["w1"], made["w2"], recipe=Fp8Recipe(), inference=True,
             validate=True,
         )  # fmt: skip
+
+
+def test_padding_goes_nowhere(few_rows: list[int], device: torch.device) -> None:
+    x, w1, w2 = operands(device, tokens=6).values()
+    router = torch.randn(E, H, device=device).bfloat16() * 0.1
+    mask = torch.tensor([True, False, True, True, False, True], device=device)
+    x[~mask] = torch.nan
+    common: Any = {"token_mask_T": mask, "recipe": Fp8Recipe()}
+    layer = sm.moe_layer(x, router, w1, w2, K, **common)
+    got = sm.moe_layer(x, router, w1, w2, K, inference=True, **common)
+    assert few_rows == [6]
+    assert torch.equal(got.expert_counts, layer.expert_counts) and int(got.expert_counts.sum()) == 4 * K
+    assert not got.output[~mask].any() and relative_error(got.output, layer.output) <= 0.02

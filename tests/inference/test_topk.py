@@ -50,7 +50,7 @@ def test_layouts_of_the_scales_of_x() -> None:
 
 
 @pytest.mark.parametrize("pow2", [False, True])
-def test_bf16_x_is_quantised_inside(pow2: bool) -> None:
+def test_bf16_x_is_quantized_inside(pow2: bool) -> None:
     case = make_case("realistic", tokens=15)
     x = torch.randn(15, 256).bfloat16()
     case.x, case.x_scale = quantize_rows(x, pow2)

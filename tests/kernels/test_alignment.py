@@ -5,6 +5,7 @@ caller passed; and results are those of operands that lay there from the start.
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -26,7 +27,9 @@ from supersonic_moe.kernels.alignment import aligned_tensor
 T, E, K = 5, 3, 2
 ODD = [(offset, behind, False) for offset in (1, 2, 4) for behind in (0, 1, 4)]
 OPERANDS = ("x", "w1", "b1", "w2", "b2", "scores", "ids", "dout")
+EVERYWHERE_ODD = dict.fromkeys((*OPERANDS, "main1", "main2"), (1, 0, False))
 FP8_WITH_BF16_WGRAD = sm.Fp8Recipe(wgrad="bf16", save_preactivation="bf16")
+RECIPES = [None, sm.Fp8Recipe(), FP8_WITH_BF16_WGRAD, sm.Fp8Recipe(save_preactivation="recompute")]
 
 
 def operands(hidden: int, intermediate: int, tokens: int = T, device: str = "cpu") -> dict[str, Tensor]:
@@ -45,7 +48,7 @@ def step(
 ) -> dict[str, Tensor]:
     """Output and gradients of the experts; places of "main1" and "main2" ask for gradients of weights there."""
     laid = {name: lay(t, places.get(name, PLAIN)) for name, t in made.items()}
-    leaves = {name: laid[name].requires_grad_() for name in ("x", "scores", "w1", "b1", "w2", "b2")}
+    leaves = {name: t.requires_grad_() for name, t in laid.items() if name not in ("ids", "dout")}
     main = {
         name: lay(torch.full_like(laid[f"w{name[-1]}"], 3, dtype=torch.float32), places[name])
         for name in places
@@ -54,8 +57,8 @@ def step(
     for name, buffer in main.items():
         leaves[f"w{name[-1]}"].main_grad = buffer
     out = sm.topk_experts(
-        laid["x"], laid["ids"], laid["scores"], laid["w1"], laid["w2"], b1=laid["b1"], b2=laid["b2"], backend=backend,
-        recipe=recipe, accumulate_into_main_grad=bool(main),
+        laid["x"], laid["ids"], laid["scores"], laid["w1"], laid["w2"], b1=laid.get("b1"), b2=laid.get("b2"),
+        backend=backend, recipe=recipe, accumulate_into_main_grad=bool(main),
     )  # fmt: skip
     out.backward(laid["dout"])
     return {"out": out.detach(), **{name: t.grad for name, t in leaves.items() if t.grad is not None}, **main}
@@ -95,18 +98,23 @@ def places(draw: Any) -> dict[str, Place]:
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in")  # nobody writes what the stand-in should
-@given(places(), st.sampled_from([None, FP8_WITH_BF16_WGRAD]))
-@example(dict.fromkeys((*OPERANDS, "main1", "main2"), (1, 0, False)), None)
-@example(dict.fromkeys((*OPERANDS, "main1", "main2"), (1, 0, False)), FP8_WITH_BF16_WGRAD)
+@given(places(), st.sampled_from(RECIPES), st.booleans(), st.booleans())
+@example(EVERYWHERE_ODD, None, True, True)
+@example(EVERYWHERE_ODD, FP8_WITH_BF16_WGRAD, True, True)
+@example(EVERYWHERE_ODD, sm.Fp8Recipe(), False, True)
 @settings(max_examples=12)
 def test_kernels_load_the_operands_from_where_they_can(
-    seen: list[dict[str, Any]], places: dict[str, Place], recipe: sm.Fp8Recipe | None
+    seen: list[dict[str, Any]], places: dict[str, Place], recipe: sm.Fp8Recipe | None, biases: bool, hooks: bool
 ) -> None:
     seen.clear()
     made = operands(16, 8)
-    results = step(made, places, "sm90", recipe)
+    if not biases:
+        del made["b1"], made["b2"]
+    with in_one_buffer() if hooks else nullcontext():
+        results = step(made, places, "sm90", recipe)
     loaded = [value for launch in seen for value in launch.values() if isinstance(value, Tensor)]
-    for name in ("x", "dout") if recipe else ("x", "w1", "w2", "dout"):
+    by_tma = {None: ("x", "w1", "w2", "dout"), FP8_WITH_BF16_WGRAD: ("x", "dout")}.get(recipe, ())
+    for name in by_tma:
         assert any(same_values(made[name], value) for value in loaded), name
     assert all(launch.get("b1", 0) % 4 == 0 for launch in seen)  # loaded in pairs
     for name in ("main1", "main2"):
@@ -145,10 +153,10 @@ def test_same_results_wherever_operands_lie(backend: str, recipe: sm.Fp8Recipe |
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["sm90", "triton"])
-def test_saved_tensors_may_come_back_anywhere(backend: str) -> None:
+@pytest.mark.parametrize(("backend", "recipe"), [("triton", None), *(("sm90", recipe) for recipe in RECIPES)], ids=str)
+def test_saved_tensors_may_come_back_anywhere(backend: str, recipe: sm.Fp8Recipe | None) -> None:
     made = operands(256, 128, 333, "cuda")
-    want = step(made, {}, backend)
+    want = step(made, {}, backend, recipe)
     with in_one_buffer():
-        got = step(made, {}, backend)
+        got = step(made, {}, backend, recipe)
     assert all(torch.equal(got[name], value) for name, value in want.items())

@@ -1,4 +1,4 @@
-"""When an FP8 layer quantises its weights: in every forward, unless the caller says that they stay as they are."""
+"""When an FP8 layer quantizes its weights: in every forward, unless the caller says that they stay as they are."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from supersonic_moe.quantization import weight_cache
 
 
 @pytest.fixture
-def quantised(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
-    """The weights that were quantised so far."""
+def quantized(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
+    """The weights that were quantized so far."""
     calls: list[Tensor] = []
 
     def count(weights: Sequence[Tensor], pow2: bool = False) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -110,11 +110,11 @@ def test_changes_while_weights_are_held(change: Callable[[sm.MoE], None]) -> Non
         assert torch.equal(layer(x)[0], fresh(layer, x))
 
 
-def test_held_weights_are_quantised_once(quantised: list[Tensor]) -> None:
+def test_held_weights_are_quantized_once(quantized: list[Tensor]) -> None:
     layer, x = moe(), tokens()
     want = [step(layer, x) for _ in range(3)]
-    assert len(quantised) == 6
-    quantised.clear()
+    assert len(quantized) == 6
+    quantized.clear()
     with sm.constant_weights(layer):
         with sm.constant_weights(layer):
             got = [step(layer, x) for _ in range(2)]
@@ -122,41 +122,41 @@ def test_held_weights_are_quantised_once(quantised: list[Tensor]) -> None:
         with torch.no_grad():
             layer(x)
         checkpoint(layer, x, use_reentrant=False)[0].sum()
-        assert len(quantised) == 2
+        assert len(quantized) == 2
         assert torch.equal(copy.deepcopy(layer)(x)[0], want[0])
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     with sm.constant_weights(layer):
         with torch.inference_mode():
             layer(x)
         step(layer, x)  # autograd cannot save tensors that inference mode made
-    quantised.clear()
+    quantized.clear()
     step(layer, x)
-    assert len(quantised) == 2
+    assert len(quantized) == 2
     with pytest.raises(KeyError), sm.constant_weights(layer):
         step(layer, x)
         raise KeyError
-    quantised.clear()
+    quantized.clear()
     step(layer, x)
-    assert len(quantised) == 2
+    assert len(quantized) == 2
 
 
-def test_another_storage_at_the_same_address_is_quantised() -> None:
+def test_another_storage_at_the_same_address_is_quantized() -> None:
     """A weight was moved away, changed and moved back, and got the memory that it had."""
     memory = bytearray(16)
     weight = torch.nn.Parameter(torch.frombuffer(memory, dtype=torch.float32))
     cache, seen = weight_cache.WeightCache(), []
 
-    def quantise(missing: Sequence[int]) -> list[weight_cache.Fp8Weight]:
+    def quantize(missing: Sequence[int]) -> list[weight_cache.Fp8Weight]:
         seen.append(weight.tolist())
         return [weight_cache.Fp8Weight(weight, None, weight)]
 
     with cache.hold():
-        cache.get([weight], (), quantise)
+        cache.get([weight], (), quantize)
         signs = weight_cache._signs(weight)
         weight.data = torch.empty(4)
         weight.data = torch.frombuffer(memory, dtype=torch.float32).fill_(1)
         assert weight_cache._signs(weight) == signs
-        cache.get([weight], (), quantise)
+        cache.get([weight], (), quantize)
     assert seen == [[0.0] * 4, [1.0] * 4]
 
 
@@ -172,20 +172,20 @@ def test_weights_are_swapped_while_held() -> None:
         assert torch.equal(after, fresh(layer, x)) and not torch.equal(after, before)
 
 
-def test_another_weight_at_the_same_address_or_other_options_are_quantised() -> None:
+def test_another_weight_at_the_same_address_or_other_options_are_quantized() -> None:
     """An allocator reuses memory. Then nothing but the object tells the new weight from the old one."""
     storage = torch.zeros(4).untyped_storage()
     first, second = (torch.empty(0).set_(storage, 0, (4,), (1,)) for _ in range(2))
     assert weight_cache._signs(first) == weight_cache._signs(second)
     cache, calls = weight_cache.WeightCache(), []
 
-    def quantise(missing: Sequence[int]) -> list[weight_cache.Fp8Weight]:
+    def quantize(missing: Sequence[int]) -> list[weight_cache.Fp8Weight]:
         calls.append(missing)
         return [weight_cache.Fp8Weight(first, None, first)]
 
     with cache.hold():
         for weight, options, expected in ((first, (), 1), (first, (), 1), (second, (), 2), (second, ("pow2",), 3)):
-            cache.get([weight], options, quantise)
+            cache.get([weight], options, quantize)
             assert len(calls) == expected
 
 
@@ -199,13 +199,13 @@ def test_nothing_keeps_a_cache_after_its_block() -> None:
     assert held() is None
 
 
-def test_held_weights_follow_recipe_and_dtype(quantised: list[Tensor]) -> None:
-    """One cache, several recipes and callers: what was quantised for one is not given to another."""
+def test_held_weights_follow_recipe_and_dtype(quantized: list[Tensor]) -> None:
+    """One cache, several recipes and callers: what was quantized for one is not given to another."""
     layer, x = sm.MoE(E, K, H, I, "swiglu", True, 0.1, recipe=Fp8Recipe()), tokens()
     with sm.constant_weights(layer), torch.autocast("cpu", torch.bfloat16):
         for _ in range(2):
             layer(x)
-        assert len(quantised) == 2, "the copies that autocast makes are new each time, the parameters are not"
+        assert len(quantized) == 2, "the copies that autocast makes are new each time, the parameters are not"
         layer.recipe = Fp8Recipe(scale="pow2")
         powers = layer(x)[0]
         layer.recipe = Fp8Recipe()
@@ -213,19 +213,19 @@ def test_held_weights_follow_recipe_and_dtype(quantised: list[Tensor]) -> None:
     cache, (w1, w2) = sm.WeightCache(), (w.detach().bfloat16() for w in experts_of(layer))
     ids, scores = torch.randint(E, (T, K)), torch.rand(T, K)
     kwargs = dict(recipe=Fp8Recipe(), weight_cache=cache)
-    quantised.clear()
+    quantized.clear()
     with cache.hold():
         for _ in range(2):
             sm.topk_experts(x, ids, scores, w1.mT.contiguous().mT, w2, **kwargs)
-        assert len(quantised) == 3, "w1 was a new tensor each time"
+        assert len(quantized) == 3, "w1 was a new tensor each time"
         with torch.inference_mode():
             sm.topk_experts(x, ids, scores, w1.clone(), w2.clone(), **kwargs)
             sm.topk_experts(x, ids, scores, w1.clone(), w2.clone(), **kwargs)
-        assert len(quantised) == 7, "no version counter"
+        assert len(quantized) == 7, "no version counter"
 
 
 @pytest.mark.gpu
-def test_capture_quantises_inside_the_graph() -> None:
+def test_capture_quantizes_inside_the_graph() -> None:
     """Neither may a graph read a copy made before it, nor the cache keep one that replays overwrite."""
     cache = sm.WeightCache()
     w = torch.randn(2, 128, 128, device="cuda", dtype=torch.bfloat16)

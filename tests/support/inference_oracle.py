@@ -44,7 +44,7 @@ def make_case(
     seed: int = 0,
 ) -> Case:
     """``contest``: the benchmark's own tensors, normal codes clamped to 2 and normal, signed scales. ``realistic``:
-    normal activations and weights of 0.02, quantised. ``positive``: codes of either sign under positive scales.
+    normal activations and weights of 0.02, quantized. ``positive``: codes of either sign under positive scales.
     ``all_positive``: x, weights and scales positive, where a narrow accumulator is wrong.
     """
     g = torch.Generator().manual_seed(seed)

@@ -11,6 +11,10 @@ from torch.nn import functional as F
 from supersonic_moe import Activation, ActivationType, GateUpLayout
 
 
+def gelu_tanh(h: Tensor) -> Tensor:
+    return F.gelu(h, approximate="tanh")
+
+
 def expert(
     x_H: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation, layout: GateUpLayout
 ) -> Tensor:
@@ -28,12 +32,14 @@ def expert(
         a = {
             ActivationType.SWIGLU: lambda g: g * torch.sigmoid(act.alpha * g),
             ActivationType.GEGLU: F.gelu,
+            ActivationType.GEGLU_TANH: gelu_tanh,
             ActivationType.REGLU: F.relu,
         }[act.type](gate) * up
     else:
         a = {
             ActivationType.SILU: F.silu,
             ActivationType.GELU: F.gelu,
+            ActivationType.GELU_TANH: gelu_tanh,
             ActivationType.RELU: F.relu,
             ActivationType.RELU_SQ: lambda v: F.relu(v).square(),
         }[act.type](h)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -28,9 +27,10 @@ def lay(t: Tensor, place: Place) -> Tensor:
 def in_one_buffer() -> saved_tensors_hooks:
     """Saved tensors come back as views of flat buffers, an element behind the start."""
 
-    def pack(t: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    def pack(t: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
         count = 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
-        flat = torch.cat([t.new_zeros(1), torch.as_strided(t, (count,), (1,))])
-        return flat, (t.shape, t.stride())
+        flat = t.new_empty(1 + count)
+        flat[1:].copy_(t.detach().as_strided((count,), (1,)))
+        return flat, tuple(t.shape), t.stride()
 
-    return saved_tensors_hooks(pack, lambda packed: packed[0].as_strided(*packed[1], 1))
+    return saved_tensors_hooks(pack, lambda packed: packed[0].as_strided(*packed[1:], 1))

@@ -95,7 +95,7 @@ def lossless() -> Backend:
     fused = "up_projection_fp8", "down_backward_fp8", "down_backward_fp8_quantize"
     own = {f.__name__: f for f in (*quantizers, quantize_weights, grouped_mm_fp8, grouped_mm_wgrad_fp8)}
     own |= {name: getattr(reference, name) for name in same} | {name: getattr(composed, name) for name in fused}
-    fp8: Any = SimpleNamespace(**own)
+    fp8: Any = SimpleNamespace(**own, ALIGNMENT=1)
     return replace(registry.kernels("reference"), fp8=fp8)
 
 

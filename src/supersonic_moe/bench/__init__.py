@@ -2,7 +2,7 @@
 
     suite.py     what a suite is; options.py: options that several commands share
     suites/      a command of ``supersonic-moe bench`` each: its options, its cases, what it prints, writes and draws
-    layer.py  gemm.py  kernels.py  breakdown.py  precision.py  cold_start.py  train.py  infer.py  measuring a case
+    layer.py  gemm.py  kernels.py  breakdown.py  precision.py  cold_start.py  train.py  infer.py  ep.py  measured
     timing.py  spans.py  sensor.py                                                                clocks and sensors
     peers.py  gemm_bf16.py  gemm_fp8.py  infer_peers.py  infer_triton.py  infer_parts.py          who takes part
     infer_glue.py                                                                                 around peers' products

@@ -63,8 +63,9 @@ def _place_masked_kernel(
         earlier += tl.sum(same.to(tl.int32), 0)
         first += SLOTS
     if slot < 0:
-        tl.store(counts_ptr + expert, earlier)
+        tl.store(counts_ptr + expert, tl.minimum(earlier, M))
     else:
+        local = local & (earlier < M)  # a near tie that another router decided otherwise may bring one row more
         dest = expert.to(tl.int64) * M + earlier
         tl.store(dest_ptr + slot, tl.where(local, dest, -1).to(tl.int32))
         if local:

@@ -324,14 +324,14 @@ def _same_function(
         theirs = attempt(contender.infer)
         if isinstance(theirs, Missing):
             missing[name] = theirs.reason
-        elif name != PLAIN and not (distance := _median_distance(theirs, ours_TH)) <= limit:  # nor is NaN
+        elif name != PLAIN and not (distance := median_distance(theirs, ours_TH)) <= limit:  # nor is NaN
             missing[name] = f"computes something else: median relative distance of a token's output {distance:.3g}"
         else:
             kept[name] = contender
     return kept
 
 
-def _median_distance(a_TH: Tensor, b_TH: Tensor) -> float:
+def median_distance(a_TH: Tensor, b_TH: Tensor) -> float:
     if a_TH.shape[0] == 0:
         return 0.0
     gap_T, size_T = (a_TH - b_TH).detach().float().norm(dim=1), b_TH.float().norm(dim=1)

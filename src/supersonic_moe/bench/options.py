@@ -53,7 +53,9 @@ Shapes = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU if there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32. Default: bfloat16, on a CPU float32.")]
-Activation = Annotated[str, typer.Option(help="swiglu, geglu, reglu, relu_sq, relu, gelu or silu.")]
+Activation = Annotated[
+    str, typer.Option(help="swiglu, geglu, geglu_tanh, reglu, relu_sq, relu, gelu, gelu_tanh or silu.")
+]
 Backend = Annotated[
     str, typer.Option(help="Kernels of our layer: auto (also called sonicmoe), sm90, triton or torch (the reference).")
 ]

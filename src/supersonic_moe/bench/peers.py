@@ -24,10 +24,12 @@ from supersonic_moe.config.activation import ActivationType
 ACTIVATIONS: dict[ActivationType, Callable[[Tensor], Tensor]] = {
     ActivationType.SWIGLU: lambda h: F.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1],
     ActivationType.GEGLU: lambda h: F.gelu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1],
+    ActivationType.GEGLU_TANH: lambda h: F.gelu(h.chunk(2, -1)[0], approximate="tanh") * h.chunk(2, -1)[1],
     ActivationType.REGLU: lambda h: F.relu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1],
     ActivationType.RELU_SQ: lambda h: F.relu(h).square(),
     ActivationType.RELU: F.relu,
     ActivationType.GELU: F.gelu,
+    ActivationType.GELU_TANH: lambda h: F.gelu(h, approximate="tanh"),
     ActivationType.SILU: F.silu,
 }
 

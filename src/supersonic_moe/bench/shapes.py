@@ -108,3 +108,90 @@ GEMM_CASES = (
     GemmCase("e128_dw1", "wgrad", 128, 2048, (2048, 4096)),
     GemmCase("qwen_dw1", "wgrad", 128, 1024, (1536, 2048)),
 )
+
+# ---- the transformers suite ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HuggingFaceModel:
+    """Two layers of a model of Hugging Face Transformers, in the sizes of a real one but for a vocabulary of 32768."""
+
+    name: str
+    model_type: str
+    sizes: tuple[int, int, int, int]
+    """H, I, E, K of the experts."""
+    others: tuple[tuple[str, object], ...]
+    """What else its config is told."""
+    gated: bool = True
+    fused: bool = True
+    """Whether our kernels fuse its activation into the products."""
+
+    @property
+    def config(self) -> dict[str, object]:
+        hidden, width, experts, top_k = self.sizes
+        return {
+            "vocab_size": 32768,
+            "num_hidden_layers": 2,
+            "hidden_size": hidden,
+            **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), width),
+            **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), experts),
+            "num_experts_per_tok": top_k,
+            "max_position_embeddings": 8192,
+            "pad_token_id": 0,
+            **dict(self.others),
+        }
+
+    @property
+    def vocabulary(self) -> int:
+        size = self.config["vocab_size"]
+        assert isinstance(size, int)
+        return size
+
+    def shape(self, tokens: int) -> LayerShape:
+        return LayerShape(tokens, *self.sizes)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _heads(heads: int, key_value_heads: int, size: int) -> tuple[tuple[str, object], ...]:
+    return ("num_attention_heads", heads), ("num_key_value_heads", key_value_heads), ("head_dim", size)
+
+
+HUGGING_FACE_MODELS = (
+    HuggingFaceModel("qwen3-30b-a3b", "qwen3_moe", (2048, 768, 128, 8), _heads(32, 4, 128)),
+    HuggingFaceModel(
+        "deepseek-v3-32of256",
+        "deepseek_v3",
+        (7168, 2048, 32, 8),
+        (*_heads(128, 128, 64), ("first_k_dense_replace", 0), ("n_group", 1), ("topk_group", 1)),
+    ),
+    HuggingFaceModel("gpt-oss-20b", "gpt_oss", (2880, 2880, 32, 4), _heads(64, 8, 64), fused=False),
+    HuggingFaceModel(
+        "nemotron-3-nano",
+        "nemotron_h",
+        (2688, 1856, 128, 6),
+        (
+            *_heads(32, 2, 128),
+            ("layers_block_type", ["full_attention", "moe", "full_attention", "moe"]),
+            ("num_hidden_layers", 4),
+            ("moe_shared_expert_intermediate_size", 3712),
+        ),
+        gated=False,
+        fused=False,
+    ),
+    HuggingFaceModel(
+        "glm-4.5-air",
+        "glm4_moe",
+        (4096, 1408, 128, 8),
+        (*_heads(96, 8, 128), ("first_k_dense_replace", 0), ("n_group", 1), ("topk_group", 1)),
+    ),
+)
+
+#: What runs on a CPU: the same code paths in seconds.
+CPU_HUGGING_FACE_MODELS = (
+    HuggingFaceModel("qwen3-tiny", "qwen3_moe", (64, 32, 8, 2), (*_heads(4, 2, 16), ("vocab_size", 256))),
+    HuggingFaceModel("gpt-oss-tiny", "gpt_oss", (64, 32, 8, 2), (*_heads(4, 2, 16), ("vocab_size", 256)), fused=False),
+)
+
+TRAINING_TOKENS, DECODE_TOKENS = (512, 2048, 8192), (1, 8, 64)

@@ -198,23 +198,36 @@ def cuda_bindings() -> Check:
 
 
 def peer_access() -> Check:
-    """Which GPU reads which directly; a row per GPU, and its active NVLinks where NVML tells."""
-    rows, complete = [], True
+    """How each GPU reads each other one, as a matrix; NVLinks of a GPU where NVML tells."""
+    paths = {(i, j): _path(i, j) for i in gpus() for j in gpus()}
+    rows = ["from \\ to  " + "".join(f"{f'cuda:{j}':<8}" for j in gpus()).rstrip()]
     for i in gpus():
-        reach = [j for j in gpus() if j != i and torch.cuda.can_device_access_peer(i, j)]
-        complete &= len(reach) == len(gpus()) - 1
         links = _nvlinks(i)
-        rows.append(
-            f"cuda:{i} -> {', '.join(map(str, reach)) or 'none'}" + ("" if links is None else f"   {links} NVLinks")
-        )
-    if complete:
+        cells = "".join(f"{paths[i, j]:<8}" for j in gpus()).rstrip()
+        rows.append(f"{f'cuda:{i}':<11}{cells}" + ("" if links is None else f"   {links} NVLinks"))
+    if "none" not in paths.values():
         return Check("peer access", "ok", "\n".join(rows))
-    return Check(
-        "peer access",
-        "warn",
-        "\n".join(rows),
-        "expert parallelism needs P2P between all GPUs: see `nvidia-smi topo -p2p r`",
-    )
+    fix = "GPUs that do not read each other exchange tokens through the host: see `nvidia-smi topo -p2p r`"
+    return Check("peer access", "warn", "\n".join(rows), fix)
+
+
+def _path(i: int, j: int) -> str:
+    """From GPU ``i`` to ``j``: "-", "NVLink", "PCIe", "P2P" where nobody tells which of the two, or "none"."""
+    if i == j:
+        return "-"
+    if not torch.cuda.can_device_access_peer(i, j):
+        return "none"
+    from supersonic_moe.bench.sensor import open_nvml
+
+    found = [open_nvml(torch.device("cuda", index)) for index in (i, j)]
+    if found[0] is None or found[1] is None:
+        return "P2P"
+    (nvml, one), (_, other) = found[0], found[1]
+    try:
+        status = nvml.nvmlDeviceGetP2PStatus(one, other, nvml.NVML_P2P_CAPS_INDEX_NVLINK)
+    except nvml.NVMLError:
+        return "P2P"
+    return "NVLink" if status == nvml.NVML_P2P_STATUS_OK else "PCIe"
 
 
 def _nvlinks(index: int) -> int | None:

@@ -7,7 +7,8 @@ A gated expert computes ``act(gate) * up`` from a pre-activation of ``N1 = 2 I``
     swiglu:  g * sigmoid(alpha * g) * u       (gpt-oss: alpha 1.702, limit 7, up_offset 1; DeepSeek-V4, GLM-5: limit
         only)
 
-Sources: SwiGLU, GeGLU, ReGLU — Shazeer 2020 (arXiv 2002.05202); squared ReLU — So et al. 2021 (arXiv 2109.08668).
+Sources: SwiGLU, GeGLU, ReGLU — Shazeer 2020 (arXiv 2002.05202); squared ReLU — So et al. 2021 (arXiv 2109.08668); GELU
+and its tanh form — Hendrycks and Gimpel 2016 (arXiv 1606.08415).
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from supersonic_moe import checks
 
 
 class ActivationType(StrEnum):
-    """The seven activations of SonicMoE; the first three are gated."""
+    """The seven activations of SonicMoE, of which the first three are gated, and GELU's tanh form with a gate (Gemma 4)
+    and without.
+    """
 
     SWIGLU = "swiglu"
     GEGLU = "geglu"
@@ -28,6 +31,8 @@ class ActivationType(StrEnum):
     RELU = "relu"
     GELU = "gelu"
     SILU = "silu"
+    GEGLU_TANH = "geglu_tanh"
+    GELU_TANH = "gelu_tanh"
 
 
 class GateUpLayout(StrEnum):
@@ -38,13 +43,15 @@ class GateUpLayout(StrEnum):
     UP_GATE = "up_gate"  # u0, u1, ..., g0, g1, ...
 
 
-_GATED = frozenset({ActivationType.SWIGLU, ActivationType.GEGLU, ActivationType.REGLU})
+_GATED = frozenset({ActivationType.SWIGLU, ActivationType.GEGLU, ActivationType.REGLU, ActivationType.GEGLU_TANH})
 
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation with its constants. ``type`` may be given by name. ``limit=None`` means no clamp. GELU is the exact
-    erf form.
+    """An activation with its constants. ``type`` may be given by name. ``limit=None`` means no clamp.
+
+    "gelu" and "geglu" are the exact erf form; "gelu_tanh" and "geglu_tanh" approximate it by 0.5 x (1 + tanh(sqrt(2 /
+    pi) (x + 0.044715 x^3))), which Hugging Face calls gelu_pytorch_tanh.
     """
 
     type: ActivationType

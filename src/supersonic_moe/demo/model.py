@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,9 @@ from torch import Tensor, nn
 from supersonic_moe import ActivationType, MoE
 
 from .data import VOCAB
+
+if TYPE_CHECKING:
+    from supersonic_moe.parallel import ExpertParallel
 
 NEAREST = 4
 
@@ -89,7 +93,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention, then the mixture of experts, each on a normalised copy of the residual stream."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, expert_parallel: ExpertParallel | None) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden)
         self.attention = Attention(config)
@@ -102,6 +106,7 @@ class Block(nn.Module):
             ActivationType.SWIGLU,
             add_bias=False,
             std=config.init_std,
+            expert_parallel=expert_parallel,
         )
         nn.init.normal_(self.moe.c_proj.weight, std=config.residual_std)
 
@@ -117,12 +122,12 @@ class ByteTransformer(nn.Module):
     rotation_2LD: Tensor
     table_N: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, expert_parallel: ExpertParallel | None = None) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(NEAREST * VOCAB, config.hidden)  # the table of distance 0 first
         nn.init.normal_(self.embedding.weight, std=config.init_std)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, expert_parallel) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden)
         self.register_buffer("table_N", VOCAB * torch.arange(NEAREST), persistent=False)
         rotation_2LD = rotary_table(config.context, config.hidden // config.heads)

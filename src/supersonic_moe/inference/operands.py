@@ -50,7 +50,7 @@ def check_experts(
     for name, weight in ((w13_name, w13), (w2_name, w2)):
         if weight.dtype is not E4M3:
             raise TypeError(
-                f"{name} must be float8_e4m3fn; got {checks.describe(weight)}. Quantise it in blocks of 128 x 128."
+                f"{name} must be float8_e4m3fn; got {checks.describe(weight)}. Quantize it in blocks of 128 x 128."
             )
         checks.same_device(name, weight, w13_name, w13)
         if weight.stride(2) != 1 or any(stride % ROW_ALIGNMENT or stride <= 0 for stride in weight.stride()[:2]):

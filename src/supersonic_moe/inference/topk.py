@@ -71,7 +71,7 @@ def moe_fp8_topk(
     without a local expert is exactly +0 (or the shared expert alone). An id that a token names twice counts twice.
 
     Args:
-        x: (T, H) bfloat16, quantised inside in blocks of 1 x 128, or float8_e4m3fn with ``x_scale``.
+        x: (T, H) bfloat16, quantized inside in blocks of 1 x 128, or float8_e4m3fn with ``x_scale``.
         w13: (E_local, 2 I, H) float8_e4m3fn. H a multiple of 128, I of 64.
         w2: (E_local, H, I) float8_e4m3fn.
         w13_scale, w2_scale: (E_local, 2 I / 128, H / 128), (E_local, H / 128, ceil(I / 128)) float32 of either sign;
@@ -121,7 +121,7 @@ def moe_fp8_topk(
     _check_placement(expert_map, local_expert_offset, num_experts, x)
     if swiglu_limit is not None:
         Activation.swiglu_clamped(swiglu_limit)  # refuses what is no limit
-    if not math.isfinite(routed_scaling_factor):
+    if not -math.inf < routed_scaling_factor < math.inf:  # isfinite does not trace
         raise ValueError(
             f"routed_scaling_factor must be a finite number; got {routed_scaling_factor}. Use 1.0 for no scaling."
         )

@@ -265,6 +265,9 @@ class Experts(Protocol):
         token without rows.
         """
 
+    def zero_dead_rows(self, y_PN: Tensor, expert_offsets: Tensor) -> None:
+        """y[row] = 0 for the rows at and past ``expert_offsets[-1]``, in place."""
+
     def pick(self, values_N: Tensor, index_P: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """(P,) in ``dtype``, by default that of the values: values[index[p]], exactly 0 where index[p] < 0."""
 

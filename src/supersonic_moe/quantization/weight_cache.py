@@ -1,6 +1,6 @@
 """FP8 copies of a layer's weights, and the rule that keeps them from going stale.
 
-Quantising moves 4 bytes a weight: at least 106 us for the 113 M weights of 8 gated experts of 3072 x 1536 on an H200,
+Quantizing moves 4 bytes a weight: at least 106 us for the 113 M weights of 8 gated experts of 3072 x 1536 on an H200,
 about 2 % of a training step of 8192 tokens. Too little to risk a stale weight, and nothing shows reliably that one has
 changed:
 
@@ -15,7 +15,7 @@ changed:
     all-gather of FSDP2 into the unsharded weight        stays              may stay        -
     replay of a CUDA graph that holds the optimizer      stays              stays           -
 
-So **every forward quantises**, unless the caller says that weights stay as they are:
+So **every forward quantizes**, unless the caller says that weights stay as they are:
 
     with supersonic_moe.constant_weights(model):         # the micro-batches of one optimizer step, or an evaluation
         for batch in micro_batches:
@@ -23,14 +23,14 @@ So **every forward quantises**, unless the caller says that weights stay as they
     optimizer.step()
 
 Inside, a copy is used again while every sign above still agrees: the tensor and its storage (objects, not addresses,
-which an allocator gives out again), version, pointer, shape and strides, the options of the quantiser, and no
+which an allocator gives out again), version, pointer, shape and strides, the options of the quantizer, and no
 ``torch.optim`` step in between. What shows no sign
 inside the block (``.data`` written in place, FSDP2 after ``load_state_dict``) is the caller's promise; ``invalidate``
 takes it back. At the end of the block the copies are dropped, and so is their memory of 2 bytes a weight.
 
 Backward needs no cache: it takes the bytes that forward kept for it.
 
-Never cached: inside a CUDA graph capture, where the quantising kernels become part of the graph, so that a replay sees
+Never cached: inside a CUDA graph capture, where the quantizing kernels become part of the graph, so that a replay sees
 the weights of that moment (a copy made before the capture would be frozen into it); under ``torch.compile``, for the
 same reason; and weights made in ``torch.inference_mode``, which have no version counter. A copy belongs to the CUDA
 stream that made it, because another stream would have to wait for it.
@@ -87,7 +87,7 @@ class WeightCache:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """The weights stay as they are inside: quantise each once. May be nested; a ``torch.optim`` step drops all."""
+        """The weights stay as they are inside: quantize each once. May be nested; a ``torch.optim`` step drops all."""
         hook = register_optimizer_step_post_hook(lambda *_: self.invalidate())
         self._holds += 1
         try:
@@ -99,7 +99,7 @@ class WeightCache:
                 self.invalidate()
 
     def invalidate(self) -> None:
-        """Quantise again at the next forward: after a change inside :meth:`hold` that shows no sign."""
+        """Quantize again at the next forward: after a change inside :meth:`hold` that shows no sign."""
         self._entries.clear()
 
     def get(self, weights: Sequence[Tensor], options: tuple[object, ...], quantize: Quantize) -> list[Fp8Weight]:

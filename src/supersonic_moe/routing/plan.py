@@ -16,8 +16,13 @@ from supersonic_moe.kernels.interface import PlanTensors, Slots
 MAX_INDEX = 2**31 - 1
 
 
-def plan_from_topk(topk_ids_TK: Tensor, num_experts: int, *, tile: int = 1, validate: bool = False) -> RoutingPlan:
+def plan_from_topk(
+    topk_ids_TK: Tensor, num_experts: int, *, tile: int = 1, capacity: int | None = None, validate: bool = False
+) -> RoutingPlan:
     """Plan of a (T, K) table of expert ids (int32 or int64). Ids outside [0, E) are skipped.
+
+    ``capacity``: rows to allocate, padding included, for a caller who knows how many there will be; further ones are
+    skipped. Default: as many as there may be, T·K and padding.
 
     ``validate=True`` costs a sync and raises on out-of-range ids (-1 and E, the usual sentinels, excepted) and on ids
     repeated in a token.
@@ -28,7 +33,8 @@ def plan_from_topk(topk_ids_TK: Tensor, num_experts: int, *, tile: int = 1, vali
     if validate:
         checks.valid_topk_ids(topk_ids_TK, num_experts)
     ids_S = topk_ids_TK.reshape(-1)
-    capacity = _capacity(ids_S.shape[0], num_experts, tile)
+    most = _capacity(ids_S.shape[0], num_experts, tile)
+    capacity = most if capacity is None else capacity
     slots = Slots(ids_S, None, k, num_tokens, num_experts, tile, capacity)
     tensors = _build(slots)
     return _plan(slots, tensors, tensors.reverse_index)

@@ -36,14 +36,16 @@ from typing import Any
 
 from torch import Tensor
 
+from supersonic_moe.kernels.alignment import aligned_tensor
 from supersonic_moe.kernels.interface import BothOrders, DownBackward, Fp8Experts, Into, Quantized, Rows, UpProjection
 from supersonic_moe.quantization.block_format import E4M3, aligned_rows, padded_capacity, transposed_scales
 from supersonic_moe.training.arguments import Fp8Forward, Fp8Output, Fp8Saved, Fp8Weights, Incoming, Inputs
 
 
-def forward(k: Fp8Experts, call: Fp8Forward) -> Fp8Output:
+def forward(k: Fp8Experts, call: Fp8Forward, x_q: Quantized | None = None) -> Fp8Output:
+    """``x_q``: the rows format of x where it is at hand already; of ``call.x`` only the shape counts then."""
     plan, recipe = call.plan, call.numerics.recipe()
-    x = Rows(k.quantize_rows(call.x, recipe.pow2, plan.identity), plan.read_index)
+    x = Rows(x_q or k.quantize_rows(call.x, recipe.pow2, plan.identity), plan.read_index)
     up = UpProjection(x, call.w1, call.b1, plan.expert_offsets, plan.row_expert, call.static.gate(), call.save)
     z, a = k.up_projection_fp8(up, recipe)
     y_PH = k.grouped_mm_fp8(Rows(a), call.w2, plan.expert_offsets)
@@ -53,7 +55,15 @@ def forward(k: Fp8Experts, call: Fp8Forward) -> Fp8Output:
     return Fp8Output(out_TH, s_P, z)
 
 
-def backward(k: Fp8Experts, weights: Fp8Weights, saved: Fp8Saved, incoming: Incoming) -> Inputs[Tensor | None]:
+def backward(
+    k: Fp8Experts,
+    weights: Fp8Weights,
+    saved: Fp8Saved,
+    incoming: Incoming,
+    x_q: Quantized | None = None,
+    dout_q: Quantized | None = None,
+) -> Inputs[Tensor | None]:
+    """``x_q``, ``dout_q``: the rows format of x and dO where they are at hand already."""
     plan, needs, pow2, s_P, b1, b2 = saved.plan, incoming.needs, saved.pow2, saved.row_scores, saved.b1, saved.b2
     dout, offsets = Rows(incoming.dout, plan.read_index), plan.expert_offsets
     dx = dscores = dw1 = db1 = dw2 = db2 = None
@@ -62,15 +72,17 @@ def backward(k: Fp8Experts, weights: Fp8Weights, saved: Fp8Saved, incoming: Inco
     if z.q.dtype is E4M3:
         z = Quantized(aligned_rows(z.q), transposed_scales(z.scale))
     elif weights.w1_q is not None:  # Z was not kept
-        x = Rows(k.quantize_rows(saved.x, pow2, plan.identity), plan.read_index)
+        x = Rows(x_q or k.quantize_rows(saved.x, pow2, plan.identity), plan.read_index)
         w1 = Quantized(aligned_rows(weights.w1_q), weights.w1_scale)
         z = Quantized(k.grouped_mm_fp8(x, w1, offsets), z.scale)
         del x, w1
-    dout_q = Rows(k.quantize_rows(incoming.dout, pow2, plan.identity), plan.read_index)
+    else:
+        z = Quantized(aligned_tensor("z", z.q), z.scale)
+    dout_rows = Rows(dout_q or k.quantize_rows(incoming.dout, pow2, plan.identity), plan.read_index)
     wgrad = _weight_gradients(k, saved, incoming)
-    step = DownBackward(dout_q, weights.w2_t, z, b1, s_P, offsets, plan.row_expert, saved.static.gate())
+    step = DownBackward(dout_rows, weights.w2_t, z, b1, s_P, offsets, plan.row_expert, saved.static.gate())
     dz, scaled_a, ds_P = wgrad.down(step)
-    del step, dout_q, z
+    del step, dout_rows, dout_q, z
     if needs.scores:
         if b2 is not None:
             k.row_dot(dout, b2, plan.row_expert, ds_P)

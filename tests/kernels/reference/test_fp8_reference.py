@@ -111,7 +111,7 @@ def test_accuracy(inputs: Any, hidden: int, intermediate: int) -> None:
 
 @pytest.mark.parametrize("kind", ActivationType, ids=lambda k: k.value)
 def test_accuracy_of_activations(kind: ActivationType) -> None:
-    """The contract for all seven, with a layout each.
+    """The contract for all of them, with a layout each.
 
     A gate of ReLU that lies within the noise of H may open in one layer and not in the other. Its gradient then differs
     by all of itself, 13 to 16 % of dx and dW1, whatever backward does, so these two are compared with the fp32 layer of

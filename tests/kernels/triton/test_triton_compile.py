@@ -233,6 +233,7 @@ def main() -> None:
         rows = torch.zeros(16 * t, 64, dtype=bf16)
         offsets = torch.tensor([0, *[16 * t] * 64], dtype=i32)
         kernels.grouped_mm_wgrad(Rows(rows), rows, offsets)
+        kernels.zero_dead_rows(rows, offsets)
         fp16_products(16 * t, 64, 32, 64)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from oracle import gelu_tanh
 from poison import poisoned_allocations  # noqa: F401
 
 from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout, as_activation
@@ -131,6 +132,17 @@ def test_gather_sum_of_any_number_of_rows(device: torch.device) -> None:
     assert_rounded(got, gather_sum_oracle(y, scale, None, owner, rows_of), scale=10)
 
 
+@pytest.mark.parametrize(("counts", "dead"), [([3, 0, 5], 4), ([0, 0], 7), ([6], 0)], ids=str)
+@pytest.mark.parametrize("width", [1, 40, 4100])
+def test_zero_dead_rows(width: int, counts: list[int], dead: int, device: torch.device) -> None:
+    live = sum(counts)
+    y = torch.full((live + dead, width), math.nan, dtype=torch.bfloat16, device=device)
+    y[:live] = 3
+    offsets = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=device)
+    kernels.zero_dead_rows(y, offsets)
+    assert (y[:live] == 3).all() and (y[live:] == 0).all()
+
+
 # ---- activations ---------------------------------------------------------------------------------------------------
 
 ACTIVATIONS = [*(as_activation(kind) for kind in ActivationType), Activation.gpt_oss(), Activation.swiglu_clamped(2.5)]
@@ -142,8 +154,10 @@ def activate(activation: Activation, h: Tensor, layout: GateUpLayout) -> Tensor:
         ActivationType.RELU: F.relu,
         ActivationType.RELU_SQ: lambda x: F.relu(x).square(),
         ActivationType.GELU: F.gelu,
+        ActivationType.GELU_TANH: gelu_tanh,
         ActivationType.SILU: F.silu,
         ActivationType.GEGLU: F.gelu,
+        ActivationType.GEGLU_TANH: gelu_tanh,
         ActivationType.REGLU: F.relu,
     }
     if not activation.gated:

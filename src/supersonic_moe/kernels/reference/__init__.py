@@ -13,6 +13,7 @@ from supersonic_moe.kernels.reference.aux_loss import switch_loss_backward as sw
 from supersonic_moe.kernels.reference.aux_loss import switch_loss_forward as switch_loss_forward
 from supersonic_moe.kernels.reference.gather import gather_rows as gather_rows
 from supersonic_moe.kernels.reference.gather import gather_sum as gather_sum
+from supersonic_moe.kernels.reference.gather import zero_dead_rows as zero_dead_rows
 from supersonic_moe.kernels.reference.grouped_mm import grouped_mm as grouped_mm
 from supersonic_moe.kernels.reference.grouped_mm import grouped_mm_wgrad as grouped_mm_wgrad
 from supersonic_moe.kernels.reference.grouped_routing import route_grouped as route_grouped

@@ -64,7 +64,7 @@ def _act(z_PN: Tensor, columns: Gate) -> tuple[Tensor, list[Tensor]]:
         limit = activation.limit
         u = up.clamp(-limit, limit) + activation.up_offset
         return value * u, [slope * u * (gate <= limit), value * (up.abs() <= limit)]
-    value, slope = _unary(ActivationType.GELU if kind is ActivationType.GEGLU else ActivationType.RELU, gate)
+    value, slope = _unary(_INNER[kind], gate)
     return value * up, [slope * up, value]
 
 
@@ -75,6 +75,13 @@ def _swish(gate: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
     return g * sigmoid, sigmoid * (1 + activation.alpha * g * (1 - sigmoid))
 
 
+_INNER = {
+    ActivationType.GEGLU: ActivationType.GELU,
+    ActivationType.GEGLU_TANH: ActivationType.GELU_TANH,
+    ActivationType.REGLU: ActivationType.RELU,
+}
+
+
 def _unary(kind: ActivationType, h: Tensor) -> tuple[Tensor, Tensor]:
     if kind is ActivationType.SILU:
         sigmoid = torch.sigmoid(h)
@@ -82,6 +89,10 @@ def _unary(kind: ActivationType, h: Tensor) -> tuple[Tensor, Tensor]:
     if kind is ActivationType.GELU:
         cdf = 0.5 * (1 + torch.erf(h * math.sqrt(0.5)))
         return h * cdf, cdf + h * torch.exp(-0.5 * h * h) / math.sqrt(2 * math.pi)
+    if kind is ActivationType.GELU_TANH:  # 0.5 (1 + tanh u) = sigmoid(2 u)
+        scale = 2 * math.sqrt(2 / math.pi)
+        sigmoid = torch.sigmoid(scale * h * (1 + 0.044715 * h * h))
+        return h * sigmoid, sigmoid * (1 + scale * h * (1 + 3 * 0.044715 * h * h) * (1 - sigmoid))
     relu = h.relu()
     if kind is ActivationType.RELU_SQ:
         return relu * relu, 2 * relu

@@ -1,4 +1,4 @@
-"""Row gather, and its adjoint: each token sums its rows."""
+"""Row gather, its adjoint: each token sums its rows; and zeros for rows of no expert."""
 
 from __future__ import annotations
 
@@ -41,6 +41,12 @@ def gather_sum(
     if row_scale_P is not None:
         values = values * row_scale_P.to(values.dtype)[rows, None]
     return add_rows(values, token_S[real], tokens.num_tokens).to(y_PH.dtype)
+
+
+def zero_dead_rows(y_PN: Tensor, expert_offsets: Tensor) -> None:
+    """Zeros in the rows at and past ``expert_offsets[-1]``."""
+    dead = torch.arange(y_PN.shape[0], device=y_PN.device) >= expert_offsets[-1]
+    y_PN.masked_fill_(dead[:, None], 0)
 
 
 def add_rows(values_NC: Tensor, index_N: Tensor, num_rows: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 A row is a (token, choice) pair with a local expert; rows lie sorted by expert, in slot order inside an expert.
 
-    z = x w13^T                   both dequantised: an e4m3 code times the fp32 scale of its block
+    z = x w13^T                   both dequantized: an e4m3 code times the fp32 scale of its block
     c = silu(gate) * up           with the clamp of ``swiglu_limit`` if given; fp32
     q = e4m3(c), 1 x 128          ``requantize=False`` keeps c as it is: the operator of the contest definition, which
                                   kernels approximate within the error of that step
@@ -72,7 +72,7 @@ def expert_rows(
     """Both products for every row.
 
     Args:
-        x_TH: dequantised activations, float32 or float64: the dtype of the arithmetic.
+        x_TH: dequantized activations, float32 or float64: the dtype of the arithmetic.
         local_ids_TK: index into ``experts``; a value outside [0, E) gives no row.
         row_scale_TK: multiplies the row of x that a choice reads (router weight on the input).
     """
@@ -132,7 +132,7 @@ def moe_fp8(
     """(T, H) in ``dtype``: the whole operator behind its routing.
 
     Args:
-        x_TH: bf16, quantised here, or e4m3 with ``x_scale_TB`` (T, H / 128).
+        x_TH: bf16, quantized here, or e4m3 with ``x_scale_TB`` (T, H / 128).
         weights_TK: without the scaling factor.
         weight_on_input: K = 1; the weight multiplies x instead of y, the factor still multiplies y.
         shared: one expert (E = 1) that every token has, with weight 1 and without the factor.

@@ -22,5 +22,6 @@ from supersonic_moe.kernels.triton import quantize_rows as quantize_rows
 from supersonic_moe.kernels.triton import quantize_weights as quantize_weights
 from supersonic_moe.kernels.triton import row_dot as row_dot
 from supersonic_moe.kernels.triton import segment_sum as segment_sum
+from supersonic_moe.kernels.triton import zero_dead_rows as zero_dead_rows
 
 ALIGNMENT = 16  # of TMA

@@ -34,7 +34,7 @@ from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
 from supersonic_moe.kernels.interface import DownBackward, Quantized
-from supersonic_moe.kernels.sm90.gates import ALL_KINDS, INTERLEAVED, half_bases, kind_of, limit_of
+from supersonic_moe.kernels.sm90.gates import ALL_KINDS, INTERLEAVED, KINDS, half_bases, kind_of, limit_of
 from supersonic_moe.kernels.sm90.gemm_config import (
     BLOCK_M,
     BLOCK_N,
@@ -88,12 +88,12 @@ def _kernel(config: GemmConfig, kind: int, interleaved: bool, saved_fp8: bool) -
 
 
 def down_backward_fp8(step: DownBackward[Quantized]) -> tuple[Tensor, Tensor, Tensor]:
-    """(dZ (P, N1), s · A (P, I), both bf16, dS (P) fp32). Ungated activations, and e4m3 Z whose halves are no multiple
-    of 128 wide, take the grouped GEMM and the activation pass instead.
+    """(dZ (P, N1), s · A (P, I), both bf16, dS (P) fp32). Activations outside ``KINDS``, and e4m3 Z whose halves are no
+    multiple of 128 wide, take the grouped GEMM and the activation pass instead.
     """
     dout, (w2, _), z, _, _, _, _, (activation, layout) = step
     width, interleaved, saved_fp8 = w2.shape[1], layout is INTERLEAVED, z.q.dtype is E4M3
-    if not activation.gated or (saved_fp8 and not interleaved and width % BLOCK):
+    if activation.type not in KINDS or (saved_fp8 and not interleaved and width % BLOCK):
         return UNFUSED_FP8.down_backward_fp8(step)
     rows = dout.num_rows
     dz_PN = z.q.new_empty(rows, 2 * width, dtype=torch.bfloat16)

@@ -40,7 +40,7 @@ from supersonic_moe.kernels.sm90.down_backward_fp8 import (
     spec_of,
     staging_bytes,
 )
-from supersonic_moe.kernels.sm90.gates import ALL_KINDS, INTERLEAVED, kind_of
+from supersonic_moe.kernels.sm90.gates import ALL_KINDS, INTERLEAVED, KINDS, kind_of
 from supersonic_moe.kernels.sm90.gemm_config import BLOCK_N, WARP_ROWS, GemmConfig, choose, fp8_form
 from supersonic_moe.kernels.triton import quantize_both_orders, quantize_columns
 from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks, empty_e4m3, empty_scales
@@ -68,7 +68,7 @@ def down_backward_fp8_quantize(
     """
     dout, (w2, _), z, _, _, _, _, (activation, layout) = step
     like, rows, width, capacity = z.q, dout.num_rows, w2.shape[1], segments.row_index.shape[0]
-    if not activation.gated or layout is not INTERLEAVED or like.dtype is not E4M3 or rows == 0:
+    if activation.type not in KINDS or layout is not INTERLEAVED or like.dtype is not E4M3 or rows == 0:
         dz_PN, as_PI, ds_P = down_backward_fp8(step)
         as_IG = quantize_columns(as_PI, segments.row_index, pow2, tiled=True)
         return quantize_both_orders(dz_PN, segments.row_index, pow2), as_IG, ds_P

@@ -26,7 +26,7 @@ from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.kernels.interface import Quantized, UpProjection
-from supersonic_moe.kernels.sm90.gates import ALL_KINDS, INTERLEAVED, half_bases, kind_of, limit_of
+from supersonic_moe.kernels.sm90.gates import ALL_KINDS, INTERLEAVED, KINDS, half_bases, kind_of, limit_of
 from supersonic_moe.kernels.sm90.gemm_config import (
     BLOCK_M,
     BUFFER_BYTES,
@@ -69,15 +69,15 @@ def _kernel(config: GemmConfig, kind: int, interleaved: bool) -> Kernel:
 
 
 def up_projection_fp8(step: UpProjection[Quantized], recipe: Fp8Recipe) -> tuple[Quantized, Quantized]:
-    """(Z as backward will see it, A): see ``Fp8Experts``. Ungated activations take the composed form, and so do halves
-    of Z that do not start at a scale block.
+    """(Z as backward will see it, A): see ``Fp8Experts``. Activations outside ``KINDS`` take the composed form, and so
+    do halves of Z that do not start at a scale block.
     """
     x, (w1, w1_scale), b1_EN, expert_offsets, _, (activation, layout), save = step
     (xq_TH, x_scale), index = x
     num_experts, n1, hidden = w1.shape
     rows, width = x.num_rows, n1 // 2
     interleaved = layout is INTERLEAVED
-    if not activation.gated or not (interleaved or width % BLOCK == 0):
+    if activation.type not in KINDS or not (interleaved or width % BLOCK == 0):
         return UNFUSED_FP8.up_projection_fp8(step, recipe)
     saved = FORMS[recipe.save_preactivation] if save else NOTHING
     if saved == IN_FP8:

@@ -30,6 +30,7 @@ from supersonic_moe.kernels.triton.router import route_forward as route_forward
 from supersonic_moe.kernels.triton.score_gradient import row_dot as row_dot
 from supersonic_moe.kernels.triton.token_rounding import token_rounding_backward as token_rounding_backward
 from supersonic_moe.kernels.triton.token_rounding import token_rounding_forward as token_rounding_forward
+from supersonic_moe.kernels.triton.zero_dead_rows import zero_dead_rows as zero_dead_rows
 
 _composed = Composed(grouped_mm, activation_forward, activation_backward)
 up_projection, down_backward = _composed.up_projection, _composed.down_backward

@@ -38,6 +38,10 @@ def _unary(KIND: tl.constexpr, h):
     elif KIND == "gelu":
         cdf = 0.5 * (1 + tl.erf(h * 0.7071067811865476))
         return h * cdf, cdf + h * tl.exp(-0.5 * h * h) * 0.3989422804014327
+    elif KIND == "gelu_tanh":  # 0.5 (1 + tanh u) = sigmoid(2 u); 2 sqrt(2 / pi) = 1.5957..
+        sigmoid = tl.sigmoid(1.5957691216057308 * h * (1 + 0.044715 * h * h))
+        inner = 1.5957691216057308 * h * (1 + 0.134145 * h * h)
+        return h * sigmoid, sigmoid * (1 + inner * (1 - sigmoid))
     else:
         relu = tl.where(h <= 0, 0.0, h)
         if KIND == "relu_sq":
@@ -67,8 +71,8 @@ def _activate(KIND: tl.constexpr, gate, up, ALPHA: tl.constexpr, LIMIT: tl.const
             by_gate = tl.where(gate > LIMIT, 0.0, by_gate)
             by_up = tl.where(tl.abs(up) > LIMIT, 0.0, by_up)
         return value, by_gate, by_up
-    elif KIND == "geglu" or KIND == "reglu":
-        value, slope = _unary("gelu" if KIND == "geglu" else "relu", gate)
+    elif KIND == "geglu" or KIND == "geglu_tanh" or KIND == "reglu":
+        value, slope = _unary("gelu" if KIND == "geglu" else "gelu_tanh" if KIND == "geglu_tanh" else "relu", gate)
         return value * up, slope * up, value
     else:
         value, slope = _unary(KIND, gate)

@@ -1,0 +1,142 @@
+"""The expert-parallel suite: a layer spread over R ranks against the layer of one GPU with the same load.
+
+A case T, H, I, E, K is the load of one rank: T tokens and E experts on each. So the spread layer has R·E experts, and
+one rank computes T·K rows on average, as the plain layer of E experts does on every rank meanwhile. What is left is the
+price of travel. With one rank nothing travels, and the ratio says what the code around it costs.
+
+    torchrun --nproc-per-node 2 --local-ranks-filter 0 --no-python supersonic-moe bench ep
+
+Ranks must make the same calls, so all of them take their decisions from the same times: the longest of all ranks.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from supersonic_moe import MoE
+from supersonic_moe.bench.layer import Contender
+from supersonic_moe.bench.report import OURS, CaseResult
+from supersonic_moe.bench.timing import Call, Clock, Missing, NoResultError, Slice, clock_for, measure, required
+from supersonic_moe.config.recipe import Fp8Recipe, Recipe
+from supersonic_moe.parallel import ExpertParallel
+from supersonic_moe.parallel.traffic import traffic
+from supersonic_moe.perf_model import LayerShape, layer_flops
+
+ONE_GPU = "one-gpu"
+HOST_CALLS = 30
+
+
+@dataclass(frozen=True)
+class EpConfig:
+    """What all cases of one run share."""
+
+    device: torch.device
+    dtype: torch.dtype
+    recipe: Recipe
+    wire: str
+    warm_ms: float
+    min_ms: float
+
+
+class SlowestRank:
+    """A clock that shows every rank the times of the slowest one."""
+
+    def __init__(self, clock: Clock, device: torch.device) -> None:
+        self.clock, self.device = clock, device
+
+    def slice(self, call: Call, settle: int, calls: int) -> Slice:
+        own = self.clock.slice(call, settle, calls)
+        times = torch.tensor(own.times_us, dtype=torch.float64, device=self.device)
+        dist.all_reduce(times, dist.ReduceOp.MAX)
+        return Slice(times.tolist(), own.readings)
+
+
+@contextmanager
+def group(device: torch.device) -> Iterator[dist.ProcessGroup]:
+    """The ranks of torchrun, or one process alone."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if dist.is_torchelastic_launched():
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    assert dist.group.WORLD is not None
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def run_case(shape: LayerShape, config: EpConfig, progress: Callable[[str], None]) -> CaseResult:
+    with group(config.device) as ranks:
+        return required(str(shape), partial(_run, shape, config, ranks, progress))  # type: ignore[no-any-return]
+
+
+def _run(shape: LayerShape, config: EpConfig, ranks: dist.ProcessGroup, progress: Callable[[str], None]) -> CaseResult:
+    progress("building both layers")
+    size = dist.get_world_size(ranks)
+    wire = config.wire if size > 1 else "exact"
+    ep = ExpertParallel(
+        ranks,
+        num_experts=size * shape.experts,
+        top_k=shape.top_k,
+        hidden=shape.hidden,
+        max_tokens=shape.tokens,
+        wire=wire,  # type: ignore[arg-type]
+    )
+    contenders = {OURS: _contender(shape, config, ep), ONE_GPU: _contender(shape, config, None)}
+    case = f"{shape}_R{size}" + ("_fp8" if isinstance(config.recipe, Fp8Recipe) else "")
+    result = CaseResult(case, {name: {} for name in contenders})
+    clock: Clock = SlowestRank(clock_for(config.device), config.device)
+    for mode in ("fwd", "fwd_bwd"):
+        progress(f"timing {mode}")
+        calls = {name: getattr(contender, mode) for name, contender in contenders.items()}
+        for name, timing in measure(calls, clock, warm_ms=config.warm_ms, min_ms=config.min_ms).items():
+            if isinstance(timing, Missing):
+                raise NoResultError(f"{case}, {mode}: {name}: {timing.reason}.")
+            flops = layer_flops(shape, gated=True)[mode == "fwd_bwd"]
+            metrics = result.metrics[name]
+            metrics[f"{mode}_us"], metrics[f"{mode}_spread"] = timing.us, timing.spread
+            metrics[f"{mode}_tflops"] = flops / timing.us / 1e6
+    for name, contender in contenders.items():
+        result.metrics[name]["host_us"] = _host_us(contender.fwd_bwd, config.device)
+    if size > 1:
+        sent = traffic(shape.tokens, shape.hidden, size * shape.experts, shape.top_k, size, wire)
+        result.metrics[OURS]["sent_bytes"] = sum(sent)
+    ep.close()
+    return result
+
+
+def _contender(shape: LayerShape, config: EpConfig, ep: ExpertParallel | None) -> Contender:
+    torch.manual_seed(0)
+    experts = shape.experts if ep is None else ep.num_experts
+    sizes = (experts, shape.top_k, shape.hidden, shape.intermediate)
+    with torch.device(config.device):
+        layer = MoE(*sizes, "swiglu", False, 0.02, recipe=config.recipe, expert_parallel=ep).to(config.dtype)
+        with torch.no_grad():
+            layer.router.weight.normal_(0, shape.hidden**-0.5)
+        torch.manual_seed(1 + dist.get_rank())
+        x_TH = torch.randn(shape.tokens, shape.hidden, dtype=config.dtype).requires_grad_()
+        dout_TH = torch.randn_like(x_TH)
+    return Contender(
+        lambda inference: layer(x_TH, is_inference_mode=inference)[0], x_TH, list(layer.parameters()), dout_TH
+    )
+
+
+def _host_us(call: Call, device: torch.device) -> float:
+    """Host time of a call that finds the device idle, so that no queue is full: median."""
+    times = []
+    for _ in range(HOST_CALLS):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e6)
+    return statistics.median(times)

@@ -1,0 +1,62 @@
+"""``bench ep``, measured by ``bench/ep.py``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+import typer
+
+from supersonic_moe.bench import options
+from supersonic_moe.bench.shapes import LAYER_SHAPES
+from supersonic_moe.bench.suite import Progress, RecipeOptions, Timed
+from supersonic_moe.perf_model import LayerShape
+
+if TYPE_CHECKING:
+    import torch
+
+    from supersonic_moe.bench.report import CaseResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ep(RecipeOptions, Timed[LayerShape, "CaseResult"]):
+    """Expert parallelism, alone or under torchrun, against the layer of one GPU with the same load."""
+
+    name = "ep"
+    files: ClassVar = {"ep-world1-bf16": {}, "ep-world1-fp8": {"recipe": "fp8"}}
+
+    shape: options.Shapes = None
+    wire: Annotated[str, typer.Option(help="How rows travel: exact, or fp8 for an FP8 layer.")] = "exact"
+
+    def __post_init__(self) -> None:
+        if os.environ.get("RANK", "0") != "0":
+            object.__setattr__(self, "json", None)  # one rank writes the file
+
+    @cached_property
+    def where(self) -> torch.device:
+        import torch
+
+        rank = os.environ.get("LOCAL_RANK")
+        on_gpu = rank is not None and self.device is None and torch.cuda.is_available()
+        return options.device(f"cuda:{rank}" if on_gpu else self.device)
+
+    @property
+    def heading(self) -> str:
+        ranks = os.environ.get("WORLD_SIZE", "1")
+        return (
+            f"MoE layer over {ranks} rank(s), {self.machine}, {self.recipe}, against the plain layer of the same load"
+        )
+
+    def cases(self) -> Sequence[LayerShape]:
+        if self.wire not in ("exact", "fp8"):
+            raise ValueError(f"a wire is exact or fp8; got {self.wire!r}.")
+        return options.shapes_or(self.shape, LAYER_SHAPES, self.where)
+
+    def run(self, case: LayerShape, progress: Progress) -> CaseResult:
+        from supersonic_moe.bench.ep import EpConfig, run_case
+
+        kind = options.dtype(None, self.where, self.numerics)
+        return run_case(case, EpConfig(self.where, kind, self.numerics, self.wire, self.warm_ms, self.min_ms), progress)

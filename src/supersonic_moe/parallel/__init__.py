@@ -1,0 +1,11 @@
+"""Expert parallelism: the experts of a layer spread over the ranks of a process group.
+
+:class:`ExpertParallel` (``expert_parallel.py``) is the entry; ``MoE(..., expert_parallel=...)`` and
+:func:`shard_experts` are built on it.
+"""
+
+from supersonic_moe.parallel.expert_parallel import Dispatched, ExpertParallel
+from supersonic_moe.parallel.shard import shard_experts
+from supersonic_moe.parallel.watch import ExpertParallelError
+
+__all__ = ["Dispatched", "ExpertParallel", "ExpertParallelError", "shard_experts"]

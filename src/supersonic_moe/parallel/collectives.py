@@ -1,0 +1,55 @@
+"""Rows between all ranks of a group, by collectives of ``torch.distributed``: NCCL, gloo, any number of nodes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from supersonic_moe.parallel.watch import Watch
+
+
+class Collectives:
+    """Collectives of one group, each under the eyes of a :class:`Watch`. Rows travel as bytes, in any dtype."""
+
+    def __init__(self, group: dist.ProcessGroup, watch: Watch) -> None:
+        self.group, self.watch = group, watch
+
+    def exchange(
+        self, rows_SC: Tensor, call: int, phase: str, sent: Sequence[int] | None, received: Sequence[int] | None
+    ) -> Tensor:
+        """(U, C): what others send, in order of ranks. ``sent`` and ``received`` count rows by rank; None: an equal
+        share for each.
+        """
+        arriving = rows_SC.shape[0] if received is None else sum(received)
+        rows_UC = rows_SC.new_empty(arriving, rows_SC.shape[1])
+        self._run(call, phase, rows_SC.device, dist.all_to_all_single, _bytes(rows_UC), _bytes(rows_SC), received, sent)
+        return rows_UC
+
+    def gather(self, rows_MC: Tensor, call: int, phase: str) -> Tensor:
+        """(R·M, C): the M rows of each rank, in order of ranks."""
+        rows_UC = rows_MC.new_empty(rows_MC.shape[0] * dist.get_world_size(self.group), rows_MC.shape[1])
+        self._run(call, phase, rows_MC.device, dist.all_gather_into_tensor, _bytes(rows_UC), _bytes(rows_MC))
+        return rows_UC
+
+    def maximum(self, value: Tensor, call: int, phase: str) -> Tensor:
+        """The largest ``value`` of all ranks, in place."""
+        self._run(call, phase, value.device, dist.all_reduce, value, dist.ReduceOp.MAX)
+        return value
+
+    def _run(self, call: int, phase: str, device: torch.device, collective: Any, *arguments: Any) -> None:
+        self.watch.enter(call, phase)
+        start = time.monotonic()
+        try:
+            self.watch.wait(collective(*arguments, group=self.group, async_op=True), self.group, device)
+        except RuntimeError as error:
+            raise self.watch.failed(error, time.monotonic() - start) from error
+        self.watch.leave()
+
+
+def _bytes(rows: Tensor) -> Tensor:
+    return rows.contiguous().view(torch.uint8)

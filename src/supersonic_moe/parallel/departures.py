@@ -1,0 +1,93 @@
+"""Where each token goes: one copy for each (token, rank) pair, however many of its experts live there.
+
+Expert e lives on rank e // (E / R). A token with K choices needs at most min(K, R) ranks: at R = 2 and K = 8 a quarter
+of what one copy for each choice would be, at R = 8 two thirds. *A routing plan whose experts are ranks* puts the copies
+in order, by rank and then by token: the builder of plans finds the positions, ``gather_index`` is what is sent, and
+``reverse_index`` says where a token's partial sums come back.
+
+Everything is computed on the device, without a host synchronization.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from supersonic_moe.routing.plan import plan_from_topk
+
+
+class Departures(NamedTuple):
+    """Copies in order of rank, then token: as many as ``tokens_R`` sums up to, of at most T·R."""
+
+    ids_TK: Tensor
+    """int32 experts; -1 where a choice has none."""
+    token_M: Tensor
+    """int32 token of each copy; -1 where there is none."""
+    copy_TR: Tensor
+    """int32 copy of each token for each rank; -1 where it does not go."""
+    copy_TK: Tensor
+    """int32 copy that carries each choice; -1 where it has no expert."""
+    tokens_R: Tensor
+    """int32 tokens for each rank."""
+    rows_E: Tensor
+    """int64 choices of each expert."""
+
+
+def departures(ids_TK: Tensor, num_experts: int, ranks: int) -> Departures:
+    """``ids_TK``: int32 or int64; outside [0, E) a choice has no expert."""
+    ids, rank_TK, needed_TR, rows_E = _needed(ids_TK, num_experts, ranks)
+    plan = plan_from_topk(needed_TR.contiguous(), ranks)
+    copy_TR = plan.reverse_index.view(-1, ranks)
+    copy_TK = F.pad(copy_TR, (0, 1), value=-1).gather(1, rank_TK)
+    return Departures(ids, plan.gather_index, copy_TR, copy_TK, plan.expert_counts, rows_E)
+
+
+def departures_everywhere(ids_TK: Tensor, num_experts: int, ranks: int, max_tokens: int) -> Departures:
+    """The same where all tokens go to all ranks: the copy of token t for rank r is r·max_tokens + t. Copies that a rank
+    does not need come back unread.
+    """
+    ids, rank_TK, needed_TR, rows_E = _needed(ids_TK, num_experts, ranks)
+    token_T1 = torch.arange(ids.shape[0], device=ids.device)[:, None]
+    copy_TR = torch.where(needed_TR >= 0, token_T1 + needed_TR * max_tokens, -1)
+    copy_TK = torch.where(rank_TK < ranks, token_T1 + rank_TK * max_tokens, -1)
+    token_M = F.pad(token_T1[:, 0], (0, max_tokens - ids.shape[0]), value=-1).repeat(ranks)
+    token_M, copy_TR, copy_TK, tokens_R = (
+        t.to(torch.int32) for t in (token_M, copy_TR, copy_TK, (needed_TR >= 0).sum(0))
+    )
+    return Departures(ids, token_M, copy_TR, copy_TK, tokens_R, rows_E)
+
+
+def _needed(ids_TK: Tensor, num_experts: int, ranks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(ids of Departures, rank of each choice (T, K), R where it has none; (T, R) the rank itself where a token needs
+    it, else -1; rows_E of Departures).
+    """
+    real = (ids_TK >= 0) & (ids_TK < num_experts)
+    ids = ids_TK.long()
+    rank_TK = torch.where(real, ids // (num_experts // ranks), ranks)
+    needed = ids.new_full((ids.shape[0], ranks + 1), -1).scatter_(1, rank_TK, rank_TK)
+    rows = ids.new_zeros(num_experts + 1)
+    rows.scatter_add_(0, torch.where(real, ids, num_experts).view(-1), ids.new_ones(ids.numel()))
+    return torch.where(real, ids, -1).to(torch.int32), rank_TK, needed[:, :ranks], rows[:num_experts]
+
+
+def in_fixed_places(found: Departures, capacity: int) -> Departures:
+    """The same with ``capacity`` places for each rank, R·capacity in all: those for rank d start at d·capacity. Copies
+    that find no place are left out.
+    """
+    tokens_R, ranks = found.tokens_R, found.tokens_R.shape[0]
+    shift_R = torch.arange(ranks, device=tokens_R.device, dtype=torch.int32) * capacity - (
+        tokens_R.cumsum(0) - tokens_R
+    )
+    shift_R = shift_R.to(torch.int32)
+    place_TR = found.copy_TR + shift_R
+    end_R = torch.arange(1, ranks + 1, device=tokens_R.device) * capacity
+    placed_TR = torch.where((found.copy_TR >= 0) & (place_TR < end_R), place_TR, -1)
+    token_TR = torch.arange(placed_TR.shape[0], device=tokens_R.device, dtype=torch.int32)[:, None].expand_as(placed_TR)
+    places = token_TR.new_full((ranks * capacity + 1,), -1)
+    places.scatter_(0, torch.where(placed_TR >= 0, placed_TR, ranks * capacity).view(-1).long(), token_TR.reshape(-1))
+    rank_TK = torch.where(found.copy_TK >= 0, torch.searchsorted(tokens_R.cumsum(0), found.copy_TK, right=True), ranks)
+    copy_TK = F.pad(placed_TR, (0, 1), value=-1).gather(1, rank_TK)
+    return found._replace(token_M=places[:-1], copy_TR=placed_TR, copy_TK=copy_TK)

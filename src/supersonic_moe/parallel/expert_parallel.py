@@ -1,0 +1,512 @@
+"""Experts spread over the ranks of a group: tokens go where their experts live, partial sums come back.
+
+Rank r of R holds the experts [r·E/R, (r+1)·E/R); every rank has tokens of its own, any number of them. T tokens here, U
+tokens received, K choices a token, H hidden.
+
+    forward    dispatch   x, ids, scores of each token once to each rank that needs them     (T, ·) -> (U, ·)
+               experts    part[u] = sum over the token's local rows of s (Y + b2)            as on one GPU
+               combine    part back home; out[t] = sum of its parts, in order of ranks       (U, H) -> (T, H)
+    backward   combine    dout to the same ranks
+               experts    as on one GPU: dW1, dW2 have the tokens of all ranks
+               dispatch   dx parts and dscores back home; dx[t] = sum of its parts, in order of ranks
+
+Received tokens lie in order of source rank, then token: inside an expert, rows are in the order that one process with
+the tokens of all ranks would have. So products and weight gradients have the bits of that process, and outputs and dx
+differ by one rounding of each part. Every rank runs everything on zero tokens, too, so graphs never differ by rank.
+
+Bytes each way, by rank: 2·H·p·T·(R−1) in BF16, p the probability that a token needs a given rank; + 8·K for each copy.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Unpack
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from supersonic_moe import checks, functional
+from supersonic_moe.autocast import autocast_dtype
+from supersonic_moe.autograd import apply
+from supersonic_moe.config.plan import RoutingPlan
+from supersonic_moe.config.recipe import Fp8Recipe
+from supersonic_moe.config.router import TokenRounding, TopKRouter, as_router
+from supersonic_moe.functional import LayerOutput, RouterWeight
+from supersonic_moe.parallel import fp8_wire
+from supersonic_moe.parallel.collectives import Collectives
+from supersonic_moe.parallel.departures import Departures, departures, departures_everywhere, in_fixed_places
+from supersonic_moe.parallel.overflow import Overflow
+from supersonic_moe.parallel.traffic import share_of_ranks, traffic
+from supersonic_moe.parallel.trip import Combine, Dispatch, Trip
+from supersonic_moe.parallel.watch import ExpertParallelError, Watch
+from supersonic_moe.private_api import default_store
+from supersonic_moe.routing.plan import plan_from_topk
+from supersonic_moe.routing.topk import route
+from supersonic_moe.training.options import ExpertOptions, Options, lists_options
+from supersonic_moe.training.router_linear import linear_in, router_linear
+
+TRANSPORTS = ("all_to_all", "gather")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@dataclass
+class Dispatched:
+    """Tokens that arrived on this rank, in order of source rank, then token."""
+
+    x: Tensor
+    """(U, H)"""
+    ids: Tensor
+    """(U, K) int32 experts of this rank, counted from 0; -1 where a choice lives elsewhere."""
+    scores: Tensor
+    """(U, K); their gradient goes home, and is 0 where a choice lives elsewhere."""
+    rows_per_expert: Sequence[int] | Tensor
+    """(E/R,) on the host, or with a fixed capacity a tensor on the device."""
+    plan: RoutingPlan
+    """Of these tokens and the experts of this rank."""
+    handle: Trip | None
+    """For ``combine``; None where a group has one rank and nothing travelled."""
+
+
+class ExpertParallel:
+    """Experts of one or more layers, spread over a group. It has no parameters; layers of one size may share it.
+
+    All ranks make the same calls in the same order, with any number of tokens up to ``max_tokens``, 0 included.
+
+    Args:
+        group: ranks that share the experts, a process group of ``torch.distributed`` or a one-dimensional DeviceMesh.
+        num_experts: E of the whole layer, a multiple of the number of ranks. top_k: K. hidden: H.
+        max_tokens: most tokens of a rank in one call; with an exact ``capacity``, more are an error on every rank.
+        capacity: ``"exact"`` asks the host for the number of tokens that arrive, one synchronization in each forward,
+            and allocates no more. A number of tokens is what each rank may send to each other one: buffers have this
+            size and nothing waits for the host, so that a call can be captured in a CUDA graph. If more would go,
+            nothing is dropped silently: on a CPU the call raises on every rank; on a GPU its outputs are NaN and the
+            eighth call after it, or ``check()``, raises on every rank.
+        transport: ``"all_to_all"`` sends each token to the ranks that need it. ``"gather"`` sends all tokens to all
+            ranks, as if each had ``max_tokens``: nothing waits for the host, no number can be too small, and a call can
+            be captured in a CUDA graph. For few ranks, where most tokens need most of them anyway, and for steps whose
+            tokens are near ``max_tokens``. Buffers have R·max_tokens rows, those inside the experts K times as many.
+        wire: how x and the gradient of the output travel. ``"exact"`` is in their own dtype; ``"fp8"``, for layers with
+            an ``Fp8Recipe`` with ``scale="pow2"`` or ``wgrad="bf16"``, as the experts would quantize them: half of the
+            bytes, the same bits of outputs and gradients of x. Parts go back in the dtype of x.
+        timeout_s: longest wait for another rank. Then :class:`ExpertParallelError` says who is missing.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | DeviceMesh,
+        *,
+        num_experts: int,
+        top_k: int,
+        hidden: int,
+        max_tokens: int,
+        capacity: int | Literal["exact"] = "exact",
+        transport: Literal["all_to_all", "gather"] = "all_to_all",
+        wire: Literal["exact", "fp8"] = "exact",
+        timeout_s: float = 300.0,
+    ) -> None:
+        for name, value in (("num_experts", num_experts), ("hidden", hidden), ("max_tokens", max_tokens)):
+            checks.positive(name, value)
+        checks.choices_fit(top_k, num_experts)
+        checks.number("timeout_s", timeout_s, lowest=0.01)
+        if capacity != "exact":
+            checks.positive("capacity", capacity)
+        for name, choice, known in (("wire", wire, ("exact", "fp8")), ("transport", transport, TRANSPORTS)):
+            if choice not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {checks.short(choice)}.")
+        if transport == "gather" and capacity != "exact":
+            raise ValueError(
+                f'transport="gather" has a place for each of max_tokens tokens, and no capacity; got {capacity}. Leave '
+                "capacity out."
+            )
+        self.group = _group(group)
+        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        if num_experts % self.size:
+            raise ValueError(
+                f"num_experts must be a multiple of the ranks of the group; got {num_experts} experts for {self.size} "
+                "ranks. Add experts, or use fewer ranks."
+            )
+        self.num_experts, self.top_k, self.hidden, self.max_tokens = num_experts, top_k, hidden, max_tokens
+        self.capacity, self.transport, self.wire, self.timeout_s = capacity, transport, wire, timeout_s
+        self.experts_here = num_experts // self.size
+        """E / R"""
+        self.first_expert = self.rank * self.experts_here
+        self._calls = 0
+        if self.size > 1:
+            name = self._agree()
+            what = f"expert parallel group {_name_of(self.group)!r} ({self.size} ranks)"
+            self._watch = Watch(what, self.rank, self.size, default_store(name), timeout_s)
+            self._ranks = Collectives(self.group, self._watch)
+            self._overflow = None if capacity == "exact" else Overflow(self._ranks, capacity)
+
+    def _agree(self) -> str:
+        """A name that this object has on all ranks, after they have compared their arguments."""
+        arguments = {
+            name: getattr(self, name)
+            for name in ("num_experts", "top_k", "hidden", "max_tokens", "capacity", "transport", "wire", "timeout_s")
+        }
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, (uuid.uuid4().hex, arguments), group=self.group)
+        for rank, (_, theirs) in enumerate(found):
+            for name, value in arguments.items():
+                if theirs[name] != value:
+                    raise ValueError(
+                        f"ExpertParallel needs the same arguments on every rank; {name} is {value!r} on rank "
+                        f"{self.rank} and {theirs[name]!r} on rank {rank}."
+                    )
+        return f"supersonic_moe/{found[0][0]}"
+
+    # ---- the layer ---------------------------------------------------------------------------------------------------
+
+    def run_layer(
+        self,
+        x_TH: Tensor,
+        router_or_logits: RouterWeight | Callable[[Tensor], Tensor],
+        w1: Tensor,
+        w2: Tensor,
+        num_experts_per_tok: int,
+        router: TopKRouter | TokenRounding | str,
+        correction_bias: Tensor | None,
+        rounding_step: Tensor | int,
+        token_mask_T: Tensor | None,
+        options: ExpertOptions,
+    ) -> LayerOutput:
+        """``functional.run_layer`` with the router of all experts and the weights of those of this rank, ``w1``
+        (E/R, N1, H) and ``w2`` (E/R, H, I). ``expert_counts`` (E,) are choices of the tokens here.
+        """
+        k, policy = num_experts_per_tok, as_router(router)
+        if self.size == 1:
+            w1, w2, options = _local(w1), _local(w2), _local_biases(options)
+            return functional.run_layer(
+                x_TH, router_or_logits, w1, w2, k, policy, correction_bias, rounding_step, token_mask_T, options
+            )
+        self.check_layer(self.num_experts, k, self.hidden, policy)
+        assert not isinstance(policy, TokenRounding)
+        if token_mask_T is not None:
+            checks.token_mask("token_mask", token_mask_T, x_TH)
+            x_TH = x_TH.masked_fill(~token_mask_T[:, None], 0)  # what stands there would reach the router's gradient
+        logits_TE, x_TH = self._logits(x_TH, router_or_logits)
+        if options.get("validate"):
+            checks.finite_logits(logits_TE)
+        backend = "reference" if options.get("backend") == "reference" else "auto"
+        scores_TK, ids_TK = route(logits_TE, k, policy, correction_bias=correction_bias, backend=backend)
+        if token_mask_T is not None:
+            ids_TK = ids_TK.masked_fill(~token_mask_T[:, None], -1)
+        found = self._departures(ids_TK)
+        out_TH = self._experts(x_TH, scores_TK, found, w1, w2, options)
+        return LayerOutput(out_TH, logits_TE, found.rows_E.to(torch.int32), ids_TK)
+
+    def _logits(self, x_TH: Tensor, router: RouterWeight | Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """(logits (T, E), x for the experts)."""
+        x = self._checked_x(x_TH)
+        if not isinstance(router, RouterWeight):
+            logits_TE = router(x_TH)
+            shape = (x_TH.shape[0], self.num_experts)
+            checks.size("the router's output", "shape", tuple(logits_TE.shape), shape, "tokens of x, all experts")
+            return logits_TE, x
+        weight_EH, dtype = _local(router.weight_EH), router.dtype
+        checks.size("router_weight", "shape", tuple(weight_EH.shape), (self.num_experts, self.hidden), "(E, H)")
+        if dtype is not None:
+            return linear_in(x_TH, weight_EH, dtype), x
+        return router_linear(x, weight_EH.to(x.dtype))
+
+    @lists_options
+    def experts(
+        self,
+        x_TH: Tensor,
+        topk_ids_TK: Tensor,
+        topk_scores_TK: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        **options: Unpack[ExpertOptions],
+    ) -> Tensor:
+        """``functional.topk_experts`` for the ids (T, K) of all experts and the weights of those of this rank, ``w1``
+        (E/R, N1, H) and ``w2`` (E/R, H, I). Biases likewise.
+        """
+        if self.size == 1:
+            weights = _local(w1), _local(w2)
+            return functional.topk_experts(x_TH, topk_ids_TK, topk_scores_TK, *weights, **_local_biases(options))
+        x_TH = self._checked_x(x_TH)
+        self._check_choices(x_TH, topk_ids_TK, topk_scores_TK)
+        if options.get("validate"):
+            checks.valid_topk_ids(topk_ids_TK, self.num_experts)
+            checks.finite_scores("topk_scores", topk_scores_TK)
+        out_TH: Tensor = self._experts(x_TH, topk_scores_TK, self._departures(topk_ids_TK), w1, w2, options)
+        return out_TH
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # sizes on the host, collectives, limits on waits
+    def _experts(
+        self, x_TH: Tensor, scores_TK: Tensor, found: Departures, w1: Tensor, w2: Tensor, options: ExpertOptions
+    ) -> Tensor:
+        w1, w2 = _local(w1), _local(w2)
+        for name, weight in (("w1", w1), ("w2", w2)):
+            checks.tensor(name, weight, 3, "(E/R, N1, H)" if name == "w1" else "(E/R, H, I)")
+            checks.size(name, "expert count", weight.shape[0], self.experts_here, "the experts of this rank")
+        checks.size("w1", "hidden size (last dimension)", w1.shape[2], self.hidden, "hidden of the ExpertParallel")
+        options = _local_biases(options)
+        inference = bool(options.get("inference"))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not inference):
+            if self.wire == "fp8":
+                return self._experts_fp8(x_TH, scores_TK, found, w1, w2, Options.read(options))
+            got = self._dispatch(x_TH, scores_TK, found)
+            part_UH = functional.experts_from_plan(got.x, got.scores.reshape(-1), got.plan, w1, w2, **options)
+            out_TH: Tensor = self.combine(part_UH, got.handle)
+            return out_TH
+
+    def _experts_fp8(
+        self, x_TH: Tensor, scores_TK: Tensor, found: Departures, w1: Tensor, w2: Tensor, options: Options
+    ) -> Tensor:
+        if not isinstance(options.recipe, Fp8Recipe) or x_TH.dtype is not torch.bfloat16:
+            raise TypeError(
+                f'wire="fp8" needs an Fp8Recipe and bfloat16; got {options.recipe} and {checks.describe(x_TH)}. Make '
+                'the ExpertParallel with wire="exact", or the layer with recipe=Fp8Recipe().'
+            )
+        if options.recipe.scale == "fp32" and options.recipe.wgrad == "fp8":
+            raise ValueError(
+                'wire="fp8" needs scales that are powers of two, or weight gradients in bf16: rounding twice with fp32 '
+                f'scales would cost them accuracy; got {options.recipe}. Use Fp8Recipe(scale="pow2") or '
+                'Fp8Recipe(wgrad="bf16").'
+            )
+        trip, rows, scores_TK = self._start(x_TH, scores_TK.float(), found)
+        rows_here = None if rows is None else sum(rows)
+        return fp8_wire.experts(x_TH, scores_TK, found.ids_TK, trip, rows_here, w1, w2, options)
+
+    # ---- its parts ---------------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def dispatch(self, x_TH: Tensor, topk_ids_TK: Tensor, topk_scores_TK: Tensor) -> Dispatched:
+        """Send each token to the ranks of its experts; differentiable in x and scores.
+
+        Args:
+            topk_ids_TK: int32 or int64 ids of all experts; outside [0, E), such as -1, a choice has no expert.
+            topk_scores_TK: floating.
+        """
+        x_TH = self._checked_x(x_TH)
+        self._check_choices(x_TH, topk_ids_TK, topk_scores_TK)
+        if self.size == 1:
+            ids = torch.where(topk_ids_TK < self.num_experts, topk_ids_TK, -1).clamp(min=-1).to(torch.int32)
+            plan = plan_from_topk(ids, self.num_experts)
+            return Dispatched(x_TH, ids, topk_scores_TK, plan.expert_counts, plan, None)
+        return self._dispatch(x_TH, topk_scores_TK, self._departures(topk_ids_TK))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def combine(self, part_UH: Tensor, handle: Trip | None) -> Tensor:
+        """(T, H) in the dtype of ``part``: for each token of this rank the sum of what its ranks computed, in order of
+        ranks. ``part_UH`` has a row for each received token.
+        """
+        if handle is None:
+            return part_UH
+        checks.tensor("part", part_UH, 2, "(U, H)")
+        checks.size(
+            "part", "shape", tuple(part_UH.shape), (handle.arrived, self.hidden), "a row for each received token"
+        )
+        out: Tensor = apply(Combine, part_UH, handle)
+        return out
+
+    def _dispatch(self, x_TH: Tensor, scores_TK: Tensor, found: Departures) -> Dispatched:
+        trip, rows, scores_TK = self._start(x_TH, scores_TK, found)
+        x_UH, scores_UK, ids_UK = apply(Dispatch, x_TH, scores_TK, found.ids_TK, trip)
+        plan = plan_from_topk(ids_UK, self.experts_here, capacity=None if rows is None else sum(rows))
+        return Dispatched(x_UH, ids_UK, scores_UK, plan.expert_counts if rows is None else rows, plan, trip)
+
+    def _start(self, x_TH: Tensor, scores_TK: Tensor, found: Departures) -> tuple[Trip, list[int] | None, Tensor]:
+        """The trip of a new call, the rows of each expert here if the host knows, and scores to send."""
+        if scores_TK.dtype not in (torch.float32, torch.float64):
+            scores_TK = scores_TK.float()
+        self._calls += 1
+        if self.transport == "gather":
+            return self._trip(found, None, None), None, scores_TK
+        if self.capacity == "exact":
+            return *self._meet(x_TH, scores_TK, found), scores_TK
+        trip, scores_TK = self._fixed(scores_TK, found)
+        return trip, None, scores_TK
+
+    def _meet(self, x_TH: Tensor, scores_TK: Tensor, found: Departures) -> tuple[Trip, list[int]]:
+        """Tell all ranks what comes from here, and hear what comes from them: the one wait for the host."""
+        ranks, here = self.size, self.experts_here
+        grad = torch.is_grad_enabled()
+        signature = _DTYPES.index(x_TH.dtype) * 4 + 2 * (grad and x_TH.requires_grad)
+        signature += grad and scores_TK.requires_grad
+        common = found.rows_E.new_tensor([self._calls, signature, x_TH.shape[0]])
+        mine = torch.cat((common.expand(ranks, 3), found.tokens_R.long()[:, None], found.rows_E.view(ranks, here)), 1)
+        theirs = self._ranks.exchange(mine, self._calls, "forward dispatch", None, None)
+        host = torch.cat((found.tokens_R.long(), theirs.view(-1))).tolist()
+        sent, told = host[:ranks], [host[i : i + 4 + here] for i in range(ranks, len(host), 4 + here)]
+        self._check_told(told, (self._calls, signature, x_TH.shape[0]))
+        rows = [sum(column) for column in zip(*(source[4:] for source in told), strict=True)]
+        found = found._replace(token_M=found.token_M[: sum(sent)])
+        return self._trip(found, sent, [source[3] for source in told]), rows
+
+    def _check_told(self, told: list[list[int]], mine: tuple[int, int, int]) -> None:
+        """Every rank hears the same, so all of them raise or none."""
+        for rank, (call, signature, tokens, *_) in enumerate(told):
+            if (call, signature) != mine[:2]:
+                raise ExpertParallelError(
+                    f"ranks must make the same calls; rank {self.rank} is in {_described(*mine[:2])}, rank {rank} in "
+                    f"{_described(call, signature)}. Run the same layers and steps on every rank."
+                )
+            if tokens > self.max_tokens:
+                raise ValueError(
+                    f"a rank must not have more than max_tokens = {self.max_tokens} tokens in a call; rank {rank} has "
+                    f"{tokens}. Make the ExpertParallel with a larger max_tokens."
+                )
+
+    def _fixed(self, scores_TK: Tensor, found: Departures) -> tuple[Trip, Tensor]:
+        assert self._overflow is not None and self.capacity != "exact"
+        scores_TK = self._overflow.guard(scores_TK, found.tokens_R, self._calls)
+        return self._trip(in_fixed_places(found, self.capacity), None, None), scores_TK
+
+    def _trip(self, found: Departures, sent: list[int] | None, received: list[int] | None) -> Trip:
+        places = found.token_M, found.copy_TR, found.copy_TK
+        gathers = self.transport == "gather"
+        return Trip(self._ranks, self._calls, *places, sent, received, gathers, self.first_expert, self.experts_here)
+
+    def _departures(self, ids_TK: Tensor) -> Departures:
+        if self.transport == "all_to_all":
+            return departures(ids_TK, self.num_experts, self.size)
+        if (tokens := ids_TK.shape[0]) > self.max_tokens:
+            error = ValueError(
+                f"a rank must not have more than max_tokens = {self.max_tokens} tokens in a call; got {tokens}. Make "
+                "the ExpertParallel with a larger max_tokens."
+            )
+            self._watch.tell(error)  # the others wait
+            raise error
+        return departures_everywhere(ids_TK, self.num_experts, self.size, self.max_tokens)
+
+    # ---- life --------------------------------------------------------------------------------------------------------
+
+    def explain(self) -> str:
+        """What this object does and why, and how many bytes it sends for ``max_tokens`` and uniform routing."""
+        here = (
+            f"{self.num_experts} experts over {self.size} ranks, {self.experts_here} on each; this is rank {self.rank}"
+        )
+        if self.size == 1:
+            return f"{here}\ntransport: none, a group of one rank runs the plain layer"
+        backend = dist.get_backend(self.group)
+        sizes = (self.max_tokens, self.hidden, self.num_experts, self.top_k, self.size)
+        sent = traffic(*sizes, self.wire, gathers=self.transport == "gather")
+        share = share_of_ranks(self.num_experts, self.top_k, self.size)
+        places = "as many as needed: the host waits once in each forward"
+        if self.transport == "gather":
+            places = f"{self.max_tokens} for each rank: no wait for the host"
+        elif self.capacity != "exact":
+            places = f"{self.capacity} tokens for each pair of ranks: no wait for the host, more raise"
+        return "\n".join(
+            (
+                here,
+                f"transport: {self.transport}, by collectives of torch.distributed ({backend}), on any number of nodes",
+                f"wire: x and gradients of outputs {'in e4m3' if self.wire == 'fp8' else 'in their own dtype'}",
+                f"places: {places}",
+                f"for {self.max_tokens} tokens, of which each rank gets {share:.1%}, a rank sends, in MB,",
+                f"  forward   x, ids, scores {sent.dispatch / 1e6:.3g}, partial outputs {sent.combine / 1e6:.3g}",
+                f"  backward  dout {sent.dispatch_backward / 1e6:.3g}, partial dx and dscores "
+                f"{sent.combine_backward / 1e6:.3g}",
+                f"limit of a wait: {self.timeout_s:g} s",
+            )
+        )
+
+    def warm_up(self) -> None:
+        """Compile every CUDA kernel of the package (``supersonic-moe warmup``), then wait for the other ranks as long
+        as their group allows. So no rank waits for the compiler of another inside ``timeout_s``.
+        """
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
+            from supersonic_moe.jit import compile_all
+            from supersonic_moe.kernels.sm90 import registered_specs
+
+            compile_all(registered_specs())
+        dist.barrier(self.group)
+
+    def check(self) -> None:
+        """Wait for the device, and raise if a rank was missing or a call with a fixed ``capacity`` has overflowed."""
+        if self.size > 1:
+            self._watch.finish()
+            if self._overflow is not None:
+                self._overflow.check()
+
+    def close(self) -> None:
+        """This rank makes no more calls; others that wait for it are told so. May be called twice."""
+        if self.size > 1:
+            self._watch.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertParallel:
+        """Copies of a layer share the group."""
+        return self
+
+    # ---- checks ------------------------------------------------------------------------------------------------------
+
+    def check_layer(self, num_experts: int, top_k: int, hidden: int, router: TopKRouter | TokenRounding) -> None:
+        """Raises ValueError if a layer does not fit."""
+        sizes = {"num_experts": num_experts, "top_k": top_k, "hidden": hidden}
+        for name, value in sizes.items():
+            own = getattr(self, name)
+            if value != own:
+                raise ValueError(
+                    f"a layer must have the {name} of its ExpertParallel, {own}; got {value}. Make another one for it."
+                )
+        if self.size > 1 and isinstance(router, TokenRounding):
+            raise ValueError(
+                "TokenRounding rounds what an expert gets from one rank, not from all of them; got "
+                f"{checks.short(router)} with {self.size} ranks. Use its base router."
+            )
+
+    def _checked_x(self, x_TH: Tensor) -> Tensor:
+        """x in the dtype of the computation."""
+        checks.tensor("x", x_TH, 2, "(T, H)")
+        checks.floating("x", x_TH)
+        checks.size("x", "hidden size (last dimension)", x_TH.shape[1], self.hidden, "hidden of the ExpertParallel")
+        return x_TH.to(autocast_dtype(x_TH) or x_TH.dtype)
+
+    def _check_choices(self, x_TH: Tensor, ids_TK: Tensor, scores_TK: Tensor) -> None:
+        checks.ids("topk_ids", ids_TK, 2)
+        shape = (x_TH.shape[0], self.top_k)
+        checks.size("topk_ids", "shape", tuple(ids_TK.shape), shape, "(T, K): rows of x, top_k of the ExpertParallel")
+        checks.same_shape("topk_ids", ids_TK, "topk_scores", scores_TK)
+        checks.floating("topk_scores", scores_TK)
+        for name, t in (("topk_ids", ids_TK), ("topk_scores", scores_TK)):
+            checks.same_device(name, t, "x", x_TH)
+
+
+# ---- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _group(group: object) -> dist.ProcessGroup:
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(
+                f"ExpertParallel needs a one-dimensional DeviceMesh; got {group.ndim} dimensions. Pass a slice of it, "
+                'such as mesh["ep"].'
+            )
+        return group.get_group()
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            "ExpertParallel needs a process group of torch.distributed or a DeviceMesh; got "
+            f"{checks.describe(group)}. Call torch.distributed.init_process_group() and pass "
+            "torch.distributed.group.WORLD."
+        )
+    return group
+
+
+def _name_of(group: dist.ProcessGroup) -> str:
+    return group.group_desc or group.group_name
+
+
+def _described(call: int, signature: int) -> str:
+    kinds = [name for bit, name in ((2, "x"), (1, "scores")) if signature & bit]
+    dtype = str(_DTYPES[signature // 4]).removeprefix("torch.")
+    return f"call {call} ({dtype}, {'gradients of ' + ' and '.join(kinds) if kinds else 'no gradients'})"
+
+
+def _local(weight: Tensor) -> Tensor:
+    """The experts of this rank, of a weight that ``shard_experts`` has made a DTensor."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def _local_biases(options: ExpertOptions) -> ExpertOptions:
+    for name in ("b1", "b2"):
+        if isinstance(bias := options.get(name), DTensor):
+            options = {**options, name: bias.to_local()}  # type: ignore[misc]
+    return options

@@ -1,0 +1,36 @@
+"""How many bytes expert parallelism sends, for uniform routing."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from supersonic_moe.quantization.block_format import blocks
+
+
+def share_of_ranks(num_experts: int, top_k: int, ranks: int) -> float:
+    """Probability that a token with K distinct experts, all equally likely, needs a given rank of E/R experts."""
+    elsewhere = num_experts - num_experts // ranks
+    return 1 - math.comb(elsewhere, top_k) / math.comb(num_experts, top_k)
+
+
+class Traffic(NamedTuple):
+    """Bytes that a rank with T tokens sends to all others together."""
+
+    dispatch: float
+    """Forward: x, ids and scores."""
+    combine: float
+    """Forward: partial outputs."""
+    dispatch_backward: float
+    """Gradient of the output."""
+    combine_backward: float
+    """Partial gradients of x, and of scores."""
+
+
+def traffic(
+    tokens: int, hidden: int, num_experts: int, top_k: int, ranks: int, wire: str, *, gathers: bool = False
+) -> Traffic:
+    """For BF16 layers, or with ``wire="fp8"`` FP8 layers; ``gathers``: all tokens go to all ranks."""
+    copies = tokens * (ranks - 1) * (1 if gathers else share_of_ranks(num_experts, top_k, ranks))
+    row = hidden + 4 * blocks(hidden) if wire == "fp8" else 2 * hidden
+    return Traffic(copies * (row + 8 * top_k), copies * 2 * hidden, copies * row, copies * (2 * hidden + 4 * top_k))

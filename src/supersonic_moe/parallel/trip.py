@@ -1,0 +1,134 @@
+"""The way of a call's tokens, there and back, and autograd along it.
+
+    send      rows of tokens to the ranks that need them     (T, ·) -> (U, ·)     x, ids and scores; dout
+    back      a row for each copy that was sent              (U, ·) -> (S, ·)     partial outputs; dx parts and dscores
+    summed    rows of a token's copies, in order of ranks    (S, ·) -> (T, ·)
+
+T tokens here, S copies sent, U copies received, C columns, K choices a token, R ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from supersonic_moe.kernels import interface, registry
+from supersonic_moe.kernels.interface import TokenRows
+from supersonic_moe.parallel.collectives import Collectives
+
+
+class Trip(NamedTuple):
+    ranks: Collectives
+    call: int
+    token_S: Tensor
+    """int32 token of each copy sent; -1 for an empty place."""
+    copy_TR: Tensor
+    """int32 copy of each token for each rank; -1 where it does not go."""
+    copy_TK: Tensor
+    """int32 copy that carries each choice; -1 where it has no expert."""
+    sent: Sequence[int] | None
+    """Copies for each rank, on the host; None: the same number of places for each, some of them empty."""
+    received: Sequence[int] | None
+    gathers: bool
+    """All tokens go to all ranks, each to the place of its number."""
+    first_expert: int
+    experts_here: int
+
+    @property
+    def arrived(self) -> int:
+        """U"""
+        return self.token_S.shape[0] if self.received is None else sum(self.received)
+
+    def send(self, phase: str, rows_TC: Tensor) -> Tensor:
+        """(U, C). In an empty place int32 rows have -1, others anything finite."""
+        if self.gathers:
+            places = self.token_S.shape[0] // self.copy_TR.shape[1]
+            empty = -1 if rows_TC.dtype is torch.int32 else 0
+            rows_MC = F.pad(rows_TC, (0, 0, 0, places - rows_TC.shape[0]), value=empty)
+            return self.ranks.gather(rows_MC, self.call, phase)
+        if self.sent is not None:
+            rows_SC = rows_TC.index_select(0, self.token_S)
+        elif rows_TC.shape[0]:
+            rows_SC = rows_TC.index_select(0, self.token_S.clamp(min=0))
+        else:
+            rows_SC = rows_TC.new_zeros(self.token_S.shape[0], rows_TC.shape[1])
+        if self.sent is None and rows_TC.dtype is torch.int32:
+            rows_SC = torch.where(self.token_S[:, None] >= 0, rows_SC, -1)
+        return self.ranks.exchange(rows_SC, self.call, phase, self.sent, self.received)
+
+    def send_choices(self, phase: str, ids_TK: Tensor, scores_TK: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+        """(ids (U, K) int32, scores (U, K), ``more`` (U, ·)...) in one message; elements are of 4 or 8 bytes. Ids of
+        this rank are counted from 0, others are -1.
+        """
+        parts = [ids_TK, *(t.contiguous().view(torch.int32) for t in (scores_TK, *more))]
+        message_UC = self.send(phase, torch.cat(parts, 1))
+        ids_UK, *others = torch.split(message_UC, [t.shape[1] for t in parts], 1)
+        ids_UK = ids_UK - self.first_expert
+        ids_UK = torch.where((ids_UK >= 0) & (ids_UK < self.experts_here), ids_UK, -1)
+        copies = (t.clone(memory_format=torch.contiguous_format) for t in others)  # at aligned addresses
+        return ids_UK, *(t.view(like.dtype) for t, like in zip(copies, (scores_TK, *more), strict=True))
+
+    def back(self, phase: str, rows_UC: Tensor) -> Tensor:
+        """(S, C)"""
+        return self.ranks.exchange(rows_UC, self.call, phase, self.received, self.sent)
+
+    def summed(self, rows_SC: Tensor) -> Tensor:
+        """(T, C): the rows of each token's copies, added in order of ranks and rounded once."""
+        tokens, ranks = self.copy_TR.shape
+        copies = TokenRows(self.copy_TR.view(-1), None, ranks, tokens)
+        return _kernels(rows_SC).gather_sum(rows_SC, None, None, self.token_S, copies)
+
+    def of_choices(self, values_SK: Tensor) -> Tensor:
+        """(T, K): the value of each choice, from the copy that carried it; 0 where there is none."""
+        k = values_SK.shape[1]
+        index_TK = torch.where(self.copy_TK >= 0, self.copy_TK * k + torch.arange(k, device=values_SK.device), -1)
+        return _kernels(values_SK).pick(values_SK.view(-1), index_TK.view(-1).to(torch.int32)).view_as(index_TK)
+
+
+def _kernels(rows: Tensor) -> interface.Experts:
+    return registry.kernels(registry.choose(rows.device, rows.dtype, hidden=rows.shape[1]).name).experts
+
+
+class Dispatch(torch.autograd.Function):
+    """``apply(x (T, H), scores (T, K), ids (T, K), trip)`` -> (x (U, H), scores (U, K), ids (U, K))."""
+
+    @staticmethod
+    def forward(x_TH: Tensor, scores_TK: Tensor, ids_TK: Tensor, trip: Trip) -> tuple[Tensor, Tensor, Tensor]:
+        x_UH = trip.send("forward dispatch", x_TH)
+        ids_UK, scores_UK = trip.send_choices("forward dispatch", ids_TK, scores_TK)
+        return x_UH, scores_UK, ids_UK
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.trip = inputs[3]
+        ctx.mark_non_differentiable(output[2])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx_UH: Tensor, dscores_UK: Tensor, _ids: Tensor) -> tuple[Tensor | None, ...]:
+        trip, (needs_x, needs_scores, *_) = ctx.trip, ctx.needs_input_grad
+        dx = trip.summed(trip.back("backward combine", dx_UH)) if needs_x else None
+        dscores = trip.of_choices(trip.back("backward combine", dscores_UK)) if needs_scores else None
+        return dx, dscores, None, None
+
+
+class Combine(torch.autograd.Function):
+    """``apply(part (U, H), trip)`` -> out (T, H)."""
+
+    @staticmethod
+    def forward(part_UH: Tensor, trip: Trip) -> Tensor:
+        return trip.summed(trip.back("forward combine", part_UH))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.trip = inputs[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_TH: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.trip.send("backward dispatch", dout_TH), None

@@ -1,0 +1,40 @@
+"""``bench ep``: alone, and under torchrun, where ranks must time the same calls."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import run
+
+from supersonic_moe.bench.report import OURS
+
+QUICK = ["--shape", "32,32,16,4,2", "--min-ms", "1", "--warm-ms", "1", "--device", "cpu"]
+
+
+def test_one_rank_is_measured_against_the_plain_layer(tmp_path: Path) -> None:
+    file = tmp_path / "ep.json"
+    result = run("bench", "ep", *QUICK, "--json", str(file))
+    assert result.exit_code == 0, result.output
+    rows = {row["metric"]: row for row in json.loads(file.read_text())["rows"]}
+    assert {"fwd_us", "fwd_bwd_us", "fwd_bwd_tflops", "host_us"} <= rows.keys() and "sent_bytes" not in rows
+    row = rows["fwd_bwd_us"]
+    assert row["case"] == "T32_H32_I16_E4_K2_R1" and row["peer"] == "one-gpu" and OURS not in row.values()
+    assert row["ratio"] == pytest.approx(row["peer_value"] / row["value"], rel=1e-3)
+
+
+def test_two_ranks_take_the_same_decisions(tmp_path: Path) -> None:
+    file = tmp_path / "ep.json"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "supersonic_moe", "bench", "ep", *QUICK, "--json", str(file)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    rows = {row["metric"]: row for row in json.loads(file.read_text())["rows"]}
+    assert rows["fwd_us"]["case"] == "T32_H32_I16_E4_K2_R2"
+    # E 8 on 2 ranks, K 2: p = 1 - (4 3) / (8 7); 32 p copies of 2 H bytes 4 times, ids and scores, their gradients
+    assert rows["sent_bytes"]["value"] == pytest.approx(32 * (1 - 12 / 56) * (4 * 2 * 32 + 8 * 2 + 4 * 2))

@@ -1,0 +1,294 @@
+"""The experts backend beside its classes (``test_classes.py``): registration, gates that nobody knows, sentinels,
+dtypes, autocast, checkpointing, the compiler.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from oracle import rel_fro
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.activations import ACT2FN
+from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+from transformers_experts import (
+    CHOICES,
+    EXPERTS,
+    HIDDEN,
+    TOKENS,
+    decorated_classes,
+    inputs,
+    outputs_and_gradients,
+    random_experts,
+)
+
+import supersonic_moe as sm
+from supersonic_moe.integrations.transformers import backend, gates, register
+
+CLASSES = decorated_classes()
+
+
+# ---- registration ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def registries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is gone afterwards."""
+    for functions in (ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS):
+        monkeypatch.setattr(type(functions), "_global_mapping", dict(functions._global_mapping))
+
+
+@pytest.mark.usefixtures("registries")
+def test_names_are_in_both_registries_and_may_be_registered_again() -> None:
+    for name in ("supersonic", "supersonic_fp8"):
+        assert name in ALL_EXPERTS_FUNCTIONS and name in ALL_FP8_EXPERTS_FUNCTIONS
+    register("supersonic")
+    register("mine", recipe=sm.Fp8Recipe(wgrad="bf16"))
+    assert ALL_EXPERTS_FUNCTIONS["mine"].keywords == {"recipe": sm.Fp8Recipe(wgrad="bf16")}
+
+
+@pytest.mark.usefixtures("registries")
+@pytest.mark.parametrize("taken", [ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS], ids=lambda r: type(r).__name__)
+def test_a_taken_name_is_refused_and_nothing_is_replaced(taken: Any) -> None:
+    def theirs() -> None: ...
+
+    taken.register("other", theirs)
+    with pytest.raises(ValueError, match="must be free or ours; 'other' in ALL_"):
+        register("other")
+    with pytest.raises(ValueError, match="must be free or ours; 'supersonic' in ALL_EXPERTS"):
+        register("supersonic", recipe=sm.Fp8Recipe())
+    both = (ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS)
+    assert [functions["other"] for functions in both if "other" in functions] == [theirs]
+
+
+@pytest.mark.usefixtures("registries")
+def test_versions(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(transformers, "__version__", "5.16.2")
+    with pytest.raises(ImportError, match=r"needs Transformers 5\.17 or newer; got 5\.16\.2"):
+        register("mine")
+    monkeypatch.setattr(transformers, "__version__", "5.18.0")
+    for _ in range(2):
+        register("mine")
+    assert [r.message for r in caplog.records if "5.18.0 is newer" in r.message] == [caplog.records[0].message]
+
+
+# ---- gates that nobody knows -----------------------------------------------------------------------------------------
+
+
+def swish_of_both(self: nn.Module, gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return torch.tanh(gate) * self.act_fn(up)
+
+
+def experts_of(kind: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    return random_experts(CLASSES["MixtralExperts"], dtype) if kind == "known" else unknown(kind, dtype)
+
+
+def unknown(kind: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    if kind == "an activation of PyTorch":
+        return random_experts(CLASSES["MixtralExperts"], dtype, hidden_act="mish")
+    if kind == "an ungated one":
+        return random_experts(CLASSES["NemotronHExperts"], dtype, mlp_hidden_act="mish")
+    if kind == "a known gate around another activation":
+        return random_experts(CLASSES["DeepseekV4Experts"], dtype, hidden_act="gelu")
+    base = CLASSES["GptOssExperts" if kind == "a gate with biases and transposed weights" else "MixtralExperts"]
+    module = random_experts(base, dtype)
+    module.act_fn = ACT2FN["silu"]
+    module.__class__ = type("RemoteExperts", (base,), {"_apply_gate": swish_of_both, "__module__": "remote.code"})
+    return module
+
+
+UNKNOWN = (
+    "an activation of PyTorch",
+    "an ungated one",
+    "a known gate around another activation",
+    "a gate of remote code",
+    "a gate with biases and transposed weights",
+)
+
+
+def reference(kind: str) -> str:
+    """The library's own forwards spell their gates out; ``batched_mm`` calls ``_apply_gate``."""
+    return "batched_mm" if "a gate" in kind else "eager"
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_an_unknown_gate_is_right_and_named_once(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    gates._cached_rule.cache_clear()
+    module = unknown(kind)
+    given = inputs(module)
+    ours = outputs_and_gradients(module, "supersonic", *given)
+    outputs_and_gradients(module, "supersonic", *given)
+    wanted = outputs_and_gradients(module, reference(kind), *given)
+    assert max(rel_fro(ours[leaf], wanted[leaf]) for leaf in wanted) < 1e-13
+    warnings = [r.getMessage() for r in caplog.records if "is not known to supersonic-moe" in r.getMessage()]
+    assert len(warnings) == 1 and type(module).__name__ in warnings[0]
+
+
+# ---- ids and dtypes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["known", "a gate of remote code"])
+def test_sentinels_of_expert_parallelism_are_skipped(kind: str) -> None:
+    """Id E with weight 0, as the library's router masks experts of other ranks; NaN must not get through."""
+    module = experts_of(kind)
+    x, ids, scores = inputs(module)
+    away = torch.zeros(TOKENS, CHOICES, dtype=torch.bool)
+    away[::2, 1], away[5] = True, True
+    scores = scores.detach().masked_fill(away, 0).requires_grad_()
+    wanted = outputs_and_gradients(module, reference(kind), x, ids, scores)
+    poisoned = scores.detach().masked_fill(away, torch.nan).requires_grad_()
+    ours = outputs_and_gradients(module, "supersonic", x, ids.masked_fill(away, EXPERTS), poisoned)
+    wanted["scores"] = wanted["scores"].masked_fill(away, 0)
+    assert max(rel_fro(ours[leaf], wanted[leaf]) for leaf in wanted) < 1e-13
+
+
+@pytest.mark.parametrize("kind", ["known", "a gate of remote code"])
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_no_token_and_one(kind: str, tokens: int) -> None:
+    module = experts_of(kind)
+    x, ids, scores = (t[:tokens] for t in inputs(module))
+    ours, eager = (outputs_and_gradients(module, name, x, ids, scores) for name in ("supersonic", "batched_mm"))
+    assert max(rel_fro(ours[leaf], eager[leaf]) for leaf in eager) < 1e-13
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["MixtralExperts", "GptOssExperts", "NemotronHExperts"])
+def test_16_bit_is_no_further_from_fp64_than_the_library(name: str, dtype: torch.dtype) -> None:
+    module, exact = random_experts(CLASSES[name], dtype), random_experts(CLASSES[name])
+    exact.load_state_dict(module.state_dict())
+    given = inputs(module, dtype)
+    x, ids, scores = given
+    doubles = x.detach().double().requires_grad_(), ids, scores.detach().double().requires_grad_()
+    wanted = outputs_and_gradients(exact, "eager", *doubles)
+    errors = {}
+    for implementation in ("supersonic", "eager"):
+        got = outputs_and_gradients(module, implementation, *given)
+        assert got["out"].dtype is dtype
+        errors[implementation] = {leaf: rel_fro(got[leaf], wanted[leaf]) for leaf in wanted}
+    assert {leaf for leaf, error in errors["supersonic"].items() if error > 1.1 * errors["eager"][leaf]} == set()
+
+
+def test_fp32_hidden_states_into_bf16_weights_are_converted_as_the_library_does() -> None:
+    module = random_experts(CLASSES["MixtralExperts"], torch.bfloat16)
+    x, ids, scores = inputs(module, torch.float32)
+    ours, theirs = (outputs_and_gradients(module, name, x, ids, scores) for name in ("supersonic", "grouped_mm"))
+    assert ours["out"].dtype is torch.float32 and ours["x"].dtype is torch.float32
+    assert all(rel_fro(ours[leaf], theirs[leaf]) < 1e-2 for leaf in theirs)
+
+
+@pytest.mark.parametrize("kind", ["known", "a gate of remote code"])
+def test_autocast(kind: str) -> None:
+    module = experts_of(kind, torch.float32)
+    given = inputs(module, torch.float32)
+    wanted = outputs_and_gradients(module, reference(kind), *given)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = outputs_and_gradients(module, "supersonic", *given)
+    assert all(t.dtype is torch.float32 for t in ours.values())
+    assert all(1e-4 < rel_fro(ours[leaf], wanted[leaf]) < 1e-2 for leaf in wanted)
+
+
+@pytest.mark.parametrize("kind", ["known", "a gate of remote code"])
+def test_fp8_recipe(kind: str) -> None:
+    """experts_implementation="supersonic_fp8": training in FP8 from BF16 weights."""
+    module = experts_of(kind, torch.bfloat16)
+    given = inputs(module, torch.bfloat16)
+    wanted, ours = (outputs_and_gradients(module, name, *given) for name in ("supersonic", "supersonic_fp8"))
+    errors = {leaf: rel_fro(ours[leaf], wanted[leaf]) for leaf in wanted}
+    assert all(0.01 < error < 0.12 for error in errors.values()), errors
+
+
+# ---- around it -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_gives_the_same_bits(reentrant: bool) -> None:
+    module = random_experts(CLASSES["GptOssExperts"], torch.bfloat16)
+    module.config._experts_implementation = "supersonic"
+    found = []
+    for call in (module, functools.partial(checkpoint, module, use_reentrant=reentrant)):
+        x, ids, scores = inputs(module, torch.bfloat16)
+        module.zero_grad()
+        call(x, ids, scores).float().square().sum().backward()
+        found.append([x.grad, scores.grad, *(p.grad for p in module.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+COMPILED = ("MixtralExperts", "GptOssExperts", "DeepseekV4Experts", "Gemma4TextExperts", "NemotronHExperts", "mish")
+
+
+@pytest.mark.parametrize(("name", "dynamic"), [*((name, True) for name in COMPILED), ("GptOssExperts", None)])
+def test_compiles_in_one_graph_for_every_number_of_tokens(name: str, dynamic: bool | None) -> None:
+    torch._dynamo.reset()
+    module = unknown("an activation of PyTorch") if name == "mish" else random_experts(CLASSES[name])
+    for constant in ("limit", "alpha"):  # those of the library's models
+        if hasattr(module, constant):
+            setattr(module, constant, {"limit": 7.0, "alpha": 1.702}[constant])
+    module.config._experts_implementation = "supersonic"
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    layers = nn.ModuleList([module, copy.deepcopy(module)])  # the layers of a model share their code
+    found = []
+    for layer in layers:
+        compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend=count)
+        for tokens in (13, 7, 10):
+            x, ids, scores = (t[:tokens] for t in inputs(module))
+            got, want = compiled(x, ids, scores), layer(x, ids, scores)
+            leaves = [x, scores, *layer.parameters()]
+            grads = [torch.autograd.grad(out.square().sum(), leaves) for out in (got, want)]
+            found.append(torch.equal(got, want) and all(map(torch.equal, *grads)))
+    assert all(found)
+    assert len(graphs) <= (1 if dynamic else 2) * len(layers)
+
+
+def test_constants_that_are_not_common_compile_too() -> None:
+    torch._dynamo.reset()
+    module = random_experts(CLASSES["GptOssExperts"])
+    module.limit, module.alpha = 0.77, 1.31
+    given = inputs(module)
+    want = outputs_and_gradients(module, "supersonic", *given)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    assert rel_fro(compiled(*given).detach(), want["out"]) < 1e-14
+
+
+def test_export_with_any_number_of_tokens() -> None:
+    module = random_experts(CLASSES["Qwen3MoeExperts"])
+    module.config._experts_implementation = "supersonic"
+    given = tuple(t.detach() for t in inputs(module))
+    tokens = torch.export.Dim("tokens", min=2, max=65536)
+    program = torch.export.export(module, given, dynamic_shapes=({0: tokens}, {0: tokens}, {0: tokens}))
+    shorter = tuple(t[:5] for t in given)
+    assert torch.equal(program.module()(*shorter), module(*shorter))
+
+
+def test_a_class_of_a_users_own_is_served() -> None:
+    """Decorated outside the library: the contract is enough."""
+
+    @use_experts_implementation
+    class MyExperts(nn.Module):
+        def __init__(self, config: SimpleNamespace) -> None:
+            super().__init__()
+            self.num_experts, self.act_fn = EXPERTS, nn.SiLU()
+            self.gate_up_proj = nn.Parameter(torch.randn(EXPERTS, 8, HIDDEN))
+            self.down_proj = nn.Parameter(torch.randn(EXPERTS, HIDDEN, 4))
+
+        def forward(self, *_: Tensor) -> Tensor:
+            raise AssertionError("its own forward")
+
+    module = MyExperts(SimpleNamespace(_experts_implementation="supersonic")).double()
+    x, ids, scores = inputs(module)
+    want = sm.topk_experts(x, ids, scores, module.gate_up_proj, module.down_proj, layout="gate_up")
+    assert torch.equal(module(x, ids, scores), want)
+    assert backend.recipe_of("supersonic") == sm.Bf16Recipe() and backend.recipe_of("supersonic_fp8") == sm.Fp8Recipe()
+    assert backend.recipe_of("eager") is None and backend.recipe_of("grouped_mm") is None

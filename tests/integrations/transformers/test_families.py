@@ -1,0 +1,141 @@
+"""Whole models, one a family, against the library's own experts: logits, loss, the gradient of every parameter, greedy
+generation, BF16, gradient checkpointing, PEFT.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import rel_fro
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers_models import FAMILIES, model_of, tokens, with_gradients
+
+from supersonic_moe.integrations.transformers import served
+
+
+def far_apart(ours: dict[str, Tensor], wanted: dict[str, Tensor], bound: float) -> dict[str, float]:
+    """Tensors further apart than ``bound`` of their own norm and of a hundredth of the largest gradient: where a true
+    gradient is 0, all that is there is rounding.
+    """
+    assert ours.keys() == wanted.keys()
+    largest = max(t.norm() for name, t in wanted.items() if name not in ("logits", "loss"))
+    errors = {name: float((ours[name] - wanted[name]).norm()) for name in wanted}
+    return {
+        name: error
+        for name, error in errors.items()
+        if not error <= bound * max(float(wanted[name].norm()), 0.01 * float(largest))
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_is_that_of_its_own_experts(family: str) -> None:
+    model, ids = model_of(family), tokens()
+    report = served(model)
+    assert report and all(layer.served and "fused layer" in layer.by for layer in report), str(report)
+    ours, eager = with_gradients(model, "supersonic", ids), with_gradients(model, "eager", ids)
+    assert far_apart(ours, eager, 2e-5) == {}
+    experts = [name for name in eager if "experts." in name]
+    assert experts and all(eager[name].norm() > 0 for name in experts)
+
+    generated = []
+    for implementation in ("supersonic", "eager"):
+        model.set_experts_implementation(implementation)
+        generated.append(model.generate(ids, max_new_tokens=8, do_sample=False))
+    assert torch.equal(*generated)
+
+
+BF16_FAMILIES = ("mixtral", "deepseek_v3", "gpt_oss", "nemotron_h", "gemma4_text")
+
+
+@pytest.mark.parametrize("family", BF16_FAMILIES)
+def test_bf16_logits_are_no_further_from_fp32_than_the_librarys(family: str) -> None:
+    model, ids = model_of(family, torch.bfloat16), tokens()
+    exact = copy.deepcopy(model).float()
+    with torch.no_grad():
+        exact.set_experts_implementation("eager")
+        wanted = exact(ids).logits
+        errors = []
+        for implementation in ("supersonic", "eager"):
+            model.set_experts_implementation(implementation)
+            errors.append(rel_fro(model(ids).logits.float(), wanted))
+    assert errors[0] < 1.15 * errors[1], errors
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_gradient_checkpointing_gives_the_same_bits(family: str, reentrant: bool) -> None:
+    model, ids = model_of(family).train(), tokens()
+    plain = with_gradients(model, "supersonic", ids)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    again = with_gradients(model, "supersonic", ids)
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nemotron_h"])
+def test_lora_on_experts(family: str) -> None:
+    """PEFT builds W + B A at every reading of a weight: right, not yet fast."""
+    peft = pytest.importorskip("peft")
+    names = ["up_proj", "down_proj"] if family == "nemotron_h" else ["gate_up_proj", "down_proj"]
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=[f"experts.{name}" for name in names])
+    model = peft.get_peft_model(model_of(family), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at first, and then A gets no gradient
+            torch.nn.init.normal_(parameter, std=0.1)
+    found: list[dict[str, Any]] = []
+    for implementation in ("supersonic", "eager"):
+        found.append(with_gradients_of_adapters(model, implementation, tokens()))
+    assert any("lora_A" in name for name in found[0])
+    assert far_apart(*found, 2e-5) == {}
+
+
+def with_gradients_of_adapters(model: Any, implementation: str, ids: Tensor) -> dict[str, Tensor]:
+    model.get_base_model().set_experts_implementation(implementation)
+    model.zero_grad()
+    found = model(input_ids=ids, labels=ids)
+    found.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert all("lora" in name for name in gradients)
+    return {"logits": found.logits.detach(), "loss": found.loss.detach(), **gradients}
+
+
+def test_weights_that_wait_on_disk(tmp_path: Path) -> None:
+    """``device_map``: accelerate's hooks bring a layer's weights for the time of its forward."""
+    pytest.importorskip("accelerate")
+    model, ids = model_of("qwen3_moe"), tokens()
+    model.save_pretrained(tmp_path / "model")
+    where = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model",
+        dtype=torch.float32,
+        device_map={**where, "model.layers.1": "disk"},
+        offload_folder=tmp_path / "offloaded",
+        experts_implementation="supersonic",
+    )
+    assert offloaded.model.layers[1].mlp.experts.down_proj.device.type == "meta"
+    with torch.no_grad():
+        assert torch.equal(offloaded(ids).logits, model(ids).logits)
+
+
+def test_the_report_names_what_is_not_served() -> None:
+    (line, _), ids = served(model_of("llama4_text", num_hidden_layers=2, interleave_moe_layer_step=1)), tokens()
+    assert not line.served and line.experts == "Llama4TextExperts"
+    assert "does not let a backend compute Llama4TextExperts" in str(line)
+    model = model_of("mixtral")
+    model.set_experts_implementation("grouped_mm")
+    assert [layer.served for layer in served(model)] == [False, False]
+    assert "the library's 'grouped_mm'; call model.set_experts_implementation('supersonic')" in str(served(model))
+    model.set_experts_implementation("supersonic")
+    assert [layer.by for layer in served(model)] == ["the fused layer on backend 'reference', swiglu"] * 2
+    model.set_experts_implementation("supersonic_fp8")
+    assert [layer.by for layer in served(model)] == ["the fused layer in FP8 on backend 'reference', swiglu"] * 2
+    model.set_experts_implementation("supersonic")
+    unknown = model_of("mixtral", hidden_act="mish")
+    assert "two grouped products" in str(served(unknown)[0]) and served(unknown)[0].served
+    assert str(served(torch.nn.Linear(2, 2))) == "no layer of experts"
+    assert model(ids).logits.isfinite().all()

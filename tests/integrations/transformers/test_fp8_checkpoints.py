@@ -1,0 +1,160 @@
+"""Experts of FP8 checkpoints: the inference operator where it can, dequantized weights where it cannot.
+
+The library's quantizer refuses to load without a GPU, so ``FP8Experts`` is made directly, as it makes it.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from oracle import rel_fro
+from torch import Tensor, nn
+from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
+from transformers.integrations.moe import use_experts_implementation
+
+import supersonic_moe as sm
+from supersonic_moe.inference import moe_fp8_topk
+from supersonic_moe.integrations.transformers import fp8, served
+
+H, I, E, T, K = 256, 128, 4, 9, 3  # noqa: E741
+SERVED_CLASS = use_experts_implementation(experts_class=FP8Experts, experts_interface=ALL_FP8_EXPERTS_FUNCTIONS)
+UNGATED_CLASS = use_experts_implementation(
+    experts_class=type("UngatedFP8Experts", (FP8Experts,), {}),
+    experts_interface=ALL_FP8_EXPERTS_FUNCTIONS,
+    has_gate=False,
+)
+
+
+def experts(
+    scale_fmt: str = "float",
+    block_size: Any = (128, 128),
+    scheme: str = "dynamic",
+    has_gate: bool = True,
+    **changes: Any,
+) -> nn.Module:
+    sizes = {"num_experts": E, "moe_intermediate_size": I, "hidden_size": H, "hidden_act": "silu"}
+    config = SimpleNamespace(**{**sizes, "_experts_implementation": "supersonic", **changes})
+    cls = SERVED_CLASS if has_gate else UNGATED_CLASS
+    module = cls(config, block_size, scheme, scale_fmt=scale_fmt, has_gate=has_gate)
+    torch.manual_seed(0)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(False)
+        if name.endswith("_scale_inv"):
+            parameter.copy_((2.0 ** torch.randint(-9, -6, parameter.shape)).to(parameter.dtype))
+            if parameter.dtype is torch.float32:
+                parameter.mul_(1 + torch.rand(parameter.shape))
+        elif parameter.element_size() == 1:
+            parameter.copy_((16 * torch.randn(parameter.shape)).to(parameter.dtype))
+    return module
+
+
+def inputs(dtype: torch.dtype = torch.bfloat16, positive: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    x = torch.randn(T, H)
+    ids = torch.randint(E, (T, K))
+    ids[0] = 1  # thrice the same
+    return (x.abs() if positive else x).to(dtype), ids, torch.rand(T, K)
+
+
+def exact(module: Any, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
+    """In fp64, with the module's own gate."""
+    w1, _, w2, _ = fp8.dequantized(module, torch.float64)
+    out = torch.zeros(T, H, dtype=torch.float64)
+    for t in range(T):
+        for e, score in zip(ids[t].tolist(), scores[t].double(), strict=True):
+            if e < E:
+                z = w1[e] @ x[t].double()
+                a = module._apply_gate(z[None])[0] if module.has_gate else module.act_fn(z)
+                out[t] += score * (w2[e] @ a)
+    return out
+
+
+@pytest.mark.parametrize("positive", [True, False])
+@pytest.mark.parametrize("limit", [None, 3.0])
+@pytest.mark.parametrize("scale_fmt", ["float", "ue8m0"])
+def test_the_operator_runs_with_the_modules_scales_and_limit(
+    scale_fmt: str, limit: float | None, positive: bool
+) -> None:
+    module = experts(scale_fmt, swiglu_limit=limit)
+    x, ids, scores = inputs(positive=positive)
+    ids[2, 1] = E  # a sentinel
+    pow2 = scale_fmt == "ue8m0"
+    with torch.no_grad():
+        got = module(x, ids, scores.bfloat16())
+        want = moe_fp8_topk(
+            x, module.gate_up_proj, module.down_proj, module.gate_up_proj_scale_inv.float(),
+            module.down_proj_scale_inv.float(), scores.bfloat16().float(), ids, gate_up_order="gate_up",
+            swiglu_limit=limit, pow2_scales=pow2,
+        )  # fmt: skip
+    assert got.dtype is torch.bfloat16 and torch.equal(got, want)
+    assert 1e-3 < rel_fro(got, exact(module, x, ids, scores.bfloat16())) < 0.07
+    assert served(module)[0].by == "the FP8 inference operator"
+
+
+SLOW = {
+    "alpha": ({"swiglu_alpha": 1.702, "swiglu_limit": 3.0}, "its gate is not SwiGLU"),
+    "gelu": ({"hidden_act": "gelu"}, "its gate is not SwiGLU"),
+    "mish": ({"hidden_act": "mish"}, "its gate is not SwiGLU"),
+    "no gate": ({"has_gate": False, "hidden_act": "relu2"}, "its experts have no gate"),
+    "static scales": ({"scheme": "static"}, "its activation scales are static"),
+    "one scale a tensor": ({"block_size": None}, "its scales are not those of blocks of 128 x 128"),
+    "other blocks": ({"block_size": (64, 128)}, "its scales are not those of blocks of 128 x 128"),
+    "sizes": ({"moe_intermediate_size": 96}, "I of 64"),
+}
+
+
+@pytest.mark.parametrize("case", SLOW)
+def test_what_the_operator_cannot_do_is_dequantized_and_said(case: str, caplog: pytest.LogCaptureFixture) -> None:
+    changes, why = SLOW[case]
+    module = experts(**changes)
+    fp8.warn_of_slow_path.cache_clear()
+    x, ids, scores = inputs()
+    for _ in range(2):
+        got = module(x, ids, scores)
+    assert rel_fro(got, exact(module, x, ids, scores)) < 8e-3
+    assert [why in record.getMessage() for record in caplog.records if "dequantized" in record.getMessage()] == [True]
+    (line,) = served(module)
+    assert line.served and "dequantized" in line.by and why in line.why
+
+
+def test_gradients_of_hidden_states_pass_through_frozen_experts() -> None:
+    """Adapters on attention: a gradient in fp32 is that of the dequantized weights."""
+    module = experts()
+    x, ids, scores = (t.requires_grad_() if t.is_floating_point() else t for t in inputs(torch.float32))
+    w1, _, w2, _ = fp8.dequantized(module, torch.float32)
+    dout = torch.randn(T, H)
+    found = [
+        torch.autograd.grad(out, (x, scores), dout)
+        for out in (module(x, ids, scores), sm.topk_experts(x, ids, scores, w1, w2, layout="gate_up"))
+    ]
+    torch.testing.assert_close(*found)
+
+
+def test_weights_that_the_quantizer_left_alone_are_16_bit_experts() -> None:
+    """Sizes that are no multiple of a block stay in BF16, one projection or both."""
+    module, one = experts(moe_intermediate_size=64), experts(moe_intermediate_size=64)
+    module.gate_up_proj = nn.Parameter(torch.randn(E, 128, H).bfloat16() / 16)
+    module.down_proj = nn.Parameter(torch.randn(E, H, 64).bfloat16() / 8)
+    one.down_proj = module.down_proj
+    x, ids, scores = inputs()
+    want = sm.topk_experts(x, ids, scores, module.gate_up_proj, module.down_proj, layout="gate_up")
+    got = module(x, ids, scores)
+    assert torch.equal(got, want) and got.requires_grad
+    assert rel_fro(one(x, ids, scores), exact(one, x, ids, scores)) < 8e-3
+
+
+def test_fp4_is_refused() -> None:
+    module = experts(expert_dtype="fp4")
+    with pytest.raises(NotImplementedError, match="must be float8_e4m3fn; got int8"):
+        module(*inputs())
+
+
+def test_compiles_in_one_graph() -> None:
+    module = experts(swiglu_limit=7.0)
+    given = inputs()
+    with torch.no_grad():
+        compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+        assert torch.equal(compiled(*given), module(*given))

@@ -1,0 +1,20 @@
+"""Expert parallelism beside DDP and FSDP2, and checkpoints, against one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import parallel_training as training
+import pytest
+from ranks import run_ranks
+
+
+@pytest.mark.parametrize(("how", "ranks"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4), ("copies", 4)])
+def test_training_is_that_of_one_process(how: str, ranks: int) -> None:
+    assert max(run_ranks(ranks, training.train, how)) < 1e-12
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(2, 4), (4, 1)])
+def test_a_checkpoint_loads_on_another_number_of_ranks(saved: int, loaded: int, tmp_path: Path) -> None:
+    run_ranks(saved, training.save, tmp_path)
+    assert all(run_ranks(loaded, training.load, tmp_path))

@@ -1,0 +1,95 @@
+"""Expert parallelism over gloo against one process, to the bit."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+
+import parallel_cases as cases
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+
+from supersonic_moe import Fp8Recipe, MoE
+
+SIZES = (0, 1, 7, 333)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+ROUTINGS = ("random", "skewed", "one rank", "masked", "nobody")
+
+
+def spread(ranks: int, count: int) -> list[tuple]:
+    """Token counts, dtypes and routings in many combinations; for two ranks all pairs of counts."""
+    draw = random.Random(ranks)
+    counts = list(itertools.product(SIZES, repeat=2)) if ranks == 2 else []
+    counts += [tuple(draw.choice(SIZES) for _ in range(ranks)) for _ in range(count)]
+    counts += [(0,) * ranks]
+    return [(t, DTYPES[i % 3], ROUTINGS[i % 5], i % 2 == 1) for i, t in enumerate(counts)]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("way", [{}, {"capacity": 512}, {"transport": "gather"}], ids=["exact", "capacity", "gather"])
+def test_ranks_together_have_the_bits_of_one_process(ranks: int, way: dict) -> None:
+    found = run_ranks(ranks, cases.same_as_one_process, spread(ranks, 14), way)
+    assert found == [[]] * ranks
+
+
+@pytest.mark.parametrize("recipe", [Fp8Recipe(), Fp8Recipe(scale="pow2", save_preactivation="recompute", wgrad="bf16")])
+def test_fp8_experts_have_the_bits_of_one_process(recipe: Fp8Recipe) -> None:
+    assert run_ranks(2, cases.same_with, {"recipe": recipe}, (37, 150)) == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "positive", "hidden", "way"),
+    [
+        (Fp8Recipe(scale="pow2"), False, 256, {}),
+        (Fp8Recipe(scale="pow2", save_preactivation="recompute", keep_transposed=False), True, 136, {"capacity": 700}),
+        (Fp8Recipe(wgrad="bf16", save_preactivation="bf16"), True, 256, {"transport": "gather"}),
+    ],
+    ids=["plain", "recomputed", "bf16 weight gradients"],
+)
+def test_an_fp8_wire_carries_what_the_experts_would_make(
+    recipe: Fp8Recipe, positive: bool, hidden: int, way: dict
+) -> None:
+    assert run_ranks(2, cases.over_an_fp8_wire, (700, 531), recipe, positive, hidden, way) == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("router", "recompute"), [("softmax_after_topk", False), ("sigmoid_grouped_topk", True)], ids=["plain", "recompute"]
+)
+def test_the_module_is_that_of_one_process(router: str, recompute: bool) -> None:
+    for found in run_ranks(4, cases.module_as_one_process, (5, 0, 33, 1), router, recompute):
+        assert all(difference < 1e-10 for difference in found.values()), found
+
+
+def test_torch_compile_leaves_what_travels_alone() -> None:
+    assert run_ranks(2, cases.compiled, (12, 5)) == [[], []]
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_one_rank_is_the_plain_layer_and_copies_nothing(one_rank: None) -> None:
+    ep = cases.make()
+    layers = []
+    for expert_parallel in (None, ep):
+        torch.manual_seed(1)
+        layers.append(MoE(cases.E, cases.K, cases.H, cases.I, "swiglu", True, 0.3, expert_parallel=expert_parallel))
+    plain, spread = layers
+    x = torch.randn(21, cases.H)
+    results = []
+    for layer in (plain, spread):
+        mine = x.clone().requires_grad_()
+        out, aux = layer(mine)
+        (out.square().sum() + aux).backward()
+        results.append([out, aux, mine.grad, *(p.grad for p in layer.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    ids, scores = torch.tensor([[0, 9, -5]]), torch.rand(1, 3)
+    got = ep.dispatch(x[:1], ids, scores)
+    assert got.x.data_ptr() == x.data_ptr() and got.ids.tolist() == [[0, -1, -1]] and got.scores is scores
+    assert ep.combine(got.x, got.handle) is got.x

@@ -1,0 +1,68 @@
+"""Mistakes, dead ranks and late ones: every rank says what happened, and none hangs or is left behind."""
+
+from __future__ import annotations
+
+import re
+
+import parallel_cases as cases
+import pytest
+from ranks import end_ranks, run_ranks
+
+PHASES = ("forward dispatch", "forward combine", "backward dispatch", "backward combine")
+
+
+def test_a_mistake_of_one_rank_is_an_error_on_all() -> None:
+    for errors in run_ranks(2, cases.errors_on_every_rank):
+        arguments, experts, tokens, calls, gather, capacity, scales, recipe, closed = errors
+        assert re.match(r"ValueError: .*the same arguments on every rank; max_tokens is 51[23] on rank [01]", arguments)
+        assert "must be a multiple of the ranks of the group; got 9 experts for 2 ranks" in experts
+        assert "max_tokens = 8 tokens in a call; rank 1 has 9" in tokens
+        assert re.match(r"ExpertParallelError: ranks must make the same calls; .*no gradients", calls)
+        assert re.match(r"ValueError: .*and no capacity; got 3\. Leave capacity out\.", gather)
+        assert "more than capacity = 3 tokens to another in a call; one had 4" in capacity
+        assert re.match(r"ValueError: .*powers of two.*Use Fp8Recipe\(scale=\"pow2\"\)", scales)
+        assert re.match(r"TypeError: .*needs an Fp8Recipe and bfloat16; got Bf16Recipe", recipe)
+        assert re.match(r"ExpertParallelError: .* is closed; make a new ExpertParallel", closed)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_killed_rank_is_named(phase: str) -> None:
+    first, second, *others = end_ranks(4, cases.with_a_lost_rank, phase, "killed", 20.0, timeout_s=60)
+    assert second.exit_code == -9
+    for rank in (first, *others):
+        assert rank.exit_code == 0, rank
+        assert float(rank.result.split()[0]) < 15, "found at once, not at the limit"
+        assert re.search(rf"failed after .* in the {phase} of call 2\. Rank 1 no longer reports", rank.result)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_late_rank_is_named(phase: str) -> None:
+    first, second, *others = end_ranks(4, cases.with_a_lost_rank, phase, "late", 2.0, timeout_s=60)
+    assert second.exit_code == 0
+    for rank in (first, *others):
+        assert rank.exit_code == 0 and float(rank.result.split()[0]) < 4, rank
+        wanted = rf"waited 2[.\d]* s in the {phase} of call 2\. Rank 1 is past the [a-z ]* of call [12]: it is slow"
+        assert re.search(wanted, rank.result), rank.result
+        assert "Rank 0" not in rank.result and "Rank 2" not in rank.result, "only the late one is named"
+        assert rank.result.endswith("ExpertParallel(timeout_s=...) sets the limit.")
+
+
+def test_who_waits_for_a_rank_that_raised_is_told_why() -> None:
+    first, second = run_ranks(2, cases.with_too_many_tokens_to_gather)
+    assert re.match(r"ValueError: a rank must not have more than max_tokens = 8 tokens in a call; got 9", second)
+    assert re.search(r"Rank 1 has failed: a rank must not have more than max_tokens = 8", first), first
+
+
+@pytest.mark.parametrize("order", ["close, destroy", "destroy, close", "destroy, drop", "drop", "exit"])
+def test_leaving_in_any_order_is_quiet(order: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_ranks(2, cases.teardown, order) == [order] * 2
+    assert capfd.readouterr().err == ""
+
+
+def test_the_thread_of_an_object_ends_with_it() -> None:
+    assert run_ranks(2, cases.threads_after_dropping) == [0, 0]
+
+
+def test_an_interrupt_ends_every_rank() -> None:
+    for rank in end_ranks(2, cases.teardown, "interrupt", timeout_s=30):
+        assert rank.exit_code == 1 and "KeyboardInterrupt" in rank.error

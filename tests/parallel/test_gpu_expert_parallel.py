@@ -1,0 +1,76 @@
+"""Expert parallelism on GPUs: ranks that share one over gloo, and over NCCL with a GPU each."""
+
+from __future__ import annotations
+
+import parallel_cases as cases
+import pytest
+import torch
+from ranks import end_ranks, run_ranks
+
+from supersonic_moe import Fp8Recipe
+
+BF16 = torch.bfloat16
+CALLS = [
+    ((333, 7), BF16, "random", True),
+    ((0, 333), BF16, "skewed", False),
+    ((1, 0), BF16, "masked", True),
+    ((0, 0), BF16, "random", False),
+    ((7, 7), BF16, "one rank", True),
+    ((128, 200), BF16, "nobody", False),
+]
+FP8 = Fp8Recipe(scale="pow2")
+WAYS = [
+    pytest.param({}, id="exact"),
+    pytest.param({"capacity": 512}, id="capacity"),
+    pytest.param({"transport": "gather"}, id="gather"),
+]
+OVER = [
+    pytest.param({"gpu": True}, marks=pytest.mark.gpu, id="one GPU"),
+    pytest.param({"backend": "nccl"}, marks=pytest.mark.multigpu, id="NCCL"),
+]
+
+
+@pytest.mark.parametrize("over", OVER)
+@pytest.mark.parametrize("way", WAYS)
+def test_ranks_together_have_the_bits_of_one_process(over: dict, way: dict) -> None:
+    assert run_ranks(2, cases.same_as_one_process, CALLS, way, **over) == [[], []]
+
+
+@pytest.mark.gpu
+def test_four_ranks_on_one_gpu() -> None:
+    calls = [((333, 0, 7, 100), BF16, "random", True), ((0, 1, 0, 0), BF16, "masked", False)]
+    assert run_ranks(4, cases.same_as_one_process, calls, gpu=True) == [[]] * 4
+
+
+@pytest.mark.parametrize("over", OVER)
+def test_fp8_experts_have_the_bits_of_one_process(over: dict) -> None:
+    assert run_ranks(2, cases.same_with, {"recipe": Fp8Recipe()}, (37, 150), **over) == [[], []]
+
+
+@pytest.mark.parametrize("over", OVER)
+@pytest.mark.parametrize(("hidden", "way"), [(256, {}), (136, {"capacity": 700}), (256, {"transport": "gather"})])
+def test_an_fp8_wire_carries_what_the_experts_would_make(over: dict, hidden: int, way: dict) -> None:
+    found = run_ranks(2, cases.over_an_fp8_wire, (700, 531), FP8, True, hidden, way, **over)
+    assert found == [[], []]
+
+
+@pytest.mark.parametrize("over", OVER)
+def test_overflow_is_never_silent(over: dict) -> None:
+    for out, checked, after, later in run_ranks(2, cases.overflow_on_a_gpu, **over):
+        assert out == "NaN"
+        assert "more than capacity = 3 tokens to another in a call; one had 4" in checked
+        assert after == "no error", "it has been reported"
+        assert later.startswith("8: ValueError") and "one had 4" in later
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_calls_without_host_sizes_are_captured_in_a_graph(way: dict) -> None:
+    assert run_ranks(2, cases.in_a_graph, way, backend="nccl") == [[], []]
+
+
+@pytest.mark.multigpu
+def test_a_late_rank_is_named_by_the_thread_that_watches() -> None:
+    """Over NCCL the host does not wait: the other rank raises when the aborted group lets it go on."""
+    first, _ = end_ranks(2, cases.with_a_lost_rank, "backward dispatch", "late", 5.0, backend="nccl")
+    assert "in the backward dispatch of call 2. Rank 1 is past" in first.result, first

@@ -1,0 +1,450 @@
+"""What the ranks of tests/parallel run. Every rank knows the inputs of all of them, so each can compute alone what one
+process with all tokens and all experts would.
+
+The expectation is exact: an output is the sum, in order of ranks and rounded once, of what the layer gives when only
+the experts of one rank take part.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import ranks
+import torch
+import torch.distributed as dist
+from oracle import rel_fro
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from supersonic_moe import Bf16Recipe, Fp8Recipe, MoE, topk_experts
+from supersonic_moe.parallel import ExpertParallel
+from supersonic_moe.parallel.watch import Watch
+
+E, K, H, I = 8, 3, 32, 32  # noqa: E741  # rows of 64 bytes or more: the bits of a BLAS depend on where they start
+
+
+class Inputs(NamedTuple):
+    """Of all ranks together."""
+
+    x: Tensor
+    ids: Tensor
+    scores: Tensor
+    w1: Tensor
+    b1: Tensor | None
+    w2: Tensor
+    b2: Tensor | None
+    dout: Tensor
+
+
+def inputs(tokens: Sequence[int], dtype: torch.dtype, routing: str = "random", *, bias: bool = False) -> Inputs:
+    g = torch.Generator().manual_seed(sum(t * 7**i for i, t in enumerate(tokens)))
+    total = sum(tokens)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(*shape, generator=g, dtype=torch.float64)).to(dtype)
+
+    ids = torch.rand(total, E, generator=g).argsort(1)[:, :K]
+    if routing == "skewed":  # three quarters of all choices to expert 5
+        ids = torch.where(torch.rand(total, 1, generator=g) < 0.75, (ids[:, :1] * 0 + torch.tensor([5, -1, -1])), ids)
+    elif routing == "one rank":
+        ids = ids % 2
+        ids[:, 1:] = -1
+    elif routing == "masked":
+        ids = torch.where(torch.rand(total, K, generator=g) < 0.6, torch.tensor([-1, E, 2**40])[:K], ids)
+    elif routing == "nobody":
+        ids = torch.full_like(ids, -1)
+    scores = torch.rand(total, K, generator=g, dtype=torch.float64).to(torch.promote_types(dtype, torch.float32))
+    w1, w2 = normal(E, 2 * I, H, scale=H**-0.5), normal(E, H, I, scale=I**-0.5)
+    biases = (normal(E, 2 * I), normal(E, H)) if bias else (None, None)
+    return on_device(Inputs(normal(total, H), ids, scores, w1, biases[0], w2, biases[1], normal(total, H)))
+
+
+def on_device(given: Inputs) -> Inputs:
+    """Drawn on the CPU, so that they are the same everywhere."""
+    return Inputs(*(None if t is None else t.to(ranks.device()) for t in given))  # type: ignore[arg-type]
+
+
+class Results(NamedTuple):
+    out: Tensor
+    dx: Tensor
+    dscores: Tensor
+    dw1: Tensor
+    dw2: Tensor
+    db1: Tensor | None
+    db2: Tensor | None
+
+
+def leaf(t: Tensor | None) -> Any:
+    return None if t is None else t.detach().clone().requires_grad_()
+
+
+def one_process(given: Inputs, size: int, **options: Any) -> Results:
+    """Outputs and dx as sums over ranks, everything else of the whole layer."""
+    x, scores, w1, b1, w2, b2 = map(leaf, given[:1] + given[2:7])
+    here = E // size
+    accumulate = torch.promote_types(given.x.dtype, torch.float32)
+    parts, dxs = [], []
+    for first in range(0, E, here):
+        mine = (given.ids >= first) & (given.ids < first + here)
+        ids = torch.where(mine, given.ids, -1)
+        xr = leaf(given.x)
+        part = topk_experts(xr, ids, scores.detach(), w1.detach(), w2.detach(), b1=b1, b2=b2, **options)
+        part.backward(given.dout)
+        parts.append(part.detach().to(accumulate))
+        dxs.append(xr.grad.to(accumulate))
+    for b in (b1, b2):
+        if b is not None:
+            b.grad = None
+    whole = topk_experts(x, given.ids, scores, w1, w2, b1=b1, b2=b2, **options)
+    whole.backward(given.dout)
+    out, dx = map(_in_order, (parts, dxs))
+    dtype = given.x.dtype
+    grads = [None if t is None else t.grad for t in (b1, b2)]
+    results = Results(out.to(dtype), dx.to(dtype), scores.grad, w1.grad, w2.grad, *grads)
+    if dtype is torch.float64:
+        torch.testing.assert_close(results.out, whole.detach())
+        torch.testing.assert_close(results.dx, x.grad)
+    return results
+
+
+def _in_order(parts: list[Tensor]) -> Tensor:
+    total = torch.zeros_like(parts[0])
+    for part in parts:
+        total = total + part
+    return total
+
+
+def here(given: Inputs, tokens: Sequence[int]) -> Inputs:
+    """The share of this rank."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    first, experts = sum(tokens[:rank]), E // size
+    rows, own = slice(first, first + tokens[rank]), slice(rank * experts, (rank + 1) * experts)
+    x, ids, scores, *weights, dout = given
+    w1, b1, w2, b2 = (None if w is None else w[own] for w in weights)
+    return Inputs(x[rows], ids[rows], scores[rows], w1, b1, w2, b2, dout[rows])  # type: ignore[arg-type]
+
+
+def run(ep: ExpertParallel, given: Inputs, **options: Any) -> Results:
+    x, scores, w1, b1, w2, b2 = map(leaf, given[:1] + given[2:7])
+    out = ep.experts(x, given.ids, scores, w1, w2, b1=b1, b2=b2, **options)
+    out.backward(given.dout)
+    grads = [None if t is None else t.grad for t in (b1, b2)]
+    return Results(out.detach(), x.grad, scores.grad, w1.grad, w2.grad, *grads)
+
+
+def make(**changes: Any) -> ExpertParallel:
+    arguments = {"num_experts": E, "top_k": K, "hidden": H, "max_tokens": 512, "timeout_s": 60.0} | changes
+    return ExpertParallel(dist.group.WORLD, **arguments)
+
+
+def differences(case: Any, got: Results, want: Results, tokens: Sequence[int]) -> list[str]:
+    """Where the share of this rank has other bits."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    rows = slice(sum(tokens[:rank]), sum(tokens[: rank + 1]))
+    own = slice(rank * (E // size), (rank + 1) * (E // size))
+    found = []
+    for name, g, w in zip(Results._fields, got, want, strict=True):
+        if w is None:
+            continue
+        w = w[own if name.startswith(("dw", "db")) else rows]
+        if g.dtype is not w.dtype or not torch.equal(g, w):
+            worst = float((g.double() - w.double()).abs().max()) if g.shape == w.shape else (g.shape, w.shape)
+            found.append(f"{case}: {name} of rank {rank} differs by {worst}")
+    return found
+
+
+def same_as_one_process(cases: Sequence[tuple[Any, ...]], changes: dict[str, Any] | None = None) -> list[str]:
+    """Each case is (tokens by rank, dtype, routing, whether there are biases)."""
+    ep = make(**changes or {})
+    found = []
+    for tokens, dtype, routing, bias in cases:
+        given = inputs(tokens, dtype, routing, bias=bias)
+        got = run(ep, here(given, tokens))
+        found += differences((tokens, dtype, routing), got, one_process(given, dist.get_world_size()), tokens)
+    ep.close()
+    return found
+
+
+def same_with(options: dict[str, Any], tokens: Sequence[int]) -> list[str]:
+    """The same of one call in bfloat16 with other ``options`` of the experts."""
+    ep, given = make(), inputs(tokens, torch.bfloat16, bias=True)
+    got = run(ep, here(given, tokens), **options)
+    ep.close()
+    want = one_process(given, dist.get_world_size(), **options)
+    return differences((tokens, options), got, want, tokens)
+
+
+def over_an_fp8_wire(
+    tokens: Sequence[int], recipe: Fp8Recipe, positive: bool, hidden: int, way: dict[str, Any]
+) -> list[str]:
+    """Against the same layer over an exact wire: the same outputs and dx; weight gradients within their bounds."""
+    g = torch.Generator().manual_seed(sum(tokens))
+
+    def normal(*shape: int, scale: float) -> Tensor:
+        t = scale * torch.randn(*shape, generator=g)
+        return (t.abs() if positive else t).bfloat16()
+
+    total, inner = sum(tokens), 128
+    w1, w2 = normal(E, 2 * inner, hidden, scale=hidden**-0.5), normal(E, hidden, inner, scale=inner**-0.5)
+    ids = torch.rand(total, E, generator=g).argsort(1)[:, :K]
+    scores, x, dout = torch.rand(total, K, generator=g), normal(total, hidden, scale=1), normal(total, hidden, scale=1)
+    given = here(on_device(Inputs(x, ids, scores, w1, None, w2, None, dout)), tokens)
+    exact, fp8 = (make(wire=wire, hidden=hidden, max_tokens=700, **way) for wire in ("exact", "fp8"))
+    want, got = run(exact, given, recipe=recipe), run(fp8, given, recipe=recipe)
+    precise = run(
+        make(hidden=hidden, max_tokens=700),
+        Inputs(*(t.float() if t is not None and t.is_floating_point() else t for t in given)),
+    )
+    found = [f"{n} differs" for n in ("out", "dx", "dscores") if not torch.equal(getattr(got, n), getattr(want, n))]
+    for name in ("dw1", "dw2"):
+        error, usual = (rel_fro(getattr(r, name), getattr(precise, name)) for r in (got, want))
+        if error > 0.08 or (error > 1.01 * usual and recipe.scale == "pow2" and recipe.wgrad == "fp8"):
+            found.append(f"{name} of rank {dist.get_rank()} has an error of {error:.4f}, not {usual:.4f}")
+    again = run(fp8, given, recipe=recipe)
+    found += [
+        f"{n} varies" for n, a, b in zip(Results._fields, again, got, strict=True) if b is not None and (a != b).any()
+    ]
+    with torch.no_grad():
+        if not torch.equal(fp8.experts(given.x, given.ids, given.scores, given.w1, given.w2, recipe=recipe), got.out):
+            found.append("inference differs")
+    buffers = [w.clone().requires_grad_() for w in (given.w1, given.w2)]
+    for buffer in buffers:
+        buffer.main_grad = torch.ones_like(buffer, dtype=torch.float32)  # type: ignore[attr-defined]
+    out = fp8.experts(given.x, given.ids, given.scores, *buffers, recipe=recipe, accumulate_into_main_grad=True)
+    out.backward(given.dout)
+    for name, buffer in zip(("dw1", "dw2"), buffers, strict=True):
+        if buffer.grad is not None or rel_fro(buffer.main_grad - 1, getattr(got, name)) > 0.01:  # type: ignore[attr-defined]
+            found.append(f"{name} in main_grad differs")
+    return found
+
+
+def in_a_graph(way: dict[str, Any]) -> list[str]:
+    """Forward and backward captured, and replayed with other tokens and routing, against eager calls."""
+    ep, tokens = make(**way), [64] * dist.get_world_size()
+    sets = [here(inputs(tokens, torch.bfloat16, r), tokens) for r in ("random", "masked", "skewed")]
+    x, ids, scores, w1, _, w2, _, dout = (None if t is None else t.clone() for t in sets[0])
+    for t in (x, scores, w1, w2):
+        t.requires_grad_()
+
+    def step() -> tuple[Tensor, ...]:
+        out = ep.experts(x, ids, scores, w1, w2)
+        return out, *torch.autograd.grad(out, (x, scores, w1, w2), dout)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    found = []
+    for number, given in enumerate(sets):
+        with torch.no_grad():
+            for static, value in zip(
+                (x, ids, scores, dout), (given.x, given.ids, given.scores, given.dout), strict=True
+            ):
+                static.copy_(value)
+        graph.replay()
+        for name, t, eager in zip(("out", "dx", "dscores", "dw1", "dw2"), captured, step(), strict=True):
+            if not torch.equal(t, eager):
+                found.append(f"{name} of replay {number}")
+    ep.check()
+    ep.close()
+    return found
+
+
+def overflow_on_a_gpu() -> list[str]:
+    """Outputs of the call are NaN on every rank, and every rank raises later."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    ep, t = make(capacity=3), [2] * (size - 1) + [4]
+    out = run(ep, here(inputs(t, torch.bfloat16, "one rank"), t)).out
+    nan = "NaN" if bool(out.isnan().all()) else f"rank {rank} got numbers"
+    checked = error_of(ep.check)
+    small = here(inputs(s := [2] * size, torch.bfloat16), s)
+    after = [error_of(lambda: run(ep, small)) for _ in range(9)]
+    run(ep, here(inputs(t, torch.bfloat16, "one rank"), t))
+    later = [error_of(lambda: run(ep, small)) for _ in range(9)]
+    return [nan, checked, *set(after), *(f"{i}: {error}" for i, error in enumerate(later, 1) if error != "no error")]
+
+
+# ---- the module ------------------------------------------------------------------------------------------------------
+
+
+def module_as_one_process(tokens: Sequence[int], router: str, recompute: bool) -> dict[str, float]:
+    """Largest difference of outputs, auxiliary loss and gradients of an expert-parallel ``MoE`` from those of one MoE
+    that has the tokens of all ranks, in fp64.
+    """
+    torch.manual_seed(3)
+    whole = MoE(E, K, H, I, "swiglu", True, 0.3, router=router).double()
+    ep = make()
+    layer = MoE(E, K, H, I, "swiglu", True, 0.3, router=router, expert_parallel=ep).double()
+    others = of_rank_0(layer.c_fc.weight)
+    assert dist.get_rank() == 0 or not torch.equal(layer.c_fc.weight, others), "drawn from one sequence"
+    own = slice(ep.first_expert, ep.first_expert + ep.experts_here)
+    layer.load_state_dict(
+        {name: t if name in ("router.weight", "correction_bias") else t[own] for name, t in whole.state_dict().items()}
+    )
+    x, dout = torch.randn(sum(tokens), 2, H).double(), torch.randn(sum(tokens), 2, H).double()
+    rows = slice(sum(tokens[: ep.rank]), sum(tokens[: ep.rank + 1]))
+    mine, everything = leaf(x[rows]), leaf(x)
+    out, _ = checkpoint(layer, mine, use_reentrant=False) if recompute else layer(mine)
+    out.backward(dout[rows])
+    expected, _ = whole(everything)
+    expected.backward(dout)
+    found = {"out": (out, expected[rows]), "dx": (mine.grad, everything.grad[rows])}
+    router_grad = layer.router.weight.grad
+    dist.all_reduce(router_grad)
+    found["router"] = (router_grad, whole.router.weight.grad)
+    for name in ("c_fc", "c_proj"):
+        for kind in ("weight", "bias"):
+            ours, theirs = getattr(getattr(layer, name), kind), getattr(getattr(whole, name), kind)
+            found[f"{name}.{kind}"] = (ours.grad, theirs.grad[own])
+    counts = layer.expert_counts.clone()
+    dist.all_reduce(counts)
+    found["counts"] = (counts, whole.expert_counts)
+    with torch.no_grad():
+        found["aux_loss"] = (layer(mine)[1], whole(x[rows])[1])
+        found["inference"] = (layer(mine, is_inference_mode=True)[0], expected[rows])
+    ep.close()
+    return {name: float((a.double() - b.double()).abs().max()) if a.numel() else 0.0 for name, (a, b) in found.items()}
+
+
+def compiled(tokens: Sequence[int]) -> list[str]:
+    """The graph breaks around what travels, and the rest is as without ``torch.compile``."""
+    ep = make()
+    torch.manual_seed(3)
+    layer = MoE(E, K, H, I, "swiglu", True, 0.3, expert_parallel=ep)
+    x = torch.randn(tokens[ep.rank], H)
+    results = []
+    for function in (layer, torch.compile(layer, backend="eager")):
+        mine = leaf(x)
+        out, aux = function(mine)
+        (out.square().sum() + aux).backward()
+        results.append([out, mine.grad, *(p.grad.clone() for p in layer.parameters())])
+        layer.zero_grad()
+    ep.close()
+    return [f"result {i}" for i, (a, b) in enumerate(zip(*results, strict=True)) if not torch.equal(a, b)]
+
+
+def of_rank_0(t: Tensor) -> Tensor:
+    t = t.detach().clone()
+    dist.broadcast(t, 0)
+    return t
+
+
+# ---- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def error_of(function: Callable[[], object]) -> str:
+    try:
+        function()
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def errors_on_every_rank() -> list[str]:
+    """What each mistake of one rank says on this one; the group works afterwards."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    found = [error_of(lambda: make(max_tokens=512 + rank)), error_of(lambda: make(num_experts=size * 4 + 1))]
+    ep = make(max_tokens=8)
+    found.append(error_of(lambda: run(ep, here(inputs(t := [5] * (size - 1) + [9], torch.float32), t))))
+    given = here(inputs([4] * size, torch.float32), [4] * size)
+
+    def without_gradient_on_one() -> None:
+        with torch.set_grad_enabled(rank != 1):
+            ep.experts(leaf(given.x), given.ids, given.scores, given.w1, given.w2)
+
+    found.append(error_of(without_gradient_on_one))
+    found.append(error_of(lambda: make(transport="gather", capacity=3)))
+    small = make(capacity=3)
+    t = [0] * (size - 1) + [4]  # all of them to rank 0
+    found.append(error_of(lambda: run(small, here(inputs(t, torch.float32, "one rank"), t))))
+    wired = make(wire="fp8")
+    given = here(inputs([4] * size, torch.bfloat16), [4] * size)
+    found += [error_of(lambda r=r: run(wired, given, recipe=r)) for r in (Fp8Recipe(), Bf16Recipe())]
+    for still in (ep, small):
+        t = [2] * size
+        run(still, here(inputs(t, torch.float32, "one rank"), t))
+        still.close()
+        still.close()
+    found.append(error_of(lambda: run(ep, given)))
+    return found
+
+
+def at_phase(call: int, phase: str, action: Callable[[], None]) -> None:
+    """Do ``action`` once on this rank, before it enters that phase."""
+    enter = Watch.enter
+
+    def entered(watch: Watch, now: int, what: str) -> None:
+        if (now, what) == (call, phase):
+            Watch.enter = enter  # type: ignore[method-assign]
+            action()
+        enter(watch, now, what)
+
+    Watch.enter = entered  # type: ignore[method-assign]
+
+
+def with_a_lost_rank(phase: str, how: str, limit_s: float) -> str:
+    """Rank 1 is late for, or killed before, a phase of the second call. What others raise, and after how long."""
+    if dist.get_rank() == 1:
+        kill = functools.partial(os.kill, os.getpid(), signal.SIGKILL)
+        at_phase(2, phase, kill if how == "killed" else functools.partial(time.sleep, 2.5 * limit_s))
+    ep, tokens = make(timeout_s=limit_s), [5] * dist.get_world_size()
+    given = here(inputs(tokens, torch.float32), tokens)
+    run(ep, given)
+    start = time.monotonic()
+
+    def call() -> None:
+        run(ep, given)
+        ep.check()
+
+    error = error_of(call)
+    return f"{time.monotonic() - start:.1f} s: {error}"
+
+
+def with_too_many_tokens_to_gather() -> str:
+    """Rank 1 finds out alone; the others wait for it, and are told."""
+    ep, size = make(transport="gather", max_tokens=8, timeout_s=3), dist.get_world_size()
+    tokens = [5] * (size - 1) + [9]
+    given = here(inputs(tokens, torch.float32), tokens)
+    error = error_of(lambda: run(ep, given))
+    time.sleep(4 if dist.get_rank() == size - 1 else 0)
+    return error
+
+
+def teardown(order: str) -> str:
+    """Leave in some ``order``."""
+    ep, tokens = make(), [3] * dist.get_world_size()
+    given = here(inputs(tokens, torch.float32), tokens)
+    run(ep, given)
+    if order == "close, destroy":
+        ep.close()
+        dist.destroy_process_group()
+    elif order == "destroy, close":
+        dist.destroy_process_group()
+        ep.close()
+    elif order == "destroy, drop":
+        dist.destroy_process_group()
+        del ep
+    elif order == "drop":
+        del ep
+    elif order == "interrupt":
+        raise KeyboardInterrupt
+    return order  # "exit": neither
+
+
+def threads_after_dropping() -> int:
+    ep = make()
+    del ep
+    gc.collect()
+    return sum("_look_after" in t.name for t in threading.enumerate())

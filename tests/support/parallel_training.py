@@ -1,0 +1,134 @@
+"""Training with expert parallelism beside data parallelism, and the same by one process, in fp64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from parallel_cases import E, H, I, K
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from supersonic_moe import MoE
+from supersonic_moe.parallel import ExpertParallel, shard_experts
+
+STEPS, TOKENS = 3, 19
+
+
+class Model(nn.Module):
+    def __init__(self, ep: ExpertParallel | None = None) -> None:
+        super().__init__()
+        self.first = nn.Linear(H, H)
+        self.moe = MoE(E, K, H, I, "swiglu", True, 0.3, expert_parallel=ep)
+        self.last = nn.Linear(H, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.moe(self.first(x))[0])
+        return out
+
+
+def batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(100 * step + rank)
+    x = torch.randn(TOKENS + 3 * rank, H, generator=g, dtype=torch.float64)
+    return x, torch.randn(len(x), 3, generator=g, dtype=torch.float64)
+
+
+def whole_model() -> Model:
+    torch.manual_seed(11)
+    return Model().double()
+
+
+def trained_by_one(ranks: int) -> Model:
+    model = whole_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    for step in range(STEPS):
+        losses = [(model(x) - y).square().mean() for x, y in (batch(step, rank) for rank in range(ranks))]
+        torch.stack(losses).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def spread_model(mesh: Any, divisor: int) -> tuple[Model, list[nn.Parameter]]:
+    ep = ExpertParallel(mesh, num_experts=E, top_k=K, hidden=H, max_tokens=64, timeout_s=60)
+    model = Model(ep).double()
+    experts = shard_experts(model, mesh, gradient_divisor=divisor)
+    whole = whole_model().state_dict()
+    set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True))
+    return model, experts
+
+
+def averaged(gradient: Tensor) -> Tensor:
+    total = gradient.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def train(how: str) -> float:
+    """The largest difference of any weight from that of one process, after training on all ranks."""
+    ranks = dist.get_world_size()
+    whole_mesh = init_device_mesh("cpu", (ranks,))
+    copies = 2 if how == "copies" else 1  # of each expert
+    mesh = init_device_mesh("cpu", (copies, ranks // copies), mesh_dim_names=("copies", "ep"))
+    model, experts = spread_model(mesh["ep"], 1 if how == "copies" else ranks)
+    forward: nn.Module = model
+    if how == "ddp":
+        forward = DistributedDataParallel(model)
+    elif how == "copies":
+        router = model.moe.router.weight
+        fully_shard(model.moe, mesh=mesh["copies"], ignored_params={router})
+        router.register_hook(averaged)
+        fully_shard(model, mesh=whole_mesh)
+        for unit in (model.moe, model):
+            unit.set_gradient_divide_factor(ranks)
+            unit.set_force_sum_reduction_for_comms(True)
+    else:
+        fully_shard(model, mesh=whole_mesh, ignored_params=set(experts))
+        model.set_gradient_divide_factor(ranks)
+        model.set_force_sum_reduction_for_comms(True)  # gloo has no average
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    for step in range(STEPS):
+        x, y = batch(step, dist.get_rank())
+        (forward(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    want = trained_by_one(ranks).state_dict()
+    got = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    model.moe.expert_parallel.close()
+    if dist.get_rank():  # only rank 0 gets the whole
+        return 0.0
+    assert got.keys() == want.keys() and want["moe.c_fc.weight"].shape[0] == E
+    return max(float((got[name] - want[name]).abs().max()) for name in want)
+
+
+def save(folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("ep",))
+    model, _ = spread_model(mesh, 1)
+    dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=folder)
+    model.moe.expert_parallel.close()
+
+
+def load(folder: Path) -> bool:
+    """Into another number of ranks: does each have the experts that it should?"""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("ep",))
+    model, _ = spread_model(mesh, 1)
+    with torch.no_grad():
+        for p in model.parameters():
+            (p.to_local() if isinstance(p, DTensor) else p).fill_(torch.nan)
+    state = {"model": get_model_state_dict(model)}
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(model, state["model"])
+    want, ep = whole_model().state_dict(), model.moe.expert_parallel
+    ep.close()
+    own = slice(ep.first_expert, ep.first_expert + ep.experts_here)
+    return all(
+        torch.equal(t.to_local(), want[name][own]) if isinstance(t, DTensor) else torch.equal(t, want[name])
+        for name, t in model.state_dict().items()
+    )
