@@ -68,7 +68,6 @@ def test_saved_bytes_equal_the_formula(activation, fan):
     plan = sm.plan_from_topk(ids, E)
     rows = T * K
     metadata = 4 * (E + 1) + 4 * rows * 4 + 4 * rows  # offsets; gather, scatter, row_expert, reverse; scores
-    metadata += scores.nbytes  # as they came, for second derivatives
     weights = 2 * (moe.c_fc.weight.numel() + moe.c_proj.weight.numel())
 
     def run(inference):
