@@ -19,9 +19,30 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     calls in the end is called at once, except under ``torch.compile`` and ``torch.func``, which have ways of their own,
     and in versions of torch that are built differently.
     """
-    if torch.compiler.is_compiling() or transforms_active() or not BASE_APPLIES:
+    if torch.compiler.is_compiling():
         return function.apply(*args)  # type: ignore[no-untyped-call]
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+    try:
+        if transforms_active() or not BASE_APPLIES:
+            return function.apply(*args)  # type: ignore[no-untyped-call]
+        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+    except RuntimeError as error:
+        for words, sentence in _UNSUPPORTED.items():
+            if words in str(error):
+                raise NotImplementedError(sentence) from error
+        raise
+
+
+_UNSUPPORTED = {
+    "forward mode AD": (
+        "forward-mode derivatives are not supported: torch.func.jvp, jacfwd and hessian, torch.autograd.forward_ad. "
+        "Use reverse mode: backward, torch.func.grad, vjp or jacrev; jacrev of grad for a Hessian."
+    ),
+    "tried to vmap over": (
+        "torch.func.vmap is not supported where gradients are recorded. The tokens of a batch are one call: reshape x "
+        "from (B, T, H) to (B * T, H)."
+    ),
+}
+"""What torch's own errors contain, and what they mean for a user of this package."""
 
 
 def refuse_second_derivatives(why: str, grads: Sequence[Tensor], inputs: Iterable[Tensor | None]) -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ from supersonic_moe.config.recipe import Fp8Recipe, Recipe, as_recipe
 from supersonic_moe.config.router import SigmoidGroupedTopK, TokenRounding, TopKRouter, as_router, check_router
 from supersonic_moe.functional import RouterWeight, run_layer
 from supersonic_moe.parts import Experts, Router, is_plain_linear, weights_of
-from supersonic_moe.private_api import member_of
+from supersonic_moe.private_api import in_backward, member_of
 from supersonic_moe.quantization.weight_cache import WeightCache
 from supersonic_moe.routing.aux_loss import router_z_loss, switch_load_balancing_loss
 from supersonic_moe.routing.counts import add_counts, keep_counts, move_biases
@@ -339,14 +339,19 @@ def fp8_training(model: nn.Module, recipe: Fp8Recipe | None = None) -> Iterator[
     recipe = Fp8Recipe() if recipe is None else recipe
     if not isinstance(recipe, Fp8Recipe):
         raise TypeError(f"fp8_training needs an Fp8Recipe; got {type(recipe).__name__} ({recipe!r}).")
-    before = [(layer, layer.recipe) for layer in _layers(model, "fp8_training")]
+    before = [(layer, layer.recipe, layer._last_forward.recipe) for layer in _layers(model, "fp8_training")]
+    recomputes = in_backward()  # a checkpointed function that holds this block
     try:
-        for layer, _ in before:
+        for layer, _, _ in before:
             layer.recipe = recipe
+            if recomputes:
+                layer._last_forward.recipe = recipe
         yield
     finally:
-        for layer, own in before:
+        for layer, own, last in before:
             layer.recipe = own
+            if recomputes:
+                layer._last_forward.recipe = last
 
 
 @contextmanager

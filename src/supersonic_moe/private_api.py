@@ -78,6 +78,16 @@ def reaches(node: Any) -> bool | None:
 dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 """How many ``__torch_dispatch__`` modes are active; 1 where torch does not say."""
 
+_forward_ad = torch.autograd.forward_ad
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode derivatives are being taken, which ``requires_grad`` does not show. False where torch does
+    not say.
+    """
+    return bool(getattr(_forward_ad, "_current_level", -1) >= 0)
+
+
 BASE_APPLIES = hasattr(torch.autograd.Function.__base__, "apply")
 """Whether ``torch.autograd.Function.apply`` binds arguments and then calls ``apply`` of its base class."""
 

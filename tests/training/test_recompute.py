@@ -40,7 +40,7 @@ def moe(dtype: torch.dtype = torch.float32, **kwargs: Any) -> sm.MoE:
     return sm.MoE(E, K, H, I, "swiglu", True, 0.3, **kwargs).to(dtype)
 
 
-def gradients(layer: sm.MoE, out: tuple[Tensor, Tensor], x: Tensor) -> list[Tensor]:
+def gradients(layer: nn.Module, out: tuple[Tensor, Tensor], x: Tensor) -> list[Tensor]:
     """And none are left behind."""
     (out[0].float().square().sum() + out[1]).backward()
     found = [x.grad, *(p.grad for p in layer.parameters())]
@@ -80,6 +80,28 @@ def test_a_pass_ends_in_the_recipe_of_its_forward(run: Run, between: Callable[[s
     x = tokens(dtype=torch.bfloat16)
     in_bf16 = gradients(layer, run(layer, x), x)
     assert not torch.equal(in_bf16[0], results[0][0]), "the next forward is in BF16 again"
+
+
+class TwoRecipes(nn.Module):
+    """One layer, in FP8 and then in BF16, within what a checkpoint computes again."""
+
+    def __init__(self, layer: sm.MoE) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with sm.fp8_training(self):
+            first, _ = self.layer(x)
+        second, aux = self.layer(x)
+        return first - 2 * second, aux
+
+
+def test_a_block_inside_a_checkpoint_has_its_recipe_again(run: Run) -> None:
+    both, results = TwoRecipes(moe(torch.bfloat16)), []
+    for way in (PLAIN, run):
+        x = tokens(dtype=torch.bfloat16)
+        results.append(gradients(both, way(both, x), x))
+    assert_equal(*results)
 
 
 # ---- correction bias -------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from supersonic_moe.autograd import refuse_second_derivatives
 from supersonic_moe.kernels import registry
 from supersonic_moe.kernels.interface import TokenRows
 from supersonic_moe.parallel.collectives import Collectives
@@ -107,12 +107,16 @@ class Dispatch(torch.autograd.Function):
         ctx.mark_non_differentiable(output[2])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dx_UH: Tensor, dscores_UK: Tensor, _ids: Tensor) -> tuple[Tensor | None, ...]:
-        trip, (needs_x, needs_scores, *_) = ctx.trip, ctx.needs_input_grad
-        dx = trip.summed(trip.back("backward combine", dx_UH)) if needs_x else None
-        dscores = trip.of_choices(trip.back("backward combine", dscores_UK)) if needs_scores else None
-        return dx, dscores, None, None
+        trip, needs = ctx.trip, ctx.needs_input_grad[:2]
+        with torch.no_grad():
+            dx = trip.summed(trip.back("backward combine", dx_UH)) if needs[0] else None
+            dscores = trip.of_choices(trip.back("backward combine", dscores_UK)) if needs[1] else None
+        grads = [g for g in (dx, dscores) if g is not None]
+        if torch.is_grad_enabled():  # create_graph
+            grads = [*refuse_second_derivatives(_ONCE, grads, (dx_UH, dscores_UK))]
+        given = iter(grads)
+        return *[next(given) if need else None for need in needs], None, None
 
 
 class Combine(torch.autograd.Function):
@@ -127,6 +131,15 @@ class Combine(torch.autograd.Function):
         ctx.trip = inputs[1]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout_TH: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.trip.send("backward dispatch", dout_TH), None
+        with torch.no_grad():
+            grads: Sequence[Tensor] = (ctx.trip.send("backward dispatch", dout_TH),)
+        if torch.is_grad_enabled():  # create_graph
+            grads = refuse_second_derivatives(_ONCE, grads, (dout_TH,))
+        return *grads, None
+
+
+_ONCE = (
+    "second derivatives do not exist across ranks. Leave create_graph out, or use a layer on one rank where its "
+    "gradient is differentiated again."
+)

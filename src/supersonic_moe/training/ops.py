@@ -27,6 +27,7 @@ from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.kernels import interface, registry
 from supersonic_moe.kernels.alignment import aligned
 from supersonic_moe.kernels.interface import Quantized
+from supersonic_moe.private_api import in_forward_mode
 from supersonic_moe.quantization.block_format import blocks, empty_e4m3, empty_scales
 from supersonic_moe.quantization.weight_cache import Fp8Weight, WeightCache
 from supersonic_moe.training import bf16, flops, fp8
@@ -300,16 +301,22 @@ _named = on_flat(lambda saved, incoming: (saved, incoming), _BF16_SAVED, _INCOMI
 
 
 def _differentiable_backward(*flat: Any) -> list[Tensor]:
-    """Backward in plain torch: forward runs again, and autograd differentiates it, as often as it is asked to."""
+    """Backward in plain torch: forward runs again under ``torch.func.vjp``, whose result can be differentiated as often
+    as one likes, and inside other transforms.
+    """
     saved, (dout, needs, _) = _named(*flat)
-    x, row_scores, plan, static = saved.x, saved.row_scores, saved.plan, saved.static
-    operands = x, row_scores, saved.w1, saved.b1, saved.w2, saved.b2
-    by_row = plan._replace(scatter_index=torch.arange(len(row_scores), device=x.device))
-    k = _bf16_kernels(x, saved.w2, static)
+    x, plan, static = saved.x, saved.plan, saved.static
+    k, rows = _bf16_kernels(x, saved.w2, static), torch.arange(len(saved.row_scores), device=x.device)
+    operands = Inputs(x, saved.row_scores, saved.w1, saved.b1, saved.w2, saved.b2)
+
+    def out(*wanted: Tensor) -> Tensor:
+        given = iter(wanted)
+        used: Inputs[Any] = Inputs(*[next(given) if need else t for t, need in zip(operands, needs, strict=True)])
+        return bf16.forward(k, Bf16Forward(*used, plan._replace(scatter_index=rows), static, True)).out
+
     with without_autocast(x):
-        out = bf16.forward(k, Bf16Forward(*operands, by_row, static, save=True)).out
-    wanted = [t for t, need in zip(operands, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(out, wanted, dout, create_graph=True, materialize_grads=True))
+        _, pull, *_ = torch.func.vjp(out, *[t for t, need in zip(operands, needs, strict=True) if need])
+        found = iter(pull(dout))
     grads = Inputs(*[next(found) if need else x.new_empty(0) for need in needs])
     return [*grads._replace(scores=k.pick(grads.scores, plan.reverse_index) if needs.scores else grads.scores)]
 
@@ -317,7 +324,7 @@ def _differentiable_backward(*flat: Any) -> list[Tensor]:
 _ONCE = (
     "second derivatives of the experts exist in plain torch only: on a CPU or with backend='reference', in "
     "Bf16Recipe() and without accumulate_into_main_grad. Call the layer so where its gradient is differentiated again "
-    "(create_graph=True, torch.func.hessian), or leave create_graph out."
+    "(create_graph=True), or leave create_graph out."
 )
 
 
@@ -417,7 +424,8 @@ def run_experts(
     else:
         call = _Bf16Call(*common)
     operands = (x_TH, scores_S, w1.value, b1, w2.value, b2)
-    if not options.inference and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    if not options.inference and (recorded or in_forward_mode()):  # the latter is refused by ``apply``
         out: Tensor = apply(Experts, *operands, call)[0]
         return out
     with torch.no_grad():

@@ -32,7 +32,8 @@ class LastForward:
     """What the last forward of a layer read. Copies and pickles of the layer start without."""
 
     def __init__(self) -> None:
-        self._recipe: Recipe | None = None
+        self.recipe: Recipe | None = None
+        """None before a forward. ``fp8_training`` inside backward sets it for the forwards within."""
         self._bias_E: Tensor | None = None
         self._version = 0
         self._copy_E: Tensor | None = None
@@ -49,9 +50,9 @@ class LastForward:
             counts: this forward may get a backward, so remember what it reads.
         """
         if in_backward():
-            return self._recipe or recipe, self._bias_then(bias_E)
+            return self.recipe or recipe, self._bias_then(bias_E)
         if counts:
-            self._recipe = recipe
+            self.recipe = recipe
             if bias_E is not None and not bias_E.is_inference():  # such a tensor counts no changes
                 self._remember(bias_E)
         return recipe, bias_E

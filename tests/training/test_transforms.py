@@ -1,0 +1,72 @@
+"""Transforms of ``torch.func``: reverse mode works, what does not says so, and nothing gives a wrong number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import oracle
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, func
+
+import supersonic_moe as sm
+
+T, H, I, E, K = 5, 4, 3, 4, 2  # noqa: E741
+IDS = torch.tensor([[0, 1], [2, 0], [-1, 2], [1, E], [2, 1]])
+
+
+def experts(trained: bool) -> Callable[[Tensor], Tensor]:
+    torch.manual_seed(0)
+    w1, _, w2, _ = (None if w is None else w.requires_grad_(trained) for w in oracle.weights(E, H, I, 2, scale=0.5))
+    scores = torch.rand(T, K, dtype=torch.float64)
+    return lambda x: sm.topk_experts(x, IDS, scores, w1, w2)
+
+
+def tokens(*batch: int) -> Tensor:
+    return torch.randn(*batch, T, H, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_jacobians_and_hessians_in_reverse_mode(trained: bool) -> None:
+    layer, x = experts(trained), tokens()
+    rows = lambda x: layer(x).sum(0)  # noqa: E731
+    torch.testing.assert_close(func.jacrev(rows)(x), torch.autograd.functional.jacobian(rows, x))
+    total = lambda x: layer(x).square().sum()  # noqa: E731
+    hessian = torch.autograd.functional.hessian(total, x)
+    assert hessian.any()
+    torch.testing.assert_close(func.jacrev(func.grad(total))(x), hessian)
+    (dx,) = func.vjp(layer, x)[1](torch.ones_like(x))
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(dx, torch.autograd.grad(layer(leaf).sum(), leaf)[0])
+
+
+def dual(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(call(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+FORWARD_MODE: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], object]] = {
+    "jvp": lambda call, x: func.jvp(call, (x,), (torch.ones_like(x),)),
+    "jacfwd": lambda call, x: func.jacfwd(call)(x),
+    "hessian": lambda call, x: func.hessian(lambda x: call(x).sum())(x),
+    "forward_ad": dual,
+}
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("mode", FORWARD_MODE)
+def test_forward_mode_is_refused(mode: str, trained: bool) -> None:
+    """Without a trained weight it gave zeros."""
+    with pytest.raises(NotImplementedError, match=r"(forward-mode derivatives are|torch\.func\.vmap is) not supported"):
+        FORWARD_MODE[mode](experts(trained), tokens())
+    moe = sm.MoE(E, K, H, I, "swiglu", False, 0.5).double()
+    with pytest.raises(NotImplementedError, match=r"(forward-mode derivatives are|torch\.func\.vmap is) not supported"):
+        FORWARD_MODE[mode](lambda x: moe(x)[0], tokens())
+
+
+def test_vmap_is_right_or_refused() -> None:
+    layer, xs = experts(trained=False), tokens(3)
+    torch.testing.assert_close(func.vmap(layer)(xs), torch.stack([layer(x) for x in xs]))
+    with pytest.raises(NotImplementedError, match=r"torch\.func\.vmap is not supported where gradients.*: reshape x"):
+        func.vmap(experts(trained=True))(xs)
