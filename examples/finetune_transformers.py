@@ -65,7 +65,7 @@ def build(experts: str, device: str) -> PreTrainedModel:
 
 
 def train(experts: str, device: str, steps: int, batch: int) -> None:
-    model = build(experts, device)
+    model = build(experts, device).to(device)
     print(f"\n{experts}\n{served(model)[0]}")
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(

@@ -102,8 +102,8 @@ def default_store(prefix: str) -> Any:
     """The key-value store that ranks of ``torch.distributed`` share (a ``Store``), seen through keys that start with
     ``prefix``; None where torch does not say.
     """
-    get = getattr(dist.distributed_c10d, "_get_default_store", None)
-    return None if get is None else dist.PrefixStore(prefix, get())  # type: ignore[attr-defined]
+    store = getattr(dist.distributed_c10d, "_get_default_store", lambda: None)()
+    return None if store is None else dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
 
 
 def ignored_by_ddp(module: nn.Module, names: list[str]) -> None:

@@ -56,11 +56,22 @@ def test_an_fp8_wire_carries_what_the_experts_would_make(
 
 
 @pytest.mark.parametrize(
-    ("router", "recompute"), [("softmax_after_topk", False), ("sigmoid_grouped_topk", True)], ids=["plain", "recompute"]
+    ("router", "recompute", "masked"),
+    [
+        ("softmax_after_topk", False, False),
+        ("sigmoid_grouped_topk", True, False),
+        ("softmax_before_topk", False, True),
+    ],
+    ids=["plain", "recomputed", "padding"],
 )
-def test_the_module_is_that_of_one_process(router: str, recompute: bool) -> None:
-    for found in run_ranks(4, cases.module_as_one_process, (5, 0, 33, 1), router, recompute):
+def test_the_module_is_that_of_one_process(router: str, recompute: bool, masked: bool) -> None:
+    for found in run_ranks(4, cases.module_as_one_process, (5, 0, 33, 1), router, recompute, masked):
         assert all(difference < 1e-10 for difference in found.values()), found
+
+
+@pytest.mark.parametrize("way", [{}, {"transport": "gather"}], ids=["all_to_all", "gather"])
+def test_random_calls_with_random_delays_repeat_to_the_bit(way: dict) -> None:
+    assert run_ranks(4, cases.repeats_to_the_bit, 60, way) == [True] * 4
 
 
 def test_torch_compile_leaves_what_travels_alone() -> None:

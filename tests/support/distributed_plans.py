@@ -1,15 +1,8 @@
-"""Run by two processes: models under the library's own plans for tensor, expert and data parallelism, on a CPU.
-
-    python distributed_plans.py FOLDER      with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set
-
-FOLDER/<family> is a saved model and FOLDER/<family>.pt what one process found for it. Prints a JSON line for each case:
-layers of experts that are served, and relative errors of the logits and of every gradient.
-"""
+"""What two processes run: models under the library's own plans for tensor, expert and data parallelism."""
 
 from __future__ import annotations
 
-import json
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,43 +15,45 @@ from transformers_models import tokens
 
 from supersonic_moe.integrations.transformers import served
 
+PLANS = {
+    "expert parallelism": {"tp_size": 2, "enable_expert_parallel": True},
+    "tensor parallelism": {"tp_size": 2},
+    "FSDP2": {"fsdp_size": 2},
+}
 CASES = [
-    *((family, "expert parallelism", {"tp_size": 2, "enable_expert_parallel": True})
-      for family in ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")),
-    *((family, "tensor parallelism", {"tp_size": 2}) for family in ("mixtral", "qwen3_moe")),
-    *((family, "FSDP2", {"fsdp_size": 2}) for family in ("mixtral", "gpt_oss")),
-]  # fmt: skip
+    *((family, "expert parallelism") for family in ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")),
+    *((family, "tensor parallelism") for family in ("mixtral", "qwen3_moe")),
+    *((family, "FSDP2") for family in ("mixtral", "gpt_oss")),
+]
 
 
 def whole(tensor: Any) -> torch.Tensor:
     """Of all processes: a collective call."""
     found: torch.Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return found
+    return found.detach()
 
 
-def main(folder: Path) -> None:
-    dist.init_process_group("gloo")
-    ids = tokens()
-    for family, plan, sizes in CASES:
+def compare(folder: str) -> list[dict[str, Any]]:
+    """For each case, of the model in ``folder``/<family> with what one process found for it in ``folder``/<family>.pt:
+    layers that are served, how many expert weights are sharded, relative errors of logits, loss and every gradient.
+    """
+    rank = str(dist.get_rank())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(dist.get_world_size())}  # the library asks
+    ids, results = tokens(), []
+    for family, plan in CASES:
         model = AutoModelForCausalLM.from_pretrained(
-            folder / family,
+            Path(folder) / family,
             dtype=torch.float32,
-            distributed_config=DistributedConfig(**sizes),
+            distributed_config=DistributedConfig(**PLANS[plan]),
             experts_implementation="supersonic",
         )
         found = model(ids, labels=ids)
         found.loss.backward()
-        wanted = torch.load(folder / f"{family}.pt")
+        wanted = torch.load(Path(folder) / f"{family}.pt")
         got = {"logits": whole(found.logits), "loss": whole(found.loss)}
         got |= {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-        errors = {name: rel_fro(got[name].detach(), wanted[name]) for name in wanted}
         sharded = [name for name, p in model.named_parameters() if "experts." in name and hasattr(p, "full_tensor")]
-        if dist.get_rank() == 0:
-            layers = [layer.served for layer in served(model)]
-            print(json.dumps({"case": [family, plan], "served": layers, "sharded": len(sharded), "errors": errors}))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+        errors = {name: rel_fro(got[name], wanted[name]) for name in wanted}
+        layers = [layer.served for layer in served(model)]
+        results.append({"case": (family, plan), "served": layers, "sharded": len(sharded), "errors": errors})
+    return results

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import random
 import signal
 import threading
 import time
@@ -181,6 +182,41 @@ def same_with(options: dict[str, Any], tokens: Sequence[int]) -> list[str]:
     return differences((tokens, options), got, want, tokens)
 
 
+def random_calls(count: int, way: dict[str, Any], delays: int) -> list[Results]:
+    """Calls of any sizes and routing, two at a time with both forwards first, and a random rest before each phase."""
+    size, calls, enter = dist.get_world_size(), random.Random(1), Watch.enter
+    rest = random.Random(1000 * delays + dist.get_rank())
+
+    def delayed(watch: Watch, call: int, phase: str) -> None:
+        time.sleep(rest.random() * 0.003)
+        enter(watch, call, phase)
+
+    Watch.enter = delayed  # type: ignore[method-assign]
+    ep, found = make(**way), []
+    for _ in range(count // 2):
+        pair = []
+        for _ in range(2):
+            tokens = [calls.choice((0, 1, 2, 17, calls.randrange(64))) for _ in range(size)]
+            given = here(inputs(tokens, torch.bfloat16, calls.choice(("random", "skewed", "masked", "nobody"))), tokens)
+            x, scores, w1, _, w2, _ = map(leaf, given[:1] + given[2:7])
+            pair.append((given, (x, scores, w1, w2), ep.experts(x, given.ids, scores, w1, w2)))
+        for given, leaves, out in pair:
+            out.backward(given.dout)
+            found.append(Results(out.detach(), *(t.grad for t in leaves), None, None))
+    Watch.enter = enter  # type: ignore[method-assign]
+    ep.close()
+    return found
+
+
+def repeats_to_the_bit(count: int, way: dict[str, Any]) -> bool:
+    first, second = (random_calls(count, way, delays) for delays in (0, 1))
+    return len(first) == count and all(
+        torch.equal(a, b)
+        for one, other in zip(first, second, strict=True)
+        for a, b in zip(one[:5], other[:5], strict=True)
+    )
+
+
 def over_an_fp8_wire(
     tokens: Sequence[int], recipe: Fp8Recipe, positive: bool, hidden: int, way: dict[str, Any]
 ) -> list[str]:
@@ -214,6 +250,11 @@ def over_an_fp8_wire(
     with torch.no_grad():
         if not torch.equal(fp8.experts(given.x, given.ids, given.scores, given.w1, given.w2, recipe=recipe), got.out):
             found.append("inference differs")
+    x, w1 = leaf(given.x), leaf(given.w1)
+    out = fp8.experts(x, given.ids, given.scores, w1, given.w2, recipe=recipe)
+    (dx,) = torch.autograd.grad(out.float().sum(), x, create_graph=True)
+    if "do not exist over an FP8 wire" not in error_of(lambda: torch.autograd.grad(dx.float().sum(), w1)):
+        found.append("second derivatives are not refused")
     buffers = [w.clone().requires_grad_() for w in (given.w1, given.w2)]
     for buffer in buffers:
         buffer.main_grad = torch.ones_like(buffer, dtype=torch.float32)  # type: ignore[attr-defined]
@@ -279,7 +320,7 @@ def overflow_on_a_gpu() -> list[str]:
 # ---- the module ------------------------------------------------------------------------------------------------------
 
 
-def module_as_one_process(tokens: Sequence[int], router: str, recompute: bool) -> dict[str, float]:
+def module_as_one_process(tokens: Sequence[int], router: str, recompute: bool, masked: bool) -> dict[str, float]:
     """Largest difference of outputs, auxiliary loss and gradients of an expert-parallel ``MoE`` from those of one MoE
     that has the tokens of all ranks, in fp64.
     """
@@ -295,10 +336,15 @@ def module_as_one_process(tokens: Sequence[int], router: str, recompute: bool) -
     )
     x, dout = torch.randn(sum(tokens), 2, H).double(), torch.randn(sum(tokens), 2, H).double()
     rows = slice(sum(tokens[: ep.rank]), sum(tokens[: ep.rank + 1]))
+    mask = torch.rand(x.shape[:2]) < 0.7 if masked else None
+    here_mask = None if mask is None else mask[rows]
     mine, everything = leaf(x[rows]), leaf(x)
-    out, _ = checkpoint(layer, mine, use_reentrant=False) if recompute else layer(mine)
+    if recompute:
+        out, _ = checkpoint(layer, mine, token_mask=here_mask, use_reentrant=False)
+    else:
+        out, _ = layer(mine, token_mask=here_mask)
     out.backward(dout[rows])
-    expected, _ = whole(everything)
+    expected, _ = whole(everything, token_mask=mask)
     expected.backward(dout)
     found = {"out": (out, expected[rows]), "dx": (mine.grad, everything.grad[rows])}
     router_grad = layer.router.weight.grad
@@ -312,8 +358,8 @@ def module_as_one_process(tokens: Sequence[int], router: str, recompute: bool) -
     dist.all_reduce(counts)
     found["counts"] = (counts, whole.expert_counts)
     with torch.no_grad():
-        found["aux_loss"] = (layer(mine)[1], whole(x[rows])[1])
-        found["inference"] = (layer(mine, is_inference_mode=True)[0], expected[rows])
+        found["aux_loss"] = tuple(m(x[rows], token_mask=here_mask)[1] for m in (layer, whole))
+        found["inference"] = (layer(mine, is_inference_mode=True, token_mask=here_mask)[0], expected[rows])
     ep.close()
     return {name: float((a.double() - b.double()).abs().max()) if a.numel() else 0.0 for name, (a, b) in found.items()}
 

@@ -23,8 +23,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["parallel_training", "parallel_trainers"])
+# CUDA does not survive a fork either, so where there is a GPU each rank imports everything by itself.
+_context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+if not torch.cuda.is_available():
+    _context.set_forkserver_preload(["parallel_training", "parallel_trainers"])
 
 
 _device = torch.device("cpu")

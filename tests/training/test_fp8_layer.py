@@ -330,13 +330,13 @@ def test_switching_a_model() -> None:
 def test_backends_without_fp8_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = dict(hidden=H, intermediate=I)
     monkeypatch.setattr(registry, "_triton_obstacle", lambda *_: None)
-    monkeypatch.setattr(registry, "_sm90_obstacle", lambda _: "the sm_90 kernels need compute capability 9.0")
+    monkeypatch.setattr(registry, "_sm90_obstacle", lambda *_: "the sm_90 kernels need compute capability 9.0")
     with pytest.raises(ValueError, match=r"Fp8Recipe cannot run on cuda: .*9\.0\. Use recipe=Bf16Recipe\(\), or"):
         registry.choose_fp8(torch.device("cuda"), **sizes)
     with pytest.raises(ValueError, match="backend 'sm90' cannot run"):
         registry.choose_fp8(torch.device("cuda"), **sizes, backend="sm90")
     assert registry.choose_fp8(torch.device("cuda"), **sizes, backend="reference").name == "reference"
-    monkeypatch.setattr(registry, "_sm90_obstacle", lambda _: None)
+    monkeypatch.setattr(registry, "_sm90_obstacle", lambda *_: None)
     assert registry.choose_fp8(torch.device("cuda"), **sizes).name == "sm90"
     with pytest.raises(ValueError, match="backend 'triton' cannot run an Fp8Recipe"):
         registry.choose_fp8(torch.device("cuda"), **sizes, backend="triton")
@@ -348,7 +348,7 @@ def test_backends_without_fp8_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
 def test_choices_for_a_gpu_are_made_once_and_refusals_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     nobodys, obstacles = torch.device("cuda", 63), ["a reason", "a reason", None]
     monkeypatch.setattr(registry, "_triton_obstacle", lambda *_: None)
-    monkeypatch.setattr(registry, "_sm90_obstacle", lambda _: obstacles.pop(0))
+    monkeypatch.setattr(registry, "_sm90_obstacle", lambda *_: obstacles.pop(0))
     for _ in range(2):
         with pytest.raises(ValueError, match="a reason"):
             registry.choose(nobodys, torch.bfloat16, hidden=H, intermediate=I, backend="sm90")

@@ -4,7 +4,7 @@ A case T, H, I, E, K is the load of one rank: T tokens and E experts on each. So
 one rank computes T·K rows on average, as the plain layer of E experts does on every rank meanwhile. What is left is the
 price of travel. With one rank nothing travels, and the ratio says what the code around it costs.
 
-    torchrun --nproc-per-node 2 --local-ranks-filter 0 --no-python supersonic-moe bench ep
+    torchrun --nproc-per-node 2 --local-ranks-filter 0 -m supersonic_moe bench ep
 
 Ranks must make the same calls, so all of them take their decisions from the same times: the longest of all ranks.
 """
@@ -41,6 +41,7 @@ class EpConfig:
     device: torch.device
     dtype: torch.dtype
     recipe: Recipe
+    transport: str
     wire: str
     warm_ms: float
     min_ms: float
@@ -89,10 +90,16 @@ def _run(shape: LayerShape, config: EpConfig, ranks: dist.ProcessGroup, progress
         top_k=shape.top_k,
         hidden=shape.hidden,
         max_tokens=shape.tokens,
+        transport=config.transport,  # type: ignore[arg-type]
         wire=wire,  # type: ignore[arg-type]
     )
     contenders = {OURS: _contender(shape, config, ep), ONE_GPU: _contender(shape, config, None)}
-    case = f"{shape}_R{size}" + ("_fp8" if isinstance(config.recipe, Fp8Recipe) else "")
+    odd = {
+        "fp8": isinstance(config.recipe, Fp8Recipe),
+        "gather": size > 1 and config.transport == "gather",
+        "fp8-wire": wire == "fp8",
+    }
+    case = "_".join([f"{shape}_R{size}", *(name for name, on in odd.items() if on)])
     result = CaseResult(case, {name: {} for name in contenders})
     clock: Clock = SlowestRank(clock_for(config.device), config.device)
     for mode in ("fwd", "fwd_bwd"):
@@ -108,7 +115,8 @@ def _run(shape: LayerShape, config: EpConfig, ranks: dist.ProcessGroup, progress
     for name, contender in contenders.items():
         result.metrics[name]["host_us"] = _host_us(contender.fwd_bwd, config.device)
     if size > 1:
-        sent = traffic(shape.tokens, shape.hidden, size * shape.experts, shape.top_k, size, wire)
+        sizes = (shape.tokens, shape.hidden, ep.num_experts, shape.top_k, size)
+        sent = traffic(*sizes, wire, gathers=config.transport == "gather")
         result.metrics[OURS]["sent_bytes"] = sum(sent)
     ep.close()
     return result

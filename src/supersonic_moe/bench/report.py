@@ -92,7 +92,6 @@ METRICS = (
     Metric("wall_us", "  wall per call, µs", "us", "lower"),
     Metric("busy_us", "  GPU busy, µs", "us", "lower"),
     Metric("wall_over_busy", "  wall / busy", "ratio", "lower"),
-    Metric("host_us", "  host time, µs", "us", "lower"),
     Metric("sent_bytes", "sent by a rank, uniform routing, MB", "bytes", None, shown_in=1e6),
     Metric("graph_us", "  in a CUDA graph, µs", "us", "lower"),
     Metric("quantize_share", "  quantizing or transposing, %", "fraction", None, shown_in=0.01),

@@ -88,6 +88,8 @@ def in_fixed_places(found: Departures, capacity: int) -> Departures:
     token_TR = torch.arange(placed_TR.shape[0], device=tokens_R.device, dtype=torch.int32)[:, None].expand_as(placed_TR)
     places = token_TR.new_full((ranks * capacity + 1,), -1)
     places.scatter_(0, torch.where(placed_TR >= 0, placed_TR, ranks * capacity).view(-1).long(), token_TR.reshape(-1))
-    rank_TK = torch.where(found.copy_TK >= 0, torch.searchsorted(tokens_R.cumsum(0), found.copy_TK, right=True), ranks)
+    rank_TK = torch.where(
+        found.copy_TK >= 0, torch.searchsorted(tokens_R.cumsum(0), found.copy_TK.long(), right=True), ranks
+    )
     copy_TK = F.pad(placed_TR, (0, 1), value=-1).gather(1, rank_TK)
     return found._replace(token_M=places[:-1], copy_TR=placed_TR, copy_TK=copy_TK)

@@ -65,7 +65,7 @@ class Dispatched:
     scores: Tensor
     """(U, K); their gradient goes home, and is 0 where a choice lives elsewhere."""
     rows_per_expert: Sequence[int] | Tensor
-    """(E/R,) on the host, or with a fixed capacity a tensor on the device."""
+    """(E/R,) on the host; where the host does not know, a tensor on the device."""
     plan: RoutingPlan
     """Of these tokens and the experts of this rank."""
     handle: Trip | None

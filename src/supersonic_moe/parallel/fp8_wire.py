@@ -64,17 +64,14 @@ class _Call(NamedTuple):
     trip: Trip
     rows: int | None
     """Of this rank's experts, where the host knows."""
-    weights: tuple[Weight, Weight]
-    """With FP8 copies."""
+    intermediate: int
     options: Options
     static: Static
     numerics: Numerics
 
     def kernels(self, x: Tensor) -> Fp8Experts:
-        intermediate = self.weights[1].value.shape[2]
-        choice = registry.choose_fp8(
-            x.device, hidden=x.shape[1], intermediate=intermediate, backend=self.options.backend
-        )
+        sizes = {"hidden": x.shape[1], "intermediate": self.intermediate}
+        choice = registry.choose_fp8(x.device, **sizes, backend=self.options.backend)
         return registry.fp8_kernels(choice.name)
 
 
@@ -89,41 +86,41 @@ def experts(
     pair = Weight(w1, w1.to(kind)), Weight(w2, w2.to(kind))
     pair = with_fp8_copies(*pair, o.recipe, o.backend, o.weight_cache)
     b1, b2 = (None if b is None else b.to(kind) for b in (o.b1, o.b2))
-    call = _Call(trip, rows, pair, o, Static.of(o.activation, o.layout, o.backend), Numerics.of(o.recipe))
+    call = _Call(trip, rows, w2.shape[2], o, Static.of(o.activation, o.layout, o.backend), Numerics.of(o.recipe))
     operands = (x_TH, scores_TK, pair[0].value, b1, pair[1].value, b2)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
-        out: Tensor = apply(_Experts, *operands, ids_TK, call)
+        out: Tensor = apply(_Experts, *operands, ids_TK, pair, call)
         return out
     with torch.no_grad():
-        return _forward(operands, ids_TK, call, save=False)[0]
+        return _forward(operands, ids_TK, pair, call, save=False)[0]
 
 
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        *operands, ids_TK, call = args
-        out_TH, x, saved = _forward(operands, ids_TK, call, save=True)
-        w = call.weights
+        *operands, ids_TK, (w1, w2), call = args
+        out_TH, x, saved = _forward(operands, ids_TK, (w1, w2), call, save=True)
         tensors, ctx.others = _SAVED.split(*saved)
-        again = w[0].fp8.transposed is None  # the copies are made again in backward
-        weights = () if again else _WEIGHTS.flat(*Fp8Weights.of(w[0].fp8, w[1].fp8, call.numerics))
-        ctx.save_for_backward(x.scale, w[0].value, w[1].value, *weights, *tensors)
+        ctx.again = w1.fp8.transposed is None  # the copies are made again in backward
+        weights = (w1.value, w2.value)
+        if not ctx.again:
+            weights = _WEIGHTS.flat(*Fp8Weights.of(w1.fp8, w2.fp8, call.numerics))
+        ctx.save_for_backward(x.scale, *weights, *tensors)
         ctx.are_tensors = [t is not None for t in operands]
-        ctx.call, ctx.again = call._replace(weights=tuple(Weight(v.parameter, v.value.detach()) for v in w)), again
+        ctx.call, ctx.parameters = call, (w1.parameter, w2.parameter)
         return out_TH
 
     @staticmethod
     def backward(ctx: Any, dout_TH: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
-        *needed, _ids, _call = ctx.needs_input_grad
-        needs, targets = Inputs(*needed), Targets()
-        parameters = call.weights[0].parameter, call.weights[1].parameter
+        *needed, _ids, _pair, _call = ctx.needs_input_grad
+        needs, targets, parameters = Inputs(*needed), Targets(), ctx.parameters
         if call.options.accumulate_into_main_grad:
             needs, targets = targets_of(parameters, needs, ctx)
         main = targets.of_kernels()
-        x_scale, w1, w2, *tensors = ctx.saved_tensors
-        rows = tensors
+        x_scale, *tensors = ctx.saved_tensors
         if ctx.again:
+            w1, w2, *tensors = tensors
             assert isinstance(call.options.recipe, Fp8Recipe)
             recipe = Fp8Recipe(**{**call.numerics._asdict(), "keep_transposed": True})
             q1, q2 = with_fp8_copies(Weight(w1, w1), Weight(w2, w2), recipe, call.options.backend, None)
@@ -133,14 +130,12 @@ class _Experts(torch.autograd.Function):
             trip, "backward dispatch", k.quantize_rows(dout_TH.contiguous(), call.numerics.scale == "pow2")
         )
         dout = _dense(dout_q)
-
-        def run(weights: Fp8Weights, saved: Fp8Saved) -> Inputs[Tensor | None]:
-            x_q = Quantized(aligned_rows(saved.x), x_scale)
-            saved = aligned(saved._replace(x=_dense(x_q) if needs.w1 else saved.x), k.ALIGNMENT, "b1")
-            return fp8.backward(k, weights, saved, Incoming(dout, needs, main), x_q, dout_q)
-
+        weights, saved = _named(*tensors, *ctx.others)
+        x_q = Quantized(aligned_rows(saved.x), x_scale)
+        saved = aligned(saved._replace(x=_dense(x_q) if needs.w1 else saved.x), k.ALIGNMENT, "b1")
+        incoming = Incoming(dout, needs, main)
         with torch.no_grad(), without_autocast(dout_TH):
-            dx, dscores, dw1, db1, dw2, db2 = on_flat(run, _WEIGHTS, _SAVED)(*tensors, *ctx.others)
+            dx, dscores, dw1, db1, dw2, db2 = fp8.backward(k, weights, saved, incoming, x_q, dout_q)
             if dx is not None:
                 dx = trip.summed(trip.back("backward combine", dx))
             if dscores is not None:
@@ -152,18 +147,21 @@ class _Experts(torch.autograd.Function):
         grads = [g if need else None for g, need in zip((dx, dscores, dw1, db1, dw2, db2), needs, strict=True)]
         if torch.is_grad_enabled():  # create_graph
             given = [g for g in grads if g is not None]
-            once = iter(refuse_second_derivatives(_ONCE, given, (dout_TH, w1, w2, *rows, *parameters)))
+            once = iter(refuse_second_derivatives(_ONCE, given, (dout_TH, *tensors, *parameters)))
             grads = [None if g is None else next(once) for g in grads]
-        return *grads, None, None
+        return *grads, None, None, None
 
 
 _ONCE = 'second derivatives of the experts do not exist over an FP8 wire. Use wire="exact" with Bf16Recipe().'
 _SAVED, _WEIGHTS = Fields(Fp8Saved), Fields(Fp8Weights)
+_named = on_flat(lambda *groups: groups, _WEIGHTS, _SAVED)
 
 
-def _forward(operands: Any, ids_TK: Tensor, call: _Call, *, save: bool) -> tuple[Tensor, Quantized, Fp8Saved]:
+def _forward(
+    operands: Any, ids_TK: Tensor, pair: tuple[Weight, Weight], call: _Call, *, save: bool
+) -> tuple[Tensor, Quantized, Fp8Saved]:
     x_TH, scores_TK, _w1, b1, _w2, b2 = operands
-    (w1, w2), trip, k = call.weights, call.trip, call.kernels(x_TH)
+    (w1, w2), trip, k = pair, call.trip, call.kernels(x_TH)
     with without_autocast(x_TH):
         codes_TH, scale_TB = k.quantize_rows(x_TH, call.numerics.scale == "pow2")
         codes_UH = _codes(trip, "forward dispatch", codes_TH)

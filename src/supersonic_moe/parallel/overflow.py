@@ -31,7 +31,8 @@ class Overflow:
 
     def guard(self, scores_TK: Tensor, tokens_R: Tensor, call: int) -> Tensor:
         """The scores, or NaN on a GPU if there are too few places. Raises as the module says."""
-        if len(self._coming) == LAG:
+        capturing = tokens_R.is_cuda and torch.cuda.is_current_stream_capturing()
+        if len(self._coming) == LAG and not capturing:
             number, copied = self._coming.popleft()
             copied.synchronize()
             self._raise_if(int(number))
@@ -42,11 +43,11 @@ class Overflow:
         if self._most is None:
             self._most = torch.zeros_like(most)
         torch.maximum(self._most, most, out=self._most)
-        if not torch.cuda.is_current_stream_capturing():
+        if not capturing:
             number = torch.empty(1, dtype=most.dtype, pin_memory=True)
             number.copy_(most, non_blocking=True)
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record()
+            copied.record(torch.cuda.current_stream(most.device))
             self._coming.append((number, copied))
         return torch.where(most > self.capacity, torch.nan, scores_TK)
 

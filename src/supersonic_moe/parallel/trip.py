@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from supersonic_moe.autograd import refuse_second_derivatives
-from supersonic_moe.kernels import interface, registry
+from supersonic_moe.kernels import registry
 from supersonic_moe.kernels.interface import TokenRows
 from supersonic_moe.parallel.collectives import Collectives
 
@@ -81,17 +81,15 @@ class Trip(NamedTuple):
         """(T, C): the rows of each token's copies, added in order of ranks and rounded once."""
         tokens, ranks = self.copy_TR.shape
         copies = TokenRows(self.copy_TR.view(-1), None, ranks, tokens)
-        return _kernels(rows_SC).gather_sum(rows_SC, None, None, self.token_S, copies)
+        choice = registry.choose(rows_SC.device, rows_SC.dtype, hidden=rows_SC.shape[1])
+        return registry.kernels(choice.name).experts.gather_sum(rows_SC, None, None, self.token_S, copies)
 
     def of_choices(self, values_SK: Tensor) -> Tensor:
         """(T, K): the value of each choice, from the copy that carried it; 0 where there is none."""
         k = values_SK.shape[1]
         index_TK = torch.where(self.copy_TK >= 0, self.copy_TK * k + torch.arange(k, device=values_SK.device), -1)
-        return _kernels(values_SK).pick(values_SK.view(-1), index_TK.view(-1).to(torch.int32)).view_as(index_TK)
-
-
-def _kernels(rows: Tensor) -> interface.Experts:
-    return registry.kernels(registry.choose(rows.device, rows.dtype, hidden=rows.shape[1]).name).experts
+        pick = registry.kernels(registry.choose(values_SK.device).name).experts.pick  # of any dtype, as routing is
+        return pick(values_SK.view(-1), index_TK.view(-1).to(torch.int32)).view_as(index_TK)
 
 
 class Dispatch(torch.autograd.Function):

@@ -30,6 +30,7 @@ log = logging.getLogger("supersonic_moe")
 
 BEATS_IN_A_LIMIT = 10
 LONGEST_BEAT_S = 1.0
+LONGEST_END_S = 5.0  # a thread that asks a store whose host is gone may take minutes
 BEATS_OF_SILENCE = 3
 """A rank that has not reported for so long is dead, or its host is too busy to run a thread."""
 
@@ -121,7 +122,7 @@ class Watch:
         work.wait()
         if not torch.cuda.is_current_stream_capturing():
             end: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            end.record()
+            end.record(torch.cuda.current_stream(device))
             self._group = group
             self._started.append(_Started(end, time.monotonic(), self.activity))
 
@@ -228,4 +229,4 @@ def _look_after(watch: weakref.ref[Watch], stop: threading.Event, beat_s: float)
 def _end(stop: threading.Event, thread: threading.Thread) -> None:
     stop.set()
     if thread is not threading.current_thread():
-        thread.join()
+        thread.join(LONGEST_END_S)

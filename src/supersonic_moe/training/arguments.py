@@ -14,6 +14,7 @@ import functools
 import math
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout
@@ -105,11 +106,28 @@ class Static(NamedTuple):
 
     @classmethod
     def of(cls, activation: Activation, layout: GateUpLayout, backend: str) -> Static:
-        limit = math.inf if activation.limit is None else activation.limit
-        return cls(activation.type._value_, activation.alpha, limit, activation.up_offset, layout._value_, backend)
+        alpha, limit, up_offset = activation.alpha, activation.limit, activation.up_offset
+        if limit is None:
+            limit = math.inf
+        if torch.compiler.is_compiling():
+            alpha, limit, up_offset = _literal(alpha), _literal(limit), _literal(up_offset)
+        return cls(activation.type._value_, alpha, limit, up_offset, layout._value_, backend)
 
     def gate(self) -> Gate:
         return _gate(self.activation, self.alpha, self.limit, self.up_offset, self.layout)
+
+
+def _literal(x: float) -> float:
+    """``x`` as a number of this function, for values that models have. With ``dynamic=True`` the compiler makes a float
+    that it finds in an object an input of the graph, and an input of a graph cannot reach the autograd functions of two
+    layers.
+    """
+    if x == 1.702:
+        return 1.702
+    for whole in range(33):
+        if x == whole:
+            return float(whole)
+    return x
 
 
 @functools.cache

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from oracle import rel_fro
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -70,10 +69,10 @@ def test_a_taken_name_is_refused_and_nothing_is_replaced(taken: Any) -> None:
 
 @pytest.mark.usefixtures("registries")
 def test_versions(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(transformers, "__version__", "5.16.2")
+    monkeypatch.setattr(backend.transformers, "__version__", "5.16.2")
     with pytest.raises(ImportError, match=r"needs Transformers 5\.17 or newer; got 5\.16\.2"):
         register("mine")
-    monkeypatch.setattr(transformers, "__version__", "5.18.0")
+    monkeypatch.setattr(backend.transformers, "__version__", "5.18.0")
     for _ in range(2):
         register("mine")
     assert [r.message for r in caplog.records if "5.18.0 is newer" in r.message] == [caplog.records[0].message]

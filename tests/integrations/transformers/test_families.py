@@ -77,6 +77,29 @@ def test_gradient_checkpointing_gives_the_same_bits(family: str, reentrant: bool
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a_model_compiles_in_one_graph_for_every_length(family: str) -> None:
+    """Two layers with the same float constants, which the compiler makes inputs of a graph unless they are literals."""
+    torch._dynamo.reset()
+    model, graphs = model_of(family), []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=count)
+    for length in (11, 7, 9):
+        ids, found = tokens(2, length), []
+        for call in (compiled, model):
+            model.zero_grad()
+            loss = call(ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+            found.append({"loss": loss.detach(), **gradients})
+        assert far_apart(*found, 1e-5) == {}
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nemotron_h"])
 def test_lora_on_experts(family: str) -> None:
     """PEFT builds W + B A at every reading of a weight: right, not yet fast."""

@@ -386,11 +386,11 @@ def test_grouped_mm_wgrad_in_fp16(out_dtype: torch.dtype | None, accumulate: boo
     if out_dtype is None:
         got = kernels.grouped_mm_wgrad(Rows(a), b, offsets)
         before = torch.zeros(5, 24, 140, dtype=torch.float64)
-        assert torch.equal(kernels.grouped_mm_wgrad(Rows(b), a, offsets, transposed=True), got)
+        assert torch.equal(kernels.grouped_mm_wgrad(Rows(b), a, offsets, Into(None, transposed=True)), got)
     else:
         out = torch.randn(5, 24, 140, device=device).to(out_dtype)
         before = out.double().cpu() if accumulate else torch.zeros(5, 24, 140, dtype=torch.float64)
-        got = kernels.grouped_mm_wgrad(Rows(a), b, offsets, out, accumulate=accumulate)
+        got = kernels.grouped_mm_wgrad(Rows(a), b, offsets, Into(out, accumulate=accumulate))
         assert got is out
     for e, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
         product = (a[start:end].double().T @ b[start:end].double()).cpu()

@@ -29,6 +29,9 @@ class Ep(RecipeOptions, Timed[LayerShape, "CaseResult"]):
     files: ClassVar = {"ep-world1-bf16": {}, "ep-world1-fp8": {"recipe": "fp8"}}
 
     shape: options.Shapes = None
+    transport: Annotated[
+        str, typer.Option(help="all_to_all sends tokens to ranks that need them, gather all to all.")
+    ] = "all_to_all"
     wire: Annotated[str, typer.Option(help="How rows travel: exact, or fp8 for an FP8 layer.")] = "exact"
 
     def __post_init__(self) -> None:
@@ -53,10 +56,13 @@ class Ep(RecipeOptions, Timed[LayerShape, "CaseResult"]):
     def cases(self) -> Sequence[LayerShape]:
         if self.wire not in ("exact", "fp8"):
             raise ValueError(f"a wire is exact or fp8; got {self.wire!r}.")
+        if self.transport not in ("all_to_all", "gather"):
+            raise ValueError(f"a transport is all_to_all or gather; got {self.transport!r}.")
         return options.shapes_or(self.shape, LAYER_SHAPES, self.where)
 
     def run(self, case: LayerShape, progress: Progress) -> CaseResult:
         from supersonic_moe.bench.ep import EpConfig, run_case
 
         kind = options.dtype(None, self.where, self.numerics)
-        return run_case(case, EpConfig(self.where, kind, self.numerics, self.wire, self.warm_ms, self.min_ms), progress)
+        travel = self.transport, self.wire
+        return run_case(case, EpConfig(self.where, kind, self.numerics, *travel, self.warm_ms, self.min_ms), progress)

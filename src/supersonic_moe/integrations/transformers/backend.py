@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import transformers
@@ -26,9 +25,6 @@ from supersonic_moe.routing.plan import plan_from_topk
 log = logging.getLogger("supersonic_moe")
 
 OLDEST, NEWEST_TESTED = (5, 17), (5, 17)
-
-Backend: TypeAlias = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
-"""(experts module, hidden states (T, H), expert ids (T, K), router weights (T, K)) -> (T, H)"""
 
 
 def register(name: str = "supersonic", *, recipe: Recipe | None = None) -> None:

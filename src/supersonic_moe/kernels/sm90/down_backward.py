@@ -30,7 +30,7 @@ from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.interface import DownBackward
-from supersonic_moe.kernels.sm90.gates import ALL_KINDS, INTERLEAVED, KINDS, half_bases, kind_of, limit_of
+from supersonic_moe.kernels.sm90.gates import ALL_BF16_KINDS, BF16_KINDS, INTERLEAVED, half_bases, kind_of, limit_of
 from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, OPCODES, WARP_ROWS, GemmConfig, bf16_form, choose
 from supersonic_moe.kernels.sm90.operands import map_of_halves, map_of_rows, map_of_stored_rows
 from supersonic_moe.kernels.sm90.unfused import UNFUSED
@@ -42,7 +42,7 @@ def _spec(config: GemmConfig, kind: int, interleaved: bool) -> KernelSpec:
 
 SPECS = tuple(
     _spec(bf16_form(BLOCK_N, cluster, gather), kind, interleaved)
-    for kind in ALL_KINDS
+    for kind in ALL_BF16_KINDS
     for interleaved in (False, True)
     for gather in (False, True)
     for cluster in (1, 2)
@@ -55,11 +55,11 @@ def _kernel(config: GemmConfig, kind: int, interleaved: bool) -> Kernel:
 
 
 def down_backward(step: DownBackward[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """(dZ (P, N1), s · A (P, I), dS (P) fp32). Activations outside ``KINDS`` and weights stored with H contiguous
+    """(dZ (P, N1), s · A (P, I), dS (P) fp32). Activations outside ``BF16_KINDS`` and weights stored with H contiguous
     take the grouped GEMM and the activation pass instead.
     """
     dout, w2_EHI, z_PN, b1_EN, scores_P, expert_offsets, _, (activation, layout) = step
-    if activation.type not in KINDS or w2_EHI.stride(2) != 1:
+    if activation.type not in BF16_KINDS or w2_EHI.stride(2) != 1:
         return UNFUSED.down_backward(step)
     dout_TH, index = dout
     num_experts, hidden, width = w2_EHI.shape

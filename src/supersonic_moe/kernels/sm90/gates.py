@@ -10,12 +10,14 @@ INTERLEAVED, GATE_UP = GateUpLayout.INTERLEAVED, GateUpLayout.GATE_UP
 KINDS = {ActivationType.SWIGLU: 0, ActivationType.GEGLU: 1, ActivationType.REGLU: 2}  # Act of activation.cuh
 CLAMPED_SWIGLU = 3
 ALL_KINDS = (*KINDS.values(), CLAMPED_SWIGLU)
+BF16_KINDS = {**KINDS, ActivationType.GEGLU_TANH: 4}  # in FP8 it is composed, because each kind is 21 binaries there
+ALL_BF16_KINDS = (*ALL_KINDS, BF16_KINDS[ActivationType.GEGLU_TANH])
 
 
 def kind_of(activation: Activation) -> int:
     """The kernel's ACTIVATION: SwiGLU with constants is one of its own, since they cost a third of its instructions."""
     plain = activation.limit is None and activation.alpha == 1.0 and activation.up_offset == 0.0
-    return KINDS[activation.type] if plain else CLAMPED_SWIGLU
+    return BF16_KINDS[activation.type] if plain else CLAMPED_SWIGLU
 
 
 def half_bases(layout: GateUpLayout, width: int) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.kernels.interface import UpProjection
-from supersonic_moe.kernels.sm90.gates import ALL_KINDS, INTERLEAVED, KINDS, half_bases, kind_of, limit_of
+from supersonic_moe.kernels.sm90.gates import ALL_BF16_KINDS, BF16_KINDS, INTERLEAVED, half_bases, kind_of, limit_of
 from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, OPCODES, WARP_ROWS, GemmConfig, bf16_form, choose
 from supersonic_moe.kernels.sm90.operands import map_of_gate_and_up, map_of_halves, map_of_rows, map_of_stored_rows
 from supersonic_moe.kernels.sm90.unfused import UNFUSED
@@ -37,7 +37,7 @@ def _spec(config: GemmConfig, kind: int) -> KernelSpec:
 
 SPECS = tuple(
     _spec(bf16_form(BLOCK_N, cluster, gather), kind)
-    for kind in ALL_KINDS
+    for kind in ALL_BF16_KINDS
     for gather in (False, True)
     for cluster in (1, 2)
 )
@@ -49,11 +49,11 @@ def _kernel(config: GemmConfig, kind: int) -> Kernel:
 
 
 def up_projection(step: UpProjection[Tensor]) -> tuple[Tensor, Tensor]:
-    """(Z (P, 2I) without the bias, or (0, 2I) if not ``save``; A (P, I)). Activations outside ``KINDS`` and weights
-    stored with H outermost take the grouped GEMM and the activation pass instead.
+    """(Z (P, 2I) without the bias, or (0, 2I) if not ``save``; A (P, I)). Activations outside ``BF16_KINDS`` and
+    weights stored with H outermost take the grouped GEMM and the activation pass instead.
     """
     x, w1_ENH, b1_EN, expert_offsets, _, (activation, layout), save = step
-    if activation.type not in KINDS or w1_ENH.stride(2) != 1:
+    if activation.type not in BF16_KINDS or w1_ENH.stride(2) != 1:
         return UNFUSED.up_projection(step)
     x_TH, index = x
     num_experts, n1, hidden = w1_ENH.shape

@@ -2,7 +2,7 @@
 #pragma once
 #include "epilogue/staging.cuh"
 
-enum class Act : int { SwiGLU = 0, GeGLU = 1, ReGLU = 2, ClampedSwiGLU = 3 };
+enum class Act : int { SwiGLU = 0, GeGLU = 1, ReGLU = 2, ClampedSwiGLU = 3, TanhGeGLU = 4 };
 
 struct ActivationConstants {  // of ClampedSwiGLU; limit is infinite where nothing is clamped
     float alpha, limit, up_offset;
@@ -24,6 +24,8 @@ DEVICE float min_nan(float x, float y) {
 }
 
 DEVICE float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678f)); }
+// GELU's tanh form is x * tanh_cdf(x): 0.5 (1 + tanh u) = sigmoid(2 u), and 2 sqrt(2 / pi) = 1.59576912.
+DEVICE float tanh_cdf(float x) { return sigmoid(1.59576912f * x * (1.0f + 0.044715f * x * x)); }
 DEVICE float relu(float x) { return x < 0.0f ? 0.0f : x; }  // a NaN stays
 
 template <Act Kind>
@@ -35,6 +37,8 @@ DEVICE float gated(float gate, float up, const ActivationConstants& c) {
         return g * sigmoid(c.alpha * g) * (u + c.up_offset);
     } else if constexpr (Kind == Act::GeGLU) {
         return gelu(gate) * up;
+    } else if constexpr (Kind == Act::TanhGeGLU) {
+        return gate * tanh_cdf(gate) * up;
     } else {
         return relu(gate) * up;
     }
@@ -64,6 +68,9 @@ DEVICE GatedSlopes gated_slopes(float gate, float up, const ActivationConstants&
     } else if constexpr (Kind == Act::GeGLU) {
         const float cdf = 0.5f * (1.0f + erff(gate * 0.70710678f)), density = 0.39894228f * __expf(-0.5f * gate * gate);
         return {gate * cdf * up, (cdf + gate * density) * up, gate * cdf};
+    } else if constexpr (Kind == Act::TanhGeGLU) {
+        const float cdf = tanh_cdf(gate), inner = 1.59576912f * gate * (1.0f + 0.134145f * gate * gate);
+        return {gate * cdf * up, (cdf + inner * (cdf - cdf * cdf)) * up, gate * cdf};
     } else {
         return {relu(gate) * up, gate > 0.0f ? up : 0.0f, relu(gate)};
     }
