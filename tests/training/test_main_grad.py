@@ -11,6 +11,7 @@ import contextlib
 import oracle
 import pytest
 import torch
+from main_grad_layers import SIZES, E, H, I, K, MegatronHooks, T, give_main_grads, others, step, twins, weights_of
 from poison import poisoned_allocations  # noqa: F401
 from torch.autograd.graph import save_on_cpu
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,42 +19,6 @@ from torch.utils.checkpoint import checkpoint
 
 import supersonic_moe as sm
 from supersonic_moe.kernels import reference, registry
-
-T, H, I, E, K = 13, 16, 8, 5, 2  # noqa: E741
-SIZES = (13, 0, 1, 40)  # tokens of the micro-batches
-
-
-def weights_of(moe):
-    return moe.c_fc.weight, moe.c_proj.weight
-
-
-def give_main_grads(moe, *, zero=False):
-    for w in weights_of(moe):
-        make = torch.zeros if zero else torch.randn
-        w.main_grad = make(w.shape, dtype=torch.promote_types(w.dtype, torch.float32), device=w.device)
-    return [w.main_grad.clone() for w in weights_of(moe)]
-
-
-def twins(dtype=torch.float64, device="cpu", **kwargs):
-    """The same layer without and with the option."""
-    plain, fused = (
-        sm.MoE(E, K, H, I, "swiglu", True, 0.5, accumulate_into_main_grad=on, **kwargs).to(device, dtype)
-        for on in (False, True)
-    )
-    fused.load_state_dict(plain.state_dict())
-    return plain, fused
-
-
-def step(moe, x, backend=sm.KernelBackendMoE.auto, wrap=None):
-    x = x.clone().requires_grad_()
-    out, aux = moe(x, backend) if wrap is None else wrap(moe, x)
-    (out.double().square().sum() + aux).backward()
-    return x.grad
-
-
-def others(moe):
-    return {name: p for name, p in moe.named_parameters() if not any(p is w for w in weights_of(moe))}
-
 
 # ---- sums ------------------------------------------------------------------------------------------------------------
 
@@ -211,28 +176,6 @@ def test_inference_needs_no_buffer():
 # ---- Megatron --------------------------------------------------------------------------------------------------------
 
 
-class MegatronHooks:
-    """What Megatron's DistributedDataParallel does with overlapped reduction: a hook on the node that accumulates
-    ``.grad`` moves the gradient to main_grad, unless the layer has done so, and counts the parameter as ready.
-    """
-
-    def __init__(self, moe, zero_out_wgrad):
-        self.ready, self.nodes = [], []
-        for name, p in moe.named_parameters():
-            p.main_grad, p.grad_added_to_main_grad = torch.zeros_like(p, dtype=torch.float32), False
-            p.zero_out_wgrad = zero_out_wgrad
-            node = p.expand_as(p).grad_fn.next_functions[0][0]
-            node.register_hook(lambda *_, name=name, p=p: self.hook(name, p))
-            self.nodes.append(node)
-
-    def hook(self, name, p):
-        assert p.grad is not None, "a parameter without gradient would stall the overlapped reduction"
-        if not p.grad_added_to_main_grad or p.zero_out_wgrad:
-            p.main_grad.add_(p.grad)
-        p.grad = None
-        self.ready.append(name)
-
-
 @pytest.mark.parametrize("zero_out_wgrad", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_megatron_hooks_fire_once_and_add_nothing_twice(zero_out_wgrad, autocast):
@@ -260,137 +203,6 @@ def test_anomaly_detection_finds_no_nan_in_a_stand_in():
     with torch.autograd.detect_anomaly(check_nan=True):
         step(fused, torch.randn(T, H))
     assert fused.c_fc.weight.main_grad.any() and not fused.c_fc.weight.grad.any()
-
-
-# ---- which buffer, and what becomes of its content -------------------------------------------------------------------
-
-BUFFERS = {
-    "bf16": lambda w: torch.randn(w.shape).bfloat16(),
-    "strides": lambda w: torch.randn(w.mT.shape).mT,
-    "every other row": lambda w: torch.randn(w.shape[0], 2 * w.shape[1], w.shape[2])[:, ::2],
-    "misaligned": lambda w: torch.randn(w.numel() + 1)[1:].view(w.shape),
-}
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("make", BUFFERS.values(), ids=BUFFERS)
-def test_buffers_that_kernels_cannot_write_get_the_sum_with_one_rounding(make, overwrite):
-    """Megatron's --grad-reduce-in-bf16, and views into larger buffers."""
-    torch.manual_seed(3)
-    exact, fused = twins(torch.bfloat16)
-    before = give_main_grads(exact)
-    exact.accumulate_into_main_grad = True
-    for w, e, start in zip(weights_of(fused), weights_of(exact), before, strict=True):
-        w.main_grad, w.overwrite_main_grad = make(w), overwrite
-        e.main_grad.copy_(0 * start if overwrite else w.main_grad)
-    x = torch.randn(T, H).bfloat16()
-    step(fused, x)
-    step(exact, x)
-    for w, e in zip(weights_of(fused), weights_of(exact), strict=True):
-        torch.testing.assert_close(w.main_grad, e.main_grad.to(w.main_grad.dtype), rtol=1e-6, atol=1e-6)
-        assert e.main_grad.any() and w.grad is None
-
-
-def test_overwritten_buffers_forget_what_was_there():
-    """Megatron-FSDP hands out fresh memory; experts without rows must be written too."""
-    plain, fused = twins()
-    for w in weights_of(fused):
-        w.main_grad, w.overwrite_main_grad = torch.full_like(w, torch.nan), True
-    for tokens in (40, 1, 0):
-        x = torch.randn(tokens, H, dtype=torch.float64)
-        plain.zero_grad()
-        step(fused, x)
-        step(plain, x)
-        for w, want in zip(weights_of(fused), weights_of(plain), strict=True):
-            torch.testing.assert_close(w.main_grad, want.grad, rtol=1e-12, atol=1e-12)
-
-
-def test_overwriting_in_fp8_goes_to_the_kernels():
-    x, results = torch.randn(T, H, dtype=torch.bfloat16), []
-    _, fused = twins(torch.bfloat16, recipe=sm.Fp8Recipe())
-    for content, overwrite in ((0.0, False), (torch.nan, True)):
-        for w in weights_of(fused):
-            w.main_grad, w.overwrite_main_grad = torch.full(w.shape, content), overwrite
-        step(fused, x)
-        results.append([w.main_grad for w in weights_of(fused)])
-    assert all(torch.equal(a, b) and a.any() for a, b in zip(*results, strict=True))
-
-
-def test_get_main_grad_is_called():
-    plain, fused = twins()
-    buffers = {}
-    for w in weights_of(fused):
-        w.get_main_grad = lambda w=w: buffers.setdefault(w, torch.zeros_like(w))
-    x = torch.randn(T, H, dtype=torch.float64)
-    step(fused, x)
-    step(plain, x)
-    for w, want in zip(weights_of(fused), weights_of(plain), strict=True):
-        torch.testing.assert_close(buffers[w], want.grad, rtol=1e-12, atol=1e-12)
-
-
-# ---- backward in two passes ------------------------------------------------------------------------------------------
-
-
-def in_two_passes(loss, x, leaves):
-    (dx,) = torch.autograd.grad(loss, x, retain_graph=True)
-    loss.backward(inputs=leaves)
-    return dx
-
-
-def in_two_backwards(loss, x, leaves):
-    loss.backward(inputs=[x], retain_graph=True)
-    loss.backward(inputs=leaves)
-    return x.grad
-
-
-@pytest.mark.parametrize("megatron", [False, True])
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("split", [in_two_passes, in_two_backwards])
-def test_a_backward_in_two_passes_adds_each_gradient_once(split, autocast, megatron):
-    """Zero-bubble schedules: dx first, weights later. The first pass must not touch a buffer."""
-    plain, fused = twins(torch.float32)
-    hooks = MegatronHooks(fused, zero_out_wgrad=False) if megatron else None
-    if not megatron:
-        give_main_grads(fused, zero=True)
-    x = torch.randn(T, H)
-    with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
-        want_dx = step(plain, x)
-        x.requires_grad_()
-        out, aux = fused(x)
-    loss = out.double().square().sum() + aux
-    assert torch.equal(split(loss, x, list(fused.parameters())), want_dx)
-    for name, p in fused.named_parameters():
-        want = plain.get_parameter(name).grad
-        got = p.main_grad if megatron or any(p is w for w in weights_of(fused)) else p.grad
-        assert oracle.rel_fro(got, want) < (5e-3 if autocast else 1e-6), name
-    assert hooks is None or sorted(hooks.ready) == sorted(name for name, _ in fused.named_parameters())
-
-
-def test_the_first_pass_computes_no_weight_gradient(monkeypatch):
-    _, fused = twins()
-    give_main_grads(fused, zero=True)
-    x, calls = torch.randn(T, H, dtype=torch.float64, requires_grad=True), []
-    kernel = reference.grouped_mm_wgrad
-    monkeypatch.setattr(reference, "grouped_mm_wgrad", lambda *a, **k: calls.append(1) or kernel(*a, **k))
-    loss = fused(x)[0].square().sum()
-    torch.autograd.grad(loss, x, retain_graph=True)
-    assert not calls
-    loss.backward(inputs=[fused.c_fc.weight])
-    assert len(calls) == 1 and fused.c_fc.weight.main_grad.any() and not fused.c_proj.weight.main_grad.any()
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_autograd_grad_returns_gradients_and_adds_none(autocast):
-    """As for plain weights, whose ``.grad`` it leaves alone."""
-    plain, fused = twins(torch.float32)
-    before = give_main_grads(fused)
-    x, grads = torch.randn(T, H), []
-    for moe in (plain, fused):
-        with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
-            loss = moe(x)[0].square().sum()
-        grads.append(torch.autograd.grad(loss, weights_of(moe)))
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-    assert all(torch.equal(w.main_grad, b) for w, b in zip(weights_of(fused), before, strict=True))
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
