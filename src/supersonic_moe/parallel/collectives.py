@@ -9,7 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
+from supersonic_moe import checks
 from supersonic_moe.parallel.watch import Watch
 
 
@@ -53,3 +55,26 @@ class Collectives:
 
 def _bytes(rows: Tensor) -> Tensor:
     return rows.contiguous().view(torch.uint8)
+
+
+def group_of(group: object) -> dist.ProcessGroup:
+    """The process group of an argument: itself, or that of a mesh of one dimension."""
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(
+                f"ExpertParallel needs a one-dimensional DeviceMesh; got {group.ndim} dimensions. Pass a slice of it, "
+                'such as mesh["ep"].'
+            )
+        return group.get_group()
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            "ExpertParallel needs a process group of torch.distributed or a DeviceMesh; got "
+            f"{checks.describe(group)}. Call torch.distributed.init_process_group() and pass "
+            "torch.distributed.group.WORLD."
+        )
+    return group
+
+
+def name_of(group: dist.ProcessGroup) -> str:
+    """What its user called it, else what torch does."""
+    return group.group_desc or group.group_name

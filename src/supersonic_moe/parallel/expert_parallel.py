@@ -38,7 +38,7 @@ from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.config.router import TokenRounding, TopKRouter, as_router
 from supersonic_moe.functional import LayerOutput, RouterWeight
 from supersonic_moe.parallel import fp8_wire
-from supersonic_moe.parallel.collectives import Collectives
+from supersonic_moe.parallel.collectives import Collectives, group_of, name_of
 from supersonic_moe.parallel.departures import Departures, departures, departures_everywhere, in_fixed_places
 from supersonic_moe.parallel.overflow import Overflow
 from supersonic_moe.parallel.traffic import share_of_ranks, traffic
@@ -123,7 +123,7 @@ class ExpertParallel:
                 f'transport="gather" has a place for each of max_tokens tokens, and no capacity; got {capacity}. Leave '
                 "capacity out."
             )
-        self.group = _group(group)
+        self.group = group_of(group)
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         if num_experts % self.size:
             raise ValueError(
@@ -138,7 +138,7 @@ class ExpertParallel:
         self._calls = 0
         if self.size > 1:
             name = self._agree()
-            what = f"expert parallel group {_name_of(self.group)!r} ({self.size} ranks)"
+            what = f"expert parallel group {name_of(self.group)!r} ({self.size} ranks)"
             self._watch = Watch(what, self.rank, self.size, default_store(name), timeout_s)
             self._ranks = Collectives(self.group, self._watch)
             self._overflow = None if capacity == "exact" else Overflow(self._ranks, capacity)
@@ -471,27 +471,6 @@ class ExpertParallel:
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
-
-
-def _group(group: object) -> dist.ProcessGroup:
-    if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
-            raise ValueError(
-                f"ExpertParallel needs a one-dimensional DeviceMesh; got {group.ndim} dimensions. Pass a slice of it, "
-                'such as mesh["ep"].'
-            )
-        return group.get_group()
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(
-            "ExpertParallel needs a process group of torch.distributed or a DeviceMesh; got "
-            f"{checks.describe(group)}. Call torch.distributed.init_process_group() and pass "
-            "torch.distributed.group.WORLD."
-        )
-    return group
-
-
-def _name_of(group: dist.ProcessGroup) -> str:
-    return group.group_desc or group.group_name
 
 
 def _described(call: int, signature: int) -> str:
