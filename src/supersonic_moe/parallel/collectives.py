@@ -66,6 +66,11 @@ def group_of(group: object) -> dist.ProcessGroup:
                 'such as mesh["ep"].'
             )
         return group.get_group()
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            "ExpertParallel must be made on the ranks of its group; this process is not one of them (dist.new_group "
+            "says so by NON_GROUP_MEMBER). Make it on those ranks only, or pass the group that holds this one."
+        )
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
             "ExpertParallel needs a process group of torch.distributed or a DeviceMesh; got "
