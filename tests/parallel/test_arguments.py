@@ -1,4 +1,4 @@
-"""Arguments of the wrong kind say what belongs there."""
+"""Arguments of the wrong kind say what belongs there, and right ones are quiet."""
 
 from __future__ import annotations
 
@@ -23,3 +23,7 @@ def test_arguments_of_the_wrong_kind_say_what_belongs_there() -> None:
         assert re.match(r"TypeError: handle must be the \.handle of what dispatch\(\) returned; got Dispatched", whole)
         assert re.match(r"TypeError: handle must be .*; got NoneType", nothing)
         assert right == "no error"
+
+
+def test_a_step_warns_of_nothing() -> None:
+    assert run_ranks(2, arguments.warnings_of_steps) == [{"exact": [], "capacity": [], "gather": []}] * 2

@@ -1,7 +1,8 @@
-"""Arguments of expert parallelism that are of the wrong kind, each on all ranks: what each says."""
+"""Arguments of expert parallelism of the wrong kind, each on all ranks: what each says. And what right ones do."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import parallel_cases as cases
@@ -54,3 +55,17 @@ def errors_of_handles() -> list[str]:
 
 def errors() -> tuple[list[str], list[str], list[str]]:
     return errors_of_groups(), errors_of_meshes(), errors_of_handles()
+
+
+def warnings_of_steps() -> dict[str, list[str]]:
+    """What Python warns of in a step, forward and backward, of each way."""
+    found = {}
+    tokens = [3] * dist.get_world_size()
+    for name, way in {"exact": {}, "capacity": {"capacity": 8}, "gather": {"transport": "gather"}}.items():
+        ep = cases.make(**way)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            cases.run(ep, cases.here(cases.inputs(tokens, torch.float32), tokens))
+        ep.close()
+        found[name] = [str(w.message) for w in caught]
+    return found
