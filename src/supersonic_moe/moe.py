@@ -140,6 +140,14 @@ class MoE(nn.Module):
         self.expert_parallel = expert_parallel
         experts_here, first = num_experts, None
         if expert_parallel is not None:
+            from supersonic_moe.parallel.expert_parallel import ExpertParallel  # only those who have one need it
+
+            if not isinstance(expert_parallel, ExpertParallel):
+                raise TypeError(
+                    f"expert_parallel must be a parallel.ExpertParallel; got {checks.short(expert_parallel)}. Make "
+                    "one of the process group: ExpertParallel(group, num_experts=..., top_k=..., hidden=..., "
+                    "max_tokens=...)."
+                )
             expert_parallel.check_layer(num_experts, num_experts_per_tok, hidden_size, self.routing)
             experts_here = expert_parallel.experts_here
             first = expert_parallel.first_expert if expert_parallel.size > 1 else None

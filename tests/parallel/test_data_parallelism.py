@@ -9,7 +9,9 @@ import pytest
 from ranks import run_ranks
 
 
-@pytest.mark.parametrize(("how", "ranks"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4), ("copies", 4)])
+@pytest.mark.parametrize(
+    ("how", "ranks"), [("ddp", 2), ("ddp", 4), ("ddp, clipped", 2), ("fsdp", 2), ("fsdp", 4), ("copies", 4)]
+)
 def test_training_is_that_of_one_process(how: str, ranks: int) -> None:
     assert max(run_ranks(ranks, training.train, how)) < 1e-12
 

@@ -15,11 +15,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 
 from supersonic_moe import MoE
 from supersonic_moe.parallel import ExpertParallel, shard_experts
 
 STEPS, TOKENS = 3, 19
+LIMIT = 0.1
+"""Of the norm of all gradients, which is larger in every step."""
 
 
 class Model(nn.Module):
@@ -45,12 +48,14 @@ def whole_model() -> Model:
     return Model().double()
 
 
-def trained_by_one(ranks: int) -> Model:
+def trained_by_one(ranks: int, clips: bool) -> Model:
     model = whole_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
     for step in range(STEPS):
         losses = [(model(x) - y).square().mean() for x, y in (batch(step, rank) for rank in range(ranks))]
         torch.stack(losses).mean().backward()
+        if clips:
+            assert clip_grad_norm_(model.parameters(), LIMIT) > LIMIT
         optimizer.step()
         optimizer.zero_grad()
     return model
@@ -71,6 +76,17 @@ def averaged(gradient: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
+def clip(model: nn.Module, experts: list[nn.Parameter], limit: float) -> Tensor:
+    """torch's ``clip_grad_norm_`` for DTensors of experts beside plain weights: a norm of each, then of both."""
+    spread = set(experts)
+    kinds = [p for p in model.parameters() if p in spread], [p for p in model.parameters() if p not in spread]
+    norms = [get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds]
+    total = get_total_norm([n.full_tensor() if isinstance(n, DTensor) else n for n in norms])
+    for kind in kinds:
+        clip_grads_with_norm_(kind, limit, total)
+    return total
+
+
 def train(how: str) -> float:
     """The largest difference of any weight from that of one process, after training on all ranks."""
     ranks = dist.get_world_size()
@@ -79,7 +95,7 @@ def train(how: str) -> float:
     mesh = init_device_mesh("cpu", (copies, ranks // copies), mesh_dim_names=("copies", "ep"))
     model, experts = spread_model(mesh["ep"], 1 if how == "copies" else ranks)
     forward: nn.Module = model
-    if how == "ddp":
+    if how in ("ddp", "ddp, clipped"):
         forward = DistributedDataParallel(model)
     elif how == "copies":
         router = model.moe.router.weight
@@ -97,9 +113,11 @@ def train(how: str) -> float:
     for step in range(STEPS):
         x, y = batch(step, dist.get_rank())
         (forward(x) - y).square().mean().backward()
+        if how == "ddp, clipped":
+            clip(model, experts, LIMIT)
         optimizer.step()
         optimizer.zero_grad()
-    want = trained_by_one(ranks).state_dict()
+    want = trained_by_one(ranks, how == "ddp, clipped").state_dict()
     got = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     model.moe.expert_parallel.close()
     if dist.get_rank():  # only rank 0 gets the whole

@@ -14,6 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from supersonic_moe import checks
 from supersonic_moe.parallel.watch import Watch
 
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""torch 2.13 calls it by its first name, and warns of the other, which is all that older ones have."""
+
 
 class Collectives:
     """Collectives of one group, each under the eyes of a :class:`Watch`. Rows travel as bytes, in any dtype."""
@@ -35,7 +38,7 @@ class Collectives:
     def gather(self, rows_MC: Tensor, call: int, phase: str) -> Tensor:
         """(R·M, C): the M rows of each rank, in order of ranks."""
         rows_UC = rows_MC.new_empty(rows_MC.shape[0] * dist.get_world_size(self.group), rows_MC.shape[1])
-        self._run(call, phase, rows_MC.device, dist.all_gather_into_tensor, _bytes(rows_UC), _bytes(rows_MC))
+        self._run(call, phase, rows_MC.device, _all_gather, _bytes(rows_UC), _bytes(rows_MC))
         return rows_UC
 
     def maximum(self, value: Tensor, call: int, phase: str) -> Tensor:
@@ -66,6 +69,11 @@ def group_of(group: object) -> dist.ProcessGroup:
                 'such as mesh["ep"].'
             )
         return group.get_group()
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            "ExpertParallel must be made on the ranks of its group; this process is not one of them (dist.new_group "
+            "says so by NON_GROUP_MEMBER). Make it on those ranks only, or pass the group that holds this one."
+        )
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
             "ExpertParallel needs a process group of torch.distributed or a DeviceMesh; got "

@@ -298,8 +298,10 @@ class ExpertParallel:
         """(T, H) in the dtype of ``part``: for each token of this rank the sum of what its ranks computed, in order of
         ranks. ``part_UH`` has a row for each received token.
         """
-        if handle is None:
+        if handle is None and self.size == 1:
             return part_UH
+        if not isinstance(handle, Trip):
+            raise TypeError(f"handle must be the .handle of what dispatch() returned; got {type(handle).__name__}.")
         checks.tensor("part", part_UH, 2, "(U, H)")
         checks.size(
             "part", "shape", tuple(part_UH.shape), (handle.arrived, self.hidden), "a row for each received token"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -41,10 +42,16 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, *, gradient_divisor: int =
             f"shard_experts needs a model with at least one MoE(..., expert_parallel=...); {type(model).__name__} has "
             "none."
         )
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(
+            f'mesh must be a DeviceMesh; got {checks.describe(mesh)}. Make one with init_device_mesh("cuda", (ranks,), '
+            'mesh_dim_names=("ep",)).'
+        )
     sharded: dict[str, nn.Parameter] = {}
     for path, module in layers.items():
         layer: Any = module
-        checks.size("mesh", "ranks", mesh.size(), layer.expert_parallel.size, "those of the layer's ExpertParallel")
+        ranks = dist.get_process_group_ranks(layer.expert_parallel.group)
+        checks.size("mesh", "ranks", mesh.mesh.tolist(), ranks, "those of the layer's ExpertParallel, in one dimension")
         for projection in ("c_fc", "c_proj"):
             experts = getattr(layer, projection)
             for name, parameter in list(experts.named_parameters(recurse=False)):

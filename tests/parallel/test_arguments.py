@@ -1,0 +1,29 @@
+"""Arguments of the wrong kind say what belongs there, and right ones are quiet."""
+
+from __future__ import annotations
+
+import re
+
+import parallel_arguments as arguments
+from ranks import run_ranks
+
+
+def test_arguments_of_the_wrong_kind_say_what_belongs_there() -> None:
+    for groups, meshes, handles in run_ranks(2, arguments.errors):
+        group, number, outside = groups
+        assert re.match(r"TypeError: expert_parallel must be a parallel\.ExpertParallel; got .*ProcessGroup", group)
+        assert re.match(r"TypeError: expert_parallel must be a parallel\.ExpertParallel; got 2\. Make one", number)
+        assert re.match(r"ValueError: .*this process is not one of them", outside)
+        group, dimensions, order, right = meshes
+        assert re.match(r"TypeError: mesh must be a DeviceMesh; got ProcessGroup", group)
+        assert re.match(r"ValueError: mesh must have ranks \[0, 1\] .*; got \[\[0\], \[1\]\]", dimensions)
+        assert re.match(r"ValueError: mesh must have ranks \[0, 1\] .*; got \[1, 0\]", order)
+        assert right == "no error"
+        whole, nothing, right = handles
+        assert re.match(r"TypeError: handle must be the \.handle of what dispatch\(\) returned; got Dispatched", whole)
+        assert re.match(r"TypeError: handle must be .*; got NoneType", nothing)
+        assert right == "no error"
+
+
+def test_a_step_warns_of_nothing() -> None:
+    assert run_ranks(2, arguments.warnings_of_steps) == [{"exact": [], "capacity": [], "gather": []}] * 2

@@ -1,0 +1,71 @@
+"""Arguments of expert parallelism of the wrong kind, each on all ranks: what each says. And what right ones do."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import parallel_cases as cases
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from supersonic_moe import MoE
+from supersonic_moe.parallel import shard_experts
+
+
+def layer(expert_parallel: Any) -> MoE:
+    return MoE(cases.E, cases.K, cases.H, cases.I, "swiglu", False, 0.02, expert_parallel=expert_parallel)
+
+
+def errors_of_groups() -> list[str]:
+    """A layer of a group, a group of other ranks."""
+    outside = [dist.new_group([rank]) for rank in range(2)][1 - dist.get_rank()]
+    return [
+        cases.error_of(lambda: layer(dist.group.WORLD)),
+        cases.error_of(lambda: layer(2)),
+        cases.error_of(lambda: cases.ExpertParallel(outside, num_experts=8, top_k=2, hidden=64, max_tokens=8)),
+    ]
+
+
+def errors_of_meshes() -> list[str]:
+    """A group in the place of a mesh; meshes of other dimensions, in another order; and the right one."""
+    size = dist.get_world_size()
+    model = layer(ep := cases.make())
+    meshes = (
+        dist.group.WORLD,
+        init_device_mesh("cpu", (size, 1), mesh_dim_names=("ep", "tp")),
+        DeviceMesh("cpu", list(reversed(range(size)))),
+        init_device_mesh("cpu", (size,)),
+    )
+    found = [cases.error_of(lambda mesh=mesh: shard_experts(model, mesh)) for mesh in meshes]
+    ep.close()
+    return found
+
+
+def errors_of_handles() -> list[str]:
+    """What dispatch returned in the place of its handle, no handle; and the right one."""
+    ep = cases.make()
+    ids = torch.arange(cases.K).expand(3, cases.K)
+    got = ep.dispatch(torch.ones(3, cases.H), ids, torch.ones(3, cases.K))
+    found = [cases.error_of(lambda h=h: ep.combine(got.x, h)) for h in (got, None, got.handle)]
+    ep.close()
+    return found
+
+
+def errors() -> tuple[list[str], list[str], list[str]]:
+    return errors_of_groups(), errors_of_meshes(), errors_of_handles()
+
+
+def warnings_of_steps() -> dict[str, list[str]]:
+    """What Python warns of in a step, forward and backward, of each way."""
+    found = {}
+    tokens = [3] * dist.get_world_size()
+    for name, way in {"exact": {}, "capacity": {"capacity": 8}, "gather": {"transport": "gather"}}.items():
+        ep = cases.make(**way)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            cases.run(ep, cases.here(cases.inputs(tokens, torch.float32), tokens))
+        ep.close()
+        found[name] = [str(w.message) for w in caught]
+    return found
