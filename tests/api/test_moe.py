@@ -111,6 +111,22 @@ def test_autocast_computes_in_bf16_and_returns_fp32_gradients():
     assert all(p.grad.dtype == torch.float32 for p in moe.parameters())
 
 
+@pytest.mark.parametrize("router_dtype", [None, torch.float32])
+def test_autocast_leaves_fp64_as_it_is(router_dtype):
+    """As every operator of torch does: a layer in fp64 has the same bits under autocast."""
+    moe = layer(router_dtype=router_dtype, dtype=torch.float64)
+    results = []
+    for enabled in (False, True):
+        x = torch.linspace(-1, 1, T * H, dtype=torch.float64).sin().view(T, H).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out, aux = moe(x)
+            y = sm.grouped_linear(x, moe.c_fc.weight, torch.full((E,), T))
+        (out.square().sum() + aux + y.sum()).backward()
+        results.append([out, aux, y, x.grad])
+    for plain, got in zip(*results, strict=True):
+        assert got.dtype == plain.dtype and torch.equal(got, plain)
+
+
 @pytest.mark.parametrize("router", ["softmax_after_topk", "sigmoid_grouped_topk"])
 def test_compile_fullgraph_with_changing_token_count(router):
     moe = layer(router=router, add_bias=True)
