@@ -196,6 +196,7 @@ class MoE(nn.Module):
                 f"hidden_states must be a tensor of shape (..., {self.hidden_size}); "
                 f"got {checks.describe(hidden_states)}."
             )
+        checks.strided("hidden_states", hidden_states)
         checks.size(
             "hidden_states", "last dimension", hidden_states.shape[-1], self.hidden_size, "hidden_size of the layer"
         )

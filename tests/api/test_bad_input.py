@@ -87,6 +87,10 @@ BAD = [
     ("x rank", lambda: layer(x_TH=X[None]), ValueError, "x must have 2 dimensions"),
     ("x integer", lambda: layer(x_TH=X.int()), TypeError, "x must be bfloat16"),
     ("x fp8", lambda: layer(x_TH=X.to(torch.float8_e4m3fn)), TypeError, "x must be bfloat16"),
+    ("x sparse", lambda: layer(x_TH=X.to_sparse()), TypeError, "x must be a dense tensor; got a sparse_coo tensor"),
+    ("rows sparse", lambda: sm.grouped_linear(X.to_sparse(), W1, OFFS), TypeError, "x must be a dense tensor"),
+    ("x sparse in the module", lambda: moe()(X.to_sparse()), TypeError, "hidden_states must be a dense tensor"),
+    ("x jagged in the module", lambda: moe()(torch.nested.nested_tensor([X, X[:2]], layout=torch.jagged)), TypeError, r"got a nested tensor.*x\.values\(\)"),
     ("x hidden size", lambda: layer(x_TH=X[:, :-1].contiguous()), ValueError, "last dimension of x"),
     # weights
     ("w1 rank", lambda: layer(w1=W1[0]), ValueError, "w1 must have 3 dimensions"),
