@@ -15,7 +15,7 @@ from supersonic_moe.config.activation import Activation, ActivationType, GateUpL
 from supersonic_moe.config.recipe import Fp8Recipe, Recipe, as_recipe
 from supersonic_moe.config.router import SigmoidGroupedTopK, TokenRounding, TopKRouter, as_router, check_router
 from supersonic_moe.functional import RouterWeight, run_layer
-from supersonic_moe.parts import Experts, Router, is_plain_linear, weights_of
+from supersonic_moe.parts import Experts, Router, is_plain_linear, reset, weights_of
 from supersonic_moe.private_api import in_backward, member_of
 from supersonic_moe.quantization.weight_cache import WeightCache
 from supersonic_moe.routing.aux_loss import router_z_loss, switch_load_balancing_loss
@@ -165,7 +165,7 @@ class MoE(nn.Module):
     def reset_parameters(self) -> None:
         """What the constructor does to parameters and buffers; after ``to_empty``, for instance."""
         for part in (self.router, self.c_fc, self.c_proj):
-            part.reset_parameters()
+            reset(part)
         self.expert_counts.zero_()
         if self.correction_bias is not None and self.counts_since_update is not None:
             self.correction_bias.zero_()

@@ -292,6 +292,15 @@ def test_router_has_the_standard_deviation_that_was_asked_for():
         assert weight.std().item() == pytest.approx(0.5, rel=0.05)
 
 
+def test_a_router_of_parts_is_reset_part_by_part():
+    moe = layer()
+    moe.router = torch.nn.Sequential(torch.nn.Linear(H, 4), torch.nn.Tanh(), torch.nn.Linear(4, E))
+    for parameter in moe.parameters():
+        torch.nn.init.constant_(parameter, 77)
+    moe.reset_parameters()
+    assert all(parameter.abs().max() < 7 for parameter in moe.parameters())
+
+
 def test_skip_init():
     moe = torch.nn.utils.skip_init(
         MoE, E, K, H, I, "swiglu", True, 0.5, router="sigmoid_grouped_topk", device="cpu", dtype=torch.float64
