@@ -117,6 +117,7 @@ BAD = [
     ("router weight experts", lambda: layer(router_weight_EH=ROUTER[:-1]), ValueError, "router_weight must have expert count 4"),
     ("router weight hidden size", lambda: layer(router_weight_EH=ROUTER[:, :-1]), ValueError, "router_weight must have hidden size 8"),
     ("router weight dtype", lambda: layer(router_weight_EH=ROUTER.double()), TypeError, "router_weight and x must have one dtype"),
+    ("router weight dtype, the fix", lambda: layer(router_weight_EH=ROUTER.double()), TypeError, "router_dtype=torch.float32"),
     ("router dtype", lambda: layer(router_dtype=torch.int32), TypeError, "router_dtype must be a float dtype"),
     ("module router dtype", lambda: moe(router_dtype="fp32"), TypeError, "router_dtype must be a float dtype"),
     ("token mask", lambda: layer(token_mask_T=X[:, 0]), TypeError, "token_mask must be a bool tensor"),
