@@ -120,6 +120,7 @@ class MoE(nn.Module):
         ):
             checks.positive(name, value)
         checks.flag("add_bias", add_bias)
+        checks.number("std", std, lowest=0)
         checks.number("z_loss_weight", z_loss_weight, lowest=0)
         if router_dtype is not None:
             checks.floating_dtype("router_dtype", router_dtype)
@@ -366,7 +367,11 @@ def constant_weights(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _layers(model: nn.Module, what: str) -> list[MoE]:
+def _layers(model: object, what: str) -> list[MoE]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{what} needs a torch.nn.Module; got {checks.describe(model)}. Put several in a torch.nn.ModuleList."
+        )
     layers = [m for m in model.modules() if isinstance(m, MoE)]
     if not layers:
         raise ValueError(f"{what} needs a model with at least one MoE layer; {type(model).__name__} has none.")
