@@ -198,6 +198,15 @@ def test_correction_bias_stays_in_fp32():
     moe(torch.randn(T, H, dtype=torch.bfloat16))
 
 
+def test_export_with_any_number_of_tokens():
+    moe = layer(router="sigmoid_grouped_topk").eval()
+    program = torch.export.export(moe, (torch.randn(T, H),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    for tokens in (T, 3 * T + 1):
+        x = torch.randn(tokens, H)
+        for got, want in zip(program.module()(x), moe(x), strict=True):
+            torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("router", ["softmax_after_topk", "sigmoid_grouped_topk"])
 def test_compile_fullgraph_around_a_checkpoint(router):
     """No attribute may be set in there, so counts are kept in place."""
