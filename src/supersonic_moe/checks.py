@@ -45,6 +45,16 @@ def tensor(name: str, t: object, rank: int, shape: str) -> None:
         raise ValueError(f"{name} must have {rank} dimensions {shape}; got {describe(t)}. Reshape it before the call.")
 
 
+def strided(name: str, t: Tensor) -> None:
+    if t.layout is torch.strided and not t.is_nested:
+        return
+    kind = "nested" if t.is_nested else str(t.layout).removeprefix("torch.")
+    raise TypeError(
+        f"{name} must be a dense tensor; got a {kind} tensor. Pass its tokens as rows: x.values() of a jagged tensor, "
+        "x.to_dense() of a sparse one."
+    )
+
+
 def floating(name: str, t: Tensor) -> None:
     if t.dtype not in _FLOATING:
         raise TypeError(

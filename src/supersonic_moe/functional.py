@@ -320,6 +320,7 @@ def _checked(x: Tensor, w1: Tensor, w2: Tensor, options: Options) -> _Experts:
     """
     b1, b2, activation, recipe = options.b1, options.b2, options.activation, options.recipe
     checks.tensor("x", x, 2, "(T, H)")
+    checks.strided("x", x)
     checks.floating("x", x)
     checks.tensor("w1", w1, 3, "(E, N1, H)")
     checks.tensor("w2", w2, 3, "(E, H, I)")
@@ -380,7 +381,11 @@ def _check_router_weight(x: Tensor, weight: Tensor, w1: Tensor, dtype: torch.dty
     if dtype is not None:
         checks.floating_dtype("router_dtype", dtype)
     elif weight.dtype is not x.dtype and autocast_dtype(x) is None:
-        checks.same_dtype("router_weight", weight, "x", x)
+        raise TypeError(
+            f"router_weight and x must have one dtype; got {checks.describe(weight)} and {checks.describe(x)}. "
+            "Convert one with .to(dtype), pass router_dtype=torch.float32 for logits in fp32, or run under "
+            "torch.autocast."
+        )
     checks.size("router_weight", "hidden size", weight.shape[1], x.shape[1], "the last dimension of x")
     checks.size("router_weight", "expert count", weight.shape[0], w1.shape[0], "the experts of w1")
 

@@ -15,7 +15,7 @@ from supersonic_moe.config.activation import Activation, ActivationType, GateUpL
 from supersonic_moe.config.recipe import Fp8Recipe, Recipe, as_recipe
 from supersonic_moe.config.router import SigmoidGroupedTopK, TokenRounding, TopKRouter, as_router, check_router
 from supersonic_moe.functional import RouterWeight, run_layer
-from supersonic_moe.parts import Experts, Router, is_plain_linear, weights_of
+from supersonic_moe.parts import Experts, Router, is_plain_linear, reset, weights_of
 from supersonic_moe.private_api import in_backward, member_of
 from supersonic_moe.quantization.weight_cache import WeightCache
 from supersonic_moe.routing.aux_loss import router_z_loss, switch_load_balancing_loss
@@ -120,6 +120,7 @@ class MoE(nn.Module):
         ):
             checks.positive(name, value)
         checks.flag("add_bias", add_bias)
+        checks.number("std", std, lowest=0)
         checks.number("z_loss_weight", z_loss_weight, lowest=0)
         if router_dtype is not None:
             checks.floating_dtype("router_dtype", router_dtype)
@@ -173,7 +174,7 @@ class MoE(nn.Module):
     def reset_parameters(self) -> None:
         """What the constructor does to parameters and buffers; after ``to_empty``, for instance."""
         for part in (self.router, self.c_fc, self.c_proj):
-            part.reset_parameters()
+            reset(part)
         self.expert_counts.zero_()
         if self.correction_bias is not None and self.counts_since_update is not None:
             self.correction_bias.zero_()
@@ -204,6 +205,7 @@ class MoE(nn.Module):
                 f"hidden_states must be a tensor of shape (..., {self.hidden_size}); "
                 f"got {checks.describe(hidden_states)}."
             )
+        checks.strided("hidden_states", hidden_states)
         checks.size(
             "hidden_states", "last dimension", hidden_states.shape[-1], self.hidden_size, "hidden_size of the layer"
         )
@@ -373,7 +375,11 @@ def constant_weights(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _layers(model: nn.Module, what: str) -> list[MoE]:
+def _layers(model: object, what: str) -> list[MoE]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{what} needs a torch.nn.Module; got {checks.describe(model)}. Put several in a torch.nn.ModuleList."
+        )
     layers = [m for m in model.modules() if isinstance(m, MoE)]
     if not layers:
         raise ValueError(f"{what} needs a model with at least one MoE layer; {type(model).__name__} has none.")

@@ -95,6 +95,16 @@ class Experts(nn.Module):
         return f"{sizes}, bias={self.bias is not None}"
 
 
+def reset(part: nn.Module) -> None:
+    """``reset_parameters`` of ``part``; of a router without one, a Sequential say, that of what it is made of."""
+    own = getattr(part, "reset_parameters", None)
+    if callable(own):
+        own()
+        return
+    for child in part.children():
+        reset(child)
+
+
 def is_plain_linear(router: nn.Module) -> bool:
     """Whether a call of the router would do nothing but multiply by its weight, so that the product may be fused."""
     kind = type(router)

@@ -111,6 +111,22 @@ def test_autocast_computes_in_bf16_and_returns_fp32_gradients():
     assert all(p.grad.dtype == torch.float32 for p in moe.parameters())
 
 
+@pytest.mark.parametrize("router_dtype", [None, torch.float32])
+def test_autocast_leaves_fp64_as_it_is(router_dtype):
+    """As every operator of torch does: a layer in fp64 has the same bits under autocast."""
+    moe = layer(router_dtype=router_dtype, dtype=torch.float64)
+    results = []
+    for enabled in (False, True):
+        x = torch.linspace(-1, 1, T * H, dtype=torch.float64).sin().view(T, H).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out, aux = moe(x)
+            y = sm.grouped_linear(x, moe.c_fc.weight, torch.full((E,), T))
+        (out.square().sum() + aux + y.sum()).backward()
+        results.append([out, aux, y, x.grad])
+    for plain, got in zip(*results, strict=True):
+        assert got.dtype == plain.dtype and torch.equal(got, plain)
+
+
 @pytest.mark.parametrize("router", ["softmax_after_topk", "sigmoid_grouped_topk"])
 def test_compile_fullgraph_with_changing_token_count(router):
     moe = layer(router=router, add_bias=True)
@@ -180,6 +196,15 @@ def test_correction_bias_stays_in_fp32():
     assert moe.correction_bias.dtype == torch.float32
     assert (moe.correction_bias == torch.tensor(0.5 + 1e-4)).all()
     moe(torch.randn(T, H, dtype=torch.bfloat16))
+
+
+def test_export_with_any_number_of_tokens():
+    moe = layer(router="sigmoid_grouped_topk").eval()
+    program = torch.export.export(moe, (torch.randn(T, H),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    for tokens in (T, 3 * T + 1):
+        x = torch.randn(tokens, H)
+        for got, want in zip(program.module()(x), moe(x), strict=True):
+            torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("router", ["softmax_after_topk", "sigmoid_grouped_topk"])
@@ -274,6 +299,15 @@ def test_router_has_the_standard_deviation_that_was_asked_for():
         module.reset_parameters()  # as FSDP2's recipes do
     for weight in moe.parameters():
         assert weight.std().item() == pytest.approx(0.5, rel=0.05)
+
+
+def test_a_router_of_parts_is_reset_part_by_part():
+    moe = layer()
+    moe.router = torch.nn.Sequential(torch.nn.Linear(H, 4), torch.nn.Tanh(), torch.nn.Linear(4, E))
+    for parameter in moe.parameters():
+        torch.nn.init.constant_(parameter, 77)
+    moe.reset_parameters()
+    assert all(parameter.abs().max() < 7 for parameter in moe.parameters())
 
 
 def test_skip_init():
