@@ -124,7 +124,7 @@ def _multiple(name: str, value: int, of: int) -> None:
 
 
 def _scales(name: str, scale: Tensor, shape: tuple[int, ...], of: Tensor, dense: bool = True) -> None:
-    checks.tensor(name, scale, len(shape), str(shape))
+    checks.tensor(name, scale, len(shape), shape)
     if scale.dtype is not torch.float32:
         raise TypeError(f"{name} must be float32; got {checks.describe(scale)}. Convert it with .float().")
     checks.size(name, "shape", tuple(scale.shape), shape, "one scale for each block of 128")
