@@ -38,7 +38,8 @@ def describe(t: object) -> str:
     return f"{type(t).__name__} ({short(t)})"
 
 
-def tensor(name: str, t: object, rank: int, shape: str) -> None:
+def tensor(name: str, t: object, rank: int, shape: object) -> None:
+    """``shape`` is only printed: the names of the axes, or their sizes."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of shape {shape}; got {describe(t)}.")
     if t.dim() != rank:

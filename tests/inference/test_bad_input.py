@@ -62,6 +62,20 @@ TOPK = [
     ({"gate_up_order": "down_up"}, ValueError, "unknown gate/up layout 'down_up'"),
     ({"swiglu_limit": 0.0}, ValueError, "limit must be a positive finite number"),
     ({"routed_scaling_factor": float("inf")}, ValueError, "routed_scaling_factor must be a finite number"),
+    ({"routed_scaling_factor": None}, TypeError, r"routed_scaling_factor must be a number; got NoneType"),
+    ({"local_expert_offset": 1.0}, TypeError, r"local_expert_offset must be an integer; got float \(1.0\)"),
+    ({"pow2_scales": "ue8m0"}, TypeError, "pow2_scales must be True or False"),
+    ({"apply_router_weight_on_input": "no"}, TypeError, "apply_router_weight_on_input must be True or False"),
+    (
+        {"shared_expert": (zeros(256, 256), zeros(256, 128))},
+        TypeError,
+        "shared_expert must be a SharedExpert; got tuple",
+    ),
+    (
+        {"w13": zeros(5, 384, 256), "w2": zeros(5, 256, 192), "w13_scale": torch.ones(5, 3, 2)},
+        ValueError,
+        r"w13_scale must have shape \(5, 4, 2\) \(one scale for each block of 128, gate and up rows each with",
+    ),
     ({"out": torch.empty(4, 256)}, ValueError, "out must be a contiguous bfloat16 tensor"),
     ({"out": torch.empty(3, 256).bfloat16()}, ValueError, "out must have the shape of x"),
     ({"workspace": torch.empty(8)}, TypeError, "workspace must be uint8"),
@@ -88,6 +102,9 @@ ROUTED = [
     ({"hidden_states_scale": torch.ones(4, 2)}, ValueError, r"hidden_states_scale must have shape \(2, 4\)"),
     ({"n_group": 3}, ValueError, "multiple of n_group"),
     ({"top_k": 9}, ValueError, "top_k must not exceed the experts of the kept groups"),
+    ({"local_expert_offset": "8"}, TypeError, "local_expert_offset must be an integer; got str"),
+    ({"local_expert_offset": 8.5}, TypeError, "local_expert_offset must be an integer; got float"),
+    ({"routed_scaling_factor": None}, TypeError, "routed_scaling_factor must be a number; got NoneType"),
     ({"scoring": "relu"}, ValueError, "unknown scoring 'relu'; choose one of sigmoid, softmax, sqrt_softplus"),
 ]
 

@@ -165,6 +165,9 @@ def test_the_same_bits_in_every_call_and_under_the_compiler() -> None:
     assert torch.equal(call(case, logits, bias), first)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(case, logits, bias), first)
+    for tokens in (21, 40):  # the second number of tokens makes it a symbol
+        case, logits, bias = routed_case(tokens)
+        assert torch.equal(compiled(case, logits, bias), call(case, logits, bias))
 
 
 def test_op_and_its_fake_agree() -> None:

@@ -149,10 +149,19 @@ def test_strided_weights_need_no_copy() -> None:
     assert torch.equal(call(case), want)
 
 
+def test_no_gradient_on_any_device() -> None:
+    """Kernels record none; the definition must not do so on a CPU alone."""
+    case = make_case(tokens=3)
+    out = call(case, weights=case.weights.clone().requires_grad_())
+    assert not out.requires_grad
+
+
 def test_under_the_compiler() -> None:
-    case = make_case(tokens=13)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(case), call(case))
+    for tokens in (13, 11, 17):  # the second number of tokens makes it a symbol
+        case = make_case(tokens=tokens)
+        assert torch.equal(compiled(case), call(case))
+    case = make_case(tokens=13)
     torch.library.opcheck(
         torch.ops.supersonic_moe.moe_fp8_topk.default,
         (case.x, case.x_scale, [case.w13, case.w13_scale, case.w2, case.w2_scale], case.weights, case.ids, None, 0,

@@ -9,6 +9,8 @@ from supersonic_moe import checks
 from supersonic_moe.config.activation import GateUpLayout, as_layout
 from supersonic_moe.config.grouped_routing import GroupedRouting, Scoring, as_scoring
 from supersonic_moe.inference.operands import (
+    as_factor,
+    as_offset,
     check_experts,
     check_x,
     check_x_scale,
@@ -95,15 +97,16 @@ def moe_fp8_ds_routed(
         n_group=n_group,
         topk_group=topk_group,
         scoring=as_scoring(scoring),
-        scaling_factor=float(routed_scaling_factor),
+        scaling_factor=as_factor(routed_scaling_factor),
     )
+    offset = as_offset(local_expert_offset)
     checked_workspace(workspace, hidden_states, top_k, sizes, max_tokens_per_chunk)
     out = output(out, hidden_states)
     x, bias = hidden_states.contiguous(), None if routing_bias is None else routing_bias.contiguous()
     for first, end in chunks(num_tokens, max_tokens_per_chunk):
         arguments = DsRouted(
             routing_logits[first:end], bias, x[first:end], x_scale[first:end], weights,
-            int(local_expert_offset), top_k, n_group, topk_group, rule.scoring.value, rule.scaling_factor, order.value,
+            offset, top_k, n_group, topk_group, rule.scoring.value, rule.scaling_factor, order.value,
         )  # fmt: skip
         torch.ops.supersonic_moe.moe_fp8_ds_routed.default(*arguments, out[first:end], workspace)
         if end - first == num_tokens:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -58,8 +60,10 @@ def check_experts(
                 f"{name} must have contiguous rows at multiples of {ROW_ALIGNMENT} bytes; got strides "
                 f"{weight.stride()}. Call .contiguous()."
             )
-    row_blocks = blocks(rows) if order is GateUpLayout.INTERLEAVED else 2 * blocks(intermediate)
-    _scales(f"{w13_name}_scale", w13_scale, (num_local, row_blocks, blocks(hidden)), w13)
+    row_blocks, cut = blocks(rows), ""
+    if order is not GateUpLayout.INTERLEAVED and intermediate % BLOCK:
+        row_blocks, cut = 2 * blocks(intermediate), ", gate and up rows each with blocks of their own"
+    _scales(f"{w13_name}_scale", w13_scale, (num_local, row_blocks, blocks(hidden)), w13, cut=cut)
     _scales(f"{w2_name}_scale", w2_scale, (num_local, blocks(hidden), blocks(intermediate)), w2)
     return Sizes(num_local, hidden, intermediate)
 
@@ -83,6 +87,26 @@ def check_x_scale(name: str, x_scale: Tensor, layout: str, x: Tensor) -> Tensor:
     shape = (x.shape[0], blocks(x.shape[1]))
     _scales(name, x_scale, shape if by_token else shape[::-1], x, dense=False)
     return x_scale if by_token else x_scale.t()
+
+
+def as_offset(value: object) -> int:
+    """An integer of the host; a tensor is read, which waits for its device."""
+    is_tensor = isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point()
+    if isinstance(value, bool) or not (is_tensor or isinstance(value, Integral | torch.SymInt)):
+        raise TypeError(f"local_expert_offset must be an integer; got {checks.describe(value)}. Use 0 for no offset.")
+    return int(value)  # type: ignore[call-overload,no-any-return]
+
+
+def as_factor(value: object) -> float:
+    is_tensor = isinstance(value, Tensor) and value.numel() == 1
+    if isinstance(value, bool) or not (is_tensor or isinstance(value, Real)):
+        raise TypeError(
+            f"routed_scaling_factor must be a number; got {checks.describe(value)}. Use 1.0 for no scaling."
+        )
+    factor = float(value)  # type: ignore[arg-type]
+    if not -math.inf < factor < math.inf:  # isfinite does not trace
+        raise ValueError(f"routed_scaling_factor must be a finite number; got {factor}. Use 1.0 for no scaling.")
+    return factor
 
 
 def output(out: Tensor | None, x: Tensor) -> Tensor:
@@ -123,11 +147,11 @@ def _multiple(name: str, value: int, of: int) -> None:
         raise ValueError(f"{name} must be a multiple of {of}; got {value}. Pad the weights of the checkpoint to one.")
 
 
-def _scales(name: str, scale: Tensor, shape: tuple[int, ...], of: Tensor, dense: bool = True) -> None:
-    checks.tensor(name, scale, len(shape), str(shape))
+def _scales(name: str, scale: Tensor, shape: tuple[int, ...], of: Tensor, dense: bool = True, cut: str = "") -> None:
+    checks.tensor(name, scale, len(shape), shape)
     if scale.dtype is not torch.float32:
         raise TypeError(f"{name} must be float32; got {checks.describe(scale)}. Convert it with .float().")
-    checks.size(name, "shape", tuple(scale.shape), shape, "one scale for each block of 128")
+    checks.size(name, "shape", tuple(scale.shape), shape, f"one scale for each block of 128{cut}")
     checks.same_device(name, scale, "its codes", of)
     if dense and not scale.is_contiguous():
         raise ValueError(f"{name} must be contiguous; got strides {scale.stride()}. Call .contiguous().")

@@ -128,7 +128,8 @@ Arguments: TypeAlias = DsRouted | TopK
 def _run(arguments: Arguments, out: Tensor, workspace: Tensor | None) -> None:
     sm90 = sm90_for(arguments.x)
     if sm90 is None:
-        out.copy_(arguments.reference())
+        with torch.no_grad():  # kernels record no gradient either
+            out.copy_(arguments.reference())
     else:
         sm90.run(arguments.call(sm90, out), workspace)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,6 +13,8 @@ from supersonic_moe.config.grouped_routing import MAX_TOP_K
 from supersonic_moe.inference.operands import (
     MAX_LOCAL_EXPERTS,
     Sizes,
+    as_factor,
+    as_offset,
     check_experts,
     check_x,
     check_x_scale,
@@ -113,18 +114,18 @@ def moe_fp8_topk(
     scales = _activation_scales(x, x_scale, x_scale_layout)
     _check_choices(topk_weights, topk_ids, x)
     num_choices = topk_ids.shape[1]
+    checks.flag("apply_router_weight_on_input", apply_router_weight_on_input)
     if apply_router_weight_on_input and num_choices != 1:
         raise ValueError(
             f"apply_router_weight_on_input needs one expert a token (K = 1); got K = {num_choices}. Weigh the outputs "
             "instead (False)."
         )
-    _check_placement(expert_map, local_expert_offset, num_experts, x)
+    offset = as_offset(local_expert_offset)
+    _check_placement(expert_map, offset, num_experts, x)
     if swiglu_limit is not None:
         Activation.swiglu_clamped(swiglu_limit)  # refuses what is no limit
-    if not -math.inf < routed_scaling_factor < math.inf:  # isfinite does not trace
-        raise ValueError(
-            f"routed_scaling_factor must be a finite number; got {routed_scaling_factor}. Use 1.0 for no scaling."
-        )
+    factor = as_factor(routed_scaling_factor)
+    checks.flag("pow2_scales", pow2_scales)
     weights = [w13, w13_scale, w2, w2_scale]
     if shared_expert is not None:
         weights += _shared_weights(shared_expert, sizes, order, w13)
@@ -136,7 +137,7 @@ def moe_fp8_topk(
     for first, end in chunks(x.shape[0], max_tokens_per_chunk):
         arguments = TopK(
             x[first:end], None if scales is None else scales[first:end], weights, topk_weights[first:end],
-            topk_ids[first:end], expert_map, local_expert_offset, num_experts, float(routed_scaling_factor),
+            topk_ids[first:end], expert_map, offset, num_experts, factor,
             order.value, swiglu_limit, apply_router_weight_on_input, pow2_scales,
         )  # fmt: skip
         torch.ops.supersonic_moe.moe_fp8_topk.default(*arguments, out[first:end], workspace)
@@ -194,6 +195,11 @@ def _check_placement(expert_map: Tensor | None, offset: int, num_experts: int | 
 
 def _shared_weights(shared: SharedExpert, sizes: Sizes, order: GateUpLayout, w13: Tensor) -> list[Tensor]:
     """Its four tensors with a leading dimension of one expert, in the order of the op."""
+    if not isinstance(shared, SharedExpert):
+        raise TypeError(
+            f"shared_expert must be a SharedExpert; got {checks.describe(shared)}. Name its tensors: "
+            "SharedExpert(w13=..., w2=..., w13_scale=..., w2_scale=...)."
+        )
     for name, t, shape in (
         ("w13", shared.w13, "(2 I, H)"),
         ("w2", shared.w2, "(H, I)"),

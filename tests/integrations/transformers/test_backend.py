@@ -68,6 +68,16 @@ def test_a_taken_name_is_refused_and_nothing_is_replaced(taken: Any) -> None:
 
 
 @pytest.mark.usefixtures("registries")
+@pytest.mark.parametrize("name", ["eager", "", None])
+def test_what_is_no_name_of_a_backend_is_refused(name: Any) -> None:
+    """The library looks "eager" up as any other name, and would run ours for it from then on."""
+    before = dict(ALL_EXPERTS_FUNCTIONS)
+    with pytest.raises((TypeError, ValueError), match="the name of an experts backend must be"):
+        register(name)
+    assert dict(ALL_EXPERTS_FUNCTIONS) == before
+
+
+@pytest.mark.usefixtures("registries")
 def test_versions(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(backend.transformers, "__version__", "5.16.2")
     with pytest.raises(ImportError, match=r"needs Transformers 5\.17 or newer; got 5\.16\.2"):
@@ -132,6 +142,39 @@ def test_an_unknown_gate_is_right_and_named_once(kind: str, caplog: pytest.LogCa
 
 
 # ---- ids and dtypes --------------------------------------------------------------------------------------------------
+
+
+def other_gate(self: Any, gate_up: Tensor) -> Tensor:
+    gate, up = gate_up[..., ::2], gate_up[..., 1::2]
+    return torch.sin(gate) * up
+
+
+CHANGES: dict[str, tuple[str, Any]] = {
+    "a gate of one module": ("GptOssExperts", lambda m: setattr(m, "_apply_gate", functools.partial(other_gate, m))),
+    "no clamp": ("GptOssExperts", lambda m: setattr(m, "limit", float("inf"))),
+    "a learned alpha": ("GptOssExperts", lambda m: setattr(m, "alpha", nn.Parameter(m.down_proj.new_tensor(1.3)))),
+    "a hook on act_fn": ("MixtralExperts", lambda m: m.act_fn.register_forward_hook(lambda _, __, out: 3 * out)),
+    "an act_fn with a forward of its own": ("MixtralExperts", lambda m: setattr(m.act_fn, "forward", torch.tanh)),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_gate_that_was_changed_is_followed(kind: str) -> None:
+    name, change = CHANGES[kind]
+    module = random_experts(CLASSES[name])
+    change(module)
+    given = inputs(module)
+    ours, eager = (outputs_and_gradients(module, name, *given) for name in ("supersonic", "eager"))
+    assert max(rel_fro(ours[leaf], eager[leaf]) for leaf in eager) < 1e-13
+
+
+def test_a_gate_that_is_changed_between_calls_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = random_experts(CLASSES["GptOssExperts"])
+    given = inputs(module)
+    outputs_and_gradients(module, "supersonic", *given)
+    monkeypatch.setattr(CLASSES["GptOssExperts"], "_apply_gate", other_gate)
+    ours, eager = (outputs_and_gradients(module, name, *given) for name in ("supersonic", "eager"))
+    assert max(rel_fro(ours[leaf], eager[leaf]) for leaf in eager) < 1e-13
 
 
 @pytest.mark.parametrize("kind", ["known", "a gate of remote code"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from oracle import rel_fro
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers_models import FAMILIES, model_of, tokens, with_gradients
 
 from supersonic_moe.integrations.transformers import served
@@ -143,6 +143,14 @@ def test_weights_that_wait_on_disk(tmp_path: Path) -> None:
     assert offloaded.model.layers[1].mlp.experts.down_proj.device.type == "meta"
     with torch.no_grad():
         assert torch.equal(offloaded(ids).logits, model(ids).logits)
+
+
+def test_the_report_names_experts_that_are_not_called_so() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "kv_channels": 8, "num_hidden_layers": 1, "vocab_size": 64}
+    model = AutoModel.from_config(AutoConfig.for_model("jetmoe", num_key_value_heads=2, **sizes))
+    assert [(layer.experts, layer.served) for layer in served(model)] == [("JetMoeMoE", False), ("JetMoeMoA", False)]
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module; got str"):
+        served("a name")  # type: ignore[arg-type]
 
 
 def test_the_report_names_what_is_not_served() -> None:

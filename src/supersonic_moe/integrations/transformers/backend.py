@@ -37,9 +37,16 @@ def register(name: str = "supersonic", *, recipe: Recipe | None = None) -> None:
 
     Raises:
         ImportError: Transformers is older than 5.17, whose models take no backend from outside.
-        ValueError: the name is taken by something else. Nothing is replaced.
+        TypeError, ValueError: the name is no string, or taken by something else. Nothing is replaced.
     """
     _check_version()
+    if not isinstance(name, str):
+        raise TypeError(f"the name of an experts backend must be a string; got {checks.describe(name)}.")
+    if name in ("", "eager"):  # the library knows "eager" without registering it
+        raise ValueError(
+            f"the name of an experts backend must be free or ours; {name!r} is not. Register another name: "
+            "register('my_supersonic')."
+        )
     backends = {
         "ALL_EXPERTS_FUNCTIONS": (ALL_EXPERTS_FUNCTIONS, functools.partial(experts_forward, recipe=as_recipe(recipe))),
         "ALL_FP8_EXPERTS_FUNCTIONS": (

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -90,23 +91,42 @@ RULES: dict[str, Gate | OwnGate] = {
 }
 
 
+CHANGED = "changed"
+"""In the place of a gate or an inner activation that is not what its type says: of one module, or with hooks."""
+
+
 def gate_of(experts: nn.Module) -> Gate | None:
     """The gate of an experts module; None if nobody told us what it computes, with one warning for each class."""
     kind: Any = type(experts)
     act: Any = getattr(experts, "act_fn", None)
-    inner = type(act) if isinstance(act, nn.Module) else act
+    inner = _type_of(act) if isinstance(act, nn.Module) else act
     branch = ""
     if hasattr(experts, "swiglu_alpha") and hasattr(experts, "limit"):  # FP8Experts, among others
         branch = "alpha" if experts.swiglu_alpha is not None else "limit" if experts.limit is not None else ""
-    rule = RULES.get(_rule(kind, bool(experts.has_gate), inner, branch))
+    function = None
+    if experts.has_gate:
+        function = CHANGED if "_apply_gate" in experts.__dict__ else kind._apply_gate
+    rule = RULES.get(_rule(kind, function, inner, branch))
     if not isinstance(rule, OwnGate):
         return rule
     alpha: Any = 1.0 if rule.alpha is None else getattr(experts, rule.alpha)
     limit: Any = getattr(experts, rule.limit)
+    if not (_is_constant(alpha) and (limit is None or (_is_constant(limit) and limit > 0))):
+        _rule(kind, CHANGED, inner, branch)  # learned, or no clamp: warns
+        return None
     if torch.compiler.is_compiling():
         activation = _COMMON.get((alpha, limit, rule.up_offset))
         return None if activation is None else Gate(activation, rule.layout)
     return Gate(_swiglu(alpha, limit, rule.up_offset), rule.layout)
+
+
+def _type_of(act: nn.Module) -> Any:
+    hooks = act._forward_hooks or act._forward_pre_hooks or act._backward_hooks or act._backward_pre_hooks
+    return CHANGED if hooks or "forward" in act.__dict__ else type(act)
+
+
+def _is_constant(value: object) -> bool:
+    return isinstance(value, int | float) and -math.inf < value < math.inf
 
 
 def class_name(experts: nn.Module) -> str:
@@ -115,24 +135,29 @@ def class_name(experts: nn.Module) -> str:
 
 def gate_function(experts: Any) -> str:
     """Module and class of the ``_apply_gate`` of a class."""
-    function = experts._apply_gate
+    return _name(experts._apply_gate)
+
+
+def _name(function: Any) -> str:
+    if not hasattr(function, "__qualname__"):  # CHANGED, or an object that can be called
+        return ""
     return f"{function.__module__}.{function.__qualname__.removesuffix('._apply_gate')}"
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _rule(experts: Any, has_gate: bool, inner: Any, branch: str) -> str:
-    """A key of :data:`RULES`, or "". ``branch``: of FP8_GATE. A constant to the compiler, which cannot trace the names
-    of functions.
+def _rule(experts: Any, gate: Any, inner: Any, branch: str) -> str:
+    """A key of :data:`RULES`, or "". ``gate``: the function, None without one; ``branch``: of FP8_GATE. A constant to
+    the compiler, which cannot trace the names of functions.
     """
-    return _cached_rule(experts, has_gate, inner, branch)
+    return _cached_rule(experts, gate, inner, branch)
 
 
 @functools.cache
-def _cached_rule(experts: Any, has_gate: bool, inner: Any, branch: str) -> str:
+def _cached_rule(experts: Any, gate: Any, inner: Any, branch: str) -> str:
     name = INNER.get(inner, "")
-    function = gate_function(experts) if has_gate else DEFAULT_GATE
+    function = DEFAULT_GATE if gate is None else _name(gate)
     if function == DEFAULT_GATE or (function == FP8_GATE and not branch):
-        key = f"gated {name}" if has_gate else f"ungated {name}"
+        key = f"ungated {name}" if gate is None else f"gated {name}"
     else:
         key = f"{FP8_GATE} {branch}" if function == FP8_GATE else function.removeprefix("transformers.models.")
     rule = RULES.get(key)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from supersonic_moe import checks
 from supersonic_moe.config.recipe import Fp8Recipe, Recipe
 from supersonic_moe.integrations.transformers import fp8
 from supersonic_moe.integrations.transformers.backend import recipe_of
@@ -46,17 +47,29 @@ def served(model: nn.Module) -> Report:
     A layer that the library does not let a backend compute, as in Llama 4, runs the library's own forward whatever
     ``experts_implementation`` is, without a word; here it is named.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {checks.describe(model)}.")
     return Report(_served(name, module) for name, module in _layers(model))
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that the library decorates, and what else is called ``experts``; of nested ones the outermost."""
+    """Modules that the library decorates, what else is called ``experts``, and classes named MoE that hold neither
+    (JetMoe); of nested ones the outermost.
+    """
     found = ""
     for name, module in model.named_modules():
         inside = found and name.startswith(f"{found}.")
-        if not inside and (_is_decorated(module) or name.rpartition(".")[2] == "experts"):
+        if not inside and (_are_experts(name, module) or _is_moe_without(module)):
             found = name
             yield name, module
+
+
+def _are_experts(name: str, module: nn.Module) -> bool:
+    return _is_decorated(module) or name.rpartition(".")[2] == "experts"
+
+
+def _is_moe_without(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("MoE") and not any(_are_experts(*part) for part in module.named_modules())
 
 
 def _is_decorated(module: nn.Module) -> bool:
