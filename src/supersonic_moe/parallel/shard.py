@@ -31,7 +31,7 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, *, gradient_divisor: int =
     Args:
         mesh: one dimension, the ranks of the layers' ExpertParallel in the same order.
         gradient_divisor: what gradients of experts are divided by, when autograd has them. Those that go to
-            ``main_grad`` are not.
+            ``main_grad`` are not. Weights that are sharded already keep the divisor that they have.
 
     Returns the new parameters. DDP of ``model`` will leave them alone; FSDP2 does if they are its ``ignored_params``.
     """
