@@ -76,7 +76,7 @@ def main() -> None:
     from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout, as_activation
     from supersonic_moe.config.router import MODES, SigmoidGroupedTopK, SoftmaxAfterTopK, SoftmaxBeforeTopK
     from supersonic_moe.kernels import triton as kernels
-    from supersonic_moe.kernels.interface import Gate, KeptPairs, Rounding, Rows, Slots, TokenRows
+    from supersonic_moe.kernels.interface import Gate, Into, KeptPairs, Rounding, Rows, Slots, TokenRows
     from supersonic_moe.kernels.triton import pad_segments, quantize
 
     class OfflineHopper:
@@ -183,8 +183,8 @@ def main() -> None:
         offsets = torch.zeros(e + 1, dtype=i32)
         z = kernels.grouped_mm(Rows(rows), w.mT, offsets)
         kernels.grouped_mm(Rows(z), w, offsets)
-        kernels.grouped_mm_wgrad(Rows(rows), z, offsets, torch.zeros(e, h, n), accumulate=True)
-        kernels.grouped_mm_wgrad(Rows(rows), z, offsets, transposed=True)
+        kernels.grouped_mm_wgrad(Rows(rows), z, offsets, Into(torch.zeros(e, h, n), accumulate=True))
+        kernels.grouped_mm_wgrad(Rows(rows), z, offsets, Into(transposed=True))
 
     for e, k in ((1, 1), (60, 4), (128, 8), (512, 10), (4096, 64)):
         case = f"E {e}, K {k}"
