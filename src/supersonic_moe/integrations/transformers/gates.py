@@ -23,6 +23,7 @@ from transformers import activations as library
 
 from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout
 from supersonic_moe.kernels.interface import Gate
+from supersonic_moe.private_api import runs_hooks
 
 log = logging.getLogger("supersonic_moe")
 
@@ -121,8 +122,7 @@ def gate_of(experts: nn.Module) -> Gate | None:
 
 
 def _type_of(act: nn.Module) -> Any:
-    hooks = act._forward_hooks or act._forward_pre_hooks or act._backward_hooks or act._backward_pre_hooks
-    return CHANGED if hooks or "forward" in act.__dict__ else type(act)
+    return CHANGED if runs_hooks(act) else type(act)
 
 
 def _is_constant(value: object) -> bool:
