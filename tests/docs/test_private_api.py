@@ -22,7 +22,6 @@ ALLOWED = {
     ("cli/health.py", "torch.distributed._symmetric_memory"),  # imported to see whether it is there
     # the contract of an experts backend of Transformers; tests/integrations/transformers fail without them
     ("integrations/transformers/gates.py", "kind._apply_gate"),
-    ("integrations/transformers/gates.py", "experts._apply_gate"),
     ("integrations/transformers/backend.py", "module._apply_gate"),
     ("integrations/transformers/report.py", "module.config._experts_implementation"),
     ("moe.py", "super()._apply"),  # what .to() and .cuda() call on every module: test_moe.py sees the bias stay fp32

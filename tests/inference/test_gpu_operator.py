@@ -16,10 +16,9 @@ from inference_oracle import Case, make_case
 
 from supersonic_moe.config.activation import as_layout
 from supersonic_moe.config.grouped_routing import GroupedRouting
-from supersonic_moe.inference import SharedExpert, moe_fp8_ds_routed, moe_fp8_topk, replays, workspace, workspace_bytes
+from supersonic_moe.inference import SharedExpert, moe_fp8_ds_routed, moe_fp8_topk, replays, workspace_bytes
 from supersonic_moe.kernels.reference import local_ids, route_grouped
 from supersonic_moe.kernels.reference.inference import Fp8Experts, moe_fp8
-from supersonic_moe.kernels.sm90 import route_rows, stream_experts
 
 pytestmark = pytest.mark.gpu
 
@@ -317,10 +316,3 @@ def test_nobody_waits_for_the_host() -> None:
             call()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-
-
-def test_constants_agree() -> None:
-    assert workspace.COUNTING_BLOCKS == route_rows.MAX_BLOCKS
-    assert workspace.ITEM_ROWS == route_rows.ITEM_ROWS
-    for rows, experts in ((0, 3), (1, 3), (8, 1), (700, 32), (4096, 32)):
-        assert workspace.padding(rows, experts) == stream_experts.plane_rows(rows, experts)

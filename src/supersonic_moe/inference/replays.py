@@ -18,10 +18,10 @@ from torch import Tensor
 from supersonic_moe.inference.ops import Arguments, sm90_for
 from supersonic_moe.inference.workspace import ALIGNMENT, workspace_bytes
 from supersonic_moe.jit.replay import Replay
+from supersonic_moe.kernels.alignment import ALIGNMENT as VECTOR
 from supersonic_moe.private_api import current_device, dispatch_modes
 
 KEPT = 512  # calls of a thread; then all are forgotten
-VECTOR = 16  # bytes: x is read and out written by vectors of at most as many
 _PLAIN = (Tensor, torch.nn.Parameter)
 _ANYWHERE = 1 << 60  # address of a workspace that does not exist
 

@@ -22,6 +22,7 @@ from supersonic_moe.config.grouped_routing import GroupedRouting
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.inference.workspace import ALIGNMENT, regions, streamed_rows, workspace_bytes
 from supersonic_moe.jit.launch import Launch, on_device
+from supersonic_moe.kernels.alignment import ALIGNMENT as VECTOR
 from supersonic_moe.kernels.alignment import aligned
 from supersonic_moe.kernels.interface import Gate, Quantized, Rows, UpProjection
 from supersonic_moe.kernels.reference.inference import Fp8Experts
@@ -37,7 +38,6 @@ MEAN_ROWS = 96  # streamed rows of an expert on average, where the device decide
 SURE_ROWS = 128  # bound of the mean below which nothing else is launched
 LIKELY_ROWS = 64  # the same for the mean to be expected, if the bound is at most STREAMED_ROWS
 UNKNOWN = 2**31 - 1  # experts of the model: no id is out of range
-VECTOR = 16  # bytes: x is read and out written by vectors of at most as many
 
 
 class Layer(NamedTuple):

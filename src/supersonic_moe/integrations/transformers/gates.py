@@ -133,11 +133,6 @@ def class_name(experts: nn.Module) -> str:
     return f"{type(experts).__module__}.{type(experts).__qualname__}"
 
 
-def gate_function(experts: Any) -> str:
-    """Module and class of the ``_apply_gate`` of a class."""
-    return _name(experts._apply_gate)
-
-
 def _name(function: Any) -> str:
     if not hasattr(function, "__qualname__"):  # CHANGED, or an object that can be called
         return ""

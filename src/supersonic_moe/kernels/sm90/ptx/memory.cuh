@@ -38,11 +38,6 @@ DEVICE void wait_for_count(const u32* counter, u32 target) {
 }
 
 // Past the cache of the multiprocessor, which does not see what others write.
-DEVICE float load_shared_by_blocks(const float* address) {
-    float value;
-    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(value) : "l"(address) : "memory");
-    return value;
-}
 DEVICE float4 load_shared_by_blocks(const float4* address) {
     float4 v;
     asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(address) : "memory");
