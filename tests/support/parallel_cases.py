@@ -339,6 +339,17 @@ def overflow_on_a_gpu() -> list[str]:
     return [nan, checked, *set(after), *(f"{i}: {error}" for i, error in enumerate(later, 1) if error != "no error")]
 
 
+def warmed_up(path: str, limit_s: float) -> bool:
+    """Whether rank 1, which comes later than any wait of a call may last, has come."""
+    ep = make(timeout_s=limit_s)
+    if ep.rank == 1:
+        time.sleep(2 * limit_s)
+        open(path, "x").close()
+    ep.warm_up()
+    ep.close()
+    return os.path.exists(path)
+
+
 # ---- the module ------------------------------------------------------------------------------------------------------
 
 
