@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from supersonic_moe import checks
-from supersonic_moe.config.activation import Activation, GateUpLayout, as_layout
+from supersonic_moe.config.activation import GateUpLayout, as_layout, check_limit
 from supersonic_moe.config.grouped_routing import MAX_TOP_K
 from supersonic_moe.inference.operands import (
     MAX_LOCAL_EXPERTS,
@@ -122,8 +122,7 @@ def moe_fp8_topk(
         )
     offset = as_offset(local_expert_offset)
     _check_placement(expert_map, offset, num_experts, x)
-    if swiglu_limit is not None:
-        Activation.swiglu_clamped(swiglu_limit)  # refuses what is no limit
+    check_limit("swiglu_limit", swiglu_limit)
     factor = as_factor(routed_scaling_factor)
     checks.flag("pow2_scales", pow2_scales)
     weights = [w13, w13_scale, w2, w2_scale]
