@@ -112,13 +112,12 @@ class MoE(nn.Module):
         expert_parallel: ExpertParallel | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("num_experts", num_experts),
-            ("num_experts_per_tok", num_experts_per_tok),
-            ("hidden_size", hidden_size),
-            ("intermediate_size", intermediate_size),
-        ):
-            checks.positive(name, value)
+        checks.positive_sizes(
+            num_experts=num_experts,
+            num_experts_per_tok=num_experts_per_tok,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+        )
         checks.flag("add_bias", add_bias)
         checks.number("std", std, lowest=0)
         checks.number("z_loss_weight", z_loss_weight, lowest=0)
