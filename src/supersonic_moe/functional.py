@@ -79,9 +79,8 @@ def moe_layer(
         options: :class:`ExpertOptions`.
     """
     projection = RouterWeight(router_weight_EH, router_dtype)
-    layer = run_layer(
-        x_TH, projection, w1, w2, num_experts_per_tok, router, correction_bias, rounding_step, token_mask_T, options
-    )
+    selection = Selection(num_experts_per_tok, as_router(router), correction_bias, rounding_step, token_mask_T)
+    layer = run_layer(x_TH, projection, w1, w2, selection, options)
     return MoEOutput(layer.output, layer.router_logits, layer.expert_counts)
 
 
@@ -91,6 +90,36 @@ class RouterWeight(NamedTuple):
     weight_EH: Tensor
     dtype: torch.dtype | None = None
     """Of the logits; None: that of x, or of autocast."""
+
+
+class Selection(NamedTuple):
+    """How the tokens of a call get their experts: arguments of :func:`moe_layer`."""
+
+    num_experts_per_tok: int
+    router: TopKRouter | TokenRounding
+    correction_bias: Tensor | None
+    rounding_step: Tensor | int
+    token_mask_T: Tensor | None
+
+    def without_padding(self, x_TH: Tensor) -> Tensor:
+        """Zeros for padding: what stands there, NaN perhaps, would reach the gradient of the router's weight."""
+        assert self.token_mask_T is not None
+        if isinstance(self.router, TokenRounding):
+            raise ValueError(
+                "token_mask cannot be combined with TokenRounding, which fills up tiles with tokens of its choice; got "
+                f"{self.router}. Use its base router, or leave padding in."
+            )
+        checks.tensor("x", x_TH, 2, "(T, H)")
+        checks.token_mask("token_mask", self.token_mask_T, x_TH)
+        return x_TH.masked_fill(~self.token_mask_T[:, None], 0)
+
+    def top_k(self, logits_TE: Tensor, router: TopKRouter, backend: str) -> tuple[Tensor, Tensor]:
+        """Scores (T, K) and ids (T, K), -1 for padding."""
+        k, bias = self.num_experts_per_tok, self.correction_bias
+        scores_TK, ids_TK = route(logits_TE, k, router, correction_bias=bias, backend=_router_backend(backend))
+        if self.token_mask_T is not None:
+            ids_TK = ids_TK.masked_fill(~self.token_mask_T[:, None], -1)
+        return scores_TK, ids_TK
 
 
 class LayerOutput(NamedTuple):
@@ -108,51 +137,32 @@ def run_layer(
     router_or_logits: RouterWeight | Callable[[Tensor], Tensor],
     w1: Tensor,
     w2: Tensor,
-    num_experts_per_tok: int,
-    router: TopKRouter | TokenRounding | str,
-    correction_bias: Tensor | None,
-    rounding_step: Tensor | int,
-    token_mask_T: Tensor | None,
+    selection: Selection,
     options: ExpertOptions,
 ) -> LayerOutput:
     """:func:`moe_layer`, for a router's weight or for any router, x (T, H) -> logits (T, E)."""
-    policy = as_router(router)
-    if token_mask_T is not None:
-        x_TH = _without_padding(x_TH, token_mask_T, policy)
+    if selection.token_mask_T is not None:
+        x_TH = selection.without_padding(x_TH)
     experts = _checked(x_TH, w1, w2, Options.read(options))
-    num_experts, backend = w1.shape[0], _router_backend(experts.options.backend)
+    k, policy, bias, step, _ = selection
+    num_experts, backend = w1.shape[0], experts.options.backend
     logits_TE, x_for_experts = _logits(x_TH, router_or_logits, experts)
     if experts.options.validate:
         checks.finite_logits(logits_TE)
     if isinstance(policy, TokenRounding):
-        rounded = token_rounding(
-            logits_TE, num_experts_per_tok, policy, step=rounding_step, correction_bias=correction_bias, backend=backend
-        )
+        backend = _router_backend(backend)
+        rounded = token_rounding(logits_TE, k, policy, step=step, correction_bias=bias, backend=backend)
         plan = plan_from_sorted_triples(
             rounded.token_indices, rounded.expert_indices, rounded.token_offsets, num_experts
         )
         output = experts.run(x_for_experts, rounded.scores, plan)
         return LayerOutput(output, logits_TE, rounded.counts, None)
-    scores_TK, ids_TK = route(logits_TE, num_experts_per_tok, policy, correction_bias=correction_bias, backend=backend)
-    if token_mask_T is not None:
-        ids_TK = ids_TK.masked_fill(~token_mask_T[:, None], -1)
-    if small_batch.suits(experts.x, w1, w2, num_experts_per_tok, experts.options):
+    scores_TK, ids_TK = selection.top_k(logits_TE, policy, backend)
+    if small_batch.suits(experts.x, w1, w2, k, experts.options):
         counts_E = small_batch.rows_of_experts(ids_TK, num_experts)
         return LayerOutput(experts.run_few(ids_TK, scores_TK), logits_TE, counts_E, ids_TK)
     plan = plan_from_topk(ids_TK, num_experts)
     return LayerOutput(experts.run(x_for_experts, scores_TK, plan), logits_TE, plan.expert_counts, ids_TK)
-
-
-def _without_padding(x_TH: Tensor, token_mask_T: Tensor, policy: TopKRouter | TokenRounding) -> Tensor:
-    """Zeros for padding: what stands there, NaN perhaps, would reach the gradient of the router's weight."""
-    if isinstance(policy, TokenRounding):
-        raise ValueError(
-            "token_mask cannot be combined with TokenRounding, which fills up tiles with tokens of its choice; got "
-            f"{policy}. Use its base router, or leave padding in."
-        )
-    checks.tensor("x", x_TH, 2, "(T, H)")
-    checks.token_mask("token_mask", token_mask_T, x_TH)
-    return x_TH.masked_fill(~token_mask_T[:, None], 0)
 
 
 def _logits(
