@@ -146,7 +146,7 @@ def run_layer(
     experts = _checked(x_TH, w1, w2, Options.read(options))
     k, policy, bias, step, _ = selection
     num_experts, backend = w1.shape[0], experts.options.backend
-    logits_TE, x_for_experts = _logits(x_TH, router_or_logits, experts)
+    logits_TE, x_for_experts = router_logits(x_TH, experts.x, router_or_logits, num_experts)
     if experts.options.validate:
         checks.finite_logits(logits_TE)
     if isinstance(policy, TokenRounding):
@@ -165,21 +165,21 @@ def run_layer(
     return LayerOutput(experts.run(x_for_experts, scores_TK, plan), logits_TE, plan.expert_counts, ids_TK)
 
 
-def _logits(
-    x_TH: Tensor, router: RouterWeight | Callable[[Tensor], Tensor], experts: _Experts
+def router_logits(
+    x_TH: Tensor, cast_TH: Tensor, router: RouterWeight | Callable[[Tensor], Tensor], num_experts: int
 ) -> tuple[Tensor, Tensor]:
-    """(logits (T, E), x for the experts)."""
+    """(logits (T, E), x for the experts). ``cast_TH``: x in the dtype of the computation."""
     if not isinstance(router, RouterWeight):
         logits_TE = router(x_TH)
-        _check_router_logits(logits_TE, x_TH, experts.w1.value)
-        return logits_TE, experts.x
+        _check_router_logits(logits_TE, x_TH, num_experts)
+        return logits_TE, cast_TH
     weight_EH, dtype = router
-    _check_router_weight(experts.x, weight_EH, experts.w1.value, dtype)
+    _check_router_weight(cast_TH, weight_EH, num_experts, dtype)
     if dtype is not None:
-        return linear_in(x_TH, weight_EH, dtype), experts.x
-    if weight_EH.dtype is not experts.x.dtype:
-        weight_EH = weight_EH.to(experts.x.dtype)
-    return router_linear(experts.x, weight_EH)
+        return linear_in(x_TH, weight_EH, dtype), cast_TH
+    if weight_EH.dtype is not cast_TH.dtype:
+        weight_EH = weight_EH.to(cast_TH.dtype)
+    return router_linear(cast_TH, weight_EH)
 
 
 @lists_options
@@ -384,7 +384,7 @@ def _checked(x: Tensor, w1: Tensor, w2: Tensor, options: Options) -> _Experts:
     return _Experts(x, first, b1, second, b2, options)
 
 
-def _check_router_weight(x: Tensor, weight: Tensor, w1: Tensor, dtype: torch.dtype | None) -> None:
+def _check_router_weight(x: Tensor, weight: Tensor, num_experts: int, dtype: torch.dtype | None) -> None:
     checks.tensor("router_weight", weight, 2, "(E, H)")
     checks.floating("router_weight", weight)
     checks.same_device("router_weight", weight, "x", x)
@@ -397,16 +397,16 @@ def _check_router_weight(x: Tensor, weight: Tensor, w1: Tensor, dtype: torch.dty
             "torch.autocast."
         )
     checks.size("router_weight", "hidden size", weight.shape[1], x.shape[1], "the last dimension of x")
-    checks.size("router_weight", "expert count", weight.shape[0], w1.shape[0], "the experts of w1")
+    checks.size("router_weight", "expert count", weight.shape[0], num_experts, "all experts")
 
 
-def _check_router_logits(logits: Tensor, x: Tensor, w1: Tensor) -> None:
+def _check_router_logits(logits: Tensor, x: Tensor, num_experts: int) -> None:
     """What a router of any class returned."""
     checks.tensor("the router's output", logits, 2, "(T, E)")
     checks.floating("the router's output", logits)
     checks.same_device("the router's output", logits, "x", x)
-    shape = (x.shape[0], w1.shape[0])
-    checks.size("the router's output", "shape", tuple(logits.shape), shape, "tokens of x, experts of w1")
+    shape = (x.shape[0], num_experts)
+    checks.size("the router's output", "shape", tuple(logits.shape), shape, "tokens of x, all experts")
 
 
 def _check_scores(name: str, scores: Tensor, x: Tensor, validate: bool) -> None:

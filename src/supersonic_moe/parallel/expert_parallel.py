@@ -47,7 +47,6 @@ from supersonic_moe.parallel.watch import ExpertParallelError, Watch
 from supersonic_moe.private_api import default_store
 from supersonic_moe.routing.plan import plan_from_topk
 from supersonic_moe.training.options import ExpertOptions, Options, lists_options
-from supersonic_moe.training.router_linear import linear_in, router_linear
 
 TRANSPORTS = ("all_to_all", "gather")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -181,27 +180,15 @@ class ExpertParallel:
         assert not isinstance(router, TokenRounding)
         if selection.token_mask_T is not None:
             x_TH = selection.without_padding(x_TH)
-        logits_TE, x_TH = self._logits(x_TH, router_or_logits)
+        if isinstance(router_or_logits, RouterWeight):
+            router_or_logits = router_or_logits._replace(weight_EH=_local(router_or_logits.weight_EH))
+        logits_TE, x_TH = functional.router_logits(x_TH, self._checked_x(x_TH), router_or_logits, self.num_experts)
         if options.get("validate"):
             checks.finite_logits(logits_TE)
         scores_TK, ids_TK = selection.top_k(logits_TE, router, options.get("backend", "auto"))
         found = self._departures(ids_TK)
         out_TH = self._experts(x_TH, scores_TK, found, w1, w2, options)
         return LayerOutput(out_TH, logits_TE, found.rows_E.to(torch.int32), ids_TK)
-
-    def _logits(self, x_TH: Tensor, router: RouterWeight | Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """(logits (T, E), x for the experts)."""
-        x = self._checked_x(x_TH)
-        if not isinstance(router, RouterWeight):
-            logits_TE = router(x_TH)
-            shape = (x_TH.shape[0], self.num_experts)
-            checks.size("the router's output", "shape", tuple(logits_TE.shape), shape, "tokens of x, all experts")
-            return logits_TE, x
-        weight_EH, dtype = _local(router.weight_EH), router.dtype
-        checks.size("router_weight", "shape", tuple(weight_EH.shape), (self.num_experts, self.hidden), "(E, H)")
-        if dtype is not None:
-            return linear_in(x_TH, weight_EH, dtype), x
-        return router_linear(x, weight_EH.to(x.dtype))
 
     @lists_options
     def experts(
