@@ -18,9 +18,6 @@ from supersonic_moe.inference.operands import (
     check_experts,
     check_x,
     check_x_scale,
-    checked_workspace,
-    chunks,
-    output,
 )
 from supersonic_moe.inference.ops import TopK
 from supersonic_moe.inference.replays import Request
@@ -130,19 +127,17 @@ def moe_fp8_topk(
         weights += _shared_weights(shared_expert, sizes, order, w13)
     always_on = int(shared_expert is not None)
     in_use = Sizes(sizes.num_local + always_on, sizes.hidden, sizes.intermediate)
-    checked_workspace(workspace, x, num_choices + always_on, in_use, max_tokens_per_chunk)
-    out = output(out, x)
     x, topk_weights, topk_ids = x.contiguous(), topk_weights.contiguous(), topk_ids.contiguous()
-    for first, end in chunks(x.shape[0], max_tokens_per_chunk):
-        arguments = TopK(
+
+    def part(first: int, end: int) -> TopK:
+        return TopK(
             x[first:end], None if scales is None else scales[first:end], weights, topk_weights[first:end],
             topk_ids[first:end], expert_map, offset, num_experts, factor,
             order.value, swiglu_limit, apply_router_weight_on_input, pow2_scales,
         )  # fmt: skip
-        torch.ops.supersonic_moe.moe_fp8_topk.default(*arguments, out[first:end], workspace)
-        if end - first == x.shape[0]:
-            request.keep(arguments, out)
-    return out
+
+    op = torch.ops.supersonic_moe.moe_fp8_topk.default
+    return request.compute(op, part, num_choices + always_on, in_use, max_tokens_per_chunk)
 
 
 def _activation_scales(x: Tensor, x_scale: Tensor | None, layout: str) -> Tensor | None:
