@@ -13,6 +13,7 @@ def registered_specs() -> tuple[KernelSpec, ...]:
         down_backward,
         down_backward_fp8,
         down_backward_fp8_quantize,
+        down_projection_fp8,
         grouped_gemm,
         grouped_gemm_fp8,
         grouped_wgrad,
@@ -39,5 +40,6 @@ def registered_specs() -> tuple[KernelSpec, ...]:
         *quantize_columns.SPECS,
         *route_rows.SPECS,
         *stream_experts.SPECS,
+        *down_projection_fp8.SPECS,
         *combine_rows.SPECS,
     )
