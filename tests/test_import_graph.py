@@ -48,6 +48,8 @@ LAYERS = (
     "parallel.fp8_wire",
     "parallel.expert_parallel",
     "parallel.shard",
+    "parallel.mega",
+    "parallel.mega_deep_gemm",
     "parallel",
     "parts",
     "moe",

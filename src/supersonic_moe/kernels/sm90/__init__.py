@@ -14,6 +14,7 @@ def registered_specs() -> tuple[KernelSpec, ...]:
         down_backward_fp8,
         down_backward_fp8_quantize,
         down_backward_ungated,
+        down_projection_fp8,
         grouped_gemm,
         grouped_gemm_fp8,
         grouped_wgrad,
@@ -43,5 +44,6 @@ def registered_specs() -> tuple[KernelSpec, ...]:
         *quantize_columns.SPECS,
         *route_rows.SPECS,
         *stream_experts.SPECS,
+        *down_projection_fp8.SPECS,
         *combine_rows.SPECS,
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from supersonic_moe.jit.tma import TensorMap, tensor_map
-from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, WARP_ROWS
+from supersonic_moe.kernels.interface import Quantized
+from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, WARP_ROWS, GemmConfig
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
@@ -41,6 +44,21 @@ def map_of_stored_rows(d_PN: Tensor, rows: int = WARP_ROWS) -> TensorMap:
     (capacity, columns), row = d_PN.shape, d_PN.stride(0)
     box = (rows, 1, 128 // d_PN.element_size())
     return tensor_map(d_PN, box=box, shape=(capacity, 1, columns), strides=(row, columns, 1))
+
+
+# ---- weights in FP8 --------------------------------------------------------------------------------------------------
+
+
+def scaled_weight(b_ENK: Quantized, config: GemmConfig) -> dict[str, Any]:
+    """What a kernel takes of B and the block scales of B."""
+    b, scale = b_ENK
+    num_experts, columns, depth = b.shape
+    scale_b_expert, scale_b_column, scale_b_k = scale.stride()
+    return {
+        "map_b": tensor_map(b, box=(1, BLOCK_N, config.block_k)), "experts": num_experts, "columns": columns,
+        "blocks_k": -(-depth // config.block_k), "scale_b": scale, "scale_b_expert": scale_b_expert,
+        "scale_b_column": scale_b_column, "scale_b_k": scale_b_k,
+    }  # fmt: skip
 
 
 # ---- gate and up -----------------------------------------------------------------------------------------------------
