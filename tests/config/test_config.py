@@ -16,10 +16,6 @@ from supersonic_moe.config.grouped_routing import Scoring, as_scoring
 from supersonic_moe.config.recipe import Fp8Recipe, as_recipe
 from supersonic_moe.config.router import (
     SigmoidGroupedTopK,
-    SoftmaxAfterTopK,
-    SoftmaxBeforeTopK,
-    TokenRounding,
-    TopKRouter,
     as_router,
     check_router,
 )
