@@ -27,6 +27,7 @@ from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.kernels import interface, registry
 from supersonic_moe.kernels.alignment import aligned, is_turned
 from supersonic_moe.kernels.interface import Quantized
+from supersonic_moe.ops import caller, unobserved
 from supersonic_moe.private_api import in_forward_mode
 from supersonic_moe.quantization.block_format import blocks, empty_e4m3, empty_scales
 from supersonic_moe.quantization.weight_cache import Fp8Weight, WeightCache
@@ -179,19 +180,24 @@ def _define(
     run: Callable[..., Any],
     fake: Callable[..., Any],
     count: Callable[..., int],
-) -> None:
-    """``run``, ``fake`` and ``count``, its FLOPs, take the NamedTuples that ``arguments`` make of the flat ones."""
-    op = f"supersonic_moe::{name}"
+) -> Callable[..., Any]:
+    """``run``, ``fake`` and ``count``, its FLOPs, take the NamedTuples that ``arguments`` make of the flat ones, with
+    which what is returned is called.
+    """
+    op, kernel = f"supersonic_moe::{name}", on_flat(run, *arguments)
     torch.library.define(op, f"({', '.join(fields.schema for fields in arguments)}) -> ({result})")
-    torch.library.impl(op, ("cpu", "cuda"))(on_flat(run, *arguments))
+    torch.library.impl(op, ("cpu", "cuda"))(kernel)
     torch.library.register_fake(op)(on_flat(fake, *arguments))
     counted = on_flat(count, *arguments)
     register_flop_formula(getattr(_ops, name), get_raw=True)(lambda *args, out_val: counted(*args))
+    return caller(getattr(_ops, name).default, kernel)
 
 
 _GRADIENTS = ", ".join(f"Tensor d{name}" for name in Inputs._fields)
-_define("experts_forward", [_BF16_FORWARD], Fields(Bf16Output).schema, _bf16_forward, _bf16_forward_fake, flops.forward)
-_define(
+_experts_forward = _define(
+    "experts_forward", [_BF16_FORWARD], Fields(Bf16Output).schema, _bf16_forward, _bf16_forward_fake, flops.forward
+)
+_experts_backward = _define(
     "experts_backward",
     [_BF16_SAVED, _INCOMING],
     _GRADIENTS,
@@ -199,8 +205,10 @@ _define(
     _bf16_backward_fake,
     flops.bf16_backward,
 )
-_define("experts_fp8_forward", [_FP8_FORWARD], _FP8_OUTPUT.schema, _fp8_forward, _fp8_forward_fake, flops.forward)
-_define(
+_experts_fp8_forward = _define(
+    "experts_fp8_forward", [_FP8_FORWARD], _FP8_OUTPUT.schema, _fp8_forward, _fp8_forward_fake, flops.forward
+)
+_experts_fp8_backward = _define(
     "experts_fp8_backward",
     [_FP8_WEIGHTS, _FP8_SAVED, _INCOMING],
     _GRADIENTS,
@@ -242,7 +250,7 @@ class _Bf16Call(NamedTuple):
 
     def forward(self, operands: _Operands, save: bool) -> tuple[Tensor, ...]:
         arguments = _BF16_FORWARD.flat(*operands, self.plan, self.static, save)
-        output: tuple[Tensor, ...] = _ops.experts_forward.default(*arguments)
+        output: tuple[Tensor, ...] = _experts_forward(*arguments)
         return output
 
     def keep(self, operands: _Operands, row_scores: Tensor, z: Tensor) -> _Kept:
@@ -266,7 +274,7 @@ class _Fp8Call(NamedTuple):
         x, scores, _w1, b1, _w2, b2 = operands
         w1, w2 = Quantized(self.w1.q, self.w1.scale), Quantized(self.w2.q, self.w2.scale)
         arguments = _FP8_FORWARD.flat(x, scores, w1, b1, w2, b2, self.plan, self.static, self.numerics, save)
-        output: tuple[Tensor, ...] = _ops.experts_fp8_forward.default(*arguments)
+        output: tuple[Tensor, ...] = _experts_fp8_forward(*arguments)
         return output
 
     def keep(self, operands: _Operands, row_scores: Tensor, z: Tensor, z_scale: Tensor) -> _Kept:
@@ -281,12 +289,12 @@ class _Fp8Call(NamedTuple):
 
 
 def _backward_in_bf16(tensors: Sequence[Any], others: Sequence[Any], incoming: Sequence[Any]) -> Sequence[Tensor]:
-    grads: Sequence[Tensor] = _ops.experts_backward.default(*tensors, *others, *incoming)
+    grads: Sequence[Tensor] = _experts_backward(*tensors, *others, *incoming)
     return grads
 
 
 def _backward_in_fp8(tensors: Sequence[Any], others: Sequence[Any], incoming: Sequence[Any]) -> Sequence[Tensor]:
-    grads: Sequence[Tensor] = _ops.experts_fp8_backward.default(*tensors, *others, *incoming)
+    grads: Sequence[Tensor] = _experts_fp8_backward(*tensors, *others, *incoming)
     return grads
 
 
@@ -454,5 +462,6 @@ def with_fp8_copies(
 
 
 def _quantized(weights: list[Tensor], scale: str, backend: str) -> list[Fp8Weight]:
-    flat = iter(_ops.quantize_weights.default(weights, scale, backend))
+    quantize = _quantize_weights if unobserved(*weights) else _ops.quantize_weights.default
+    flat = iter(quantize(weights, scale, backend))
     return [Fp8Weight(*three) for three in zip(flat, flat, flat, strict=True)]
