@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import warnings
 from collections.abc import Callable
 
@@ -10,9 +11,14 @@ import torch
 
 import supersonic_moe as sm
 from supersonic_moe import checks
-from supersonic_moe.config.activation import Activation, ActivationType, as_activation, as_layout
-from supersonic_moe.config.recipe import as_recipe
-from supersonic_moe.config.router import as_router, check_router
+from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout, as_activation, as_layout
+from supersonic_moe.config.grouped_routing import Scoring, as_scoring
+from supersonic_moe.config.recipe import Fp8Recipe, as_recipe
+from supersonic_moe.config.router import (
+    SigmoidGroupedTopK,
+    as_router,
+    check_router,
+)
 
 BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: Activation("nonsense"), ValueError, "unknown activation 'nonsense'; choose one of swiglu"),
@@ -67,6 +73,49 @@ def test_an_activation_takes_its_type_by_name() -> None:
     assert Activation("swiglu", limit=7) == Activation(ActivationType.SWIGLU, limit=7.0)
     assert Activation("gelu").type is ActivationType.GELU
     assert as_activation("relu") == Activation(ActivationType.RELU)
+
+
+@pytest.mark.parametrize(
+    ("reader", "kind"), [(as_activation, ActivationType), (as_layout, GateUpLayout), (as_scoring, Scoring)]
+)
+def test_members_of_enums_are_not_looked_up(
+    reader: Callable[[object], object], kind: type[enum.StrEnum], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that readers do with a member: torch.compile of torch 2.11 cannot trace ``kind(member)``."""
+    members = list(kind)
+
+    def refuse(cls: object, value: object) -> None:
+        raise AssertionError(f"{cls}({value})")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(enum.EnumMeta, "__call__", refuse)
+        read = [reader(member) for member in members]
+    assert read == [reader(member.value) for member in members]
+
+
+BUILT: list[Callable[[], object]] = [
+    lambda: Activation("swiglu", limit=7.0),
+    lambda: Activation(ActivationType.GEGLU),
+    Activation.gpt_oss,
+    lambda: as_activation("gelu"),
+    lambda: Fp8Recipe(scale="pow2"),
+    lambda: as_recipe(None),
+    lambda: SigmoidGroupedTopK(num_groups=2),
+    lambda: as_router("token_rounding"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(BUILT)))
+def test_configurations_are_built_under_the_compiler(number: int) -> None:
+    torch.compiler.reset()
+    build, found = BUILT[number], []
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        found.append(build())
+        return x + 1
+
+    torch.compile(call, fullgraph=True, backend="eager")(torch.zeros(1))
+    assert found == [build()]
 
 
 # ---- a router and the sizes of its layer -----------------------------------------------------------------------------

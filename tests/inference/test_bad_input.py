@@ -61,7 +61,7 @@ TOPK = [
     ({"expert_map": torch.zeros(8).int(), "local_expert_offset": 4}, ValueError, "Pass one of them"),
     ({"expert_map": torch.zeros(8).int(), "num_experts": 9}, ValueError, "expert_map must have length 9"),
     ({"gate_up_order": "down_up"}, ValueError, "unknown gate/up layout 'down_up'"),
-    ({"swiglu_limit": 0.0}, ValueError, "limit must be a positive finite number"),
+    ({"swiglu_limit": 0.0}, ValueError, "swiglu_limit must be a positive finite number"),
     ({"routed_scaling_factor": float("inf")}, ValueError, "routed_scaling_factor must be a finite number"),
     ({"routed_scaling_factor": None}, TypeError, r"routed_scaling_factor must be a number; got NoneType"),
     ({"local_expert_offset": 1.0}, TypeError, r"local_expert_offset must be an integer; got float \(1.0\)"),
