@@ -60,7 +60,7 @@ class Runner:
 
     def run(self, case: InferCase, progress: Callable[[str], None]) -> InferResult:
         progress("random experts")
-        work = self._workload(case)
+        work = self.workload_of(case)
         moved, floor_us = case.shape.floor(case.tokens, work.hits, work.rows)
         facts = {"hits": work.hits, "rows": work.rows, "bytes": moved, "floor_us": floor_us}
         result = InferResult(str(case), hits=work.hits, rows=work.rows, of=case)
@@ -91,7 +91,7 @@ class Runner:
             raise NoResultError(f"{case}: {result.missing[OURS]}.")
         return result
 
-    def _workload(self, case: InferCase) -> Workload:
+    def workload_of(self, case: InferCase) -> Workload:
         return workload(case, self._weights(case.shape), self.device)
 
     def _reference(self, work: Workload) -> tuple[Tensor, Tensor]:
