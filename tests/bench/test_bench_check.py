@@ -114,3 +114,4 @@ def test_pages_quote_a_library_only_where_it_ran_in_the_same_file(tmp_path: Path
     head, _, line = readme.headline(tmp_path).splitlines()[:3]
     assert head == "| layer | BF16, µs | TFLOP/s | vs torch | vs SonicMoE | FP8, µs | TFLOP/s | vs our BF16 |"
     assert line == "| T1 | 1,000 | – | 1.80× | 1.05× | 1,000 | – | 1.50× |"
+    assert "*vs SonicMoE*: its layer, in BF16, in the same process. BF16: GPU" in readme.headline(tmp_path)

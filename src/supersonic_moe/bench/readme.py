@@ -188,6 +188,8 @@ def headline(folder: Path) -> str:
     for precision, (_, peers, _) in zip(("BF16", "FP8"), contenders, strict=True):
         head += [f"{precision}, µs", "TFLOP/s", *(f"vs {_NAMES[peer]}" for peer in peers)]
     sources = f"BF16: {_origin(bf16)}. FP8: {_origin(fp8)}."
+    if any("sonicmoe" in peers for _, peers, _ in contenders):
+        sources = f"*vs SonicMoE*: its layer, in BF16, in the same process. {sources}"
     return "\n\n".join([_markdown(head, lines), " ".join([sources, *_grouped_gemms(folder)])])
 
 
