@@ -176,7 +176,8 @@ def run_case(shape: LayerShape, config: LayerConfig, progress: Callable[[str], N
     for mode in ("infer", "fwd", "fwd_bwd"):
         progress(f"timing {mode}")
         calls = {name: getattr(contender, mode) for name, contender in contenders.items()}
-        run = partial(measure, calls, clock, warm_ms=config.warm_ms, min_ms=config.min_ms, rounds=config.pairs)
+        rounds = ROUNDS if mode == "infer" else config.pairs  # pairs are for the passes of training
+        run = partial(measure, calls, clock, warm_ms=config.warm_ms, min_ms=config.min_ms, rounds=rounds)
         timings: dict[str, Timing | Missing] = required(f"{case}, {mode}", run)
         for name, timing in timings.items():
             if not isinstance(timing, Missing):

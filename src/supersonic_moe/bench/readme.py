@@ -174,8 +174,8 @@ def headline(folder: Path) -> str:
         return NOTHING_YET
     bf16, fp8 = map(read, paths)
     contenders = [
-        (bf16, ("grouped_mm", *_measured_peers(bf16, ["sonicmoe"])), ""),
-        (fp8, ("ours-BF16", *_measured_peers(fp8, ["sonicmoe"])), "_fp8"),
+        (bf16, _measured_peers(bf16, ["grouped_mm", "sonicmoe"]), ""),
+        (fp8, _measured_peers(fp8, ["ours-BF16", "sonicmoe"]), "_fp8"),
     ]
     lines = []
     for case in dict.fromkeys(row["case"] for row in bf16["rows"]):

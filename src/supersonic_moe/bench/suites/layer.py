@@ -62,7 +62,10 @@ class Layer(RecipeOptions, Timed[LayerShape, "LayerResult"]):
         ),
     ] = "torch_loop,grouped_mm"
     pairs: Annotated[
-        int, typer.Option(min=4, help="Slices of each contender, alternating. Of 6 on, ratios have a 95 % interval.")
+        int,
+        typer.Option(
+            min=4, help="Slices of each contender in training, alternating. From 6 on, ratios have a 95 % interval."
+        ),
     ] = 4
     cold_l2: Annotated[bool, typer.Option("--cold-l2", help="Flush the L2 cache before every timed call.")] = False
     png: options.Png = None
