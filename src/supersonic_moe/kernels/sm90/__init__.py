@@ -13,6 +13,7 @@ def registered_specs() -> tuple[KernelSpec, ...]:
         down_backward,
         down_backward_fp8,
         down_backward_fp8_quantize,
+        exchange_flags,
         grouped_gemm,
         grouped_gemm_fp8,
         grouped_wgrad,
@@ -40,4 +41,5 @@ def registered_specs() -> tuple[KernelSpec, ...]:
         *route_rows.SPECS,
         *stream_experts.SPECS,
         *combine_rows.SPECS,
+        *exchange_flags.SPECS,
     )
