@@ -23,6 +23,7 @@ LAYERS = (
     "quantization.block_format",
     "autocast",
     "autograd",
+    "ops",
     "jit",
     "kernels.alignment",
     "kernels.interface",

@@ -55,7 +55,7 @@ class Runner:
     """Measures cases; keeps the weights of one shape while its cases follow each other."""
 
     def __init__(self, device: torch.device, *, warm_ms: float, min_ms: float, peers: Sequence[str]) -> None:
-        self.device, self.peers, self.times = device, peers, {"warm_ms": warm_ms, "min_ms": min_ms}
+        self.device, self.peers, self.warm_ms, self.min_ms = device, peers, warm_ms, min_ms
         self._experts: tuple[InferShape, Fp8Experts] | None = None
 
     def run(self, case: InferCase, progress: Callable[[str], None]) -> InferResult:
@@ -135,7 +135,7 @@ class Runner:
                 found[name] = replay
             else:
                 replays[name] = replay
-        for name, timing in measure(replays, clock, **self.times).items():
+        for name, timing in measure(replays, clock, warm_ms=self.warm_ms, min_ms=self.min_ms).items():
             if isinstance(timing, Missing):
                 found[name] = timing
                 continue

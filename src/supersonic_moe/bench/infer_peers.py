@@ -102,7 +102,8 @@ def deep_gemm_grouped(work: Workload) -> Call:
 
 def _masked(work: Workload, module: ModuleType) -> Call:
     shape, experts, case, device = work.case.shape, work.experts, work.case, work.x.device
-    most = max(8, cdiv(max(work.counts), 8) * 8)
+    # Whole tiles of rows for each expert: it stores whole tiles, which would reach into the next expert's rows.
+    most = max(1, cdiv(max(work.counts), BLOCK)) * BLOCK
     local, hidden, inter = shape.local, shape.hidden, shape.inter
     expected = max(1, cdiv(work.rows, local))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from supersonic_moe import checks
-from supersonic_moe.config.activation import Activation, GateUpLayout, as_layout
+from supersonic_moe.config.activation import GateUpLayout, as_layout, check_limit
 from supersonic_moe.config.grouped_routing import MAX_TOP_K
 from supersonic_moe.inference.operands import (
     MAX_LOCAL_EXPERTS,
@@ -18,9 +18,6 @@ from supersonic_moe.inference.operands import (
     check_experts,
     check_x,
     check_x_scale,
-    checked_workspace,
-    chunks,
-    output,
 )
 from supersonic_moe.inference.ops import TopK
 from supersonic_moe.inference.replays import Request
@@ -122,8 +119,7 @@ def moe_fp8_topk(
         )
     offset = as_offset(local_expert_offset)
     _check_placement(expert_map, offset, num_experts, x)
-    if swiglu_limit is not None:
-        Activation.swiglu_clamped(swiglu_limit)  # refuses what is no limit
+    check_limit("swiglu_limit", swiglu_limit)
     factor = as_factor(routed_scaling_factor)
     checks.flag("pow2_scales", pow2_scales)
     weights = [w13, w13_scale, w2, w2_scale]
@@ -131,19 +127,17 @@ def moe_fp8_topk(
         weights += _shared_weights(shared_expert, sizes, order, w13)
     always_on = int(shared_expert is not None)
     in_use = Sizes(sizes.num_local + always_on, sizes.hidden, sizes.intermediate)
-    checked_workspace(workspace, x, num_choices + always_on, in_use, max_tokens_per_chunk)
-    out = output(out, x)
     x, topk_weights, topk_ids = x.contiguous(), topk_weights.contiguous(), topk_ids.contiguous()
-    for first, end in chunks(x.shape[0], max_tokens_per_chunk):
-        arguments = TopK(
+
+    def part(first: int, end: int) -> TopK:
+        return TopK(
             x[first:end], None if scales is None else scales[first:end], weights, topk_weights[first:end],
             topk_ids[first:end], expert_map, offset, num_experts, factor,
             order.value, swiglu_limit, apply_router_weight_on_input, pow2_scales,
         )  # fmt: skip
-        torch.ops.supersonic_moe.moe_fp8_topk.default(*arguments, out[first:end], workspace)
-        if end - first == x.shape[0]:
-            request.keep(arguments, out)
-    return out
+
+    op = torch.ops.supersonic_moe.moe_fp8_topk.default
+    return request.compute(op, part, num_choices + always_on, in_use, max_tokens_per_chunk)
 
 
 def activation_scales(x: Tensor, x_scale: Tensor | None, layout: str) -> Tensor | None:

@@ -70,13 +70,7 @@ def workspace_bytes(num_tokens: int, top_k: int, hidden: int, intermediate: int,
         intermediate: I of this rank.
     """
     checks.non_negative("num_tokens", num_tokens)
-    for name, value in (
-        ("top_k", top_k),
-        ("hidden", hidden),
-        ("intermediate", intermediate),
-        ("num_local_experts", num_local_experts),
-    ):
-        checks.positive(name, value)
+    checks.positive_sizes(top_k=top_k, hidden=hidden, intermediate=intermediate, num_local_experts=num_local_experts)
     return regions(num_tokens, top_k, hidden, intermediate, num_local_experts).end
 
 
