@@ -126,15 +126,21 @@ def bf16_over_ranks(pow2: bool) -> tuple[bool, str]:
     return torch.equal(got, parts(case, size, pow2_scales=pow2)[rows]), said
 
 
-def mistakes_on_one_rank(transport: str) -> tuple[str, str]:
-    """Rank 1 has another limit, then too many tokens: what this rank is told."""
+def mistakes(transport: str) -> tuple[list[str], str, str]:
+    """Mistakes of all ranks in one call, which harm nothing; then rank 1 has another limit, then too many tokens. What
+    this rank is told.
+    """
     rank, size = dist.get_rank(), dist.get_world_size()
     unequal = error_of(lambda: mega(dist.group.WORLD, max_tokens_per_rank=4 + rank))
     layer = mega(dist.group.WORLD, transport=transport, max_tokens_per_rank=4, timeout_s=3.0)
-    own = slice(rank * E // size, (rank + 1) * E // size)
+    own, case = slice(rank * E // size, (rank + 1) * E // size), case_of(3)
+    wrong: list[dict[str, Any]] = [
+        {"swiglu_limit": -1.0}, {"x_scale": None}, {"pow2_scales": 1}, {"out": case.x.bfloat16()[:2]}, {"experts": own}
+    ]  # fmt: skip
+    common = [error_of(lambda options=options: call(layer, case, **{"experts": own, **options})) for options in wrong]
     error = error_of(lambda: call(layer, case_of(5 if rank else 2), experts=own))
     time.sleep(4 if rank and transport == "gather" else 0)  # until the other, who waits, has asked what is wrong
-    return unequal, error
+    return common, unequal, error
 
 
 def in_a_graph() -> list[str]:

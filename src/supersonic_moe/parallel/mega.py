@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from supersonic_moe import checks
-from supersonic_moe.config.activation import Activation, GateUpLayout, as_layout
+from supersonic_moe.config.activation import GateUpLayout, as_layout, check_limit
 from supersonic_moe.inference.operands import INTERMEDIATE_MULTIPLE, check_experts, check_x, output
 from supersonic_moe.inference.ops import sm90_for
 from supersonic_moe.inference.topk import activation_scales, check_choices, moe_fp8_topk
@@ -195,8 +195,7 @@ class MegaMoE:
         check_x("x", x, check_experts(*weights, order), weights[0])
         scale = activation_scales(x, x_scale, "token_major")
         check_choices(topk_weights, topk_ids, x)
-        if limit is not None:
-            Activation.swiglu_clamped(limit)  # refuses what is no limit, before anybody waits
+        check_limit("swiglu_limit", limit)
         checks.flag("pow2_scales", pow2)
         if out is not None:
             output(out, x)
