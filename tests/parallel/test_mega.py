@@ -153,17 +153,23 @@ def test_explain_says_what_a_call_needs() -> None:
 # ---- several ranks ---------------------------------------------------------------------------------------------------
 
 
-def spread(ranks: int) -> list[tuple[tuple[int, ...], float, float | None]]:
+def spread(ranks: int) -> list[cases.Call]:
     """Token counts that change from call to call, masks and clamps."""
     counts = [(0, 1), (7, 333), (1, 0), (333, 7), (0, 0), (1, 1), (40, 7), (7, 7)]
     masks = (0.0, 0.3, 0.7, 1.0)
-    return [((tokens * 2)[:ranks], masks[i % 4], LIMITS[i % 3]) for i, tokens in enumerate(counts)]
+    return [((tokens * 4)[:ranks], masks[i % 4], LIMITS[i % 3]) for i, tokens in enumerate(counts)]
 
 
 @pytest.mark.parametrize("transport", ["gather", "all_to_all"])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_together_have_the_bits_of_one_process(ranks: int, transport: str) -> None:
     assert run_ranks(ranks, cases.same_as_one_process, spread(ranks), transport) == [[]] * ranks
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_copies_between_ranks_carry_the_same(ranks: int) -> None:
+    (found,) = run_ranks(1, cases.over_copies, ranks, spread(ranks))
+    assert found == [[]] * ranks
 
 
 @pytest.mark.parametrize("pow2", [False, True])

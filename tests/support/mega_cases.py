@@ -16,6 +16,7 @@ import torch.distributed as dist
 from inference_oracle import Case, make_case
 from parallel_cases import error_of
 from torch import Tensor
+from virtual_ranks import run_virtual
 
 from supersonic_moe.inference import moe_fp8_topk
 from supersonic_moe.parallel import MegaMoE
@@ -81,10 +82,12 @@ def parts(case: Case, size: int, **options: Any) -> Tensor:
     return total.bfloat16()
 
 
-def same_as_one_process(calls: Sequence[tuple[tuple[int, ...], float, float | None]], transport: str) -> list[str]:
-    """Where the outputs or counts of this rank differ. A call: tokens of each rank, masked choices, clamp. Two
-    instances take turns.
-    """
+Call = tuple[tuple[int, ...], float, float | None]
+"""Tokens of each rank, share of masked choices, clamp."""
+
+
+def same_as_one_process(calls: Sequence[Call], transport: str) -> list[str]:
+    """Where the outputs or counts of this rank differ. Two instances take turns."""
     rank, size = dist.get_rank(), dist.get_world_size()
     layers = [mega(dist.group.WORLD, transport=transport, timeout_s=60.0) for _ in range(2)]
     own, wrong = slice(rank * E // size, (rank + 1) * E // size), []
@@ -110,6 +113,11 @@ def same_as_one_process(calls: Sequence[tuple[tuple[int, ...], float, float | No
         layer.check()
         layer.close()
     return wrong
+
+
+def over_copies(size: int, calls: Sequence[Call]) -> list[list[str]]:
+    """The same of ranks that are threads and reach each other's memory."""
+    return run_virtual(size, same_as_one_process, calls, "gather")
 
 
 def bf16_over_ranks(pow2: bool) -> tuple[bool, str]:

@@ -62,11 +62,12 @@ class _Exchange(ExpertParallel):
     ) -> Tensor:
         """(T, H): what ``experts`` makes (U, H) of the received tokens, summed at home."""
         found = self._departures(ids_TK)
-        trip, _, _ = self._start(weights_TK, weights_TK, found)  # counts tokens; weights have the same dtype everywhere
-        codes_UH = trip.send("forward dispatch", x.q.view(torch.uint8)).view(E4M3)
-        ids_UK, weights_UK, scale_UB = trip.send_choices("forward dispatch", found.ids_TK, weights_TK, x.scale)
-        part_UH = experts(_Received(Quantized(codes_UH, scale_UB), ids_UK, weights_UK))
-        return trip.summed(trip.back("forward combine", part_UH))
+        with self._watch.telling():
+            trip, _, _ = self._start(weights_TK, weights_TK, found)  # for their number and a dtype that all ranks have
+            codes_UH = trip.send("forward dispatch", x.q.view(torch.uint8)).view(E4M3)
+            ids_UK, weights_UK, scale_UB = trip.send_choices("forward dispatch", found.ids_TK, weights_TK, x.scale)
+            part_UH = experts(_Received(Quantized(codes_UH, scale_UB), ids_UK, weights_UK))
+            return trip.summed(trip.back("forward combine", part_UH))
 
 
 class MegaMoE:
