@@ -175,6 +175,18 @@ def test_a_missing_peer_does_not_end_an_fp8_case() -> None:
     assert list(result.metrics) == [OURS, layer.OURS_BF16] and "liger" in result.missing
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("peer", "module"), [("sonicmoe", "sonicmoe"), ("liger", "liger_kernel"), ("torchao", "torchao")]
+)
+def test_gpu_installed_libraries_compute_our_layer(peer: str, module: str) -> None:
+    pytest.importorskip(module)
+    changed = replace(config(peer), device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    if peer in layer_peers.FP8:
+        changed = replace(changed, recipe=Fp8Recipe())
+    assert run_case(LayerShape(1024, 512, 256, 8, 2), changed).missing == {}
+
+
 # ---- the same function -----------------------------------------------------------------------------------------------
 
 
