@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from supersonic_moe import checks
 from supersonic_moe.config.activation import GateUpLayout, as_layout, check_limit
 from supersonic_moe.inference.operands import INTERMEDIATE_MULTIPLE, check_experts, check_x, output
-from supersonic_moe.inference.ops import sm90_for
+from supersonic_moe.inference.ops import on_sm90
 from supersonic_moe.inference.topk import activation_scales, check_choices, moe_fp8_topk
 from supersonic_moe.inference.workspace import workspace_bytes
 from supersonic_moe.kernels import registry
@@ -212,7 +212,7 @@ class MegaMoE:
 
         with torch.no_grad():
             if scale is None:
-                kernels = registry.fp8_kernels("reference" if sm90_for(x) is None else "sm90")
+                kernels = registry.fp8_kernels("sm90" if on_sm90(x) else "reference")
                 rows = kernels.quantize_rows(x.contiguous(), pow2)
             else:
                 rows = Quantized(x.contiguous(), scale)
