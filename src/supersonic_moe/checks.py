@@ -149,6 +149,11 @@ def positive(name: str, value: object) -> None:
         raise ValueError(f"{name} must be at least 1; got {value}.")
 
 
+def positive_sizes(**sizes: object) -> None:
+    for name, value in sizes.items():
+        positive(name, value)
+
+
 def non_negative(name: str, value: object) -> None:
     if not isinstance(value, _INTEGERS) or isinstance(value, bool):
         raise TypeError(f"{name} must be a non-negative integer; got {describe(value)}.")

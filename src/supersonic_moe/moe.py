@@ -14,7 +14,7 @@ from supersonic_moe import checks
 from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout, as_activation, as_layout
 from supersonic_moe.config.recipe import Fp8Recipe, Recipe, as_recipe
 from supersonic_moe.config.router import SigmoidGroupedTopK, TokenRounding, TopKRouter, as_router, check_router
-from supersonic_moe.functional import RouterWeight, run_layer
+from supersonic_moe.functional import RouterWeight, Selection, run_layer
 from supersonic_moe.parts import Experts, Router, is_plain_linear, reset, weights_of
 from supersonic_moe.private_api import in_backward, member_of
 from supersonic_moe.quantization.weight_cache import WeightCache
@@ -112,13 +112,12 @@ class MoE(nn.Module):
         expert_parallel: ExpertParallel | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("num_experts", num_experts),
-            ("num_experts_per_tok", num_experts_per_tok),
-            ("hidden_size", hidden_size),
-            ("intermediate_size", intermediate_size),
-        ):
-            checks.positive(name, value)
+        checks.positive_sizes(
+            num_experts=num_experts,
+            num_experts_per_tok=num_experts_per_tok,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+        )
         checks.flag("add_bias", add_bias)
         checks.number("std", std, lowest=0)
         checks.number("z_loss_weight", z_loss_weight, lowest=0)
@@ -237,11 +236,7 @@ class MoE(nn.Module):
             RouterWeight(member_of(router, "weight")) if is_plain_linear(router) else router,
             w1,
             w2,
-            self.top_k,
-            policy,
-            correction_bias,
-            rounding_step,
-            token_mask,
+            Selection(self.top_k, policy, correction_bias, rounding_step, token_mask),
             {
                 "b1": b1,
                 "b2": b2,

@@ -172,6 +172,7 @@ def test_transposed_weights_are_views_with_the_same_result():
         torch.autograd.grad(got.sum(), (w1_t, w2_t)), torch.autograd.grad(want.sum(), (w1, w2)), strict=True
     ):
         assert_same(g, w.transpose(1, 2), "gradient")
+        assert g.is_contiguous(), "autograd copies a gradient of other strides than its parameter's"
 
 
 def test_no_tokens():

@@ -53,6 +53,9 @@ SUITES = {
     "gemm": Headline(("us", "tflops", "sm_mhz", "watts", "pj_per_flop", "rel_fro"), "us"),
     "breakdown": Headline(("us", "floor_us", "of_floor", "tflops"), "us"),
     "ep": Headline(("fwd_us", "fwd_bwd_us", "fwd_bwd_tflops", "host_us", "sent_bytes"), "fwd_bwd_us"),
+    "mega": Headline(
+        ("hits", "rows", "replay_us", "floor_us", "of_floor", "host_us", "calc_diff", "worst_row"), "replay_us"
+    ),
     "cold-start": Headline(("first_call_s", "call_s", "total_s", "import_s", "context_s"), "first_call_s"),
 }
 UNSHOWN = frozenset(

@@ -122,6 +122,8 @@ METRICS = (
     Metric("pj_per_flop", "energy, pJ/FLOP", "pJ/FLOP", "lower"),
     Metric("rel_fro", "relative error", "fraction", None),  # checked against a limit, not raced: so are the next two
     Metric("matched", "contest's matched ratio, %", "fraction", None, shown_in=0.01),
+    Metric("calc_diff", "calc_diff", "fraction", None),
+    Metric("worst_row", "worst row, relative error", "fraction", None),
     Metric("held_out_bpb", "held-out bits per byte", "bits", "lower"),
     Metric("train_bpb", "training bits per byte", "bits", "lower"),
     Metric("gap", "above BF16, %", "fraction", None, shown_in=0.01),

@@ -23,7 +23,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -243,10 +244,14 @@ def wall_and_busy_us(call: Call, estimate_us: float, *, warm_ms: float, min_ms: 
 
 
 def graph_us(call: Call, estimate_us: float, *, warm_ms: float, min_ms: float) -> float:
-    """What a call takes when it is captured in a CUDA graph and replayed: nothing waits for the host. Median."""
+    """What a call takes when it is captured in a CUDA graph and replayed: nothing waits for the host. Median.
+
+    A call that waits for the GPU is refused before the capture: one that fails leaves torch's random numbers on that
+    GPU, and so every later case, unusable.
+    """
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    with torch.cuda.stream(side), _refused_to_wait():
         call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -254,6 +259,16 @@ def graph_us(call: Call, estimate_us: float, *, warm_ms: float, min_ms: float) -
         call()
     heat, calls = estimate_calls(warm_ms * 1e3, estimate_us), estimate_calls(min_ms * 1e3 / ROUNDS, estimate_us)
     return statistics.median(_wall_us(graph.replay, heat, calls) for _ in range(ROUNDS))
+
+
+@contextmanager
+def _refused_to_wait() -> Iterator[None]:
+    """What waits for the GPU raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def _wall_us(call: Call, heat: int, calls: int) -> float:

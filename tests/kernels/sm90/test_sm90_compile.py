@@ -33,30 +33,29 @@ WGMMA_SPECS = [
     *(self_test_spec(torch.float8_e4m3fn, width) for width in WIDTHS),
 ]
 
-# The other wrappers, in 2D and 3D, and the instructions that they must become.
-WRAPPER_OPCODES = {
-    "multicast": (
-        *("UTMALDG.{rank}D.MULTICAST", "UTMALDG.{rank}D", "UTMASTG.{rank}D", "UTMAREDG.{rank}D.ADD"),
-        *("UTMACMDFLUSH", "UCGABAR_ARV", "UCGABAR_WAIT", "SYNCS.ARRIVE.TRANS64.RED"),
+
+def wrapper_spec(name: str, *opcodes: str, **constants: int) -> KernelSpec:
+    return KernelSpec(name, f"ptx_{name}.cu", tuple(constants.items()), opcodes=opcodes, root=TEST_KERNELS)
+
+
+# The other wrappers, and the instructions that they must become.
+WRAPPER_SPECS = [
+    *(
+        wrapper_spec(
+            "multicast",
+            *(f"UTMALDG.{rank}D.MULTICAST", f"UTMALDG.{rank}D", f"UTMASTG.{rank}D", f"UTMAREDG.{rank}D.ADD"),
+            *("UTMACMDFLUSH", "UCGABAR_ARV", "UCGABAR_WAIT", "SYNCS.ARRIVE.TRANS64.RED"),
+            RANK=rank,
+        )
+        for rank in (2, 3)
     ),
-    "gather": (
+    wrapper_spec(
+        "gather",
         *("UTMALDG.2D", "HGMMA", "LDSM.16.MT88.4", "LDSM.16.M88.4", "STSM.16.MT88.4"),
         *("F2FP.SATFINITE.E4M3", "FENCE.VIEW.ASYNC", "ACQBULK", "PREEXIT"),
     ),
-    "deadlock": ("SYNCS.PHASECHK.TRANS64.TRYWAIT", "BPT.TRAP", "BAR.ARV"),
-}
-WRAPPER_SPECS = [
-    KernelSpec(
-        name,
-        "ptx_wrappers.cu",
-        constants=(("RANK", rank),),
-        opcodes=tuple(opcode.format(rank=rank) for opcode in opcodes),
-        root=TEST_KERNELS,
-    )
-    for name, opcodes in WRAPPER_OPCODES.items()
-    for rank in (2, 3)
+    wrapper_spec("deadlock", "SYNCS.PHASECHK.TRANS64.TRYWAIT", "BPT.TRAP", "BAR.ARV"),
 ]
-
 
 NVRTC_OF_THE_TABLE, TABLE = sass_table.load()
 
