@@ -3,7 +3,7 @@
     run_ranks(4, some_module.function, "argument")      [function("argument") of rank 0, of rank 1, ...]
 
 By default over gloo with tensors on the CPU; ``backend="nccl"`` gives each rank a GPU, ``gpu=True`` lets them share
-those that there are, over gloo.
+those that there are, over gloo. ``backend=None`` leaves the group to the function, which finds what torchrun sets.
 
 The function lies in a module that a fresh process can import: in tests/support. Ranks are forked from a server that has
 imported it (forks.py). This process holds the store, as torchrun's agent does, so it outlives a rank that dies.
@@ -53,7 +53,7 @@ def end_ranks(
     size: int,
     function: Callable[..., Any],
     *args: Any,
-    backend: str = "gloo",
+    backend: str | None = "gloo",
     gpu: bool = False,
     timeout_s: float = 120,
 ) -> list[Ended]:
@@ -87,7 +87,7 @@ def _rank(
     rank: int,
     size: int,
     port: int,
-    backend: str,
+    backend: str | None,
     gpu: bool,
     send: Connection,
     function: Callable[..., Any],
@@ -98,8 +98,13 @@ def _rank(
     if gpu:
         _device = torch.device("cuda", rank % torch.cuda.device_count())
         torch.cuda.set_device(_device)
-    store = dist.TCPStore("127.0.0.1", port, None, False)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    if backend is None:
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": 0}
+        os.environ |= {name: str(number) for name, number in numbers.items()}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    else:
+        store = dist.TCPStore("127.0.0.1", port, None, False)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         send.send((function(*args), ""))
         code = 0
