@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import parallel_cases as cases
 import pytest
@@ -12,7 +14,8 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from supersonic_moe import Fp8Recipe, MoE
+from supersonic_moe import Fp8Recipe, MoE, jit
+from supersonic_moe.kernels.sm90 import registered_specs
 
 SIZES = (0, 1, 7, 333)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -110,3 +113,20 @@ def test_one_rank_is_the_plain_layer_and_copies_nothing(one_rank: None) -> None:
     got = ep.dispatch(x[:1], ids, scores)
     assert got.x.data_ptr() == x.data_ptr() and got.ids.tolist() == [[0, -1, -1]] and got.scores is scores
     assert ep.combine(got.x, got.handle) is got.x
+
+
+def test_warm_up_waits_for_all_ranks(tmp_path: Path) -> None:
+    assert run_ranks(2, cases.warmed_up, str(tmp_path / "came"), 1.0) == [True, True]
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (8, 0)])
+def test_warm_up_compiles_what_this_gpu_runs(
+    capability: tuple[int, int], one_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(jit, "compile_all", done.append)
+    monkeypatch.setattr(dist, "barrier", lambda group: done.append("all ranks"))
+    cases.make().warm_up()
+    assert done == [registered_specs(), "all ranks"][capability != (9, 0) :]
