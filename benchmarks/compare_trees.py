@@ -1,7 +1,7 @@
 """Two trees of this package in one process on one GPU: are they equal in bits, and is one faster?
 
     git worktree add /tmp/before v0.1.0
-    python benchmarks/compare_trees.py /tmp/before . --bits --speed --json out.json
+    python benchmarks/compare_trees.py /tmp/before . --bits --speed --host --json out.json
 
 Each tree is copied under a name of its own (``supersonic_moe`` becomes ``before`` and ``after``, ops included), so both
 run on the same tensors, with the same driver, and alternate slice by slice on a card whose clock moves with its load.
@@ -13,6 +13,10 @@ compiled configurations ran.
 ``--speed``: forward + backward of whole layers, and of each kernel inside them by the profiler's trace. A pair is one
 slice of each tree, in alternating order; the figure is the median over pairs of before / after: above 1, after is
 faster. The interval is of the median, by order statistics (95 %).
+
+``--host``: the same pairs of a layer so small that the GPU waits for the host: what Python and the driver cost. Nothing
+waits for the GPU inside a slice. Forward alone and forward + backward, of ``moe_layer``, which quantizes its weights in
+every FP8 call, and of ``MoE``, which keeps the copies, with its auxiliary loss.
 
 Only public names are used, so trees far apart can be compared.
 """
@@ -42,6 +46,7 @@ import torch
 from torch import Tensor
 
 SETTLE_S, SLICE_S = 0.12, 0.2  # a slice follows the other tree at once: the clock settles within a tenth of a second
+HOST_SIZES, HOST_CALLS = (512, 256, 128, 8, 2), 100
 SHAPES = {  # T, H, I, E, K: the five of the layer suite, then those whose products are flash_l1/l2 and pro_l1/l2
     "T8192_H3072_I1536_E8_K8": (8192, 3072, 1536, 8, 8),
     "T32768_H4096_I1024_E128_K8": (32768, 4096, 1024, 128, 8),
@@ -313,6 +318,66 @@ def compare_speed(trees: tuple[Tree, Tree], pairs: int, recipes: list[str], shap
     return rows
 
 
+# ---- host ------------------------------------------------------------------------------------------------------------
+
+
+def host_steps(tree: Tree, entry: str, fp8: bool) -> dict[str, Callable[[], Any]]:
+    """Forward, and forward with backward, of a small layer."""
+    t, h, i, e, k = HOST_SIZES
+    recipe = tree.package.Fp8Recipe() if fp8 else None
+    module = tree.package.MoE(e, k, h, i, "swiglu", False, 0.02, recipe=recipe).to("cuda", torch.bfloat16)
+    x = torch.randn(t, h, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dout, daux = torch.randn_like(x), torch.ones((), device="cuda")
+    weights = list(module.parameters())
+
+    def layer() -> tuple[Tensor]:
+        return (tree.package.moe_layer(x, *weights, k, recipe=recipe).output,)
+
+    def forward() -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = layer() if entry == "moe_layer" else module(x)
+        return outputs
+
+    def forward_backward() -> None:
+        outputs = forward()
+        torch.autograd.grad(outputs, [x, *weights], (dout, daux)[: len(outputs)])
+
+    return {"fwd": forward, "fwd_bwd": forward_backward}
+
+
+def host_us(step: Callable[[], Any]) -> float:
+    """Microseconds of a call, after some of the other kind have left the processor's caches to this one."""
+    for _ in range(HOST_CALLS // 10):
+        step()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(HOST_CALLS):
+        step()
+    issued = time.perf_counter()
+    torch.cuda.synchronize()
+    if time.perf_counter() - issued > 0.1 * (issued - start):
+        print("    the GPU was still busy when the host was done: this is not the time of the host alone", flush=True)
+    return (issued - start) * 1e6 / HOST_CALLS
+
+
+def compare_host(trees: tuple[Tree, Tree], pairs: int, recipes: list[str]) -> list[dict[str, Any]]:
+    rows = []
+    for entry, recipe in itertools.product(("moe_layer", "MoE"), recipes):
+        steps = [host_steps(tree, entry, recipe == "fp8") for tree in trees]
+        for metric in ("fwd", "fwd_bwd"):
+            for which in (0, 1) * 3:
+                host_us(steps[which][metric])
+            walls = []
+            for order in itertools.islice(itertools.cycle([(0, 1), (1, 0)]), pairs):
+                wall = {which: host_us(steps[which][metric]) for which in order}
+                walls.append((wall[0], wall[1]))
+            rows.append({"case": entry, "recipe": recipe, "metric": metric, **_row(walls)})
+            print(f"host {entry:9} {recipe} {metric:7} {_text(walls)}", flush=True)
+    return rows
+
+
+# ---- reports ---------------------------------------------------------------------------------------------------------
+
+
 def _row(pairs: list[tuple[float, float]]) -> dict[str, float]:
     ratio, low, high = median_ratio(pairs)
     before, after = (statistics.median(p[i] for p in pairs) for i in (0, 1))
@@ -333,6 +398,7 @@ def main() -> None:
     parser.add_argument("after", type=Path, help="checkout under test")
     parser.add_argument("--bits", action="store_true", help="compare results bit by bit")
     parser.add_argument("--speed", action="store_true", help="compare times in alternating pairs")
+    parser.add_argument("--host", action="store_true", help="compare host times in alternating pairs")
     parser.add_argument("--pairs", type=int, default=20, help="pairs of slices a case (default 20)")
     parser.add_argument("--recipes", nargs="+", choices=["bf16", "fp8"], default=["bf16", "fp8"])
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), metavar="SHAPE")
@@ -348,6 +414,8 @@ def main() -> None:
             report["bits"] = compare_bits(trees)
         if args.speed:
             report["speed"] = compare_speed(trees, args.pairs, args.recipes, args.shapes)
+        if args.host:
+            report["host"] = compare_host(trees, args.pairs, args.recipes)
         if args.json:
             args.json.write_text(json.dumps(report, indent=1))
     if args.bits and report["bits"]["unequal"]:

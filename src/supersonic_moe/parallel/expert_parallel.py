@@ -35,8 +35,8 @@ from supersonic_moe.autocast import autocast_dtype
 from supersonic_moe.autograd import apply
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe
-from supersonic_moe.config.router import TokenRounding, TopKRouter, as_router
-from supersonic_moe.functional import LayerOutput, RouterWeight
+from supersonic_moe.config.router import TokenRounding, TopKRouter
+from supersonic_moe.functional import LayerOutput, RouterWeight, Selection
 from supersonic_moe.parallel import fp8_wire
 from supersonic_moe.parallel.collectives import Collectives, group_of, name_of
 from supersonic_moe.parallel.departures import Departures, departures, departures_everywhere, in_fixed_places
@@ -48,9 +48,7 @@ from supersonic_moe.parallel.watch import ExpertParallelError, Watch
 from supersonic_moe.private_api import default_store
 from supersonic_moe.quantization.block_format import blocks
 from supersonic_moe.routing.plan import plan_from_topk
-from supersonic_moe.routing.topk import route
 from supersonic_moe.training.options import ExpertOptions, Options, lists_options
-from supersonic_moe.training.router_linear import linear_in, router_linear
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -180,51 +178,29 @@ class ExpertParallel:
         router_or_logits: RouterWeight | Callable[[Tensor], Tensor],
         w1: Tensor,
         w2: Tensor,
-        num_experts_per_tok: int,
-        router: TopKRouter | TokenRounding | str,
-        correction_bias: Tensor | None,
-        rounding_step: Tensor | int,
-        token_mask_T: Tensor | None,
+        selection: Selection,
         options: ExpertOptions,
     ) -> LayerOutput:
         """``functional.run_layer`` with the router of all experts and the weights of those of this rank, ``w1``
         (E/R, N1, H) and ``w2`` (E/R, H, I). ``expert_counts`` (E,) are choices of the tokens here.
         """
-        k, policy = num_experts_per_tok, as_router(router)
         if self.size == 1:
             w1, w2, options = _local(w1), _local(w2), _local_biases(options)
-            return functional.run_layer(
-                x_TH, router_or_logits, w1, w2, k, policy, correction_bias, rounding_step, token_mask_T, options
-            )
-        self.check_layer(self.num_experts, k, self.hidden, policy)
-        assert not isinstance(policy, TokenRounding)
-        if token_mask_T is not None:
-            checks.token_mask("token_mask", token_mask_T, x_TH)
-            x_TH = x_TH.masked_fill(~token_mask_T[:, None], 0)  # what stands there would reach the router's gradient
-        logits_TE, x_TH = self._logits(x_TH, router_or_logits)
+            return functional.run_layer(x_TH, router_or_logits, w1, w2, selection, options)
+        router = selection.router
+        self.check_layer(self.num_experts, selection.num_experts_per_tok, self.hidden, router)
+        assert not isinstance(router, TokenRounding)
+        if selection.token_mask_T is not None:
+            x_TH = selection.without_padding(x_TH)
+        if isinstance(router_or_logits, RouterWeight):
+            router_or_logits = router_or_logits._replace(weight_EH=_local(router_or_logits.weight_EH))
+        logits_TE, x_TH = functional.router_logits(x_TH, self._checked_x(x_TH), router_or_logits, self.num_experts)
         if options.get("validate"):
             checks.finite_logits(logits_TE)
-        backend = "reference" if options.get("backend") == "reference" else "auto"
-        scores_TK, ids_TK = route(logits_TE, k, policy, correction_bias=correction_bias, backend=backend)
-        if token_mask_T is not None:
-            ids_TK = ids_TK.masked_fill(~token_mask_T[:, None], -1)
+        scores_TK, ids_TK = selection.top_k(logits_TE, router, options.get("backend", "auto"))
         found = self._departures(ids_TK)
         out_TH = self._experts(x_TH, scores_TK, found, w1, w2, options)
         return LayerOutput(out_TH, logits_TE, found.rows_E.to(torch.int32), ids_TK)
-
-    def _logits(self, x_TH: Tensor, router: RouterWeight | Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """(logits (T, E), x for the experts)."""
-        x = self._checked_x(x_TH)
-        if not isinstance(router, RouterWeight):
-            logits_TE = router(x_TH)
-            shape = (x_TH.shape[0], self.num_experts)
-            checks.size("the router's output", "shape", tuple(logits_TE.shape), shape, "tokens of x, all experts")
-            return logits_TE, x
-        weight_EH, dtype = _local(router.weight_EH), router.dtype
-        checks.size("router_weight", "shape", tuple(weight_EH.shape), (self.num_experts, self.hidden), "(E, H)")
-        if dtype is not None:
-            return linear_in(x_TH, weight_EH, dtype), x
-        return router_linear(x, weight_EH.to(x.dtype))
 
     @lists_options
     def experts(

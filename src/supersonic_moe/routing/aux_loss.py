@@ -31,6 +31,7 @@ from supersonic_moe.autograd import apply
 from supersonic_moe.config.router import SigmoidGroupedTopK, TokenRounding, TopKRouter, as_router
 from supersonic_moe.kernels.reference.aux_loss import probabilities, shares
 from supersonic_moe.kernels.reference.aux_loss import switch_loss_backward as differentiable_backward
+from supersonic_moe.ops import caller
 from supersonic_moe.routing.topk import router_kernels
 
 
@@ -176,15 +177,19 @@ torch.library.define(
 )
 
 
-@torch.library.impl("supersonic_moe::switch_loss_forward", ("cpu", "cuda"))
 def _forward(logits: Tensor, counts: Tensor, backend: str, sigmoid: bool = False) -> Tensor:
     return router_kernels(logits, backend).switch_loss_forward(logits.contiguous(), counts.contiguous(), sigmoid)
 
 
-@torch.library.impl("supersonic_moe::switch_loss_backward", ("cpu", "cuda"))
 def _backward(dloss: Tensor, logits: Tensor, counts: Tensor, backend: str, sigmoid: bool = False) -> Tensor:
     kernels = router_kernels(logits, backend)
     return kernels.switch_loss_backward(dloss, logits.contiguous(), counts.contiguous(), sigmoid)
+
+
+torch.library.impl("supersonic_moe::switch_loss_forward", ("cpu", "cuda"))(_forward)
+torch.library.impl("supersonic_moe::switch_loss_backward", ("cpu", "cuda"))(_backward)
+_run_forward = caller(torch.ops.supersonic_moe.switch_loss_forward.default, _forward)
+_run_backward = caller(torch.ops.supersonic_moe.switch_loss_backward.default, _backward)
 
 
 @torch.library.register_fake("supersonic_moe::switch_loss_forward")  # type: ignore[untyped-decorator]
@@ -202,7 +207,7 @@ class _SwitchLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(logits: Tensor, counts: Tensor, backend: str, sigmoid: bool) -> Tensor:
-        loss: Tensor = torch.ops.supersonic_moe.switch_loss_forward.default(logits, counts, backend, sigmoid)
+        loss: Tensor = _run_forward(logits, counts, backend, sigmoid)
         return loss
 
     @staticmethod
@@ -216,6 +221,5 @@ class _SwitchLoss(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: the op has no derivative, plain torch has
             dlogits = differentiable_backward(dloss, logits, counts, ctx.sigmoid)
         else:
-            backward = torch.ops.supersonic_moe.switch_loss_backward.default
-            dlogits = backward(dloss, logits, counts, ctx.backend, ctx.sigmoid)
+            dlogits = _run_backward(dloss, logits, counts, ctx.backend, ctx.sigmoid)
         return dlogits, None, None, None

@@ -12,6 +12,7 @@ from supersonic_moe import checks
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.kernels import registry
 from supersonic_moe.kernels.interface import PlanTensors, Slots
+from supersonic_moe.ops import caller
 
 MAX_INDEX = 2**31 - 1
 
@@ -195,10 +196,13 @@ torch.library.define(
 )
 
 
-@torch.library.impl("supersonic_moe::build_plan", ("cpu", "cuda"))
 def _build_plan(ids: Tensor, *rest: Any) -> PlanTensors:
     kernels = registry.kernels(registry.choose(ids.device).name).routing
     return kernels.build_plan(Slots(ids, *rest))
+
+
+torch.library.impl("supersonic_moe::build_plan", ("cpu", "cuda"))(_build_plan)
+_build_plan_op = caller(torch.ops.supersonic_moe.build_plan.default, _build_plan, differentiable=False)
 
 
 @torch.library.register_fake("supersonic_moe::build_plan")  # type: ignore[untyped-decorator]
@@ -214,5 +218,4 @@ def _build_plan_fake(*arguments: Any) -> PlanTensors:
 
 def _build(slots: Slots) -> PlanTensors:
     ids, tokens, *sizes = slots
-    op = torch.ops.supersonic_moe.build_plan.default
-    return PlanTensors(*op(ids.contiguous(), None if tokens is None else tokens.contiguous(), *sizes))
+    return PlanTensors(*_build_plan_op(ids.contiguous(), None if tokens is None else tokens.contiguous(), *sizes))

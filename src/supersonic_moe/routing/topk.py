@@ -37,6 +37,7 @@ from supersonic_moe.config.router import (
 from supersonic_moe.kernels import registry
 from supersonic_moe.kernels.interface import Routing
 from supersonic_moe.kernels.reference.router import route_backward as differentiable_backward
+from supersonic_moe.ops import caller
 
 
 def route(
@@ -135,19 +136,23 @@ torch.library.define(
 )
 
 
-@torch.library.impl("supersonic_moe::route_forward", ("cpu", "cuda"))
 def _route_forward(logits: Tensor, bias: Tensor | None, k: int, *config: Any) -> tuple[Tensor, Tensor]:
     *router, backend = config
     bias = None if bias is None else bias.contiguous()
     return router_kernels(logits, backend).route_forward(logits.contiguous(), k, _decode(*router), bias)
 
 
-@torch.library.impl("supersonic_moe::route_backward", ("cpu", "cuda"))
 def _route_backward(dscores: Tensor, logits: Tensor, scores: Tensor, ids: Tensor, *config: Any) -> Tensor:
     *router, backend = config
     kernels = router_kernels(logits, backend)
     dscores, logits, scores, ids = (t.contiguous() for t in (dscores, logits, scores, ids))
     return kernels.route_backward(dscores, logits, scores, ids, _decode(*router))
+
+
+torch.library.impl("supersonic_moe::route_forward", ("cpu", "cuda"))(_route_forward)
+torch.library.impl("supersonic_moe::route_backward", ("cpu", "cuda"))(_route_backward)
+_run_forward = caller(torch.ops.supersonic_moe.route_forward.default, _route_forward)
+_run_backward = caller(torch.ops.supersonic_moe.route_backward.default, _route_backward)
 
 
 @torch.library.register_fake("supersonic_moe::route_forward")  # type: ignore[untyped-decorator]
@@ -167,7 +172,7 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     def forward(logits: Tensor, bias: Tensor | None, k: int, config: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        outputs: tuple[Tensor, Tensor] = torch.ops.supersonic_moe.route_forward.default(logits, bias, k, *config)
+        outputs: tuple[Tensor, Tensor] = _run_forward(logits, bias, k, *config)
         return outputs
 
     @staticmethod
@@ -182,5 +187,5 @@ class _Route(torch.autograd.Function):
             logits, scores, ids = ctx.saved_tensors
             dlogits = differentiable_backward(dscores, logits, scores, ids, _decode(*ctx.config[:-1]))
         else:
-            dlogits = torch.ops.supersonic_moe.route_backward.default(dscores, *ctx.saved_tensors, *ctx.config)
+            dlogits = _run_backward(dscores, *ctx.saved_tensors, *ctx.config)
         return dlogits, None, None, None

@@ -271,8 +271,6 @@ class Fp8Saved(NamedTuple):
 class Fp8Weights(NamedTuple):
     """What backward reads of the FP8 copies: kept from forward, or made again."""
 
-    w1_q: Tensor | None
-    """(E, N1, H), to compute Z again; None where Z is kept."""
     w1_transposed: Tensor
     """(E, H, N1)"""
     w1_scale: Tensor
@@ -281,12 +279,14 @@ class Fp8Weights(NamedTuple):
     """(E, I, H)"""
     w2_scale: Tensor
     """(E, H/128, I/128)"""
+    w1_q: Tensor | None
+    """(E, N1, H), to compute Z again; None where Z is kept."""
 
     @classmethod
     def of(cls, w1: Fp8Weight, w2: Fp8Weight, numerics: Numerics) -> Fp8Weights:
         assert w1.transposed is not None and w2.transposed is not None
         w1_q = w1.q if numerics.save_preactivation == "recompute" else None
-        return cls(w1_q, w1.transposed, w1.scale, w2.transposed, w2.scale)
+        return cls(w1.transposed, w1.scale, w2.transposed, w2.scale, w1_q)
 
     @property
     def w1_t(self) -> Quantized:

@@ -25,8 +25,9 @@ from supersonic_moe.autograd import apply, refuse_second_derivatives
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.kernels import interface, registry
-from supersonic_moe.kernels.alignment import aligned
+from supersonic_moe.kernels.alignment import aligned, is_turned
 from supersonic_moe.kernels.interface import Quantized
+from supersonic_moe.ops import caller, unobserved
 from supersonic_moe.private_api import in_forward_mode
 from supersonic_moe.quantization.block_format import blocks, empty_e4m3, empty_scales
 from supersonic_moe.quantization.weight_cache import Fp8Weight, WeightCache
@@ -134,21 +135,24 @@ def _fp8_forward_fake(call: Fp8Forward) -> tuple[Tensor, ...]:
 
 
 def _bf16_backward_fake(saved: Bf16Saved, incoming: Incoming) -> tuple[Tensor, ...]:
-    return _gradients_fake(saved, saved.w1.shape, saved.w2.shape, incoming)
+    return _gradients_fake(saved, _gradient_like(saved.w1), _gradient_like(saved.w2), incoming)
 
 
 def _fp8_backward_fake(weights: Fp8Weights, saved: Fp8Saved, incoming: Incoming) -> tuple[Tensor, ...]:
-    return _gradients_fake(saved, weights.w1_transposed.mT.shape, weights.w2_transposed.mT.shape, incoming)
+    dw1, dw2 = (saved.x.new_empty(w.mT.shape) for w in (weights.w1_transposed, weights.w2_transposed))
+    return _gradients_fake(saved, dw1, dw2, incoming)
 
 
-def _gradients_fake(
-    saved: Bf16Saved | Fp8Saved, w1: torch.Size, w2: torch.Size, incoming: Incoming
-) -> tuple[Tensor, ...]:
+def _gradient_like(weight: Tensor) -> Tensor:
+    return weight.new_empty(weight.mT.shape).mT if is_turned(weight) else weight.new_empty(weight.shape)
+
+
+def _gradients_fake(saved: Bf16Saved | Fp8Saved, dw1: Tensor, dw2: Tensor, incoming: Incoming) -> tuple[Tensor, ...]:
     x, scores, b1, b2 = saved.x, saved.row_scores, saved.b1, saved.b2
     biases = (None if b is None else b.new_empty(b.shape) for b in (b1, b2))
     db1, db2 = biases
     dscores = scores.new_empty(saved.plan.reverse_index.shape)
-    gradients = Inputs(x.new_empty(x.shape), dscores, x.new_empty(w1), db1, x.new_empty(w2), db2)
+    gradients = Inputs(x.new_empty(x.shape), dscores, dw1, db1, dw2, db2)
     wanted = Inputs(*(g if need else None for g, need in zip(gradients, incoming.needs, strict=True)))
     return _returned(x, wanted, incoming.main)
 
@@ -176,19 +180,24 @@ def _define(
     run: Callable[..., Any],
     fake: Callable[..., Any],
     count: Callable[..., int],
-) -> None:
-    """``run``, ``fake`` and ``count``, its FLOPs, take the NamedTuples that ``arguments`` make of the flat ones."""
-    op = f"supersonic_moe::{name}"
+) -> Callable[..., Any]:
+    """``run``, ``fake`` and ``count``, its FLOPs, take the NamedTuples that ``arguments`` make of the flat ones, with
+    which what is returned is called.
+    """
+    op, kernel = f"supersonic_moe::{name}", on_flat(run, *arguments)
     torch.library.define(op, f"({', '.join(fields.schema for fields in arguments)}) -> ({result})")
-    torch.library.impl(op, ("cpu", "cuda"))(on_flat(run, *arguments))
+    torch.library.impl(op, ("cpu", "cuda"))(kernel)
     torch.library.register_fake(op)(on_flat(fake, *arguments))
     counted = on_flat(count, *arguments)
     register_flop_formula(getattr(_ops, name), get_raw=True)(lambda *args, out_val: counted(*args))
+    return caller(getattr(_ops, name).default, kernel)
 
 
 _GRADIENTS = ", ".join(f"Tensor d{name}" for name in Inputs._fields)
-_define("experts_forward", [_BF16_FORWARD], Fields(Bf16Output).schema, _bf16_forward, _bf16_forward_fake, flops.forward)
-_define(
+_experts_forward = _define(
+    "experts_forward", [_BF16_FORWARD], Fields(Bf16Output).schema, _bf16_forward, _bf16_forward_fake, flops.forward
+)
+_experts_backward = _define(
     "experts_backward",
     [_BF16_SAVED, _INCOMING],
     _GRADIENTS,
@@ -196,8 +205,10 @@ _define(
     _bf16_backward_fake,
     flops.bf16_backward,
 )
-_define("experts_fp8_forward", [_FP8_FORWARD], _FP8_OUTPUT.schema, _fp8_forward, _fp8_forward_fake, flops.forward)
-_define(
+_experts_fp8_forward = _define(
+    "experts_fp8_forward", [_FP8_FORWARD], _FP8_OUTPUT.schema, _fp8_forward, _fp8_forward_fake, flops.forward
+)
+_experts_fp8_backward = _define(
     "experts_fp8_backward",
     [_FP8_WEIGHTS, _FP8_SAVED, _INCOMING],
     _GRADIENTS,
@@ -239,7 +250,7 @@ class _Bf16Call(NamedTuple):
 
     def forward(self, operands: _Operands, save: bool) -> tuple[Tensor, ...]:
         arguments = _BF16_FORWARD.flat(*operands, self.plan, self.static, save)
-        output: tuple[Tensor, ...] = _ops.experts_forward.default(*arguments)
+        output: tuple[Tensor, ...] = _experts_forward(*arguments)
         return output
 
     def keep(self, operands: _Operands, row_scores: Tensor, z: Tensor) -> _Kept:
@@ -263,7 +274,7 @@ class _Fp8Call(NamedTuple):
         x, scores, _w1, b1, _w2, b2 = operands
         w1, w2 = Quantized(self.w1.q, self.w1.scale), Quantized(self.w2.q, self.w2.scale)
         arguments = _FP8_FORWARD.flat(x, scores, w1, b1, w2, b2, self.plan, self.static, self.numerics, save)
-        output: tuple[Tensor, ...] = _ops.experts_fp8_forward.default(*arguments)
+        output: tuple[Tensor, ...] = _experts_fp8_forward(*arguments)
         return output
 
     def keep(self, operands: _Operands, row_scores: Tensor, z: Tensor, z_scale: Tensor) -> _Kept:
@@ -278,12 +289,12 @@ class _Fp8Call(NamedTuple):
 
 
 def _backward_in_bf16(tensors: Sequence[Any], others: Sequence[Any], incoming: Sequence[Any]) -> Sequence[Tensor]:
-    grads: Sequence[Tensor] = _ops.experts_backward.default(*tensors, *others, *incoming)
+    grads: Sequence[Tensor] = _experts_backward(*tensors, *others, *incoming)
     return grads
 
 
 def _backward_in_fp8(tensors: Sequence[Any], others: Sequence[Any], incoming: Sequence[Any]) -> Sequence[Tensor]:
-    grads: Sequence[Tensor] = _ops.experts_fp8_backward.default(*tensors, *others, *incoming)
+    grads: Sequence[Tensor] = _experts_fp8_backward(*tensors, *others, *incoming)
     return grads
 
 
@@ -451,5 +462,6 @@ def with_fp8_copies(
 
 
 def _quantized(weights: list[Tensor], scale: str, backend: str) -> list[Fp8Weight]:
-    flat = iter(_ops.quantize_weights.default(weights, scale, backend))
+    quantize = _quantize_weights if unobserved(*weights) else _ops.quantize_weights.default
+    flat = iter(quantize(weights, scale, backend))
     return [Fp8Weight(*three) for three in zip(flat, flat, flat, strict=True)]
