@@ -8,6 +8,7 @@ of Triton are in ``kernels/triton/launch.py``, which takes them only from versio
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import operator
 from collections.abc import Callable, Sequence
@@ -104,6 +105,16 @@ def default_store(prefix: str) -> Any:
     """
     store = getattr(dist.distributed_c10d, "_get_default_store", lambda: None)()
     return None if store is None else dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
+
+
+def symmetric_memory() -> Any:
+    """The module by which GPUs reach each other's memory (``empty``, ``rendezvous``); None where torch has none. It is
+    imported late: it takes a while, and few need it.
+    """
+    try:
+        return importlib.import_module("torch.distributed._symmetric_memory")
+    except ImportError:
+        return None
 
 
 def ignored_by_ddp(module: nn.Module, names: list[str]) -> None:

@@ -122,7 +122,7 @@ def test_errors_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_positive_data_has_no_sign() -> None:
     case = mega.CPU_CASES[-1]
-    made = mega.Runner(CPU, warm_ms=0, min_ms=0, peers=[])._workload(case)
+    made = mega.Runner(CPU, warm_ms=0, min_ms=0, peers=[]).workload_of(case)
     for tensor in (made.x, made.x_scale, *made.experts):
         assert (tensor.float() >= 0).all() and tensor.float().abs().sum() > 0
     assert (mega.ours(made)().float() > 0).all()

@@ -27,7 +27,7 @@ SIZES = {"hidden": HIDDEN, "inter": INTER, "local": EXPERTS, "num_experts": EXPE
 CALLS = [((7, 1), 0.0, None), ((0, 40), 0.3, 10.0), ((64, 30), 0.7, 1.0), ((1, 0), 1.0, None), ((0, 0), 0.0, None)]
 
 
-def alone(tokens: int, kind: str = "realistic", masked: float = 0.0, seed: int = 0) -> Case:
+def alone(tokens: int, kind: str = "contest", masked: float = 0.0, seed: int = 0) -> Case:
     return cases.on_gpu(cases.case_of(tokens, kind, masked, seed, **SIZES))
 
 

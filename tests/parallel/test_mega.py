@@ -26,7 +26,8 @@ LIMITS = (None, 10.0, 1.0)
 @pytest.mark.parametrize("masked", [0.0, 0.3, 0.7, 1.0])
 @pytest.mark.parametrize("tokens", [0, 1, 7, 333])
 def test_like_the_definition(tokens: int, masked: float) -> None:
-    for kind, limit in (("contest", LIMITS[tokens % 3]), ("all_positive", LIMITS[(tokens + 1) % 3])):
+    for shift, kind in enumerate(("contest", "all_positive")):
+        limit = LIMITS[(tokens + round(10 * masked) + shift) % 3]
         case = cases.case_of(tokens, kind, masked)
         got = cases.call(cases.mega(), case, swiglu_limit=limit)
         want = torch.from_numpy(moe_loop(case, requantize=True, limit=limit))
@@ -131,7 +132,7 @@ def test_explain_says_what_a_call_needs() -> None:
     experts, way, memory = layer.explain().splitlines()
     assert experts == "48 experts over 1 ranks, 48 on each; this is rank 0"
     assert "inference.moe_fp8_topk" in way and "nothing travels" in way
-    assert "for a call of 8192 tokens on every rank" in memory and "no symmetric memory" in memory
+    assert re.fullmatch(r"memory: at most 1\.\d+ GiB for a call of 8192 tokens on every rank", memory)
 
 
 # ---- several ranks ---------------------------------------------------------------------------------------------------
@@ -152,7 +153,11 @@ def test_ranks_together_have_the_bits_of_one_process(ranks: int, transport: str)
 
 @pytest.mark.parametrize("pow2", [False, True])
 def test_bf16_tokens_are_quantized_at_home(pow2: bool) -> None:
-    assert run_ranks(2, cases.bf16_over_ranks, pow2) == [[True]] * 2
+    for equal, said in run_ranks(2, cases.bf16_over_ranks, pow2):
+        assert equal
+        # 400 tokens to one rank: 256 codes, 2 scales, 3 ids and weights there; 256 bf16 numbers back
+        assert "transport: gather" in said and "limit of a wait: 60 s" in said
+        assert "a rank sends, in MB: 0.115 there, 0.205 back" in said
 
 
 @pytest.mark.parametrize("transport", ["gather", "all_to_all"])

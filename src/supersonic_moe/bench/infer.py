@@ -55,12 +55,12 @@ class Runner:
     """Measures cases; keeps the weights of one shape while its cases follow each other."""
 
     def __init__(self, device: torch.device, *, warm_ms: float, min_ms: float, peers: Sequence[str]) -> None:
-        self.device, self.peers, self.times = device, peers, {"warm_ms": warm_ms, "min_ms": min_ms}
+        self.device, self.peers, self.warm_ms, self.min_ms = device, peers, warm_ms, min_ms
         self._experts: tuple[InferShape, Fp8Experts] | None = None
 
     def run(self, case: InferCase, progress: Callable[[str], None]) -> InferResult:
         progress("random experts")
-        work = self._workload(case)
+        work = self.workload_of(case)
         moved, floor_us = case.shape.floor(case.tokens, work.hits, work.rows)
         facts = {"hits": work.hits, "rows": work.rows, "bytes": moved, "floor_us": floor_us}
         result = InferResult(str(case), hits=work.hits, rows=work.rows, of=case)
@@ -91,7 +91,7 @@ class Runner:
             raise NoResultError(f"{case}: {result.missing[OURS]}.")
         return result
 
-    def _workload(self, case: InferCase) -> Workload:
+    def workload_of(self, case: InferCase) -> Workload:
         return workload(case, self._weights(case.shape), self.device)
 
     def _reference(self, work: Workload) -> tuple[Tensor, Tensor]:
@@ -135,7 +135,7 @@ class Runner:
                 found[name] = replay
             else:
                 replays[name] = replay
-        for name, timing in measure(replays, clock, **self.times).items():
+        for name, timing in measure(replays, clock, warm_ms=self.warm_ms, min_ms=self.min_ms).items():
             if isinstance(timing, Missing):
                 found[name] = timing
                 continue

@@ -97,7 +97,7 @@ def operator(work: Workload) -> Call:
 
 
 def _call(work: Workload, function: Callable[..., Tensor]) -> Call:
-    experts, out, x_scale = work.experts, new_out(work), work.x_scale.t()
+    experts, out, x_scale = work.experts, new_out(work), work.x_scale.t().contiguous()
 
     def run() -> Tensor:
         return function(
@@ -126,8 +126,8 @@ class Runner(infer.Runner):
         known = {OPERATOR: operator} | ({DEEP_GEMM: deep_gemm} if self.device.type == "cuda" else {})
         return {OURS: ours} | {name: known[name] for name in self.peers if name in known}
 
-    def _workload(self, case: InferCase) -> Workload:
-        work = super()._workload(case)
+    def workload_of(self, case: InferCase) -> Workload:
+        work = super().workload_of(case)
         assert isinstance(case.shape, MegaShape)
         if case.shape.positive:
             for tensor in (work.x, work.x_scale, *work.experts):

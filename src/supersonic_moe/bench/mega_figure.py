@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from matplotlib.figure import Figure
 from rich.table import Table
@@ -44,12 +43,6 @@ def _bar(result: InferResult) -> float | None:
     """None for data that is there for its errors."""
     assert result.of is not None and isinstance(result.of.shape, MegaShape)
     return None if result.of.shape.positive else must(result.of.tokens)
-
-
-def write_png(path: Path, results: Sequence[InferResult], title: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw(results, title).savefig(path, dpi=150)
-    return path
 
 
 def draw(results: Sequence[InferResult], title: str) -> Figure:

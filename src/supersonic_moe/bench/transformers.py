@@ -88,10 +88,11 @@ def run_case(
         raise NoResultError(f"{case}: {result.missing[OURS]}.")
 
     mode = "fwd_bwd" if case.mode == "train" else "infer"
-    times = dict(warm_ms=settings.warm_ms, min_ms=settings.min_ms)
+    warm_ms, min_ms = settings.warm_ms, settings.min_ms
     progress(f"timing {mode}")
     calls = {name: getattr(contender, mode) for name, contender in contenders.items()}
-    timings = required(f"{case}, {mode}", partial(measure, calls, clock_for(settings.device), **times))
+    run = partial(measure, calls, clock_for(settings.device), warm_ms=warm_ms, min_ms=min_ms)
+    timings = required(f"{case}, {mode}", run)
     for name, timing in timings.items():
         if isinstance(timing, Missing):
             if name == OURS:
@@ -105,7 +106,7 @@ def run_case(
             metrics[f"{mode}_tflops"] = flops / timing.us / 1e6
         if case.mode == "decode" and settings.device.type == "cuda":
             progress(f"{name} in a CUDA graph")
-            in_graph = attempt(partial(graph_us, calls[name], timing.us, **times))
+            in_graph = attempt(partial(graph_us, calls[name], timing.us, warm_ms=warm_ms, min_ms=min_ms))
             if not isinstance(in_graph, Missing):
                 metrics["graph_us"] = in_graph
     result.metrics = {name: metrics for name, metrics in result.metrics.items() if metrics}

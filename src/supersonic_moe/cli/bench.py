@@ -1,4 +1,4 @@
-"""``supersonic-moe bench``: a command for each suite of ``bench/suites``, and ``all``."""
+"""``supersonic-moe bench``: a command for each suite of ``bench/suites``, ``all``, and ``check`` of two files."""
 
 from __future__ import annotations
 
@@ -125,3 +125,20 @@ def everything(
                 console.print(f"[yellow]skipped[/yellow] {name}: {escape(error.message)}", highlight=False)
     if not complete:
         raise typer.Exit(1)
+
+
+@app.command()
+def check(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Result files just measured.")],
+    committed: Annotated[Path, typer.Option(help="Folder with files of the same names.")] = Path("benchmarks/results"),
+    tolerance: Annotated[float, typer.Option(min=0, max=1, help="How much lower a ratio may be, a fraction.")] = 0.03,
+) -> None:
+    """Whether fresh results are as far ahead of their peers as the committed ones; a line for each that is not."""
+    from supersonic_moe.bench.check import findings
+
+    lines = [line for file in files for line in findings(file, committed / file.name, tolerance)]
+    for line in lines:
+        typer.echo(line)
+    if lines:
+        raise typer.Exit(1)
+    typer.echo(f"{len(files)} as far ahead as committed.")

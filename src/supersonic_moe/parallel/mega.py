@@ -232,20 +232,20 @@ class MegaMoE:
         if self._ranks is None:
             lines.append("way: one rank runs inference.moe_fp8_topk, and nothing travels")
         else:
-            gathers = self.transport == "gather"
-            sent = traffic(tokens, hidden, self.num_experts, self.top_k, ranks, "fp8", gathers=gathers)
-            lines += [
-                f"way: composed of {self.transport} there in e4m3, inference.moe_fp8_topk on what arrived, and partial "
-                "outputs back in bf16; nothing is sent while products run",
+            sizes = (tokens, hidden, self.num_experts, self.top_k, ranks)
+            sent = traffic(*sizes, "fp8", gathers=self.transport == "gather")
+            lines.append(
+                "way: composed of dispatch in e4m3, inference.moe_fp8_topk on what arrived, and partial outputs back "
+                "in bf16; nothing is sent while products run"
+            )
+            said = self._ranks.explain().splitlines()
+            lines += [line for line in said if line.startswith(("transport", "places", "limit"))]
+            lines.append(
                 f"for {tokens} tokens a rank sends, in MB: {sent.dispatch / 1e6:.3g} there, {sent.combine / 1e6:.3g} "
-                "back",
-                f"limit of a wait: {self._ranks.timeout_s:g} s",
-            ]
+                "back"
+            )
             needed += received * (hidden + 4 * blocks(hidden) + 8 * self.top_k + 4 * hidden)
-        lines.append(
-            f"memory: at most {needed / 2**30:.3g} GiB for a call of {tokens} tokens on every rank, from torch's "
-            "allocator; no symmetric memory"
-        )
+        lines.append(f"memory: at most {needed / 2**30:.3g} GiB for a call of {tokens} tokens on every rank")
         return "\n".join(lines)
 
     def warm_up(self) -> None:

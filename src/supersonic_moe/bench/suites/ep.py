@@ -31,7 +31,7 @@ class Ep(RecipeOptions, OfLayers["CaseResult"], Timed[LayerShape, "CaseResult"])
 
     transport: Annotated[
         str, typer.Option(help="all_to_all sends tokens to ranks that need them, gather all to all.")
-    ] = "all_to_all"
+    ] = "auto"
     wire: Annotated[str, typer.Option(help="How rows travel: exact, or fp8 for an FP8 layer.")] = "exact"
 
     def __post_init__(self) -> None:
@@ -56,8 +56,8 @@ class Ep(RecipeOptions, OfLayers["CaseResult"], Timed[LayerShape, "CaseResult"])
     def cases(self) -> Sequence[LayerShape]:
         if self.wire not in ("exact", "fp8"):
             raise ValueError(f"a wire is exact or fp8; got {self.wire!r}.")
-        if self.transport not in ("all_to_all", "gather"):
-            raise ValueError(f"a transport is all_to_all or gather; got {self.transport!r}.")
+        if self.transport not in ("auto", "all_to_all", "gather"):
+            raise ValueError(f"a transport is auto, all_to_all or gather; got {self.transport!r}.")
         return super().cases()
 
     def run(self, case: LayerShape, progress: Progress) -> CaseResult:

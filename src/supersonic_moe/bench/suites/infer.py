@@ -92,6 +92,6 @@ class Infer(Suite["InferCase", "InferResult"]):
     def figure(self, results: Sequence[InferResult]) -> Sequence[Path]:
         if self.png is None:
             return ()
-        from supersonic_moe.bench.infer_figure import write_png
+        from supersonic_moe.bench.infer_figure import draw, write_png
 
-        return [write_png(self.png, results, self.heading)]
+        return [write_png(self.png, draw(results, self.heading))]

@@ -80,6 +80,7 @@ class Mega(Timed["InferCase", "InferResult"]):
     def figure(self, results: Sequence[InferResult]) -> Sequence[Path]:
         if self.png is None:
             return ()
-        from supersonic_moe.bench.mega_figure import write_png
+        from supersonic_moe.bench.infer_figure import write_png
+        from supersonic_moe.bench.mega_figure import draw
 
-        return [write_png(self.png, results, self.heading)]
+        return [write_png(self.png, draw(results, self.heading))]

@@ -15,6 +15,7 @@ def registered_specs() -> tuple[KernelSpec, ...]:
         down_backward_fp8_quantize,
         down_backward_ungated,
         down_projection_fp8,
+        exchange_flags,
         grouped_gemm,
         grouped_gemm_fp8,
         grouped_wgrad,
@@ -46,4 +47,5 @@ def registered_specs() -> tuple[KernelSpec, ...]:
         *stream_experts.SPECS,
         *down_projection_fp8.SPECS,
         *combine_rows.SPECS,
+        *exchange_flags.SPECS,
     )
