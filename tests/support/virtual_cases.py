@@ -41,6 +41,8 @@ def random_calls(size: int, gpu: bool, count: int) -> bool:
     for careful in (10**6, 0):
         _start(gpu, careful)
         results.append(run_virtual(size, cases.calls_in_pairs, count, GATHER))
+        if gpu:
+            torch.cuda.synchronize()
     first, second = results
     return all(
         torch.equal(a, b)
