@@ -20,6 +20,8 @@ from supersonic_moe.config.recipe import Fp8Recipe
 
 SOURCE = Path(private_api.__file__).parent
 ALLOWED = {
+    # a contender of benchmarks that has no public name; without it that contender is reported as missing
+    ("bench/layer_peers.py", "training._to_fp8_blockwise_then_scaled_grouped_mm"),
     ("cli/health.py", "torch.distributed._symmetric_memory"),  # imported to see whether it is there
     # the contract of an experts backend of Transformers; tests/integrations/transformers fail without them
     ("integrations/transformers/gates.py", "kind._apply_gate"),
