@@ -92,10 +92,10 @@ def test_random_calls_over_copies_repeat_to_the_bit() -> None:
 
 
 @pytest.mark.multigpu
-@pytest.mark.parametrize("phase", ["forward dispatch", "forward combine", "backward dispatch", "backward combine"])
+@pytest.mark.parametrize("phase", ["forward combine", "backward dispatch"])
 def test_the_gpu_that_waits_for_a_late_rank_names_it(phase: str) -> None:
     way = {"transport": "gather"}
-    first, _ = end_ranks(2, cases.with_a_lost_rank, phase, "late", 4.0, way, backend="nccl", timeout_s=60)
+    first, _ = end_ranks(2, cases.with_a_lost_rank, phase, "late", 4.0, way, backend="nccl", timeout_s=40)
     wanted = rf"ExpertParallelError: .*waited 4 s in the {phase} of call 2 for rank 1 \(exchange"
     assert re.search(wanted, first.result or first.error), first
 

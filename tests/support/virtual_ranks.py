@@ -54,7 +54,6 @@ def run_virtual(size: int, function: Callable[..., Any], *args: Any) -> list[Any
                     torch.cuda.set_device(ranks.device())
                     with torch.cuda.stream(torch.cuda.Stream()):
                         results[rank] = function(*args)
-                        torch.cuda.current_stream().synchronize()
                 else:
                     results[rank] = function(*args)
         except BaseException as error:

@@ -2,7 +2,7 @@
 
     forward    q(x) at T rows -> codes (T, H) e4m3; scales (T, H/128), ids and scores in one message
                experts on the codes; partial outputs back in BF16
-    backward   q(dout) likewise; partial dx back in BF16, dscores
+    backward   q(dout) likewise; partial dx back in BF16, dscores; copies between GPUs run beside dW2 and dW1
 
 Codes and scales are those that the experts would have made of BF16 rows: outputs, dx and, without biases, dscores have
 the same bits as over a BF16 wire. Weight gradients scale x and dout along tokens, so those are rounded twice, which is
@@ -148,11 +148,12 @@ class _Experts(torch.autograd.Function):
         saved = aligned(saved._replace(x=_dense(x_q) if needs.w1 else saved.x), k.ALIGNMENT, "b1")
         incoming = Incoming(dout, needs, main)
         with torch.no_grad(), without_autocast(dout_TH):
-            dx, dscores, dw1, db1, dw2, db2 = fp8.backward(k, weights, saved, incoming, x_q, dout_q)
-            if dx is not None:
-                dx = trip.summed(trip.back("backward combine", dx))
-            if dscores is not None:
-                dscores = trip.of_choices(trip.back("backward combine", dscores.view(trip.arrived, -1)))
+            way = _WayBack(trip)
+            leave = way.start if trip.ranks.runs_aside else None
+            dx, dscores, dw1, db1, dw2, db2 = fp8.backward(k, weights, saved, incoming, x_q, dout_q, leave)
+            if leave is None:
+                way.start(dx, dscores)
+            dx, dscores = way.end()
         if targets.w1 is not None:
             dw1 = targets.w1.finish(parameters[0], dout.dtype)
         if targets.w2 is not None:
@@ -163,6 +164,27 @@ class _Experts(torch.autograd.Function):
             once = iter(refuse_second_derivatives(_ONCE, given, (dout_TH, *tensors, *parameters)))
             grads = [None if g is None else next(once) for g in grads]
         return *grads, None, None, None
+
+
+class _WayBack:
+    """dx and dscores on their way home."""
+
+    def __init__(self, trip: Trip) -> None:
+        self.trip = trip
+
+    def start(self, dx: Tensor | None, dscores: Tensor | None) -> None:
+        trip, self.parts = self.trip, (dx, dscores)
+        with trip.ranks.aside():
+            if dx is not None:
+                dx = trip.summed(trip.back("backward combine", dx))
+            if dscores is not None:
+                dscores = trip.of_choices(trip.back("backward combine", dscores.view(trip.arrived, -1)))
+        self.arrived = dx, dscores
+
+    def end(self) -> tuple[Tensor | None, Tensor | None]:
+        self.trip.ranks.join(self.arrived)
+        del self.parts  # no longer than they are read
+        return self.arrived
 
 
 _ONCE = 'second derivatives of the experts do not exist over an FP8 wire. Use wire="exact" with Bf16Recipe().'

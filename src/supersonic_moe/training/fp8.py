@@ -64,8 +64,11 @@ def backward(
     incoming: Incoming,
     x_q: Quantized | None = None,
     dout_q: Quantized | None = None,
+    leave: Callable[[Tensor | None, Tensor | None], None] | None = None,
 ) -> Inputs[Tensor | None]:
-    """``x_q``, ``dout_q``: the rows format of x and dO where they are at hand already."""
+    """``x_q``, ``dout_q``: the rows format of x and dO where they are at hand already. ``leave(dx, dscores)`` is called
+    as soon as they are there: before the weight gradients, which hide what it starts, and while s A is kept.
+    """
     plan, needs, pow2, s_P, b1, b2 = saved.plan, incoming.needs, saved.pow2, saved.row_scores, saved.b1, saved.b2
     dout, offsets = Rows(incoming.dout, plan.read_index), plan.expert_offsets
     dx = dscores = dw1 = db1 = dw2 = db2 = None
@@ -89,21 +92,33 @@ def backward(
         if b2 is not None:
             k.row_dot(dout, b2, plan.row_expert, ds_P)
         dscores = k.pick(ds_P, plan.reverse_index, s_P.dtype)
-    if needs.w2:
+    if leave is None and needs.w2:
         dw2 = wgrad.dw2(scaled_a)
-    del scaled_a
+    if leave is None:
+        del scaled_a
     if needs.b2 and b2 is not None:
         db2 = k.segment_sum(dout, s_P, offsets).to(b2.dtype)
     if needs.b1 and b1 is not None:
         db1 = k.segment_sum(Rows(dz), None, offsets).to(b1.dtype)
     dz_rows, dz = wgrad.quantized(dz)
+    if leave is not None:
+        dx = _dx(k, dz_rows, weights, saved) if needs.x else None
+        leave(dx, dscores)
+        if needs.w2:
+            dw2 = wgrad.dw2(scaled_a)
+        del scaled_a
     if needs.w1:
         dw1 = wgrad.dw1(dz)
     del dz
-    if needs.x:
-        dx_PH = k.grouped_mm_fp8(Rows(dz_rows), weights.w1_t, offsets)
-        dx = k.gather_sum(dx_PH, None, None, plan.row_expert, plan.rows_of_tokens(saved.x.shape[0]))
+    if leave is None and needs.x:
+        dx = _dx(k, dz_rows, weights, saved)
     return Inputs(dx, dscores, dw1, db1, dw2, db2)
+
+
+def _dx(k: Fp8Experts, dz_rows: Any, weights: Fp8Weights, saved: Fp8Saved) -> Tensor:
+    plan = saved.plan
+    dx_PH = k.grouped_mm_fp8(Rows(dz_rows), weights.w1_t, plan.expert_offsets)
+    return k.gather_sum(dx_PH, None, None, plan.row_expert, plan.rows_of_tokens(saved.x.shape[0]))
 
 
 # ---- weight gradients, in three ways ---------------------------------------------------------------------------------
