@@ -1,15 +1,13 @@
-"""``bench ep``: alone, and under torchrun, where ranks must time the same calls."""
+"""``bench ep``: alone, and as under torchrun, where ranks must time the same calls."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from command_line import run
+from command_line import outcome, run
+from ranks import run_ranks
 
 from supersonic_moe.bench.report import OURS
 
@@ -29,11 +27,8 @@ def test_one_rank_is_measured_against_the_plain_layer(tmp_path: Path) -> None:
 
 def test_two_ranks_take_the_same_decisions(tmp_path: Path) -> None:
     file = tmp_path / "ep.json"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "supersonic_moe", "bench", "ep", *QUICK, "--json", str(file)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    for exit_code, output in run_ranks(2, outcome, "bench", "ep", *QUICK, "--json", str(file), backend=None):
+        assert exit_code == 0, output
     rows = {row["metric"]: row for row in json.loads(file.read_text())["rows"]}
     assert rows["fwd_us"]["case"] == "T32_H32_I16_E4_K2_R2"
     # E 8 on 2 ranks, K 2: p = 1 - (4 3) / (8 7); 32 p copies of 2 H bytes 4 times, ids and scores, their gradients

@@ -20,6 +20,8 @@ from supersonic_moe.config.recipe import Fp8Recipe
 
 SOURCE = Path(private_api.__file__).parent
 ALLOWED = {
+    # a contender of benchmarks that has no public name; without it that contender is reported as missing
+    ("bench/layer_peers.py", "training._to_fp8_blockwise_then_scaled_grouped_mm"),
     ("cli/health.py", "torch.distributed._symmetric_memory"),  # imported to see whether it is there
     # the contract of an experts backend of Transformers; tests/integrations/transformers fail without them
     ("integrations/transformers/gates.py", "kind._apply_gate"),
@@ -112,10 +114,14 @@ def test_private_names_are_taken_where_they_are() -> None:
 
 
 def test_without_symmetric_memory_ranks_use_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
-    symmetric = private_api.symmetric_memory()
-    assert callable(symmetric.empty) and callable(symmetric.rendezvous)
+    assert private_api.has_symmetric_memory()
+    module = sys.modules["torch.distributed._symmetric_memory"]
+    assert callable(module._SymmetricMemory.empty_strided_p2p)
+    with monkeypatch.context() as patch:
+        patch.delattr(module, "rendezvous")
+        assert not private_api.has_symmetric_memory()
     monkeypatch.setitem(sys.modules, "torch.distributed._symmetric_memory", None)
-    assert private_api.symmetric_memory() is None
+    assert not private_api.has_symmetric_memory()
 
 
 def test_device_and_stream_are_asked_of_torch_cuda(substitutes: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import parallel_cases as cases
+import parallel_module
 import pytest
 import torch
 import torch.distributed as dist
@@ -69,7 +70,7 @@ def test_an_fp8_wire_carries_what_the_experts_would_make(
     ids=["plain", "recomputed", "padding"],
 )
 def test_the_module_is_that_of_one_process(router: str, recompute: bool, masked: bool) -> None:
-    for found in run_ranks(4, cases.module_as_one_process, (5, 0, 33, 1), router, recompute, masked):
+    for found in run_ranks(4, parallel_module.module_as_one_process, (5, 0, 33, 1), router, recompute, masked):
         assert all(difference < 1e-10 for difference in found.values()), found
 
 
@@ -85,7 +86,7 @@ def test_tokens_that_found_no_place_are_nan_too() -> None:
 
 
 def test_torch_compile_leaves_what_travels_alone() -> None:
-    assert run_ranks(2, cases.compiled, (12, 5)) == [[], []]
+    assert run_ranks(2, parallel_module.compiled, (12, 5)) == [[], []]
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from supersonic_moe.autocast import without_autocast
 from supersonic_moe.autograd import apply, refuse_second_derivatives
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.kernels import registry
-from supersonic_moe.kernels.alignment import aligned
+from supersonic_moe.kernels.alignment import aligned, is_turned
 from supersonic_moe.kernels.interface import Fp8Experts, Quantized
 from supersonic_moe.kernels.reference.quantize import dequantize
 from supersonic_moe.parallel.trip import Trip
@@ -56,6 +56,19 @@ from supersonic_moe.training.options import Options
 
 ALIGNMENT = 16
 """Bytes at which rows of codes start, for TMA; rows travel padded to it."""
+
+
+DTYPES = {
+    "fp8": "in e4m3",
+    "exact": "in their own dtype",
+    "auto": "in e4m3 where an FP8 layer loses nothing by it, else in their own dtype",
+}
+
+
+def is_free(recipe: object, x_TH: Tensor) -> bool:
+    """Whether an FP8 wire costs a layer no accuracy: see the table."""
+    free = isinstance(recipe, Fp8Recipe) and recipe.scale == "pow2" and recipe.wgrad == "fp8"
+    return free and x_TH.dtype is torch.bfloat16
 
 
 class _Call(NamedTuple):
@@ -160,7 +173,7 @@ _named = on_flat(lambda *groups: groups, _WEIGHTS, _SAVED)
 def _forward(
     operands: Any, ids_TK: Tensor, pair: tuple[Weight, Weight], call: _Call, *, save: bool
 ) -> tuple[Tensor, Quantized, Fp8Saved]:
-    x_TH, scores_TK, _w1, b1, _w2, b2 = operands
+    x_TH, scores_TK, w1_ENH, b1, w2_EHI, b2 = operands
     (w1, w2), trip, k = pair, call.trip, call.kernels(x_TH)
     with without_autocast(x_TH):
         codes_TH, scale_TB = k.quantize_rows(x_TH, call.numerics.scale == "pow2")
@@ -172,7 +185,8 @@ def _forward(
         forward = Fp8Forward(codes_UH, scores_S, w1_q, b1, w2_q, b2, plan, call.static, call.numerics, save)
         part_UH, row_scores_P, z_PN = fp8.forward(k, aligned(forward, k.ALIGNMENT, "b1"), x_q)
         out_TH = trip.summed(trip.back("forward combine", part_UH))
-    return out_TH, x_q, Fp8Saved(z_PN, codes_UH, row_scores_P, b1, b2, plan, call.static, call.numerics)
+    turned = is_turned(w1_ENH), is_turned(w2_EHI)
+    return out_TH, x_q, Fp8Saved(z_PN, codes_UH, row_scores_P, b1, b2, plan, call.static, call.numerics, *turned)
 
 
 def _received(trip: Trip, phase: str, rows: Quantized) -> Quantized:

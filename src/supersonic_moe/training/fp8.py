@@ -32,11 +32,13 @@ next.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from supersonic_moe.kernels.alignment import aligned_tensor
+from supersonic_moe.kernels.alignment import aligned_tensor, weight_gradient
 from supersonic_moe.kernels.interface import BothOrders, DownBackward, Fp8Experts, Into, Quantized, Rows, UpProjection
 from supersonic_moe.quantization.block_format import E4M3, aligned_rows, padded_capacity, transposed_scales
 from supersonic_moe.training.arguments import Fp8Forward, Fp8Output, Fp8Saved, Fp8Weights, Incoming, Inputs
@@ -122,17 +124,25 @@ class _Bf16Products:
         return self.k.down_backward_fp8(step)
 
     def dw2(self, as_PI: Any) -> Tensor:
-        dout, into = Rows(self.incoming.dout, self.plan.read_index), Into(self.main.w2, accumulate=self.main.adds_w2)
-        return self.k.grouped_mm_wgrad(dout, as_PI, self.plan.expert_offsets, into)
+        dout, offsets = Rows(self.incoming.dout, self.plan.read_index), self.plan.expert_offsets
+        return self._new_w2(partial(self.k.grouped_mm_wgrad, dout, as_PI, offsets))
 
     def quantized(self, dz_PN: Any) -> tuple[Any, Any]:
         """(rows of dZ for dx, dZ for ``dw1``)."""
         return self.k.quantize_rows(dz_PN, self.pow2, True) if self.incoming.needs.x else None, dz_PN
 
     def dw1(self, dz_PN: Any) -> Tensor:
-        x, main = Rows(self.saved.x, self.plan.read_index), self.main
-        into = Into(main.w1, transposed=True, accumulate=main.adds_w1)
-        return self.k.grouped_mm_wgrad(x, dz_PN, self.plan.expert_offsets, into)
+        x, offsets = Rows(self.saved.x, self.plan.read_index), self.plan.expert_offsets
+        return self._new_w1(partial(self.k.grouped_mm_wgrad, x, dz_PN, offsets))
+
+    def _new_w1(self, product: Callable[[Into], Tensor]) -> Tensor:
+        """``product`` into the buffer of the caller, or into a new tensor."""
+        into = Into(self.main.w1, transposed=True, accumulate=self.main.adds_w1)
+        return weight_gradient(self.saved.w1_turned, into, product)
+
+    def _new_w2(self, product: Callable[[Into], Tensor]) -> Tensor:
+        into = Into(self.main.w2, accumulate=self.main.adds_w2)
+        return weight_gradient(self.saved.w2_turned, into, product)
 
 
 class _Fp8Products(_Bf16Products):
@@ -147,9 +157,8 @@ class _Fp8Products(_Bf16Products):
         return self.dw2_of(self.k.quantize_columns(as_PI, self.segments.row_index, self.pow2, tiled=True))
 
     def dw2_of(self, scaled_a: Quantized) -> Tensor:
-        dout, main = self.k.quantize_columns(self.incoming.dout, self.segments.token_index, self.pow2), self.main
-        into = Into(main.w2, accumulate=main.adds_w2)
-        return self.k.grouped_mm_wgrad_fp8(dout, scaled_a, self.segments.offsets, into)
+        dout = self.k.quantize_columns(self.incoming.dout, self.segments.token_index, self.pow2)
+        return self._new_w2(partial(self.k.grouped_mm_wgrad_fp8, dout, scaled_a, self.segments.offsets))
 
     def quantized(self, dz_PN: Any) -> tuple[Any, Any]:
         if self.incoming.needs.w1:
@@ -157,9 +166,8 @@ class _Fp8Products(_Bf16Products):
         return super().quantized(dz_PN)
 
     def dw1(self, dz: Any) -> Tensor:
-        x, main = self.k.quantize_columns(self.saved.x, self.segments.token_index, self.pow2), self.main
-        into = Into(main.w1, transposed=True, accumulate=main.adds_w1)
-        return self.k.grouped_mm_wgrad_fp8(x, dz, self.segments.offsets, into)
+        x = self.k.quantize_columns(self.saved.x, self.segments.token_index, self.pow2)
+        return self._new_w1(partial(self.k.grouped_mm_wgrad_fp8, x, dz, self.segments.offsets))
 
 
 class _FusedFp8Products(_Fp8Products):

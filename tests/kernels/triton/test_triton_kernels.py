@@ -436,6 +436,7 @@ def test_no_rows(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("large on a GPU")
 def test_element_offsets_past_2_to_31(device: torch.device) -> None:
     """P * H > 2^31: 32-bit element offsets would wrap to the first rows. About 20 GB."""
     width, num_rows = 8192, 2**18 + 24
