@@ -8,6 +8,7 @@ of Triton are in ``kernels/triton/launch.py``, which takes them only from versio
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import operator
 from collections.abc import Callable, Sequence
@@ -77,6 +78,17 @@ def reaches(node: Any) -> bool | None:
 
 dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 """How many ``__torch_dispatch__`` modes are active; 1 where torch does not say."""
+
+
+def _dispatch_mode() -> Any:
+    try:
+        return importlib.import_module("torch.utils._python_dispatch").TorchDispatchMode
+    except (ImportError, AttributeError):
+        return None
+
+
+DispatchMode: Any = _dispatch_mode()
+"""A class whose ``with`` block sees each operator of torch that runs on this thread; None where torch has none."""
 
 _forward_ad = torch.autograd.forward_ad
 

@@ -96,4 +96,9 @@ def down_backward(step: DownBackward[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
             limit=limit_of(activation),
             up_offset=activation.up_offset,
         )
-    return dz_PN, as_PI, partial_ds_BP.sum(0)
+    return dz_PN, as_PI, summed(partial_ds_BP)
+
+
+def summed(partial_ds_BP: Tensor) -> Tensor:
+    """(P,), written to memory that is there before the sum: a tape (``jit/tape.py``) can hold that."""
+    return torch.sum(partial_ds_BP, 0, out=partial_ds_BP.new_empty(partial_ds_BP.shape[1]))

@@ -34,6 +34,7 @@ from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
 from supersonic_moe.kernels.interface import DownBackward, Quantized
+from supersonic_moe.kernels.sm90.down_backward import summed
 from supersonic_moe.kernels.sm90.gates import ALL_KINDS, INTERLEAVED, KINDS, half_bases, kind_of, limit_of
 from supersonic_moe.kernels.sm90.gemm_config import (
     BLOCK_M,
@@ -116,7 +117,7 @@ def down_backward_fp8(step: DownBackward[Quantized]) -> tuple[Tensor, Tensor, Te
             gate_base=gate_base,
             up_base=up_base,
         )
-    return dz_PN, as_PI, partial_ds_BP.sum(0)
+    return dz_PN, as_PI, summed(partial_ds_BP)
 
 
 def common_arguments(step: DownBackward[Quantized], scores_P: Tensor, config: GemmConfig) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from torch import Tensor
 from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.interface import BothOrders, DownBackward, Quantized, Segments
+from supersonic_moe.kernels.sm90.down_backward import summed
 from supersonic_moe.kernels.sm90.down_backward_fp8 import (
     common_arguments,
     down_backward_fp8,
@@ -98,4 +99,4 @@ def down_backward_fp8_quantize(
             pow2=int(pow2),
         )
     dz = BothOrders(Quantized(dzq_PN, dz_row_scale), Quantized(dzq_NG, dz_scale))
-    return dz, Quantized(asq_IG, as_scale), partial_ds_BP.sum(0)
+    return dz, Quantized(asq_IG, as_scale), summed(partial_ds_BP)

@@ -27,6 +27,7 @@ import triton
 from torch import Tensor
 from triton import knobs
 
+from supersonic_moe.jit.tape import state
 from supersonic_moe.private_api import current_device, raw_stream
 
 KNOWN = ("3.6", "3.7", "3.8", "3.9")
@@ -72,9 +73,19 @@ def launch(
     hooks = knobs.runtime
     if launcher is None or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:  # a tool listens to launches
         compiled = kernel[grid](*args, *constants, num_warps=num_warps)
+        if state.recorder is not None:
+            state.recorder.refuse()
         if _LAUNCHER_IS_KNOWN and compiled is not None:  # None: interpreted
             _LAUNCHERS[key] = compiled.run, compiled.function, compiled.packed_metadata
         return
     run, function, metadata = launcher
     x, y, z = (*grid, 1, 1)[:3]
     run(x, y, z, raw_stream(device), function, metadata, None, None, None, *passed, *constants)
+    recorder = state.recorder
+    if recorder is not None:
+        for i, arg in enumerate(args):
+            if isinstance(arg, Tensor):
+                recorder.place(passed, i, arg.data_ptr())
+        recorder.launched(
+            lambda tensors: run(x, y, z, raw_stream(device), function, metadata, None, None, None, *passed, *constants)
+        )
