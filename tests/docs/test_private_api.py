@@ -87,6 +87,7 @@ PRIVATE = {
     ),
     torch.cuda: ("_sleep",),
     torch.utils._python_dispatch: ("TorchDispatchMode",),
+    torch._C._dynamo.guards: ("_empty_strided_cuda",),
     torch: ("_foreach_add_", "_foreach_copy_"),
 }
 

@@ -84,6 +84,7 @@ def a_machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         (triton_launch, "state", state),
         (tape, "state", state),
         (tape, "current_device", lambda: 0),
+        (tape, "empty_strided", lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype)),
         (torch.cuda, "current_device", lambda: 0),
         (torch.cuda, "is_current_stream_capturing", lambda: False),
         (Tensor, "get_device", lambda tensor: 0),

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from supersonic_moe.private_api import DispatchMode, current_device
+from supersonic_moe.private_api import DispatchMode, current_device, empty_strided
 
 KEPT = 512  # kinds of calls of a thread; then all are forgotten
 MAX_WORKSPACE = 256 << 20  # bytes; a batch that needs more keeps the GPU busy longer than the host
@@ -130,7 +130,7 @@ state = _State()
 
 
 class _Made(NamedTuple):
-    shape: torch.Size
+    shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
 
@@ -139,10 +139,10 @@ class Tape:
     """One call, for any tensors of the same kind. ``places`` has a list for each tensor and one for the workspace."""
 
     def __init__(
-        self, device: torch.device, twins: list[tuple[int, int]], steps: list[Step], made: list[_Made], workspace: int,
+        self, twins: list[tuple[int, int]], steps: list[Step], made: list[_Made], workspace: int,
         places: list[list[Place]], returned: list[tuple[int, tuple[Any, ...]]], single: bool,
     ) -> None:  # fmt: skip
-        self._device, self._twins, self._steps, self._made, self._workspace = device, twins, steps, made, workspace
+        self._twins, self._steps, self._made, self._workspace = twins, steps, made, workspace
         self._places, self._returned, self._single = places, returned, single
         self._addresses = [-1] * len(places)
 
@@ -153,10 +153,10 @@ class Tape:
     def play(self, tensors: list[Tensor], addresses: list[int]) -> Result:
         """``tensors``: the arguments, at ``addresses``."""
         for shape, stride, dtype in self._made:
-            made = torch.empty_strided(shape, stride, dtype=dtype, device=self._device)
+            made = empty_strided(shape, stride, dtype)
             tensors.append(made)
             addresses.append(made.data_ptr())
-        workspace = torch.empty(self._workspace, dtype=torch.uint8, device=self._device) if self._workspace else None
+        workspace = empty_strided((self._workspace,), (1,), torch.uint8) if self._workspace else None
         addresses.append(0 if workspace is None else workspace.data_ptr())
         if addresses != self._addresses:
             for address, last, places in zip(addresses, self._addresses, self._places, strict=True):
@@ -268,8 +268,8 @@ def _tape(recorder: Recorder, tensors: list[Tensor], result: Result) -> Tape | N
         base += len(tensors)
         whole = t.shape == all_tensors[base].shape and t.stride() == all_tensors[base].stride()
         views.append((base, () if whole else (t.shape, t.stride(), t.storage_offset())))
-    kinds = [_Made(t.shape, t.stride(), t.dtype) for t in made]
-    return Tape(tensors[0].device, twins, steps, kinds, workspace, places, views, isinstance(result, Tensor))
+    kinds = [_Made(tuple(t.shape), t.stride(), t.dtype) for t in made]
+    return Tape(twins, steps, kinds, workspace, places, views, isinstance(result, Tensor))
 
 
 def _torch_step(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Step:
