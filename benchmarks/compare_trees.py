@@ -325,7 +325,7 @@ def host_steps(tree: Tree, entry: str, fp8: bool) -> dict[str, Callable[[], Any]
     """Forward, and forward with backward, of a small layer."""
     t, h, i, e, k = HOST_SIZES
     recipe = tree.package.Fp8Recipe() if fp8 else None
-    module = tree.package.MoE(e, k, h, i, "swiglu", False, 0.02, recipe=recipe, device="cuda", dtype=torch.bfloat16)
+    module = tree.package.MoE(e, k, h, i, "swiglu", False, 0.02, recipe=recipe).to("cuda", torch.bfloat16)
     x = torch.randn(t, h, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     dout, daux = torch.randn_like(x), torch.ones((), device="cuda")
     weights = list(module.parameters())

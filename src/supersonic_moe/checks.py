@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from supersonic_moe.private_api import promise
 
@@ -29,6 +29,7 @@ def short(value: object) -> str:
 
 
 _FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_PLAIN = {Tensor, nn.Parameter}
 _INTEGERS = (int, torch.SymInt)
 
 
@@ -40,10 +41,22 @@ def describe(t: object) -> str:
 
 def tensor(name: str, t: object, rank: int, shape: object) -> None:
     """``shape`` is only printed: the names of the axes, or their sizes."""
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor of shape {shape}; got {describe(t)}.")
+    if type(t) not in _PLAIN:  # most are, and this is the cheapest question
+        _of_this_process(name, t, shape)
+    assert isinstance(t, Tensor)
     if t.dim() != rank:
         raise ValueError(f"{name} must have {rank} dimensions {shape}; got {describe(t)}. Reshape it before the call.")
+
+
+def _of_this_process(name: str, t: object, shape: object) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor of shape {shape}; got {describe(t)}.")
+    if hasattr(t, "to_local"):
+        raise TypeError(
+            f"{name} must be a tensor of this process; got a {type(t).__name__}, {describe(t)}. Pass its .to_local(). "
+            "With FSDP2 shard the MoE as one unit, fully_shard(moe); for experts spread over ranks use "
+            "parallel.ExpertParallel."
+        )
 
 
 def strided(name: str, t: Tensor) -> None:
@@ -147,6 +160,11 @@ def positive(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a positive integer; got {describe(value)}.")
     if value < 1:
         raise ValueError(f"{name} must be at least 1; got {value}.")
+
+
+def positive_sizes(**sizes: object) -> None:
+    for name, value in sizes.items():
+        positive(name, value)
 
 
 def non_negative(name: str, value: object) -> None:

@@ -79,9 +79,8 @@ def moe_layer(
         options: :class:`ExpertOptions`.
     """
     projection = RouterWeight(router_weight_EH, router_dtype)
-    layer = run_layer(
-        x_TH, projection, w1, w2, num_experts_per_tok, router, correction_bias, rounding_step, token_mask_T, options
-    )
+    selection = Selection(num_experts_per_tok, as_router(router), correction_bias, rounding_step, token_mask_T)
+    layer = run_layer(x_TH, projection, w1, w2, selection, options)
     return MoEOutput(layer.output, layer.router_logits, layer.expert_counts)
 
 
@@ -91,6 +90,36 @@ class RouterWeight(NamedTuple):
     weight_EH: Tensor
     dtype: torch.dtype | None = None
     """Of the logits; None: that of x, or of autocast."""
+
+
+class Selection(NamedTuple):
+    """How the tokens of a call get their experts: arguments of :func:`moe_layer`."""
+
+    num_experts_per_tok: int
+    router: TopKRouter | TokenRounding
+    correction_bias: Tensor | None
+    rounding_step: Tensor | int
+    token_mask_T: Tensor | None
+
+    def without_padding(self, x_TH: Tensor) -> Tensor:
+        """Zeros for padding: what stands there, NaN perhaps, would reach the gradient of the router's weight."""
+        assert self.token_mask_T is not None
+        if isinstance(self.router, TokenRounding):
+            raise ValueError(
+                "token_mask cannot be combined with TokenRounding, which fills up tiles with tokens of its choice; got "
+                f"{self.router}. Use its base router, or leave padding in."
+            )
+        checks.tensor("x", x_TH, 2, "(T, H)")
+        checks.token_mask("token_mask", self.token_mask_T, x_TH)
+        return x_TH.masked_fill(~self.token_mask_T[:, None], 0)
+
+    def top_k(self, logits_TE: Tensor, router: TopKRouter, backend: str) -> tuple[Tensor, Tensor]:
+        """Scores (T, K) and ids (T, K), -1 for padding."""
+        k, bias = self.num_experts_per_tok, self.correction_bias
+        scores_TK, ids_TK = route(logits_TE, k, router, correction_bias=bias, backend=_router_backend(backend))
+        if self.token_mask_T is not None:
+            ids_TK = ids_TK.masked_fill(~self.token_mask_T[:, None], -1)
+        return scores_TK, ids_TK
 
 
 class LayerOutput(NamedTuple):
@@ -108,68 +137,49 @@ def run_layer(
     router_or_logits: RouterWeight | Callable[[Tensor], Tensor],
     w1: Tensor,
     w2: Tensor,
-    num_experts_per_tok: int,
-    router: TopKRouter | TokenRounding | str,
-    correction_bias: Tensor | None,
-    rounding_step: Tensor | int,
-    token_mask_T: Tensor | None,
+    selection: Selection,
     options: ExpertOptions,
 ) -> LayerOutput:
     """:func:`moe_layer`, for a router's weight or for any router, x (T, H) -> logits (T, E)."""
-    policy = as_router(router)
-    if token_mask_T is not None:
-        x_TH = _without_padding(x_TH, token_mask_T, policy)
+    if selection.token_mask_T is not None:
+        x_TH = selection.without_padding(x_TH)
     experts = _checked(x_TH, w1, w2, Options.read(options))
-    num_experts, backend = w1.shape[0], _router_backend(experts.options.backend)
-    logits_TE, x_for_experts = _logits(x_TH, router_or_logits, experts)
+    k, policy, bias, step, _ = selection
+    num_experts, backend = w1.shape[0], experts.options.backend
+    logits_TE, x_for_experts = router_logits(x_TH, experts.x, router_or_logits, num_experts)
     if experts.options.validate:
         checks.finite_logits(logits_TE)
     if isinstance(policy, TokenRounding):
-        rounded = token_rounding(
-            logits_TE, num_experts_per_tok, policy, step=rounding_step, correction_bias=correction_bias, backend=backend
-        )
+        backend = _router_backend(backend)
+        rounded = token_rounding(logits_TE, k, policy, step=step, correction_bias=bias, backend=backend)
         plan = plan_from_sorted_triples(
             rounded.token_indices, rounded.expert_indices, rounded.token_offsets, num_experts
         )
         output = experts.run(x_for_experts, rounded.scores, plan)
         return LayerOutput(output, logits_TE, rounded.counts, None)
-    scores_TK, ids_TK = route(logits_TE, num_experts_per_tok, policy, correction_bias=correction_bias, backend=backend)
-    if token_mask_T is not None:
-        ids_TK = ids_TK.masked_fill(~token_mask_T[:, None], -1)
-    if small_batch.suits(experts.x, w1, w2, num_experts_per_tok, experts.options):
+    scores_TK, ids_TK = selection.top_k(logits_TE, policy, backend)
+    if small_batch.suits(experts.x, w1, w2, k, experts.options):
         counts_E = small_batch.rows_of_experts(ids_TK, num_experts)
         return LayerOutput(experts.run_few(ids_TK, scores_TK), logits_TE, counts_E, ids_TK)
     plan = plan_from_topk(ids_TK, num_experts)
     return LayerOutput(experts.run(x_for_experts, scores_TK, plan), logits_TE, plan.expert_counts, ids_TK)
 
 
-def _without_padding(x_TH: Tensor, token_mask_T: Tensor, policy: TopKRouter | TokenRounding) -> Tensor:
-    """Zeros for padding: what stands there, NaN perhaps, would reach the gradient of the router's weight."""
-    if isinstance(policy, TokenRounding):
-        raise ValueError(
-            "token_mask cannot be combined with TokenRounding, which fills up tiles with tokens of its choice; got "
-            f"{policy}. Use its base router, or leave padding in."
-        )
-    checks.tensor("x", x_TH, 2, "(T, H)")
-    checks.token_mask("token_mask", token_mask_T, x_TH)
-    return x_TH.masked_fill(~token_mask_T[:, None], 0)
-
-
-def _logits(
-    x_TH: Tensor, router: RouterWeight | Callable[[Tensor], Tensor], experts: _Experts
+def router_logits(
+    x_TH: Tensor, cast_TH: Tensor, router: RouterWeight | Callable[[Tensor], Tensor], num_experts: int
 ) -> tuple[Tensor, Tensor]:
-    """(logits (T, E), x for the experts)."""
+    """(logits (T, E), x for the experts). ``cast_TH``: x in the dtype of the computation."""
     if not isinstance(router, RouterWeight):
         logits_TE = router(x_TH)
-        _check_router_logits(logits_TE, x_TH, experts.w1.value)
-        return logits_TE, experts.x
+        _check_router_logits(logits_TE, x_TH, num_experts)
+        return logits_TE, cast_TH
     weight_EH, dtype = router
-    _check_router_weight(experts.x, weight_EH, experts.w1.value, dtype)
+    _check_router_weight(cast_TH, weight_EH, num_experts, dtype)
     if dtype is not None:
-        return linear_in(x_TH, weight_EH, dtype), experts.x
-    if weight_EH.dtype is not experts.x.dtype:
-        weight_EH = weight_EH.to(experts.x.dtype)
-    return router_linear(experts.x, weight_EH)
+        return linear_in(x_TH, weight_EH, dtype), cast_TH
+    if weight_EH.dtype is not cast_TH.dtype:
+        weight_EH = weight_EH.to(cast_TH.dtype)
+    return router_linear(cast_TH, weight_EH)
 
 
 @lists_options
@@ -374,7 +384,7 @@ def _checked(x: Tensor, w1: Tensor, w2: Tensor, options: Options) -> _Experts:
     return _Experts(x, first, b1, second, b2, options)
 
 
-def _check_router_weight(x: Tensor, weight: Tensor, w1: Tensor, dtype: torch.dtype | None) -> None:
+def _check_router_weight(x: Tensor, weight: Tensor, num_experts: int, dtype: torch.dtype | None) -> None:
     checks.tensor("router_weight", weight, 2, "(E, H)")
     checks.floating("router_weight", weight)
     checks.same_device("router_weight", weight, "x", x)
@@ -387,16 +397,16 @@ def _check_router_weight(x: Tensor, weight: Tensor, w1: Tensor, dtype: torch.dty
             "torch.autocast."
         )
     checks.size("router_weight", "hidden size", weight.shape[1], x.shape[1], "the last dimension of x")
-    checks.size("router_weight", "expert count", weight.shape[0], w1.shape[0], "the experts of w1")
+    checks.size("router_weight", "expert count", weight.shape[0], num_experts, "all experts")
 
 
-def _check_router_logits(logits: Tensor, x: Tensor, w1: Tensor) -> None:
+def _check_router_logits(logits: Tensor, x: Tensor, num_experts: int) -> None:
     """What a router of any class returned."""
     checks.tensor("the router's output", logits, 2, "(T, E)")
     checks.floating("the router's output", logits)
     checks.same_device("the router's output", logits, "x", x)
-    shape = (x.shape[0], w1.shape[0])
-    checks.size("the router's output", "shape", tuple(logits.shape), shape, "tokens of x, experts of w1")
+    shape = (x.shape[0], num_experts)
+    checks.size("the router's output", "shape", tuple(logits.shape), shape, "tokens of x, all experts")
 
 
 def _check_scores(name: str, scores: Tensor, x: Tensor, validate: bool) -> None:

@@ -14,7 +14,7 @@ from supersonic_moe import checks
 from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout, as_activation, as_layout
 from supersonic_moe.config.recipe import Fp8Recipe, Recipe, as_recipe
 from supersonic_moe.config.router import SigmoidGroupedTopK, TokenRounding, TopKRouter, as_router, check_router
-from supersonic_moe.functional import RouterWeight, run_layer
+from supersonic_moe.functional import RouterWeight, Selection, run_layer
 from supersonic_moe.parts import Experts, Router, is_plain_linear, reset, weights_of
 from supersonic_moe.private_api import in_backward, member_of
 from supersonic_moe.quantization.weight_cache import WeightCache
@@ -77,7 +77,7 @@ class MoE(nn.Module):
             ``main_grad``, not to ``.grad`` (Megatron's gradient accumulation fusion, ``training/main_grad.py``).
         validate: check device data too (NaN logits); costs a synchronisation a call.
         router_dtype: compute the logits in this dtype (torch.float32, torch.float64) whatever that of the experts, also
-            under autocast.
+            under autocast. A ``router`` of another class must return its logits in it.
         device, dtype: of the parameters, as in any module of torch.
         expert_parallel: a ``parallel.ExpertParallel`` of R ranks. Then the layer has E/R experts and the router of all;
             the router must be the same on every rank, and counts and ``aux_loss`` are of the tokens of this rank.
@@ -112,13 +112,12 @@ class MoE(nn.Module):
         expert_parallel: ExpertParallel | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("num_experts", num_experts),
-            ("num_experts_per_tok", num_experts_per_tok),
-            ("hidden_size", hidden_size),
-            ("intermediate_size", intermediate_size),
-        ):
-            checks.positive(name, value)
+        checks.positive_sizes(
+            num_experts=num_experts,
+            num_experts_per_tok=num_experts_per_tok,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+        )
         checks.flag("add_bias", add_bias)
         checks.number("std", std, lowest=0)
         checks.number("z_loss_weight", z_loss_weight, lowest=0)
@@ -137,6 +136,7 @@ class MoE(nn.Module):
         self._last_forward = LastForward()
         self.z_loss_weight = z_loss_weight
         self.accumulate_into_main_grad = accumulate_into_main_grad
+        self.router_dtype = router_dtype
         self.validate = validate
         self.expert_parallel = expert_parallel
         experts_here, first = num_experts, None
@@ -209,20 +209,20 @@ class MoE(nn.Module):
         checks.size(
             "hidden_states", "last dimension", hidden_states.shape[-1], self.hidden_size, "hidden_size of the layer"
         )
+        recipe, correction_bias, training = self.recipe, self.correction_bias, self.training
+        if not torch.compiler.is_compiling():
+            counts = not is_inference_mode and (training or torch.is_grad_enabled())
+            recipe, correction_bias, training = self._last_forward.settings(recipe, correction_bias, training, counts)
         policy = self.routing
         rounding_step: Tensor | int = 0
         if isinstance(policy, TokenRounding):
-            if not self.training or is_inference_mode:
+            if not training or is_inference_mode:
                 policy = policy.base
             elif policy.mode in ("SR-f", "NR-s"):
                 # From torch's generator: fresh each step, the same when checkpointing recomputes, new at each replay.
                 rounding_step = torch.randint(2**31, (1,), device=hidden_states.device)
                 if not torch.compiler.is_compiling():
                     rounding_step = self._last_forward.step(rounding_step)
-        recipe, correction_bias = self.recipe, self.correction_bias
-        if not torch.compiler.is_compiling():
-            counts = not is_inference_mode and (self.training or torch.is_grad_enabled())
-            recipe, correction_bias = self._last_forward.settings(recipe, correction_bias, counts)
         flat = hidden_states.dim() == 2  # views cost the host two autograd nodes
         x_TH = hidden_states if flat else hidden_states.reshape(-1, self.hidden_size)
         if token_mask is not None:
@@ -234,14 +234,10 @@ class MoE(nn.Module):
         run = run_layer if self.expert_parallel is None else self.expert_parallel.run_layer
         out_TH, logits_TE, counts_E, ids_TK = run(
             x_TH,
-            RouterWeight(member_of(router, "weight")) if is_plain_linear(router) else router,
+            RouterWeight(member_of(router, "weight"), self.router_dtype) if is_plain_linear(router) else router,
             w1,
             w2,
-            self.top_k,
-            policy,
-            correction_bias,
-            rounding_step,
-            token_mask,
+            Selection(self.top_k, policy, correction_bias, rounding_step, token_mask),
             {
                 "b1": b1,
                 "b2": b2,
@@ -255,6 +251,12 @@ class MoE(nn.Module):
                 "validate": self.validate,
             },
         )
+        if self.router_dtype is not None and logits_TE.dtype is not self.router_dtype:
+            raise TypeError(
+                f"the router must return logits in router_dtype, {self.router_dtype}; got {checks.describe(logits_TE)} "
+                f"from a {type(router).__name__}. Compute them in it, as supersonic_moe.Router(..., logits_dtype=...) "
+                "does, or set moe.router_dtype = None."
+            )
         self._count(counts_E, self.training and not is_inference_mode)
         output = out_TH if flat else out_TH.view(hidden_states.shape)
         aux_loss = None

@@ -130,6 +130,16 @@ def default_store(prefix: str) -> Any:
     return None if store is None else dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
 
 
+def symmetric_memory() -> Any:
+    """The module by which GPUs reach each other's memory (``empty``, ``rendezvous``); None where torch has none. It is
+    imported late: it takes a while, and few need it.
+    """
+    try:
+        return importlib.import_module("torch.distributed._symmetric_memory")
+    except ImportError:
+        return None
+
+
 def ignored_by_ddp(module: nn.Module, names: list[str]) -> None:
     """DistributedDataParallel of ``module`` will leave the parameters of these ``names`` alone. There is no public way;
     without this name it would refuse or average them.

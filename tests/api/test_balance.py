@@ -8,6 +8,7 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
+from host_waits import no_host_waits
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -321,13 +322,9 @@ def test_a_step_with_everything_waits_for_nothing_and_replays_in_a_graph(router_
     torch.cuda.current_stream().wait_stream(side)
     reset(layer)
     reset(twin)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_waits():
         step(twin)
         step(twin)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step(layer)

@@ -322,20 +322,19 @@ def test_skip_init():
 @pytest.mark.parametrize("router_dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_router_dtype(router_dtype, autocast):
-    """Beside experts in BF16 logits are those of the exact operands, and so are the choices; rounding changes some."""
+    """Beside experts in BF16 logits are those of the exact operands, and so are choices that BF16 leaves to chance."""
     torch.manual_seed(2)
     moe = MoE(32, 4, H, I, "swiglu", False, 0.5, router_dtype=router_dtype, dtype=None if autocast else torch.bfloat16)
-    x = torch.randn(256, H, dtype=torch.float32 if autocast else torch.bfloat16, requires_grad=True)
+    x = torch.randn(2048, H, dtype=torch.float32 if autocast else torch.bfloat16, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out, aux, routing = moe(x, return_routing=True)
-        rounded = torch.nn.functional.linear(x, moe.router.weight)
         (out.float().square().sum() + aux + routing.router_logits.square().sum()).backward()
     exact = x.detach().double() @ moe.router.weight.detach().double().T
     assert out.dtype == torch.bfloat16 and routing.router_logits.dtype == router_dtype
     torch.testing.assert_close(routing.router_logits.double(), exact, rtol=1e-5, atol=1e-5)
-    best = [logits.topk(4).indices.sort(1).values for logits in (exact, rounded)]
-    assert torch.equal(routing.expert_ids.sort(1).values, best[0].int())
-    assert not torch.equal(*best)
+    assert torch.equal(routing.expert_ids.sort(1).values, exact.topk(4).indices.sort(1).values.int())
+    fourth, fifth = exact.bfloat16().topk(5).values[:, 3:].unbind(1)
+    assert (fourth == fifth).sum() > 8
     assert x.grad.dtype == x.dtype and moe.router.weight.grad.dtype == moe.router.weight.dtype
 
 

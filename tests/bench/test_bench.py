@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from supersonic_moe.bench import layer, report, timing
 from supersonic_moe.bench.layer import LayerConfig, run_case
 from supersonic_moe.bench.report import OURS, CaseResult
 from supersonic_moe.bench.shapes import LAYER_SETS
-from supersonic_moe.bench.timing import Missing, NoResultError, Slice, Timing, WallClock, measure
+from supersonic_moe.bench.timing import Missing, NoResultError, Paired, Slice, Timing, WallClock, measure
 from supersonic_moe.perf_model import H200, LayerShape, layer_flops, layer_steps, saved_activation_bytes
 
 CPU = torch.device("cpu")
@@ -88,6 +89,25 @@ def test_medians_warm_up_and_interleaving() -> None:
     timed = it.log[4 + 15 + 75 :]
     a_slice, b_slice = "a" * 25, "b" * 125
     assert timed == a_slice + b_slice + b_slice + a_slice + a_slice + b_slice + b_slice + a_slice
+
+
+def test_pairs_are_slices_of_one_round() -> None:
+    it = Contenders(a=0.010, b=0.002)
+    results = measure(it.calls, it.clock, warm_ms=0, min_ms=0, rounds=20)
+    a, b = results["a"], results["b"]
+    assert isinstance(a, Timing) and isinstance(b, Timing) and len(a.slices_us) == len(b.slices_us) == 20
+    assert timing.paired(a, b) == Paired(*[pytest.approx(5)] * 3)
+
+
+@pytest.mark.parametrize(("pairs", "want"), [(5, None), (6, (3.5, 1, 6)), (19, (10, 5, 15)), (20, (10.5, 6, 15))])
+def test_interval_of_a_ratio_is_that_of_order_statistics(pairs: int, want: tuple[float, float, float] | None) -> None:
+    """Ranks as in any table of the confidence limits of a median; drift that both share cancels."""
+    drift = [2.0 ** (i % 3) for i in range(pairs)]
+    ours, theirs = (
+        timing.summarise([Slice([us], []) for us in times])
+        for times in (drift, [(i + 1) * d for i, d in enumerate(drift)])
+    )
+    assert timing.paired(theirs, ours) == (want and Paired(*map(float, want)))
 
 
 def test_settling_calls_are_not_timed() -> None:
@@ -332,6 +352,10 @@ def test_document_has_exactly_the_fields_of_the_evidence_format(tmp_path: Path) 
     assert content["commit"] == "abc" and content["torch"] == torch.__version__ and content["date"].endswith("+00:00")
     assert list(content["rows"][0]) == ["case", "metric", "value", "unit", "peer", "peer_value", "ratio"]
     assert {m.name for m in report.METRICS} >= {r["metric"] for r in content["rows"]}
+    paired = replace(RESULT, pairs={("fwd_us", "grouped_mm"): Paired(1.23456789, 1.2, 1.3)})
+    first, *others = report.document("layer", [paired], CPU, commit="abc")["rows"]  # type: ignore[misc]
+    assert (first["ratio"], first["interval"]) == (1.23457, (1.2, 1.3))
+    assert not any("interval" in row for row in others)
 
 
 def test_commit_is_that_of_the_tree_and_flags_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,10 @@ from command_line import run, words
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from supersonic_moe.bench.report import OURS
+from supersonic_moe.bench import transformers
+from supersonic_moe.bench.report import OURS, CaseResult
 from supersonic_moe.bench.shapes import CPU_HUGGING_FACE_MODELS, HUGGING_FACE_MODELS
+from supersonic_moe.bench.timing import graph_us
 from supersonic_moe.bench.transformers import SWIGLU, Settings, TransformersCase, liger_experts_forward, run_case
 from supersonic_moe.bench.transformers import _model as build
 
@@ -34,7 +36,7 @@ def test_every_contender_is_measured(what: str, mode: str, metric: str) -> None:
     assert ("fwd_bwd_tflops" in result.metrics[OURS]) == (what == "layers" and mode == "train")
 
 
-def test_what_is_not_fused_meets_a_swiglu_of_equal_flops() -> None:
+def test_another_gate_meets_a_swiglu_of_equal_flops() -> None:
     result = run_case(TransformersCase(GPT_OSS, "layers", "train", 8), Settings(**QUICK, peers=()))
     assert set(result.metrics) == {OURS, SWIGLU}
     with pytest.raises(NotImplementedError, match="SwiGLU without biases"):
@@ -61,6 +63,27 @@ def test_as_a_command(tmp_path: Path) -> None:
     }
     wrong = run("bench", "transformers", "--device", "cpu", "--models", "qwen9")
     assert wrong.exit_code == 2 and "a model is one of qwen3-tiny, gpt-oss-tiny; got 'qwen9'" in words(wrong)
+
+
+def test_a_run_that_stops_leaves_what_it_has_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped_at_decode(case: TransformersCase, *_: object) -> CaseResult:
+        if case.mode == "decode":
+            raise KeyboardInterrupt
+        return CaseResult(str(case), {OURS: {"fwd_bwd_us": 1.0}})
+
+    monkeypatch.setattr(transformers, "run_case", stopped_at_decode)
+    file = tmp_path / "transformers.json"
+    run("bench", "transformers", "--device", "cpu", "--what", "layers", "--json", str(file))
+    assert [row["case"] for row in json.loads(file.read_text())["rows"]] == ["qwen3-tiny/layers/train_T64"]
+
+
+@pytest.mark.gpu
+def test_what_waits_for_the_gpu_is_not_captured_and_harms_nothing() -> None:
+    x = torch.ones(4, device="cuda")
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        graph_us(lambda: x.sum().item(), 1.0, warm_ms=0.1, min_ms=0.1)
+    torch.randn(4, device="cuda")  # a failed capture breaks it
+    assert graph_us(lambda: x + 1, 1.0, warm_ms=0.1, min_ms=0.1) > 0
 
 
 @pytest.mark.parametrize("model", HUGGING_FACE_MODELS, ids=str)

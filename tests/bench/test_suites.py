@@ -18,7 +18,7 @@ from command_line import run, words
 import supersonic_moe
 from supersonic_moe.bench import bar_chart, options
 from supersonic_moe.bench.layer import LayerConfig
-from supersonic_moe.bench.peers import PEERS
+from supersonic_moe.bench.layer_peers import PEERS
 from supersonic_moe.bench.report import OURS, CaseResult
 from supersonic_moe.bench.suite import Progress, Suite
 from supersonic_moe.bench.suites import SUITES
@@ -72,7 +72,7 @@ def test_help_lists_the_choices(option: str, choices: list[str] | None) -> None:
 
 
 def test_each_suite_is_a_command_with_its_own_options_first() -> None:
-    assert [path[1] for path in COMMANDS if path[0] == "bench"] == [*(kind.name for kind in SUITES), "all"]
+    assert [path[1] for path in COMMANDS if path[0] == "bench"] == [*(kind.name for kind in SUITES), "all", "check"]
     for kind in SUITES:
         names = [parameter.name for parameter in COMMANDS["bench", kind.name].params]
         assert names[-3:] == ["device", "json", "commit"] and names[0] in vars(kind)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import enum
 import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
 
+import supersonic_moe as sm
 from supersonic_moe import checks
-from supersonic_moe.config.activation import Activation, ActivationType, as_activation, as_layout
-from supersonic_moe.config.recipe import as_recipe
+from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout, as_activation, as_layout
+from supersonic_moe.config.grouped_routing import Scoring, as_scoring
+from supersonic_moe.config.recipe import Fp8Recipe, as_recipe
 from supersonic_moe.config.router import (
     SigmoidGroupedTopK,
-    SoftmaxAfterTopK,
-    SoftmaxBeforeTopK,
-    TokenRounding,
-    TopKRouter,
     as_router,
     check_router,
 )
@@ -32,15 +31,15 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: Activation("swiglu", limit=0), ValueError, "limit must be a positive finite number or None"),
     (lambda: as_activation(["swiglu"]), ValueError, "unknown activation"),
     (lambda: as_layout(None), ValueError, "unknown gate/up layout None"),
-    (lambda: SigmoidGroupedTopK(scaling_factor="2.5"), TypeError, "scaling_factor must be a number; got str"),
-    (lambda: SigmoidGroupedTopK(scaling_factor=True), TypeError, "scaling_factor must be a number; got bool"),
-    (lambda: SigmoidGroupedTopK(scaling_factor=0), ValueError, "scaling_factor must be a positive finite number"),
-    (lambda: SigmoidGroupedTopK(num_groups=2.0), TypeError, "num_groups must be a positive integer"),
-    (lambda: SigmoidGroupedTopK(renormalize="no"), TypeError, "renormalize must be True or False; got str"),
-    (lambda: SoftmaxBeforeTopK(renormalize=1), TypeError, "renormalize must be True or False; got int"),
-    (lambda: TokenRounding(mode=None), ValueError, "unknown token rounding mode None"),
-    (lambda: TokenRounding(base="softmax_after_topk"), TypeError, "base must be a top-K router config"),
-    (lambda: TokenRounding(tile=128.0), TypeError, "tile must be a positive integer"),
+    (lambda: sm.SigmoidGroupedTopK(scaling_factor="2.5"), TypeError, "scaling_factor must be a number; got str"),
+    (lambda: sm.SigmoidGroupedTopK(scaling_factor=True), TypeError, "scaling_factor must be a number; got bool"),
+    (lambda: sm.SigmoidGroupedTopK(scaling_factor=0), ValueError, "scaling_factor must be a positive finite number"),
+    (lambda: sm.SigmoidGroupedTopK(num_groups=2.0), TypeError, "num_groups must be a positive integer"),
+    (lambda: sm.SigmoidGroupedTopK(renormalize="no"), TypeError, "renormalize must be True or False; got str"),
+    (lambda: sm.SoftmaxBeforeTopK(renormalize=1), TypeError, "renormalize must be True or False; got int"),
+    (lambda: sm.TokenRounding(mode=None), ValueError, "unknown token rounding mode None"),
+    (lambda: sm.TokenRounding(base="softmax_after_topk"), TypeError, "base must be a top-K router config"),
+    (lambda: sm.TokenRounding(tile=128.0), TypeError, "tile must be a positive integer"),
     (lambda: checks.number("z_loss_weight", "0.1", lowest=0), TypeError, "z_loss_weight must be a number; got str"),
     (lambda: checks.number("z_loss_weight", -1, lowest=0), ValueError, "must be finite and at least 0; got -1"),
 ]
@@ -55,7 +54,7 @@ def test_wrong_types_and_values_are_refused_in_a_sentence(
     assert str(caught.value).endswith(".")
 
 
-@pytest.mark.parametrize("reader", [as_activation, as_layout, as_recipe, as_router, lambda v: TokenRounding(base=v)])
+@pytest.mark.parametrize("reader", [as_activation, as_layout, as_recipe, as_router, lambda v: sm.TokenRounding(base=v)])
 def test_a_message_does_not_print_whole_lists(reader: Callable[[object], object]) -> None:
     for value in (list(range(100_000)), "x" * 100_000, {i: i for i in range(100_000)}):
         with pytest.raises((TypeError, ValueError)) as caught:
@@ -76,37 +75,80 @@ def test_an_activation_takes_its_type_by_name() -> None:
     assert as_activation("relu") == Activation(ActivationType.RELU)
 
 
+@pytest.mark.parametrize(
+    ("reader", "kind"), [(as_activation, ActivationType), (as_layout, GateUpLayout), (as_scoring, Scoring)]
+)
+def test_members_of_enums_are_not_looked_up(
+    reader: Callable[[object], object], kind: type[enum.StrEnum], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that readers do with a member: torch.compile of torch 2.11 cannot trace ``kind(member)``."""
+    members = list(kind)
+
+    def refuse(cls: object, value: object) -> None:
+        raise AssertionError(f"{cls}({value})")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(enum.EnumMeta, "__call__", refuse)
+        read = [reader(member) for member in members]
+    assert read == [reader(member.value) for member in members]
+
+
+BUILT: list[Callable[[], object]] = [
+    lambda: Activation("swiglu", limit=7.0),
+    lambda: Activation(ActivationType.GEGLU),
+    Activation.gpt_oss,
+    lambda: as_activation("gelu"),
+    lambda: Fp8Recipe(scale="pow2"),
+    lambda: as_recipe(None),
+    lambda: SigmoidGroupedTopK(num_groups=2),
+    lambda: as_router("token_rounding"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(BUILT)))
+def test_configurations_are_built_under_the_compiler(number: int) -> None:
+    torch.compiler.reset()
+    build, found = BUILT[number], []
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        found.append(build())
+        return x + 1
+
+    torch.compile(call, fullgraph=True, backend="eager")(torch.zeros(1))
+    assert found == [build()]
+
+
 # ---- a router and the sizes of its layer -----------------------------------------------------------------------------
 
-CONSTANT = [SoftmaxAfterTopK(), SoftmaxBeforeTopK(renormalize=True), TokenRounding()]
-LEARNS = [SoftmaxBeforeTopK(), SigmoidGroupedTopK(scaling_factor=2.5), SigmoidGroupedTopK(renormalize=False)]
+CONSTANT = [sm.SoftmaxAfterTopK(), sm.SoftmaxBeforeTopK(renormalize=True), sm.TokenRounding()]
+LEARNS = [sm.SoftmaxBeforeTopK(), sm.SigmoidGroupedTopK(scaling_factor=2.5), sm.SigmoidGroupedTopK(renormalize=False)]
 
 
 @pytest.mark.parametrize("router", CONSTANT, ids=str)
-def test_a_router_that_cannot_learn_is_warned_of(router: TopKRouter | TokenRounding) -> None:
+def test_a_router_that_cannot_learn_is_warned_of(router: sm.TopKRouter | sm.TokenRounding) -> None:
     with pytest.warns(UserWarning, match="the router learns from auxiliary losses alone"):
         check_router(router, num_experts=8, k=1)
 
 
 @pytest.mark.parametrize(("router", "k"), [*((r, 1) for r in LEARNS), *((r, 2) for r in CONSTANT)], ids=str)
-def test_a_router_that_learns_is_not(router: TopKRouter | TokenRounding, k: int) -> None:
+def test_a_router_that_learns_is_not(router: sm.TopKRouter | sm.TokenRounding, k: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_router(router, num_experts=8, k=k)
 
 
-UNFIT: list[tuple[TopKRouter | TokenRounding, int, str]] = [
-    (SigmoidGroupedTopK(num_groups=3), 2, "8 experts in 3 groups"),
-    (SigmoidGroupedTopK(num_groups=4, topk_groups=1), 3, "k = 3 with 1 of 4 groups, which hold 2 experts"),
-    (TokenRounding(base=SigmoidGroupedTopK(num_groups=3)), 2, "8 experts in 3 groups"),
-    (TokenRounding(base=SigmoidGroupedTopK()), 1, "a sigmoid router with one expert a token does not"),
-    (SoftmaxAfterTopK(), 9, "must not exceed the number of experts"),
+UNFIT: list[tuple[sm.TopKRouter | sm.TokenRounding, int, str]] = [
+    (sm.SigmoidGroupedTopK(num_groups=3), 2, "8 experts in 3 groups"),
+    (sm.SigmoidGroupedTopK(num_groups=4, topk_groups=1), 3, "k = 3 with 1 of 4 groups, which hold 2 experts"),
+    (sm.TokenRounding(base=sm.SigmoidGroupedTopK(num_groups=3)), 2, "8 experts in 3 groups"),
+    (sm.TokenRounding(base=sm.SigmoidGroupedTopK()), 1, "a sigmoid router with one expert a token does not"),
+    (sm.SoftmaxAfterTopK(), 9, "must not exceed the number of experts"),
 ]
 
 
 @pytest.mark.parametrize(("router", "k", "words"), UNFIT, ids=[words for _, _, words in UNFIT])
 def test_a_router_that_does_not_fit_its_layer_is_refused(
-    router: TopKRouter | TokenRounding, k: int, words: str
+    router: sm.TopKRouter | sm.TokenRounding, k: int, words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
         check_router(router, num_experts=8, k=k)

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import itertools
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -111,6 +112,13 @@ def test_private_names_are_taken_where_they_are() -> None:
         for name in names:
             if hasattr(place, name):
                 assert any(getattr(place, name) is taken for taken in vars(private_api).values())
+
+
+def test_without_symmetric_memory_ranks_use_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
+    symmetric = private_api.symmetric_memory()
+    assert callable(symmetric.empty) and callable(symmetric.rendezvous)
+    monkeypatch.setitem(sys.modules, "torch.distributed._symmetric_memory", None)
+    assert private_api.symmetric_memory() is None
 
 
 def test_device_and_stream_are_asked_of_torch_cuda(substitutes: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -60,7 +61,7 @@ TOPK = [
     ({"expert_map": torch.zeros(8).int(), "local_expert_offset": 4}, ValueError, "Pass one of them"),
     ({"expert_map": torch.zeros(8).int(), "num_experts": 9}, ValueError, "expert_map must have length 9"),
     ({"gate_up_order": "down_up"}, ValueError, "unknown gate/up layout 'down_up'"),
-    ({"swiglu_limit": 0.0}, ValueError, "limit must be a positive finite number"),
+    ({"swiglu_limit": 0.0}, ValueError, "swiglu_limit must be a positive finite number"),
     ({"routed_scaling_factor": float("inf")}, ValueError, "routed_scaling_factor must be a finite number"),
     ({"routed_scaling_factor": None}, TypeError, r"routed_scaling_factor must be a number; got NoneType"),
     ({"local_expert_offset": 1.0}, TypeError, r"local_expert_offset must be an integer; got float \(1.0\)"),
@@ -109,20 +110,24 @@ ROUTED = [
 ]
 
 
-@pytest.mark.parametrize(("change", "error", "message"), TOPK, ids=[str(m) for _, _, m in TOPK])
-def test_topk(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    arguments = topk_arguments()
-    moe_fp8_topk(**arguments)
-    with pytest.raises(error, match=message):
-        moe_fp8_topk(**{**arguments, **change})
+REFUSED = [(moe_fp8_topk, topk_arguments, *case) for case in TOPK]
+REFUSED += [(moe_fp8_ds_routed, routed_arguments, *case) for case in ROUTED]
 
 
-@pytest.mark.parametrize(("change", "error", "message"), ROUTED, ids=[str(m) for _, _, m in ROUTED])
-def test_ds_routed(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    arguments = routed_arguments()
-    moe_fp8_ds_routed(**arguments)
+@pytest.mark.parametrize(
+    ("operator", "good", "change", "error", "message"), REFUSED, ids=[f"{f.__name__}-{m}" for f, *_, m in REFUSED]
+)
+def test_refused(
+    operator: Callable[..., torch.Tensor],
+    good: Callable[[], dict[str, Any]],
+    change: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    arguments = good()
+    operator(**arguments)
     with pytest.raises(error, match=message):
-        moe_fp8_ds_routed(**{**arguments, **change})
+        operator(**{**arguments, **change})
 
 
 def test_workspace_of_no_shape() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from host_waits import no_host_waits
 from torch import Tensor
 
 pytest.importorskip("cuda.bindings.nvrtc")
@@ -310,9 +311,5 @@ def test_nobody_waits_for_the_host() -> None:
     for tokens in (16, 1500):
         call = Call(tokens)
         call()
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_host_waits():
             call()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")

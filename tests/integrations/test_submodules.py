@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn.utils import parametrize, prune
 
 import supersonic_moe as sm
@@ -128,6 +129,19 @@ def test_a_router_of_another_class_is_used_and_learns(logits_dtype: torch.dtype 
     assert layer.router.up.weight.grad.ne(0).any() and layer.router.down.weight.grad.ne(0).any()
 
 
+def test_a_linear_layer_in_place_of_the_router_computes_in_router_dtype() -> None:
+    """What does not is refused; FSDP's mixed precision that rounds the router's output, for instance."""
+    layer, twin = (moe(router_dtype=torch.float64).bfloat16() for _ in range(2))
+    layer.router = nn.Linear(H, E, bias=False, dtype=torch.bfloat16)
+    layer.router.load_state_dict(twin.router.state_dict())
+    x = hidden_states().bfloat16()
+    got, want = (m(x, return_routing=True)[2].router_logits for m in (layer, twin))
+    assert got.dtype is torch.float64 and torch.equal(got, want)
+    layer.router = nn.Linear(H, E, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match=r"in router_dtype, torch.float64; got bfloat16 .* from a Linear\..*Router\("):
+        layer(x)
+
+
 def test_a_bias_of_the_router_counts() -> None:
     layer = moe()
     layer.router = nn.Linear(H, E)
@@ -215,6 +229,27 @@ def test_fsdp_units_of_parts(parts: tuple[str, ...], reshard: bool, whole: bool)
     for got, want in zip(layer.parameters(), twin.parameters(), strict=True):
         grad = got.grad.full_tensor() if hasattr(got.grad, "full_tensor") else got.grad
         torch.testing.assert_close(grad, want.grad)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_distributed_tensors_are_refused_in_a_sentence() -> None:
+    """Torch's own words are "got mixed torch.Tensor and DTensor"."""
+    mesh, words = init_device_mesh("cpu", (1,)), r"must be a tensor of this process; got a DTensor.*\.to_local\(\)"
+
+    def spread(t: Tensor) -> Tensor:
+        return distribute_tensor(t.detach(), mesh, [Replicate()])
+
+    with pytest.raises(TypeError, match="x " + words):
+        moe()(spread(hidden_states()))
+    for part, name in (("router", "router_weight"), ("c_fc", "w1"), ("c_proj", "w2")):
+        layer = moe()
+        getattr(layer, part).weight = nn.Parameter(spread(getattr(layer, part).weight))
+        with pytest.raises(TypeError, match=f"{name} {words}"):
+            layer(hidden_states())
+    layer = moe()
+    layer.c_fc.bias = nn.Parameter(spread(layer.c_fc.bias))
+    with pytest.raises(TypeError, match="b1 " + words):
+        layer(hidden_states())
 
 
 @pytest.mark.usefixtures("one_process")

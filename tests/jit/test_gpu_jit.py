@@ -65,7 +65,9 @@ def test_wgmma(width: int, dtype: torch.dtype, a_mn_major: bool, b_mn_major: boo
 @pytest.mark.parametrize("rank", [2, 3])
 def test_cluster_multicast_store_and_reduce(rank: int) -> None:
     batch = 5
-    spec = KernelSpec("multicast", "ptx_wrappers.cu", (("RANK", rank),), smem_bytes=12312, cluster=2, root=TEST_KERNELS)
+    spec = KernelSpec(
+        "multicast", "ptx_multicast.cu", (("RANK", rank),), smem_bytes=12312, cluster=2, root=TEST_KERNELS
+    )
     kernel = Kernel(spec)
     x = torch.randn(batch, 64, 64, device="cuda").to(BF16)
     x32 = torch.randint(-9, 9, (batch, 32, 32), device="cuda").float()  # whole numbers: exact in any order
@@ -91,7 +93,7 @@ def test_cluster_multicast_store_and_reduce(rank: int) -> None:
 
 
 def gather_kernel(pdl: bool = False) -> Kernel:
-    spec = KernelSpec("gather", "ptx_wrappers.cu", smem_bytes=40968, pdl=pdl, root=TEST_KERNELS)
+    spec = KernelSpec("gather", "ptx_gather.cu", smem_bytes=40968, pdl=pdl, root=TEST_KERNELS)
     return Kernel(spec)
 
 
@@ -132,7 +134,7 @@ def test_a_wait_that_never_ends_becomes_an_error() -> None:
 import pathlib, torch
 from supersonic_moe.jit import Kernel, KernelSpec
 constants = (("WAIT_TIMEOUT_NS", "20000000ull"),)
-spec = KernelSpec("deadlock", "ptx_wrappers.cu", constants, threads=64, root=pathlib.Path({str(TEST_KERNELS)!r}))
+spec = KernelSpec("deadlock", "ptx_deadlock.cu", constants, threads=64, root=pathlib.Path({str(TEST_KERNELS)!r}))
 torch.ones(1, device="cuda")
 Kernel(spec).launch((1, 1, 1))
 try:
@@ -173,7 +175,7 @@ def test_explicit_stream() -> None:
     x, total = torch.zeros(1, 32, 32, device="cuda"), torch.zeros(1, 32, 32, device="cuda")
     big_in = torch.zeros(1, 64, 64, dtype=BF16, device="cuda")
     big_out = torch.empty(2, 64, 64, dtype=BF16, device="cuda")
-    kernel = Kernel(KernelSpec("multicast", "ptx_wrappers.cu", smem_bytes=12312, cluster=2, root=TEST_KERNELS))
+    kernel = Kernel(KernelSpec("multicast", "ptx_multicast.cu", smem_bytes=12312, cluster=2, root=TEST_KERNELS))
     maps = {
         "map_in": tensor_map(big_in, box=(1, 32, 64)),
         "map_out": tensor_map(big_out, box=(1, 64, 64)),

@@ -6,7 +6,6 @@ import concurrent.futures
 import errno
 import importlib
 import logging
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ import pytest
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
+import forks
 from cold_processes import build_at_once
 
 from supersonic_moe.jit import (
@@ -132,14 +132,10 @@ def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[tuple[concurrent.futures.ProcessPoolExecutor, Any]]:
-    """Eight fresh processes, and a barrier on which all of them meet before they build. They are forked from one that
-    has done nothing but import torch, which takes seconds.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
-    with multiprocessing.Manager() as manager:
+    """Eight processes that have compiled nothing, and a barrier on which all of them meet before they build."""
+    with forks.context.Manager() as manager:
         barrier = manager.Barrier(8)
-        with concurrent.futures.ProcessPoolExecutor(8, mp_context=context) as pool:
+        with concurrent.futures.ProcessPoolExecutor(8, mp_context=forks.context) as pool:
             yield pool, barrier
 
 

@@ -9,7 +9,7 @@ from ranks import run_ranks
 
 
 def test_arguments_of_the_wrong_kind_say_what_belongs_there() -> None:
-    for groups, meshes, handles in run_ranks(2, arguments.errors):
+    for groups, meshes, handles, routers in run_ranks(2, arguments.errors):
         group, number, outside = groups
         assert re.match(r"TypeError: expert_parallel must be a parallel\.ExpertParallel; got .*ProcessGroup", group)
         assert re.match(r"TypeError: expert_parallel must be a parallel\.ExpertParallel; got 2\. Make one", number)
@@ -22,6 +22,10 @@ def test_arguments_of_the_wrong_kind_say_what_belongs_there() -> None:
         whole, nothing, right = handles
         assert re.match(r"TypeError: handle must be the \.handle of what dispatch\(\) returned; got Dispatched", whole)
         assert re.match(r"TypeError: handle must be .*; got NoneType", nothing)
+        assert right == "no error"
+        dtype, experts, right = routers
+        assert re.match(r"TypeError: router_weight and x must have one dtype; got float64", dtype)
+        assert re.match(r"ValueError: the router's output must have shape \(3, 8\) .*; got \(3, 9\)", experts)
         assert right == "no error"
 
 

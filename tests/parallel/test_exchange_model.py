@@ -5,28 +5,35 @@ from __future__ import annotations
 import pytest
 from exchange_model import RIGHT, Rules, explore, program
 
+ORDERS = {
+    "as a layer runs": RIGHT.exchanges,
+    "pulls": (("pull", 0), ("pull", 1)),
+    "pushes": (("push", 0), ("push", 1)),
+    "pulls through one bank": (("pull", 0),),
+    "pushes through one bank": (("push", 0),),
+    "a graph of three": (("pull", 1), ("pull", 0), ("push", 1), ("pull", 1), ("pull", 0), ("push", 1)),
+}
 
-@pytest.mark.parametrize(("ranks", "epochs"), [(2, 2), (2, 5), (3, 2)])
-def test_every_interleaving_reads_what_it_waited_for_and_ends(ranks: int, epochs: int) -> None:
-    outcome = explore(ranks, epochs)
+
+@pytest.mark.parametrize("exchanges", ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize(("ranks", "epochs"), [(2, 7), (3, 2)])
+def test_every_interleaving_reads_what_it_waited_for_and_ends(ranks: int, epochs: int, exchanges: tuple) -> None:
+    outcome = explore(ranks, epochs, Rules(exchanges))
     assert outcome.states > 100 and not outcome.wrong and not outcome.stuck
-
-
-def test_one_bank_is_enough_without_late_reads() -> None:
-    assert not explore(2, 4, Rules(banks=1, late_reads=False)).wrong
 
 
 @pytest.mark.parametrize(
     "broken",
     [
-        Rules(banks=1),
+        Rules(ORDERS["pulls through one bank"], room=False),
+        Rules(ORDERS["pushes through one bank"], room=False),
         Rules(flag_after_data=False),
         Rules(slack=1),
     ],
-    ids=["one bank", "flag before data", "an epoch too early"],
+    ids=["no room for pulls", "no room for pushes", "flag before data", "an epoch too early"],
 )
 def test_a_broken_rule_is_found(broken: Rules) -> None:
-    assert explore(2, 4, broken).wrong
+    assert explore(2, 5, broken).wrong
 
 
 @pytest.mark.parametrize("steps", range(0, len(program(1, 3, 1, RIGHT)), 2))

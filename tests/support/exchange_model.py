@@ -1,16 +1,18 @@
-"""A model of the exchange between GPUs that write into each other's memory, small enough to try every interleaving.
+"""A model of the exchange between GPUs that read and write each other's memory, small enough to try every interleaving.
 
-What each of R ranks does in epoch e = 1, 2, ... (a forward or a backward of one call), with two banks b = e mod 2:
+What each of R ranks does in epoch e = 1, 2, ..., through one of two banks b of each rank's block:
 
-    send    for each peer p: write my rows into p.rows[b][me];  then p.arrived[me] = e        (release)
-    take    for each peer p: wait until arrived[p] >= e;  read rows[b][p]                     (acquire)
-    back    for each peer p: write parts into p.parts[me];  then p.returned[me] = e           (release)
-    sum     for each peer p: wait until returned[p] >= e;  read parts[p]                      (acquire)
-    late    read rows[b] once more: weight gradients, which hide the way back
+    room    for each peer p: p.done[me] = e - 1                                               (release)
+            for each peer p: wait until done[p] >= the last epoch of bank b                   (acquire)
+    put     pull: write my rows into my bank; push: write rows into my slot of each peer's bank
+            for each peer p: p.written[me] = e                                                (release)
+    get     for each peer p: wait until written[p] >= e                                       (acquire)
+            pull: read the rows in p's bank; push: read p's slot of my bank
 
-Flags hold epochs and are never reset. Writes and reads of data take time: a write leaves its place torn until it ends,
-a read must find the same epoch when it begins and when it ends. :func:`explore` runs every interleaving of the steps of
-all ranks; a state is how far each has come and what memory holds.
+In a pull rows lie where a push of rank 0 would write. Flags hold epochs and are never reset. Writes and reads of data
+take time: a write leaves its place torn until it ends, a read must find the same epoch when it begins and when it ends.
+:func:`explore` runs every interleaving of the steps of all ranks; a state is how far each has come and what memory
+holds.
 """
 
 from __future__ import annotations
@@ -33,8 +35,9 @@ class Step(NamedTuple):
 class Rules(NamedTuple):
     """How the exchange is done; the defaults are right."""
 
-    banks: int = 2
-    late_reads: bool = True
+    exchanges: tuple[tuple[str, int], ...] = (("pull", 0), ("push", 1))
+    """Way and bank of each epoch, over and over."""
+    room: bool = True
     flag_after_data: bool = True
     slack: int = 0
     """Epochs by which a flag may be behind what is waited for."""
@@ -46,25 +49,20 @@ RIGHT = Rules()
 def program(rank: int, ranks: int, epochs: int, rules: Rules) -> list[Step]:
     peers = [p for p in range(ranks) if p != rank]
     steps: list[Step] = []
-
-    def put(what: str, flag: str, bank: int, epoch: int) -> None:
-        for p in peers:
-            pair = [Step("write", (what, p, bank, rank), epoch), Step("flag", (flag, p, 0, rank), epoch)]
-            steps.extend(pair if rules.flag_after_data else reversed(pair))
-
-    def get(what: str, flag: str, bank: int, epoch: int) -> None:
-        for p in peers:
-            steps.append(Step("wait", (flag, rank, 0, p), epoch))
-            steps.append(Step("read", (what, rank, bank, p), epoch))
-
+    last = {0: 0, 1: 0}
     for epoch in range(1, epochs + 1):
-        bank = epoch % rules.banks
-        put("rows", "arrived", bank, epoch)
-        get("rows", "arrived", bank, epoch)
-        put("parts", "returned", 0, epoch)
-        get("parts", "returned", 0, epoch)
-        if rules.late_reads:
-            steps += [Step("read", ("rows", rank, bank, p), epoch) for p in peers]
+        way, bank = rules.exchanges[(epoch - 1) % len(rules.exchanges)]
+        if rules.room:
+            steps += [Step("flag", ("done", p, 0, rank), epoch - 1) for p in peers]
+            steps += [Step("wait", ("done", rank, 0, p), last[bank]) for p in peers]
+        last[bank] = epoch
+        places = [("bank", rank, bank, 0)] if way == "pull" else [("bank", p, bank, rank) for p in peers]
+        put = [Step("write", place, epoch) for place in places]
+        flags = [Step("flag", ("written", p, 0, rank), epoch) for p in peers]
+        steps += put + flags if rules.flag_after_data else flags + put
+        steps += [Step("wait", ("written", rank, 0, p), epoch) for p in peers]
+        places = [("bank", p, bank, 0) if way == "pull" else ("bank", rank, bank, p) for p in peers]
+        steps += [Step("read", place, epoch) for place in places]
     return steps
 
 

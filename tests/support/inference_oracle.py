@@ -137,6 +137,7 @@ def moe_loop(
     pow2: bool = False,
     factor: float = 1.0,
     weight_on_input: bool = False,
+    weight_before_down: bool = False,
     shared: Case | None = None,
 ) -> np.ndarray:
     """(T, H) fp64. ``local_ids`` default to the ids; anything outside [0, E_local) is skipped."""
@@ -146,11 +147,11 @@ def moe_loop(
     values = {e: weight_values(case, e) for e in {e for row in ids for e in row} if 0 <= e < case.w13.shape[0]}
     always = None if shared is None else weight_values(shared, 0)
 
-    def expert(x: np.ndarray, weights: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
+    def expert(x: np.ndarray, weights: tuple[np.ndarray, np.ndarray, np.ndarray], factor: float = 1.0) -> np.ndarray:
         gate, up = weights[0] @ x, weights[1] @ x
         if limit is not None:
             gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
-        c = silu(gate) * up
+        c = factor * silu(gate) * up
         return weights[2] @ (requantized(c, pow2) if requantize else c)
 
     for t, row in enumerate(ids):
@@ -158,7 +159,12 @@ def moe_loop(
         for j, e in enumerate(row):
             if e in values:
                 w = float(case.weights[t, j])
-                y = expert(x * w, values[e]) if weight_on_input else w * expert(x, values[e])
+                if weight_on_input:
+                    y = expert(x * w, values[e])
+                elif weight_before_down:
+                    y = expert(x, values[e], w)
+                else:
+                    y = w * expert(x, values[e])
                 out[t] += factor * y
         if always is not None:
             out[t] += expert(x, always)

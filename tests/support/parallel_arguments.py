@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -53,8 +54,20 @@ def errors_of_handles() -> list[str]:
     return found
 
 
-def errors() -> tuple[list[str], list[str], list[str]]:
-    return errors_of_groups(), errors_of_meshes(), errors_of_handles()
+def errors_of_routers() -> list[str]:
+    """A router's weight in another dtype than x, a router of another number of experts; and the right one."""
+    model, x = layer(ep := cases.make()), torch.ones(3, cases.H)
+    right = model.router
+    found = []
+    for router in (copy.deepcopy(right).double(), torch.nn.Sequential(torch.nn.Linear(cases.H, cases.E + 1)), right):
+        model.router = router
+        found.append(cases.error_of(lambda: model(x)))
+    ep.close()
+    return found
+
+
+def errors() -> tuple[list[str], ...]:
+    return errors_of_groups(), errors_of_meshes(), errors_of_handles(), errors_of_routers()
 
 
 def warnings_of_steps() -> dict[str, list[str]]:

@@ -5,14 +5,12 @@
 By default over gloo with tensors on the CPU; ``backend="nccl"`` gives each rank a GPU, ``gpu=True`` lets them share
 those that there are, over gloo.
 
-The function lies in a module that a fresh process can import: in tests/support. Processes are forked from a server that
-has imported everything and started no thread, because torch's autograd does not survive a fork. This process holds the
-store, as torchrun's agent does, so it outlives a rank that dies.
+The function lies in a module that a fresh process can import: in tests/support. Ranks are forked from a server that has
+imported it (forks.py). This process holds the store, as torchrun's agent does, so it outlives a rank that dies.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 import traceback
@@ -22,12 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-
-# CUDA does not survive a fork either, so where there is a GPU each rank imports everything by itself.
-_context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-if not torch.cuda.is_available():
-    _context.set_forkserver_preload(["parallel_training", "parallel_trainers"])
-
+from forks import context
 
 _device = torch.device("cpu")
 
@@ -68,9 +61,9 @@ def end_ranks(
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     pipes, processes = [], []
     for rank in range(size):
-        receive, send = _context.Pipe(duplex=False)
+        receive, send = context.Pipe(duplex=False)
         place = (rank, size, store.port, backend, gpu or backend == "nccl")
-        process = _context.Process(target=_rank, args=(*place, send, function, args), daemon=True)
+        process = context.Process(target=_rank, args=(*place, send, function, args), daemon=True)
         process.start()
         send.close()
         pipes.append(receive)

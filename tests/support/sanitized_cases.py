@@ -13,7 +13,7 @@ import torch
 from inference_oracle import make_case
 
 import supersonic_moe as sm
-from supersonic_moe.config.activation import GateUpLayout, as_activation
+from supersonic_moe.config.activation import Activation, GateUpLayout, as_activation
 from supersonic_moe.inference import SharedExpert, moe_fp8_ds_routed, moe_fp8_topk, workspace_bytes
 from supersonic_moe.kernels.interface import DownBackward, Gate, Into, Quantized, Rows, UpProjection
 from supersonic_moe.kernels.sm90 import gemm_config
@@ -64,6 +64,14 @@ def kernels(counts: list[int]) -> None:
                 down_fp8 = down._replace(dout=rows_fp8, w2=Quantized(w2_q, w2_scale.mT), z=saved)
                 down_backward_fp8(down_fp8)
                 down_backward_fp8_quantize(down_fp8, segments, False)
+        turned = w1.mT.contiguous().mT, b1, w2.mT.contiguous().mT
+        for gate, first, bias, second in (
+            (Gate(as_activation("relu_sq"), GateUpLayout.GATE_UP), w1[:, :WIDTH], b1[:, :WIDTH], w2),
+            (Gate(swiglu, GateUpLayout.UP_GATE), *turned),
+            (Gate(Activation.gpt_oss(), GateUpLayout.INTERLEAVED), *turned),
+        ):
+            z, _ = up_projection(UpProjection(rows_bf16, first, bias, offsets, row_expert, gate, save=True))
+            down_backward(DownBackward(rows_bf16, second, z, bias, scores, offsets, row_expert, gate))
         grouped_mm(rows_bf16, w1.transpose(1, 2), offsets)
         grouped_mm(rows_bf16, w2, offsets)
         for transposed in (False, True):

@@ -14,14 +14,11 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import sass
+from sass import Compiled, compiled, opcodes
 
-from supersonic_moe.jit import KernelSpec, compile_all, nvrtc_version
-from supersonic_moe.jit.build import build
-from supersonic_moe.jit.cache import Cubin
+from supersonic_moe.jit import compile_all, nvrtc_version
 from supersonic_moe.kernels.sm90 import registered_specs
 
 FILE = Path(__file__).parents[1] / "kernels" / "sm90" / "sass_table.json"
@@ -37,14 +34,13 @@ COUNTED = (
 Row = dict[str, int]
 
 
-def row(spec: KernelSpec, cubin: Cubin, counts: Counter[str]) -> Row:
-    """The line of ``spec``: ``counts`` are the instructions of its kernel, with their modifiers."""
+def row(kernel: Compiled) -> Row:
     families: Counter[str] = Counter()
-    for opcode, count in counts.items():
+    for opcode, count in opcodes(kernel.listing).items():
         families[opcode.split(".")[0]] += count
     total = families.total() - families["NOP"]
     counted = {family: families[family] for family in COUNTED if families[family]}
-    return {"registers": cubin.report.kernel(spec.name).registers, "instructions": total, **counted}
+    return {"registers": kernel.cubin.report.kernel(kernel.spec.name).registers, "instructions": total, **counted}
 
 
 def moved(got: Row, want: Row) -> list[str]:
@@ -75,13 +71,8 @@ def main() -> None:
     if failed:
         sys.exit("\n".join(f"{result.spec}: {result.error}" for result in failed))
 
-    def measured(spec: KernelSpec) -> Row:
-        cubin = build(spec)
-        return row(spec, cubin, sass.opcodes(sass.sass(cubin.image))[spec.name])
-
     before = load()[1] if FILE.is_file() else {}
-    with ThreadPoolExecutor(2) as pool:
-        rows = dict(zip(map(str, specs), pool.map(measured, specs), strict=True))
+    rows = {str(kernel.spec): row(kernel) for kernel in compiled(*specs)}
     FILE.write_text(dump(nvrtc_version(), rows))
     for name in dict.fromkeys([*before, *rows]):
         if name not in rows or name not in before:

@@ -57,6 +57,7 @@ def stream(case: Case, *, limit: float | None = None, pow2: bool = False) -> Str
         items=poison(1 + items, 4),
         row_slot=poison(padded),
         row_token=None,
+        row_out=None,
         slot_row=poison(tokens, choices),
         weights=nan(tokens, choices),
         counters=poison(num_counters(items, planes, hidden, inter)),

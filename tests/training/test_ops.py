@@ -14,19 +14,7 @@ import supersonic_moe.moe  # defines every op
 from supersonic_moe.config.activation import as_activation
 from supersonic_moe.kernels.interface import Quantized
 from supersonic_moe.kernels.reference.activation import acc_dtype
-from supersonic_moe.training.arguments import (
-    Bf16Forward,
-    Bf16Saved,
-    Fp8Forward,
-    Fp8Saved,
-    Fp8Weights,
-    Incoming,
-    Inputs,
-    MainGrads,
-    Numerics,
-    Plan,
-    Static,
-)
+from supersonic_moe.training import arguments
 from supersonic_moe.training.fields import Fields
 
 T, H, I, E, K = 6, 8, 4, 3, 2  # noqa: E741
@@ -46,15 +34,22 @@ def experts_args(tokens, dtype, bias, contiguous):
     )
     if not contiguous:
         w1, w2 = (w.transpose(1, 2).contiguous().transpose(1, 2) for w in (w1, w2))
-    plan = Plan.of(sm.plan_from_topk(torch.randint(E, (tokens, K)), E))
-    static = Static.of(as_activation("swiglu"), sm.GateUpLayout.GATE_UP, "auto")
+    plan = arguments.Plan.of(sm.plan_from_topk(torch.randint(E, (tokens, K)), E))
+    static = arguments.Static.of(as_activation("swiglu"), sm.GateUpLayout.GATE_UP, "auto")
     x = torch.randn(tokens, H, dtype=dtype)
     scores = torch.rand(tokens * K, dtype=acc_dtype(dtype))
     return [x, scores, w1, b1, w2, b2], plan, static
 
 
-def flat(arguments):
-    return Fields(type(arguments)).flat(*arguments)
+def flat(given):
+    return Fields(type(given)).flat(*given)
+
+
+EVERYTHING, ONLY_DX, NO_BUFFERS = (True,) * 6, (True, *(False,) * 5), (None, None)
+
+
+def flat_incoming(dout, needs, main):
+    return flat(arguments.Incoming(dout, arguments.Inputs(*needs), arguments.MainGrads(*main)))
 
 
 def cases():
@@ -65,21 +60,21 @@ def cases():
     ]:
         operands, plan, static = experts_args(tokens, dtype, bias, contiguous)
         name = f"T{tokens}-{str(dtype)[6:]}"
-        yield f"experts_forward-{name}", flat(Bf16Forward(*operands, plan, static, True))
-        yield f"experts_forward-{name}-inference", flat(Bf16Forward(*operands, plan, static, False))
+        yield f"experts_forward-{name}", flat(arguments.Bf16Forward(*operands, plan, static, True))
+        yield f"experts_forward-{name}-inference", flat(arguments.Bf16Forward(*operands, plan, static, False))
         x, _, w1, b1, w2, b2 = operands
         z = torch.randn(tokens * K, 2 * I, dtype=dtype)
-        _, s_P, _ = ops.experts_forward.default(*flat(Bf16Forward(*operands, plan, static, True)))
-        saved = flat(Bf16Saved(z, x, s_P, w1, b1, w2, b2, plan, static))
+        _, s_P, _ = ops.experts_forward.default(*flat(arguments.Bf16Forward(*operands, plan, static, True)))
+        saved = flat(arguments.Bf16Saved(z, x, s_P, w1, b1, w2, b2, plan, static))
         dout = torch.randn(tokens, H, dtype=dtype)
         main_w1, main_w2 = (torch.randn(w.shape, dtype=acc_dtype(dtype)) for w in (w1, w2))
         for kind, needs, main in [
-            ("all", Inputs(*[True] * 6), MainGrads(None, None)),
-            ("dx", Inputs(True, *[False] * 5), MainGrads(None, None)),
-            ("main_grad", Inputs(*[True] * 6), MainGrads(main_w1, main_w2)),
-            ("main_grad_of_w2", Inputs(True, True, True, False, True, False), MainGrads(None, main_w2)),
+            ("all", EVERYTHING, NO_BUFFERS),
+            ("dx", ONLY_DX, NO_BUFFERS),
+            ("main_grad", EVERYTHING, (main_w1, main_w2)),
+            ("main_grad_of_w2", (True, True, True, False, True, False), (None, main_w2)),
         ]:
-            yield f"experts_backward-{name}-{kind}", (*saved, *flat(Incoming(dout, needs, main)))
+            yield f"experts_backward-{name}-{kind}", (*saved, *flat_incoming(dout, needs, main))
     yield from fp8_cases()
     for int64 in (True, False):
         ids = torch.randint(-1, E + 1, (T * K,), dtype=torch.int64 if int64 else torch.int32)
@@ -129,23 +124,22 @@ def fp8_cases():
         (x, scores, w1, b1, w2, b2), plan, static = experts_args(tokens, torch.bfloat16, True, contiguous)
         yield f"quantize_weights-{name}", ([w1, w2], "fp32", "auto")
         q1, t1, s1, q2, t2, s2 = ops.quantize_weights.default([w1, w2], "fp32", "auto")
-        numerics = Numerics("fp32", saved, wgrad)
+        numerics = arguments.Numerics("fp32", saved, wgrad)
         for save in (True, False):
             weights = Quantized(q1, s1), b1, Quantized(q2, s2), b2
-            forward = flat(Fp8Forward(x, scores, *weights, plan, static, numerics, save))
+            forward = flat(arguments.Fp8Forward(x, scores, *weights, plan, static, numerics, save))
             yield f"experts_fp8_forward-{name}-{save}", forward
-        forward = flat(Fp8Forward(x, scores, *weights, plan, static, numerics, True))
+        forward = flat(arguments.Fp8Forward(x, scores, *weights, plan, static, numerics, True))
         _, s_P, z, z_scale = ops.experts_fp8_forward.default(*forward)
-        weights = Fp8Weights(t1, s1, t2, s2, q1 if saved == "recompute" else None)
-        kept = flat(weights) + flat(Fp8Saved(Quantized(z, z_scale), x, s_P, b1, b2, plan, static, numerics))
+        weights = arguments.Fp8Weights(t1, s1, t2, s2, q1 if saved == "recompute" else None)
+        kept = flat(weights) + flat(arguments.Fp8Saved(Quantized(z, z_scale), x, s_P, b1, b2, plan, static, numerics))
         dout = torch.randn(tokens, H, dtype=torch.bfloat16)
-        for kind, needs, main_w1 in [
-            ("all", Inputs(*[True] * 6), None),
-            ("dx", Inputs(True, *[False] * 5), None),
-            ("main_grad", Inputs(*[True] * 6), torch.randn(w1.shape)),
+        for kind, needs, main in [
+            ("all", EVERYTHING, NO_BUFFERS),
+            ("dx", ONLY_DX, NO_BUFFERS),
+            ("main_grad", EVERYTHING, (torch.randn(w1.shape), None)),
         ]:
-            incoming = flat(Incoming(dout, needs, MainGrads(main_w1, None)))
-            yield f"experts_fp8_backward-{name}-{kind}", (*kept, *incoming)
+            yield f"experts_fp8_backward-{name}-{kind}", (*kept, *flat_incoming(dout, needs, main))
 
 
 CASES = dict(cases())

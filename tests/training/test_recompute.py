@@ -163,6 +163,20 @@ def test_recompute_rounds_with_the_same_draw(reentrant: bool, preserve: bool) ->
     assert_equal(*results)
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["trained", "evaluated"])
+def test_a_layer_whose_mode_has_changed_is_recomputed_in_that_of_its_forward(run: Run, before: bool) -> None:
+    """Of a layer in evaluation gradients are wanted too: then the base router is what ran."""
+    layer, results = moe(router=sm.TokenRounding(tile=8)), []
+    for way in (PLAIN, run):
+        x = tokens()
+        out = way(layer.train(before), x)
+        results.append(gradients(layer.train(not before), out, x))
+    assert_equal(*results)
+    x = tokens()
+    out = run(layer, x)
+    assert not torch.equal(gradients(layer, out, x)[0], results[0][0]), "the next forward is in the new mode"
+
+
 def test_each_of_several_forwards_under_way_finds_its_own_draw(run: Run) -> None:
     layer, results = moe(router=SAMPLED), []
     for way in (PLAIN, run):

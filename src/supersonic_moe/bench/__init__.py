@@ -2,12 +2,13 @@
 
     suite.py     what a suite is; options.py: options that several commands share
     suites/      a command of ``supersonic-moe bench`` each: its options, its cases, what it prints, writes and draws
-    layer.py  gemm.py  kernels.py  breakdown.py  precision.py  cold_start.py  train.py  infer.py  ep.py  measured
+    layer.py  gemm.py  kernels.py  breakdown.py  precision.py  cold_start.py  train.py  infer.py  ep.py
+    mega.py                                                                                       measured
     timing.py  spans.py  sensor.py                                                                clocks and sensors
     peers.py  gemm_bf16.py  gemm_fp8.py  infer_peers.py  infer_triton.py  infer_parts.py          who takes part
     infer_glue.py                                                                                 around peers' products
     shapes.py  infer_cases.py                                                                     which sizes
-    report.py  bar_chart.py  kernel_figure.py  infer_figure.py  readme.py                         tables, files, figures
+    report.py  bar_chart.py  kernel_figure.py  infer_figure.py  mega_figure.py  readme.py         tables, files, figures
 
 To add a suite:
 

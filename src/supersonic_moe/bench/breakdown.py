@@ -35,7 +35,7 @@ def run_case(
     """The breakdown of our layer. Raises NoResultError where it cannot run."""
     case = config.case_name(shape)
     progress("building the layer")
-    _, contenders, _ = required(case, partial(prepare, shape, config))
+    _, contenders = required(case, partial(prepare, shape, config))
     progress("timing every function of a step")
     call = contenders[OURS].fwd_bwd
     clock = marks_for(config.device)

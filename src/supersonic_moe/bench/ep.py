@@ -96,7 +96,7 @@ def _run(shape: LayerShape, config: EpConfig, ranks: dist.ProcessGroup, progress
     contenders = {OURS: _contender(shape, config, ep), ONE_GPU: _contender(shape, config, None)}
     odd = {
         "fp8": isinstance(config.recipe, Fp8Recipe),
-        "gather": size > 1 and config.transport == "gather",
+        "gather": ep.transport == "gather",
         "fp8-wire": wire == "fp8",
     }
     case = "_".join([f"{shape}_R{size}", *(name for name, on in odd.items() if on)])
@@ -116,7 +116,7 @@ def _run(shape: LayerShape, config: EpConfig, ranks: dist.ProcessGroup, progress
         result.metrics[name]["host_us"] = _host_us(contender.fwd_bwd, config.device)
     if size > 1:
         sizes = (shape.tokens, shape.hidden, ep.num_experts, shape.top_k, size)
-        sent = traffic(*sizes, wire, gathers=config.transport == "gather")
+        sent = traffic(*sizes, wire, gathers=ep.transport == "gather")
         result.metrics[OURS]["sent_bytes"] = sum(sent)
     ep.close()
     return result

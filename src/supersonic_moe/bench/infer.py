@@ -55,22 +55,21 @@ class Runner:
     """Measures cases; keeps the weights of one shape while its cases follow each other."""
 
     def __init__(self, device: torch.device, *, warm_ms: float, min_ms: float, peers: Sequence[str]) -> None:
-        self.device, self.peers, self.times = device, peers, {"warm_ms": warm_ms, "min_ms": min_ms}
+        self.device, self.peers, self.warm_ms, self.min_ms = device, peers, warm_ms, min_ms
         self._experts: tuple[InferShape, Fp8Experts] | None = None
 
     def run(self, case: InferCase, progress: Callable[[str], None]) -> InferResult:
         progress("random experts")
-        work = workload(case, self._weights(case.shape), self.device)
+        work = self.workload_of(case)
         moved, floor_us = case.shape.floor(case.tokens, work.hits, work.rows)
         facts = {"hits": work.hits, "rows": work.rows, "bytes": moved, "floor_us": floor_us}
         result = InferResult(str(case), hits=work.hits, rows=work.rows, of=case)
 
-        expected, checked = reference(work)
+        expected, checked = self._reference(work)
         calls: dict[str, Call] = {}
         for name, build in self._contenders().items():
             progress(f"checking {name}")
-            limit = LIMIT if name == OURS else PEER_LIMIT
-            found = attempt(lambda: _checked(build(work), expected, checked, limit))  # noqa: B023
+            found = attempt(lambda: self._checked(name, build(work), expected, checked))  # noqa: B023
             if isinstance(found, Missing):
                 if name == OURS:
                     raise NoResultError(f"{case}: {found.reason}.")
@@ -91,6 +90,26 @@ class Runner:
         if OURS not in result.metrics:
             raise NoResultError(f"{case}: {result.missing[OURS]}.")
         return result
+
+    def workload_of(self, case: InferCase) -> Workload:
+        return workload(case, self._weights(case.shape), self.device)
+
+    def _reference(self, work: Workload) -> tuple[Tensor, Tensor]:
+        return reference(work, requantize=False)
+
+    def _checked(self, name: str, call: Call, expected: Tensor, checked: Tensor) -> tuple[Call, Metrics]:
+        """The call and the errors of its second result; raises ArithmeticError if that is wrong."""
+        call()
+        return call, self._errors(name, call()[checked].float(), expected)
+
+    def _errors(self, name: str, got: Tensor, expected: Tensor) -> Metrics:
+        size, limit = float(expected.norm()), LIMIT if name == OURS else PEER_LIMIT
+        error = float((got - expected).norm()) / size if size else float(got.norm())  # NaN stays NaN
+        if not error <= limit:
+            raise ArithmeticError(
+                f"wrong result: its relative Frobenius error is {error:.2g}, over the limit of {limit:g}"
+            )
+        return {"rel_fro": error, "matched": matched(got, expected)}
 
     def _weights(self, shape: InferShape) -> Fp8Experts:
         if self._experts is None or self._experts[0] != shape:
@@ -116,7 +135,7 @@ class Runner:
                 found[name] = replay
             else:
                 replays[name] = replay
-        for name, timing in measure(replays, clock, **self.times).items():
+        for name, timing in measure(replays, clock, warm_ms=self.warm_ms, min_ms=self.min_ms).items():
             if isinstance(timing, Missing):
                 found[name] = timing
                 continue
@@ -130,27 +149,16 @@ class Runner:
         return found
 
 
-def reference(work: Workload) -> tuple[Tensor, Tensor]:
+def reference(work: Workload, *, requantize: bool) -> tuple[Tensor, Tensor]:
     """(rows (N, H) in fp32, the tokens they are of)."""
     tokens = work.case.tokens
     checked = torch.arange(0, tokens, max(1, tokens // CHECKED), device=work.x.device)
     x = work.x.view(torch.uint8)[checked].view(work.x.dtype)
     rows = moe_fp8(
         x, work.x_scale.t()[checked], work.experts, work.weights[checked], work.local_ids()[checked],
-        order=GateUpLayout.UP_GATE, requantize=False,
+        order=GateUpLayout.UP_GATE, requantize=requantize,
     )  # fmt: skip
     return rows, checked
-
-
-def _checked(call: Call, expected: Tensor, checked: Tensor, limit: float) -> tuple[Call, Metrics]:
-    """The call and the errors of its second result; raises ArithmeticError if that is wrong."""
-    call()
-    got = call()[checked].float()
-    size = float(expected.norm())
-    error = float((got - expected).norm()) / size if size else float(got.norm())  # NaN stays NaN
-    if not error <= limit:
-        raise ArithmeticError(f"wrong result: its relative Frobenius error is {error:.2g}, over the limit of {limit:g}")
-    return call, {"rel_fro": error, "matched": matched(got, expected)}
 
 
 def matched(got: Tensor, expected: Tensor) -> float:

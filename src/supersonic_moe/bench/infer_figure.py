@@ -30,9 +30,9 @@ def winners(results: Sequence[InferResult]) -> Table:
     return table
 
 
-def write_png(path: Path, results: Sequence[InferResult], title: str) -> Path:
+def write_png(path: Path, figure: Figure) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw(results, title).savefig(path, dpi=150)
+    figure.savefig(path, dpi=150)
     return path
 
 

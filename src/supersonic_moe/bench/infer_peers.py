@@ -23,6 +23,7 @@ import importlib
 import socket
 from collections.abc import Callable, Mapping
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,8 @@ CUTLASS_WORKSPACE = 90000  # bytes, as SGLang allocates it
 # ---- DeepGEMM --------------------------------------------------------------------------------------------------------
 
 
-def deep_gemm_fused(work: Workload) -> Call:
+def mega_moe(work: Workload) -> tuple[Any, Call]:
+    """Its symmetric buffer, with x in it, and the launch that reads it."""
     deep_gemm, (experts, shape) = importlib.import_module("deep_gemm"), (work.experts, work.case.shape)
     whole_blocks(work)
     halves = (t.view(shape.local, 2, -1, t.shape[-1]) for t in (experts.w13.view(torch.uint8), experts.w13_scale))
@@ -56,14 +58,24 @@ def deep_gemm_fused(work: Workload) -> Call:
     )
     buffer.x[:tokens].copy_(work.x)
     buffer.x_sf[:tokens].copy_(work.x_scale.t())
+    out = new_out(work)
+
+    def launch() -> Tensor:
+        deep_gemm.fp8_mega_moe(out, up, down, buffer)
+        return out
+
+    return buffer, launch
+
+
+def deep_gemm_fused(work: Workload) -> Call:
+    buffer, launch = mega_moe(work)
+    tokens, local, route = work.case.tokens, work.case.shape.local, routed(work)
     ids_TK, weights_TK = buffer.topk_idx[:tokens], buffer.topk_weights[:tokens]
-    route, out = routed(work), new_out(work)
 
     def run() -> Tensor:
         weights, ids = route()
-        glue.localize(ids, work.case.offset, shape.local, ids_TK, (weights, weights_TK))
-        deep_gemm.fp8_mega_moe(out, up, down, buffer)
-        return out
+        glue.localize(ids, work.case.offset, local, ids_TK, (weights, weights_TK))
+        return launch()
 
     return run
 
@@ -90,7 +102,8 @@ def deep_gemm_grouped(work: Workload) -> Call:
 
 def _masked(work: Workload, module: ModuleType) -> Call:
     shape, experts, case, device = work.case.shape, work.experts, work.case, work.x.device
-    most = max(8, cdiv(max(work.counts), 8) * 8)
+    # Whole tiles of rows for each expert: it stores whole tiles, which would reach into the next expert's rows.
+    most = max(1, cdiv(max(work.counts), BLOCK)) * BLOCK
     local, hidden, inter = shape.local, shape.hidden, shape.inter
     expected = max(1, cdiv(work.rows, local))
 

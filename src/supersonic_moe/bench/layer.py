@@ -19,9 +19,11 @@ router, as in evaluation. What rounding is worth is the ratio of the two TFLOP/s
 With an FP8 recipe, ``ours-BF16`` is one of the contenders: our layer with the same weights and Bf16Recipe. Weights
 are quantized in every forward, as in a training step without micro-batches.
 
-A peer is only compared if it computes the same function: the median over tokens of its relative distance to our
-output is checked first (the median, because a tie between two equal bf16 logits may legally be broken either way).
-``plain_topk`` is exempt: it is there because it computes something else.
+A peer is only compared if it computes the same function (:func:`_same_function`), output and gradients: with an FP8
+recipe as ``ours-BF16`` does, else as we do. ``plain_topk`` is exempt: it is there because it computes something else.
+
+Where ``pairs`` slices of each contender alternate, the ratio of a peer's time to ours is the median of the pairs, with
+its 95 % interval (``timing.paired``).
 """
 
 from __future__ import annotations
@@ -37,10 +39,11 @@ import torch
 from torch import Tensor
 
 from supersonic_moe import ActivationType, KernelBackendMoE, MoE
-from supersonic_moe.bench.peers import PEERS
+from supersonic_moe.bench.layer_peers import FP8, INTERLEAVED, PEERS
 from supersonic_moe.bench.report import OURS, CaseResult, Metrics
 from supersonic_moe.bench.spans import marks_for, measure_spans
 from supersonic_moe.bench.timing import (
+    ROUNDS,
     Missing,
     NoResultError,
     Timing,
@@ -48,6 +51,7 @@ from supersonic_moe.bench.timing import (
     clock_for,
     graph_us,
     measure,
+    paired,
     required,
     wall_and_busy_us,
 )
@@ -61,6 +65,8 @@ PLAIN = "plain_topk"
 OURS_BF16 = "ours-BF16"
 SAME_FUNCTION = 0.03  # median relative distance of a token's output; bf16 rounding alone gives 0.005
 SAME_FUNCTION_FP8 = 0.1  # rounding four operands to e4m3 gives 0.06
+OTHER_TOKEN = 2.0  # times the limit of the median, from where a token's output counts as that of another choice
+GRADIENT = 2.0  # times the limit, of gradients: each product adds its rounding
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ class LayerConfig:
     peers: Sequence[str] = ("torch_loop", "grouped_mm")
     warm_ms: float = 300.0
     min_ms: float = 400.0
+    pairs: int = ROUNDS
     cold_l2: bool = False
 
     def check(self) -> None:
@@ -135,6 +142,8 @@ class Contender:
     parameters: Sequence[Tensor]
     dout: Tensor
 
+    gate_up: bool = False  # w1 is [gate; up], else they alternate
+
     def infer(self) -> Tensor:
         with torch.no_grad():
             return self.forward(True)
@@ -143,19 +152,23 @@ class Contender:
         return self.forward(False)
 
     def fwd_bwd(self) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(self.forward(False), [self.x, *self.parameters], self.dout)
+        return self.gradients(self.dout)
+
+    def gradients(self, dout_TH: Tensor) -> tuple[Tensor, ...]:
+        """Of x, router, w1 and w2, each as the contender keeps it."""
+        return torch.autograd.grad(self.forward(False), [self.x, *self.parameters], dout_TH)
 
 
 def run_case(shape: LayerShape, config: LayerConfig, progress: Callable[[str], None] = lambda _: None) -> LayerResult:
     """Measure every contender at one shape. Raises NoResultError where we have no result ourselves."""
     case = config.case_name(shape)
     progress("building the layer and its peers")
-    layer, contenders, ours_TH = required(case, partial(prepare, shape, config))
+    layer, contenders = required(case, partial(prepare, shape, config))
     result = LayerResult(case, {name: {} for name in contenders}, load_ratio=_load_ratio(layer.expert_counts))
     progress("checking that all compute the same function")
-    contenders = _same_function(contenders, ours_TH, result.missing, SAME_FUNCTION_FP8 if config.fp8 else SAME_FUNCTION)
+    contenders = _same_function(contenders, result.missing, SAME_FUNCTION_FP8 if config.fp8 else SAME_FUNCTION)
     if OURS in result.missing:
-        raise NoResultError(f"{case}: our own output is not the same twice: {result.missing[OURS]}.")
+        raise NoResultError(f"{case}: our own layer: {result.missing[OURS]}.")
 
     clock = clock_for(config.device, cold_l2=config.cold_l2)
     rows = dict.fromkeys(contenders, shape.rows) | {OURS: _rows(layer.expert_counts)}
@@ -163,11 +176,16 @@ def run_case(shape: LayerShape, config: LayerConfig, progress: Callable[[str], N
     for mode in ("infer", "fwd", "fwd_bwd"):
         progress(f"timing {mode}")
         calls = {name: getattr(contender, mode) for name, contender in contenders.items()}
-        run = partial(measure, calls, clock, warm_ms=config.warm_ms, min_ms=config.min_ms)
-        for name, timing in required(f"{case}, {mode}", run).items():
+        rounds = ROUNDS if mode == "infer" else config.pairs  # pairs are for the passes of training
+        run = partial(measure, calls, clock, warm_ms=config.warm_ms, min_ms=config.min_ms, rounds=rounds)
+        timings: dict[str, Timing | Missing] = required(f"{case}, {mode}", run)
+        for name, timing in timings.items():
             if not isinstance(timing, Missing):
                 flops = layer_flops(shape, gated=gated, rows=rows[name])
-                _record_timing(result.metrics[name], mode, timing, flops, config, fp8=config.fp8 and name == OURS)
+                fp8 = config.fp8 and name in (OURS, *FP8)
+                _record_timing(result.metrics[name], mode, timing, flops, config, fp8=fp8)
+                if name != OURS and (pair := paired(timing, timings[OURS])):  # type: ignore[arg-type]
+                    result.pairs[f"{mode}_us", name] = pair
             elif name == OURS:
                 raise NoResultError(f"{case}, {mode}: {timing.reason}.")
             else:
@@ -182,8 +200,8 @@ def run_case(shape: LayerShape, config: LayerConfig, progress: Callable[[str], N
             _record_graph(result.metrics[name], contender, config)
     if config.fp8:
         formula = saved_activation_bytes(shape, gated=gated)
-        for metrics in result.metrics.values():
-            metrics["saved_of_formula"] = metrics["saved_bytes"] / max(formula, 1)
+        for name in contenders:
+            result.metrics[name]["saved_of_formula"] = result.metrics[name]["saved_bytes"] / max(formula, 1)
         progress("every function of a step")
         spans = measure_spans(
             contenders[OURS].fwd_bwd, marks_for(config.device), warm_ms=config.warm_ms, min_ms=config.min_ms
@@ -238,13 +256,14 @@ def machine_of(device: torch.device, dtype: torch.dtype) -> Machine | None:
 # ---- the contenders ------------------------------------------------------------------------------------------------
 
 
-def prepare(shape: LayerShape, config: LayerConfig) -> tuple[MoE, dict[str, Contender], Tensor]:
-    """Our layer, everyone who runs on its weights, and our output."""
+def prepare(shape: LayerShape, config: LayerConfig) -> tuple[MoE, dict[str, Contender]]:
+    """Our layer, which has counted the rows of its experts, and everyone who runs on its weights."""
     if config.device.type == "cuda":
         torch.cuda.empty_cache()  # one shape's fragments must not starve the next
     layer = _build_layer(shape, config)
     contenders = _contenders(shape, config, layer)
-    return layer, contenders, contenders[OURS].infer()
+    contenders[OURS].infer()
+    return layer, contenders
 
 
 def _build_layer(shape: LayerShape, config: LayerConfig) -> MoE:
@@ -289,11 +308,12 @@ def _contenders(shape: LayerShape, config: LayerConfig, layer: MoE) -> dict[str,
         bf16 = copy(layer)
         bf16.recipe = Bf16Recipe()
         contenders[OURS_BF16] = Contender(partial(ours, bf16), x_TH, list(layer.parameters()), dout_TH)
-    w1_ENH = _hugging_face_w1(layer)
-    parameters = [layer.router.weight, w1_ENH, layer.c_proj.weight]
+    hugging_face = [layer.router.weight, _hugging_face_w1(layer), layer.c_proj.weight]
     for name in config.peers:
+        parameters = list(layer.parameters()) if name in INTERLEAVED else hugging_face
         call = partial(PEERS[name], x_TH, *parameters, shape.top_k, config.router, ActivationType(config.activation))
-        contenders[name] = Contender(lambda _inference, call=call: call(), x_TH, parameters, dout_TH)  # type: ignore[misc]
+        gate_up = layer.activation.gated and name not in INTERLEAVED
+        contenders[name] = Contender(lambda _inference, call=call: call(), x_TH, parameters, dout_TH, gate_up)  # type: ignore[misc]
 
     return contenders
 
@@ -315,27 +335,59 @@ def _hugging_face_w1(layer: MoE) -> Tensor:
     return w1_ENH.requires_grad_()
 
 
-def _same_function(
-    contenders: dict[str, Contender], ours_TH: Tensor, missing: dict[str, str], limit: float
-) -> dict[str, Contender]:
-    """The contenders whose output agrees with ours; ``missing`` gets a reason for each of the others."""
+def _same_function(contenders: dict[str, Contender], missing: dict[str, str], limit: float) -> dict[str, Contender]:
+    """The contenders that compute what we do; ``missing`` gets a reason for each of the others."""
+    judge = contenders.get(OURS_BF16, contenders[OURS])
+    out_TH = judge.infer()
     kept = {}
     for name, contender in contenders.items():
-        theirs = attempt(contender.infer)
-        if isinstance(theirs, Missing):
-            missing[name] = theirs.reason
-        elif name != PLAIN and not (distance := median_distance(theirs, ours_TH)) <= limit:  # nor is NaN
-            missing[name] = f"computes something else: median relative distance of a token's output {distance:.3g}"
+        differs = attempt(partial(_difference, contender, judge, out_TH, limit)) if name != PLAIN else None
+        if isinstance(differs, Missing):
+            missing[name] = differs.reason
+        elif differs:
+            missing[name] = f"computes something else: {differs}"
         else:
             kept[name] = contender
     return kept
 
 
+def _difference(contender: Contender, judge: Contender, out_TH: Tensor, limit: float) -> str | None:
+    """What a contender computes otherwise than the judge, whose output is given.
+
+    Of the output and the gradient of x, the median over tokens of the relative distance counts, because a tie between
+    two equal bf16 logits may legally be broken either way: with 128 experts an eighth of the tokens has one at its last
+    choice. Such tokens get no gradient of the output, so that the gradients of the weights can be compared as a whole.
+    """
+    distance_T = _distances(contender.infer(), out_TH)
+    if not (found := _median(distance_T)) <= limit:  # NaN is not
+        return f"median relative distance of a token's output {found:.3g}"
+    dout_TH = judge.dout * (distance_T <= OTHER_TOKEN * limit)[:, None]
+    expected, got = judge.gradients(dout_TH), contender.gradients(dout_TH)
+    for name, theirs, ours in zip(("x", "the router", "w1", "w2"), got, expected, strict=True):
+        if name == "w1" and contender.gate_up:
+            theirs = torch.stack(theirs.chunk(2, 1), 2).flatten(1, 2)
+        by_token = name == "x"
+        found = median_distance(theirs, ours) if by_token else _relative(theirs, ours)
+        if not found <= GRADIENT * limit:
+            return f"{'median ' if by_token else ''}relative distance of the gradient of {name} {found:.3g}"
+    return None
+
+
 def median_distance(a_TH: Tensor, b_TH: Tensor) -> float:
-    if a_TH.shape[0] == 0:
-        return 0.0
-    gap_T, size_T = (a_TH - b_TH).detach().float().norm(dim=1), b_TH.float().norm(dim=1)
-    return float((gap_T / size_T.clamp(min=1e-30)).median())
+    return _median(_distances(a_TH, b_TH))
+
+
+def _distances(a_TH: Tensor, b_TH: Tensor) -> Tensor:
+    gap_T, size_T = (a_TH - b_TH).detach().float().norm(dim=1), b_TH.detach().float().norm(dim=1)
+    return torch.div(gap_T, size_T.clamp(min=1e-30))
+
+
+def _median(values_T: Tensor) -> float:
+    return float(values_T.median()) if values_T.numel() else 0.0
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).float().norm() / b.float().norm().clamp(min=1e-30))
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------

@@ -97,6 +97,14 @@ def shapes_or(texts: Sequence[str] | None, default: Sequence[LayerShape], where:
     return shapes(texts) or (default if where.type == "cuda" else CPU_LAYER_SHAPES)
 
 
+def peers(text: str, known: str) -> list[str]:
+    """The names that a user gave with commas, each of ``known``; none for ``none``."""
+    asked = [] if text == "none" else [name.strip() for name in text.split(",") if name.strip()]
+    if unknown := [name for name in asked if name not in known.split(",")]:
+        raise ValueError(f"peers are {known} or none; got {', '.join(unknown)}.")
+    return asked
+
+
 def device(name: str | None) -> torch.device:
     """The named device, else the GPU if there is one, else the CPU."""
     import torch

@@ -5,7 +5,8 @@ chose it. Finding those tokens synchronises with the host once per expert.
 
 ``grouped_mm`` sorts the (token, choice) slots by expert, gathers the rows, and runs
 ``torch.nn.functional.grouped_mm`` twice around the activation; nothing synchronises. The gathered rows, the
-pre-activation, the activation and the unsummed outputs are all saved for backward.
+pre-activation, the activation and the unsummed outputs are all saved for backward. :func:`sorted_layer` is the same
+around anybody's grouped product.
 
 Both take weights as Hugging Face stores them: w1 (E, 2I, H) as [gate; up] or (E, I, H), w2 (E, H, I); router
 softmax(top-k) or top-k(softmax), with or without renormalisation.
@@ -14,6 +15,7 @@ softmax(top-k) or top-k(softmax), with or without renormalisation.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -60,9 +62,17 @@ def torch_loop(
     return out_TH
 
 
-def grouped_mm(
-    x_TH: Tensor, router_EH: Tensor, w1_ENH: Tensor, w2_EHI: Tensor, top_k: int, router: str, activation: ActivationType
+def sorted_layer(
+    product: Callable[..., Tensor],
+    x_TH: Tensor,
+    router_EH: Tensor,
+    w1_ENH: Tensor,
+    w2_EHI: Tensor,
+    top_k: int,
+    router: str,
+    activation: ActivationType,
 ) -> Tensor:
+    """``product(rows, weights, offs=)`` multiplies the rows of each expert, which end at ``offs``, by its (K, N)."""
     scores_TK, ids_TK = route(F.linear(x_TH, router_EH), top_k, router)
     experts_S, order_S = ids_TK.flatten().sort()
     slot_of = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(order_S.shape[0], device=order_S.device))
@@ -70,9 +80,9 @@ def grouped_mm(
         experts_S, torch.arange(w1_ENH.shape[0], device=x_TH.device), right=True, out_int32=True
     )
     x_SH = x_TH.index_select(0, order_S // top_k)
-    a_SI = ACTIVATIONS[activation](F.grouped_mm(x_SH, w1_ENH.transpose(1, 2), offs=ends_E))
-    y_SH = F.grouped_mm(a_SI, w2_EHI.transpose(1, 2), offs=ends_E) * scores_TK.flatten()[order_S, None]
+    a_SI = ACTIVATIONS[activation](product(x_SH, w1_ENH.transpose(1, 2), offs=ends_E))
+    y_SH = product(a_SI, w2_EHI.transpose(1, 2), offs=ends_E) * scores_TK.flatten()[order_S, None]
     return y_SH.index_select(0, slot_of).view(x_TH.shape[0], top_k, -1).sum(1)
 
 
-PEERS: dict[str, Callable[..., Tensor]] = {"torch_loop": torch_loop, "grouped_mm": grouped_mm}
+grouped_mm = partial(sorted_layer, F.grouped_mm)

@@ -1,10 +1,11 @@
-"""The tables of README.md, docs/inference.md and docs/results.md, made from ``benchmarks/results/*.json`` so that no
-number is typed.
+"""The tables of README.md, docs/inference.md, docs/performance.md and docs/results.md, made from
+``benchmarks/results/*.json`` so that no number is typed.
 
     python -m supersonic_moe.bench.readme     in the repository, after a benchmark has written its file
 
-README.md gets one table: the layers, in BF16 and in FP8. docs/inference.md gets who is fastest at each batch of the
-inference operator. docs/results.md gets every file of the suites in ``SUITES``: a line that says where its numbers come
+README.md gets one table: the layers, in BF16 and in FP8. docs/performance.md sets them beside other libraries, as far
+as those ran in the same process. docs/inference.md gets who is fastest at each batch of the inference operator.
+docs/results.md gets every file of the suites in ``SUITES``: a line that says where its numbers come
 from, its figure if there is one, and a table. A table has a row for each case, a column for each headline metric of its
 suite, and a column for each peer: the compared metric of that peer over ours in the same run (above 1: ours is better).
 Cases that meet other peers (a weight gradient, a product alone) get a table of their own, so that a mean is over like
@@ -19,7 +20,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,9 @@ SUITES = {
     "gemm": Headline(("us", "tflops", "sm_mhz", "watts", "pj_per_flop", "rel_fro"), "us"),
     "breakdown": Headline(("us", "floor_us", "of_floor", "tflops"), "us"),
     "ep": Headline(("fwd_us", "fwd_bwd_us", "fwd_bwd_tflops", "host_us", "sent_bytes"), "fwd_bwd_us"),
+    "mega": Headline(
+        ("hits", "rows", "replay_us", "floor_us", "of_floor", "host_us", "calc_diff", "worst_row"), "replay_us"
+    ),
     "cold-start": Headline(("first_call_s", "call_s", "total_s", "import_s", "context_s"), "first_call_s"),
 }
 UNSHOWN = frozenset(
@@ -96,7 +100,7 @@ def results(folder: Path, page: Path) -> str:
     """All tables, in Markdown: every file of the folder in the order of names, or how to make one. Figures are linked
     from the place of ``page``.
     """
-    contents = {path: _read(path) for path in sorted(folder.glob("*.json"))}
+    contents = {path: read(path) for path in sorted(folder.glob("*.json"))}
     sections = [_section(path, content, page) for path, content in contents.items() if content["suite"] in SUITES]
     return "\n\n".join(sections) or NOTHING_YET
 
@@ -120,7 +124,7 @@ def _origin(content: dict[str, Any]) -> str:
     return f"{content['device']}, torch {content['torch']}, commit `{commit}`, {content['date'][:10]}"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
     content = json.loads(path.read_text(encoding="utf-8"))
     wanted = ("suite", "command", "device", "torch", "commit", "date", "rows")
     if not isinstance(content, dict) or any(field not in content for field in wanted):
@@ -168,20 +172,27 @@ def headline(folder: Path) -> str:
     paths = [folder / f"layer-{precision}.json" for precision in ("bf16", "fp8")]
     if not all(path.is_file() for path in paths):
         return NOTHING_YET
-    bf16, fp8 = map(_read, paths)
-    contenders = [(bf16, "grouped_mm", ""), (fp8, "ours-BF16", "_fp8")]
+    bf16, fp8 = map(read, paths)
+    contenders = [
+        (bf16, _measured_peers(bf16, ["grouped_mm", "sonicmoe"]), ""),
+        (fp8, _measured_peers(fp8, ["ours-BF16", "sonicmoe"]), "_fp8"),
+    ]
     lines = []
     for case in dict.fromkeys(row["case"] for row in bf16["rows"]):
         line = [case.replace("_", " ")]
-        for content, peer, suffix in contenders:
+        for content, peers, suffix in contenders:
             rows = [row for row in content["rows"] if row["case"] == case + suffix]
             values = {row["metric"]: row["value"] for row in rows}
             line += [_number(metric, values.get(metric)) for metric in ("fwd_bwd_us", "fwd_bwd_tflops")]
-            ratios = [row["ratio"] for row in rows if (row["metric"], row["peer"]) == ("fwd_bwd_us", peer)]
-            line.append(_times(ratios[0] if ratios else None))
+            ratios = {row["peer"]: row["ratio"] for row in rows if row["metric"] == "fwd_bwd_us"}
+            line += [_times(ratios.get(peer)) for peer in peers]
         lines.append(line)
-    head = ["layer", "BF16, µs", "TFLOP/s", "vs torch", "FP8, µs", "TFLOP/s", "vs our BF16"]
+    head = ["layer"]
+    for precision, (_, peers, _) in zip(("BF16", "FP8"), contenders, strict=True):
+        head += [f"{precision}, µs", "TFLOP/s", *(f"vs {_NAMES[peer]}" for peer in peers)]
     sources = f"BF16: {_origin(bf16)}. FP8: {_origin(fp8)}."
+    if any("sonicmoe" in peers for _, peers, _ in contenders):
+        sources = f"*vs SonicMoE*: its layer, in BF16, in the same process. {sources}"
     return "\n\n".join([_markdown(head, lines), " ".join([sources, *_grouped_gemms(folder)])])
 
 
@@ -190,7 +201,7 @@ def _grouped_gemms(folder: Path) -> list[str]:
     found = []
     for precision in ("bf16", "fp8"):
         path = folder / f"gemm-{precision}.json"
-        rows = _read(path)["rows"] if path.is_file() else []
+        rows = read(path)["rows"] if path.is_file() else []
         times = [
             row["ratio"]
             for row in rows
@@ -201,6 +212,69 @@ def _grouped_gemms(folder: Path) -> list[str]:
     if not found:
         return []
     return [f"Grouped GEMMs alone against DeepGEMM, geometric mean within one run: {', '.join(found)}."]
+
+
+# ---- docs/performance.md: beside other libraries ---------------------------------------------------------------------
+
+NO_LIBRARY = """\
+Not measured beside other libraries in one process yet. On an H200, with them on the path:
+
+```bash
+supersonic-moe bench layer --peers sonicmoe,liger --pairs 20 --json layer-bf16.json
+supersonic-moe bench layer --recipe fp8 --peers sonicmoe,liger,torchao --pairs 20 --json layer-fp8.json
+```"""
+
+_NAMES = {
+    "sonicmoe": "SonicMoE",
+    "liger": "Liger",
+    "torchao": "torchao",
+    "grouped_mm": "torch",
+    "ours-BF16": "our BF16",
+}
+LIBRARIES = ("sonicmoe", "liger", "torchao")
+
+
+def performance(folder: Path) -> str:
+    """A table for each of ``layer-bf16.json`` and ``layer-fp8.json`` and each library that ran beside it."""
+    sections = []
+    for precision in ("bf16", "fp8"):
+        path = folder / f"layer-{precision}.json"
+        content = read(path) if path.is_file() else {"rows": []}
+        for library in _measured_peers(content, LIBRARIES):
+            sections += [f"### {precision.upper()} beside {_NAMES[library]}", f"{_origin(content)}."]
+            sections.append(_beside([Row(**row) for row in content["rows"]], library))
+    return "\n\n".join(sections) or NO_LIBRARY
+
+
+def _measured_peers(content: dict[str, Any], peers: Iterable[str]) -> list[str]:
+    compared = {row["peer"] for row in content["rows"] if row["metric"] == "fwd_bwd_us" and row["ratio"] is not None}
+    return [peer for peer in peers if peer in compared]
+
+
+def _beside(rows: list[Row], library: str) -> str:
+    found = {(row.case, row.metric): row for row in rows if row.peer == library}
+    cases = dict.fromkeys(case for case, metric in found if metric in _PASSES)
+    lines = [
+        [f"`{case}`", *(cell for metric in _PASSES for cell in _both(found.get((case, metric)), metric))]
+        for case in cases
+    ]
+    if len(cases) > 1:
+        means = (_mean([getattr(found.get((case, metric)), "ratio", None) for case in cases]) for metric in _PASSES)
+        lines.append(["geometric mean", *(cell for mean in means for cell in ("", "", mean))])
+    heads = (cell for name in _PASSES.values() for cell in (f"{name}: ours, µs", f"{_NAMES[library]}, µs", "ratio"))
+    return _markdown(["case", *heads], lines)
+
+
+_PASSES = {"fwd_us": "forward", "fwd_bwd_us": "forward + backward"}
+
+
+def _both(row: Row | None, metric: str) -> tuple[str, str, str]:
+    """Our time, theirs, and how many times longer theirs is, with its interval."""
+    if row is None:
+        return "–", "–", "–"
+    ends = f" ({row.interval[0]:.3f}–{row.interval[1]:.3f})" if row.interval else ""
+    ratio = "missing" if row.ratio is None else f"{row.ratio:.3f}{ends}"
+    return _number(metric, row.value), _number(metric, row.peer_value), ratio
 
 
 # ---- docs/inference.md: who is fastest ------------------------------------------------------------------------------
@@ -221,7 +295,7 @@ def inference(folder: Path) -> str:
     paths = [path for name in ("infer-ds", "infer-models") if (path := folder / f"{name}.json").is_file()]
     sections = []
     for path in paths:
-        content = _read(path)
+        content = read(path)
         rows = [Row(**row) for row in content["rows"]]
         sections += [f"{path.stem}: {_origin(content)}.", _fastest(rows), _fits(rows)]
     return "\n\n".join(filter(None, sections)) or NO_INFERENCE
@@ -299,6 +373,7 @@ class Page:
 PAGES = (
     Page(Path("README.md"), "headline", lambda root: headline(root / RESULTS)),
     Page(Path("docs/inference.md"), "inference", lambda root: inference(root / RESULTS)),
+    Page(Path("docs/performance.md"), "performance", lambda root: performance(root / RESULTS)),
     Page(Path("docs/results.md"), "results", lambda root: results(root / RESULTS, root / "docs/results.md")),
 )
 

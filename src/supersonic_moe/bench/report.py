@@ -3,7 +3,8 @@
 The file is ``{"suite", "command", "device", "torch", "commit", "date", "rows"}``; a row is ``{"case", "metric",
 "value", "unit", "peer", "peer_value", "ratio"}``, one for each metric and peer. ``ratio`` > 1 means that we are
 better; it is null for facts without a better or worse, such as a clock. A metric without any peer has one row with
-``peer`` null; a peer that is missing has ``peer_value`` null.
+``peer`` null; a peer that is missing has ``peer_value`` null. Where both were timed in pairs, ``ratio`` is the median
+of the pairs' ratios, and the row has one field more: ``interval``, the ends of its 95 % interval.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import Any, Literal
 import torch
 from rich.table import Table
 
+from supersonic_moe.bench.timing import Paired
+
 OURS = "supersonic-moe"
 
 Metrics = dict[str, float]  # by the names of METRICS
@@ -35,6 +38,7 @@ class CaseResult:
     case: str
     metrics: dict[str, Metrics] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    pairs: dict[tuple[str, str], Paired] = field(default_factory=dict)  # by (metric, peer)
 
     @property
     def title(self) -> str:
@@ -122,6 +126,8 @@ METRICS = (
     Metric("pj_per_flop", "energy, pJ/FLOP", "pJ/FLOP", "lower"),
     Metric("rel_fro", "relative error", "fraction", None),  # checked against a limit, not raced: so are the next two
     Metric("matched", "contest's matched ratio, %", "fraction", None, shown_in=0.01),
+    Metric("calc_diff", "calc_diff", "fraction", None),
+    Metric("worst_row", "worst row, relative error", "fraction", None),
     Metric("held_out_bpb", "held-out bits per byte", "bits", "lower"),
     Metric("train_bpb", "training bits per byte", "bits", "lower"),
     Metric("gap", "above BF16, %", "fraction", None, shown_in=0.01),
@@ -144,6 +150,7 @@ class Row:
     peer: str | None = None
     peer_value: float | None = None
     ratio: float | None = None
+    interval: tuple[float, float] | None = None
 
 
 def ratio(metric: Metric, ours: float, theirs: float) -> float | None:
@@ -169,6 +176,8 @@ def rows(result: CaseResult) -> list[Row]:
             if metric.name in theirs:
                 better = ratio(metric, ours[metric.name], theirs[metric.name])
                 row = replace(row, peer_value=_rounded(theirs[metric.name]), ratio=better and _rounded(better))
+                if pair := result.pairs.get((metric.name, peer)):
+                    row = replace(row, ratio=_rounded(pair.ratio), interval=(_rounded(pair.low), _rounded(pair.high)))
             found.append(row)
     return found
 
@@ -187,8 +196,12 @@ def document(
         "torch": torch.__version__,
         "commit": commit or tree_commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "rows": [asdict(row) for result in results for row in rows(result)],
+        "rows": [_fields(row) for result in results for row in rows(result)],
     }
+
+
+def _fields(row: Row) -> dict[str, object]:
+    return {name: value for name, value in asdict(row).items() if name != "interval" or value}
 
 
 def write_json(path: Path, content: dict[str, object]) -> None:

@@ -123,8 +123,8 @@ class HuggingFaceModel:
     others: tuple[tuple[str, object], ...]
     """What else its config is told."""
     gated: bool = True
-    fused: bool = True
-    """Whether our kernels fuse its activation into the products."""
+    swiglu: bool = True
+    """Whether its experts are a plain SwiGLU. Others are timed beside our layer on one of the same FLOPs."""
 
     @property
     def config(self) -> dict[str, object]:
@@ -166,7 +166,7 @@ HUGGING_FACE_MODELS = (
         (7168, 2048, 32, 8),
         (*_heads(128, 128, 64), ("first_k_dense_replace", 0), ("n_group", 1), ("topk_group", 1)),
     ),
-    HuggingFaceModel("gpt-oss-20b", "gpt_oss", (2880, 2880, 32, 4), _heads(64, 8, 64), fused=False),
+    HuggingFaceModel("gpt-oss-20b", "gpt_oss", (2880, 2880, 32, 4), _heads(64, 8, 64), swiglu=False),
     HuggingFaceModel(
         "nemotron-3-nano",
         "nemotron_h",
@@ -178,7 +178,7 @@ HUGGING_FACE_MODELS = (
             ("moe_shared_expert_intermediate_size", 3712),
         ),
         gated=False,
-        fused=False,
+        swiglu=False,
     ),
     HuggingFaceModel(
         "glm-4.5-air",
@@ -191,7 +191,7 @@ HUGGING_FACE_MODELS = (
 #: What runs on a CPU: the same code paths in seconds.
 CPU_HUGGING_FACE_MODELS = (
     HuggingFaceModel("qwen3-tiny", "qwen3_moe", (64, 32, 8, 2), (*_heads(4, 2, 16), ("vocab_size", 256))),
-    HuggingFaceModel("gpt-oss-tiny", "gpt_oss", (64, 32, 8, 2), (*_heads(4, 2, 16), ("vocab_size", 256)), fused=False),
+    HuggingFaceModel("gpt-oss-tiny", "gpt_oss", (64, 32, 8, 2), (*_heads(4, 2, 16), ("vocab_size", 256)), swiglu=False),
 )
 
 TRAINING_TOKENS, DECODE_TOKENS = (512, 2048, 8192), (1, 8, 64)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from rich.console import RenderableType
 
 from supersonic_moe.bench import options
+from supersonic_moe.perf_model import LayerShape
 
 if TYPE_CHECKING:
     import torch
@@ -97,6 +98,18 @@ class Timed(Suite[Case, Result]):
             f"Medians ± half the spread of the middle 80 %, of at least {self.min_ms:g} ms each, interleaved, "
             f"after {self.warm_ms:g} ms of load."
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfLayers(Suite[LayerShape, Result]):
+    """Its cases are layers: those asked for, or ``shapes``."""
+
+    shapes: ClassVar[Sequence[LayerShape]]
+
+    shape: options.Shapes = None
+
+    def cases(self) -> Sequence[LayerShape]:
+        return options.shapes_or(self.shape, self.shapes, self.where)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,13 @@ Under load an H200 sits at its 700 W cap: a matrix product that runs at 760-780 
 
 1. warms up under the contenders' own load for at least ``warm_ms``,
 2. times at least ``min_ms`` of each contender, in ``ROUNDS`` or more slices interleaved with the others', in
-   rotating order,
+   rotating order: slices of one round make a pair (:func:`paired`),
 3. runs every slice for half of ``warm_ms`` untimed first, while clock and power settle from the neighbour's level to
    its own: after a contender that leaves the chip cool, boost lasts for about 60 ms,
 4. reports medians with the 10th and 90th percentile, and the SM clock and board power while the slice was running.
+
+A single run scatters by 2 to 5 % and cannot see half a per cent; twenty pairs can, because what drifts from round to
+round is common to a pair.
 
 Every timed call has its own pair of events, recorded in stream order, so times are those of eager calls enqueued back
 to back: if the host is too slow to keep the GPU fed, that shows. :func:`wall_and_busy_us` sets such a time against
@@ -23,7 +26,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -119,6 +123,7 @@ class Timing:
     calls: int
     sm_mhz: float | None
     watts: float | None
+    slices_us: tuple[float, ...] = ()  # median of each slice, in the order of the rounds
 
     @property
     def spread(self) -> float:
@@ -134,6 +139,15 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Paired:
+    """How many times longer a contender takes than another, from slices that ran side by side."""
+
+    ratio: float  # median of the pairs
+    low: float
+    high: float  # an interval that holds the true median in 95 of 100 runs
+
+
+@dataclass(frozen=True)
 class Missing:
     """A contender that was not measured, and why."""
 
@@ -145,9 +159,11 @@ class NoResultError(RuntimeError):
 
 
 def measure(
-    contenders: Mapping[str, Call], clock: Clock, *, warm_ms: float, min_ms: float
+    contenders: Mapping[str, Call], clock: Clock, *, warm_ms: float, min_ms: float, rounds: int = ROUNDS
 ) -> dict[str, Timing | Missing]:
-    """Time the contenders side by side; one that raises or is too slow comes back as :class:`Missing`."""
+    """Time the contenders side by side in ``rounds`` or more slices each; one that raises or is too slow comes back as
+    :class:`Missing`.
+    """
     results: dict[str, Timing | Missing] = {}
     estimate_us: dict[str, float] = {}
     for name, call in contenders.items():
@@ -173,14 +189,14 @@ def measure(
             warmed_us += max(sum(part.times_us), 1.0)
 
     slices: dict[str, list[Slice]] = {name: [] for name in running}
-    rounds = 0
-    while rounds < ROUNDS or any(_timed_us(s) < min_ms * 1e3 * (1 - 1e-6) for s in slices.values()):
-        turn = rounds % len(running)
+    done = 0
+    while done < rounds or any(_timed_us(s) < min_ms * 1e3 * (1 - 1e-6) for s in slices.values()):
+        turn = done % len(running)
         for name in running[turn:] + running[:turn]:
-            calls = estimate_calls(min_ms * 1e3 / ROUNDS, estimate_us[name])
+            calls = estimate_calls(min_ms * 1e3 / rounds, estimate_us[name])
             settle = estimate_calls(SETTLE * warm_ms * 1e3, estimate_us[name])
             slices[name].append(clock.slice(contenders[name], settle, calls))
-        rounds += 1
+        done += 1
     return {name: summarise(slices[name]) if name in slices else results[name] for name in contenders}
 
 
@@ -226,7 +242,24 @@ def summarise(slices: list[Slice]) -> Timing:
         calls=len(times),
         sm_mhz=statistics.median(r.sm_mhz for r in readings) if readings else None,
         watts=statistics.fmean(r.watts for r in readings) if readings else None,
+        slices_us=tuple(statistics.median(s.times_us) for s in slices),
     )
+
+
+def paired(theirs: Timing, ours: Timing) -> Paired | None:
+    """Their time over ours, pair by pair; None for fewer than six pairs, whose order says too little.
+
+    The interval needs no idea of how pairs scatter: of n pairs, each lies below the true median with probability 1/2,
+    so the ends are the order statistics beyond which fewer than 2.5 % of binomial draws fall (of 20 the sixth from
+    either end).
+    """
+    ratios = sorted(a / b for a, b in zip(theirs.slices_us, ours.slices_us, strict=True))
+    n, below, outside = len(ratios), 0.0, -1
+    while (below := below + math.comb(n, outside + 1) / 2**n) <= 0.025:
+        outside += 1
+    if outside < 0:
+        return None
+    return Paired(statistics.median(ratios), ratios[outside], ratios[-1 - outside])
 
 
 def wall_and_busy_us(call: Call, estimate_us: float, *, warm_ms: float, min_ms: float) -> tuple[float, float]:
@@ -243,10 +276,14 @@ def wall_and_busy_us(call: Call, estimate_us: float, *, warm_ms: float, min_ms: 
 
 
 def graph_us(call: Call, estimate_us: float, *, warm_ms: float, min_ms: float) -> float:
-    """What a call takes when it is captured in a CUDA graph and replayed: nothing waits for the host. Median."""
+    """What a call takes when it is captured in a CUDA graph and replayed: nothing waits for the host. Median.
+
+    A call that waits for the GPU is refused before the capture: one that fails leaves torch's random numbers on that
+    GPU, and so every later case, unusable.
+    """
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    with torch.cuda.stream(side), _refused_to_wait():
         call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -254,6 +291,16 @@ def graph_us(call: Call, estimate_us: float, *, warm_ms: float, min_ms: float) -
         call()
     heat, calls = estimate_calls(warm_ms * 1e3, estimate_us), estimate_calls(min_ms * 1e3 / ROUNDS, estimate_us)
     return statistics.median(_wall_us(graph.replay, heat, calls) for _ in range(ROUNDS))
+
+
+@contextmanager
+def _refused_to_wait() -> Iterator[None]:
+    """What waits for the GPU raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def _wall_us(call: Call, heat: int, calls: int) -> float:

@@ -8,8 +8,8 @@
 
 Contenders are values of ``experts_implementation`` on the same module and tensors: ours, our FP8 recipe, the library's
 own, and Liger's fused MoE where it can (SwiGLU without biases). ``swiglu`` is our layer on weights of a plain SwiGLU
-with the same FLOPs, beside experts whose gate or layout our kernels do not fuse: what fusing would give. ``graph_us``
-is the decode step as a CUDA graph, of those that can be captured.
+with the same FLOPs, beside experts of another gate or order: what those cost. ``graph_us`` is the decode step as a CUDA
+graph, of those that never wait for the GPU.
 
 A peer is compared only if its output is ours: the median over tokens of its relative distance is checked first. FP8
 and ``swiglu`` are exempt, because they compute something else.
@@ -72,7 +72,7 @@ def run_case(
     """Measure every contender. Raises NoResultError where we have no result ourselves."""
     progress("building the model")
     model = required(str(case), partial(_model, case.model, settings))
-    contenders = _contenders(case, model, settings)
+    contenders: dict[str, Contender] = required(str(case), partial(_contenders, case, model, settings))
     result = CaseResult(str(case), {name: {} for name in contenders})
     progress("checking that all compute the same function")
     ours = required(str(case), contenders[OURS].infer)
@@ -88,10 +88,11 @@ def run_case(
         raise NoResultError(f"{case}: {result.missing[OURS]}.")
 
     mode = "fwd_bwd" if case.mode == "train" else "infer"
-    times = dict(warm_ms=settings.warm_ms, min_ms=settings.min_ms)
+    warm_ms, min_ms = settings.warm_ms, settings.min_ms
     progress(f"timing {mode}")
     calls = {name: getattr(contender, mode) for name, contender in contenders.items()}
-    timings = required(f"{case}, {mode}", partial(measure, calls, clock_for(settings.device), **times))
+    run = partial(measure, calls, clock_for(settings.device), warm_ms=warm_ms, min_ms=min_ms)
+    timings = required(f"{case}, {mode}", run)
     for name, timing in timings.items():
         if isinstance(timing, Missing):
             if name == OURS:
@@ -105,7 +106,7 @@ def run_case(
             metrics[f"{mode}_tflops"] = flops / timing.us / 1e6
         if case.mode == "decode" and settings.device.type == "cuda":
             progress(f"{name} in a CUDA graph")
-            in_graph = attempt(partial(graph_us, calls[name], timing.us, **times))
+            in_graph = attempt(partial(graph_us, calls[name], timing.us, warm_ms=warm_ms, min_ms=min_ms))
             if not isinstance(in_graph, Missing):
                 metrics["graph_us"] = in_graph
     result.metrics = {name: metrics for name, metrics in result.metrics.items() if metrics}
@@ -135,7 +136,7 @@ def _contenders(case: TransformersCase, model: Any, settings: Settings) -> dict[
     names += settings.peers
     build = _layers if case.what == "layers" else _whole_model
     contenders = {name: build(case, model, IMPLEMENTATIONS.get(name, name), settings) for name in names}
-    if case.what == "layers" and not case.model.fused:
+    if case.what == "layers" and not case.model.swiglu:
         contenders[SWIGLU] = _swiglu(case, settings)
     return contenders
 

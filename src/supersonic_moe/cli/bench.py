@@ -1,8 +1,8 @@
-"""``supersonic-moe bench``: a command for each suite of ``bench/suites``, and ``all``."""
+"""``supersonic-moe bench``: a command for each suite of ``bench/suites``, ``all``, and ``check`` of two files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -32,14 +32,17 @@ def execute(suite: Suite[Case, Result], console: Console) -> bool:
         cases = suite.cases()
     _make_current(suite)
     console.print(f"{suite.heading}\n[dim]{suite.method}[/dim]\n")
-    results = _measured(suite, cases, console)
+    commit = (
+        (suite.commit or report.tree_commit()) if suite.json else None
+    )  # before the file that is written is a change
+    results: list[Result] = []
+    for result in _measured(suite, cases, console):
+        results.append(result)
+        if suite.json:  # after each case, so that a run that is stopped leaves what it has measured
+            report.write_json(suite.json, report.document(suite.name, suite.metrics(results), suite.where, commit))
     if results:
         for renderable in suite.summary(results):
             console.print(renderable)
-        if suite.json:
-            report.write_json(
-                suite.json, report.document(suite.name, suite.metrics(results), suite.where, suite.commit)
-            )
         for path in (*([suite.json] if suite.json else []), *suite.figure(results)):
             console.print(f"Wrote {path}")
     return len(results) == len(cases) and not any(result.failed for result in results)
@@ -52,27 +55,25 @@ def _make_current(suite: Suite[Any, Any]) -> None:
         torch.cuda.set_device(suite.where)  # events are recorded on the current device
 
 
-def _measured(suite: Suite[Case, Result], cases: Sequence[Case], console: Console) -> list[Result]:
+def _measured(suite: Suite[Case, Result], cases: Sequence[Case], console: Console) -> Iterator[Result]:
     """Every case, each shown as soon as it is measured; one that fails is explained and left out."""
     from supersonic_moe.bench.timing import NoResultError
 
-    results = []
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
     with Progress(*columns, console=console, refresh_per_second=4, transient=True) as bar:
         task = bar.add_task("", total=len(cases))
         for case in cases:
             try:
                 result = suite.run(case, lambda doing: bar.update(task, description=f"{case}: {doing}"))  # noqa: B023
-                results.append(result)
                 console.print(suite.columns(result))
                 for name, reason in result.missing.items():
                     mark = "[red]failed[/red]" if name in result.failed else "[yellow]missing[/yellow]"
                     console.print(f"{mark} {name}: {escape(reason)}", highlight=False)
+                yield result
             except NoResultError as error:
                 console.print(f"[red]No result:[/red] {escape(str(error))}", highlight=False)
             console.print()
             bar.advance(task)
-    return results
 
 
 def _command(kind: type[Suite[Any, Any]]) -> Callable[..., None]:
@@ -124,3 +125,20 @@ def everything(
                 console.print(f"[yellow]skipped[/yellow] {name}: {escape(error.message)}", highlight=False)
     if not complete:
         raise typer.Exit(1)
+
+
+@app.command()
+def check(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Result files just measured.")],
+    committed: Annotated[Path, typer.Option(help="Folder with files of the same names.")] = Path("benchmarks/results"),
+    tolerance: Annotated[float, typer.Option(min=0, max=1, help="How much lower a ratio may be, a fraction.")] = 0.03,
+) -> None:
+    """Whether fresh results are as far ahead of their peers as the committed ones; a line for each that is not."""
+    from supersonic_moe.bench.check import findings
+
+    lines = [line for file in files for line in findings(file, committed / file.name, tolerance)]
+    for line in lines:
+        typer.echo(line)
+    if lines:
+        raise typer.Exit(1)
+    typer.echo(f"{len(files)} as far ahead as committed.")

@@ -34,10 +34,12 @@ def _command(command: Any, name: str) -> list[str]:
 
 
 def _option(option: Any) -> str:
-    names = ", ".join([*option.opts, *option.secondary_opts])
-    value = f" {option.metavar}" if option.metavar else ""
-    default = "" if option.is_flag or option.default in (None, "", []) else f"`{option.default}`"
-    return f"| `{names}{value}` | {default} | {(option.help or '').replace('|', '&#124;')} |"
+    is_argument = option.param_type_name == "argument"  # it has no name of its own
+    names = [] if is_argument else [", ".join([*option.opts, *option.secondary_opts])]
+    name = " ".join([*names, *filter(None, [option.metavar])])
+    is_flag = not is_argument and option.is_flag
+    default = "" if is_flag or option.default in (None, "", []) else f"`{option.default}`"
+    return f"| `{name}` | {default} | {(option.help or '').replace('|', '&#124;')} |"
 
 
 def main() -> None:

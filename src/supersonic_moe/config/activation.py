@@ -63,10 +63,7 @@ class Activation:
         object.__setattr__(self, "type", _type(self.type))
         checks.number("alpha", self.alpha)
         checks.number("up_offset", self.up_offset)
-        if self.limit is not None:
-            checks.number("limit", self.limit)
-            if self.limit <= 0:
-                raise ValueError(f"limit must be a positive finite number or None (no clamp); got {self.limit}.")
+        check_limit("limit", self.limit)
         plain = self.alpha == 1.0 and self.limit is None and self.up_offset == 0.0
         if self.type is not ActivationType.SWIGLU and not plain:
             raise ValueError(
@@ -94,6 +91,15 @@ class Activation:
         return cls(ActivationType.SWIGLU, limit=limit)
 
 
+def check_limit(name: str, limit: float | None) -> None:
+    """Raises TypeError or ValueError unless it is None or a positive finite number."""
+    if limit is None:
+        return
+    checks.number(name, limit)
+    if limit <= 0:
+        raise ValueError(f"{name} must be a positive finite number or None (no clamp); got {limit}.")
+
+
 def as_activation(value: Activation | ActivationType | str) -> Activation:
     return value if isinstance(value, Activation) else _PLAIN[_type(value)]
 
@@ -109,13 +115,14 @@ def as_layout(value: GateUpLayout | str) -> GateUpLayout:
 
 
 def _type(value: ActivationType | str) -> ActivationType:
-    try:
-        return ActivationType(value)
-    except ValueError:
-        choices = ", ".join(a.value for a in ActivationType)
-        raise ValueError(
-            f"unknown activation {checks.short(value)}; choose one of {choices}, or pass an Activation."
-        ) from None
+    if isinstance(value, ActivationType):  # not by name: torch.compile of torch 2.11 cannot trace that of a member
+        return value
+    if isinstance(value, str) and value in _NAMES:
+        return _NAMES[value]
+    raise ValueError(
+        f"unknown activation {checks.short(value)}; choose one of {', '.join(_NAMES)}, or pass an Activation."
+    )
 
 
+_NAMES = {kind.value: kind for kind in ActivationType}
 _PLAIN = {kind: Activation(kind) for kind in ActivationType}

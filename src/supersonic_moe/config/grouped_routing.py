@@ -83,6 +83,8 @@ class GroupedRouting:
 
 
 def as_scoring(value: Scoring | str) -> Scoring:
+    if isinstance(value, Scoring):
+        return value
     try:
         return Scoring(value)
     except ValueError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args, get_type_hints
 
 from supersonic_moe import checks
@@ -41,18 +41,19 @@ class Fp8Recipe:
     """
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for field in fields(self):
-            value, choices = getattr(self, field.name), get_args(hints[field.name])
-            if value not in choices:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"Fp8Recipe.{field.name} must be one of {', '.join(map(repr, choices))}; got {checks.short(value)}."
+                    f"Fp8Recipe.{name} must be one of {', '.join(map(repr, choices))}; got "
+                    f"{checks.short(getattr(self, name))}."
                 )
 
     @property
     def pow2(self) -> bool:
         return self.scale == "pow2"
 
+
+_CHOICES = {name: get_args(hint) for name, hint in get_type_hints(Fp8Recipe).items()}
 
 Recipe: TypeAlias = Bf16Recipe | Fp8Recipe
 

@@ -17,7 +17,7 @@ How experts are chosen: ``routing/topk.py``. ``TokenRounding`` on top of one of 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
 from supersonic_moe import checks
@@ -92,7 +92,7 @@ class TokenRounding:
         seed: of the sampled modes SR-f and NR-s; give each layer its own.
     """
 
-    base: TopKRouter = field(default_factory=SoftmaxAfterTopK)
+    base: TopKRouter = SoftmaxAfterTopK()
     mode: str = "NR-f"
     tile: int = 128
     seed: int = 0
@@ -124,11 +124,12 @@ class TokenRounding:
 SUM_EPS = 1e-20
 """Added to the sum of the chosen affinities before dividing by it (DeepSeek-V3's published code)."""
 
-_NAMES: dict[str, TopKRouter] = {
+_NAMES: dict[str, TopKRouter | TokenRounding] = {
     "softmax_after_topk": SoftmaxAfterTopK(),
     "softmax_before_topk": SoftmaxBeforeTopK(),
     "softmax_before_topk_renormalized": SoftmaxBeforeTopK(renormalize=True),
     "sigmoid_grouped_topk": SigmoidGroupedTopK(),
+    "token_rounding": TokenRounding(),
 }
 
 
@@ -139,11 +140,9 @@ def as_router(value: str | TopKRouter | TokenRounding) -> TopKRouter | TokenRoun
     """The config that a name stands for; a config passes through."""
     if isinstance(value, _CONFIGS):
         return value
-    if value == "token_rounding":
-        return TokenRounding()
     if isinstance(value, str) and value in _NAMES:
         return _NAMES[value]
-    choices = ", ".join([*_NAMES, "token_rounding"])
+    choices = ", ".join(_NAMES)
     error = ValueError if isinstance(value, str) else TypeError
     raise error(
         f"unknown router {checks.short(value)}; choose one of {choices}, "

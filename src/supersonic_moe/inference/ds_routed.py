@@ -14,9 +14,6 @@ from supersonic_moe.inference.operands import (
     check_experts,
     check_x,
     check_x_scale,
-    checked_workspace,
-    chunks,
-    output,
 )
 from supersonic_moe.inference.ops import DsRouted
 from supersonic_moe.inference.replays import Request
@@ -89,7 +86,6 @@ def moe_fp8_ds_routed(
             f"hidden_states must be float8_e4m3fn; got {checks.describe(hidden_states)}. moe_fp8_topk takes bfloat16."
         )
     x_scale = check_x_scale("hidden_states_scale", hidden_states_scale, "block_major", hidden_states)
-    num_tokens = hidden_states.shape[0]
     _check_router(routing_logits, routing_bias, hidden_states)
     rule = GroupedRouting(
         num_experts=routing_logits.shape[1],
@@ -100,18 +96,16 @@ def moe_fp8_ds_routed(
         scaling_factor=as_factor(routed_scaling_factor),
     )
     offset = as_offset(local_expert_offset)
-    checked_workspace(workspace, hidden_states, top_k, sizes, max_tokens_per_chunk)
-    out = output(out, hidden_states)
     x, bias = hidden_states.contiguous(), None if routing_bias is None else routing_bias.contiguous()
-    for first, end in chunks(num_tokens, max_tokens_per_chunk):
-        arguments = DsRouted(
+
+    def part(first: int, end: int) -> DsRouted:
+        return DsRouted(
             routing_logits[first:end], bias, x[first:end], x_scale[first:end], weights,
             offset, top_k, n_group, topk_group, rule.scoring.value, rule.scaling_factor, order.value,
         )  # fmt: skip
-        torch.ops.supersonic_moe.moe_fp8_ds_routed.default(*arguments, out[first:end], workspace)
-        if end - first == num_tokens:
-            request.keep(arguments, out)
-    return out
+
+    op = torch.ops.supersonic_moe.moe_fp8_ds_routed.default
+    return request.compute(op, part, top_k, sizes, max_tokens_per_chunk)
 
 
 def _check_router(logits: Tensor, bias: Tensor | None, x: Tensor) -> None:

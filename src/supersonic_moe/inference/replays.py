@@ -9,12 +9,13 @@ address are the same to a kernel.
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from supersonic_moe.inference.operands import Sizes, checked_workspace, chunks, output
 from supersonic_moe.inference.ops import Arguments, sm90_for
 from supersonic_moe.inference.workspace import ALIGNMENT, workspace_bytes
 from supersonic_moe.jit.replay import Replay
@@ -78,6 +79,27 @@ class Request(NamedTuple):
             return None
         addresses += [0 if t is None else t.data_ptr() for t in self.others]
         kept.replay.run(addresses)
+        return out
+
+    def compute(
+        self,
+        op: Callable[..., None],
+        part: Callable[[int, int], Arguments],
+        top_k: int,
+        sizes: Sizes,
+        max_tokens_per_chunk: int | None,
+    ) -> Tensor:
+        """The result of ``op``, chunk by chunk; ``part`` gives its arguments for tokens [first, end). Kept where one
+        chunk is all. A shared expert counts in ``top_k`` and ``sizes``.
+        """
+        x, workspace, num_tokens = self.x, self.workspace, self.x.shape[0]
+        checked_workspace(workspace, x, top_k, sizes, max_tokens_per_chunk)
+        out = output(self.out, x)
+        for first, end in chunks(num_tokens, max_tokens_per_chunk):
+            arguments = part(first, end)
+            op(*arguments, out[first:end], workspace)
+            if end - first == num_tokens:
+                self.keep(arguments, out)
         return out
 
     def keep(self, arguments: Arguments, out: Tensor) -> None:

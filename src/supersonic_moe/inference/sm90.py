@@ -27,6 +27,7 @@ from supersonic_moe.kernels.alignment import aligned
 from supersonic_moe.kernels.interface import Gate, Quantized, Rows, UpProjection
 from supersonic_moe.kernels.reference.inference import Fp8Experts
 from supersonic_moe.kernels.sm90.combine_rows import combine_rows
+from supersonic_moe.kernels.sm90.down_projection_fp8 import down_projection_fp8
 from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import grouped_mm_fp8
 from supersonic_moe.kernels.sm90.route_rows import Choices, RowTables, max_items, place_topk, route_rows
 from supersonic_moe.kernels.sm90.stream_experts import Inputs, Scratch, num_counters, plane_rows, stream_experts
@@ -159,10 +160,7 @@ def _run_undecided(call: Call, workspace: Tensor) -> None:
         call = call._replace(x=x, x_scale=x_scale)
     _stream(call, tables, base).run()
     assert call.x_scale is not None
-    token_P = _view(workspace, at.row_token, torch.int32, call.rows)
-    offsets = _view(workspace, at.offsets, torch.int32, call.choices.num_local + 1)
-    y_PH, y_shared_TH = _multiply_tiles(call.x, call.x_scale, call.layer, token_P, offsets)
-    combine_rows(y_PH, y_shared_TH, tables, call.choices.per_token, call.out)
+    _multiply_tiles(call, call.x_scale, tables, workspace)
 
 
 def _tables(call: Call, base: int) -> RowTables:
@@ -174,6 +172,7 @@ def _tables(call: Call, base: int) -> RowTables:
         items=base + at.items,
         row_slot=base + at.row_slot,
         row_token=base + at.row_token if tiles else None,
+        row_out=base + at.row_out if tiles else None,
         slot_row=base + at.slot_row,
         weights=base + at.weights,
         counters=base + at.counters,
@@ -196,26 +195,33 @@ def _stream(call: Call, tables: RowTables, base: int) -> Launch:
     )  # fmt: skip
 
 
-def _multiply_tiles(
-    x: Tensor, x_scale: Tensor, layer: Layer, token_P: Tensor, offsets: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """y of the routed rows (P, H) and of the shared expert (T, H) in bf16, through the tile kernels."""
+def _multiply_tiles(call: Call, x_scale: Tensor, tables: RowTables, workspace: Tensor) -> None:
+    """``call.out`` through the tile kernels. A token of one row has its output from the down-projection itself; a
+    shared expert gives every token a row, and its products are grouped GEMMs of one group.
+    """
+    x, layer, at, routed = call.x, call.layer, regions(*call.sizes), call.choices.routed
     gate = Gate(Activation(ActivationType.SWIGLU, limit=layer.limit), layer.order)
     recipe = Fp8Recipe(scale="pow2" if layer.pow2 else "fp32")
 
-    def multiply(experts: Fp8Experts, scale: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
+    def activations(experts: Fp8Experts, scale: Tensor, rows: Tensor, offsets: Tensor) -> Quantized:
         gathered = Rows(Quantized(x, scale.contiguous()), rows)
-        w13, w2 = Quantized(experts.w13, experts.w13_scale), Quantized(experts.w2, experts.w2_scale)
-        _, c = up_projection_fp8(UpProjection(gathered, w13, None, offsets, rows, gate, save=False), recipe)
-        return grouped_mm_fp8(Rows(c), w2, offsets)
+        w13 = Quantized(experts.w13, experts.w13_scale)
+        return up_projection_fp8(UpProjection(gathered, w13, None, offsets, rows, gate, save=False), recipe)[1]
 
-    routed = layer.experts.w13.shape[0]
+    token_P = _view(workspace, at.row_token, torch.int32, call.rows)
+    offsets = _view(workspace, at.offsets, torch.int32, call.choices.num_local + 1)
     scale = x_scale if layer.x_weight_T is None else x_scale * layer.x_weight_T.view(-1, 1)
-    y_PH = multiply(layer.experts, scale, token_P, offsets[: routed + 1])
-    if layer.shared is None:
-        return y_PH, None
-    everyone = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
-    return y_PH, multiply(layer.shared, x_scale, everyone, offsets[routed:] - offsets[routed])
+    c = activations(layer.experts, scale, token_P, offsets[: routed + 1])
+    w2 = Quantized(layer.experts.w2, layer.experts.w2_scale)
+    assert tables.row_out is not None
+    y_PH = down_projection_fp8(c, w2, offsets[: routed + 1], tables.row_out, call.out)
+    y_shared_TH = None
+    if layer.shared is not None:
+        everyone, of_shared = torch.arange(x.shape[0], dtype=torch.int32, device=x.device), offsets[routed:]
+        of_shared = of_shared - of_shared[0]
+        c = activations(layer.shared, x_scale, everyone, of_shared)
+        y_shared_TH = grouped_mm_fp8(Rows(c), Quantized(layer.shared.w2, layer.shared.w2_scale), of_shared)
+    combine_rows(y_PH, y_shared_TH, tables, call.choices.per_token, call.out)
 
 
 def _view(workspace: Tensor, start: int, dtype: torch.dtype, *shape: int) -> Tensor:

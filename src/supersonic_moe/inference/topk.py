@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from supersonic_moe import checks
-from supersonic_moe.config.activation import Activation, GateUpLayout, as_layout
+from supersonic_moe.config.activation import GateUpLayout, as_layout, check_limit
 from supersonic_moe.config.grouped_routing import MAX_TOP_K
 from supersonic_moe.inference.operands import (
     MAX_LOCAL_EXPERTS,
@@ -18,9 +18,6 @@ from supersonic_moe.inference.operands import (
     check_experts,
     check_x,
     check_x_scale,
-    checked_workspace,
-    chunks,
-    output,
 )
 from supersonic_moe.inference.ops import TopK
 from supersonic_moe.inference.replays import Request
@@ -111,8 +108,8 @@ def moe_fp8_topk(
     order = as_layout(gate_up_order)
     sizes = check_experts(w13, w2, w13_scale, w2_scale, order)
     check_x("x", x, sizes, w13)
-    scales = _activation_scales(x, x_scale, x_scale_layout)
-    _check_choices(topk_weights, topk_ids, x)
+    scales = activation_scales(x, x_scale, x_scale_layout)
+    check_choices(topk_weights, topk_ids, x)
     num_choices = topk_ids.shape[1]
     checks.flag("apply_router_weight_on_input", apply_router_weight_on_input)
     if apply_router_weight_on_input and num_choices != 1:
@@ -122,8 +119,7 @@ def moe_fp8_topk(
         )
     offset = as_offset(local_expert_offset)
     _check_placement(expert_map, offset, num_experts, x)
-    if swiglu_limit is not None:
-        Activation.swiglu_clamped(swiglu_limit)  # refuses what is no limit
+    check_limit("swiglu_limit", swiglu_limit)
     factor = as_factor(routed_scaling_factor)
     checks.flag("pow2_scales", pow2_scales)
     weights = [w13, w13_scale, w2, w2_scale]
@@ -131,22 +127,20 @@ def moe_fp8_topk(
         weights += _shared_weights(shared_expert, sizes, order, w13)
     always_on = int(shared_expert is not None)
     in_use = Sizes(sizes.num_local + always_on, sizes.hidden, sizes.intermediate)
-    checked_workspace(workspace, x, num_choices + always_on, in_use, max_tokens_per_chunk)
-    out = output(out, x)
     x, topk_weights, topk_ids = x.contiguous(), topk_weights.contiguous(), topk_ids.contiguous()
-    for first, end in chunks(x.shape[0], max_tokens_per_chunk):
-        arguments = TopK(
+
+    def part(first: int, end: int) -> TopK:
+        return TopK(
             x[first:end], None if scales is None else scales[first:end], weights, topk_weights[first:end],
             topk_ids[first:end], expert_map, offset, num_experts, factor,
             order.value, swiglu_limit, apply_router_weight_on_input, pow2_scales,
         )  # fmt: skip
-        torch.ops.supersonic_moe.moe_fp8_topk.default(*arguments, out[first:end], workspace)
-        if end - first == x.shape[0]:
-            request.keep(arguments, out)
-    return out
+
+    op = torch.ops.supersonic_moe.moe_fp8_topk.default
+    return request.compute(op, part, num_choices + always_on, in_use, max_tokens_per_chunk)
 
 
-def _activation_scales(x: Tensor, x_scale: Tensor | None, layout: str) -> Tensor | None:
+def activation_scales(x: Tensor, x_scale: Tensor | None, layout: str) -> Tensor | None:
     """The (T, H / 128) scales of e4m3 x, or None for bf16 x."""
     if x.dtype is torch.bfloat16:
         if x_scale is not None:
@@ -159,7 +153,7 @@ def _activation_scales(x: Tensor, x_scale: Tensor | None, layout: str) -> Tensor
     return check_x_scale("x_scale", x_scale, layout, x)
 
 
-def _check_choices(weights: Tensor, ids: Tensor, x: Tensor) -> None:
+def check_choices(weights: Tensor, ids: Tensor, x: Tensor) -> None:
     checks.ids("topk_ids", ids, 2)
     checks.size("topk_ids", "one row per token,", ids.shape[0], x.shape[0], "the rows of x")
     if ids.shape[1] > MAX_TOP_K:

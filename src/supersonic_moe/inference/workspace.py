@@ -8,8 +8,8 @@ them padded:
 | region | bytes |
 |---|---|
 | counters and items | 32 + 4 H / 128 + P / 16, and 20 + 4 ceil(I / 128) for each item |
-| tables of experts | 532 E_local |
-| row -> slot, row -> token, slot -> row, slot -> weight | 16 R |
+| tables of experts | 1060 E_local |
+| row -> slot, row -> token and weight, slot -> row, slot -> weight | 24 R |
 | x of each streamed row | P H (1 + 4/128) |
 | c in fp32, then in e4m3 | 4 P I + P I (1 + 4/128) |
 | y of each streamed row in fp32 | 4 P H |
@@ -36,7 +36,7 @@ ALIGNMENT = 256  # of the buffer and of each region: TMA wants 16 bytes, a DRAM 
 ITEM_ROWS = 128  # kernels/sm90/route_rows.py
 STREAMED_ROWS = 256  # of an expert, on average: more are never streamed
 ROW_GROUP, COLUMNS_BEHIND, GATHER_ROWS = 8, 24, 64  # kernels/sm90/route_rows.py, stream_experts.py
-COUNTING_BLOCKS = 132  # of the routing kernel for many tokens
+COUNTING_BLOCKS = 264  # of the routing kernel for many tokens
 
 
 class Regions(NamedTuple):
@@ -48,6 +48,7 @@ class Regions(NamedTuple):
     counts: int
     row_slot: int
     row_token: int
+    row_out: int
     slot_row: int
     weights: int
     x_rows: int
@@ -69,13 +70,7 @@ def workspace_bytes(num_tokens: int, top_k: int, hidden: int, intermediate: int,
         intermediate: I of this rank.
     """
     checks.non_negative("num_tokens", num_tokens)
-    for name, value in (
-        ("top_k", top_k),
-        ("hidden", hidden),
-        ("intermediate", intermediate),
-        ("num_local_experts", num_local_experts),
-    ):
-        checks.positive(name, value)
+    checks.positive_sizes(top_k=top_k, hidden=hidden, intermediate=intermediate, num_local_experts=num_local_experts)
     return regions(num_tokens, top_k, hidden, intermediate, num_local_experts).end
 
 
@@ -103,6 +98,7 @@ def regions(num_tokens: int, top_k: int, hidden: int, intermediate: int, num_loc
         4 * COUNTING_BLOCKS * num_local,
         4 * max(rows, padded),
         4 * rows if token_major else 0,
+        8 * rows if token_major else 0,
         4 * rows,
         4 * rows,
         padded * hidden,

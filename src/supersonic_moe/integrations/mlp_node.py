@@ -68,9 +68,9 @@ class SonicMoEMlpNode:
         backend: str = "auto",
         validate: bool = False,
     ) -> None:
-        sizes = {"n_experts": n_experts, "hidden_size": hidden_size, "intermediate_size": intermediate_size}
-        for name, value in (sizes | {"tile": tile}).items():
-            checks.positive(name, value)
+        checks.positive_sizes(
+            n_experts=n_experts, hidden_size=hidden_size, intermediate_size=intermediate_size, tile=tile
+        )
         self.experts, self.n_experts, self.hidden_size = experts, n_experts, hidden_size
         self.intermediate_size, self.transposed, self.tile = intermediate_size, transposed, tile
         self.activation, self.layout, self.recipe = as_activation(activation), as_layout(layout), as_recipe(recipe)

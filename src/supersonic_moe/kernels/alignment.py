@@ -44,7 +44,7 @@ def aligned_tensor(name: str, t: Tensor) -> Tensor:
         "copying %s %s: address %#x, strides %s; kernels load from multiples of %d bytes",
         name, tuple(t.shape), t.data_ptr(), t.stride(), ALIGNMENT,
     )  # fmt: skip
-    if _turned(t):
+    if is_turned(t):
         return t.mT.clone(memory_format=torch.contiguous_format).mT
     return t.clone(memory_format=torch.contiguous_format)
 
@@ -52,6 +52,13 @@ def aligned_tensor(name: str, t: Tensor) -> Tensor:
 def is_plain(t: Tensor) -> bool:
     """Whether a kernel can write to ``t`` as to memory of its own."""
     return t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0
+
+
+def is_turned(t: Tensor) -> bool:
+    """Whether a weight is a transposed view. Some kernels take these another way, so a copy has to be one too, and its
+    gradient is wanted in the same order.
+    """
+    return t.dim() == 3 and t.stride(2) != 1 and t.stride(1) == 1
 
 
 def _fits(t: Tensor) -> bool:
@@ -62,13 +69,8 @@ def _steps_fit(t: Tensor) -> bool:
     """Whether one dimension is contiguous, of a weight any of the last two, and the others step by multiples of 16
     bytes. What is contiguous altogether has such steps: backends that need them take multiples of 8 for H and I only.
     """
-    unit = t.dim() - (2 if _turned(t) else 1)
+    unit = t.dim() - (2 if is_turned(t) else 1)
     return t.stride(unit) == 1 and all(
         d == unit or n == 1 or step * t.element_size() % ALIGNMENT == 0
         for d, (n, step) in enumerate(zip(t.shape, t.stride(), strict=True))
     )
-
-
-def _turned(t: Tensor) -> bool:
-    """Whether a weight is a transposed view. Some kernels take these another way, so a copy has to be one too."""
-    return t.dim() == 3 and t.stride(2) != 1 and t.stride(1) == 1

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -16,6 +17,16 @@ from supersonic_moe.parallel.watch import Watch
 
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """torch 2.13 calls it by its first name, and warns of the other, which is all that older ones have."""
+
+
+class Ranks(Protocol):
+    """How rows come from one rank to another."""
+
+    def gather(self, rows_TC: Tensor, places: int, empty: int, call: int, phase: str) -> Tensor: ...
+
+    def exchange(
+        self, rows_SC: Tensor, call: int, phase: str, sent: Sequence[int] | None, received: Sequence[int] | None
+    ) -> Tensor: ...
 
 
 class Collectives:
@@ -35,8 +46,9 @@ class Collectives:
         self._run(call, phase, rows_SC.device, dist.all_to_all_single, _bytes(rows_UC), _bytes(rows_SC), received, sent)
         return rows_UC
 
-    def gather(self, rows_MC: Tensor, call: int, phase: str) -> Tensor:
-        """(R·M, C): the M rows of each rank, in order of ranks."""
+    def gather(self, rows_TC: Tensor, places: int, empty: int, call: int, phase: str) -> Tensor:
+        """(R·places, C): the rows of each rank, in order of ranks, each followed by rows of ``empty``."""
+        rows_MC = F.pad(rows_TC, (0, 0, 0, places - rows_TC.shape[0]), value=empty)
         rows_UC = rows_MC.new_empty(rows_MC.shape[0] * dist.get_world_size(self.group), rows_MC.shape[1])
         self._run(call, phase, rows_MC.device, _all_gather, _bytes(rows_UC), _bytes(rows_MC))
         return rows_UC

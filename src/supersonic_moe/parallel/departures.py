@@ -74,8 +74,8 @@ def _needed(ids_TK: Tensor, num_experts: int, ranks: int) -> tuple[Tensor, Tenso
 
 
 def in_fixed_places(found: Departures, capacity: int) -> Departures:
-    """The same with ``capacity`` places for each rank, R·capacity in all: those for rank d start at d·capacity. Copies
-    that find no place are left out.
+    """The same with ``capacity`` places for each rank, R·capacity in all: those for rank d start at d·capacity. A copy
+    that finds no place is not sent. Its token gets back what the copy in the last place does: NaN (``overflow.py``).
     """
     tokens_R, ranks = found.tokens_R, found.tokens_R.shape[0]
     shift_R = torch.arange(ranks, device=tokens_R.device, dtype=torch.int32) * capacity - (
@@ -83,13 +83,15 @@ def in_fixed_places(found: Departures, capacity: int) -> Departures:
     )
     shift_R = shift_R.to(torch.int32)
     place_TR = found.copy_TR + shift_R
-    end_R = torch.arange(1, ranks + 1, device=tokens_R.device) * capacity
-    placed_TR = torch.where((found.copy_TR >= 0) & (place_TR < end_R), place_TR, -1)
-    token_TR = torch.arange(placed_TR.shape[0], device=tokens_R.device, dtype=torch.int32)[:, None].expand_as(placed_TR)
+    end_R = torch.arange(1, ranks + 1, device=tokens_R.device, dtype=torch.int32) * capacity
+    needed_TR = found.copy_TR >= 0
+    sent_TR = needed_TR & (place_TR < end_R)
+    token_TR = torch.arange(sent_TR.shape[0], device=tokens_R.device, dtype=torch.int32)[:, None].expand_as(sent_TR)
     places = token_TR.new_full((ranks * capacity + 1,), -1)
-    places.scatter_(0, torch.where(placed_TR >= 0, placed_TR, ranks * capacity).view(-1).long(), token_TR.reshape(-1))
+    places.scatter_(0, torch.where(sent_TR, place_TR, ranks * capacity).view(-1).long(), token_TR.reshape(-1))
+    copy_TR = torch.where(needed_TR, torch.minimum(place_TR, end_R - 1), -1)
     rank_TK = torch.where(
         found.copy_TK >= 0, torch.searchsorted(tokens_R.cumsum(0), found.copy_TK.long(), right=True), ranks
     )
-    copy_TK = F.pad(placed_TR, (0, 1), value=-1).gather(1, rank_TK)
-    return found._replace(token_M=places[:-1], copy_TR=placed_TR, copy_TK=copy_TK)
+    copy_TK = F.pad(copy_TR, (0, 1), value=-1).gather(1, rank_TK)
+    return found._replace(token_M=places[:-1], copy_TR=copy_TR, copy_TK=copy_TK)

@@ -35,22 +35,21 @@ from supersonic_moe.autocast import autocast_dtype
 from supersonic_moe.autograd import apply
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe
-from supersonic_moe.config.router import TokenRounding, TopKRouter, as_router
-from supersonic_moe.functional import LayerOutput, RouterWeight
+from supersonic_moe.config.router import TokenRounding, TopKRouter
+from supersonic_moe.functional import LayerOutput, RouterWeight, Selection
 from supersonic_moe.parallel import fp8_wire
 from supersonic_moe.parallel.collectives import Collectives, group_of, name_of
 from supersonic_moe.parallel.departures import Departures, departures, departures_everywhere, in_fixed_places
 from supersonic_moe.parallel.overflow import Overflow
-from supersonic_moe.parallel.traffic import share_of_ranks, traffic
+from supersonic_moe.parallel.traffic import described
+from supersonic_moe.parallel.transport import TRANSPORTS, choose
 from supersonic_moe.parallel.trip import Combine, Dispatch, Trip
 from supersonic_moe.parallel.watch import ExpertParallelError, Watch
 from supersonic_moe.private_api import default_store
+from supersonic_moe.quantization.block_format import blocks
 from supersonic_moe.routing.plan import plan_from_topk
-from supersonic_moe.routing.topk import route
 from supersonic_moe.training.options import ExpertOptions, Options, lists_options
-from supersonic_moe.training.router_linear import linear_in, router_linear
 
-TRANSPORTS = ("all_to_all", "gather")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -86,10 +85,14 @@ class ExpertParallel:
             size and nothing waits for the host, so that a call can be captured in a CUDA graph. If more would go,
             nothing is dropped silently: on a CPU the call raises on every rank; on a GPU its outputs are NaN and the
             eighth call after it, or ``check()``, raises on every rank.
-        transport: ``"all_to_all"`` sends each token to the ranks that need it. ``"gather"`` sends all tokens to all
-            ranks, as if each had ``max_tokens``: nothing waits for the host, no number can be too small, and a call can
-            be captured in a CUDA graph. For few ranks, where most tokens need most of them anyway, and for steps whose
-            tokens are near ``max_tokens``. Buffers have R·max_tokens rows, those inside the experts K times as many.
+        transport: ``"all_to_all"`` sends each token to the ranks that need it, by collectives. ``"gather"`` sends all
+            tokens to all ranks, as if each had ``max_tokens``: nothing waits for the host, no number can be too small,
+            and a call can be captured in a CUDA graph. For few ranks, where most tokens need most of them anyway, and
+            for steps whose tokens are near ``max_tokens``. Buffers have R·max_tokens rows, those inside the experts K
+            times as many. Where each rank has a Hopper GPU that reaches the memory of all others (one host, NCCL),
+            copy engines carry them, else collectives. ``"auto"`` takes such copies where they are possible, capacity
+            is exact and at least 80 % of the tokens need any given rank, else ``"all_to_all"``. ``explain()`` says
+            which, and why.
         wire: how x and the gradient of the output travel. ``"exact"`` is in their own dtype; ``"fp8"``, for layers with
             an ``Fp8Recipe`` with ``scale="pow2"`` or ``wgrad="bf16"``, as the experts would quantize them: half of the
             bytes, the same bits of outputs and gradients of x. Parts go back in the dtype of x.
@@ -105,7 +108,7 @@ class ExpertParallel:
         hidden: int,
         max_tokens: int,
         capacity: int | Literal["exact"] = "exact",
-        transport: Literal["all_to_all", "gather"] = "all_to_all",
+        transport: Literal["auto", "all_to_all", "gather"] = "auto",
         wire: Literal["exact", "fp8"] = "exact",
         timeout_s: float = 300.0,
     ) -> None:
@@ -131,6 +134,8 @@ class ExpertParallel:
                 "ranks. Add experts, or use fewer ranks."
             )
         self.num_experts, self.top_k, self.hidden, self.max_tokens = num_experts, top_k, hidden, max_tokens
+        if transport == "auto" and capacity != "exact":
+            transport = "all_to_all"
         self.capacity, self.transport, self.wire, self.timeout_s = capacity, transport, wire, timeout_s
         self.experts_here = num_experts // self.size
         """E / R"""
@@ -140,8 +145,13 @@ class ExpertParallel:
             name = self._agree()
             what = f"expert parallel group {name_of(self.group)!r} ({self.size} ranks)"
             self._watch = Watch(what, self.rank, self.size, default_store(name), timeout_s)
-            self._ranks = Collectives(self.group, self._watch)
-            self._overflow = None if capacity == "exact" else Overflow(self._ranks, capacity)
+            collectives = Collectives(self.group, self._watch)
+            row_bytes = max(2 * hidden, 8 * top_k + 4 * blocks(hidden))  # of x in 16 bits; of ids, scores, scales
+            sizes = {"num_experts": num_experts, "top_k": top_k, "places": max_tokens, "row_bytes": row_bytes}
+            found = choose(transport, collectives, self._watch, **sizes)
+            self.transport, self._ranks, self._how = found
+            self._overflow = None if capacity == "exact" else Overflow(collectives, capacity)
+            self._collectives = collectives
 
     def _agree(self) -> str:
         """A name that this object has on all ranks, after they have compared their arguments."""
@@ -168,51 +178,29 @@ class ExpertParallel:
         router_or_logits: RouterWeight | Callable[[Tensor], Tensor],
         w1: Tensor,
         w2: Tensor,
-        num_experts_per_tok: int,
-        router: TopKRouter | TokenRounding | str,
-        correction_bias: Tensor | None,
-        rounding_step: Tensor | int,
-        token_mask_T: Tensor | None,
+        selection: Selection,
         options: ExpertOptions,
     ) -> LayerOutput:
         """``functional.run_layer`` with the router of all experts and the weights of those of this rank, ``w1``
         (E/R, N1, H) and ``w2`` (E/R, H, I). ``expert_counts`` (E,) are choices of the tokens here.
         """
-        k, policy = num_experts_per_tok, as_router(router)
         if self.size == 1:
             w1, w2, options = _local(w1), _local(w2), _local_biases(options)
-            return functional.run_layer(
-                x_TH, router_or_logits, w1, w2, k, policy, correction_bias, rounding_step, token_mask_T, options
-            )
-        self.check_layer(self.num_experts, k, self.hidden, policy)
-        assert not isinstance(policy, TokenRounding)
-        if token_mask_T is not None:
-            checks.token_mask("token_mask", token_mask_T, x_TH)
-            x_TH = x_TH.masked_fill(~token_mask_T[:, None], 0)  # what stands there would reach the router's gradient
-        logits_TE, x_TH = self._logits(x_TH, router_or_logits)
+            return functional.run_layer(x_TH, router_or_logits, w1, w2, selection, options)
+        router = selection.router
+        self.check_layer(self.num_experts, selection.num_experts_per_tok, self.hidden, router)
+        assert not isinstance(router, TokenRounding)
+        if selection.token_mask_T is not None:
+            x_TH = selection.without_padding(x_TH)
+        if isinstance(router_or_logits, RouterWeight):
+            router_or_logits = router_or_logits._replace(weight_EH=_local(router_or_logits.weight_EH))
+        logits_TE, x_TH = functional.router_logits(x_TH, self._checked_x(x_TH), router_or_logits, self.num_experts)
         if options.get("validate"):
             checks.finite_logits(logits_TE)
-        backend = "reference" if options.get("backend") == "reference" else "auto"
-        scores_TK, ids_TK = route(logits_TE, k, policy, correction_bias=correction_bias, backend=backend)
-        if token_mask_T is not None:
-            ids_TK = ids_TK.masked_fill(~token_mask_T[:, None], -1)
+        scores_TK, ids_TK = selection.top_k(logits_TE, router, options.get("backend", "auto"))
         found = self._departures(ids_TK)
         out_TH = self._experts(x_TH, scores_TK, found, w1, w2, options)
         return LayerOutput(out_TH, logits_TE, found.rows_E.to(torch.int32), ids_TK)
-
-    def _logits(self, x_TH: Tensor, router: RouterWeight | Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """(logits (T, E), x for the experts)."""
-        x = self._checked_x(x_TH)
-        if not isinstance(router, RouterWeight):
-            logits_TE = router(x_TH)
-            shape = (x_TH.shape[0], self.num_experts)
-            checks.size("the router's output", "shape", tuple(logits_TE.shape), shape, "tokens of x, all experts")
-            return logits_TE, x
-        weight_EH, dtype = _local(router.weight_EH), router.dtype
-        checks.size("router_weight", "shape", tuple(weight_EH.shape), (self.num_experts, self.hidden), "(E, H)")
-        if dtype is not None:
-            return linear_in(x_TH, weight_EH, dtype), x
-        return router_linear(x, weight_EH.to(x.dtype))
 
     @lists_options
     def experts(
@@ -249,7 +237,7 @@ class ExpertParallel:
         checks.size("w1", "hidden size (last dimension)", w1.shape[2], self.hidden, "hidden of the ExpertParallel")
         options = _local_biases(options)
         inference = bool(options.get("inference"))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not inference):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not inference), self._watch.telling():
             if self.wire == "fp8":
                 return self._experts_fp8(x_TH, scores_TK, found, w1, w2, Options.read(options))
             got = self._dispatch(x_TH, scores_TK, found)
@@ -335,7 +323,7 @@ class ExpertParallel:
         signature += grad and scores_TK.requires_grad
         common = found.rows_E.new_tensor([self._calls, signature, x_TH.shape[0]])
         mine = torch.cat((common.expand(ranks, 3), found.tokens_R.long()[:, None], found.rows_E.view(ranks, here)), 1)
-        theirs = self._ranks.exchange(mine, self._calls, "forward dispatch", None, None)
+        theirs = self._collectives.exchange(mine, self._calls, "forward dispatch", None, None)
         host = torch.cat((found.tokens_R.long(), theirs.view(-1))).tolist()
         sent, told = host[:ranks], [host[i : i + 4 + here] for i in range(ranks, len(host), 4 + here)]
         self._check_told(told, (self._calls, signature, x_TH.shape[0]))
@@ -368,7 +356,7 @@ class ExpertParallel:
         return Trip(self._ranks, self._calls, *places, sent, received, gathers, self.first_expert, self.experts_here)
 
     def _departures(self, ids_TK: Tensor) -> Departures:
-        if self.transport == "all_to_all":
+        if self.transport != "gather":
             return departures(ids_TK, self.num_experts, self.size)
         if (tokens := ids_TK.shape[0]) > self.max_tokens:
             error = ValueError(
@@ -388,10 +376,7 @@ class ExpertParallel:
         )
         if self.size == 1:
             return f"{here}\ntransport: none, a group of one rank runs the plain layer"
-        backend = dist.get_backend(self.group)
         sizes = (self.max_tokens, self.hidden, self.num_experts, self.top_k, self.size)
-        sent = traffic(*sizes, self.wire, gathers=self.transport == "gather")
-        share = share_of_ranks(self.num_experts, self.top_k, self.size)
         places = "as many as needed: the host waits once in each forward"
         if self.transport == "gather":
             places = f"{self.max_tokens} for each rank: no wait for the host"
@@ -400,13 +385,10 @@ class ExpertParallel:
         return "\n".join(
             (
                 here,
-                f"transport: {self.transport}, by collectives of torch.distributed ({backend}), on any number of nodes",
+                f"transport: {self.transport}, {self._how}",
                 f"wire: x and gradients of outputs {'in e4m3' if self.wire == 'fp8' else 'in their own dtype'}",
                 f"places: {places}",
-                f"for {self.max_tokens} tokens, of which each rank gets {share:.1%}, a rank sends, in MB,",
-                f"  forward   x, ids, scores {sent.dispatch / 1e6:.3g}, partial outputs {sent.combine / 1e6:.3g}",
-                f"  backward  dout {sent.dispatch_backward / 1e6:.3g}, partial dx and dscores "
-                f"{sent.combine_backward / 1e6:.3g}",
+                described(*sizes, self.wire, gathers=self.transport == "gather"),
                 f"limit of a wait: {self.timeout_s:g} s",
             )
         )

@@ -1,8 +1,9 @@
 """Fixed places for tokens that travel, and what happens if there are too few: it is never silent.
 
 All ranks learn the largest number that any of them has for another. On a CPU each looks at it and raises at once. A GPU
-is not waited for: scores become NaN there, and with them all outputs of the call, and the host looks at the number some
-calls later, when it is there in any case. All ranks look at the same call, so all of them raise or none.
+is not waited for: scores become NaN there, and with them the outputs of all tokens that have an expert, sent or not
+(``departures.py``); the host looks at the number some calls later, when it is there in any case. All ranks look at the
+same call, so all of them raise or none.
 """
 
 from __future__ import annotations

@@ -34,3 +34,15 @@ def traffic(
     copies = tokens * (ranks - 1) * (1 if gathers else share_of_ranks(num_experts, top_k, ranks))
     row = hidden + 4 * blocks(hidden) if wire == "fp8" else 2 * hidden
     return Traffic(copies * (row + 8 * top_k), copies * 2 * hidden, copies * row, copies * (2 * hidden + 4 * top_k))
+
+
+def described(
+    tokens: int, hidden: int, num_experts: int, top_k: int, ranks: int, wire: str, *, gathers: bool = False
+) -> str:
+    sent = traffic(tokens, hidden, num_experts, top_k, ranks, wire, gathers=gathers)
+    share = share_of_ranks(num_experts, top_k, ranks)
+    return (
+        f"for {tokens} tokens, of which each rank needs {share:.1%}, a rank sends, in MB,\n"
+        f"  forward   x, ids, scores {sent.dispatch / 1e6:.3g}, partial outputs {sent.combine / 1e6:.3g}\n"
+        f"  backward  dout {sent.dispatch_backward / 1e6:.3g}, partial dx and dscores {sent.combine_backward / 1e6:.3g}"
+    )

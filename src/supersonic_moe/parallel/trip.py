@@ -13,17 +13,16 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from supersonic_moe.autograd import refuse_second_derivatives
 from supersonic_moe.kernels import registry
 from supersonic_moe.kernels.interface import TokenRows
-from supersonic_moe.parallel.collectives import Collectives
+from supersonic_moe.parallel.collectives import Ranks
 
 
 class Trip(NamedTuple):
-    ranks: Collectives
+    ranks: Ranks
     call: int
     token_S: Tensor
     """int32 token of each copy sent; -1 for an empty place."""
@@ -49,8 +48,7 @@ class Trip(NamedTuple):
         if self.gathers:
             places = self.token_S.shape[0] // self.copy_TR.shape[1]
             empty = -1 if rows_TC.dtype is torch.int32 else 0
-            rows_MC = F.pad(rows_TC, (0, 0, 0, places - rows_TC.shape[0]), value=empty)
-            return self.ranks.gather(rows_MC, self.call, phase)
+            return self.ranks.gather(rows_TC, places, empty, self.call, phase)
         if self.sent is not None:
             rows_SC = rows_TC.index_select(0, self.token_S)
         elif rows_TC.shape[0]:

@@ -8,11 +8,16 @@ A collective that never ends says nothing about its cause. So every rank reports
 A rank whose wait fails or exceeds the limit reads the reports of the others twice. Who is not in the same phase of the
 same call is named; who has not reported in between is called dead. A wait on the CPU ends in an exception at once. Work
 on a CUDA stream is awaited by nobody, so the thread looks after it: it logs the sentence, aborts the process group
-(which ends a collective that hangs), and the next call raises.
+(which ends a collective that hangs), and the next call raises. Of flags in GPU memory the GPU itself keeps the limit,
+and leaves the reason where the thread finds it.
+
+A rank that leaves, or that cannot go on because of an error of its own, says so in the store. Who waits for it is told
+at the next report, and does not wait for the limit.
 """
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import json
 import logging
@@ -20,11 +25,15 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from supersonic_moe.kernels.sm90.exchange_flags import OTHER_CALL, STOPPED, ExchangeFlags, Failure
 
 log = logging.getLogger("supersonic_moe")
 
@@ -34,7 +43,11 @@ LONGEST_END_S = 5.0  # a thread that asks a store whose host is gone may take mi
 BEATS_OF_SILENCE = 3
 """A rank that has not reported for so long is dead, or its host is too busy to run a thread."""
 
+PHASES = ("forward dispatch", "forward combine", "backward dispatch", "backward combine")
 _FAILED = " has failed: "
+_GONE = "gone"
+_LIMIT = "ExpertParallel(timeout_s=...) sets the limit."
+_ROW_BITS = 29
 
 
 class ExpertParallelError(RuntimeError):
@@ -64,6 +77,15 @@ class _Started(NamedTuple):
     activity: Activity
 
 
+def carried(phase: str, row_bytes: int) -> int:
+    """What an exchange carries, in 32 bits."""
+    return PHASES.index(phase) << _ROW_BITS | row_bytes
+
+
+def _description(carried: int) -> str:
+    return f"the {PHASES[carried >> _ROW_BITS & 3]} with rows of {carried % (1 << _ROW_BITS)} bytes"
+
+
 class Watch:
     """The waits of one rank of one group.
 
@@ -79,20 +101,28 @@ class Watch:
         self.activity = Activity(0, "", False)
         self.failure: str | None = None
         """Why no further call can work."""
-        self._store, self._started = store, deque[_Started]()
+        self._reports, self._started = Reports(store, rank), deque[_Started]()
         self._group: dist.ProcessGroup | None = None
+        self.flags: ExchangeFlags | None = None
+        """On the GPU, of ranks that reach each other's memory."""
         self.beat_s = min(LONGEST_BEAT_S, limit_s / BEATS_IN_A_LIMIT)
         stop = threading.Event()
-        thread = threading.Thread(target=_look_after, args=(weakref.ref(self), stop, self.beat_s), daemon=True)
-        self._end = weakref.finalize(self, _end, stop, thread)  # runs at exit, too, while threads may still end
+        arguments = (weakref.ref(self), stop, self.beat_s, self._reports)
+        thread = threading.Thread(target=_look_after, args=arguments, daemon=True)
+        self._end = weakref.finalize(
+            self, _end, stop, thread, self._reports
+        )  # at exit, too, while threads may still end
+        atexit.register(self._reports.is_final)
         thread.start()
 
     def close(self) -> None:
         """No more reports; the last one says that this rank is gone on purpose. May be called twice."""
         if self._end.alive:
+            with suppress(RuntimeError):
+                self.finish()  # others may still wait for what has been enqueued
+            self._reports.is_final()
             self._end()
             self.failure = self.failure or f"{self.what} is closed; make a new ExpertParallel."
-            self._tell("left", "closed")
 
     # ---- waiting -----------------------------------------------------------------------------------------------------
 
@@ -110,14 +140,20 @@ class Watch:
 
     def finish(self) -> None:
         """Wait for the device; raises as ``enter`` does."""
-        for started in list(self._started):
-            started.end.synchronize()
+        try:
+            for started in list(self._started):
+                started.end.synchronize()
+            if self.flags is not None:
+                self.flags.synchronize()
+        except RuntimeError as error:
+            self.explain(error)
+            raise
         self.check()
 
     def wait(self, work: Any, group: dist.ProcessGroup, device: torch.device) -> None:
         """The end of a collective: for the host on a CPU, for the stream on a GPU."""
         if device.type != "cuda":
-            work.wait(timedelta(seconds=self.limit_s))
+            self._wait_on_host(work)
             return
         work.wait()
         if not torch.cuda.is_current_stream_capturing():
@@ -126,6 +162,19 @@ class Watch:
             self._group = group
             self._started.append(_Started(end, time.monotonic(), self.activity))
 
+    def _wait_on_host(self, work: Any) -> None:
+        """Looks now and then whether a rank has gone; what it sent before may still be under way, so it looks twice."""
+        end, gone = time.monotonic() + self.limit_s, False
+        while True:
+            try:
+                work.wait(timedelta(seconds=min(2 * self.beat_s, max(0.001, end - time.monotonic()))))
+            except RuntimeError:
+                if gone or work.is_completed() or time.monotonic() >= end:
+                    raise
+                gone = self._reports.gone() is not None
+            else:
+                return
+
     def leave(self) -> None:
         self.activity = self.activity._replace(inside=False)
 
@@ -133,64 +182,98 @@ class Watch:
         """The error of a wait that ended in ``error``, or did not end, after so many ``seconds``."""
         return ExpertParallelError(self._fail(self.activity, error, seconds))
 
+    def explain(self, error: RuntimeError) -> None:
+        """Raises ExpertParallelError if a wait of the GPU has failed, which any call may then show as a CUDA error."""
+        if self._look():
+            raise ExpertParallelError(self.failure) from error
+
+    def _look(self) -> bool:
+        """Whether no further call can work."""
+        if self.failure is None and self.flags is not None and (found := self.flags.failure()) is not None:
+            self._failed(Activity(found.call, PHASES[found.phase], True), self._of_device(found))
+        return self.failure is not None
+
     def tell(self, error: Exception) -> None:
         """No further call can work because of an error of this rank alone: let the others know, who wait."""
-        self.failure = str(error)
-        self._tell("failed", json.dumps((self.activity, self.failure)))
+        self._failed(self.activity, str(error))
+        self._reports.go()
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Tells the others if this rank cannot go on, for want of memory for instance. ValueError and TypeError are of
+        arguments: a caller may go on after them, as all ranks do where all have raised.
+        """
+        try:
+            yield
+        except (ValueError, TypeError, ExpertParallelError):
+            raise
+        except Exception as error:
+            self.tell(error)
+            raise
 
     def _fail(self, activity: Activity, error: Exception | None, seconds: float) -> str:
-        self.failure = self._sentence(activity, error, seconds)
-        self._tell("failed", json.dumps((activity, self.failure)))
-        return self.failure
+        return self._failed(activity, self._sentence(activity, error, seconds))
+
+    def _failed(self, activity: Activity, sentence: str) -> str:
+        self.failure = sentence
+        self._reports.tell("failed", json.dumps((activity, sentence)))
+        return sentence
 
     # ---- what ranks know of each other -------------------------------------------------------------------------------
 
-    def _tell(self, kind: str, text: str) -> None:
-        if self._store is not None:
-            try:
-                self._store.set(f"{kind}/{self.rank}", text)
-            except RuntimeError:  # the process that holds the store is gone
-                self._store = None
-
-    def _told(self, kind: str, rank: int) -> str | None:
-        """What a rank has told, if anything; never waits for it."""
-        if self._store is None:
-            return None
-        key = f"{kind}/{rank}"
-        try:
-            return self._store.get(key).decode() if self._store.check([key]) else None
-        except RuntimeError:
-            self._store = None
-            return None
-
     def _sentence(self, mine: Activity, error: Exception | None, seconds: float) -> str:
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        before = {rank: self._told("alive", rank) for rank in others}
-        time.sleep(BEATS_OF_SILENCE * self.beat_s)
         late = seconds >= 0.99 * self.limit_s
         what = f"waited {seconds:.3g} s" if late else f"failed after {seconds:.3g} s"
-        sentences = [f"{self.what}: rank {self.rank} {what} {mine}."]
-        if self._store is None:
-            sentences.append("Nothing is known of the other ranks: the store of torch.distributed is gone.")
-        else:
-            found = [self._about(rank, before[rank], mine) for rank in others]
-            found = [s for s in found if s] or ["All ranks are there: the network between them is slow or broken."]
-            failures = [s for s in found if _FAILED in s][1:]  # one of them says it all
-            sentences += [s for s in found if s not in failures]
+        others = self._about_all(mine, [rank for rank in range(self.size) if rank != self.rank])
+        others = others or "All ranks are there: the network between them is slow or broken."
+        sentences = [f"{self.what}: rank {self.rank} {what} {mine}.", others]
         if late:
-            sentences.append("ExpertParallel(timeout_s=...) sets the limit.")
-        elif error is not None:
+            sentences.append(_LIMIT)
+        elif error is not None and _FAILED not in others:
             sentences.append(f"torch says: {str(error).splitlines()[0]}")
         return " ".join(sentences)
 
+    def _of_device(self, found: Failure) -> str:
+        mine = Activity(found.call, PHASES[found.phase], True)
+        start = f"{self.what}: rank {self.rank}"
+        if found.why == OTHER_CALL:
+            return (
+                f"{start} is in call {found.call}, {_description(found.wanted)}; rank {found.peer} is in "
+                f"{_description(found.seen)}. Run the same layers and steps on every rank."
+            )
+        if found.why == STOPPED:
+            return f"{start} stopped {mine}, because rank {found.peer} cannot go on. {self._failure_of(found.peer)}"
+        about = self._about_all(mine, [found.peer]) or "Its host has come as far: its GPU is busy, or stuck."
+        waited = f"waited {self.limit_s:.3g} s {mine} for rank {found.peer}"
+        return f"{start} {waited} (exchange {found.wanted} expected, {found.seen} seen). {about} {_LIMIT}"
+
+    def _failure_of(self, rank: int) -> str:
+        """Why ``rank`` has told others to stop. It may still be looking for its own reason."""
+        end = time.monotonic() + 2 * BEATS_OF_SILENCE * self.beat_s
+        while (told := self._reports.told("failed", rank)) is None and time.monotonic() < end:
+            time.sleep(self.beat_s / 4)
+        if told is None:
+            return "It has closed its ExpertParallel, its process has ended, or its log says why."
+        return f"Rank {rank}{_FAILED}{json.loads(told)[1]}"
+
+    def _about_all(self, mine: Activity, ranks: Sequence[int]) -> str:
+        """Sentences about those of ``ranks`` that do not come."""
+        before = {rank: self._reports.told("alive", rank) for rank in ranks}
+        time.sleep(BEATS_OF_SILENCE * self.beat_s)
+        if self._reports.store is None:
+            return "Nothing is known of the other ranks: the store of torch.distributed is gone."
+        found = [s for rank in ranks if (s := self._about(rank, before[rank], mine))]
+        failures = [s for s in found if _FAILED in s][1:]  # one of them says it all
+        return " ".join(s for s in found if s not in failures)
+
     def _about(self, rank: int, before: str | None, mine: Activity) -> str:
         """Why it is this rank that does not come; empty if it has come."""
-        if self._told("left", rank) is not None:
-            return f"Rank {rank} has closed its ExpertParallel."
-        if (told := self._told("failed", rank)) is not None:
+        if (told := self._reports.told("failed", rank)) is not None:
             activity, failure = json.loads(told)
             return "" if Activity(*activity) == mine else f"Rank {rank}{_FAILED}{failure}"
-        now = self._told("alive", rank)
+        if self._reports.told("left", rank) is not None:
+            return f"Rank {rank} has closed its ExpertParallel, or its process has ended."
+        now = self._reports.told("alive", rank)
         if now is None:
             return f"Rank {rank} has never reported."
         activity = Activity(*json.loads(now)[1])
@@ -202,31 +285,89 @@ class Watch:
 
     # ---- the thread --------------------------------------------------------------------------------------------------
 
-    def beat(self, number: int) -> None:
-        self._tell("alive", json.dumps((number, self.activity)))
+    def beat(self, gone: int | None) -> None:
+        """``gone``: a rank that serves no further wait."""
+        if self.flags is not None and self.failure is None:
+            if gone is not None:
+                self.flags.stop(gone)
+            if self._look():
+                log.error(self.failure)
         oldest = self._started[0] if self._started else None
         # An event is asked only when it is late: asking while another thread captures a CUDA graph would break that.
-        if oldest is None or time.monotonic() - oldest.at < self.limit_s or oldest.end.query():
+        waits = 0 if oldest is None else time.monotonic() - oldest.at
+        limit_s = self.limit_s if gone is None else min(self.limit_s, BEATS_OF_SILENCE * self.beat_s)
+        if oldest is None or waits < limit_s or oldest.end.query():
             return
         self._started.clear()
-        log.error(self._fail(oldest.activity, None, time.monotonic() - oldest.at))
+        log.error(self._fail(oldest.activity, None, waits))
         abort = getattr(self._group, "abort", None)
         if abort is not None:
             abort()
 
 
-def _look_after(watch: weakref.ref[Watch], stop: threading.Event, beat_s: float) -> None:
+class Reports:
+    """What ranks tell each other through a ``torch.distributed.Store``, or None."""
+
+    def __init__(self, store: Any, rank: int) -> None:
+        self.store, self.rank = store, rank
+        self.final = False
+        """Whether the last report says that this rank serves no further wait."""
+
+    def is_final(self) -> None:
+        self.final = True
+
+    def tell(self, kind: str, text: str) -> None:
+        self._ask(lambda store: store.set(f"{kind}/{self.rank}", text))
+
+    def told(self, kind: str, rank: int) -> str | None:
+        """What a rank has told, if anything; never waits for it."""
+        return self._read(f"{kind}/{rank}")
+
+    def go(self) -> None:
+        """This rank serves no further wait."""
+        self._ask(lambda store: store.set(_GONE, str(self.rank)))
+
+    def leave(self) -> None:
+        if self.final:
+            self.tell("left", "")
+            self.go()
+
+    def gone(self) -> int | None:
+        """The last other rank that serves no further wait."""
+        found = self._read(_GONE)
+        return None if found is None or int(found) == self.rank else int(found)
+
+    def _read(self, key: str) -> str | None:
+        found: str | None = self._ask(lambda store: store.get(key).decode() if store.check([key]) else None)
+        return found
+
+    def _ask(self, question: Callable[[Any], Any]) -> Any:
+        if self.store is None:
+            return None
+        try:
+            return question(self.store)
+        except RuntimeError:  # the process that holds the store is gone
+            self.store = None
+            return None
+
+
+def _look_after(watch: weakref.ref[Watch], stop: threading.Event, beat_s: float, reports: Reports) -> None:
     for number in itertools.count():
-        found = watch()
+        gone = reports.gone()
+        found = watch()  # alive no longer than this takes, or its end would come here
         if found is None:
-            return
-        found.beat(number)
+            break
+        found.beat(gone)
+        activity = found.activity
         del found
+        reports.tell("alive", json.dumps((number, activity)))
         if stop.wait(beat_s):
-            return
+            break
+    reports.leave()
 
 
-def _end(stop: threading.Event, thread: threading.Thread) -> None:
+def _end(stop: threading.Event, thread: threading.Thread, reports: Reports) -> None:
+    atexit.unregister(reports.is_final)
     stop.set()
     if thread is not threading.current_thread():
         thread.join(LONGEST_END_S)

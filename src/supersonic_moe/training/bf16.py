@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from supersonic_moe.kernels.alignment import is_turned
 from supersonic_moe.kernels.interface import DownBackward, Experts, Into, Rows, UpProjection
 from supersonic_moe.training.arguments import Bf16Forward, Bf16Output, Bf16Saved, Incoming, Inputs
 
@@ -50,16 +51,34 @@ def backward(k: Experts, saved: Bf16Saved, incoming: Incoming) -> Inputs[Tensor 
             k.row_dot(dout, b2, plan.row_expert, ds_P)
         dscores = k.pick(ds_P, plan.reverse_index, s_P.dtype)
     if needs.w2:
-        dw2 = k.grouped_mm_wgrad(dout, as_PI, offsets, Into(main.w2, accumulate=main.adds_w2))
+        dw2 = _gradient_of(saved.w2, k, dout, as_PI, offsets, Into(main.w2, accumulate=main.adds_w2))
     del as_PI
     if needs.b2 and b2 is not None:
-        db2 = k.segment_sum(dout, s_P, offsets).to(b2.dtype)
+        db2 = rounded(k.segment_sum(dout, s_P, offsets), b2)
     if needs.b1 and b1 is not None:
-        db1 = k.segment_sum(Rows(dz_PN), None, offsets).to(b1.dtype)
+        db1 = rounded(k.segment_sum(Rows(dz_PN), None, offsets), b1)
     if needs.w1:
         into = Into(main.w1, transposed=True, accumulate=main.adds_w1)
-        dw1 = k.grouped_mm_wgrad(x, dz_PN, offsets, into)
+        dw1 = _gradient_of(saved.w1, k, x, dz_PN, offsets, into)
     if needs.x:
         dx_PH = k.grouped_mm(Rows(dz_PN), saved.w1, offsets)
         dx = k.gather_sum(dx_PH, None, None, plan.row_expert, plan.rows_of_tokens(saved.x.shape[0]))
     return Inputs(dx, dscores, dw1, db1, dw2, db2)
+
+
+def _gradient_of(
+    weight: Tensor, k: Experts, a: Rows[Tensor], b_PN: Tensor, expert_offsets: Tensor, into: Into
+) -> Tensor:
+    """A new gradient lies in memory as the weight does: one of other strides than its parameter's costs autograd a
+    copy.
+    """
+    if into.out is None and is_turned(weight):
+        return k.grouped_mm_wgrad(a, b_PN, expert_offsets, Into(transposed=not into.transposed)).mT
+    return k.grouped_mm_wgrad(a, b_PN, expert_offsets, into)
+
+
+def rounded(sums_EN: Tensor, bias_EN: Tensor) -> Tensor:
+    """In the dtype of the bias, in memory that is there before: a tape (``jit/tape.py``) can hold that."""
+    if sums_EN.dtype is bias_EN.dtype:
+        return sums_EN
+    return sums_EN.new_empty(sums_EN.shape, dtype=bias_EN.dtype).copy_(sums_EN)

@@ -40,6 +40,7 @@ from supersonic_moe.kernels.alignment import aligned_tensor
 from supersonic_moe.kernels.interface import BothOrders, DownBackward, Fp8Experts, Into, Quantized, Rows, UpProjection
 from supersonic_moe.quantization.block_format import E4M3, aligned_rows, padded_capacity, transposed_scales
 from supersonic_moe.training.arguments import Fp8Forward, Fp8Output, Fp8Saved, Fp8Weights, Incoming, Inputs
+from supersonic_moe.training.bf16 import rounded
 
 
 def forward(k: Fp8Experts, call: Fp8Forward, x_q: Quantized | None = None) -> Fp8Output:
@@ -91,9 +92,9 @@ def backward(
         dw2 = wgrad.dw2(scaled_a)
     del scaled_a
     if needs.b2 and b2 is not None:
-        db2 = k.segment_sum(dout, s_P, offsets).to(b2.dtype)
+        db2 = rounded(k.segment_sum(dout, s_P, offsets), b2)
     if needs.b1 and b1 is not None:
-        db1 = k.segment_sum(Rows(dz), None, offsets).to(b1.dtype)
+        db1 = rounded(k.segment_sum(Rows(dz), None, offsets), b1)
     dz_rows, dz = wgrad.quantized(dz)
     if needs.w1:
         dw1 = wgrad.dw1(dz)

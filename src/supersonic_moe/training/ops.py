@@ -25,7 +25,7 @@ from supersonic_moe.autograd import apply, refuse_second_derivatives
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.kernels import interface, registry
-from supersonic_moe.kernels.alignment import aligned
+from supersonic_moe.kernels.alignment import aligned, is_turned
 from supersonic_moe.kernels.interface import Quantized
 from supersonic_moe.ops import at_once, caller, unobserved
 from supersonic_moe.private_api import in_forward_mode
@@ -140,21 +140,24 @@ def _fp8_forward_fake(call: Fp8Forward) -> tuple[Tensor, ...]:
 
 
 def _bf16_backward_fake(saved: Bf16Saved, incoming: Incoming) -> tuple[Tensor, ...]:
-    return _gradients_fake(saved, saved.w1.shape, saved.w2.shape, incoming)
+    return _gradients_fake(saved, _gradient_like(saved.w1), _gradient_like(saved.w2), incoming)
 
 
 def _fp8_backward_fake(weights: Fp8Weights, saved: Fp8Saved, incoming: Incoming) -> tuple[Tensor, ...]:
-    return _gradients_fake(saved, weights.w1_transposed.mT.shape, weights.w2_transposed.mT.shape, incoming)
+    dw1, dw2 = (saved.x.new_empty(w.mT.shape) for w in (weights.w1_transposed, weights.w2_transposed))
+    return _gradients_fake(saved, dw1, dw2, incoming)
 
 
-def _gradients_fake(
-    saved: Bf16Saved | Fp8Saved, w1: torch.Size, w2: torch.Size, incoming: Incoming
-) -> tuple[Tensor, ...]:
+def _gradient_like(weight: Tensor) -> Tensor:
+    return weight.new_empty(weight.mT.shape).mT if is_turned(weight) else weight.new_empty(weight.shape)
+
+
+def _gradients_fake(saved: Bf16Saved | Fp8Saved, dw1: Tensor, dw2: Tensor, incoming: Incoming) -> tuple[Tensor, ...]:
     x, scores, b1, b2 = saved.x, saved.row_scores, saved.b1, saved.b2
     biases = (None if b is None else b.new_empty(b.shape) for b in (b1, b2))
     db1, db2 = biases
     dscores = scores.new_empty(saved.plan.reverse_index.shape)
-    gradients = Inputs(x.new_empty(x.shape), dscores, x.new_empty(w1), db1, x.new_empty(w2), db2)
+    gradients = Inputs(x.new_empty(x.shape), dscores, dw1, db1, dw2, db2)
     wanted = Inputs(*(g if need else None for g, need in zip(gradients, incoming.needs, strict=True)))
     return _returned(x, wanted, incoming.main)
 

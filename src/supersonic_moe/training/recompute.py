@@ -2,17 +2,19 @@
 
 ``torch.utils.checkpoint`` keeps the arguments of a forward and calls it once more inside backward. A layer also reads
 what is no argument, and what may be another by then: its recipe (``fp8_training`` has been left), its correction bias
-(it has been moved), the step of token rounding (a draw of torch's generator, which the checkpoint restores unless it is
-told not to). So a layer remembers what its last forward read, and a forward inside backward reads that:
+(it has been moved), its mode (``eval()`` has been called: no more token rounding), the step of token rounding (a draw
+of torch's generator, which the checkpoint restores unless it is told not to). So a layer remembers what its last
+forward read, and a forward inside backward reads that:
 
     recipe    the object itself
     bias      the tensor itself while it is unchanged, else a copy of E floats, made by the first forward that sees a
               new value; in a CUDA graph by every forward, because a replay shows no change on the host
+    mode      whether it was training
     step      the fresh draw if it is one of the last 64, which is what a restored generator gives; else the last one
 
-With several forwards under way, as in a pipeline, the last one stands for all: change neither the recipe nor the bias
+With several forwards under way, as in a pipeline, the last one stands for all: change neither recipe, bias nor mode
 between the first of them and the last backward, and let the checkpoint keep the generator's state, as it does by
-default. What ``torch.compile`` has compiled reads recipe and bias as they are.
+default. What ``torch.compile`` has compiled reads recipe, bias and mode as they are.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ class LastForward:
     def __init__(self) -> None:
         self.recipe: Recipe | None = None
         """None before a forward. ``fp8_training`` inside backward sets it for the forwards within."""
+        self._training: bool | None = None
         self._bias_E: Tensor | None = None
         self._version = 0
         self._copy_E: Tensor | None = None
@@ -43,19 +46,21 @@ class LastForward:
     def __reduce__(self) -> tuple[type[LastForward], tuple[()]]:
         return LastForward, ()
 
-    def settings(self, recipe: Recipe, bias_E: Tensor | None, counts: bool) -> tuple[Recipe, Tensor | None]:
+    def settings(
+        self, recipe: Recipe, bias_E: Tensor | None, training: bool, counts: bool
+    ) -> tuple[Recipe, Tensor | None, bool]:
         """What a forward is to read: what the layer has now; in backward, what the last forward read.
 
         Args:
             counts: this forward may get a backward, so remember what it reads.
         """
         if in_backward():
-            return self.recipe or recipe, self._bias_then(bias_E)
+            return self.recipe or recipe, self._bias_then(bias_E), training if (was := self._training) is None else was
         if counts:
-            self.recipe = recipe
+            self.recipe, self._training = recipe, training
             if bias_E is not None and not bias_E.is_inference():  # such a tensor counts no changes
                 self._remember(bias_E)
-        return recipe, bias_E
+        return recipe, bias_E, training
 
     def step(self, drawn: Tensor) -> Tensor:
         """The step of token rounding for a forward that drew ``drawn``, (1,) int64."""

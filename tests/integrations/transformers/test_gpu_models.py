@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from host_waits import no_host_waits
 from oracle import rel_fro
 from torch import Tensor, nn
 from transformers_experts import decorated_classes, inputs, outputs_and_gradients, random_experts
@@ -100,12 +101,8 @@ def test_decode_never_waits_and_fits_a_cuda_graph(name: str, batch: int) -> None
         return out
 
     call()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_waits():
         call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph, out = in_graph(call)
     x.copy_(torch.randn_like(x))
     ids.copy_((ids + 1) % 4)

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
-from sass import sass
+from sass import compiled
 
 from supersonic_moe.jit import CompileError, KernelSpec
 from supersonic_moe.jit.build import build
@@ -75,31 +75,21 @@ POLICIES = [
 ]
 
 
-@pytest.mark.parametrize(("spec", "instruction"), [*CONFIGURATIONS, *POLICIES], ids=str)
-def test_parts_compile_without_spills(spec: KernelSpec, instruction: str) -> None:
-    cubin = build(spec)
-    resources = cubin.report.kernel(spec.name)
-    assert (resources.spill_store_bytes, resources.spill_load_bytes, resources.stack_bytes) == (0, 0, 0)
-    assert instruction in sass(cubin.image)
+@pytest.mark.parametrize("cases", [CONFIGURATIONS, POLICIES], ids=["configurations", "policies"])
+def test_parts_compile_without_spills(cases: list[tuple[KernelSpec, str]]) -> None:
+    compiled(*(replace(spec, opcodes=(instruction,)) for spec, instruction in cases))
 
 
 def test_rows_that_arrive_late_are_not_read_through_the_read_only_cache() -> None:
     config = f"{PLAIN}, .cluster = 2, .gather = true"
-    for ready, read_only in (("start", True), ("count", False)):
-        text = sass(build(plain(config, ready=ready)).image)
-        assert ("LDG.E.CONSTANT" in text) == read_only
+    start, count = compiled(plain(config), plain(config, ready="count"))
+    assert "LDG.E.CONSTANT" in start.listing and "LDG.E.CONSTANT" not in count.listing
 
 
 def test_two_configurations_in_one_translation_unit() -> None:
-    cubin = build(plain(f"{PLAIN}, .cluster = 2, .gather = true", GATHERING))
-    for name in ("plain_a", "plain_b"):
-        resources = cubin.report.kernel(name)
-        assert (resources.spill_store_bytes, resources.spill_load_bytes, resources.stack_bytes) == (0, 0, 0)
-    _, *sections = re.split(r"Function : plain_([ab])", sass(cubin.image))
-    multiplies = {
-        name: set(re.findall("[HQ]GMMA", text)) for name, text in zip(sections[::2], sections[1::2], strict=True)
-    }
-    assert multiplies == {"a": {"HGMMA"}, "b": {"QGMMA"}}
+    (both,) = compiled(plain(f"{PLAIN}, .cluster = 2, .gather = true", GATHERING))
+    multiplies = {name: set(re.findall("[HQ]GMMA", listing)) for name, listing in both.listings.items()}
+    assert multiplies == {"plain_a": {"HGMMA"}, "plain_b": {"QGMMA"}}
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,7 @@ def test_weight_gradient_of_indexed_rows_and_its_transpose(
     assert torch.equal(grouped_mm_wgrad(*operands, Into(transposed=True)), got.transpose(1, 2))
     flipped = torch.full((len(counts), n, m), float("nan"), device=CUDA)
     assert torch.equal(grouped_mm_wgrad(*operands, Into(flipped, transposed=True)), exact.transpose(1, 2))
+    del exact, got  # 1.8 GB of the largest case, and there are 4.8 GB more
     start = torch.randn(len(counts), n, m, device=CUDA)
     added = grouped_mm_wgrad(*operands, Into(start.clone(), transposed=True, accumulate=True))
     assert torch.equal(added, start + flipped)
@@ -125,12 +126,21 @@ def test_rows_at_any_stride() -> None:
     assert torch.equal(grouped_mm_wgrad(Rows(a, index), a, offsets), grouped_mm_wgrad(Rows(a), a, offsets))
 
 
-def gated_cases(test: Callable[..., None]) -> Callable[..., None]:
+# Activation, order of gate and up, and whether weights are stored (E, H, N1) and (E, I, H).
+FUSED = {
+    **{f"{name}-{layout}": (a, layout, False) for name, a in ACTIVATIONS.items() for layout in GateUpLayout},
+    "relu_sq": (as_activation("relu_sq"), GateUpLayout.GATE_UP, False),
+    "swiglu-gate_up-outermost": (as_activation("swiglu"), GateUpLayout.GATE_UP, True),
+    "swiglu-up_gate-outermost": (as_activation("swiglu"), GateUpLayout.UP_GATE, True),
+    "gpt_oss-interleaved-outermost": (ACTIVATIONS["gpt_oss"], GateUpLayout.INTERLEAVED, True),
+}
+
+
+def fused_cases(test: Callable[..., None]) -> Callable[..., None]:
     """Activations, layouts, sizes and groups of the two fused steps."""
     groups = ("ragged", "tiny", "even")
     for parametrize in (
-        pytest.mark.parametrize("layout", GateUpLayout),
-        pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS),
+        pytest.mark.parametrize(("activation", "layout", "outermost"), FUSED.values(), ids=FUSED),
         pytest.mark.parametrize("gathered", [False, True]),
         pytest.mark.parametrize(("hidden", "width"), [(72, 8), (520, 1000)]),
         pytest.mark.parametrize("counts", [GROUPS[name] for name in groups], ids=groups),
@@ -139,8 +149,14 @@ def gated_cases(test: Callable[..., None]) -> Callable[..., None]:
     return test
 
 
+def weight(*shape: int, outermost: bool) -> torch.Tensor:
+    """(E, N, H), or a view of that shape of (E, H, N)."""
+    w = torch.randn(shape, device=CUDA, dtype=torch.bfloat16)
+    return w.mT.contiguous().mT if outermost else w
+
+
 @pytest.mark.parametrize(("bias", "save"), [(False, False), (False, True), (True, True)])
-@gated_cases
+@fused_cases
 def test_up_projection(
     counts: list[int],
     hidden: int,
@@ -148,64 +164,83 @@ def test_up_projection(
     gathered: bool,
     activation: Activation,
     layout: GateUpLayout,
+    outermost: bool,
     bias: bool,
     save: bool,
 ) -> None:
-    """H and A against fp64; rows that no expert owns are free, all others written, the bias outside H."""
+    """Z and A against fp64; rows that no expert owns are free, all others written, the bias outside Z."""
     offsets, source, index = rows_case(counts, 3, hidden, gathered)
-    num_experts, rows = len(counts), sum(counts)
-    w1 = torch.randn(num_experts, 2 * width, hidden, device=CUDA, dtype=torch.bfloat16)
-    b1 = torch.randn(num_experts, 2 * width, device=CUDA, dtype=torch.bfloat16) if bias else None
+    num_experts, rows, n1 = len(counts), sum(counts), activation.fan * width
+    w1 = weight(num_experts, n1, hidden, outermost=outermost)
+    b1 = torch.randn(num_experts, n1, device=CUDA, dtype=torch.bfloat16) if bias else None
     row_expert = row_experts(counts, 3)
     gate = Gate(activation, layout)
     step = UpProjection(Rows(source, index), w1, b1, offsets, row_expert, gate, save)
-    h, a = up_projection(step)
+    z, a = up_projection(step)
     exact = reference.grouped_mm(Rows(picked(source, index)[:rows]), w1.double().transpose(1, 2), offsets)
     want = reference.activation_forward(exact, None if b1 is None else b1.double(), row_expert[:rows], gate)
     assert oracle.rel_fro(a[:rows], want) < 3e-3
-    assert h.shape == ((rows + 3) if save else 0, 2 * width)
+    assert z.shape == ((rows + 3) if save else 0, n1)
     if save:
-        assert oracle.rel_fro(h[:rows], exact) < 3e-3
+        assert oracle.rel_fro(z[:rows], exact) < 3e-3
     assert torch.equal(a[:rows], up_projection(step)[1][:rows])
+    if outermost:
+        other = up_projection(step._replace(w1=w1.contiguous()))
+        assert torch.equal(a[:rows], other[1][:rows]) and torch.equal(z[:rows], other[0][:rows])
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@gated_cases
+@fused_cases
 def test_down_backward(
-    counts: list[int], hidden: int, width: int, gathered: bool, activation: Activation, layout: GateUpLayout, bias: bool
+    counts: list[int],
+    hidden: int,
+    width: int,
+    gathered: bool,
+    activation: Activation,
+    layout: GateUpLayout,
+    outermost: bool,
+    bias: bool,
 ) -> None:
-    """dH, s A and dS against fp64; rows of score 0 get exact zeros although H is NaN there."""
+    """dZ, s A and dS against fp64; rows of score 0 get exact zeros although Z is NaN there."""
     offsets, source, index = rows_case(counts, 3, hidden, gathered)
-    num_experts, rows = len(counts), sum(counts)
-    w2 = torch.randn(num_experts, hidden, width, device=CUDA, dtype=torch.bfloat16) / hidden**0.5
-    h = torch.randn(rows + 3, 2 * width, device=CUDA, dtype=torch.bfloat16)
+    num_experts, rows, n1 = len(counts), sum(counts), activation.fan * width
+    w2 = weight(num_experts, hidden, width, outermost=outermost) / hidden**0.5
+    z = torch.randn(rows + 3, n1, device=CUDA, dtype=torch.bfloat16)
     scores = torch.randn(rows + 3, device=CUDA)
     unscored = torch.rand(rows + 3, device=CUDA) < 0.1
-    scores[unscored], h[unscored] = 0, float("nan")
-    b1 = torch.randn(num_experts, 2 * width, device=CUDA, dtype=torch.bfloat16) if bias else None
+    scores[unscored], z[unscored] = 0, float("nan")
+    b1 = torch.randn(num_experts, n1, device=CUDA, dtype=torch.bfloat16) if bias else None
     row_expert = row_experts(counts, 3)
     gate = Gate(activation, layout)
-    step = DownBackward(Rows(source, index), w2, h, b1, scores, offsets, row_expert, gate)
-    dh, scaled, ds = down_backward(step)
-    h_read = torch.where(unscored[:, None], 0, h)
+    step = DownBackward(Rows(source, index), w2, z, b1, scores, offsets, row_expert, gate)
+    dz, scaled, ds = down_backward(step)
+    z_read = torch.where(unscored[:, None], 0, z)
     da = reference.grouped_mm(Rows(picked(source, index)[:rows]), w2.double(), offsets)
     want = reference.activation_backward(
-        h_read[:rows].double(), None if b1 is None else b1.double(), da, scores[:rows].double(), row_expert[:rows],
+        z_read[:rows].double(), None if b1 is None else b1.double(), da, scores[:rows].double(), row_expert[:rows],
         gate,
     )  # fmt: skip
     zero, scored = unscored[:rows], ~unscored[:rows]
-    assert (dh[:rows][zero] == 0).all() and (scaled[:rows][zero] == 0).all()
-    assert oracle.rel_fro(dh[:rows], want[0]) < 3e-3
+    assert (dz[:rows][zero] == 0).all() and (scaled[:rows][zero] == 0).all()
+    assert oracle.rel_fro(dz[:rows], want[0]) < 3e-3
     assert oracle.rel_fro(scaled[:rows], want[1]) < 3e-3
     assert oracle.rel_fro(ds[:rows][scored], want[2][scored]) < 1e-4
     again = down_backward(step)
-    assert all(torch.equal(x[:rows][scored], y[:rows][scored]) for x, y in zip((dh, scaled, ds), again, strict=True))
+    assert all(torch.equal(x[:rows][scored], y[:rows][scored]) for x, y in zip((dz, scaled, ds), again, strict=True))
+    if outermost:
+        other = down_backward(step._replace(w2=w2.contiguous()))
+        assert all(
+            torch.equal(x[:rows][scored], y[:rows][scored]) for x, y in zip((dz, scaled, ds), other, strict=True)
+        )
 
 
+@pytest.mark.parametrize("fused", ["swiglu-gate_up", "relu_sq", "gpt_oss-interleaved-outermost"])
 @pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("width", [320, 832])
-def test_clusters_stay_in_step(width: int, gathered: bool) -> None:
+def test_clusters_stay_in_step(width: int, gathered: bool, fused: str) -> None:
     """Short tails, their columns split between the blocks of a cluster, then tiles of the same cluster that share B.
-    Both blocks must have used as many stages, although the last column tile has fewer stages of H than others.
+    Both blocks must have used as many stages, although the last column tile has fewer stages of Z than others.
     """
-    test_down_backward([300, 560] * 30, 136, width, gathered, as_activation("swiglu"), GateUpLayout.GATE_UP, bias=False)
+    counts = [300, 560] * 30
+    test_up_projection(counts, 136, width, gathered, *FUSED[fused], bias=False, save=True)
+    test_down_backward(counts, 136, width, gathered, *FUSED[fused], bias=False)

@@ -57,6 +57,7 @@ def empty_tables(tokens: int, choices: Choices) -> RowTables:
         items=poison(1 + items, 4),
         row_slot=poison(padded_rows(slots, local)),
         row_token=poison(padded_rows(slots, local)),
+        row_out=poison(padded_rows(slots, local), 2),
         slot_row=poison(tokens, choices.per_token),
         weights=weights,
         counters=poison(1000),
@@ -95,6 +96,12 @@ def check_rows(tables: RowTables, slots_TC: Tensor, num_local: int) -> None:
     assert tables.row_slot[len(row_slot) :].eq(-77).all()
     token = np.where(row_slot >= 0, row_slot // slots_TC.shape[1], -77)
     assert tables.row_token[: len(row_slot)].tolist() == token.tolist()
+    alone = (slots.reshape(len(slots_TC), -1) >= 0).sum(1) == 1
+    used, weights = row_slot >= 0, tables.weights.flatten().cpu()
+    row_out = tables.row_out[: len(row_slot)].cpu()[torch.from_numpy(used)]
+    assert row_out[:, 0].tolist() == np.where(alone[token[used]], token[used], -1).tolist()
+    weight = torch.where(row_out[:, 0] < 0, torch.ones(()), weights[torch.from_numpy(row_slot[used])])
+    assert torch.equal(row_out[:, 1].contiguous().view(torch.float32), weight)
     padded = int((-(-counts // ROW_GROUP) * ROW_GROUP).sum())
     assert tables.items[0].tolist() == [len(items), min(ITEM_ROWS, int(counts.max())), padded, int(streamed)]
     assert tables.items[1 : 1 + len(items)].tolist() == items
@@ -129,9 +136,9 @@ def test_from_logits(name: str, tokens: int) -> None:
     torch.testing.assert_close(tables.weights[clear][:, : rule.top_k], weights[clear], rtol=1e-5, atol=1e-9)
     assert tables.weights[:, rule.top_k :].eq(1).all()
     check_rows(tables, got_local, choices.num_local)
-    first = [t.clone() for t in tables[:8]]
+    first = [t.clone() for t in tables[:9]]
     run(route_rows(logits, bias, rule, choices, tables))
-    assert all(torch.equal(a, b) for a, b in zip(first, tables[:8], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first, tables[:9], strict=True))
 
 
 def local_experts(tables: RowTables, num_local: int) -> Tensor:

@@ -151,6 +151,48 @@ def test_fused_steps(gate: Gate, gathered: bool, launches: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("gathered", [False, True])
+def test_steps_without_a_gate(gathered: bool, launches: list[Any]) -> None:
+    c, gate = Case(gathered), Gate(as_activation("relu_sq"), GateUpLayout.GATE_UP)
+    w1, z_saved, sizes = bf16(E, I, H), bf16(P, I), {"experts": E, "width": I, "offsets": OFFSETS, "index": c.index}
+    for b1, save in ((None, True), (bf16(E, I), False)):
+        z, a = backend.up_projection(UpProjection(c.rows, w1, b1, *c.groups, gate, save))
+        assert z.shape == (P if save else 0, I)
+        check(
+            launches[-1], "up_projection_ungated", map_x=c.x, map_w=w1, map_z=z if save else a, map_a=a, blocks_k=5,
+            z=z if save else None, a=a, b1=b1, **sizes,
+        )  # fmt: skip
+        dz, scaled, ds = backend.down_backward(DownBackward(c.rows, c.w2, z_saved, b1, c.scores, *c.groups, gate))
+        check(
+            launches[-1], "down_backward_ungated", map_do=c.x, map_w=c.w2, map_z=z_saved, map_dz=dz, map_as=scaled,
+            blocks_k=5, b1=b1, scores=c.scores, dz=dz, rows_allocated=P, **{"as": scaled}, **sizes,
+        )  # fmt: skip
+        assert dz.shape == (P, I) and ds.shape == (P,)
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize(
+    ("activation", "layout", "order"),
+    [
+        (as_activation("swiglu"), GateUpLayout.GATE_UP, 1),
+        (as_activation("swiglu"), GateUpLayout.UP_GATE, 1),
+        (Activation.gpt_oss(), GateUpLayout.INTERLEAVED, 2),
+    ],
+)
+def test_steps_of_weights_with_h_outermost(
+    activation: Activation, layout: GateUpLayout, order: int, gathered: bool, launches: list[Any]
+) -> None:
+    c, gate = Case(gathered), Gate(activation, layout)
+    w1, w2, (gate_base, up_base) = bf16(E, H, 2 * I).mT, bf16(E, I, H).mT, BASES[layout]
+    common = {"experts": E, "width": I, "blocks_k": 5, "b1": c.b1, "gate_base": gate_base, "up_base": up_base}
+    z, a = backend.up_projection(UpProjection(c.rows, w1, c.b1, *c.groups, gate, True))
+    check(launches[-1], "up_projection", map_x=c.x, map_w=w1, map_z=z, map_a=a, interleaved=int(order == 2), **common)
+    assert dict(launches[-1][0].spec.constants)["W1_ORDER"] == order
+    dz, _, _ = backend.down_backward(DownBackward(c.rows, w2, c.z, c.b1, c.scores, *c.groups, gate))
+    check(launches[-1], "down_backward", map_do=c.x, map_w=w2, map_z=c.z, map_dz=dz, **common)
+    assert dict(launches[-1][0].spec.constants)["B_MN_MAJOR"] == 0
+
+
+@pytest.mark.parametrize("gathered", [False, True])
 def test_products(gathered: bool, launches: list[Any]) -> None:
     c = Case(gathered)
     ragged = {"offsets": OFFSETS, "index": c.index, "experts": E}

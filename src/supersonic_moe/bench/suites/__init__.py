@@ -10,6 +10,7 @@ from supersonic_moe.bench.suites.gemm import Gemm
 from supersonic_moe.bench.suites.infer import Infer
 from supersonic_moe.bench.suites.kernels import Kernels
 from supersonic_moe.bench.suites.layer import Layer
+from supersonic_moe.bench.suites.mega import Mega
 from supersonic_moe.bench.suites.precision import Precision
 from supersonic_moe.bench.suites.train import Train
 from supersonic_moe.bench.suites.transformers import Transformers
@@ -25,4 +26,5 @@ SUITES: tuple[type[Suite[Any, Any]], ...] = (
     Train,
     Transformers,
     Ep,
+    Mega,
 )

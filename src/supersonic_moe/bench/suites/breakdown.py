@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
@@ -11,7 +10,7 @@ from rich.console import RenderableType
 
 from supersonic_moe.bench import options
 from supersonic_moe.bench.shapes import LAYER_SHAPES
-from supersonic_moe.bench.suite import Progress, RecipeOptions, Timed
+from supersonic_moe.bench.suite import OfLayers, Progress, RecipeOptions, Timed
 from supersonic_moe.perf_model import LayerShape
 
 if TYPE_CHECKING:
@@ -20,13 +19,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Breakdown(RecipeOptions, Timed[LayerShape, "BreakdownResult"]):
+class Breakdown(RecipeOptions, OfLayers["BreakdownResult"], Timed[LayerShape, "BreakdownResult"]):
     """What one forward + backward spends its time on: every function of the backend in order, beside its floor."""
 
     name = "breakdown"
     files: ClassVar = {"breakdown-fp8": {"recipe": "fp8"}}
+    shapes = LAYER_SHAPES[:1]
 
-    shape: options.Shapes = None
     dtype: options.Dtype = None
 
     @cached_property
@@ -44,9 +43,6 @@ class Breakdown(RecipeOptions, Timed[LayerShape, "BreakdownResult"]):
     def method(self) -> str:
         times = f"{self.min_ms:g} ms of calls after {self.warm_ms:g} ms of load"
         return f"Medians of at least {times}; every function between two events."
-
-    def cases(self) -> Sequence[LayerShape]:
-        return options.shapes_or(self.shape, LAYER_SHAPES[:1], self.where)
 
     def run(self, case: LayerShape, progress: Progress) -> BreakdownResult:
         from supersonic_moe.bench.breakdown import run_case

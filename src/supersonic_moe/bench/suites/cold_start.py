@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 from rich.console import RenderableType
 
-from supersonic_moe.bench import options
 from supersonic_moe.bench.shapes import LAYER_SHAPES
-from supersonic_moe.bench.suite import Progress, Suite
+from supersonic_moe.bench.suite import OfLayers, Progress
 from supersonic_moe.perf_model import LayerShape
 
 if TYPE_CHECKING:
@@ -19,13 +17,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ColdStart(Suite[LayerShape, "ColdStartResult"]):
+class ColdStart(OfLayers["ColdStartResult"]):
     """Time to the first finished forward + backward in a new process, with cold and with warm kernel caches."""
 
     name = "cold-start"
     files: ClassVar = {"cold-start": {}}
+    shapes = LAYER_SHAPES[:1]
 
-    shape: options.Shapes = None
     repeats: Annotated[int, typer.Option(min=1, help="New processes for each state of the caches.")] = 3
 
     @property
@@ -38,9 +36,6 @@ class ColdStart(Suite[LayerShape, "ColdStartResult"]):
             f"Medians of {self.repeats} new processes each: with empty kernel caches, then with the caches that such "
             "a process left behind."
         )
-
-    def cases(self) -> Sequence[LayerShape]:
-        return options.shapes_or(self.shape, LAYER_SHAPES[:1], self.where)
 
     def run(self, case: LayerShape, progress: Progress) -> ColdStartResult:
         from supersonic_moe.bench.cold_start import run_case

@@ -12,7 +12,7 @@ import typer
 
 from supersonic_moe.bench import options
 from supersonic_moe.bench.shapes import LAYER_SHAPES
-from supersonic_moe.bench.suite import Progress, RecipeOptions, Timed
+from supersonic_moe.bench.suite import OfLayers, Progress, RecipeOptions, Timed
 from supersonic_moe.perf_model import LayerShape
 
 if TYPE_CHECKING:
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ep(RecipeOptions, Timed[LayerShape, "CaseResult"]):
+class Ep(RecipeOptions, OfLayers["CaseResult"], Timed[LayerShape, "CaseResult"]):
     """Expert parallelism, alone or under torchrun, against the layer of one GPU with the same load."""
 
     name = "ep"
     files: ClassVar = {"ep-world1-bf16": {}, "ep-world1-fp8": {"recipe": "fp8"}}
+    shapes = LAYER_SHAPES
 
-    shape: options.Shapes = None
     transport: Annotated[
         str, typer.Option(help="all_to_all sends tokens to ranks that need them, gather all to all.")
-    ] = "all_to_all"
+    ] = "auto"
     wire: Annotated[str, typer.Option(help="How rows travel: exact, or fp8 for an FP8 layer.")] = "exact"
 
     def __post_init__(self) -> None:
@@ -56,9 +56,9 @@ class Ep(RecipeOptions, Timed[LayerShape, "CaseResult"]):
     def cases(self) -> Sequence[LayerShape]:
         if self.wire not in ("exact", "fp8"):
             raise ValueError(f"a wire is exact or fp8; got {self.wire!r}.")
-        if self.transport not in ("all_to_all", "gather"):
-            raise ValueError(f"a transport is all_to_all or gather; got {self.transport!r}.")
-        return options.shapes_or(self.shape, LAYER_SHAPES, self.where)
+        if self.transport not in ("auto", "all_to_all", "gather"):
+            raise ValueError(f"a transport is auto, all_to_all or gather; got {self.transport!r}.")
+        return super().cases()
 
     def run(self, case: LayerShape, progress: Progress) -> CaseResult:
         from supersonic_moe.bench.ep import EpConfig, run_case

@@ -56,13 +56,7 @@ class Infer(Suite["InferCase", "InferResult"]):
     def runner(self) -> Runner:
         from supersonic_moe.bench.infer import Runner
 
-        return Runner(self.where, warm_ms=self.warm_ms, min_ms=self.min_ms, peers=self._peers())
-
-    def _peers(self) -> list[str]:
-        asked = [] if self.peers == "none" else [name.strip() for name in self.peers.split(",") if name.strip()]
-        if unknown := [name for name in asked if name not in PEERS.split(",")]:
-            raise ValueError(f"peers are {PEERS} or none; got {', '.join(unknown)}.")
-        return asked
+        return Runner(self.where, warm_ms=self.warm_ms, min_ms=self.min_ms, peers=options.peers(self.peers, PEERS))
 
     def cases(self) -> Sequence[InferCase]:
         from supersonic_moe.bench.infer_cases import CPU_CASES, ROUTINGS, SETS, parse
@@ -70,7 +64,7 @@ class Infer(Suite["InferCase", "InferResult"]):
 
         if not registry.HAS_TRITON:
             raise ValueError('this suite needs triton, which is not installed: pip install "supersonic-moe[cuda13]"')
-        self._peers()
+        options.peers(self.peers, PEERS)
         if self.set not in SETS:
             raise ValueError(f"a set is one of {', '.join(SETS)}; got {self.set!r}.")
         if self.routing not in (None, *ROUTINGS):
@@ -98,6 +92,6 @@ class Infer(Suite["InferCase", "InferResult"]):
     def figure(self, results: Sequence[InferResult]) -> Sequence[Path]:
         if self.png is None:
             return ()
-        from supersonic_moe.bench.infer_figure import write_png
+        from supersonic_moe.bench.infer_figure import draw, write_png
 
-        return [write_png(self.png, results, self.heading)]
+        return [write_png(self.png, draw(results, self.heading))]

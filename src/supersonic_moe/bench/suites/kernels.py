@@ -12,7 +12,7 @@ from rich.console import RenderableType
 
 from supersonic_moe.bench import options
 from supersonic_moe.bench.shapes import LAYER_SHAPES
-from supersonic_moe.bench.suite import Progress, Timed
+from supersonic_moe.bench.suite import OfLayers, Progress, Timed
 from supersonic_moe.perf_model import LayerShape
 
 if TYPE_CHECKING:
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kernels(Timed[LayerShape, "KernelsResult"]):
+class Kernels(OfLayers["KernelsResult"], Timed[LayerShape, "KernelsResult"]):
     """Every kernel of a layer alone, beside its floor: time, TFLOP/s, GB/s, watts, pJ/FLOP; roofline figure."""
 
     name = "kernels"
     files: ClassVar = {"kernels": {}}
+    shapes = LAYER_SHAPES[:2]
 
-    shape: options.Shapes = None
     dtype: options.Dtype = None
     backend: options.Backend = "auto"
     png: options.Png = None
@@ -50,7 +50,7 @@ class Kernels(Timed[LayerShape, "KernelsResult"]):
     def cases(self) -> Sequence[LayerShape]:
         from supersonic_moe.bench.kernels import backend_of
 
-        cases = options.shapes_or(self.shape, LAYER_SHAPES[:2], self.where)
+        cases = super().cases()
         for case in cases:
             backend_of(case, self.config)
         return cases

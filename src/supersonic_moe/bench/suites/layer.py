@@ -19,13 +19,19 @@ from supersonic_moe.perf_model import LayerShape
 if TYPE_CHECKING:
     from supersonic_moe.bench.layer import LayerConfig, LayerResult
 
+PEERS = "torch_loop,grouped_mm,sonicmoe,liger"
+FP8_PEERS = "torchao"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layer(RecipeOptions, Timed[LayerShape, "LayerResult"]):
     """One MoE layer, router included: forward, forward + backward, GPU-busy time, memory, TFLOP/s, MFU, watts."""
 
     name = "layer"
-    files: ClassVar = {"layer-bf16": {}, "layer-fp8": {"recipe": "fp8"}}
+    files: ClassVar = {
+        "layer-bf16": {"peers": "all", "pairs": 20},
+        "layer-fp8": {"recipe": "fp8", "peers": "all", "pairs": 20},
+    }
 
     shape: options.Shapes = None
     set_name: Annotated[
@@ -49,8 +55,18 @@ class Layer(RecipeOptions, Timed[LayerShape, "LayerResult"]):
     ] = 0
     backend: options.Backend = "auto"
     peers: Annotated[
-        str, typer.Option(help="torch_loop and grouped_mm, two layers in plain PyTorch, with a comma; empty for none.")
+        str,
+        typer.Option(
+            help="Of torch_loop and grouped_mm, two layers in plain PyTorch, and sonicmoe, liger and, in FP8, torchao, "
+            "where installed; with commas, or all or none."
+        ),
     ] = "torch_loop,grouped_mm"
+    pairs: Annotated[
+        int,
+        typer.Option(
+            min=4, help="Slices of each contender in training, alternating. From 6 on, ratios have a 95 % interval."
+        ),
+    ] = 4
     cold_l2: Annotated[bool, typer.Option("--cold-l2", help="Flush the L2 cache before every timed call.")] = False
     png: options.Png = None
 
@@ -66,11 +82,16 @@ class Layer(RecipeOptions, Timed[LayerShape, "LayerResult"]):
             router=self.router,
             skew=self.skew,
             backend=self.backend,
-            peers=[name for name in self.peers.split(",") if name],
+            peers=self._peers(),
+            pairs=self.pairs,
             warm_ms=self.warm_ms,
             min_ms=self.min_ms,
             cold_l2=self.cold_l2,
         )
+
+    def _peers(self) -> list[str]:
+        fp8 = "," + FP8_PEERS if self.recipe == "fp8" else ""
+        return [name for name in {"all": PEERS + fp8, "none": ""}.get(self.peers, self.peers).split(",") if name]
 
     @property
     def heading(self) -> str:

@@ -12,7 +12,7 @@ from rich.console import RenderableType
 
 from supersonic_moe.bench import options
 from supersonic_moe.bench.shapes import LAYER_SHAPES
-from supersonic_moe.bench.suite import Progress, Timed
+from supersonic_moe.bench.suite import OfLayers, Progress, Timed
 from supersonic_moe.perf_model import LayerShape
 
 if TYPE_CHECKING:
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Precision(Timed[LayerShape, "PrecisionResult"]):
+class Precision(OfLayers["PrecisionResult"], Timed[LayerShape, "PrecisionResult"]):
     """Every choice of the FP8 recipe: step time, saved bytes, and errors against fp32 on easy and hard inputs."""
 
     name = "precision"
     files: ClassVar = {"precision-fp8": {}}
+    shapes = LAYER_SHAPES[:1]
 
-    shape: options.Shapes = None
     markdown: options.Markdown = None
 
     @cached_property
@@ -45,9 +45,6 @@ class Precision(Timed[LayerShape, "PrecisionResult"]):
     @property
     def method(self) -> str:
         return f"{super().method} Errors against the reference in fp32."
-
-    def cases(self) -> Sequence[LayerShape]:
-        return options.shapes_or(self.shape, LAYER_SHAPES[:1], self.where)
 
     def run(self, case: LayerShape, progress: Progress) -> PrecisionResult:
         from supersonic_moe.bench.precision import run_case

@@ -13,6 +13,9 @@ def registered_specs() -> tuple[KernelSpec, ...]:
         down_backward,
         down_backward_fp8,
         down_backward_fp8_quantize,
+        down_backward_ungated,
+        down_projection_fp8,
+        exchange_flags,
         grouped_gemm,
         grouped_gemm_fp8,
         grouped_wgrad,
@@ -22,6 +25,7 @@ def registered_specs() -> tuple[KernelSpec, ...]:
         stream_experts,
         up_projection,
         up_projection_fp8,
+        up_projection_ungated,
     )
 
     return (
@@ -32,12 +36,16 @@ def registered_specs() -> tuple[KernelSpec, ...]:
         *grouped_wgrad.SPECS,
         *grouped_wgrad_fp8.SPECS,
         *up_projection.SPECS,
+        *up_projection_ungated.SPECS,
         *up_projection_fp8.SPECS,
         *down_backward.SPECS,
+        *down_backward_ungated.SPECS,
         *down_backward_fp8.SPECS,
         *down_backward_fp8_quantize.SPECS,
         *quantize_columns.SPECS,
         *route_rows.SPECS,
         *stream_experts.SPECS,
+        *down_projection_fp8.SPECS,
         *combine_rows.SPECS,
+        *exchange_flags.SPECS,
     )

@@ -1,4 +1,4 @@
-// Each token's weighted sum of its rows, choice by choice in ascending order. See combine_rows.py.
+// Each token's weighted sum of its rows, choice by choice in ascending order, but for tokens of one row. See combine_rows.py.
 #include "ptx/barrier.cuh"
 
 constexpr u32 combine_threads = 128, channels = 8;  // of a thread
@@ -16,6 +16,9 @@ DEVICE void combine_token(const u16* y, const u16* y_shared, const i32* rows, co
                           i32 column, u16* out) {
     float sum[channels] = {};
     const i32 routed = choices - (y_shared != nullptr);
+    i32 present = 0;
+    for (i32 j = 0; j < choices; ++j) present += rows[j] >= 0;
+    if (present == 1 && !y_shared) return;  // the down-projection has written it
     for (i32 j = 0; j < routed; ++j) {
         const i32 row = rows[j];
         if (row < 0) continue;

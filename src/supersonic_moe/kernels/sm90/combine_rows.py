@@ -2,12 +2,13 @@
 
 Layout (row-major)
     y (P, H): bf16 of the tile kernels. Slots and weights as in route_rows.py. A token without rows gets +0 and nothing
-    is read for it. Where the router has written on the device that rows are streamed, nothing happens: the streaming
-    kernel combines its own.
+    is read for it. A token of one row, a shared expert's included, is left alone: down_projection_fp8.py writes it.
+    Where the router has written on the device that rows are streamed, nothing happens: the streaming kernel combines
+    its own.
 Blocks
     128 threads take 1024 channels of a token, 8 each, then those of another token: 16 blocks a multiprocessor.
 Cost
-    Bytes: P H 2 + T H 2.
+    Bytes: 2 H for each row and token, but for tokens of one row.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def combine_rows(
     choices: int,
     out_TH: Tensor,
 ) -> None:
-    """Writes ``out_TH``.
+    """Writes ``out_TH``, but for the tokens of one row.
 
     Args:
         y_PH: bf16.

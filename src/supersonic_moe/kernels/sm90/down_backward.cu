@@ -19,10 +19,11 @@ extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
     const RaggedGemm gemm{offsets, index, experts, width, blocks_k};
     const i32 gate_half = gate_base > up_base, up_half = INTERLEAVED ? 0 : 1 - gate_half;
     const auto produce = [&](u32) {
-        load_ragged_rows<CONFIG.block_n>(shared, gemm, &map_do, Unscaled{}, LoadWeight<CONFIG, true>{&map_w},
+        load_ragged_rows<CONFIG.block_n>(shared, gemm, &map_do, Unscaled{}, LoadWeight<CONFIG, B_MN_MAJOR>{&map_w},
                                          LoadSavedIntoRing<CONFIG, GATE>{shared, &map_z, width, gate_half, up_half});
     };
     const GatedBackward<CONFIG, GATE> epilogue{{&map_dz, &map_as, dz, as, width, gate_base, up_base}, b1, scores, dscores, rows_allocated,
                                                width, gate_base, up_base, {alpha, limit, up_offset}};
-    run_roles(shared, produce, [&](u32 warp) { for_each_tile<Major::MN>(shared, warp, FixedDepth{blocks_k}, epilogue); });
+    constexpr Major major = B_MN_MAJOR ? Major::MN : Major::K;
+    run_roles(shared, produce, [&](u32 warp) { for_each_tile<major>(shared, warp, FixedDepth{blocks_k}, epilogue); });
 }

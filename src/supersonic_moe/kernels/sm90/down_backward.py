@@ -6,8 +6,8 @@
 
 Layout (row-major)
     dO (T, H) bf16, read through an index of P rows sorted by expert (-1: zeros), or (P, H) as it lies. W2 (E, H, I), I
-    contiguous. Z and dZ (P, 2I) in the column order of the weight, sA (P, I), s (P) fp32. dS comes as a partial sum of
-    each block of 256 activations, (ceil(I / 256), P) fp32, added up in a fixed order.
+    contiguous or H. Z and dZ (P, 2I) in the column order of the weight, sA (P, I), s (P) fp32. dS comes as a partial
+    sum of each block of 256 activations, (ceil(I / 256), P) fp32, added up in a fixed order.
 Tiles
     128 rows × 256 activations, main loop as in grouped_gemm.py; then the tile's part of Z passes through the ring
     (down_backward.cu).
@@ -30,36 +30,55 @@ from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.interface import DownBackward
-from supersonic_moe.kernels.sm90.gates import ALL_BF16_KINDS, BF16_KINDS, INTERLEAVED, half_bases, kind_of, limit_of
+from supersonic_moe.kernels.sm90.down_backward_ungated import down_backward_ungated
+from supersonic_moe.kernels.sm90.gates import (
+    ALL_BF16_KINDS,
+    BF16_KINDS,
+    INTERLEAVED,
+    OUTERMOST_H,
+    UNGATED_KIND,
+    half_bases,
+    kind_of,
+    limit_of,
+)
 from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, OPCODES, WARP_ROWS, GemmConfig, bf16_form, choose
-from supersonic_moe.kernels.sm90.operands import map_of_halves, map_of_rows, map_of_stored_rows
+from supersonic_moe.kernels.sm90.operands import map_of_halves, map_of_rows, map_of_stored_rows, summed
 from supersonic_moe.kernels.sm90.unfused import UNFUSED
 
 
-def _spec(config: GemmConfig, kind: int, interleaved: bool) -> KernelSpec:
-    return config.spec("down_backward", OPCODES, ACTIVATION=kind, INTERLEAVED=int(interleaved))
+def _spec(config: GemmConfig, kind: int, interleaved: bool, i_contiguous: bool) -> KernelSpec:
+    constants = {"ACTIVATION": kind, "INTERLEAVED": int(interleaved), "B_MN_MAJOR": int(i_contiguous)}
+    return config.spec("down_backward", OPCODES, **constants)
 
 
 SPECS = tuple(
-    _spec(bf16_form(BLOCK_N, cluster, gather), kind, interleaved)
-    for kind in ALL_BF16_KINDS
-    for interleaved in (False, True)
+    _spec(bf16_form(BLOCK_N, cluster, gather), kind, interleaved, i_contiguous)
+    for kind, interleaved, i_contiguous in (
+        *((kind, interleaved, True) for kind in ALL_BF16_KINDS for interleaved in (False, True)),
+        *((kind, interleaved, False) for kind, interleaved in OUTERMOST_H),
+    )
     for gather in (False, True)
     for cluster in (1, 2)
 )
 
 
 @functools.cache
-def _kernel(config: GemmConfig, kind: int, interleaved: bool) -> Kernel:
-    return Kernel(_spec(config, kind, interleaved))
+def _kernel(config: GemmConfig, kind: int, interleaved: bool, i_contiguous: bool) -> Kernel:
+    return Kernel(_spec(config, kind, interleaved, i_contiguous))
 
 
 def down_backward(step: DownBackward[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """(dZ (P, N1), s · A (P, I), dS (P) fp32). Activations outside ``BF16_KINDS`` and weights stored with H contiguous
-    take the grouped GEMM and the activation pass instead.
+    """(dZ (P, N1), s · A (P, I), dS (P) fp32). Activations and orders of W2 without a kernel here take the grouped GEMM
+    and the activation pass instead.
     """
     dout, w2_EHI, z_PN, b1_EN, scores_P, expert_offsets, _, (activation, layout) = step
-    if activation.type not in BF16_KINDS or w2_EHI.stride(2) != 1:
+    interleaved, i_contiguous = layout is INTERLEAVED, w2_EHI.stride(2) == 1
+    if activation.type is UNGATED_KIND and i_contiguous:
+        return down_backward_ungated(step)
+    if activation.type not in BF16_KINDS:
+        return UNFUSED.down_backward(step)
+    kind = kind_of(activation)
+    if not i_contiguous and (kind, interleaved) not in OUTERMOST_H:
         return UNFUSED.down_backward(step)
     dout_TH, index = dout
     num_experts, hidden, width = w2_EHI.shape
@@ -68,14 +87,17 @@ def down_backward(step: DownBackward[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     partial_ds_BP = z_PN.new_empty(blocks_n, rows, dtype=torch.float32)
     if rows == 0:
         return dz_PN, as_PI, partial_ds_BP.new_empty(0)
-    interleaved = layout is INTERLEAVED
     gate_base, up_base = half_bases(layout, width)
     config = choose(width, index is not None, rows=rows // num_experts)
     with on_device(dout_TH):
-        _kernel(config, kind_of(activation), interleaved).launch(
+        if i_contiguous:
+            map_w = tensor_map(w2_EHI, box=(1, config.block_k, 64))
+        else:
+            map_w = tensor_map(w2_EHI.mT, box=(1, config.block_n // config.cluster, config.block_k))
+        _kernel(config, kind, interleaved, i_contiguous).launch(
             config.grid(dout_TH.get_device()),
             map_do=map_of_rows(dout_TH, index, box=(BLOCK_M, config.block_k)),
-            map_w=tensor_map(w2_EHI, box=(1, config.block_k, 64)),
+            map_w=map_w,
             map_z=map_of_halves(z_PN, interleaved, rows=BLOCK_M),
             map_dz=map_of_halves(dz_PN, interleaved, rows=WARP_ROWS),
             map_as=map_of_stored_rows(as_PI),
@@ -97,8 +119,3 @@ def down_backward(step: DownBackward[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
             up_offset=activation.up_offset,
         )
     return dz_PN, as_PI, summed(partial_ds_BP)
-
-
-def summed(partial_ds_BP: Tensor) -> Tensor:
-    """(P,), written to memory that is there before the sum: a tape (``jit/tape.py``) can hold that."""
-    return torch.sum(partial_ds_BP, 0, out=partial_ds_BP.new_empty(partial_ds_BP.shape[1]))

@@ -34,7 +34,6 @@ from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
 from supersonic_moe.kernels.interface import DownBackward, Quantized
-from supersonic_moe.kernels.sm90.down_backward import summed
 from supersonic_moe.kernels.sm90.gates import ALL_KINDS, INTERLEAVED, KINDS, half_bases, kind_of, limit_of
 from supersonic_moe.kernels.sm90.gemm_config import (
     BLOCK_M,
@@ -52,6 +51,7 @@ from supersonic_moe.kernels.sm90.operands import (
     map_of_rows,
     map_of_scales,
     map_of_stored_rows,
+    summed,
 )
 from supersonic_moe.kernels.sm90.unfused import UNFUSED_FP8
 from supersonic_moe.quantization.block_format import BLOCK, E4M3

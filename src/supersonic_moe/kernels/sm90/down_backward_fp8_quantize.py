@@ -33,7 +33,6 @@ from torch import Tensor
 from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.interface import BothOrders, DownBackward, Quantized, Segments
-from supersonic_moe.kernels.sm90.down_backward import summed
 from supersonic_moe.kernels.sm90.down_backward_fp8 import (
     common_arguments,
     down_backward_fp8,
@@ -43,6 +42,7 @@ from supersonic_moe.kernels.sm90.down_backward_fp8 import (
 )
 from supersonic_moe.kernels.sm90.gates import ALL_KINDS, INTERLEAVED, KINDS, kind_of
 from supersonic_moe.kernels.sm90.gemm_config import BLOCK_N, WARP_ROWS, GemmConfig, choose, fp8_form
+from supersonic_moe.kernels.sm90.operands import summed
 from supersonic_moe.kernels.triton import quantize_both_orders, quantize_columns
 from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks, empty_e4m3, empty_scales
 

@@ -12,6 +12,9 @@ CLAMPED_SWIGLU = 3
 ALL_KINDS = (*KINDS.values(), CLAMPED_SWIGLU)
 BF16_KINDS = {**KINDS, ActivationType.GEGLU_TANH: 4}  # in FP8 it is composed, because each kind is 21 binaries there
 ALL_BF16_KINDS = (*ALL_KINDS, BF16_KINDS[ActivationType.GEGLU_TANH])
+OUTERMOST_H = ((KINDS[ActivationType.SWIGLU], False), (CLAMPED_SWIGLU, True))
+"""(kind, interleaved) that has BF16 kernels for w1 stored (E, H, 2I), w2 stored (E, I, H): [gate; up] and gpt-oss."""
+UNGATED_KIND = ActivationType.RELU_SQ  # what the kernels without a gate compute, in BF16
 
 
 def kind_of(activation: Activation) -> int:

@@ -27,18 +27,16 @@ from torch import Tensor
 
 from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
-from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.interface import Quantized, Rows
 from supersonic_moe.kernels.sm90.gemm_config import (
     BLOCK_M,
-    BLOCK_N,
     BUFFER_BYTES,
     FP8_OPCODES,
     GemmConfig,
     choose,
     fp8_form,
 )
-from supersonic_moe.kernels.sm90.operands import map_of_rows, map_of_scales, map_of_stored_rows
+from supersonic_moe.kernels.sm90.operands import map_of_rows, map_of_scales, map_of_stored_rows, scaled_weight
 
 STAGING_BYTES = 4 * BUFFER_BYTES
 
@@ -59,34 +57,24 @@ def grouped_mm_fp8(a: Rows[Quantized], b_ENK: Quantized, expert_offsets: Tensor)
     """(P, N) bf16; rows at and past ``expert_offsets[-1]`` are undefined. Scales are fp32, of A (T, K/128), of B (E,
     N/128, K/128).
     """
-    ((a_TK, a_scale), index), (b, b_scale) = a, b_ENK
-    rows, depth = a.num_rows, a_TK.shape[1]
-    num_experts, columns, _ = b.shape
-    d_PN = a_TK.new_empty(rows, columns, dtype=torch.bfloat16)
+    (a_TK, a_scale), index = a
+    columns = b_ENK.shape[1]
+    d_PN = a_TK.new_empty(a.num_rows, columns, dtype=torch.bfloat16)
     if d_PN.numel() == 0:
         return d_PN
     config = choose(columns, index is not None, staging_bytes=STAGING_BYTES)
-    block_k = config.block_k
-    scale_b_expert, scale_b_column, scale_b_k = b_scale.stride()
     with on_device(a_TK):
         map_d = map_of_stored_rows(d_PN)
         _kernel(config).launch(
             config.grid(a_TK.get_device()),
-            map_a=map_of_rows(a_TK, index, box=(BLOCK_M, block_k)),
+            map_a=map_of_rows(a_TK, index, box=(BLOCK_M, config.block_k)),
             map_scale_a=map_of_scales(a_scale, index, map_d),
-            map_b=tensor_map(b, box=(1, BLOCK_N, block_k)),
             map_d=map_d,
+            **scaled_weight(b_ENK, config),
             offsets=expert_offsets,
             index=index,
-            experts=num_experts,
-            columns=columns,
-            blocks_k=-(-depth // block_k),
             scale_a=a_scale,
             scale_a_row=a_scale.stride(0),
-            scale_b=b_scale,
-            scale_b_expert=scale_b_expert,
-            scale_b_column=scale_b_column,
-            scale_b_k=scale_b_k,
             d=d_PN,
             d_row_bytes=d_PN.stride(0) * 2,
         )

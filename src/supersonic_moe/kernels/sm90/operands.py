@@ -1,11 +1,15 @@
-"""Tensor maps of what several kernels load and store."""
+"""Tensor maps of what several kernels load and store, and the sum of what several blocks store."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from supersonic_moe.jit.tma import TensorMap, tensor_map
-from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, WARP_ROWS
+from supersonic_moe.kernels.interface import Quantized
+from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, WARP_ROWS, GemmConfig
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
@@ -34,11 +38,28 @@ def map_of_columns(scale_RB: Tensor) -> TensorMap:
     return tensor_map(scale_RB, box=(1, BLOCK_M + 4), swizzle=0, shape=(count, rows), strides=(column, row))
 
 
-def map_of_stored_rows(d_PN: Tensor) -> TensorMap:
-    """D as (P, 1, N) in boxes of a warp's rows and 128 bytes: where two halves are stored, the middle counts them."""
-    (rows, columns), row = d_PN.shape, d_PN.stride(0)
-    box = (WARP_ROWS, 1, 128 // d_PN.element_size())
-    return tensor_map(d_PN, box=box, shape=(rows, 1, columns), strides=(row, columns, 1))
+def map_of_stored_rows(d_PN: Tensor, rows: int = WARP_ROWS) -> TensorMap:
+    """D as (P, 1, N) in boxes of ``rows``, by default a warp's, and 128 bytes: where two halves are stored, the middle
+    counts them.
+    """
+    (capacity, columns), row = d_PN.shape, d_PN.stride(0)
+    box = (rows, 1, 128 // d_PN.element_size())
+    return tensor_map(d_PN, box=box, shape=(capacity, 1, columns), strides=(row, columns, 1))
+
+
+# ---- weights in FP8 --------------------------------------------------------------------------------------------------
+
+
+def scaled_weight(b_ENK: Quantized, config: GemmConfig) -> dict[str, Any]:
+    """What a kernel takes of B and the block scales of B."""
+    b, scale = b_ENK
+    num_experts, columns, depth = b.shape
+    scale_b_expert, scale_b_column, scale_b_k = scale.stride()
+    return {
+        "map_b": tensor_map(b, box=(1, BLOCK_N, config.block_k)), "experts": num_experts, "columns": columns,
+        "blocks_k": -(-depth // config.block_k), "scale_b": scale, "scale_b_expert": scale_b_expert,
+        "scale_b_column": scale_b_column, "scale_b_k": scale_b_k,
+    }  # fmt: skip
 
 
 # ---- gate and up -----------------------------------------------------------------------------------------------------
@@ -53,6 +74,16 @@ def map_of_gate_and_up(w1_ENH: Tensor, interleaved: bool, width: int) -> TensorM
     return tensor_map(w1_ENH, box=box, shape=shape, strides=(expert, half, step, 1))
 
 
+def map_of_gate_and_up_columns(w1_ENH: Tensor, interleaved: bool, width: int, block_k: int) -> TensorMap:
+    """W1 with H outermost as (E, H, 2I) or, in halves, (E, H, 2, I), in boxes of K of a stage and 64 columns."""
+    w1_EHN = w1_ENH.mT
+    if interleaved:
+        return tensor_map(w1_EHN, box=(1, block_k, 64))
+    expert, row, _ = w1_EHN.stride()
+    shape, strides = (*w1_EHN.shape[:2], 2, width), (expert, row, width, 1)
+    return tensor_map(w1_EHN, box=(1, block_k, 1, 64), shape=shape, strides=strides)
+
+
 def map_of_halves(z_PN: Tensor, interleaved: bool, *, rows: int) -> TensorMap:
     """Z as (P, 1, 2I) or (P, 2, I), bf16 or e4m3, in boxes of 128 bytes a row: none crosses from one half into the
     other.
@@ -61,3 +92,11 @@ def map_of_halves(z_PN: Tensor, interleaved: bool, *, rows: int) -> TensorMap:
     row, halves = z_PN.stride(0), 1 if interleaved else 2
     shape, strides = (capacity, halves, columns // halves), (row, row if interleaved else columns // 2, 1)
     return tensor_map(z_PN, box=(rows, 1, 128 // z_PN.element_size()), shape=shape, strides=strides)
+
+
+# ---- partial sums ----------------------------------------------------------------------------------------------------
+
+
+def summed(partial_ds_BP: Tensor) -> Tensor:
+    """(P,), written to memory that is there before the sum: a tape (``jit/tape.py``) can hold that."""
+    return torch.sum(partial_ds_BP, 0, out=partial_ds_BP.new_empty(partial_ds_BP.shape[1]))

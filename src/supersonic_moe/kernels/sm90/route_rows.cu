@@ -6,14 +6,15 @@ extern __shared__ float routing_values[];
 extern "C" __global__ void __launch_bounds__(route_threads, 1)
     route_small(const float* logits, i64 row, const void* bias, i32 scoring, i32 bias_type, i32 groups, i32 kept, float factor, i32 offset,
                 i32 num_experts, i32 routed, i32 top_k, i32 choices, i32 tokens, i32* offsets, int4* items, i32* row_slot, i32* row_token,
-                i32* slot_row, i32 stream_rows, float* weights, u32* counters, i32 counter_words) {
+                int2* row_out, i32* slot_row, i32 stream_rows, float* weights, u32* counters, i32 counter_words) {
     dependency_launch();
     const RoutingRule rule = {num_experts, top_k, groups, kept, scoring, bias_type, factor};
     const FromLogits<VALUES> source = {logits, row, bias, rule, {offset, num_experts, routed, top_k, choices}, routing_values};
-    place_by_cluster(source, tokens, {offsets, items, row_slot, row_token, slot_row, stream_rows}, weights, counters, counter_words);
+    const RowTables tables = {offsets, items, row_slot, row_token, row_out, slot_row, stream_rows};
+    place_by_cluster(source, tokens, tables, weights, counters, counter_words);
 }
 
-extern "C" __global__ void __launch_bounds__(route_threads, 1)
+extern "C" __global__ void __launch_bounds__(route_threads, VALUES <= 8 ? 2 : 1)
     route_count(const float* logits, i64 row, const void* bias, i32 scoring, i32 bias_type, i32 groups, i32 kept, float factor, i32 offset,
                 i32 num_experts, i32 routed, i32 top_k, i32 choices, i32 tokens, i32 span, i32* counts, i32* slot_row, float* weights,
                 u32* counters, i32 counter_words) {

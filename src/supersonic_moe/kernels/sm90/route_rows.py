@@ -38,7 +38,7 @@ THREADS = 512
 CLUSTER = 8
 SMALL_TOKENS = 128  # one cluster of 8 blocks with 16 warps
 PASS_TOKENS = 16  # tokens of a block of the larger kernels, at least: one a warp
-MAX_BLOCKS = 132  # every block adds up the counts of all others
+MAX_BLOCKS = 264  # two on a multiprocessor; every block adds up the counts of all others
 ROW_GROUP = 8  # routing/rows.cuh: row_group
 ITEM_ROWS = 128  # rows of an expert that the streaming kernel multiplies at a time
 VALUES = (1, 2, 4, 8, 16, 32)  # experts of a lane
@@ -82,6 +82,9 @@ class RowTables(NamedTuple):
     """(P,): slot of each row; -1 in those between two experts."""
     row_token: Buffer | None
     """(P,): token of each row for the tile kernels; None with ``offsets``."""
+    row_out: Buffer | None
+    """(P, 2), with ``row_token``: [token, bits of the float32 weight] of a row that is its token's only one, else
+    [-1, bits of 1]: see down_projection_fp8.py."""
     slot_row: Buffer
     """(T, C): row of each slot, -1 for none."""
     weights: Buffer
@@ -89,7 +92,7 @@ class RowTables(NamedTuple):
     counters: Buffer
     """(counter_words,): set to zero for the streaming kernel."""
     counts: Buffer | None
-    """(132, E) scratch, for more than 128 tokens."""
+    """(264, E) scratch, for more than 128 tokens."""
     counter_words: int
     max_items: int
     """At least ``max_items(E, stream_rows)``."""
@@ -181,8 +184,7 @@ def _launches(
     }  # fmt: skip
     place = {
         "offsets": tables.offsets, "items": tables.items, "row_slot": tables.row_slot, "row_token": tables.row_token,
-        "slot_row": tables.slot_row,
-        "stream_rows": tables.stream_rows,
+        "row_out": tables.row_out, "slot_row": tables.slot_row, "stream_rows": tables.stream_rows,
     }  # fmt: skip
     if tokens <= SMALL_TOKENS:
         return [Launch(_kernel(f"{family}_small", values), (CLUSTER, 1, 1), {**choose, **place})]
@@ -191,6 +193,6 @@ def _launches(
     count = {**choose, "span": span, "counts": tables.counts, "slot_row": tables.slot_row}
     place |= {
         "counts": tables.counts, "tokens": tokens, "span": span, "choices": choices.per_token,
-        "num_local": choices.num_local,
+        "num_local": choices.num_local, "weights": tables.weights,
     }  # fmt: skip
     return [Launch(_kernel(f"{family}_count", values), grid, count), Launch(_kernel("place_rows"), grid, place)]

@@ -138,17 +138,9 @@ def stream_experts(
     hidden, inter = experts.w2.shape[1:]
     always = experts if shared is None else shared
     x_scale_row, x_scale_k = (0, 0) if inputs.x_scale_TB is None else inputs.x_scale_TB.stride()
-    w13, w13_narrow, w2, w2_narrow = _maps(experts, order)
-    shared_w13, shared_w13_narrow, shared_w2, shared_w2_narrow = _maps(always, order)
     arguments = dict(
-        map_w13=w13,
-        map_w13_narrow=w13_narrow,
-        map_w2=w2,
-        map_w2_narrow=w2_narrow,
-        map_shared_w13=shared_w13,
-        map_shared_w13_narrow=shared_w13_narrow,
-        map_shared_w2=shared_w2,
-        map_shared_w2_narrow=shared_w2_narrow,
+        **_weights("", experts, order),
+        **_weights("shared_", always, order),
         items=tables.items,
         row_slot=tables.row_slot,
         slot_row=tables.slot_row,
@@ -167,10 +159,6 @@ def stream_experts(
         x_scale_row=x_scale_row,
         x_scale_k=x_scale_k,
         x_weight=inputs.weight_T,
-        w13_scale=experts.w13_scale,
-        w2_scale=experts.w2_scale,
-        shared_w13_scale=always.w13_scale,
-        shared_w2_scale=always.w2_scale,
         plane_rows=scratch.rows,
         x_codes=scratch.x,
         x_code_scale=scratch.x_scale,
@@ -187,10 +175,16 @@ def stream_experts(
     return Launch(_kernel(), (multiprocessors(x.get_device()), 1, 1), arguments)
 
 
-def _maps(experts: Fp8Experts, order: GateUpLayout) -> list[TensorMap]:
-    """W13 and W2 in boxes of 128 and of 64 rows, 128 bytes each."""
-    w13 = [map_of_pairs(experts.w13, order is GateUpLayout.INTERLEAVED, rows) for rows in TILE_ROWS]
-    return w13 + [tensor_map(experts.w2, box=(1, rows, BLOCK), l2_promotion=L2_PROMOTION) for rows in TILE_ROWS]
+def _weights(of: str, experts: Fp8Experts, order: GateUpLayout) -> dict[str, TensorMap | Tensor]:
+    """The kernel's arguments: scales, and W13 and W2 in boxes of 128 and of 64 rows, 128 bytes each."""
+    arguments: dict[str, TensorMap | Tensor] = {
+        f"{of}w13_scale": experts.w13_scale,
+        f"{of}w2_scale": experts.w2_scale,
+    }
+    for kind, rows in zip(("", "_narrow"), TILE_ROWS, strict=True):
+        arguments[f"map_{of}w13{kind}"] = map_of_pairs(experts.w13, order is GateUpLayout.INTERLEAVED, rows)
+        arguments[f"map_{of}w2{kind}"] = tensor_map(experts.w2, box=(1, rows, BLOCK), l2_promotion=L2_PROMOTION)
+    return arguments
 
 
 def map_of_pairs(w13: Tensor, interleaved: bool, rows: int) -> TensorMap:

@@ -2,7 +2,8 @@
 // up_projection.py.
 //
 // A tile is 128 rows x 128 activations. Its B is 128 gate rows and 128 up rows of W1, so gate and up of an activation sit in one
-// thread at the same place of the two halves of its accumulators, whatever the order in which the weight stores them.
+// thread at the same place of the two halves of its accumulators, whatever the order in which the weight stores them. Where H is
+// outermost and gates and ups alternate, B is 256 columns of W1 as they lie, and gate and up are neighbours.
 #include "epilogue/gated.cuh"
 #include "gemm/load_rows.cuh"
 #include "gemm/roles.cuh"
@@ -10,7 +11,8 @@
 #include "gemm/tiles.cuh"
 
 constexpr Config CONFIG = CONFIG_OF_SPEC<Operand::BF16>;
-using Epilogue = GatedActivation<CONFIG, static_cast<Act>(ACTIVATION)>;
+constexpr GateAndUp ORDER = static_cast<GateAndUp>(W1_ORDER);
+using Epilogue = GatedActivation<CONFIG, static_cast<Act>(ACTIVATION), ORDER == GateAndUp::Pairs>;
 
 extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
     up_projection(const __grid_constant__ TensorMap map_x, const __grid_constant__ TensorMap map_w,
@@ -23,8 +25,9 @@ extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
     const Epilogue epilogue{&map_z, &map_a, z, a, b1, width, gate_base, up_base, interleaved != 0,
                             {alpha, limit, up_offset}, Epilogue::stages_used(z)};
     const auto produce = [&](u32) {
-        load_ragged_rows<Epilogue::WIDTH>(shared, gemm, &map_x, Unscaled{}, LoadGateAndUp<CONFIG>{&map_w, gate_base},
+        load_ragged_rows<Epilogue::WIDTH>(shared, gemm, &map_x, Unscaled{}, LoadGateAndUp<CONFIG, ORDER>{&map_w, gate_base},
                                           OfferStages<CONFIG>{shared, epilogue.used});
     };
-    run_roles(shared, produce, [&](u32 warp) { for_each_tile<Major::K>(shared, warp, FixedDepth{blocks_k}, epilogue); });
+    constexpr Major major = ORDER == GateAndUp::Rows ? Major::K : Major::MN;
+    run_roles(shared, produce, [&](u32 warp) { for_each_tile<major>(shared, warp, FixedDepth{blocks_k}, epilogue); });
 }

@@ -3,11 +3,12 @@
 Layout (row-major)
     X (T, H) bf16, read through an index of P rows sorted by expert (-1: zeros), or (P, H) as it lies. W1 (E, 2I, H), H
     contiguous, gate and up rows in any of the three orders: the order is nothing but strides of a tensor map that sees
-    W1 as (E, 2, I, H). Z (P, 2I) in the column order of the weight, stored for backward only, without the bias. A (P,
-    I).
+    W1 as (E, 2, I, H). Or W1 stored (E, H, 2I): B is MN-major then. Z (P, 2I) in the column order of the weight, stored
+    for backward only, without the bias. A (P, I).
 Tiles
     128 rows × 128 activations; B is 128 gate rows and 128 up rows, so both halves of an activation are accumulators of
-    one thread. Ring, cluster, scheduler and ragged last tiles as in grouped_gemm.py.
+    one thread. Where gate and up alternate in a W1 stored (E, H, 2I), B is 256 columns as they lie, and the two are
+    neighbours. Ring, cluster, scheduler and ragged last tiles as in grouped_gemm.py.
 Maths
     fp32 accumulation, bias and activation in fp32 on the unrounded sums, one rounding for Z and one for A. (A backend
     that stores Z first computes A from the rounded Z.)
@@ -25,35 +26,62 @@ from torch import Tensor
 from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.kernels.interface import UpProjection
-from supersonic_moe.kernels.sm90.gates import ALL_BF16_KINDS, BF16_KINDS, INTERLEAVED, half_bases, kind_of, limit_of
+from supersonic_moe.kernels.sm90.gates import (
+    ALL_BF16_KINDS,
+    BF16_KINDS,
+    INTERLEAVED,
+    OUTERMOST_H,
+    UNGATED_KIND,
+    half_bases,
+    kind_of,
+    limit_of,
+)
 from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, OPCODES, WARP_ROWS, GemmConfig, bf16_form, choose
-from supersonic_moe.kernels.sm90.operands import map_of_gate_and_up, map_of_halves, map_of_rows, map_of_stored_rows
+from supersonic_moe.kernels.sm90.operands import (
+    map_of_gate_and_up,
+    map_of_gate_and_up_columns,
+    map_of_halves,
+    map_of_rows,
+    map_of_stored_rows,
+)
 from supersonic_moe.kernels.sm90.unfused import UNFUSED
+from supersonic_moe.kernels.sm90.up_projection_ungated import up_projection_ungated
+
+ROWS, HALVES, PAIRS = range(3)  # GateAndUp of load_b.cuh
 
 
-def _spec(config: GemmConfig, kind: int) -> KernelSpec:
-    return config.spec("up_projection", OPCODES, ACTIVATION=kind)
+def _spec(config: GemmConfig, kind: int, order: int) -> KernelSpec:
+    return config.spec("up_projection", OPCODES, ACTIVATION=kind, W1_ORDER=order)
 
 
 SPECS = tuple(
-    _spec(bf16_form(BLOCK_N, cluster, gather), kind)
-    for kind in ALL_BF16_KINDS
+    _spec(bf16_form(BLOCK_N, cluster, gather), kind, order)
+    for kind, order in (
+        *((kind, ROWS) for kind in ALL_BF16_KINDS),
+        *((kind, PAIRS if interleaved else HALVES) for kind, interleaved in OUTERMOST_H),
+    )
     for gather in (False, True)
     for cluster in (1, 2)
 )
 
 
 @functools.cache
-def _kernel(config: GemmConfig, kind: int) -> Kernel:
-    return Kernel(_spec(config, kind))
+def _kernel(config: GemmConfig, kind: int, order: int) -> Kernel:
+    return Kernel(_spec(config, kind, order))
 
 
 def up_projection(step: UpProjection[Tensor]) -> tuple[Tensor, Tensor]:
-    """(Z (P, 2I) without the bias, or (0, 2I) if not ``save``; A (P, I)). Activations outside ``BF16_KINDS`` and
-    weights stored with H outermost take the grouped GEMM and the activation pass instead.
+    """(Z (P, N1) without the bias, or (0, N1) if not ``save``; A (P, I)). Activations and orders of W1 without a kernel
+    here take the grouped GEMM and the activation pass instead.
     """
     x, w1_ENH, b1_EN, expert_offsets, _, (activation, layout), save = step
-    if activation.type not in BF16_KINDS or w1_ENH.stride(2) != 1:
+    interleaved, h_contiguous = layout is INTERLEAVED, w1_ENH.stride(2) == 1
+    if activation.type is UNGATED_KIND and h_contiguous:
+        return up_projection_ungated(step)
+    if activation.type not in BF16_KINDS:
+        return UNFUSED.up_projection(step)
+    kind = kind_of(activation)
+    if not h_contiguous and (kind, interleaved) not in OUTERMOST_H:
         return UNFUSED.up_projection(step)
     x_TH, index = x
     num_experts, n1, hidden = w1_ENH.shape
@@ -62,15 +90,19 @@ def up_projection(step: UpProjection[Tensor]) -> tuple[Tensor, Tensor]:
     a_PI = x_TH.new_empty(rows, width)
     if rows == 0:
         return z_PN, a_PI
-    interleaved = layout is INTERLEAVED
     gate_base, up_base = half_bases(layout, width)
     config = choose(n1, index is not None, rows=rows // num_experts)
     with on_device(x_TH):
+        if h_contiguous:
+            order, map_w = ROWS, map_of_gate_and_up(w1_ENH, interleaved, width)
+        else:
+            order = PAIRS if interleaved else HALVES
+            map_w = map_of_gate_and_up_columns(w1_ENH, interleaved, width, config.block_k)
         map_a = map_of_stored_rows(a_PI)
-        _kernel(config, kind_of(activation)).launch(
+        _kernel(config, kind, order).launch(
             config.grid(x_TH.get_device()),
             map_x=map_of_rows(x_TH, index, box=(BLOCK_M, config.block_k)),
-            map_w=map_of_gate_and_up(w1_ENH, interleaved, width),
+            map_w=map_w,
             map_z=map_of_halves(z_PN, interleaved, rows=WARP_ROWS) if save else map_a,
             map_a=map_a,
             offsets=expert_offsets,

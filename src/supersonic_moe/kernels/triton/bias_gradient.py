@@ -20,7 +20,7 @@ from torch import Tensor
 
 from supersonic_moe.kernels.interface import Rows
 from supersonic_moe.kernels.triton.launch import launch
-from supersonic_moe.kernels.triton.tiling import cdiv, column_block, expert_chunks, next_power_of_2
+from supersonic_moe.kernels.triton.tiling import cdiv, column_block, expert_chunks, next_power_of_2, rows_of_chunk
 
 CHUNK = 256  # rows of one stage 1 program: partials are then 1/64 of the bf16 data
 TILE = 4096  # elements per step of a program: four 16-byte accesses in flight for each of 128 threads
@@ -32,13 +32,9 @@ def _partial_kernel(
     N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
-    expert, count, before = expert_chunks(expert_offsets_ptr, E, CHUNK, BLOCK_E)
-    mine = (before <= chunk) & (chunk < before + count)
-    if tl.sum(mine.to(tl.int32), 0) == 0:
+    _, first, last = rows_of_chunk(expert_offsets_ptr, chunk, E, CHUNK, BLOCK_E)
+    if first >= last:
         return
-    e = tl.sum(tl.where(mine, expert, 0), 0)
-    first = tl.load(expert_offsets_ptr + e) + (chunk - tl.sum(tl.where(mine, before, 0), 0)) * CHUNK
-    last = tl.minimum(first + CHUNK, tl.load(expert_offsets_ptr + e + 1))
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_columns = (column < N)[None, :]
     total = tl.zeros([BLOCK_P, BLOCK_N], dtype=tl.float32)

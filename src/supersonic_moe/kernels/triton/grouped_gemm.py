@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from supersonic_moe.kernels.triton.launch import launch
-from supersonic_moe.kernels.triton.tiling import cdiv, expert_chunks, next_power_of_2
+from supersonic_moe.kernels.triton.tiling import cdiv, next_power_of_2, rows_of_chunk
 
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 128, 64  # 64 fp32 sums for each of 256 threads, 32 KB of operands a step
 CHUNK = 512  # rows between two starts of the pipeline of loads
@@ -33,14 +33,11 @@ def _rows_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
-    expert, count, before = expert_chunks(expert_offsets_ptr, E, BLOCK_M, BLOCK_E)
-    mine = (before <= tile) & (tile < before + count)
-    if tl.sum(mine.to(tl.int32), 0) == 0:
+    e, first, last = rows_of_chunk(expert_offsets_ptr, tile, E, BLOCK_M, BLOCK_E)
+    if first >= last:
         return
-    e = tl.sum(tl.where(mine, expert, 0), 0)
-    first = tl.load(expert_offsets_ptr + e) + (tile - tl.sum(tl.where(mine, before, 0), 0)) * BLOCK_M
     row = first + tl.arange(0, BLOCK_M).to(tl.int64)
-    in_rows = (row < tl.load(expert_offsets_ptr + e + 1))[:, None]
+    in_rows = (row < last)[:, None]
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_columns = (column < N)[None, :]
     depth = tl.arange(0, BLOCK_K)

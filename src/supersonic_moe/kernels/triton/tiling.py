@@ -53,3 +53,13 @@ def expert_chunks(expert_offsets_ptr, E, CHUNK: tl.constexpr, BLOCK_E: tl.conste
     end = tl.load(expert_offsets_ptr + expert + 1, mask=expert < E, other=0)
     count = (end - start + CHUNK - 1) // CHUNK
     return expert, count, tl.cumsum(count, 0) - count
+
+
+@triton.jit
+def rows_of_chunk(expert_offsets_ptr, chunk, E, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr):
+    """(expert, first row, end) of a chunk, numbered through all experts; no rows past the last chunk."""
+    expert, count, before = expert_chunks(expert_offsets_ptr, E, CHUNK, BLOCK_E)
+    mine = (before <= chunk) & (chunk < before + count)
+    e = tl.sum(tl.where(mine, expert, 0), 0)  # past the last chunk 0, whose rows end before
+    first = tl.load(expert_offsets_ptr + e) + (chunk - tl.sum(tl.where(mine, before, 0), 0)) * CHUNK
+    return e, first, tl.minimum(first + CHUNK, tl.load(expert_offsets_ptr + e + 1))

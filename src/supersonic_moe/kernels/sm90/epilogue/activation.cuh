@@ -90,6 +90,11 @@ DEVICE void load_bias(bool interleaved, const u16* bias, i32 column, i32 width, 
     up[0] = interleaved ? bf16_high(first) : bf16_low(second);
 }
 
+// Bias of columns `column` and `column` + 1 where nothing is gated, as a pair of bf16; zeros past the width.
+DEVICE u32 load_bias_pair(const u16* bias, i32 column, i32 width) {
+    return column < width ? *reinterpret_cast<const u32*>(bias + column) : 0;
+}
+
 // gate[i] = act(gate[i] + its bias, up[i] + its bias) for this thread's accumulators of gate and of up, Count each, of a tile whose
 // activations start at `column`. b1: (experts, 2 * width), or null.
 template <Act Kind, u32 Count>

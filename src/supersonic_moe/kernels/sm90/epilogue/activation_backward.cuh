@@ -1,6 +1,6 @@
-// The backward of a gated activation inside an epilogue, for all three of them (gated_backward.cuh, gated_backward_fp8.cuh,
-// gated_backward_quantize.cuh): a thread's eight activations at a time, whose gates and ups lie in shared memory, and what a row's score
-// does to their gradients.
+// The backward of an activation inside an epilogue: a gated one's for three of them (gated_backward.cuh, gated_backward_fp8.cuh,
+// gated_backward_quantize.cuh), a thread's eight activations at a time, whose gates and ups lie in shared memory; and, for
+// ungated_backward.cuh too, what a row's score does to the gradients.
 //
 // An epilogue takes its tile in chunks of 64 activations. In bf16 a chunk's part of Z fills two staging buffers: 32 activations each, gate
 // and up alternating, where Z is interleaved, else gates and ups. A thread has rows r and r + 8 of its warp's 16 lines, as in an
@@ -86,6 +86,23 @@ DEVICE void backward_fragment(const float* d, GateUpFragment& z, float (&scaled)
             z.gate[i][j] = scaled_da * slopes.by_gate, z.up[i][j] = scaled_da * slopes.by_up, scaled[i][j] = s * slopes.value;
         }
     }
+}
+
+// `row`: the warp's first, of which and what follows the expert has `rows`.
+DEVICE RowScores load_scores(const float* scores, i32 row, i32 rows, u32 lane) {
+    RowScores pair{{0.0f, 0.0f}, {0.0f, 0.0f}};
+#pragma unroll
+    for (i32 i = 0; i < 2; ++i) {
+        const i32 at = static_cast<i32>(lane / 4) + 8 * i;
+        if (at < rows) pair.score[i] = scores[row + at];
+    }
+    return pair;
+}
+
+// Rows of score 0 are padding: zeros by selection, whatever Z holds there.
+DEVICE void select_scored(u32 (&words)[4], const RowScores& rows) {
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i) words[i] = rows.score[i % 2] != 0.0f ? words[i] : 0;
 }
 
 // Partial score gradients of a tile: summed over the four lanes of a row, then written for the rows that the expert has.

@@ -5,12 +5,6 @@
 #pragma once
 #include "epilogue/activation_backward.cuh"
 
-// Rows of score 0 are padding: zeros by selection, whatever Z holds there.
-DEVICE void select_scored(u32 (&words)[4], const RowScores& rows) {
-#pragma unroll
-    for (u32 i = 0; i < 4; ++i) words[i] = rows.score[i % 2] != 0.0f ? words[i] : 0;
-}
-
 template <Config C, Gate G>
 struct LoadSavedIntoRing {
     const SharedMemory<C>& shared;
@@ -51,12 +45,7 @@ struct GatedBackward {
         const u32 lane = fresh_thread_index() % 32, line = first_line(warp);
         const i32 row = tile.row + static_cast<i32>(line), rows = tile.row_end - row;
         const Bias<G> bias{b1, tile.expert, width, gate_base, up_base};
-        RowScores pair{{0.0f, 0.0f}, {0.0f, 0.0f}};
-#pragma unroll
-        for (i32 i = 0; i < 2; ++i) {
-            const i32 at = static_cast<i32>(lane / 4) + 8 * i;
-            if (at < rows) pair.score[i] = scores[row + at];
-        }
+        RowScores pair = load_scores(scores, row, rows, lane);
 #pragma unroll
         for (u32 chunk = 0; chunk < C.block_n / CHUNK; ++chunk) {
             const i32 column = tile.column + static_cast<i32>(chunk * CHUNK);

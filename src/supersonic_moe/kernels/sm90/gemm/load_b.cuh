@@ -38,14 +38,33 @@ struct LoadWeight {
     }
 };
 
-// Gate and up rows of a weight seen as (experts, 2, width, K): gate in the first half of the tile, up in the second.
-template <Config C>
+// How a weight of gates and ups lies: (experts, 2 * width, K), K contiguous, seen as (experts, 2, width, K); or with K outermost, (experts,
+// K, 2, width) in halves, or (experts, K, 2 * width) where gates and ups alternate.
+enum class GateAndUp : int { Rows = 0, Halves = 1, Pairs = 2 };
+
+// Gates in the first half of the tile and ups in the second; of Pairs all columns as they lie.
+template <Config C, GateAndUp Order = GateAndUp::Rows>
 struct LoadGateAndUp {
     const TensorMap* map;
     i32 gate_base;
     DEVICE void operator()(u32 tile_b, u32 full, i32 k, const WorkTile& tile, u32 part, u16 blocks) const {
         const i32 gate_half = gate_base != 0;  // [up; gate]: the second half of the weight's rows
-        if constexpr (C.cluster > 1) {         // part 0 is gate, part 1 is up
+        if constexpr (Order == GateAndUp::Pairs) {
+            load_b_mn_major<C>(tile_b, map, full, k, 2 * tile.column, tile.expert, part, blocks);
+        } else if constexpr (Order == GateAndUp::Halves) {
+            constexpr u32 slabs = C.slabs_n() / C.cluster;
+#pragma unroll
+            for (u32 i = 0; i < slabs; ++i) {
+                const u32 slab = part * slabs + i, at = tile_b + slab * C.slab_bytes();
+                const i32 half = static_cast<i32>(slab / (C.slabs_n() / 2)) ^ gate_half;
+                const i32 column = tile.column + static_cast<i32>(slab % (C.slabs_n() / 2) * 64);
+                if constexpr (C.cluster > 1) {
+                    tma_load_multicast(at, map, full, blocks, column, half, k, tile.expert);
+                } else {
+                    tma_load(at, map, full, column, half, k, tile.expert);
+                }
+            }
+        } else if constexpr (C.cluster > 1) {  // part 0 is gate, part 1 is up
             tma_load_multicast(tile_b + part * (C.bytes_b() / 2), map, full, blocks, k, tile.column, static_cast<i32>(part) ^ gate_half,
                                tile.expert);
         } else {
@@ -55,7 +74,7 @@ struct LoadGateAndUp {
     }
 };
 
-// The same two where each block of a cluster has columns of its own (share_a): part 0 is all of B.
+// Both weights, K contiguous, where each block of a cluster has columns of its own (share_a): part 0 is all of B.
 struct LoadOwnWeight {
     const TensorMap* map;
     DEVICE void operator()(u32 tile_b, u32 full, i32 k, const WorkTile& tile, u32 part, u16) const {

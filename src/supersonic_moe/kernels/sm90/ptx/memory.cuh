@@ -46,3 +46,23 @@ DEVICE float4 load_shared_by_blocks(const float4* address) {
 
 // Between ordinary accesses to global memory and those of TMA.
 DEVICE void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// ---- words that other GPUs and the host read and write, too ----
+
+// What this GPU has written and read before, by kernels and copies that its stream has finished, is done for whoever sees the value.
+DEVICE void store_release_system(u64* word, u64 value) {
+    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
+}
+
+DEVICE u64 load_acquire_system(const u64* word) {
+    u64 value;
+    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+    return value;
+}
+
+// Nanoseconds, the same on all multiprocessors.
+DEVICE u64 wall_clock() {
+    u64 now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)::"memory");
+    return now;
+}

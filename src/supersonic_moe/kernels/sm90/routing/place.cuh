@@ -50,7 +50,7 @@ DEVICE void place_by_cluster(const Source& source, i32 tokens, const RowTables& 
     if (has_slot) weights[static_cast<i64>(first + warp) * choices + lane_index()] = weight;
     zero_words(counters, counter_words);
     __syncthreads();
-    place_slots(shared, tables, experts, own * choices, static_cast<i64>(first) * choices, choices, place);
+    place_slots(shared, tables, experts, weights, own * choices, static_cast<i64>(first) * choices, choices, place);
     cluster_wait();
 }
 
@@ -78,7 +78,8 @@ DEVICE void count_block(const Source& source, i32 tokens, i32 span, i32* counts,
 }
 
 // Behind count_block, with its grid and span.
-DEVICE void place_counted(const i32* counts, i32 tokens, i32 span, u32 choices, u32 num_local, const RowTables& tables) {
+DEVICE void place_counted(const i32* counts, i32 tokens, i32 span, u32 choices, u32 num_local, const RowTables& tables,
+                          const float* weights) {
     __shared__ RowShared shared;
     __shared__ u16 experts[pass_tokens * max_choices];
     if (threadIdx.x < num_local) shared.counts[threadIdx.x] = shared.first_row[threadIdx.x] = 0;
@@ -112,7 +113,7 @@ DEVICE void place_counted(const i32* counts, i32 tokens, i32 span, u32 choices, 
         __syncthreads();
         u32 place[pass_parts];
         count_slots(shared, experts, slots, num_local, place);
-        place_slots(shared, tables, experts, slots, first * choices, choices, place);
+        place_slots(shared, tables, experts, weights, slots, first * choices, choices, place);
         __syncthreads();
         if (threadIdx.x < num_local) shared.first_row[threadIdx.x] += shared.counts[threadIdx.x];
     }

@@ -101,6 +101,7 @@ struct RowTables {
     int4* items;     // header {items, rows of the largest, padded rows, streamed?}, then {expert, first row, rows, which << 16 | of} of each
     i32* row_slot;   // slot of each row; -1 in the rows between two experts
     i32* row_token;  // token of each row, for the tile kernels; may be null
+    int2* row_out;   // with row_token: {token, weight} of a row that is its token's only one, else {-1, 1}
     i32* slot_row;   // row of each slot, -1 for none
     i32 stream_rows;  // the most rows that are streamed, padding not counted
 
@@ -128,10 +129,11 @@ DEVICE u32 store_experts(const RowTables& tables, u32 num_local, const ExpertSca
     return first;
 }
 
-// Writes both directions for the slots that count_slots ranked; `first_slot` is the first of them in the whole batch.
+// Writes both directions for the slots that count_slots ranked, those of whole tokens; `first_slot` is the first of them in the whole
+// batch, whose `weights` this block may have written before its last barrier.
 template <u32 Parts>
-DEVICE void place_slots(const RowShared& shared, const RowTables& tables, const u16* experts, u32 slots, i64 first_slot, u32 choices,
-                        const u32 (&rank)[Parts]) {
+DEVICE void place_slots(const RowShared& shared, const RowTables& tables, const u16* experts, const float* weights, u32 slots,
+                        i64 first_slot, u32 choices, const u32 (&rank)[Parts]) {
     const u32 warp = threadIdx.x / 32, lane = lane_index();
 #pragma unroll
     for (u32 part = 0; part < Parts; ++part) {
@@ -142,7 +144,15 @@ DEVICE void place_slots(const RowShared& shared, const RowTables& tables, const 
         if (expert != nowhere) {
             row = shared.first_row[expert] + shared.by_warp[warp][expert] + rank[part];
             tables.row_slot[row] = static_cast<i32>(first_slot + slot);
-            if (tables.row_token) tables.row_token[row] = static_cast<i32>((first_slot + slot) / choices);
+            if (tables.row_token) {
+                const i32 token = static_cast<i32>((first_slot + slot) / choices);
+                const u16* const of_token = experts + slot / choices * choices;
+                u32 rows = 0;
+#pragma unroll 4
+                for (u32 j = 0; j < choices; ++j) rows += of_token[j] != nowhere;
+                tables.row_token[row] = token;
+                tables.row_out[row] = rows == 1 ? make_int2(token, __float_as_int(weights[first_slot + slot])) : make_int2(-1, __float_as_int(1.0f));
+            }
         }
         tables.slot_row[first_slot + slot] = row;
     }

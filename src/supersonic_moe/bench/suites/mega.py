@@ -1,0 +1,86 @@
+"""``bench mega``, measured by ``bench/mega.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+import typer
+from rich.console import RenderableType
+
+from supersonic_moe.bench import options
+from supersonic_moe.bench.suite import Progress, Timed
+
+if TYPE_CHECKING:
+    from supersonic_moe.bench.infer import InferResult
+    from supersonic_moe.bench.infer_cases import InferCase
+    from supersonic_moe.bench.mega import Runner
+
+PEERS = "moe_fp8_topk,deep_gemm_fused"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mega(Timed["InferCase", "InferResult"]):
+    """FP8 experts of one rank, dispatch to combine, beside DeepGEMM's fused kernel: cold L2, in a CUDA graph."""
+
+    name = "mega"
+    files: ClassVar = {"mega-world1": {}}
+
+    shape: Annotated[
+        list[str] | None, typer.Option(help="flash, pro, mimo-2.5 or mimo-2.5-pro. Repeatable. Default: each.")
+    ] = None
+    tokens: Annotated[
+        list[int] | None, typer.Option(help="Repeatable. Default: 16, 64, 256, 512, 1024, 4096, 8192.")
+    ] = None
+    peers: Annotated[str, typer.Option(help=f"Of {PEERS}; none for ours alone.")] = PEERS
+    png: options.Png = None
+
+    @property
+    def heading(self) -> str:
+        return f"FP8 experts of one rank on {self.machine}, dispatch to combine"
+
+    @property
+    def method(self) -> str:
+        return f"CUDA-graph replays, L2 overwritten before each. {super().method}"
+
+    @cached_property
+    def runner(self) -> Runner:
+        from supersonic_moe.bench.mega import Runner
+
+        peers = options.peers(self.peers, PEERS)
+        return Runner(self.where, warm_ms=self.warm_ms, min_ms=self.min_ms, peers=peers)
+
+    def cases(self) -> Sequence[InferCase]:
+        from supersonic_moe.bench.mega import CPU_CASES, SHAPES, TOKENS, cases_of
+        from supersonic_moe.kernels import registry
+
+        if not registry.HAS_TRITON:
+            raise ValueError('this suite needs triton, which is not installed: pip install "supersonic-moe[cuda13]"')
+        options.peers(self.peers, PEERS)
+        if unknown := [name for name in self.shape or () if name not in SHAPES]:
+            raise ValueError(f"a shape is one of {', '.join(SHAPES)}; got {', '.join(unknown)}.")
+        if any(tokens < 1 for tokens in self.tokens or ()):
+            raise ValueError(f"tokens must be at least 1; got {min(self.tokens or ())}.")
+        if self.where.type != "cuda":
+            return CPU_CASES
+        tokens = tuple(self.tokens or TOKENS)
+        return [case for name in self.shape or SHAPES for case in cases_of(SHAPES[name], tokens)]
+
+    def run(self, case: InferCase, progress: Progress) -> InferResult:
+        return self.runner.run(case, progress)
+
+    def summary(self, results: Sequence[InferResult]) -> Iterable[RenderableType]:
+        from supersonic_moe.bench.mega_figure import bars
+
+        return [bars(results)]
+
+    def figure(self, results: Sequence[InferResult]) -> Sequence[Path]:
+        if self.png is None:
+            return ()
+        from supersonic_moe.bench.infer_figure import write_png
+        from supersonic_moe.bench.mega_figure import draw
+
+        return [write_png(self.png, draw(results, self.heading))]

@@ -1,0 +1,303 @@
+"""FP8 experts spread over ranks, for serving: one call from tokens at home to combined outputs at home.
+
+Rank r of R holds the experts [r·E/R, (r+1)·E/R). T tokens here, U received, K choices a token.
+
+    home     q(x)       e4m3 with a scale for 128, unless x comes so                  (T, H)
+             dispatch   codes; scales, ids and weights in a second message            (T, ·) -> (U, ·)
+    there    experts    ``inference.moe_fp8_topk`` on what arrived, bf16 out          (U, H)
+    home     combine    the parts of a token, added in order of ranks, rounded once   (U, H) -> (T, H)
+
+With one rank nothing travels, and a call is ``moe_fp8_topk``. With more, this is the composed form: the collectives of
+:class:`ExpertParallel` around the operator. It is right, and nothing is sent while products run.
+
+**Weights before or after the down-projection.** The operator multiplies a token's weight w after it. With fp32 scales
+that is the same number as before it: the block w·c has the scale w·s, and w·c / (w·s) = c / s has the codes of c. With
+``pow2_scales`` the two differ by a rounding to e4m3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from supersonic_moe import checks
+from supersonic_moe.config.activation import Activation, GateUpLayout, as_layout
+from supersonic_moe.inference.operands import INTERMEDIATE_MULTIPLE, check_experts, check_x, output
+from supersonic_moe.inference.ops import sm90_for
+from supersonic_moe.inference.topk import activation_scales, check_choices, moe_fp8_topk
+from supersonic_moe.inference.workspace import workspace_bytes
+from supersonic_moe.kernels import registry
+from supersonic_moe.kernels.interface import Quantized
+from supersonic_moe.parallel.collectives import group_of
+from supersonic_moe.parallel.expert_parallel import ExpertParallel
+from supersonic_moe.parallel.traffic import traffic
+from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks
+
+TRANSPORTS = ("gather", "all_to_all")
+
+
+class _Received(NamedTuple):
+    """U tokens from all ranks, in order of source rank."""
+
+    x: Quantized
+    """(U, H) e4m3 codes, (U, H / 128) scales."""
+    ids: Tensor
+    """(U, K) int32 experts of this rank, counted from 0; -1 where a choice lives elsewhere."""
+    weights: Tensor
+    """(U, K) float32"""
+
+
+class _Exchange(ExpertParallel):
+    """The collectives of a serving call: rows in e4m3 there, partial outputs back, no autograd."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # sizes on the host, collectives, limits on waits
+    def there_and_back(
+        self, x: Quantized, weights_TK: Tensor, ids_TK: Tensor, experts: Callable[[_Received], Tensor]
+    ) -> Tensor:
+        """(T, H): what ``experts`` makes (U, H) of the received tokens, summed at home."""
+        found = self._departures(ids_TK)
+        trip, _, _ = self._start(weights_TK, weights_TK, found)  # counts tokens; weights have the same dtype everywhere
+        codes_UH = trip.send("forward dispatch", x.q.view(torch.uint8)).view(E4M3)
+        ids_UK, weights_UK, scale_UB = trip.send_choices("forward dispatch", found.ids_TK, weights_TK, x.scale)
+        part_UH = experts(_Received(Quantized(codes_UH, scale_UB), ids_UK, weights_UK))
+        return trip.summed(trip.back("forward combine", part_UH))
+
+
+class MegaMoE:
+    """FP8 experts of layers of one size, spread over a group: dispatch, experts, combine in one call. Inference only.
+
+    It holds no weights; all layers of a model may share it. All ranks make the same calls in the same order, with any
+    number of tokens up to ``max_tokens_per_rank``, 0 included.
+
+    Args:
+        group: ranks that share the experts, a process group of ``torch.distributed`` or a one-dimensional DeviceMesh;
+            None: this process alone, which then needs no ``torch.distributed``.
+        num_experts: E of the whole layer, a multiple of the number of ranks.
+        hidden: H, a multiple of 128. intermediate: I, a multiple of 64. top_k: K.
+        transport: how tokens travel between ranks, as in :class:`ExpertParallel`: ``"gather"`` sends all of them to
+            all ranks and never waits for the host, so a call can be captured in a CUDA graph; ``"all_to_all"`` sends
+            what is needed, and the host waits once in each call.
+        timeout_s: longest wait for another rank. Then :class:`ExpertParallelError` says who is missing.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | DeviceMesh | None,
+        num_experts: int,
+        hidden: int,
+        intermediate: int,
+        top_k: int,
+        max_tokens_per_rank: int,
+        *,
+        transport: Literal["gather", "all_to_all"] = "gather",
+        timeout_s: float = 300.0,
+    ) -> None:
+        for name, value in (("num_experts", num_experts), ("max_tokens_per_rank", max_tokens_per_rank)):
+            checks.positive(name, value)
+        for name, value, of in (("hidden", hidden, BLOCK), ("intermediate", intermediate, INTERMEDIATE_MULTIPLE)):
+            checks.positive(name, value)
+            if value % of:
+                raise ValueError(
+                    f"{name} must be a multiple of {of}; got {value}. Pad the weights of the checkpoint to one."
+                )
+        checks.choices_fit(top_k, num_experts)
+        if transport not in TRANSPORTS:
+            raise ValueError(
+                f"transport must be one of {', '.join(map(repr, TRANSPORTS))}; got {checks.short(transport)}."
+            )
+        self.num_experts, self.hidden, self.intermediate, self.top_k = num_experts, hidden, intermediate, top_k
+        self.max_tokens_per_rank, self.transport = max_tokens_per_rank, transport
+        self._ranks: _Exchange | None = None
+        if group is not None and dist.get_world_size(group_of(group)) > 1:
+            self._ranks = _Exchange(
+                group, num_experts=num_experts, top_k=top_k, hidden=hidden, max_tokens=max_tokens_per_rank,
+                transport=transport, timeout_s=timeout_s,
+            )  # fmt: skip
+        self.rank = 0 if self._ranks is None else self._ranks.rank
+        self.size = 1 if self._ranks is None else self._ranks.size
+        self.experts_here = num_experts // self.size
+        """E / R"""
+        self.first_expert = self.rank * self.experts_here
+        self._w13_shape = (self.experts_here, 2 * intermediate, hidden)
+
+    def __call__(
+        self,
+        x: Tensor,
+        w13: Tensor,
+        w2: Tensor,
+        w13_scale: Tensor,
+        w2_scale: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        *,
+        gate_up_order: GateUpLayout | str,
+        x_scale: Tensor | None = None,
+        swiglu_limit: float | None = None,
+        pow2_scales: bool = False,
+        received_rows: Tensor | None = None,
+        out: Tensor | None = None,
+        accumulate: bool = False,
+    ) -> Tensor:
+        """(T, H) bfloat16: the weighted sum of each token's experts, wherever they live. T may differ by rank and call.
+
+        Args:
+            x: (T, H) bfloat16, quantized inside in blocks of 1 x 128, or float8_e4m3fn with ``x_scale``.
+            w13, w2: (E/R, 2 I, H), (E/R, H, I) float8_e4m3fn: the experts of this rank, from ``first_expert`` on.
+            w13_scale, w2_scale: (E/R, 2 I / 128, H / 128), (E/R, H / 128, ceil(I / 128)) float32.
+            topk_weights: (T, K) float32, multiplied into the outputs of experts.
+            topk_ids: (T, K) int32 or int64, of all experts. Outside [0, E), such as -1, a choice has no expert; a token
+                without any is exactly +0.
+            gate_up_order, swiglu_limit, pow2_scales: as in ``inference.moe_fp8_topk``.
+            x_scale: (T, H / 128) float32, any strides; for e4m3 x only.
+            received_rows: (E/R,) int32, to which the rows that each expert here got are added.
+            out: (T, H) bfloat16 for the result.
+            accumulate: add the result to ``out``, rounded to bfloat16 before and after.
+
+        Raises:
+            TypeError, ValueError: a wrong dtype, shape or setting, with the fix.
+            ExpertParallelError: another rank is missing, or calls something else.
+        """
+        if received_rows is not None:
+            _check_received(received_rows, self.experts_here, w13)
+        if accumulate:
+            checks.flag("accumulate", accumulate)
+            if out is None:
+                raise ValueError("accumulate adds the result to out; got out=None. Pass out, or accumulate=False.")
+            output(out, x)
+        target = None if accumulate else out
+        if self._ranks is None:
+            self._check_fit(x, w13, topk_ids, self.max_tokens_per_rank)
+            result = moe_fp8_topk(
+                x, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, x_scale=x_scale, num_experts=self.num_experts,
+                gate_up_order=gate_up_order, swiglu_limit=swiglu_limit, pow2_scales=pow2_scales, out=target,
+            )  # fmt: skip
+            if received_rows is not None:
+                _count(topk_ids, received_rows)
+        else:
+            self._check_fit(x, w13, topk_ids, math.inf)  # of too many tokens the exchange tells all ranks
+            result = self._over_ranks(
+                x, (w13, w2, w13_scale, w2_scale), topk_weights, topk_ids, as_layout(gate_up_order), x_scale,
+                swiglu_limit, pow2_scales, received_rows, target,
+            )  # fmt: skip
+        return out.add_(result) if accumulate and out is not None else result
+
+    def _over_ranks(
+        self, x: Tensor, weights: tuple[Tensor, Tensor, Tensor, Tensor], topk_weights: Tensor, topk_ids: Tensor,
+        order: GateUpLayout, x_scale: Tensor | None, limit: float | None, pow2: bool, received_rows: Tensor | None,
+        out: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        check_x("x", x, check_experts(*weights, order), weights[0])
+        scale = activation_scales(x, x_scale, "token_major")
+        check_choices(topk_weights, topk_ids, x)
+        if limit is not None:
+            Activation.swiglu_clamped(limit)  # refuses what is no limit, before anybody waits
+        checks.flag("pow2_scales", pow2)
+        if out is not None:
+            output(out, x)
+        assert self._ranks is not None
+
+        def experts(got: _Received) -> Tensor:
+            if received_rows is not None:
+                _count(got.ids, received_rows)
+            return moe_fp8_topk(
+                got.x.q, *weights, got.weights, got.ids, x_scale=got.x.scale, num_experts=self.num_experts,
+                gate_up_order=order, swiglu_limit=limit, pow2_scales=pow2,
+            )  # fmt: skip
+
+        with torch.no_grad():
+            if scale is None:
+                kernels = registry.fp8_kernels("reference" if sm90_for(x) is None else "sm90")
+                rows = kernels.quantize_rows(x.contiguous(), pow2)
+            else:
+                rows = Quantized(x.contiguous(), scale)
+            result = self._ranks.there_and_back(rows, topk_weights, topk_ids, experts)
+            return result if out is None else out.copy_(result)
+
+    # ---- life --------------------------------------------------------------------------------------------------------
+
+    def explain(self) -> str:
+        """What a call does, what it sends for ``max_tokens_per_rank`` and uniform routing, and its device memory."""
+        ranks, tokens, experts = self.size, self.max_tokens_per_rank, self.experts_here
+        lines = [f"{self.num_experts} experts over {ranks} ranks, {experts} on each; this is rank {self.rank}"]
+        received = ranks * tokens
+        rows, hidden, inter = received * self.top_k, self.hidden, self.intermediate
+        needed = workspace_bytes(received, self.top_k, hidden, inter, experts)
+        needed += rows * (inter + 4 * blocks(inter) + 2 * hidden)  # of the tile kernels: c in e4m3, y in bf16
+        if self._ranks is None:
+            lines.append("way: one rank runs inference.moe_fp8_topk, and nothing travels")
+        else:
+            sizes = (tokens, hidden, self.num_experts, self.top_k, ranks)
+            sent = traffic(*sizes, "fp8", gathers=self.transport == "gather")
+            lines.append(
+                "way: composed of dispatch in e4m3, inference.moe_fp8_topk on what arrived, and partial outputs back "
+                "in bf16; nothing is sent while products run"
+            )
+            said = self._ranks.explain().splitlines()
+            lines += [line for line in said if line.startswith(("transport", "places", "limit"))]
+            lines.append(
+                f"for {tokens} tokens a rank sends, in MB: {sent.dispatch / 1e6:.3g} there, {sent.combine / 1e6:.3g} "
+                "back"
+            )
+            needed += received * (hidden + 4 * blocks(hidden) + 8 * self.top_k + 4 * hidden)
+        lines.append(f"memory: at most {needed / 2**30:.3g} GiB for a call of {tokens} tokens on every rank")
+        return "\n".join(lines)
+
+    def warm_up(self) -> None:
+        """With other ranks: compile every CUDA kernel of the package, then wait for them as long as their group allows.
+        So no rank waits for the compiler of another inside ``timeout_s``.
+        """
+        if self._ranks is not None:
+            self._ranks.warm_up()
+
+    def check(self) -> None:
+        """Wait for the device, and raise if a rank was missing."""
+        if self._ranks is not None:
+            self._ranks.check()
+
+    def close(self) -> None:
+        """This rank makes no more calls; others that wait for it are told so. May be called twice."""
+        if self._ranks is not None:
+            self._ranks.close()
+
+    # ---- checks ------------------------------------------------------------------------------------------------------
+
+    def _check_fit(self, x: Tensor, w13: Tensor, topk_ids: Tensor, most: float) -> None:
+        """Sizes are those of this object; what else is wrong the operator says."""
+        try:
+            if w13.shape == self._w13_shape and topk_ids.shape[1] == self.top_k and x.shape[0] <= most:
+                return
+        except (AttributeError, IndexError):
+            pass
+        checks.tensor("w13", w13, 3, "(E/R, 2 I, H)")
+        checks.size("w13", "shape", tuple(w13.shape), self._w13_shape, "(E/R, 2 I, H) of this MegaMoE")
+        checks.tensor("topk_ids", topk_ids, 2, "(T, K)")
+        checks.size("topk_ids", "choices", topk_ids.shape[1], self.top_k, "top_k of this MegaMoE")
+        checks.tensor("x", x, 2, "(T, H)")
+        if x.shape[0] > most:
+            raise ValueError(
+                f"a rank must not have more than max_tokens_per_rank = {most} tokens in a call; got {x.shape[0]}. Make "
+                "the MegaMoE with a larger max_tokens_per_rank."
+            )
+
+
+def _check_received(received_rows: Tensor, experts_here: int, w13: Tensor) -> None:
+    checks.tensor("received_rows", received_rows, 1, "(E/R,)")
+    if received_rows.dtype is not torch.int32:
+        raise TypeError(
+            f"received_rows must be int32; got {checks.describe(received_rows)}. Use torch.zeros(n, dtype=torch.int32)."
+        )
+    checks.size("received_rows", "length", received_rows.shape[0], experts_here, "the experts of this rank")
+    checks.same_device("received_rows", received_rows, "w13", w13)
+
+
+def _count(ids: Tensor, received_rows: Tensor) -> None:
+    """Add to each expert how often ``ids``, counted from 0, name it."""
+    flat = ids.reshape(-1)
+    here = (flat >= 0) & (flat < received_rows.shape[0])
+    received_rows.index_add_(0, torch.where(here, flat, 0), here.to(torch.int32))

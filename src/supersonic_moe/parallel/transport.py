@@ -1,0 +1,51 @@
+"""Which way rows take between ranks, and why: ``ExpertParallel(transport=..., capacity=...)``."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch.distributed as dist
+
+from supersonic_moe.parallel.collectives import Collectives, Ranks
+from supersonic_moe.parallel.copies import Copies, bank_bytes
+from supersonic_moe.parallel.symmetric import shared_memory
+from supersonic_moe.parallel.traffic import share_of_ranks
+from supersonic_moe.parallel.watch import Watch
+
+TRANSPORTS = ("auto", "all_to_all", "gather")
+ENOUGH = 0.8
+"""Share of tokens that a rank needs, from which on copies of all of them are faster than sending those: copy engines
+reach 346 to 387 GB/s between two H200s where NCCL's all-to-all reaches 288, and nothing is packed or counted."""
+
+
+class Transport(NamedTuple):
+    name: Literal["all_to_all", "gather"]
+    ranks: Ranks
+    why: str
+    """How rows travel, in words."""
+
+
+def choose(
+    wanted: str, collectives: Collectives, watch: Watch, *, num_experts: int, top_k: int, places: int, row_bytes: int
+) -> Transport:
+    """The same on every rank; collective. ``places`` and ``row_bytes`` are the most that a rank sends to another one in
+    a call; with ``wanted="auto"``, places are ``max_tokens``.
+    """
+    group = collectives.group
+    size, backend = dist.get_world_size(group), dist.get_backend(group)
+    over = f"by collectives of torch.distributed ({backend}), on any number of nodes"
+    if wanted == "all_to_all":
+        return Transport("all_to_all", collectives, over)
+    share = share_of_ranks(num_experts, top_k, size)
+    if wanted == "auto" and share < ENOUGH:
+        why = f"a rank needs {share:.0%} of the tokens of another, below {ENOUGH:.0%}: sending all would take longer"
+        return Transport("all_to_all", collectives, f"{over}; {why}")
+    bank = bank_bytes(size, places, row_bytes)
+    found = shared_memory(group, 2 * bank, watch.limit_s)
+    if isinstance(found, str):
+        why = f"{over}; no copies between GPUs: {found}"
+        return Transport("all_to_all" if wanted == "auto" else "gather", collectives, why)
+    watch.flags = found.flags
+    copies = Copies(found, dist.get_rank(group), places, row_bytes, watch, collectives)
+    why = f"by copies between GPUs that reach each other's memory, through {2 * bank / 1e6:.0f} MB on each"
+    return Transport("gather", copies, why)

@@ -1,0 +1,117 @@
+"""`bench check`, and the pages that set us beside other libraries: files made by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import run
+
+from supersonic_moe.bench import readme
+
+Rows = dict[tuple[str, str, str], tuple[float | None, tuple[float, float] | None]]
+
+USUAL: Rows = {
+    ("T1", "fwd_us", "sonicmoe"): (1.10, (1.09, 1.11)),
+    ("T1", "fwd_bwd_us", "sonicmoe"): (1.05, (1.04, 1.06)),
+    ("T1", "fwd_bwd_us", "grouped_mm"): (1.80, None),
+    ("T2", "fwd_bwd_us", "sonicmoe"): (1.20, (1.19, 1.21)),
+    ("T2", "saved_bytes", "sonicmoe"): (2.0, None),
+    ("T2", "fwd_bwd_us", "liger"): (None, None),
+}
+
+
+def write(path: Path, rows: Rows, **changes: Any) -> Path:
+    listed = []
+    for (case, metric, peer), (ratio, interval) in rows.items():
+        theirs = None if ratio is None else 1000.0 * ratio
+        row = {"case": case, "metric": metric, "value": 1000.0, "unit": "us", "peer": peer, "peer_value": theirs}
+        listed.append(row | {"ratio": ratio} | ({"interval": interval} if interval else {}))
+    content = dict(suite="layer", command="c", device="GPU", torch="2", commit="abc", date="2026-01-01", rows=listed)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content | changes))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "found"),
+    [
+        (USUAL, {}, []),
+        ({k: (r and r * 0.98, i) for k, (r, i) in USUAL.items()}, {}, []),
+        (
+            USUAL | {("T1", "fwd_bwd_us", "grouped_mm"): (1.70, None)},
+            {},
+            ["T1 · fwd_bwd_us · grouped_mm: 1.700, below"],
+        ),
+        # an interval that reaches the bar of 1.164 passes, one that does not fails
+        (USUAL | {("T2", "fwd_bwd_us", "sonicmoe"): (1.15, (1.13, 1.17))}, {}, []),
+        (
+            USUAL | {("T2", "fwd_bwd_us", "sonicmoe"): (1.15, (1.14, 1.16))},
+            {},
+            ["T2 · fwd_bwd_us · sonicmoe: 1.150, at most 1.160, below 1.164 (it was 1.200)"],
+        ),
+        (
+            {k: v for k, v in USUAL.items() if k[2] != "sonicmoe" or k[0] == "T2"},
+            {},
+            ["T1 · fwd_us · sonicmoe: missing; it was 1.100", "T1 · fwd_bwd_us · sonicmoe: missing; it was 1.050"],
+        ),
+        (USUAL | {("T1", "fwd_us", "sonicmoe"): (None, None)}, {}, ["T1 · fwd_us · sonicmoe: missing"]),
+        ({k: v for k, v in USUAL.items() if k[0] == "T1"}, {}, ["T2 · fwd_bwd_us · sonicmoe: missing"]),
+        (USUAL, {"device": "another GPU"}, ["device is 'another GPU'"]),
+        (USUAL, {"suite": "gemm"}, ["suite is 'gemm'"]),
+    ],
+    ids=str,
+)
+def test_nothing_passes_that_is_behind_or_absent(
+    rows: Rows, changes: dict[str, Any], found: list[str], tmp_path: Path
+) -> None:
+    fresh = write(tmp_path / "fresh" / "layer.json", rows, **changes)
+    write(tmp_path / "old" / "layer.json", USUAL)
+    result = run("bench", "check", str(fresh), "--committed", str(tmp_path / "old"), columns=400)
+    lines = result.output.splitlines()
+    assert result.exit_code == bool(found)
+    assert len(lines) == max(1, len(found))
+    assert all(want in line for want, line in zip(found, lines, strict=False)), lines
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda fresh, old: fresh.unlink(),
+        lambda fresh, old: old.unlink(),
+        lambda fresh, old: fresh.write_text("{"),
+        lambda fresh, old: write(old, {("T1", "fwd_us", "sonicmoe"): (None, None)}),
+    ],
+    ids=["no fresh file", "no committed file", "no JSON", "no ratio to compare with"],
+)
+def test_what_cannot_be_checked_fails(damage: Any, tmp_path: Path) -> None:
+    files = [write(tmp_path / folder / "layer.json", USUAL) for folder in ("fresh", "old")]
+    damage(*files)
+    result = run("bench", "check", str(files[0]), "--committed", str(tmp_path / "old"))
+    assert result.exit_code == 1 and "layer.json: " in result.output and not isinstance(result.exception, OSError)
+
+
+def test_pages_quote_a_library_only_where_it_ran_in_the_same_file(tmp_path: Path) -> None:
+    assert readme.performance(tmp_path) == readme.NO_LIBRARY
+    torch_only = {("T1", "fwd_bwd_us", "grouped_mm"): (1.80, None)}
+    write(tmp_path / "layer-bf16.json", torch_only | {("T1", "fwd_bwd_us", "sonicmoe"): (None, None)})
+    write(tmp_path / "layer-fp8.json", {("T1_fp8", "fwd_bwd_us", "ours-BF16"): (1.5, None)})
+    assert readme.performance(tmp_path) == readme.NO_LIBRARY
+    head, _, line = readme.headline(tmp_path).splitlines()[:3]
+    assert head == "| layer | BF16, µs | TFLOP/s | vs torch | FP8, µs | TFLOP/s | vs our BF16 |"
+    assert line == "| T1 | 1,000 | – | 1.80× | 1,000 | – | 1.50× |"
+
+    write(tmp_path / "layer-bf16.json", USUAL)
+    lines = [line for line in readme.performance(tmp_path).splitlines() if line]
+    assert lines[0] == "### BF16 beside SonicMoE" and len([line for line in lines if line.startswith("###")]) == 1
+    assert lines[4:] == [
+        "| `T1` | 1,000 | 1,100 | 1.100 (1.090–1.110) | 1,000 | 1,050 | 1.050 (1.040–1.060) |",
+        "| `T2` | – | – | – | 1,000 | 1,200 | 1.200 (1.190–1.210) |",
+        "| geometric mean |  |  | 1.10× (1 of 2) |  |  | 1.12× |",
+    ]
+    head, _, line = readme.headline(tmp_path).splitlines()[:3]
+    assert head == "| layer | BF16, µs | TFLOP/s | vs torch | vs SonicMoE | FP8, µs | TFLOP/s | vs our BF16 |"
+    assert line == "| T1 | 1,000 | – | 1.80× | 1.05× | 1,000 | – | 1.50× |"
+    assert "*vs SonicMoE*: its layer, in BF16, in the same process. BF16: GPU" in readme.headline(tmp_path)

@@ -1,0 +1,154 @@
+"""The mega suite without a GPU: its cases, floors and bars, a run on a CPU, and the peer's pipeline on a stand-in."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import deep_gemm_stand_in
+import pytest
+import torch
+from command_line import run, words
+
+pytest.importorskip("triton")
+
+from supersonic_moe.bench import infer, infer_peers, mega, mega_figure
+from supersonic_moe.bench.infer import InferResult
+from supersonic_moe.bench.infer_cases import InferCase, random_experts, workload
+from supersonic_moe.bench.infer_parts import Call
+from supersonic_moe.bench.mega import DEEP_GEMM, OPERATOR, SHAPES, cases_of, must
+from supersonic_moe.bench.report import OURS
+from supersonic_moe.bench.timing import NoResultError
+
+CPU = torch.device("cpu")
+TINY = mega.CPU_CASES[0].shape
+QUICK = ["--device", "cpu", "--min-ms", "0", "--warm-ms", "0"]
+
+
+@pytest.fixture(autouse=True)
+def few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(infer, "HOST_CALLS", 1)
+    monkeypatch.setattr(infer, "EAGER_CALLS", 1)
+
+
+def work(tokens: int) -> infer.Workload:
+    return workload(InferCase(TINY, tokens), random_experts(TINY, CPU), CPU)
+
+
+def test_cases_are_those_of_the_published_tables_and_one_of_one_sign() -> None:
+    names = [str(case) for shape in SHAPES.values() for case in cases_of(shape)]
+    assert len(names) == len(set(names)) == 4 * 8
+    assert names[:2] == ["flash_T16_uniform", "flash_T64_uniform"] and names[7] == "flash-positive_T1024_uniform"
+    assert [(s.hidden, s.inter, s.local, s.rule.top_k) for s in SHAPES.values()] == [
+        (4096, 2048, 32, 6), (7168, 3072, 48, 6), (4096, 2048, 32, 8), (6144, 2048, 48, 8)
+    ]  # fmt: skip
+    assert [must(t) for t in mega.TOKENS] == [1.1] * 3 + [1.25] * 2 + [1.35] * 2
+
+
+def test_a_floor_is_memory_for_few_rows_and_products_for_many() -> None:
+    flash = SHAPES["flash"]
+    moved, us = flash.floor(16, 30, 96)
+    assert moved == 30 * flash.expert_bytes + 16 * (3 * 4096 + 4 * 32 + 8 * 6)
+    assert us == pytest.approx(moved / 4.26e6)
+    assert flash.floor(8192, 32, 8192 * 6)[1] == pytest.approx(1979, rel=1e-3)  # 2.474 TFLOP at 1250 TFLOP/s
+
+
+def test_a_run_on_a_cpu_writes_its_file_and_its_figure(tmp_path: Path) -> None:
+    files = [str(tmp_path / name) for name in ("mega.json", "mega.png")]
+    result = run("bench", "mega", *QUICK, "--commit", "c", "--json", files[0], "--png", files[1])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(Path(files[0]).read_text())["rows"]
+    assert [*dict.fromkeys(row["case"] for row in rows)] == [
+        "tiny_T1_uniform", "tiny_T19_uniform", "tiny-positive_T7_uniform"
+    ]  # fmt: skip
+    found = {row["metric"]: row for row in rows if row["case"] == "tiny_T19_uniform"}
+    assert {"hits", "rows", "replay_us", "host_us", "floor_us", "of_floor", "worst_row"} <= set(found)
+    assert found["rows"]["value"] == 57 and found["replay_us"]["peer"] == OPERATOR
+    assert 0 < found["calc_diff"]["value"] < 1e-5 and 0 < found["worst_row"]["value"] < 0.005  # a rounding to bf16
+    assert Path(files[1]).stat().st_size > 10_000
+
+
+def test_unknown_options_are_refused() -> None:
+    for option, given, said in (
+        ("--shape", "small", "a shape is one of flash, pro"),
+        ("--tokens", "0", "tokens must be at least 1; got 0"),
+        ("--peers", "nobody", "peers are moe_fp8_topk,deep_gemm_fused or none"),
+    ):
+        result = run("bench", "mega", *QUICK, option, given)
+        assert result.exit_code == 2 and said in words(result)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_the_peer_computes_the_same(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deep_gemm", deep_gemm_stand_in.module())
+    monkeypatch.setattr(infer_peers, "_alone", lambda: None)
+    made = work(tokens)
+    expected, checked = infer.reference(made, requantize=True)
+    got = mega.deep_gemm(made)()[checked].float()
+    assert mega.calc_diff(got, expected) <= mega.PEER_DIFFERENCE
+    for build in (mega.ours, mega.operator):
+        got = build(made)()[checked].float()
+        assert mega.calc_diff(got, expected) <= 1e-5 and mega.worst_row(got, expected) <= 0.005
+
+
+def test_errors_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that is off is shown with its errors up to its limit; ours is held to a tighter one, in each row."""
+    runner = mega.Runner(CPU, warm_ms=0, min_ms=0, peers=[])
+
+    def off(factor: float, rows: slice) -> Call:
+        def build(made: infer.Workload) -> Call:
+            def call() -> torch.Tensor:
+                out = mega.ours(made)()
+                out[rows] *= factor
+                return out
+
+            return call
+
+        return build
+
+    everywhere = slice(None)
+    contenders = {OURS: mega.ours, "near": off(1.1, everywhere), "far": off(1.3, everywhere)}
+    monkeypatch.setattr(runner, "_contenders", lambda: contenders)
+    result = runner.run(InferCase(TINY, 9), lambda _: None)
+    assert result.metrics["near"]["calc_diff"] == pytest.approx(0.0045, rel=0.1)
+    assert result.metrics["near"]["worst_row"] == pytest.approx(0.1, rel=0.1)
+    assert "its calc_diff is 0.03" in result.missing["far"]
+    for wrong, said in ((off(1.1, everywhere), "calc_diff is"), (off(1.05, slice(4, 5)), "a row is off by")):
+        contenders[OURS] = wrong
+        with pytest.raises(NoResultError, match=said):
+            runner.run(InferCase(TINY, 9), lambda _: None)
+
+
+def test_positive_data_has_no_sign() -> None:
+    case = mega.CPU_CASES[-1]
+    made = mega.Runner(CPU, warm_ms=0, min_ms=0, peers=[]).workload_of(case)
+    for tensor in (made.x, made.x_scale, *made.experts):
+        assert (tensor.float() >= 0).all() and tensor.float().abs().sum() > 0
+    assert (mega.ours(made)().float() > 0).all()
+
+
+def result_of(shape: mega.MegaShape, tokens: int, us: float, peer_us: float) -> InferResult:
+    case = InferCase(shape, tokens)
+    errors = {"calc_diff": 1e-5, "worst_row": 0.01, "host_us": 20.0}
+    metrics = {
+        OURS: {"replay_us": us, "of_floor": 100 / us, **errors},
+        OPERATOR: {"replay_us": us, "of_floor": 100 / us, **errors, "host_us": 19.5},
+        DEEP_GEMM: {"replay_us": peer_us, "of_floor": 100 / peer_us, **errors},
+    }
+    return InferResult(str(case), metrics, of=case)
+
+
+def test_the_table_and_the_figure_hold_cases_against_their_bars() -> None:
+    flash = SHAPES["flash"]
+    positive = cases_of(flash)[-1].shape
+    results = [result_of(flash, 16, 200, 230), result_of(flash, 8192, 2000, 2400), result_of(positive, 1024, 400, 500)]
+    table = mega_figure.bars(results)
+    columns = {column.header: list(column.cells) for column in table.columns}
+    assert columns["ratio"] == ["1.15x", "1.20x", "1.25x"]
+    assert columns["must"] == ["[green]1.10x[/]", "[red]1.35x[/]", "-"]
+    assert columns["host over operator, µs"] == ["+0.5"] * 3
+    left, right = mega_figure.draw(results, "title").axes
+    ratios, bars = left.lines
+    assert list(ratios.get_xdata()) == [16, 8192] and list(ratios.get_ydata()) == pytest.approx([1.15, 1.2])
+    assert list(bars.get_ydata()) == [1.1, 1.35] and len(right.lines) == 2

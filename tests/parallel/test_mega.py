@@ -1,0 +1,167 @@
+"""``MegaMoE`` on a CPU: against a loop over tokens in fp64, and several ranks against one process, to the bit."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import mega_cases as cases
+import pytest
+import torch
+from inference_oracle import moe_loop
+from mega_cases import E, H, calc_diff, worst_row
+from ranks import run_ranks
+
+from supersonic_moe.inference import moe_fp8_topk
+from supersonic_moe.kernels.reference.quantize import quantize_rows
+from supersonic_moe.parallel import MegaMoE
+
+LIMITS = (None, 10.0, 1.0)
+
+
+# ---- one rank --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("tokens", [0, 1, 7, 333])
+def test_like_the_definition(tokens: int, masked: float) -> None:
+    for shift, kind in enumerate(("contest", "all_positive")):
+        limit = LIMITS[(tokens + round(10 * masked) + shift) % 3]
+        case = cases.case_of(tokens, kind, masked)
+        got = cases.call(cases.mega(), case, swiglu_limit=limit)
+        want = torch.from_numpy(moe_loop(case, requantize=True, limit=limit))
+        assert got.shape == (tokens, H) and got.dtype is torch.bfloat16
+        assert calc_diff(got, want) <= 0.001 and worst_row(got, want) <= 0.03
+        assert got[(case.ids >= E).all(1) | (case.ids < 0).all(1)].view(torch.int16).eq(0).all()  # +0, by bits
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_weights_before_and_after_the_down_projection_are_one_number(limit: float | None) -> None:
+    case = cases.case_of(40, "realistic")
+    case.weights *= torch.tensor([-3.0, 1e-3, 40.0])
+    case.weights[5] = 0
+    got = cases.call(cases.mega(), case, swiglu_limit=limit)
+    before = torch.from_numpy(moe_loop(case, requantize=True, limit=limit, weight_before_down=True))
+    assert calc_diff(got, before) <= 1e-5 and worst_row(got, before) <= 0.006  # a rounding to bf16; some codes at ties
+
+
+def test_one_rank_is_the_operator_and_copies_nothing() -> None:
+    case, layer = cases.case_of(21), cases.mega()
+    expected = moe_fp8_topk(
+        case.x, case.w13, case.w2, case.w13_scale, case.w2_scale, case.weights, case.ids, x_scale=case.x_scale,
+        gate_up_order="gate_up", num_experts=E,
+    )  # fmt: skip
+    out = torch.full_like(expected, math.nan)
+    assert cases.call(layer, case, out=out) is out and torch.equal(out, expected)
+    assert torch.equal(cases.call(layer, case, out=out, accumulate=True), expected + expected)
+    x = torch.randn(21, H).bfloat16()
+    case.x, case.x_scale = quantize_rows(x, True)
+    given = cases.call(layer, case, pow2_scales=True)
+    assert torch.equal(cases.call(layer, case, x=x, x_scale=None, pow2_scales=True), given)
+
+
+def test_received_rows_are_added_up() -> None:
+    case, received = cases.case_of(30, masked=0.5), torch.full((E,), 100, dtype=torch.int32)
+    case.ids[0] = torch.tensor([3, 3, E])
+    for times in (1, 2):
+        cases.call(cases.mega(), case, received_rows=received)
+        expected = [100 + times * int((case.ids == e).sum()) for e in range(E)]
+        assert received.tolist() == expected
+    assert sum(expected) > 100 * E
+
+
+def test_torch_compile_traces_a_call_of_one_rank() -> None:
+    layer = cases.mega()
+    compiled = torch.compile(lambda case: cases.call(layer, case), fullgraph=True, backend="aot_eager")
+    for tokens in (5, 9, 4):  # the second number of tokens makes it a symbol
+        case = cases.case_of(tokens)
+        assert torch.equal(compiled(case), cases.call(layer, case))
+
+
+CONSTRUCTED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"hidden": 192}, ValueError, "hidden must be a multiple of 128; got 192"),
+    ({"intermediate": 96}, ValueError, "intermediate must be a multiple of 64; got 96"),
+    ({"top_k": 9}, ValueError, "must not exceed the number of experts; got K = 9 with E = 8"),
+    ({"max_tokens_per_rank": 0}, ValueError, "max_tokens_per_rank must be at least 1; got 0"),
+    ({"num_experts": 8.0}, TypeError, "num_experts must be a positive integer"),
+    ({"group": "world"}, TypeError, "needs a process group of torch.distributed or a DeviceMesh; got str"),
+    ({"transport": "pigeon"}, ValueError, "transport must be one of 'gather', 'all_to_all'; got 'pigeon'"),
+]
+CALLED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"x": torch.zeros(4, H)}, TypeError, "x must be bfloat16 or float8_e4m3fn"),
+    ({"x": [1]}, TypeError, r"x must be a torch.Tensor of shape \(T, H\); got list"),
+    ({"x_scale": None}, ValueError, "float8_e4m3fn x needs x_scale"),
+    ({"swiglu_limit": -1.0}, ValueError, "limit must be a positive finite number"),
+    ({"accumulate": True}, ValueError, "accumulate adds the result to out; got out=None"),
+    ({"out": torch.zeros(4, H)}, ValueError, "out must be a contiguous bfloat16 tensor"),
+    ({"out": torch.zeros(4, H), "accumulate": True}, ValueError, "out must be a contiguous bfloat16 tensor"),
+    ({"received_rows": torch.zeros(E)}, TypeError, "received_rows must be int32"),
+    ({"received_rows": torch.zeros(3).int()}, ValueError, "received_rows must have length 8"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), CONSTRUCTED, ids=[m for _, _, m in CONSTRUCTED])
+def test_sizes_that_do_not_exist(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        cases.mega(**change)
+
+
+@pytest.mark.parametrize(("change", "error", "message"), CALLED, ids=[m for _, _, m in CALLED])
+def test_wrong_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        cases.call(cases.mega(), cases.case_of(4), **change)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_experts": 7}, r"w13 must have shape \(7, 256, 256\) .*; got \(8, 256, 256\)"),
+        ({"intermediate": 64}, r"w13 must have shape \(8, 128, 256\)"),
+        ({"top_k": 2}, "topk_ids must have choices 2 .*; got 3"),
+        ({"max_tokens_per_rank": 3}, "more than max_tokens_per_rank = 3 tokens in a call; got 4"),
+    ],
+)
+def test_a_call_of_other_sizes(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cases.call(cases.mega(**sizes), cases.case_of(4))
+
+
+def test_explain_says_what_a_call_needs() -> None:
+    layer = MegaMoE(None, num_experts=48, hidden=7168, intermediate=3072, top_k=6, max_tokens_per_rank=8192)
+    experts, way, memory = layer.explain().splitlines()
+    assert experts == "48 experts over 1 ranks, 48 on each; this is rank 0"
+    assert "inference.moe_fp8_topk" in way and "nothing travels" in way
+    assert re.fullmatch(r"memory: at most 1\.\d+ GiB for a call of 8192 tokens on every rank", memory)
+
+
+# ---- several ranks ---------------------------------------------------------------------------------------------------
+
+
+def spread(ranks: int) -> list[tuple[tuple[int, ...], float, float | None]]:
+    """Token counts that change from call to call, masks and clamps."""
+    counts = [(0, 1), (7, 333), (1, 0), (333, 7), (0, 0), (1, 1), (40, 7), (7, 7)]
+    masks = (0.0, 0.3, 0.7, 1.0)
+    return [((tokens * 2)[:ranks], masks[i % 4], LIMITS[i % 3]) for i, tokens in enumerate(counts)]
+
+
+@pytest.mark.parametrize("transport", ["gather", "all_to_all"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_together_have_the_bits_of_one_process(ranks: int, transport: str) -> None:
+    assert run_ranks(ranks, cases.same_as_one_process, spread(ranks), transport) == [[]] * ranks
+
+
+@pytest.mark.parametrize("pow2", [False, True])
+def test_bf16_tokens_are_quantized_at_home(pow2: bool) -> None:
+    for equal, said in run_ranks(2, cases.bf16_over_ranks, pow2):
+        assert equal
+        # 400 tokens to one rank: 256 codes, 2 scales, 3 ids and weights there; 256 bf16 numbers back
+        assert "transport: gather" in said and "limit of a wait: 60 s" in said
+        assert "a rank sends, in MB: 0.115 there, 0.205 back" in said
+
+
+@pytest.mark.parametrize("transport", ["gather", "all_to_all"])
+def test_all_ranks_hear_of_too_many_tokens_on_one(transport: str) -> None:
+    for unequal, error in run_ranks(2, cases.mistakes_on_one_rank, transport):
+        assert re.match(r"ValueError: .*max_tokens is (4 on rank 0 and 5 on rank 1|5 on rank 1 and 4)", unequal)
+        assert "must not have more than max_tokens = 4 tokens in a call" in error and "5" in error

@@ -1,0 +1,86 @@
+"""Copies between ranks that reach each other's memory: the package's code, with ranks that are threads of one process,
+on the CPU and on one GPU. Each test has a process of its own, which a failed wait may end.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import virtual_cases as cases
+from ranks import run_ranks
+
+from supersonic_moe import Fp8Recipe
+
+BF16 = torch.bfloat16
+ON = [pytest.param(False, id="CPU"), pytest.param(True, id="GPU", marks=pytest.mark.gpu)]
+PHASES = ("forward dispatch", "forward combine", "backward dispatch", "backward combine")
+SIZES = (7, 0, 33, 1, 2, 100, 0, 64)
+
+
+def alone(function: Any, *args: Any) -> Any:
+    (result,) = run_ranks(1, function, *args)
+    return result
+
+
+@pytest.mark.parametrize("gpu", ON)
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_ranks_together_have_the_bits_of_one_process(size: int, gpu: bool) -> None:
+    routings = ("random", "skewed", "one rank", "masked", "nobody")
+    calls = [(SIZES[i : i + size] + SIZES[: max(0, i + size - 8)], BF16, r, i % 2 == 1) for i, r in enumerate(routings)]
+    calls += [((0,) * size, BF16, "random", False), ((512,) + (3,) * (size - 1), BF16, "random", True)]
+    assert alone(cases.same_as_one_process, size, gpu, calls) == [[]] * size
+
+
+@pytest.mark.parametrize("gpu", ON)
+@pytest.mark.parametrize("hidden", [256, 136])
+def test_an_fp8_wire_carries_what_the_experts_would_make(hidden: int, gpu: bool) -> None:
+    assert alone(cases.fp8_wire, 2, gpu, (700, 531), Fp8Recipe(scale="pow2"), hidden) == [[], []]
+
+
+@pytest.mark.parametrize("gpu", ON)
+def test_random_calls_with_random_delays_repeat_to_the_bit(gpu: bool) -> None:
+    assert alone(cases.random_calls, 4, gpu, 60) is True
+
+
+@pytest.mark.parametrize("gpu", ON)
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_late_rank_is_named(size: int, phase: str, gpu: bool) -> None:
+    first, second, *others = alone(cases.with_a_muted_rank, size, gpu, phase, 2.0)
+    wanted = rf"waited 2 s in the {phase} of call 2 for rank 1 \(exchange \d+ expected, \d+ seen\)\. Rank 1 is past the"
+    errors = [first, *others]
+    assert any(re.search(wanted, error) for error in errors), errors
+    for error in (*errors, second):
+        assert "ExpertParallelError" in error and "for rank 1" in error, error
+
+
+@pytest.mark.parametrize("gpu", ON)
+def test_ranks_that_call_different_things_are_told(gpu: bool) -> None:
+    errors = alone(cases.with_a_rank_elsewhere, 2, gpu)
+    backward, forward = (f"the {way} dispatch with rows of 64 bytes" for way in ("backward", "forward"))
+    assert any(
+        f"rank 0 is in call 2, {backward}; rank 1 is in {forward}. Run the same layers" in error
+        or f"rank 1 is in call 3, {forward}; rank 0 is in {backward}. Run the same layers" in error
+        for error in errors
+    ), errors
+    assert all(error.startswith("ExpertParallelError") for error in errors), errors
+
+
+@pytest.mark.parametrize("gpu", ON)
+def test_an_error_of_one_rank_ends_the_waits_of_others_at_once(gpu: bool) -> None:
+    first, second, *others = alone(cases.with_a_rank_out_of_memory, 4, gpu, 20.0)
+    assert "OutOfMemoryError: no memory for the experts of this rank" in second
+    for error in (first, *others):
+        assert float(error.split()[0]) < 10, error
+        assert "Rank 1 has failed: no memory for the experts of this rank" in error, error
+        assert "stopped in the forward combine of call 2" in error, error
+
+
+def test_auto_takes_copies_where_most_tokens_need_most_ranks() -> None:
+    two = alone(cases.explanations, 2)
+    assert all("transport: gather, by copies between GPUs that reach each other's memory, through " in e for e in two)
+    eight = alone(cases.explanations, 8)
+    assert all("a rank needs 38% of the tokens of another, below 80%" in e for e in eight), eight[0]

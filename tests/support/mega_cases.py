@@ -1,0 +1,161 @@
+"""What tests of ``MegaMoE`` run, on one rank and on several. Every rank knows the tokens of all of them.
+
+The expectation is exact: an output is the sum, in order of ranks and rounded once, of what the operator gives for the
+experts of one rank alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ranks
+import torch
+import torch.distributed as dist
+from inference_oracle import Case, make_case
+from parallel_cases import error_of
+from torch import Tensor
+
+from supersonic_moe.inference import moe_fp8_topk
+from supersonic_moe.parallel import MegaMoE
+
+E, K, H, I, MOST = 8, 3, 256, 128, 400  # noqa: E741
+
+
+def case_of(tokens: int, kind: str = "contest", masked: float = 0.0, seed: int = 0, **sizes: Any) -> Case:
+    """Tokens whose choices have no expert with probability ``masked``."""
+    sizes = {"hidden": H, "inter": I, "local": E, "num_experts": E, "choices": K} | sizes
+    case = make_case(kind, tokens=tokens, order="gate_up", seed=seed, **sizes)
+    g = torch.Generator().manual_seed(seed + tokens)
+    nowhere = torch.rand(case.ids.shape, generator=g) < masked
+    no_expert = torch.tensor([-1, sizes["num_experts"], 2**31 - 1, -7], dtype=torch.int32)[: sizes["choices"]]
+    case.ids = torch.where(nowhere, no_expert, case.ids)
+    return case
+
+
+def on_gpu(case: Case) -> Case:
+    for name, value in vars(case).items():
+        if isinstance(value, Tensor):
+            setattr(case, name, value.cuda())
+    return case
+
+
+def mega(group: Any = None, **changes: Any) -> MegaMoE:
+    sizes = {"num_experts": E, "hidden": H, "intermediate": I, "top_k": K, "max_tokens_per_rank": MOST}
+    return MegaMoE(group, **(sizes | changes))
+
+
+def call(layer: MegaMoE, case: Case, rows: slice = slice(None), experts: slice = slice(None), **options: Any) -> Tensor:
+    weights = (case.w13[experts], case.w2[experts], case.w13_scale[experts], case.w2_scale[experts])
+    given = {"x_scale": case.x_scale[rows], "gate_up_order": case.order} | options
+    return layer(given.pop("x", case.x[rows]), *weights, case.weights[rows], case.ids[rows], **given)
+
+
+def calc_diff(got: Tensor, want: Tensor) -> float:
+    """1 - 2 <x, y> / (<x, x> + <y, y>); 0 where both are zero."""
+    x, y = got.double().cpu(), want.double().cpu()
+    size = float((x * x + y * y).sum())
+    return 1 - 2 * float((x * y).sum()) / size if size else 0.0
+
+
+def worst_row(got: Tensor, want: Tensor) -> float:
+    """The largest relative error of a row; a row that should be zero and is not counts as infinite."""
+    off, size = (got.double() - want.double()).norm(dim=1), want.double().norm(dim=1)
+    errors = torch.where(off == 0, 0.0, off / size)
+    return float(errors.max()) if len(errors) else 0.0
+
+
+# ---- several ranks ---------------------------------------------------------------------------------------------------
+
+
+def parts(case: Case, size: int, **options: Any) -> Tensor:
+    """(T, H) of one process: what each rank's experts give, summed in order of ranks and rounded once."""
+    here, total = E // size, torch.zeros(case.x.shape, device=case.x.device)
+    for first in range(0, E, here):
+        own = slice(first, first + here)
+        total += moe_fp8_topk(
+            case.x, case.w13[own], case.w2[own], case.w13_scale[own], case.w2_scale[own], case.weights, case.ids,
+            x_scale=case.x_scale, local_expert_offset=first, num_experts=E, gate_up_order=case.order, **options,
+        ).float()  # fmt: skip
+    return total.bfloat16()
+
+
+def same_as_one_process(calls: Sequence[tuple[tuple[int, ...], float, float | None]], transport: str) -> list[str]:
+    """Where the outputs or counts of this rank differ. A call: tokens of each rank, masked choices, clamp. Two
+    instances take turns.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    layers = [mega(dist.group.WORLD, transport=transport, timeout_s=60.0) for _ in range(2)]
+    own, wrong = slice(rank * E // size, (rank + 1) * E // size), []
+    for number, (tokens, masked, limit) in enumerate(calls):
+        case = case_of(sum(tokens), masked=masked, seed=number)
+        if ranks.device().type == "cuda":
+            case = on_gpu(case)
+        first = sum(tokens[:rank])
+        rows = slice(first, first + tokens[rank])
+        received = torch.full((E // size,), 5, dtype=torch.int32, device=case.x.device)
+        out = torch.full((tokens[rank], H), 7.0, device=case.x.device).bfloat16()
+        got = call(layers[number % 2], case, rows, own, swiglu_limit=limit, received_rows=received, out=out)
+        want = parts(case, size, swiglu_limit=limit)[rows]
+        chosen = torch.bincount(case.ids[(case.ids >= 0) & (case.ids < E)].long().cpu(), minlength=E)[own]
+        if got is not out or not torch.equal(got, want):
+            wrong.append(f"output of call {number}: {calc_diff(got, want)}")
+        if not torch.equal(received.cpu(), 5 + chosen.int()):
+            wrong.append(f"counts of call {number}")
+        again = call(layers[number % 2], case, rows, own, swiglu_limit=limit, out=out, accumulate=True)
+        if not torch.equal(again, want + want):
+            wrong.append(f"accumulated output of call {number}")
+    for layer in layers:
+        layer.check()
+        layer.close()
+    return wrong
+
+
+def bf16_over_ranks(pow2: bool) -> tuple[bool, str]:
+    """Whether x in bf16 is quantized at home, to the codes that the operator makes of it; and what ``explain`` says."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    case = case_of(9 * size)
+    x = torch.randn(9 * size, H, generator=torch.Generator().manual_seed(3)).bfloat16()
+    rows, own = slice(9 * rank, 9 * rank + 9), slice(rank * E // size, (rank + 1) * E // size)
+    layer = mega(dist.group.WORLD, timeout_s=60.0)
+    got = call(layer, case, rows, own, x=x[rows], x_scale=None, pow2_scales=pow2)
+    said = layer.explain()
+    layer.close()
+    case.x, case.x_scale = x, None
+    return torch.equal(got, parts(case, size, pow2_scales=pow2)[rows]), said
+
+
+def mistakes_on_one_rank(transport: str) -> tuple[str, str]:
+    """Rank 1 has another limit, then too many tokens: what this rank is told."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    unequal = error_of(lambda: mega(dist.group.WORLD, max_tokens_per_rank=4 + rank))
+    layer = mega(dist.group.WORLD, transport=transport, max_tokens_per_rank=4, timeout_s=3.0)
+    own = slice(rank * E // size, (rank + 1) * E // size)
+    error = error_of(lambda: call(layer, case_of(5 if rank else 2), experts=own))
+    time.sleep(4 if rank and transport == "gather" else 0)  # until the other, who waits, has asked what is wrong
+    return unequal, error
+
+
+def in_a_graph() -> list[str]:
+    """A captured call of this rank, replayed with other contents, against the call itself."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    layer, own = mega(dist.group.WORLD), slice(rank * E // size, (rank + 1) * E // size)
+    case = on_gpu(case_of(33, seed=rank))
+    call(layer, case, experts=own)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(layer, case, experts=own)
+    wrong = []
+    for seed in range(3):
+        other = on_gpu(case_of(33, masked=0.3, seed=10 * seed + rank))
+        for name in ("x", "x_scale", "ids", "weights"):
+            getattr(case, name).copy_(getattr(other, name))
+        out.fill_(float("nan"))
+        graph.replay()
+        if not torch.equal(out, call(layer, case, experts=own)):
+            wrong.append(f"replay {seed}")
+    layer.check()
+    layer.close()
+    return wrong

@@ -1,0 +1,152 @@
+"""What virtual ranks run: the cases of ``parallel_cases`` over copies, and ranks that are muted, late or elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import parallel_cases as cases
+import torch
+import torch.distributed as dist
+from virtual_ranks import CarefulFlags, on_a_gpu, run_virtual
+
+from supersonic_moe import Fp8Recipe
+from supersonic_moe.parallel.copies import Copies
+
+GATHER = {"transport": "gather"}
+
+
+def same_as_one_process(size: int, gpu: bool, calls: Sequence[tuple]) -> list[list[str]]:
+    _start(gpu, careful=6 * len(calls))
+    return run_virtual(size, _twice, calls)
+
+
+def _twice(calls: Sequence[tuple]) -> list[str]:
+    """The second time everything is loaded, and nobody waits for the host."""
+    return cases.same_as_one_process([*calls, *calls], GATHER)
+
+
+def fp8_wire(size: int, gpu: bool, tokens: Sequence[int], recipe: Fp8Recipe, hidden: int) -> list[list[str]]:
+    _start(gpu, careful=10**6)
+    return run_virtual(size, cases.over_an_fp8_wire, tokens, recipe, True, hidden, GATHER)
+
+
+def random_calls(size: int, gpu: bool, count: int) -> bool:
+    """Twice, with other delays: the same bits."""
+    results = []
+    for careful in (10**6, 0):
+        _start(gpu, careful)
+        results.append(run_virtual(size, cases.calls_in_pairs, count, GATHER))
+    first, second = results
+    return all(
+        torch.equal(a, b)
+        for one, other in zip(first, second, strict=True)
+        for x, y in zip(one, other, strict=True)
+        for a, b in zip(x[:5], y[:5], strict=True)
+    )
+
+
+def explanations(size: int) -> list[str]:
+    return run_virtual(size, lambda: cases.make().explain())
+
+
+def with_a_muted_rank(size: int, gpu: bool, phase: str, limit_s: float) -> list[str]:
+    """Rank 1 is late for a phase of the second call: what each rank raises."""
+    _start(gpu, careful=6)
+    return run_virtual(size, _muted, phase, limit_s)
+
+
+def _muted(phase: str, limit_s: float) -> str:
+    rank, tokens = dist.get_rank(), [5] * dist.get_world_size()
+    ep = cases.make(timeout_s=limit_s, **GATHER)
+    given = cases.here(cases.inputs(tokens, torch.bfloat16), tokens)
+    cases.run(ep, given)
+    if rank == 1:
+        _before(ep._ranks, phase, lambda: time.sleep(2.5 * limit_s))
+
+    def call() -> None:
+        cases.run(ep, given)
+        ep.check()
+
+    start = time.monotonic()
+    error = cases.error_of(call)
+    return f"{time.monotonic() - start:.1f} s: {error}"
+
+
+def with_a_rank_elsewhere(size: int, gpu: bool) -> list[str]:
+    """Rank 1 runs no backward, and goes on to the next forward."""
+    _start(gpu, careful=6)
+    return run_virtual(size, _elsewhere)
+
+
+def _elsewhere() -> str:
+    tokens = [5] * dist.get_world_size()
+    ep = cases.make(timeout_s=5, **GATHER)
+    given = cases.here(cases.inputs(tokens, torch.bfloat16), tokens)
+    cases.run(ep, given)
+
+    def call() -> None:
+        if dist.get_rank() == 1:
+            with torch.no_grad():
+                for _ in range(2):
+                    ep.experts(given.x, given.ids, given.scores, given.w1, given.w2)
+        else:
+            cases.run(ep, given)
+        ep.check()
+
+    return cases.error_of(call)
+
+
+def with_a_rank_out_of_memory(size: int, gpu: bool, limit_s: float) -> list[str]:
+    """Rank 1 fails between dispatch and combine, for a reason of its own; nobody waits for the limit."""
+    _start(gpu, careful=6)
+    return run_virtual(size, _out_of_memory, limit_s)
+
+
+def _out_of_memory(limit_s: float) -> str:
+    rank, tokens = dist.get_rank(), [5] * dist.get_world_size()
+    ep = cases.make(timeout_s=limit_s, **GATHER)
+    given = cases.here(cases.inputs(tokens, torch.bfloat16), tokens)
+    cases.run(ep, given)
+    if rank == 1:
+        _before(ep._ranks, "forward combine", _no_memory)
+
+    def call() -> None:
+        cases.run(ep, given)
+        ep.check()
+
+    start = time.monotonic()
+    error = cases.error_of(call)
+    seconds = time.monotonic() - start
+    time.sleep(0.3 * limit_s if rank == 1 else 0)
+    return f"{seconds:.1f} s: {error}"
+
+
+def _no_memory() -> None:
+    raise torch.OutOfMemoryError("no memory for the experts of this rank")
+
+
+def _before(copies: Any, phase: str, action: Any) -> None:
+    """Do ``action`` once, before this rank enters that phase."""
+    assert isinstance(copies, Copies)
+    original = {"gather": copies.gather, "exchange": copies.exchange}
+
+    def at(name: str) -> Any:
+        def called(*args: Any) -> Any:
+            if phase in args:
+                for each in original:
+                    delattr(copies, each)
+                action()
+            return original[name](*args)
+
+        return called
+
+    for name in original:
+        setattr(copies, name, at(name))
+
+
+def _start(gpu: bool, careful: int) -> None:
+    if gpu:
+        on_a_gpu()
+        CarefulFlags.CAREFUL = careful

@@ -1,0 +1,198 @@
+"""Several ranks in one process: threads that reach each other's memory, on one GPU or on the CPU.
+
+    run_virtual(4, some_module.function, "argument")      [function("argument") of rank 0, of rank 1, ...]
+
+Each rank is a thread with a process group of torch's own tests, and on a GPU with a stream of its own, so it runs
+``ExpertParallel`` as it is; only ``shared_memory`` is replaced. On a GPU the flags are those of the package, on the CPU
+:class:`ThreadFlags` does the same in Python. Run it in a process of its own (``ranks.run_ranks(1, ...)``): a wait that
+fails traps, and then nothing more runs on that GPU context.
+
+What a virtual rank proves is the protocol and the arithmetic. It says nothing of speed, nor of the order of memory
+between two GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ranks
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.testing._internal.distributed import multi_threaded_pg
+
+from supersonic_moe.kernels.sm90.exchange_flags import LATE, MAX_RANKS, OTHER_CALL, STOPPED, ExchangeFlags, Failure
+from supersonic_moe.parallel import transport
+from supersonic_moe.parallel.symmetric import HEAD, Memory
+
+
+def on_a_gpu() -> None:
+    """Before CUDA starts: a stream for each rank that does not share a queue, where one wait would hold up another."""
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
+    ranks._device = torch.device("cuda", 0)
+
+
+def run_virtual(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What ``function(*args)`` returns on each rank, in a process group of all; raises what the first one raised."""
+    results: list[Any] = [None] * size
+    errors: list[BaseException | None] = [None] * size
+    memory, store = SharedBlocks(size), dist.HashStore()
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)  # names of groups belong to a thread
+    multi_threaded_pg._install_threaded_pg()
+
+    def work(rank: int) -> None:
+        try:
+            dist.init_process_group("threaded", rank=rank, world_size=size, store=store)
+            with torch.autograd.set_multithreading_enabled(False):  # backward in this thread, which has the group
+                if ranks.device().type == "cuda":
+                    torch.cuda.set_device(ranks.device())
+                    with torch.cuda.stream(torch.cuda.Stream()):
+                        results[rank] = function(*args)
+                        torch.cuda.current_stream().synchronize()
+                else:
+                    results[rank] = function(*args)
+        except BaseException as error:
+            errors[rank] = error
+            memory.meeting.abort()
+
+    before, transport.shared_memory = transport.shared_memory, memory.shared_memory
+    try:
+        threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        transport.shared_memory = before
+        multi_threaded_pg._uninstall_threaded_pg()
+        multi_threaded_pg.ProcessLocalGroup.reset()
+        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+    first = next((e for e in errors if e is not None and not isinstance(e, threading.BrokenBarrierError)), None)
+    if first is not None:
+        raise first
+    return results
+
+
+class SharedBlocks:
+    """Memory of all ranks of one run, each block made by its rank."""
+
+    def __init__(self, size: int) -> None:
+        self.meeting = threading.Barrier(size)
+        self._size, self._blocks, self._lock = size, list[list[Tensor | None]](), threading.Lock()
+        self._made = [0] * size
+
+    def shared_memory(self, group: dist.ProcessGroup, size: int, limit_s: float) -> Memory:
+        """In place of ``parallel.symmetric.shared_memory``."""
+        rank = dist.get_rank(group)
+        with self._lock:
+            if self._made[rank] == len(self._blocks):
+                self._blocks.append([None] * self._size)
+            found = self._blocks[self._made[rank]]
+            self._made[rank] += 1
+        block = torch.full((HEAD + size,), 0xFF, dtype=torch.uint8, device=ranks.device())  # NaN where nobody writes
+        block[:HEAD].zero_()
+        if block.is_cuda:
+            torch.cuda.synchronize()
+        found[rank] = block
+        self.meeting.wait()
+        blocks: Any = found
+        if not block.is_cuda:
+            return Memory(blocks, ThreadFlags(blocks, rank, limit_s), None)  # type: ignore[arg-type]
+        return Memory(blocks, CarefulFlags(blocks, rank, limit_s, self.meeting), None)
+
+
+class CarefulFlags(ExchangeFlags):
+    """The first ``CAREFUL`` exchanges meet on the host before and after each wait: loading a kernel may wait for the
+    whole GPU, and so for a wait of another rank. By then everything has been loaded.
+    """
+
+    CAREFUL = 0
+    delays: random.Random | None = None
+
+    def __init__(self, blocks: Sequence[Tensor], rank: int, limit_s: float, meeting: threading.Barrier) -> None:
+        super().__init__(blocks, rank, limit_s)
+        self._meeting, self._left = meeting, 2 * self.CAREFUL
+        self._delays = random.Random(rank)
+
+    def begin(self, bank: int, call: int, phase: int) -> None:
+        self._around(lambda: ExchangeFlags.begin(self, bank, call, phase))
+
+    def meet(self, kind: int, call: int, phase: int) -> None:
+        self._around(lambda: ExchangeFlags.meet(self, kind, call, phase))
+
+    def _around(self, launch: Callable[[], None]) -> None:
+        if self._left:
+            self._left -= 1
+            torch.cuda.current_stream().synchronize()
+            self._meeting.wait(60)
+            launch()
+            torch.cuda.current_stream().synchronize()
+            self._meeting.wait(60)
+        else:
+            torch.cuda._sleep(self._delays.randrange(200_000))  # up to 0.1 ms
+            launch()
+
+
+class ThreadFlags:
+    """``ExchangeFlags`` in Python, word for word, with a random rest before each flag."""
+
+    def __init__(self, blocks: Sequence[Tensor], rank: int, limit_s: float) -> None:
+        self._words = [block[:HEAD].view(torch.int64) for block in blocks]
+        self._rank, self._limit_s = rank, limit_s
+        self._others = [p for p in range(len(blocks)) if p != rank]
+        self._epoch, self._last, self._told = 0, [0, 0], 0
+        self._failure: Failure | None = None
+        self._delays = random.Random(rank)
+
+    def begin(self, bank: int, call: int, phase: int) -> None:
+        self._tell(0, self._epoch << 32)
+        for peer in self._others:
+            self._wait(peer, peer, self._last[bank] << 32, call, phase)
+        self._epoch += 1
+        self._last[bank] = self._epoch
+
+    def meet(self, kind: int, call: int, phase: int) -> None:
+        flag = self._epoch << 32 | kind
+        self._tell(MAX_RANKS, flag)
+        for peer in self._others:
+            seen = self._wait(peer, MAX_RANKS + peer, flag, call, phase)
+            if seen >> 32 == self._epoch and seen != flag:
+                self._fail(Failure(OTHER_CALL, call, phase, peer, flag, seen))
+
+    def synchronize(self) -> None:
+        pass
+
+    def failure(self) -> Failure | None:
+        return self._failure
+
+    def stop(self, rank: int) -> None:
+        self._told = 1 + rank
+
+    def _tell(self, flag: int, value: int) -> None:
+        for peer in self._others:
+            time.sleep(self._delays.random() * 0.001)
+            self._words[peer][flag + self._rank] = value
+
+    def _wait(self, peer: int, flag: int, wanted: int, call: int, phase: int) -> int:
+        start, mine = time.monotonic(), self._words[self._rank]
+        while True:
+            seen = int(mine[flag])
+            if seen >> 32 >= wanted >> 32:
+                return seen
+            if told := int(mine[2 * MAX_RANKS]) or self._told:
+                self._fail(Failure(STOPPED, call, phase, told - 1, wanted >> 32, seen >> 32))
+            if time.monotonic() - start > self._limit_s:
+                self._fail(Failure(LATE, call, phase, peer, wanted >> 32, seen >> 32))
+            time.sleep(1e-4)
+
+    def _fail(self, failure: Failure) -> None:
+        self._failure = failure
+        if failure.why != STOPPED:
+            for peer in self._others:
+                self._words[peer][2 * MAX_RANKS] = 1 + self._rank
+        raise RuntimeError("trap")
