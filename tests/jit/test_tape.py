@@ -7,6 +7,7 @@ are handed, and a tensor map is a number for the address that it was made of.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -192,6 +193,26 @@ def test_arguments_that_overlap_and_large_workspaces_run_each_time(
     monkeypatch.setattr(tape, "MAX_WORKSPACE", 100)
     for _ in range(4):
         check(function, torch.randn(64), None, 3.0, runs=True)
+
+
+def test_a_recording_and_a_tape_keep_no_tensor_alive(machine: Machine, tmp_path: Path) -> None:
+    function, arguments, allocated = Function(tmp_path), [], []
+
+    class Seen(tape.DispatchMode):  # type: ignore[misc, name-defined]
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = op(*args, **(kwargs or {}))
+            if "new_empty" in str(op):
+                allocated.append(weakref.ref(result))
+            return result
+
+    for call in range(4):
+        x = torch.randn(32)
+        arguments.append(weakref.ref(x))
+        with Seen():
+            check(function, x, None, 3.0, runs=call < 2)
+        del x
+        assert not any(ref() is not None for ref in (*arguments, *allocated)), call
+    assert len(allocated) == 2 * 3
 
 
 def test_an_error_in_a_recording_leaves_no_recorder(machine: Machine, tmp_path: Path) -> None:

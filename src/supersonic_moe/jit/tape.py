@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -50,11 +51,29 @@ Step = Callable[[Sequence[Tensor]], object]
 
 
 class Place(NamedTuple):
-    """``target[slot]`` holds an address and takes another one."""
+    """``target[slot]`` takes an address: that of ``owner``, so many bytes further on."""
 
     target: Any
     slot: int
-    address: int
+    owner: int
+    """Index in ``Recorder.memories``."""
+    offset: int
+
+
+class _Memory(NamedTuple):
+    """An argument or an allocation. It is not kept alive, because a recording must not need more memory than the call;
+    so of two at one address the later one counts.
+    """
+
+    start: int
+    end: int
+    tensor: weakref.ref[Tensor]
+
+
+class _Made(NamedTuple):
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class _MapIn:
@@ -65,55 +84,6 @@ class _MapIn:
 
     def __setitem__(self, _: int, address: int) -> None:
         self._buffer[self._part] = self._made_for(address)
-
-
-class Recorder(DispatchMode or object):  # type: ignore[misc]
-    """What happens in one call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.steps: list[Step] = []
-        self.places: list[Place] = []
-        self.allocated: list[Tensor] = []  # kept to the end, so that each has an address of its own
-        self.maps: dict[bytes, tuple[int, Callable[[int], bytes]]] = {}
-        self.torch_steps: list[tuple[int, Any, tuple[Any, ...], dict[str, Any]]] = []  # with their place in ``steps``
-        self.possible = True
-
-    def launched(self, step: Step) -> None:
-        """``step`` launches the same again, with what then stands in the places that were named."""
-        self.steps.append(step)
-
-    def place(self, target: Any, slot: int, address: int) -> None:
-        """``target[slot]`` is an address; 0 is none."""
-        if address:
-            self.places.append(Place(target, slot, address))
-
-    def place_map(self, buffer: Any, part: slice) -> None:
-        """A tensor map is in this part of ``buffer``."""
-        known = self.maps.get(bytes(buffer[part]))
-        if known is None:
-            self.refuse()
-        else:
-            address, made_for = known
-            self.place(_MapIn(buffer, part, made_for), 0, address)
-
-    def refuse(self) -> None:
-        """Something happened that cannot be played."""
-        self.possible = False
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = op(*args, **kwargs)
-        if op in _ALLOCATIONS:
-            self.allocated.append(result)
-        elif not isinstance(result, Tensor):
-            self.refuse()
-        elif result is kwargs.get("out", args[0] if args else None):
-            self.torch_steps.append((len(self.steps), op, args, kwargs))
-            self.steps.append(lambda tensors: None)  # until all tensors are known
-        elif not any(isinstance(t, Tensor) and _memory(t) == _memory(result) for t in args):  # else a view
-            self.refuse()
-        return result
 
 
 class _State(threading.local):
@@ -129,18 +99,17 @@ class _State(threading.local):
 state = _State()
 
 
-class _Made(NamedTuple):
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
+# ---- playing ---------------------------------------------------------------------------------------------------------
 
 
 class Tape:
-    """One call, for any tensors of the same kind. ``places`` has a list for each tensor and one for the workspace."""
+    """One call, for any tensors of the same kind. ``places``: target, slot and offset of each address, in a list for
+    each tensor and one for the workspace.
+    """
 
     def __init__(
         self, twins: list[tuple[int, int]], steps: list[Step], made: list[_Made], workspace: int,
-        places: list[list[Place]], returned: list[tuple[int, tuple[Any, ...]]], single: bool,
+        places: list[list[tuple[Any, int, int]]], returned: list[tuple[int, tuple[Any, ...]]], single: bool,
     ) -> None:  # fmt: skip
         self._twins, self._steps, self._made, self._workspace = twins, steps, made, workspace
         self._places, self._returned, self._single = places, returned, single
@@ -207,7 +176,7 @@ def play(function: Callable[..., Result], args: tuple[Any, ...]) -> Result:
         return tape.play(tensors, addresses) if tape.fits(addresses) else function(*args)
     if DispatchMode is None or torch.cuda.is_current_stream_capturing():
         return function(*args)
-    recorder = state.recorder = Recorder()
+    recorder = state.recorder = Recorder(tensors)
     try:
         with recorder:
             result = function(*args)
@@ -217,95 +186,141 @@ def play(function: Callable[..., Result], args: tuple[Any, ...]) -> Result:
     return result
 
 
-# ---- from a recording to a tape --------------------------------------------------------------------------------------
+# ---- recording -------------------------------------------------------------------------------------------------------
+
+
+class Recorder(DispatchMode or object):  # type: ignore[misc]
+    """What happens in one call with these tensors."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self.memories = [_memory(t) for t in tensors]
+        self.made: list[_Made] = []
+        self.steps: list[Step] = []
+        self.places: list[Place] = []
+        self.operands: list[list[int | None]] = []
+        """Of each operator of torch among the steps, the indices in ``memories``."""
+        self.maps: dict[bytes, tuple[int, Callable[[int], bytes]]] = {}
+        """Tensor maps: the address, and how to make it for another one."""
+        self.possible = True
+
+    def launched(self, step: Step) -> None:
+        """``step`` launches the same again, with what then stands in the places that were named."""
+        self.steps.append(step)
+
+    def place(self, target: Any, slot: int, address: int) -> None:
+        """``target[slot]`` is an address; 0 is none."""
+        for owner in reversed(range(len(self.memories))):
+            start, end, _ = self.memories[owner]
+            if start <= address < end:
+                self.places.append(Place(target, slot, owner, address - start))
+                return
+        if address:
+            self.refuse()
+
+    def place_map(self, buffer: Any, part: slice) -> None:
+        """A tensor map is in this part of ``buffer``."""
+        known = self.maps.get(bytes(buffer[part]))
+        if known is None:
+            self.refuse()
+        else:
+            address, made_for = known
+            self.place(_MapIn(buffer, part, made_for), 0, address)
+
+    def refuse(self) -> None:
+        """Something happened that cannot be played."""
+        self.possible = False
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = op(*args, **kwargs)
+        if op in _ALLOCATIONS:
+            self.memories.append(_memory(result))
+            self.made.append(_Made(tuple(result.shape), result.stride(), result.dtype))
+        elif not isinstance(result, Tensor):
+            self.refuse()
+        elif result is kwargs.get("out", args[0] if args else None):
+            self._computed(op, args, kwargs)
+        elif not any(isinstance(t, Tensor) and _storage(t) == _storage(result) for t in args):  # else a view
+            self.refuse()
+        return result
+
+    def _computed(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        values, names, count = [*args, *kwargs.values()], list(kwargs), len(args)
+        operands = [self.index(value) for value in values]
+        if any(i is None and isinstance(value, Tensor) for i, value in zip(operands, values, strict=True)):
+            self.refuse()
+        self.operands.append(operands)
+        constants = [None if isinstance(value, Tensor) else value for value in values]  # no tensor is kept alive
+
+        def step(tensors: Sequence[Tensor]) -> object:
+            now = [c if i is None else tensors[i] for i, c in zip(operands, constants, strict=True)]
+            return op(*now[:count], **dict(zip(names, now[count:], strict=True)))
+
+        self.steps.append(step)
+
+    def index(self, value: Any) -> int | None:
+        """In ``memories``, of a tensor that is all of an argument or an allocation."""
+        return next((i for i, memory in enumerate(self.memories) if memory.tensor() is value), None)
+
+    def owner(self, view: Tensor) -> int | None:
+        """In ``memories``, of the allocation that a tensor of the same dtype lies in."""
+        for i in reversed(range(len(self.memories) - len(self.made), len(self.memories))):
+            if self.memories[i].start == _storage(view) and self.made[i - len(self.memories)].dtype is view.dtype:
+                return i
+        return None
 
 
 def _tape(recorder: Recorder, tensors: list[Tensor], result: Result) -> Tape | None:
     """None if there can be none."""
-    returned = (result,) if isinstance(result, Tensor) else tuple(result)
-    computed_on = [t for _, _, args, kwargs in recorder.torch_steps for t in _tensors_of(args, kwargs)]
-    owned = {_memory(t) for t in (*returned, *computed_on)}
-    made = [t for t in recorder.allocated if _memory(t) in owned]
-    scratch = [t for t in recorder.allocated if _memory(t) not in owned]
-    all_tensors = [*tensors, *made]
-    if not recorder.possible or any(_index(all_tensors, t) is None for t in computed_on):
+    returned, arguments = (result,) if isinstance(result, Tensor) else tuple(result), len(tensors)
+    found = [i if (i := recorder.index(t)) is not None else recorder.owner(t) for t in returned]
+    owners = [i for i in found if i is not None and i >= arguments]
+    if not recorder.possible or len(owners) < len(found) or _overlap(recorder.memories[:arguments]):
         return None
 
-    first: dict[int, int] = {}  # address -> the argument there; an argument may be passed twice
-    twins = []
-    for i, t in enumerate(tensors):
-        before = first.setdefault(t.data_ptr(), i)
-        if before != i:
-            twins.append((before, i))
-    doubled = {i for _, i in twins}
-    regions = [(t.data_ptr(), t.data_ptr() + _extent(t), i, 0) for i, t in enumerate(all_tensors) if i not in doubled]
-    workspace = 0
-    for t in scratch:
-        regions.append((t.data_ptr(), t.data_ptr() + _extent(t), len(all_tensors), workspace))
-        workspace += -(-_extent(t) // _ALIGNMENT) * _ALIGNMENT
-    regions = sorted(region for region in regions if region[0] < region[1])
-    overlap = any(end > start for (_, end, *_), (start, *_) in itertools.pairwise(regions))
-    if overlap or workspace > MAX_WORKSPACE:
+    kept = {i for i in (*owners, *itertools.chain(*recorder.operands)) if i is not None and i >= arguments}
+    numbers = {i: i for i in range(arguments)} | {i: arguments + n for n, i in enumerate(sorted(kept))}
+    places: list[list[tuple[Any, int, int]]] = [[] for _ in range(len(numbers) + 1)]
+    bases, workspace = {}, 0
+    for i, (start, end, _) in enumerate(recorder.memories):
+        if i not in numbers:
+            bases[i] = workspace
+            workspace += -(-(end - start) // _ALIGNMENT) * _ALIGNMENT
+    if workspace > MAX_WORKSPACE:
         return None
+    for target, slot, owner, offset in recorder.places:
+        places[numbers.get(owner, -1)].append((target, slot, bases.get(owner, 0) + offset))
+    for operands in recorder.operands:  # which steps read
+        operands[:] = [None if i is None else numbers[i] for i in operands]
 
-    places: list[list[Place]] = [[] for _ in range(len(all_tensors) + 1)]
-    for target, slot, address in recorder.places:
-        owner = next(((i, at + address - start) for start, end, i, at in regions if start <= address < end), None)
-        if owner is None:
-            return None
-        places[owner[0]].append(Place(target, slot, owner[1]))
-
-    steps = list(recorder.steps)
-    for at, op, args, kwargs in recorder.torch_steps:
-        steps[at] = _torch_step(op, args, kwargs, all_tensors)
     views = []
-    for t in returned:
-        base = _index(made, t)
-        if base is None:
-            base = next((i for i, m in enumerate(made) if _memory(m) == _memory(t) and m.dtype is t.dtype), None)
-        if base is None:
-            return None
-        base += len(tensors)
-        whole = t.shape == all_tensors[base].shape and t.stride() == all_tensors[base].stride()
-        views.append((base, () if whole else (t.shape, t.stride(), t.storage_offset())))
-    kinds = [_Made(tuple(t.shape), t.stride(), t.dtype) for t in made]
-    return Tape(twins, steps, kinds, workspace, places, views, isinstance(result, Tensor))
+    for t, i in zip(returned, owners, strict=True):
+        shape, stride, _ = recorder.made[i - arguments]
+        whole = t.shape == shape and t.stride() == stride
+        views.append((numbers[i], () if whole else (tuple(t.shape), t.stride(), t.storage_offset())))
+    seen: dict[int, int] = {}  # address -> the argument there; a tensor may be passed twice
+    firsts = [seen.setdefault(memory.start, i) for i, memory in enumerate(recorder.memories[:arguments])]
+    twins = [(first, i) for i, first in enumerate(firsts) if first != i]
+    made = [recorder.made[i - arguments] for i in sorted(kept)]
+    return Tape(twins, recorder.steps, made, workspace, places, views, isinstance(result, Tensor))
 
 
-def _torch_step(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Step:
-    """``op`` on the tensors that stand where these stand in ``tensors``."""
-
-    def named(value: Any) -> tuple[int | None, Any]:
-        """Its index, or what is no tensor: a step keeps none alive."""
-        at = _index(tensors, value)
-        return at, value if at is None else None
-
-    by_position, by_name = [named(a) for a in args], {name: named(a) for name, a in kwargs.items()}
-
-    def step(now: Sequence[Tensor]) -> object:
-        return op(
-            *[a if i is None else now[i] for i, a in by_position],
-            **{name: a if i is None else now[i] for name, (i, a) in by_name.items()},
-        )
-
-    return step
+def _overlap(memories: list[_Memory]) -> bool:
+    """Whether an address may belong to two tensors that do not start at one."""
+    reach = last = 0
+    for start, end in sorted((m.start, m.end) for m in memories if m.start < m.end):
+        if last != start < reach:
+            return True
+        reach, last = max(reach, end), start
+    return False
 
 
-def _index(tensors: Sequence[Tensor], value: Any) -> int | None:
-    return next((i for i, t in enumerate(tensors) if t is value), None)
+def _memory(t: Tensor) -> _Memory:
+    elements = 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+    return _Memory(t.data_ptr(), t.data_ptr() + elements * t.element_size(), weakref.ref(t))
 
 
-def _tensors_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    return [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-
-
-def _memory(t: Tensor) -> int:
+def _storage(t: Tensor) -> int:
     """Tells allocations apart; 0 for those of nothing."""
     return t.untyped_storage().data_ptr()
-
-
-def _extent(t: Tensor) -> int:
-    """Bytes from the first element to behind the last one."""
-    if t.numel() == 0:
-        return 0
-    return (1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))) * t.element_size()
