@@ -141,6 +141,14 @@ def test_from_the_third_call_on_a_function_is_played(machine: Machine, tmp_path:
     assert machine.launches == 6 * 4 * 2
 
 
+def test_who_watches_sees_every_run(machine: Machine, tmp_path: Path) -> None:
+    function = Function(tmp_path)
+    for call in range(4):
+        check(function, torch.randn(32), None, 3.0, runs=call < 2)
+        with tape.without_tapes():
+            check(function, torch.randn(32), None, 3.0, runs=True)
+
+
 def test_results_of_two_plays_are_two(machine: Machine, tmp_path: Path) -> None:
     function = Function(tmp_path)
     x, y = torch.randn(32), torch.randn(32)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import supersonic_moe as sm
-from supersonic_moe import ops
+from supersonic_moe.jit.tape import without_tapes
 from supersonic_moe.training import bf16, fp8
 
 pytestmark = pytest.mark.gpu
@@ -50,9 +50,7 @@ class Layer:
 
 
 def run(layer: Layer, x: Tensor, dout: Tensor) -> list[Tensor]:
-    """A step without tapes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "play", lambda function, args: function(*args))
+    with without_tapes():
         return layer.step(x, dout)
 
 

@@ -14,6 +14,9 @@ count as of a variant's first call.
 Tensors are passed on as addresses: of a tensor Triton's launcher would ask the address once more, and the driver
 whether it can be reached.
 
+Launches report to ``jit/tape.py``, which plays them again. A tool that begins to listen to Triton's launches after a
+call was recorded does not hear what is played (``without_tapes`` stops that).
+
 How a launcher is called is no public interface of Triton. The minor versions in ``KNOWN`` are those for which the test
 above has shown that it is called as Triton calls it; with any other one every launch is Triton's own.
 """
