@@ -72,13 +72,13 @@ def recorded_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]
     monkeypatch.setattr(tma, "_cached", remember)
     monkeypatch.setattr(gemm_config, "multiprocessors", lambda device: 131)
     monkeypatch.setattr(Kernel, "_slots", lambda self, device: Slots(self, found))
-    _forget_kernels()
+    forget_kernels()
     yield found
-    _forget_kernels()
+    forget_kernels()
     _MAPS.clear()
 
 
-def _forget_kernels() -> None:
+def forget_kernels() -> None:
     """A kernel keeps its argument slots: these of a test are for nobody else."""
     for function in vars(backend).values():
         module = sys.modules.get(getattr(function, "__module__", None))
