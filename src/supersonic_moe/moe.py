@@ -269,6 +269,8 @@ class MoE(nn.Module):
         return output, aux_loss
 
     def _count(self, counts_E: Tensor, training: bool) -> None:
+        if torch.compiler.is_exporting():  # a program that could not be saved: no buffer, and nobody reads it there
+            return
         total_E = self.counts_since_update if training else None
         if total_E is not None and total_E.device != counts_E.device:  # parameters came one by one, not by ``_apply``
             total_E = self.counts_since_update = _moved(total_E, counts_E.device)

@@ -114,10 +114,14 @@ def test_private_names_are_taken_where_they_are() -> None:
 
 
 def test_without_symmetric_memory_ranks_use_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
-    symmetric = private_api.symmetric_memory()
-    assert callable(symmetric.empty) and callable(symmetric.rendezvous)
+    assert private_api.has_symmetric_memory()
+    module = sys.modules["torch.distributed._symmetric_memory"]
+    assert callable(module._SymmetricMemory.empty_strided_p2p)
+    with monkeypatch.context() as patch:
+        patch.delattr(module, "rendezvous")
+        assert not private_api.has_symmetric_memory()
     monkeypatch.setitem(sys.modules, "torch.distributed._symmetric_memory", None)
-    assert private_api.symmetric_memory() is None
+    assert not private_api.has_symmetric_memory()
 
 
 def test_device_and_stream_are_asked_of_torch_cuda(substitutes: Any, monkeypatch: pytest.MonkeyPatch) -> None:

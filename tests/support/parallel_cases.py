@@ -409,13 +409,17 @@ def at_phase(call: int, phase: str, action: Callable[[], None]) -> None:
     Watch.enter = entered  # type: ignore[method-assign]
 
 
-def with_a_lost_rank(phase: str, how: str, limit_s: float) -> str:
+def explanation() -> str:
+    return make().explain()
+
+
+def with_a_lost_rank(phase: str, how: str, limit_s: float, way: dict[str, Any] | None = None) -> str:
     """Rank 1 is late for, or killed before, a phase of the second call. What others raise, and after how long."""
     if dist.get_rank() == 1:
         kill = functools.partial(os.kill, os.getpid(), signal.SIGKILL)
         at_phase(2, phase, kill if how == "killed" else functools.partial(time.sleep, 2.5 * limit_s))
-    ep, tokens = make(timeout_s=limit_s), [5] * dist.get_world_size()
-    given = here(inputs(tokens, torch.float32), tokens)
+    ep, tokens = make(timeout_s=limit_s, **way or {}), [5] * dist.get_world_size()
+    given = here(inputs(tokens, torch.bfloat16 if way else torch.float32), tokens)
     run(ep, given)
     start = time.monotonic()
 

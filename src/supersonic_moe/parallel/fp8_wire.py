@@ -58,6 +58,19 @@ ALIGNMENT = 16
 """Bytes at which rows of codes start, for TMA; rows travel padded to it."""
 
 
+DTYPES = {
+    "fp8": "in e4m3",
+    "exact": "in their own dtype",
+    "auto": "in e4m3 where an FP8 layer loses nothing by it, else in their own dtype",
+}
+
+
+def is_free(recipe: object, x_TH: Tensor) -> bool:
+    """Whether an FP8 wire costs a layer no accuracy: see the table."""
+    free = isinstance(recipe, Fp8Recipe) and recipe.scale == "pow2" and recipe.wgrad == "fp8"
+    return free and x_TH.dtype is torch.bfloat16
+
+
 class _Call(NamedTuple):
     """What a call knows beside its tensors."""
 
