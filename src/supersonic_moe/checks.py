@@ -83,7 +83,7 @@ def floating(name: str, t: Tensor) -> None:
 
 def floating_dtype(name: str, dtype: object) -> None:
     if dtype not in _FLOATING:
-        raise TypeError(f"{name} must be a float dtype; got {short(dtype)}. Use torch.float32 or torch.float64.")
+        raise TypeError(f"{name} must be a float dtype; got {short(dtype)}. Use torch.float32, for instance.")
 
 
 def ids(name: str, t: object, rank: int) -> None:

@@ -174,6 +174,13 @@ def in_backward() -> bool:
     return bool(_graph_task() != -1)
 
 
+def exporting() -> bool:
+    """Whether ``torch.export`` is tracing. In torch 2.11 the public name is True under ``torch.compile`` too. False
+    where torch does not say.
+    """
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
+
+
 _ALL_CALLS = nn.modules.module
 _SOMETHING = {None: None}
 _forward_of_all = getattr(_ALL_CALLS, "_global_forward_hooks", _SOMETHING)

@@ -269,6 +269,24 @@ def test_backward_is_where_autograd_runs_it(substitutes: Any) -> None:
     assert seen == [(True, False)]
 
 
+def test_an_export_is_no_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torch.compile counts are kept, also by a torch whose public name calls both the same."""
+    seen = []
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        seen.append(private_api.exporting())
+        return x + 1
+
+    torch.compile(call, backend="eager", fullgraph=True)(torch.zeros(1))
+    assert seen == [False]
+    module = nn.Identity()
+    module.forward = call  # type: ignore[method-assign]
+    torch.export.export(module, (torch.zeros(1),))
+    assert seen[1:] and all(seen[1:])
+    monkeypatch.delattr(torch.compiler, "_is_exporting_flag")
+    assert not private_api.exporting()
+
+
 def test_a_module_whose_hooks_are_unknown_is_called(substitutes: Any) -> None:
     module = nn.Linear(1, 1)
     assert not private_api.runs_hooks(module) and substitutes.runs_hooks(module)

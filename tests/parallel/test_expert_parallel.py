@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import random
 from collections.abc import Iterator
@@ -114,6 +115,8 @@ def test_one_rank_is_the_plain_layer_and_copies_nothing(one_rank: None) -> None:
     got = ep.dispatch(x[:1], ids, scores)
     assert got.x.data_ptr() == x.data_ptr() and got.ids.tolist() == [[0, -1, -1]] and got.scores is scores
     assert ep.combine(got.x, got.handle) is got.x
+    with pytest.raises(TypeError, match=r"cannot be pickled\. Save its state_dict\(\)"):
+        torch.save(spread, io.BytesIO())
 
 
 def test_warm_up_waits_for_all_ranks(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, NoReturn, Unpack
 
 import torch
 import torch.distributed as dist
@@ -421,6 +421,12 @@ class ExpertParallel:
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertParallel:
         """Copies of a layer share the group."""
         return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an ExpertParallel belongs to the running processes of its group, so a layer that has one cannot be "
+            "pickled. Save its state_dict(), and load that into a layer with an ExpertParallel of its own."
+        )
 
     # ---- checks ------------------------------------------------------------------------------------------------------
 

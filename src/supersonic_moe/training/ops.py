@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from supersonic_moe.autocast import without_autocast
-from supersonic_moe.autograd import apply, refuse_second_derivatives
+from supersonic_moe.autograd import apply, refuse_second_derivatives, refuse_what_is_not_supported
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.kernels import interface, registry
@@ -380,10 +380,14 @@ class Experts(torch.autograd.Function):
         incoming = _INCOMING.flat(dout.contiguous(), needs, main)
         again = torch.is_grad_enabled()  # create_graph
         grads: list[Tensor | None]
-        if again and ctx.twice:
-            grads = [*_differentiable_backward(*tensors, *ctx.others, *incoming)]
-        else:
-            grads = [*ctx.run_backward(tensors, ctx.others, incoming)]
+        try:
+            if again and ctx.twice:
+                grads = [*_differentiable_backward(*tensors, *ctx.others, *incoming)]
+            else:
+                grads = [*ctx.run_backward(tensors, ctx.others, incoming)]
+        except RuntimeError as error:
+            refuse_what_is_not_supported(error)
+            raise
         if ctx.parameters is not None:
             for at, target, parameter in zip((2, 4), targets, ctx.parameters, strict=True):
                 if target is not None:
