@@ -60,7 +60,7 @@ test-gpu: $(TEST_READY) ## every test, on this machine's GPU (those marked multi
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no CUDA GPU here")'
 	@$(PYTEST) $(ARGS)
 
-sass-table: $(TEST_READY) ## accept what the CUDA kernels compile to now: tests/kernels/sm90/sass_table.json
+sass-table: $(TEST_READY) ## compile all CUDA kernels and accept what they are now: tests/kernels/sm90/sass_table.json
 	@PYTHONPATH="$$PYTHONPATH:tests/support" $(PY) -m sass_table
 
 lint: $(VENV)/.ready-lint ## ruff, and mypy --strict on the package

@@ -6,6 +6,7 @@ between tests. Hypothesis draws the same examples in every run; ``--hypothesis-p
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import tempfile
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ settings.load_profile("repeatable")
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, hence here
+    if importlib.util.find_spec("triton"):
+        triton_interpreter = importlib.import_module("triton_interpreter")
+        triton_interpreter.hasten()
 
 
 def pytest_configure(config: pytest.Config) -> None:

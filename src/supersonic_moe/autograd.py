@@ -26,13 +26,24 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
             return function.apply(*args)  # type: ignore[no-untyped-call]
         return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
     except RuntimeError as error:
-        for words, sentence in _UNSUPPORTED.items():
-            if words in str(error):
-                raise NotImplementedError(sentence) from error
+        refuse_what_is_not_supported(error)
         raise
 
 
+def refuse_what_is_not_supported(error: RuntimeError) -> None:
+    """Raises NotImplementedError with a sentence, where the ``error`` of torch means a transform."""
+    for words, sentence in _UNSUPPORTED.items():
+        if words in str(error):
+            raise NotImplementedError(sentence) from error
+
+
+_BATCHED = (
+    "is_grads_batched=True and jacobian(..., vectorize=True) are not supported. Call torch.autograd.grad for each "
+    "gradient, leave vectorize out, or use torch.func.jacrev."
+)
 _UNSUPPORTED = {
+    "Batching rule not implemented": _BATCHED,  # plain PyTorch
+    "data pointer of Tensor that doesn't have storage": _BATCHED,  # a kernel that was given a batch
     "forward mode AD": (
         "forward-mode derivatives are not supported: torch.func.jvp, jacfwd and hessian, torch.autograd.forward_ad. "
         "Use reverse mode: backward, torch.func.grad, vjp or jacrev; jacrev of grad for a Hessian."

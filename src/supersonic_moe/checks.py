@@ -10,7 +10,9 @@ import logging
 import math
 import reprlib
 from collections.abc import Sequence
+from enum import StrEnum
 from numbers import Integral, Real
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 from supersonic_moe.private_api import promise
 
 log = logging.getLogger("supersonic_moe")
+
+Kind = TypeVar("Kind", bound=StrEnum)
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 120  # a router config whole; of a list its first six elements
@@ -79,7 +83,7 @@ def floating(name: str, t: Tensor) -> None:
 
 def floating_dtype(name: str, dtype: object) -> None:
     if dtype not in _FLOATING:
-        raise TypeError(f"{name} must be a float dtype; got {short(dtype)}. Use torch.float32 or torch.float64.")
+        raise TypeError(f"{name} must be a float dtype; got {short(dtype)}. Use torch.float32, for instance.")
 
 
 def ids(name: str, t: object, rank: int) -> None:
@@ -153,6 +157,14 @@ def dense_rows(name: str, t: Tensor) -> Tensor:
 def size(name: str, what: str, got: object, want: object, why: str) -> None:
     if got != want:
         raise ValueError(f"{name} must have {what} {want} ({why}); got {got}.")
+
+
+def member(what: str, value: str, kind: type[Kind]) -> Kind:
+    """The member of that name."""
+    try:
+        return kind(value)
+    except ValueError:
+        raise ValueError(f"unknown {what} {short(value)}; choose one of {', '.join(kind)}.") from None
 
 
 def positive(name: str, value: object) -> None:

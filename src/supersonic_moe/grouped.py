@@ -13,6 +13,7 @@ bf16 or e4m3 as ``recipe.wgrad`` says.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from supersonic_moe.autograd import apply, refuse_second_derivatives
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe, Recipe, as_recipe
 from supersonic_moe.kernels import registry
-from supersonic_moe.kernels.alignment import aligned
+from supersonic_moe.kernels.alignment import aligned, empty_gradient, is_turned, weight_gradient
 from supersonic_moe.kernels.interface import Experts, Fp8Experts, Into, Quantized, Rows, TokenRows
 from supersonic_moe.quantization.block_format import padded_capacity
 from supersonic_moe.routing.plan import plan_from_offsets
@@ -199,11 +200,7 @@ def _backward(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
             else:
                 k.zero_dead_rows(dx, offsets)
         if call.needs_w:
-            index = plan.gather_index if call.gather else None
-            if call.fp8_wgrad:
-                dw = _fp8_weight_gradient(_fp8_kernels(call.x, call.w), call)
-            else:
-                dw = k.grouped_mm_wgrad(Rows(call.x, index), call.dy, offsets, TRANSPOSED)
+            dw = weight_gradient(is_turned(call.w), TRANSPOSED, functools.partial(_weight_gradient, k, call))
         if call.needs_bias:
             dbias = k.segment_sum(Rows(call.dy), None, offsets).to(call.x.dtype)
     return dx, dw, dbias
@@ -219,14 +216,17 @@ def _dx_of_rows(k: Experts, call: Backward) -> Tensor:
     return fp8.grouped_mm_fp8(dy, Quantized(call.w_q_transposed, call.w_scale.mT), call.plan.expert_offsets)
 
 
-def _fp8_weight_gradient(k: Fp8Experts, call: Backward) -> Tensor:
-    """Both operands transposed, each expert's rows padded to whole blocks of 128."""
+def _weight_gradient(k: Experts, call: Backward, into: Into) -> Tensor:
+    """In e4m3 both operands are transposed, each expert's rows padded to whole blocks of 128."""
     offsets, index = call.plan.expert_offsets, call.plan.gather_index
-    segments = k.pad_segments(offsets, index, padded_capacity(index.shape[0], offsets.shape[0] - 1))
+    if not call.fp8_wgrad:
+        return k.grouped_mm_wgrad(Rows(call.x, index if call.gather else None), call.dy, offsets, into)
+    fp8 = _fp8_kernels(call.x, call.w)
+    segments = fp8.pad_segments(offsets, index, padded_capacity(index.shape[0], offsets.shape[0] - 1))
     read = segments.token_index if call.gather else segments.row_index
-    x = k.quantize_columns(call.x, read, call.pow2)
-    dy = k.quantize_columns(call.dy, segments.row_index, call.pow2, tiled=True)
-    return k.grouped_mm_wgrad_fp8(x, dy, segments.offsets, TRANSPOSED)
+    x = fp8.quantize_columns(call.x, read, call.pow2)
+    dy = fp8.quantize_columns(call.dy, segments.row_index, call.pow2, tiled=True)
+    return fp8.grouped_mm_wgrad_fp8(x, dy, segments.offsets, into)
 
 
 # ---- ops -------------------------------------------------------------------------------------------------------------
@@ -238,9 +238,11 @@ def _forward_fake(call: Forward) -> Tensor:
 
 def _backward_fake(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
     x, w = call.x, call.w
-    shapes = (call.needs_x, x.shape), (call.needs_w, w.shape), (call.needs_bias, w.shape[:2])
-    dx, dw, dbias = (x.new_empty(shape if needed else 0) for needed, shape in shapes)
-    return dx, dw, dbias
+    dx, dbias = (
+        x.new_empty(shape if needed else 0)
+        for needed, shape in ((call.needs_x, x.shape), (call.needs_bias, w.shape[:2]))
+    )
+    return dx, empty_gradient(is_turned(w), x, w.shape) if call.needs_w else x.new_empty(0), dbias
 
 
 _FORWARD, _BACKWARD = Fields(Forward), Fields(Backward)

@@ -16,7 +16,7 @@ from supersonic_moe.config.recipe import Fp8Recipe, Recipe, as_recipe
 from supersonic_moe.config.router import SigmoidGroupedTopK, TokenRounding, TopKRouter, as_router, check_router
 from supersonic_moe.functional import RouterWeight, Selection, run_layer
 from supersonic_moe.parts import Experts, Router, is_plain_linear, reset, weights_of
-from supersonic_moe.private_api import in_backward, member_of
+from supersonic_moe.private_api import exporting, in_backward, member_of
 from supersonic_moe.quantization.weight_cache import WeightCache
 from supersonic_moe.routing.aux_loss import router_z_loss, switch_load_balancing_loss
 from supersonic_moe.routing.counts import add_counts, keep_counts, move_biases
@@ -121,8 +121,9 @@ class MoE(nn.Module):
         checks.flag("add_bias", add_bias)
         checks.number("std", std, lowest=0)
         checks.number("z_loss_weight", z_loss_weight, lowest=0)
-        if router_dtype is not None:
-            checks.floating_dtype("router_dtype", router_dtype)
+        for name, value in (("router_dtype", router_dtype), ("dtype", dtype)):
+            if value is not None:
+                checks.floating_dtype(name, value)
         self.num_experts = num_experts
         self.top_k = num_experts_per_tok
         self.hidden_size = hidden_size
@@ -269,6 +270,8 @@ class MoE(nn.Module):
         return output, aux_loss
 
     def _count(self, counts_E: Tensor, training: bool) -> None:
+        if exporting():  # a program that could not be saved: no buffer, and nobody reads it there
+            return
         total_E = self.counts_since_update if training else None
         if total_E is not None and total_E.device != counts_E.device:  # parameters came one by one, not by ``_apply``
             total_E = self.counts_since_update = _moved(total_E, counts_E.device)

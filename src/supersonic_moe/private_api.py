@@ -130,14 +130,29 @@ def default_store(prefix: str) -> Any:
     return None if store is None else dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
 
 
-def symmetric_memory() -> Any:
-    """The module by which GPUs reach each other's memory (``empty``, ``rendezvous``); None where torch has none. It is
-    imported late: it takes a while, and few need it.
-    """
+def has_symmetric_memory() -> bool:
+    """Whether torch lets GPUs reach each other's memory. Imported late: it takes a while, and few need it."""
     try:
-        return importlib.import_module("torch.distributed._symmetric_memory")
+        module = importlib.import_module("torch.distributed._symmetric_memory")
     except ImportError:
-        return None
+        return False
+    return hasattr(module, "_SymmetricMemory") and hasattr(module, "rendezvous")
+
+
+def symmetric_block(size: int, device: torch.device) -> Tensor:
+    """(size,) uint8 that :func:`symmetric_views` takes, not zeroed. Not from torch's pool: a block that the pool hands
+    out again on one rank, and not on another, would be taken for two.
+    """
+    module = importlib.import_module("torch.distributed._symmetric_memory")
+    block: Tensor = module._SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, device)
+    return block
+
+
+def symmetric_views(block: Tensor, group: dist.ProcessGroup) -> tuple[list[Tensor], Any]:
+    """The blocks of all ranks, as this one reads and writes them, and what has to live as long. Collective."""
+    handle = importlib.import_module("torch.distributed._symmetric_memory").rendezvous(block, group)
+    shape = tuple(block.shape)
+    return [handle.get_buffer(rank, shape, torch.uint8) for rank in range(dist.get_world_size(group))], handle
 
 
 def ignored_by_ddp(module: nn.Module, names: list[str]) -> None:
@@ -180,6 +195,13 @@ def in_backward() -> bool:
     where torch does not say.
     """
     return bool(_graph_task() != -1)
+
+
+def exporting() -> bool:
+    """Whether ``torch.export`` is tracing. In torch 2.11 the public name is True under ``torch.compile`` too. False
+    where torch does not say.
+    """
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
 _ALL_CALLS = nn.modules.module

@@ -123,6 +123,8 @@ BAD = [
     ("std of another type", lambda: moe(std="0.02"), TypeError, "std must be a number"),
     ("layers in a list", lambda: sm.update_correction_bias([moe()], 1e-3), TypeError, r"needs a torch.nn.Module; got list"),
     ("training of no model", lambda: sm.fp8_training(None).__enter__(), TypeError, r"needs a torch.nn.Module; got NoneType"),
+    ("module dtype", lambda: moe(dtype=torch.float8_e4m3fn), TypeError, "dtype must be a float dtype; got torch.float8_e4m3fn"),
+    ("group of counts", lambda: sm.update_correction_bias(moe(router="sigmoid_grouped_topk"), 1e-3, group="ep"), TypeError, r"group must be a process group.* got str \('ep'\)"),
     ("module router dtype", lambda: moe(router_dtype="fp32"), TypeError, "router_dtype must be a float dtype"),
     ("token mask", lambda: layer(token_mask_T=X[:, 0]), TypeError, "token_mask must be a bool tensor"),
     ("router weight device", lambda: layer(router_weight_EH=ROUTER.to(META)), ValueError, "one device"),

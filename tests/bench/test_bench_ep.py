@@ -1,17 +1,18 @@
-"""``bench ep``: alone, and under torchrun, where ranks must time the same calls."""
+"""``bench ep``: alone, and as under torchrun, where ranks must time the same calls."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from command_line import run
+from command_line import outcome, run
+from ranks import run_ranks
 
+from supersonic_moe.bench.ep_timeline import Exchange, timeline
 from supersonic_moe.bench.report import OURS
+from supersonic_moe.bench.spans import Marks
+from supersonic_moe.parallel.collectives import Collectives
 
 QUICK = ["--shape", "32,32,16,4,2", "--min-ms", "1", "--warm-ms", "1", "--device", "cpu"]
 
@@ -29,12 +30,39 @@ def test_one_rank_is_measured_against_the_plain_layer(tmp_path: Path) -> None:
 
 def test_two_ranks_take_the_same_decisions(tmp_path: Path) -> None:
     file = tmp_path / "ep.json"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "supersonic_moe", "bench", "ep", *QUICK, "--json", str(file)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    files = ["--json", str(file), "--png", str(tmp_path / "ep.png")]
+    for exit_code, output in run_ranks(2, outcome, "bench", "ep", *QUICK, *files, backend=None):
+        assert exit_code == 0, output
+    assert (tmp_path / "ep.png").stat().st_size > 10_000
     rows = {row["metric"]: row for row in json.loads(file.read_text())["rows"]}
     assert rows["fwd_us"]["case"] == "T32_H32_I16_E4_K2_R2"
     # E 8 on 2 ranks, K 2: p = 1 - (4 3) / (8 7); 32 p copies of 2 H bytes 4 times, ids and scores, their gradients
     assert rows["sent_bytes"]["value"] == pytest.approx(32 * (1 - 12 / 56) * (4 * 2 * 32 + 8 * 2 + 4 * 2))
+
+
+class Turns(Marks):
+    """A clock that goes on by one with each look."""
+
+    def __init__(self) -> None:
+        self.now = 0
+
+    def mark(self) -> int:
+        self.now += 1
+        return self.now
+
+    def us(self, begin: int, end: int) -> float:
+        return float(end - begin)
+
+
+def test_a_timeline_has_the_exchanges_of_a_call_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Collectives, "gather", lambda self, rows, places, empty, call, phase: rows)
+    monkeypatch.setattr(Collectives, "exchange", lambda self, rows, call, phase, sent, received: rows)
+    before, ranks = Collectives.gather, Collectives(None, None)  # type: ignore[arg-type]
+
+    def call() -> None:
+        ranks.gather(None, 4, 0, 1, "forward dispatch")  # type: ignore[arg-type]
+        ranks.exchange(None, 1, "forward combine", None, None)  # type: ignore[arg-type]
+
+    found = timeline(call, Turns())
+    assert found.exchanges == [Exchange("forward dispatch", 1, 2), Exchange("forward combine", 3, 4)]
+    assert found.end_us == 5 and Collectives.gather is before

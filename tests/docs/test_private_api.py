@@ -21,6 +21,8 @@ from supersonic_moe.jit import tape
 
 SOURCE = Path(private_api.__file__).parent
 ALLOWED = {
+    # a contender of benchmarks that has no public name; without it that contender is reported as missing
+    ("bench/layer_peers.py", "training._to_fp8_blockwise_then_scaled_grouped_mm"),
     ("cli/health.py", "torch.distributed._symmetric_memory"),  # imported to see whether it is there
     # the contract of an experts backend of Transformers; tests/integrations/transformers fail without them
     ("integrations/transformers/gates.py", "kind._apply_gate"),
@@ -115,10 +117,14 @@ def test_private_names_are_taken_where_they_are() -> None:
 
 
 def test_without_symmetric_memory_ranks_use_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
-    symmetric = private_api.symmetric_memory()
-    assert callable(symmetric.empty) and callable(symmetric.rendezvous)
+    assert private_api.has_symmetric_memory()
+    module = sys.modules["torch.distributed._symmetric_memory"]
+    assert callable(module._SymmetricMemory.empty_strided_p2p)
+    with monkeypatch.context() as patch:
+        patch.delattr(module, "rendezvous")
+        assert not private_api.has_symmetric_memory()
     monkeypatch.setitem(sys.modules, "torch.distributed._symmetric_memory", None)
-    assert private_api.symmetric_memory() is None
+    assert not private_api.has_symmetric_memory()
 
 
 def test_device_and_stream_are_asked_of_torch_cuda(substitutes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,6 +286,24 @@ def test_backward_is_where_autograd_runs_it(substitutes: Any) -> None:
     assert not private_api.in_backward()
     x.backward()
     assert seen == [(True, False)]
+
+
+def test_an_export_is_no_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torch.compile counts are kept, also by a torch whose public name calls both the same."""
+    seen = []
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        seen.append(private_api.exporting())
+        return x + 1
+
+    torch.compile(call, backend="eager", fullgraph=True)(torch.zeros(1))
+    assert seen == [False]
+    module = nn.Identity()
+    module.forward = call  # type: ignore[method-assign]
+    torch.export.export(module, (torch.zeros(1),))
+    assert seen[1:] and all(seen[1:])
+    monkeypatch.delattr(torch.compiler, "_is_exporting_flag")
+    assert not private_api.exporting()
 
 
 def test_a_module_whose_hooks_are_unknown_is_called(substitutes: Any) -> None:

@@ -178,6 +178,7 @@ def test_blocks_of_zeros(contest: Inputs) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("large on a GPU")
 @pytest.mark.parametrize(("tokens", "choices", "inter"), [(40_000, 8, 128), (40_000, 8, 192), (300_001, 1, 128)])
 def test_more_than_2_31_elements(tokens: int, choices: int, inter: int) -> None:
     """Of y through the tile kernels (I 128), of y streamed (I 192), and of x and the output."""

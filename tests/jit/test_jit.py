@@ -133,9 +133,9 @@ def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 @pytest.fixture(scope="module")
 def processes() -> Iterator[tuple[concurrent.futures.ProcessPoolExecutor, Any]]:
     """Eight processes that have compiled nothing, and a barrier on which all of them meet before they build."""
-    with forks.context.Manager() as manager:
+    with forks.context().Manager() as manager:
         barrier = manager.Barrier(8)
-        with concurrent.futures.ProcessPoolExecutor(8, mp_context=forks.context) as pool:
+        with concurrent.futures.ProcessPoolExecutor(8, mp_context=forks.context()) as pool:
             yield pool, barrier
 
 

@@ -31,3 +31,7 @@ def test_arguments_of_the_wrong_kind_say_what_belongs_there() -> None:
 
 def test_a_step_warns_of_nothing() -> None:
     assert run_ranks(2, arguments.warnings_of_steps) == [{"exact": [], "capacity": [], "gather": []}] * 2
+
+
+def test_an_automatic_wire_is_fp8_where_that_costs_nothing() -> None:
+    assert run_ranks(2, arguments.wires_of_auto) == [[True, False, False, False]] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import random
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import parallel_cases as cases
+import parallel_module
 import pytest
 import torch
 import torch.distributed as dist
@@ -68,7 +70,7 @@ def test_an_fp8_wire_carries_what_the_experts_would_make(
     ids=["plain", "recomputed", "padding"],
 )
 def test_the_module_is_that_of_one_process(router: str, recompute: bool, masked: bool) -> None:
-    for found in run_ranks(4, cases.module_as_one_process, (5, 0, 33, 1), router, recompute, masked):
+    for found in run_ranks(4, parallel_module.module_as_one_process, (5, 0, 33, 1), router, recompute, masked):
         assert all(difference < 1e-10 for difference in found.values()), found
 
 
@@ -84,7 +86,7 @@ def test_tokens_that_found_no_place_are_nan_too() -> None:
 
 
 def test_torch_compile_leaves_what_travels_alone() -> None:
-    assert run_ranks(2, cases.compiled, (12, 5)) == [[], []]
+    assert run_ranks(2, parallel_module.compiled, (12, 5)) == [[], []]
 
 
 @pytest.fixture
@@ -113,6 +115,8 @@ def test_one_rank_is_the_plain_layer_and_copies_nothing(one_rank: None) -> None:
     got = ep.dispatch(x[:1], ids, scores)
     assert got.x.data_ptr() == x.data_ptr() and got.ids.tolist() == [[0, -1, -1]] and got.scores is scores
     assert ep.combine(got.x, got.handle) is got.x
+    with pytest.raises(TypeError, match=r"cannot be pickled\. Save its state_dict\(\)"):
+        torch.save(spread, io.BytesIO())
 
 
 def test_warm_up_waits_for_all_ranks(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import parallel_cases as cases
 import pytest
 import torch
@@ -20,7 +22,7 @@ CALLS = [
 ]
 FP8 = Fp8Recipe(scale="pow2")
 WAYS = [
-    pytest.param({}, id="exact"),
+    pytest.param({"transport": "all_to_all"}, id="exact"),
     pytest.param({"capacity": 512}, id="capacity"),
     pytest.param({"transport": "gather"}, id="gather"),
 ]
@@ -70,7 +72,37 @@ def test_calls_without_host_sizes_are_captured_in_a_graph(way: dict) -> None:
 
 
 @pytest.mark.multigpu
+def test_auto_takes_copies_between_two_gpus() -> None:
+    """First, because the tests below are of copies only where this holds; the sentence says what is in the way."""
+    for text in run_ranks(2, cases.explanation, backend="nccl"):
+        assert "transport: gather, by copies between GPUs that reach each other's memory" in text, text
+
+
+@pytest.mark.multigpu
+def test_rows_too_wide_for_copies_go_through_collectives() -> None:
+    calls = [((33, 7), torch.float32, "random", True), ((33, 7), BF16, "random", True)]
+    assert run_ranks(2, cases.same_as_one_process, calls, {"transport": "gather"}, backend="nccl") == [[], []]
+
+
+@pytest.mark.multigpu
+def test_random_calls_over_copies_repeat_to_the_bit() -> None:
+    """Only two GPUs show whether memory is ordered between them."""
+    way = {"transport": "gather"}
+    assert run_ranks(2, cases.repeats_to_the_bit, 1000, way, backend="nccl", timeout_s=300) == [True, True]
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("phase", ["forward combine", "backward dispatch"])
+def test_the_gpu_that_waits_for_a_late_rank_names_it(phase: str) -> None:
+    way = {"transport": "gather"}
+    first, _ = end_ranks(2, cases.with_a_lost_rank, phase, "late", 4.0, way, backend="nccl", timeout_s=40)
+    wanted = rf"ExpertParallelError: .*waited 4 s in the {phase} of call 2 for rank 1 \(exchange"
+    assert re.search(wanted, first.result or first.error), first
+
+
+@pytest.mark.multigpu
 def test_a_late_rank_is_named_by_the_thread_that_watches() -> None:
     """Over NCCL the host does not wait: the other rank raises when the aborted group lets it go on."""
-    first, _ = end_ranks(2, cases.with_a_lost_rank, "backward dispatch", "late", 5.0, backend="nccl")
+    way = {"transport": "all_to_all"}
+    first, _ = end_ranks(2, cases.with_a_lost_rank, "backward dispatch", "late", 5.0, way, backend="nccl")
     assert "in the backward dispatch of call 2. Rank 1 is past" in first.result, first

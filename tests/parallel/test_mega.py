@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import mega_cases as cases
 import pytest
 import torch
+import torch.distributed as dist
 from inference_oracle import moe_loop
 from mega_cases import E, H, calc_diff, worst_row
 from ranks import run_ranks
@@ -59,6 +61,19 @@ def test_one_rank_is_the_operator_and_copies_nothing() -> None:
     case.x, case.x_scale = quantize_rows(x, True)
     given = cases.call(layer, case, pow2_scales=True)
     assert torch.equal(cases.call(layer, case, x=x, x_scale=None, pow2_scales=True), given)
+
+
+def test_a_group_of_one_rank_makes_nothing_travel() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        layer = cases.mega(dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+    case = cases.case_of(6)
+    assert (layer.rank, layer.size, layer.first_expert, layer.experts_here) == (0, 1, 0, E)
+    assert torch.equal(cases.call(copy.deepcopy(layer), case), cases.call(cases.mega(), case))
+    layer.check()
+    layer.close()
 
 
 def test_received_rows_are_added_up() -> None:
@@ -138,17 +153,23 @@ def test_explain_says_what_a_call_needs() -> None:
 # ---- several ranks ---------------------------------------------------------------------------------------------------
 
 
-def spread(ranks: int) -> list[tuple[tuple[int, ...], float, float | None]]:
+def spread(ranks: int) -> list[cases.Call]:
     """Token counts that change from call to call, masks and clamps."""
     counts = [(0, 1), (7, 333), (1, 0), (333, 7), (0, 0), (1, 1), (40, 7), (7, 7)]
     masks = (0.0, 0.3, 0.7, 1.0)
-    return [((tokens * 2)[:ranks], masks[i % 4], LIMITS[i % 3]) for i, tokens in enumerate(counts)]
+    return [((tokens * 4)[:ranks], masks[i % 4], LIMITS[i % 3]) for i, tokens in enumerate(counts)]
 
 
 @pytest.mark.parametrize("transport", ["gather", "all_to_all"])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_together_have_the_bits_of_one_process(ranks: int, transport: str) -> None:
     assert run_ranks(ranks, cases.same_as_one_process, spread(ranks), transport) == [[]] * ranks
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_copies_between_ranks_carry_the_same(ranks: int) -> None:
+    (found,) = run_ranks(1, cases.over_copies, ranks, spread(ranks))
+    assert found == [[]] * ranks
 
 
 @pytest.mark.parametrize("pow2", [False, True])
@@ -161,7 +182,11 @@ def test_bf16_tokens_are_quantized_at_home(pow2: bool) -> None:
 
 
 @pytest.mark.parametrize("transport", ["gather", "all_to_all"])
-def test_all_ranks_hear_of_too_many_tokens_on_one(transport: str) -> None:
-    for unequal, error in run_ranks(2, cases.mistakes_on_one_rank, transport):
+def test_mistakes_of_all_ranks_and_of_one(transport: str) -> None:
+    for common, unequal, error in run_ranks(2, cases.mistakes, transport):
+        limit, scale, pow2, out, none = common
+        assert "swiglu_limit must be a positive finite number" in limit and "needs x_scale; got None" in scale
+        assert "pow2_scales must be True or False" in pow2 and "out must have the shape of x" in out
+        assert none == "no error"
         assert re.match(r"ValueError: .*max_tokens is (4 on rank 0 and 5 on rank 1|5 on rank 1 and 4)", unequal)
         assert "must not have more than max_tokens = 4 tokens in a call" in error and "5" in error

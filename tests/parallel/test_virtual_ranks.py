@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import virtual_cases as cases
-from ranks import run_ranks
+from ranks import end_ranks, run_ranks
 
 from supersonic_moe import Fp8Recipe
 
@@ -21,7 +21,7 @@ SIZES = (7, 0, 33, 1, 2, 100, 0, 64)
 
 
 def alone(function: Any, *args: Any) -> Any:
-    (result,) = run_ranks(1, function, *args)
+    (result,) = run_ranks(1, function, *args, timeout_s=300)
     return result
 
 
@@ -37,7 +37,7 @@ def test_ranks_together_have_the_bits_of_one_process(size: int, gpu: bool) -> No
 @pytest.mark.parametrize("gpu", ON)
 @pytest.mark.parametrize("hidden", [256, 136])
 def test_an_fp8_wire_carries_what_the_experts_would_make(hidden: int, gpu: bool) -> None:
-    assert alone(cases.fp8_wire, 2, gpu, (700, 531), Fp8Recipe(scale="pow2"), hidden) == [[], []]
+    assert alone(cases.fp8_wire, 2, gpu, (700, 531), Fp8Recipe(scale="pow2"), hidden) == [[]] * 4
 
 
 @pytest.mark.parametrize("gpu", ON)
@@ -45,25 +45,32 @@ def test_random_calls_with_random_delays_repeat_to_the_bit(gpu: bool) -> None:
     assert alone(cases.random_calls, 4, gpu, 60) is True
 
 
+def errors_of(gpu: bool, case: Any, *args: Any) -> list[str]:
+    """What each rank raised. On a GPU the first failed wait ends the context of all, and nobody else says why."""
+    (ended,) = end_ranks(1, case, *args, timeout_s=120)
+    assert ended.result is not None, ended
+    errors: list[str] = ended.result
+    assert "no error" not in " ".join(errors), errors
+    return [e for e in errors if "ExpertParallelError" in e] if gpu else errors
+
+
 @pytest.mark.parametrize("gpu", ON)
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_late_rank_is_named(size: int, phase: str, gpu: bool) -> None:
-    first, second, *others = alone(cases.with_a_muted_rank, size, gpu, phase, 2.0)
+    errors = errors_of(gpu, cases.with_a_muted_rank, size, gpu, phase, 2.0)
     wanted = rf"waited 2 s in the {phase} of call 2 for rank 1 \(exchange \d+ expected, \d+ seen\)\. Rank 1 is past the"
-    errors = [first, *others]
     assert any(re.search(wanted, error) for error in errors), errors
-    for error in (*errors, second):
-        assert "ExpertParallelError" in error and "for rank 1" in error, error
+    assert all("ExpertParallelError" in error and "for rank 1" in error for error in errors), errors
 
 
 @pytest.mark.parametrize("gpu", ON)
 def test_ranks_that_call_different_things_are_told(gpu: bool) -> None:
-    errors = alone(cases.with_a_rank_elsewhere, 2, gpu)
+    errors = errors_of(gpu, cases.with_a_rank_elsewhere, 2, gpu)
     backward, forward = (f"the {way} dispatch with rows of 64 bytes" for way in ("backward", "forward"))
     assert any(
-        f"rank 0 is in call 2, {backward}; rank 1 is in {forward}. Run the same layers" in error
-        or f"rank 1 is in call 3, {forward}; rank 0 is in {backward}. Run the same layers" in error
+        f"rank 0 is in call 3, {backward}; rank 1 is in {forward}. Run the same layers" in error
+        or f"rank 1 is in call 4, {forward}; rank 0 is in {backward}. Run the same layers" in error
         for error in errors
     ), errors
     assert all(error.startswith("ExpertParallelError") for error in errors), errors
@@ -71,9 +78,10 @@ def test_ranks_that_call_different_things_are_told(gpu: bool) -> None:
 
 @pytest.mark.parametrize("gpu", ON)
 def test_an_error_of_one_rank_ends_the_waits_of_others_at_once(gpu: bool) -> None:
-    first, second, *others = alone(cases.with_a_rank_out_of_memory, 4, gpu, 20.0)
-    assert "OutOfMemoryError: no memory for the experts of this rank" in second
-    for error in (first, *others):
+    errors = errors_of(gpu, cases.with_a_rank_out_of_memory, 4, gpu, 20.0)
+    told = [error for error in errors if "OutOfMemoryError" not in error]
+    assert len(told) == 3 or (gpu and told), errors
+    for error in told:
         assert float(error.split()[0]) < 10, error
         assert "Rank 1 has failed: no memory for the experts of this rank" in error, error
         assert "stopped in the forward combine of call 2" in error, error

@@ -14,6 +14,12 @@ def run(*args: str, columns: int = 120) -> Result:
     return CliRunner(env={"COLUMNS": str(columns), "NO_COLOR": "1"}).invoke(app, list(args))
 
 
+def outcome(*args: str) -> tuple[int, str]:
+    """Exit code and output of ``run``, which travel between processes."""
+    result = run(*args)
+    return result.exit_code, result.output
+
+
 def words(result: Result) -> str:
     """What was printed on one line, without the frames of messages."""
     return " ".join(result.output.replace("│", " ").split())

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from inference_oracle import Case, make_case
 from parallel_cases import error_of
 from torch import Tensor
+from virtual_ranks import run_virtual
 
 from supersonic_moe.inference import moe_fp8_topk
 from supersonic_moe.parallel import MegaMoE
@@ -81,10 +82,12 @@ def parts(case: Case, size: int, **options: Any) -> Tensor:
     return total.bfloat16()
 
 
-def same_as_one_process(calls: Sequence[tuple[tuple[int, ...], float, float | None]], transport: str) -> list[str]:
-    """Where the outputs or counts of this rank differ. A call: tokens of each rank, masked choices, clamp. Two
-    instances take turns.
-    """
+Call = tuple[tuple[int, ...], float, float | None]
+"""Tokens of each rank, share of masked choices, clamp."""
+
+
+def same_as_one_process(calls: Sequence[Call], transport: str) -> list[str]:
+    """Where the outputs or counts of this rank differ. Two instances take turns."""
     rank, size = dist.get_rank(), dist.get_world_size()
     layers = [mega(dist.group.WORLD, transport=transport, timeout_s=60.0) for _ in range(2)]
     own, wrong = slice(rank * E // size, (rank + 1) * E // size), []
@@ -112,6 +115,11 @@ def same_as_one_process(calls: Sequence[tuple[tuple[int, ...], float, float | No
     return wrong
 
 
+def over_copies(size: int, calls: Sequence[Call]) -> list[list[str]]:
+    """The same of ranks that are threads and reach each other's memory."""
+    return run_virtual(size, same_as_one_process, calls, "gather")
+
+
 def bf16_over_ranks(pow2: bool) -> tuple[bool, str]:
     """Whether x in bf16 is quantized at home, to the codes that the operator makes of it; and what ``explain`` says."""
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -126,15 +134,21 @@ def bf16_over_ranks(pow2: bool) -> tuple[bool, str]:
     return torch.equal(got, parts(case, size, pow2_scales=pow2)[rows]), said
 
 
-def mistakes_on_one_rank(transport: str) -> tuple[str, str]:
-    """Rank 1 has another limit, then too many tokens: what this rank is told."""
+def mistakes(transport: str) -> tuple[list[str], str, str]:
+    """Mistakes of all ranks in one call, which harm nothing; then rank 1 has another limit, then too many tokens. What
+    this rank is told.
+    """
     rank, size = dist.get_rank(), dist.get_world_size()
     unequal = error_of(lambda: mega(dist.group.WORLD, max_tokens_per_rank=4 + rank))
     layer = mega(dist.group.WORLD, transport=transport, max_tokens_per_rank=4, timeout_s=3.0)
-    own = slice(rank * E // size, (rank + 1) * E // size)
+    own, case = slice(rank * E // size, (rank + 1) * E // size), case_of(3)
+    wrong: list[dict[str, Any]] = [
+        {"swiglu_limit": -1.0}, {"x_scale": None}, {"pow2_scales": 1}, {"out": case.x.bfloat16()[:2]}, {"experts": own}
+    ]  # fmt: skip
+    common = [error_of(lambda options=options: call(layer, case, **{"experts": own, **options})) for options in wrong]
     error = error_of(lambda: call(layer, case_of(5 if rank else 2), experts=own))
     time.sleep(4 if rank and transport == "gather" else 0)  # until the other, who waits, has asked what is wrong
-    return unequal, error
+    return common, unequal, error
 
 
 def in_a_graph() -> list[str]:

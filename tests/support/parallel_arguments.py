@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from supersonic_moe import MoE
-from supersonic_moe.parallel import shard_experts
+from supersonic_moe import Bf16Recipe, Fp8Recipe, MoE
+from supersonic_moe.parallel import fp8_wire, shard_experts
 
 
 def layer(expert_parallel: Any) -> MoE:
@@ -82,3 +82,24 @@ def warnings_of_steps() -> dict[str, list[str]]:
         ep.close()
         found[name] = [str(w.message) for w in caught]
     return found
+
+
+def wires_of_auto() -> list[bool]:
+    """Whether ``wire="auto"`` sends e4m3, for four kinds of layers."""
+    used: list[bool] = []
+    ep, experts = cases.make(wire="auto", hidden=128), fp8_wire.experts
+
+    def recorded(*args: Any) -> Any:
+        used[-1] = True
+        return experts(*args)
+
+    fp8_wire.experts = recorded
+    x, w1, w2 = torch.randn(5, 128), torch.randn(4, 256, 128), torch.randn(4, 128, 128)
+    ids, scores = torch.arange(15).view(5, 3) % 8, torch.rand(5, 3)
+    recipes = (Fp8Recipe(scale="pow2"), Fp8Recipe(), Fp8Recipe(scale="pow2", wgrad="bf16"), Bf16Recipe())
+    for recipe in recipes:
+        used.append(False)
+        ep.experts(x.bfloat16(), ids, scores, w1.bfloat16(), w2.bfloat16(), recipe=recipe)
+    fp8_wire.experts = experts
+    ep.close()
+    return used

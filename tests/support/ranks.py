@@ -3,7 +3,7 @@
     run_ranks(4, some_module.function, "argument")      [function("argument") of rank 0, of rank 1, ...]
 
 By default over gloo with tensors on the CPU; ``backend="nccl"`` gives each rank a GPU, ``gpu=True`` lets them share
-those that there are, over gloo.
+those that there are, over gloo. ``backend=None`` leaves the group to the function, which finds what torchrun sets.
 
 The function lies in a module that a fresh process can import: in tests/support. Ranks are forked from a server that has
 imported it (forks.py). This process holds the store, as torchrun's agent does, so it outlives a rank that dies.
@@ -12,10 +12,12 @@ imported it (forks.py). This process holds the store, as torchrun's agent does, 
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -39,13 +41,15 @@ class Ended(NamedTuple):
     """Its traceback, if it raised."""
     exit_code: int | None
     """None: still there when time was up."""
+    stderr: str
+    """What it wrote there until it was gone."""
 
 
 def run_ranks(size: int, function: Callable[..., Any], *args: Any, **where: Any) -> list[Any]:
     """What ``function(*args)`` returns on each rank, in a process group of all; an AssertionError if one raised."""
     ended = end_ranks(size, function, *args, **where)
-    errors = [f"rank {rank} (exit code {e.exit_code}): {e.error}" for rank, e in enumerate(ended) if e.exit_code != 0]
-    assert not errors, "\n".join(errors)
+    errors = [f"rank {rank} (exit code {e.exit_code}): {e.error}{e.stderr}" for rank, e in enumerate(ended)]
+    assert all(e.exit_code == 0 for e in ended), "\n".join(errors)
     return [e.result for e in ended]
 
 
@@ -53,33 +57,34 @@ def end_ranks(
     size: int,
     function: Callable[..., Any],
     *args: Any,
-    backend: str = "gloo",
+    backend: str | None = "gloo",
     gpu: bool = False,
     timeout_s: float = 120,
 ) -> list[Ended]:
     """How each rank ended, however it did; none is left after ``timeout_s``."""
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    pipes, processes = [], []
-    for rank in range(size):
-        receive, send = context.Pipe(duplex=False)
-        place = (rank, size, store.port, backend, gpu or backend == "nccl")
-        process = context.Process(target=_rank, args=(*place, send, function, args), daemon=True)
-        process.start()
-        send.close()
-        pipes.append(receive)
-        processes.append(process)
-    ended, end = [], time.monotonic() + timeout_s
-    for pipe, process in zip(pipes, processes, strict=True):
-        result, error = None, ""
-        if pipe.poll(max(0.0, end - time.monotonic())):
-            try:
-                result, error = pipe.recv()
-            except EOFError:
-                error = "died without a word"
-        process.join(max(0.5, end - time.monotonic()))
-        ended.append(Ended(result, error, process.exitcode))
-        if process.exitcode is None:
-            process.kill()
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes, files = [], [], [Path(folder) / str(rank) for rank in range(size)]
+        for rank, file in enumerate(files):
+            receive, send = context().Pipe(duplex=False)
+            place = (rank, size, store.port, backend, gpu or backend == "nccl", file)
+            process = context().Process(target=_rank, args=(*place, send, function, args), daemon=True)
+            process.start()
+            send.close()
+            pipes.append(receive)
+            processes.append(process)
+        ended, end = [], time.monotonic() + timeout_s
+        for pipe, process, file in zip(pipes, processes, files, strict=True):
+            result, error = None, ""
+            if pipe.poll(max(0.0, end - time.monotonic())):
+                try:
+                    result, error = pipe.recv()
+                except EOFError:
+                    error = "died without a word"
+            process.join(max(0.5, end - time.monotonic()))
+            ended.append(Ended(result, error, process.exitcode, file.read_text() if file.exists() else ""))
+            if process.exitcode is None:
+                process.kill()
     return ended
 
 
@@ -87,19 +92,26 @@ def _rank(
     rank: int,
     size: int,
     port: int,
-    backend: str,
+    backend: str | None,
     gpu: bool,
+    stderr: Path,
     send: Connection,
     function: Callable[..., Any],
     args: Any,
 ) -> None:
     global _device
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)  # else that of the server
     torch.set_num_threads(1)
     if gpu:
         _device = torch.device("cuda", rank % torch.cuda.device_count())
         torch.cuda.set_device(_device)
-    store = dist.TCPStore("127.0.0.1", port, None, False)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    if backend is None:
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": 0}
+        os.environ |= {name: str(number) for name, number in numbers.items()}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    else:
+        store = dist.TCPStore("127.0.0.1", port, None, False)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         send.send((function(*args), ""))
         code = 0

@@ -14,11 +14,11 @@ from virtual_ranks import CarefulFlags, on_a_gpu, run_virtual
 from supersonic_moe import Fp8Recipe
 from supersonic_moe.parallel.copies import Copies
 
-GATHER = {"transport": "gather"}
+GATHER = {"transport": "gather", "timeout_s": 30.0}
 
 
 def same_as_one_process(size: int, gpu: bool, calls: Sequence[tuple]) -> list[list[str]]:
-    _start(gpu, careful=6 * len(calls))
+    _start(gpu, careful=6 * len(calls) + 1)  # by then all have computed what they expect
     return run_virtual(size, _twice, calls)
 
 
@@ -28,8 +28,11 @@ def _twice(calls: Sequence[tuple]) -> list[str]:
 
 
 def fp8_wire(size: int, gpu: bool, tokens: Sequence[int], recipe: Fp8Recipe, hidden: int) -> list[list[str]]:
-    _start(gpu, careful=10**6)
-    return run_virtual(size, cases.over_an_fp8_wire, tokens, recipe, True, hidden, GATHER)
+    found = []
+    for careful in (10**6, 0):
+        _start(gpu, careful)
+        found += run_virtual(size, cases.over_an_fp8_wire, tokens, recipe, True, hidden, GATHER)
+    return found
 
 
 def random_calls(size: int, gpu: bool, count: int) -> bool:
@@ -38,6 +41,8 @@ def random_calls(size: int, gpu: bool, count: int) -> bool:
     for careful in (10**6, 0):
         _start(gpu, careful)
         results.append(run_virtual(size, cases.calls_in_pairs, count, GATHER))
+        if gpu:
+            torch.cuda.synchronize()
     first, second = results
     return all(
         torch.equal(a, b)
@@ -59,7 +64,7 @@ def with_a_muted_rank(size: int, gpu: bool, phase: str, limit_s: float) -> list[
 
 def _muted(phase: str, limit_s: float) -> str:
     rank, tokens = dist.get_rank(), [5] * dist.get_world_size()
-    ep = cases.make(timeout_s=limit_s, **GATHER)
+    ep = cases.make(**GATHER | {"timeout_s": limit_s})
     given = cases.here(cases.inputs(tokens, torch.bfloat16), tokens)
     cases.run(ep, given)
     if rank == 1:
@@ -76,21 +81,26 @@ def _muted(phase: str, limit_s: float) -> str:
 
 def with_a_rank_elsewhere(size: int, gpu: bool) -> list[str]:
     """Rank 1 runs no backward, and goes on to the next forward."""
-    _start(gpu, careful=6)
+    _start(gpu, careful=9)
     return run_virtual(size, _elsewhere)
 
 
 def _elsewhere() -> str:
     tokens = [5] * dist.get_world_size()
-    ep = cases.make(timeout_s=5, **GATHER)
+    ep = cases.make(**GATHER | {"timeout_s": 5.0})
     given = cases.here(cases.inputs(tokens, torch.bfloat16), tokens)
     cases.run(ep, given)
 
+    @torch.no_grad()
+    def forward() -> None:
+        ep.experts(given.x, given.ids, given.scores, given.w1, given.w2)
+
+    forward()
+
     def call() -> None:
         if dist.get_rank() == 1:
-            with torch.no_grad():
-                for _ in range(2):
-                    ep.experts(given.x, given.ids, given.scores, given.w1, given.w2)
+            forward()
+            forward()
         else:
             cases.run(ep, given)
         ep.check()
@@ -106,7 +116,7 @@ def with_a_rank_out_of_memory(size: int, gpu: bool, limit_s: float) -> list[str]
 
 def _out_of_memory(limit_s: float) -> str:
     rank, tokens = dist.get_rank(), [5] * dist.get_world_size()
-    ep = cases.make(timeout_s=limit_s, **GATHER)
+    ep = cases.make(**GATHER | {"timeout_s": limit_s})
     given = cases.here(cases.inputs(tokens, torch.bfloat16), tokens)
     cases.run(ep, given)
     if rank == 1:
@@ -150,3 +160,4 @@ def _start(gpu: bool, careful: int) -> None:
     if gpu:
         on_a_gpu()
         CarefulFlags.CAREFUL = careful
+        cases.one_process(cases.inputs((64, 5), torch.bfloat16, bias=True), 2)  # compiles, in one thread

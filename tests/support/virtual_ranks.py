@@ -17,6 +17,7 @@ import os
 import random
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -53,7 +54,6 @@ def run_virtual(size: int, function: Callable[..., Any], *args: Any) -> list[Any
                     torch.cuda.set_device(ranks.device())
                     with torch.cuda.stream(torch.cuda.Stream()):
                         results[rank] = function(*args)
-                        torch.cuda.current_stream().synchronize()
                 else:
                     results[rank] = function(*args)
         except BaseException as error:
@@ -72,9 +72,10 @@ def run_virtual(size: int, function: Callable[..., Any], *args: Any) -> list[Any
         multi_threaded_pg._uninstall_threaded_pg()
         multi_threaded_pg.ProcessLocalGroup.reset()
         torch._C._distributed_c10d._set_thread_isolation_mode(False)
-    first = next((e for e in errors if e is not None and not isinstance(e, threading.BrokenBarrierError)), None)
-    if first is not None:
-        raise first
+    raised = [
+        f"rank {rank}: {''.join(traceback.format_exception(e))}" for rank, e in enumerate(errors) if e is not None
+    ]
+    assert not raised, "\n".join(raised)
     return results
 
 

@@ -291,6 +291,22 @@ def test_checkpointing_autocast_and_transposed_weights() -> None:
     assert torch.equal(turned, want)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("wgrad", ["fp8", "bf16"])
+def test_gradients_of_transposed_weights_lie_in_memory_as_they_do(wgrad: str, bias: bool) -> None:
+    """Autograd copies a gradient of other strides than its parameter's."""
+    layer, x = moe(Fp8Recipe()), tokens()
+    weights = [w.detach() for w in experts_of(layer)]
+    biases = {"b1": layer.c_fc.bias if bias else None, "b2": layer.c_proj.bias if bias else None}
+    gradients = []
+    for w1, w2 in (weights, [w.mT.contiguous().mT for w in weights]):
+        leaves = w1.requires_grad_(), w2.requires_grad_()
+        out = sm.moe_layer(x, layer.router.weight.detach(), *leaves, K, **biases, recipe=Fp8Recipe(wgrad=wgrad)).output
+        gradients.append(torch.autograd.grad(out.float().square().sum(), leaves))
+        assert all(dw.stride() == w.stride() for dw, w in zip(gradients[-1], leaves, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 @pytest.mark.parametrize("recipe", [RECIPES[0], RECIPES[-1]], ids=["kept", "rebuilt"])
 def test_compile_fullgraph_with_changing_token_count(recipe: Fp8Recipe) -> None:
     layer = moe(recipe)

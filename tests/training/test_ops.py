@@ -132,7 +132,11 @@ def fp8_cases():
         forward = flat(arguments.Fp8Forward(x, scores, *weights, plan, static, numerics, True))
         _, s_P, z, z_scale = ops.experts_fp8_forward.default(*forward)
         weights = arguments.Fp8Weights(t1, s1, t2, s2, q1 if saved == "recompute" else None)
-        kept = flat(weights) + flat(arguments.Fp8Saved(Quantized(z, z_scale), x, s_P, b1, b2, plan, static, numerics))
+        kept = flat(weights) + flat(
+            arguments.Fp8Saved(
+                Quantized(z, z_scale), x, s_P, b1, b2, plan, static, numerics, not contiguous, not contiguous
+            )
+        )
         dout = torch.randn(tokens, H, dtype=torch.bfloat16)
         for kind, needs, main in [
             ("all", EVERYTHING, NO_BUFFERS),

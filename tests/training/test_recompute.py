@@ -7,12 +7,13 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import supersonic_moe as sm
 from supersonic_moe.training.recompute import STEPS
@@ -161,6 +162,26 @@ def test_recompute_rounds_with_the_same_draw(reentrant: bool, preserve: bool) ->
         torch.rand(1)  # the generator goes on
         results.append(gradients(layer, out, x))
     assert_equal(*results)
+
+
+@pytest.mark.parametrize("policy", [CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE])
+@pytest.mark.parametrize("router", [SAMPLED, "sigmoid_grouped_topk"])
+def test_selective_checkpointing(router: Any, policy: CheckpointPolicy) -> None:
+    """What is computed again may call no op that the forward did not."""
+    layer, results = moe(router=router), []
+    contexts = partial(create_selective_checkpoint_contexts, lambda context, op, *args, **kwargs: policy)
+    for way in (PLAIN, checkpointed(use_reentrant=False, context_fn=contexts)):
+        x = tokens()
+        results.append(gradients(layer, way(layer, x), x))
+    assert_equal(*results)
+
+
+def test_draws_on_another_device_are_forgotten(run: Run) -> None:
+    layer = moe(router=SAMPLED).to("meta")
+    layer(tokens(device="meta"))
+    layer.to_empty(device="cpu").reset_parameters()
+    x = tokens()
+    assert all(g.isfinite().all() for g in gradients(layer, run(layer, x), x))
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["trained", "evaluated"])

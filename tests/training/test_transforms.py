@@ -41,6 +41,17 @@ def test_jacobians_and_hessians_in_reverse_mode(trained: bool) -> None:
     torch.testing.assert_close(dx, torch.autograd.grad(layer(leaf).sum(), leaf)[0])
 
 
+@pytest.mark.parametrize("recipe", [None, sm.Fp8Recipe()])
+def test_batches_of_gradients_are_refused(recipe: sm.Fp8Recipe | None) -> None:
+    """By their sentence, whatever op is the first that cannot take them."""
+    moe = sm.MoE(E, K, 16, 16, "swiglu", True, 0.5, recipe=recipe, dtype=torch.bfloat16)
+    x = torch.randn(T, 16, dtype=torch.bfloat16, requires_grad=True)
+    with pytest.raises(NotImplementedError, match=r"is_grads_batched.* not supported.* torch\.func\.jacrev"):
+        torch.autograd.grad(moe(x)[0], x, torch.ones(2, T, 16, dtype=torch.bfloat16), is_grads_batched=True)
+    with pytest.raises(NotImplementedError, match=r"vectorize=True"):
+        torch.autograd.functional.jacobian(lambda x: moe(x)[0], x.detach(), vectorize=True)
+
+
 def dual(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     with forward_ad.dual_level():
         return forward_ad.unpack_dual(call(forward_ad.make_dual(x, torch.ones_like(x)))).tangent

@@ -2,13 +2,15 @@
 
     suite.py     what a suite is; options.py: options that several commands share
     suites/      a command of ``supersonic-moe bench`` each: its options, its cases, what it prints, writes and draws
-    layer.py  gemm.py  kernels.py  breakdown.py  precision.py  cold_start.py  train.py  infer.py  ep.py
-    mega.py                                                                                       measured
+    layer.py  gemm.py  kernels.py  breakdown.py  precision.py  cold_start.py and first_call.py    measured
+    train.py  infer.py  ep.py  mega.py  transformers.py                                           measured, too
     timing.py  spans.py  sensor.py                                                                clocks and sensors
-    peers.py  gemm_bf16.py  gemm_fp8.py  infer_peers.py  infer_triton.py  infer_parts.py          who takes part
+    peers.py  layer_peers.py  gemm_bf16.py  gemm_fp8.py                                           who takes part
+    infer_peers.py  infer_triton.py  infer_parts.py                                               likewise
     infer_glue.py                                                                                 around peers' products
     shapes.py  infer_cases.py                                                                     which sizes
     report.py  bar_chart.py  kernel_figure.py  infer_figure.py  mega_figure.py  readme.py         tables, files, figures
+    check.py                                                                                      new files against old
 
 To add a suite:
 

@@ -22,8 +22,10 @@ import torch
 import torch.distributed as dist
 
 from supersonic_moe import MoE
+from supersonic_moe.bench.ep_timeline import Timeline, timeline
 from supersonic_moe.bench.layer import Contender
 from supersonic_moe.bench.report import OURS, CaseResult
+from supersonic_moe.bench.spans import marks_for
 from supersonic_moe.bench.timing import Call, Clock, Missing, NoResultError, Slice, clock_for, measure, required
 from supersonic_moe.config.recipe import Fp8Recipe, Recipe
 from supersonic_moe.parallel import ExpertParallel
@@ -32,6 +34,12 @@ from supersonic_moe.perf_model import LayerShape, layer_flops
 
 ONE_GPU = "one-gpu"
 HOST_CALLS = 30
+
+
+@dataclass
+class EpResult(CaseResult):
+    timeline: Timeline | None = None
+    """Of a forward and backward of this rank; None where nothing travels."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +83,12 @@ def group(device: torch.device) -> Iterator[dist.ProcessGroup]:
         dist.destroy_process_group()
 
 
-def run_case(shape: LayerShape, config: EpConfig, progress: Callable[[str], None]) -> CaseResult:
+def run_case(shape: LayerShape, config: EpConfig, progress: Callable[[str], None]) -> EpResult:
     with group(config.device) as ranks:
         return required(str(shape), partial(_run, shape, config, ranks, progress))  # type: ignore[no-any-return]
 
 
-def _run(shape: LayerShape, config: EpConfig, ranks: dist.ProcessGroup, progress: Callable[[str], None]) -> CaseResult:
+def _run(shape: LayerShape, config: EpConfig, ranks: dist.ProcessGroup, progress: Callable[[str], None]) -> EpResult:
     progress("building both layers")
     size = dist.get_world_size(ranks)
     wire = config.wire if size > 1 else "exact"
@@ -100,7 +108,7 @@ def _run(shape: LayerShape, config: EpConfig, ranks: dist.ProcessGroup, progress
         "fp8-wire": wire == "fp8",
     }
     case = "_".join([f"{shape}_R{size}", *(name for name, on in odd.items() if on)])
-    result = CaseResult(case, {name: {} for name in contenders})
+    result = EpResult(case, {name: {} for name in contenders})
     clock: Clock = SlowestRank(clock_for(config.device), config.device)
     for mode in ("fwd", "fwd_bwd"):
         progress(f"timing {mode}")
@@ -118,6 +126,8 @@ def _run(shape: LayerShape, config: EpConfig, ranks: dist.ProcessGroup, progress
         sizes = (shape.tokens, shape.hidden, ep.num_experts, shape.top_k, size)
         sent = traffic(*sizes, wire, gathers=ep.transport == "gather")
         result.metrics[OURS]["sent_bytes"] = sum(sent)
+        progress("finding out when rows travel")
+        result.timeline = timeline(contenders[OURS].fwd_bwd, marks_for(config.device))
     ep.close()
     return result
 

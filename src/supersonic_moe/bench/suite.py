@@ -89,6 +89,9 @@ class Suite(ABC, Generic[Case, Result]):
 class Timed(Suite[Case, Result]):
     """Times contenders against each other (``timing.measure``)."""
 
+    note: ClassVar[str] = ""
+    """What else the method says."""
+
     min_ms: options.MinMs = 400
     warm_ms: options.WarmMs = 300
 
@@ -96,7 +99,7 @@ class Timed(Suite[Case, Result]):
     def method(self) -> str:
         return (
             f"Medians ± half the spread of the middle 80 %, of at least {self.min_ms:g} ms each, interleaved, "
-            f"after {self.warm_ms:g} ms of load."
+            f"after {self.warm_ms:g} ms of load. {self.note}".rstrip()
         )
 
 

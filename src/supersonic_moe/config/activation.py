@@ -105,13 +105,7 @@ def as_activation(value: Activation | ActivationType | str) -> Activation:
 
 
 def as_layout(value: GateUpLayout | str) -> GateUpLayout:
-    if isinstance(value, GateUpLayout):
-        return value
-    try:
-        return GateUpLayout(value)
-    except ValueError:
-        choices = ", ".join(layout.value for layout in GateUpLayout)
-        raise ValueError(f"unknown gate/up layout {checks.short(value)}; choose one of {choices}.") from None
+    return value if isinstance(value, GateUpLayout) else checks.member("gate/up layout", value, GateUpLayout)
 
 
 def _type(value: ActivationType | str) -> ActivationType:

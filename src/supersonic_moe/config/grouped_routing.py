@@ -83,13 +83,7 @@ class GroupedRouting:
 
 
 def as_scoring(value: Scoring | str) -> Scoring:
-    if isinstance(value, Scoring):
-        return value
-    try:
-        return Scoring(value)
-    except ValueError:
-        choices = ", ".join(scoring.value for scoring in Scoring)
-        raise ValueError(f"unknown scoring {value!r}; choose one of {choices}.") from None
+    return value if isinstance(value, Scoring) else checks.member("scoring", value, Scoring)
 
 
 def _in_range(name: str, value: int, largest: int) -> None:

@@ -5,9 +5,6 @@ Weights travel as flat lists [w13, w13_scale, w2, w2_scale], with the four tenso
 
 from __future__ import annotations
 
-import functools
-import importlib
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
@@ -61,12 +58,11 @@ class DsRouted(NamedTuple):
             scaling_factor=self.factor,
         )
 
-    def call(self, sm90: ModuleType, out: Tensor) -> Call:
+    def call(self, out: Tensor) -> Call:
+        from supersonic_moe.inference import sm90  # Hopper only
+
         layer = sm90.Layer(Fp8Experts(*self.weights), None, GateUpLayout(self.order))
-        call: Call = sm90.ds_routed(
-            self.logits, self.bias, self.rule, self.offset, self.x, self.x_scale, layer, out
-        )  # fmt: skip
-        return call
+        return sm90.ds_routed(self.logits, self.bias, self.rule, self.offset, self.x, self.x_scale, layer, out)
 
     def reference(self) -> Tensor:
         experts = Fp8Experts(*self.weights)
@@ -96,14 +92,15 @@ class TopK(NamedTuple):
     def shared(self) -> Fp8Experts | None:
         return Fp8Experts(*self.weights[4:]) if self.weights[4:] else None
 
-    def call(self, sm90: ModuleType, out: Tensor) -> Call:
+    def call(self, out: Tensor) -> Call:
+        from supersonic_moe.inference import sm90  # Hopper only
+
         order = GateUpLayout(self.order)
         layer = sm90.Layer(Fp8Experts(*self.weights[:4]), self.shared, order, self.limit, self.pow2)
-        call: Call = sm90.topk(
+        return sm90.topk(
             self.topk_ids, self.topk_weights, self.expert_map, self.offset, self.num_experts, self.factor,
             self.weight_on_input, self.x, self.x_scale, layer, out,
         )  # fmt: skip
-        return call
 
     def reference(self) -> Tensor:
         experts = Fp8Experts(*self.weights[:4])
@@ -126,12 +123,13 @@ Arguments: TypeAlias = DsRouted | TopK
 
 
 def _run(arguments: Arguments, out: Tensor, workspace: Tensor | None) -> None:
-    sm90 = sm90_for(arguments.x)
-    if sm90 is None:
+    if on_sm90(arguments.x):
+        from supersonic_moe.inference import sm90
+
+        sm90.run(arguments.call(out), workspace)
+    else:
         with torch.no_grad():  # kernels record no gradient either
             out.copy_(arguments.reference())
-    else:
-        sm90.run(arguments.call(sm90, out), workspace)
 
 
 @torch.library.impl("supersonic_moe::moe_fp8_ds_routed", ("cpu", "cuda"))
@@ -156,14 +154,8 @@ def _topk_fake(*arguments: object) -> None:
     return None
 
 
-@functools.cache
-def _sm90_module() -> ModuleType:
-    return importlib.import_module("supersonic_moe.inference.sm90")
-
-
-def sm90_for(x: Tensor) -> ModuleType | None:
-    """The kernels of a Hopper GPU; None: the reference, on a CPU, and with a warning on other GPUs, where it waits for
-    the host.
+def on_sm90(x: Tensor) -> bool:
+    """Whether the kernels of a Hopper GPU run; else the reference, on a CPU, and with a warning on other GPUs, where it
+    waits for the host.
     """
-    choice = registry.choose(x.device, torch.bfloat16, hidden=x.shape[1])
-    return _sm90_module() if choice.name == "sm90" else None
+    return registry.choose(x.device, torch.bfloat16, hidden=x.shape[1]).name == "sm90"

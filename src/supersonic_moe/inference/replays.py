@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from supersonic_moe.inference.operands import Sizes, checked_workspace, chunks, output
-from supersonic_moe.inference.ops import Arguments, sm90_for
+from supersonic_moe.inference.ops import Arguments, on_sm90
 from supersonic_moe.inference.workspace import ALIGNMENT, workspace_bytes
 from supersonic_moe.jit.replay import Replay
 from supersonic_moe.kernels.alignment import ALIGNMENT as VECTOR
@@ -106,15 +106,16 @@ class Request(NamedTuple):
         """For the next time: the op has run with ``arguments`` and ``out``. Not kept are calls for which the device
         decides between kernels, such as have two tensors at one address, and such as had to copy one.
         """
-        sm90 = sm90_for(self.x) if self.key is not None else None
-        if sm90 is None:
+        if self.key is None or not on_sm90(self.x):
             return
+        from supersonic_moe.inference import sm90
+
         codes = [t.data_ptr() for t in arguments.weights[::2]]  # the others are their scales
         addresses = [self.x.data_ptr(), out.data_ptr(), *(t.data_ptr() for t in self.others if t is not None)]
         misplaced = any(address % VECTOR for address in (*addresses[:2], *codes))
         misplaced = misplaced or len(set(addresses)) < len(addresses)
         misplaced = misplaced or not {t.data_ptr() for t in arguments if isinstance(t, Tensor)} <= set(addresses)
-        call = arguments.call(sm90, out)
+        call = arguments.call(out)
         if call.tiles or misplaced:
             return
         needed = workspace_bytes(*call.sizes)

@@ -28,7 +28,7 @@ def suits(x_TH: Tensor, w1: Tensor, w2: Tensor, choices: int, options: Options) 
     """Whether this call of a layer is one for :func:`run`: inference in FP8 on Hopper, SwiGLU without biases, sizes in
     whole blocks, few rows. Sizes alone decide, so equal batches take equal ways. Compiled graphs keep the layer's ways.
     """
-    if not options.inference or not isinstance(options.recipe, Fp8Recipe):
+    if not options.inference or not isinstance(options.recipe, Fp8Recipe) or torch.compiler.is_compiling():
         return False
     (tokens, hidden), (experts, inter), activation = x_TH.shape, w2.shape[::2], options.activation
     return (
@@ -40,7 +40,6 @@ def suits(x_TH: Tensor, w1: Tensor, w2: Tensor, choices: int, options: Options) 
         and (activation.type, activation.alpha, activation.up_offset) == (ActivationType.SWIGLU, 1.0, 0.0)
         and options.b1 is None
         and options.b2 is None
-        and not torch.compiler.is_compiling()
         and _on_hopper(x_TH, inter, options.backend)
     )
 

@@ -10,10 +10,13 @@ second projection) may lie anywhere.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from supersonic_moe.kernels.interface import Into
 
 ALIGNMENT = 16  # bytes
 
@@ -59,6 +62,21 @@ def is_turned(t: Tensor) -> bool:
     gradient is wanted in the same order.
     """
     return t.dim() == 3 and t.stride(2) != 1 and t.stride(1) == 1
+
+
+def weight_gradient(turned: bool, into: Into, product: Callable[[Into], Tensor]) -> Tensor:
+    """``product(into)``; a new gradient of a turned weight lies in memory as that weight does, since autograd copies
+    one of other strides than its parameter's.
+    """
+    if turned and into.out is None:
+        return product(Into(transposed=not into.transposed)).mT
+    return product(into)
+
+
+def empty_gradient(turned: bool, like: Tensor, shape: torch.Size) -> Tensor:
+    """A new gradient of that shape, as ``weight_gradient`` gives it."""
+    experts, rows, columns = shape
+    return like.new_empty(experts, columns, rows).mT if turned else like.new_empty(shape)
 
 
 def _fits(t: Tensor) -> bool:

@@ -12,8 +12,9 @@ Bytes through NVLink, each way: (R - 1)·M rows. Beside them M rows are copied w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ class Copies:
         places: M, at most. row_bytes: of a row, at most.
     """
 
+    runs_aside = True
+
     def __init__(
         self, memory: Memory, rank: int, places: int, row_bytes: int, watch: Watch, collectives: Collectives
     ) -> None:
@@ -47,6 +50,10 @@ class Copies:
         starts = HEAD, HEAD + size
         self._banks = [[block[start : start + size] for block in memory.blocks] for start in starts]
         self._bank = 0
+        self._aside: Any = None
+        self._joined = True
+        if self._device.type == "cuda":  # the small kernels of its exchanges go before what the products leave room for
+            self._aside = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
         ranks = len(memory.blocks)
         self._order = [(rank + i) % ranks for i in range(ranks)]
         """Every rank copies from or to another one first, so that no GPU has to serve all."""
@@ -88,12 +95,38 @@ class Copies:
             self._meet(row_bytes, call, phase)
         return _as_rows(bank[self._rank], rows_SC.shape[0], rows_SC)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Exchanges inside run on a stream of their own, after what the current one has; ``join`` ends it, or the next
+        exchange does. Copy engines need no multiprocessor, so products hide them.
+        """
+        if self._aside is None:
+            yield
+            return
+        self._aside.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._aside):
+            yield
+        self._joined = False
+
+    def join(self, results: Iterable[Tensor | None]) -> None:
+        """The current stream waits, and owns the ``results`` from now on."""
+        if self._aside is None or self._joined:
+            return
+        self._joined = True
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_stream(self._aside)
+        for result in results:
+            if result is not None:
+                result.record_stream(stream)
+
     def _takes(self, rows: Tensor, places: int) -> bool:
         fits = 0 < places <= self._places and rows.shape[1] * rows.element_size() <= self._row_bytes
         return fits and rows.device == self._device
 
     def _begin(self, call: int, phase: str) -> list[Tensor]:
         """The bank of this exchange, of each rank."""
+        if not self._joined:  # an error came between
+            self.join(())
         self._bank ^= 1
         self._memory.flags.begin(self._bank, call, PHASES.index(phase))
         return self._banks[self._bank]

@@ -22,7 +22,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, NoReturn, Unpack
 
 import torch
 import torch.distributed as dist
@@ -95,7 +95,9 @@ class ExpertParallel:
             which, and why.
         wire: how x and the gradient of the output travel. ``"exact"`` is in their own dtype; ``"fp8"``, for layers with
             an ``Fp8Recipe`` with ``scale="pow2"`` or ``wgrad="bf16"``, as the experts would quantize them: half of the
-            bytes, the same bits of outputs and gradients of x. Parts go back in the dtype of x.
+            bytes, the same bits of outputs and gradients of x. ``"auto"`` takes it for calls in bfloat16 with an
+            ``Fp8Recipe(scale="pow2")`` and FP8 weight gradients, which lose nothing by it, and ``"exact"`` for others.
+            Parts go back in the dtype of x.
         timeout_s: longest wait for another rank. Then :class:`ExpertParallelError` says who is missing.
     """
 
@@ -109,7 +111,7 @@ class ExpertParallel:
         max_tokens: int,
         capacity: int | Literal["exact"] = "exact",
         transport: Literal["auto", "all_to_all", "gather"] = "auto",
-        wire: Literal["exact", "fp8"] = "exact",
+        wire: Literal["auto", "exact", "fp8"] = "exact",
         timeout_s: float = 300.0,
     ) -> None:
         for name, value in (("num_experts", num_experts), ("hidden", hidden), ("max_tokens", max_tokens)):
@@ -118,7 +120,7 @@ class ExpertParallel:
         checks.number("timeout_s", timeout_s, lowest=0.01)
         if capacity != "exact":
             checks.positive("capacity", capacity)
-        for name, choice, known in (("wire", wire, ("exact", "fp8")), ("transport", transport, TRANSPORTS)):
+        for name, choice, known in (("wire", wire, ("auto", "exact", "fp8")), ("transport", transport, TRANSPORTS)):
             if choice not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {checks.short(choice)}.")
         if transport == "gather" and capacity != "exact":
@@ -238,7 +240,7 @@ class ExpertParallel:
         options = _local_biases(options)
         inference = bool(options.get("inference"))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not inference), self._watch.telling():
-            if self.wire == "fp8":
+            if self.wire == "fp8" or (self.wire == "auto" and fp8_wire.is_free(options.get("recipe"), x_TH)):
                 return self._experts_fp8(x_TH, scores_TK, found, w1, w2, Options.read(options))
             got = self._dispatch(x_TH, scores_TK, found)
             part_UH = functional.experts_from_plan(got.x, got.scores.reshape(-1), got.plan, w1, w2, **options)
@@ -386,7 +388,7 @@ class ExpertParallel:
             (
                 here,
                 f"transport: {self.transport}, {self._how}",
-                f"wire: x and gradients of outputs {'in e4m3' if self.wire == 'fp8' else 'in their own dtype'}",
+                f"wire: {self.wire}, x and gradients of outputs {fp8_wire.DTYPES[self.wire]}",
                 f"places: {places}",
                 described(*sizes, self.wire, gathers=self.transport == "gather"),
                 f"limit of a wait: {self.timeout_s:g} s",
@@ -419,6 +421,12 @@ class ExpertParallel:
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertParallel:
         """Copies of a layer share the group."""
         return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an ExpertParallel belongs to the running processes of its group, so a layer that has one cannot be "
+            "pickled. Save its state_dict(), and load that into a layer with an ExpertParallel of its own."
+        )
 
     # ---- checks ------------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
     forward    q(x) at T rows -> codes (T, H) e4m3; scales (T, H/128), ids and scores in one message
                experts on the codes; partial outputs back in BF16
-    backward   q(dout) likewise; partial dx back in BF16, dscores
+    backward   q(dout) likewise; partial dx back in BF16, dscores; copies between GPUs run beside dW2 and dW1
 
 Codes and scales are those that the experts would have made of BF16 rows: outputs, dx and, without biases, dscores have
 the same bits as over a BF16 wire. Weight gradients scale x and dout along tokens, so those are rounded twice, which is
@@ -31,7 +31,7 @@ from supersonic_moe.autocast import without_autocast
 from supersonic_moe.autograd import apply, refuse_second_derivatives
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.kernels import registry
-from supersonic_moe.kernels.alignment import aligned
+from supersonic_moe.kernels.alignment import aligned, is_turned
 from supersonic_moe.kernels.interface import Fp8Experts, Quantized
 from supersonic_moe.kernels.reference.quantize import dequantize
 from supersonic_moe.parallel.trip import Trip
@@ -56,6 +56,19 @@ from supersonic_moe.training.options import Options
 
 ALIGNMENT = 16
 """Bytes at which rows of codes start, for TMA; rows travel padded to it."""
+
+
+DTYPES = {
+    "fp8": "in e4m3",
+    "exact": "in their own dtype",
+    "auto": "in e4m3 where an FP8 layer loses nothing by it, else in their own dtype",
+}
+
+
+def is_free(recipe: object, x_TH: Tensor) -> bool:
+    """Whether an FP8 wire costs a layer no accuracy: see the table."""
+    free = isinstance(recipe, Fp8Recipe) and recipe.scale == "pow2" and recipe.wgrad == "fp8"
+    return free and x_TH.dtype is torch.bfloat16
 
 
 class _Call(NamedTuple):
@@ -135,11 +148,12 @@ class _Experts(torch.autograd.Function):
         saved = aligned(saved._replace(x=_dense(x_q) if needs.w1 else saved.x), k.ALIGNMENT, "b1")
         incoming = Incoming(dout, needs, main)
         with torch.no_grad(), without_autocast(dout_TH):
-            dx, dscores, dw1, db1, dw2, db2 = fp8.backward(k, weights, saved, incoming, x_q, dout_q)
-            if dx is not None:
-                dx = trip.summed(trip.back("backward combine", dx))
-            if dscores is not None:
-                dscores = trip.of_choices(trip.back("backward combine", dscores.view(trip.arrived, -1)))
+            way = _WayBack(trip)
+            leave = way.start if trip.ranks.runs_aside else None
+            dx, dscores, dw1, db1, dw2, db2 = fp8.backward(k, weights, saved, incoming, x_q, dout_q, leave)
+            if leave is None:
+                way.start(dx, dscores)
+            dx, dscores = way.end()
         if targets.w1 is not None:
             dw1 = targets.w1.finish(parameters[0], dout.dtype)
         if targets.w2 is not None:
@@ -152,6 +166,27 @@ class _Experts(torch.autograd.Function):
         return *grads, None, None, None
 
 
+class _WayBack:
+    """dx and dscores on their way home."""
+
+    def __init__(self, trip: Trip) -> None:
+        self.trip = trip
+
+    def start(self, dx: Tensor | None, dscores: Tensor | None) -> None:
+        trip, self.parts = self.trip, (dx, dscores)
+        with trip.ranks.aside():
+            if dx is not None:
+                dx = trip.summed(trip.back("backward combine", dx))
+            if dscores is not None:
+                dscores = trip.of_choices(trip.back("backward combine", dscores.view(trip.arrived, -1)))
+        self.arrived = dx, dscores
+
+    def end(self) -> tuple[Tensor | None, Tensor | None]:
+        self.trip.ranks.join(self.arrived)
+        del self.parts  # no longer than they are read
+        return self.arrived
+
+
 _ONCE = 'second derivatives of the experts do not exist over an FP8 wire. Use wire="exact" with Bf16Recipe().'
 _SAVED, _WEIGHTS = Fields(Fp8Saved), Fields(Fp8Weights)
 _named = on_flat(lambda *groups: groups, _WEIGHTS, _SAVED)
@@ -160,7 +195,7 @@ _named = on_flat(lambda *groups: groups, _WEIGHTS, _SAVED)
 def _forward(
     operands: Any, ids_TK: Tensor, pair: tuple[Weight, Weight], call: _Call, *, save: bool
 ) -> tuple[Tensor, Quantized, Fp8Saved]:
-    x_TH, scores_TK, _w1, b1, _w2, b2 = operands
+    x_TH, scores_TK, w1_ENH, b1, w2_EHI, b2 = operands
     (w1, w2), trip, k = pair, call.trip, call.kernels(x_TH)
     with without_autocast(x_TH):
         codes_TH, scale_TB = k.quantize_rows(x_TH, call.numerics.scale == "pow2")
@@ -172,7 +207,8 @@ def _forward(
         forward = Fp8Forward(codes_UH, scores_S, w1_q, b1, w2_q, b2, plan, call.static, call.numerics, save)
         part_UH, row_scores_P, z_PN = fp8.forward(k, aligned(forward, k.ALIGNMENT, "b1"), x_q)
         out_TH = trip.summed(trip.back("forward combine", part_UH))
-    return out_TH, x_q, Fp8Saved(z_PN, codes_UH, row_scores_P, b1, b2, plan, call.static, call.numerics)
+    turned = is_turned(w1_ENH), is_turned(w2_EHI)
+    return out_TH, x_q, Fp8Saved(z_PN, codes_UH, row_scores_P, b1, b2, plan, call.static, call.numerics, *turned)
 
 
 def _received(trip: Trip, phase: str, rows: Quantized) -> Quantized:

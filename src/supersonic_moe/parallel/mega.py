@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from supersonic_moe import checks
-from supersonic_moe.config.activation import Activation, GateUpLayout, as_layout
+from supersonic_moe.config.activation import GateUpLayout, as_layout, check_limit
 from supersonic_moe.inference.operands import INTERMEDIATE_MULTIPLE, check_experts, check_x, output
-from supersonic_moe.inference.ops import sm90_for
+from supersonic_moe.inference.ops import on_sm90
 from supersonic_moe.inference.topk import activation_scales, check_choices, moe_fp8_topk
 from supersonic_moe.inference.workspace import workspace_bytes
 from supersonic_moe.kernels import registry
@@ -62,11 +62,12 @@ class _Exchange(ExpertParallel):
     ) -> Tensor:
         """(T, H): what ``experts`` makes (U, H) of the received tokens, summed at home."""
         found = self._departures(ids_TK)
-        trip, _, _ = self._start(weights_TK, weights_TK, found)  # counts tokens; weights have the same dtype everywhere
-        codes_UH = trip.send("forward dispatch", x.q.view(torch.uint8)).view(E4M3)
-        ids_UK, weights_UK, scale_UB = trip.send_choices("forward dispatch", found.ids_TK, weights_TK, x.scale)
-        part_UH = experts(_Received(Quantized(codes_UH, scale_UB), ids_UK, weights_UK))
-        return trip.summed(trip.back("forward combine", part_UH))
+        with self._watch.telling():
+            trip, _, _ = self._start(weights_TK, weights_TK, found)  # for their number and a dtype that all ranks have
+            codes_UH = trip.send("forward dispatch", x.q.view(torch.uint8)).view(E4M3)
+            ids_UK, weights_UK, scale_UB = trip.send_choices("forward dispatch", found.ids_TK, weights_TK, x.scale)
+            part_UH = experts(_Received(Quantized(codes_UH, scale_UB), ids_UK, weights_UK))
+            return trip.summed(trip.back("forward combine", part_UH))
 
 
 class MegaMoE:
@@ -195,8 +196,7 @@ class MegaMoE:
         check_x("x", x, check_experts(*weights, order), weights[0])
         scale = activation_scales(x, x_scale, "token_major")
         check_choices(topk_weights, topk_ids, x)
-        if limit is not None:
-            Activation.swiglu_clamped(limit)  # refuses what is no limit, before anybody waits
+        check_limit("swiglu_limit", limit)
         checks.flag("pow2_scales", pow2)
         if out is not None:
             output(out, x)
@@ -212,7 +212,7 @@ class MegaMoE:
 
         with torch.no_grad():
             if scale is None:
-                kernels = registry.fp8_kernels("reference" if sm90_for(x) is None else "sm90")
+                kernels = registry.fp8_kernels("sm90" if on_sm90(x) else "reference")
                 rows = kernels.quantize_rows(x.contiguous(), pow2)
             else:
                 rows = Quantized(x.contiguous(), scale)

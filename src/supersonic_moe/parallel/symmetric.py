@@ -1,7 +1,7 @@
 """Memory of each rank's GPU that all ranks of a group reach, if there is such: one NVLink domain, a GPU for each rank.
 
-It is torch's symmetric memory, whose API may change: ``private_api.symmetric_memory`` is the one place that touches it,
-and here is the one that calls it. Only plain loads, stores and copies are used, no multicast, none of torch's signals.
+It is torch's symmetric memory, whose API may change: ``private_api`` alone touches it, and this file alone calls that.
+Only plain loads, stores and copies are used, no multicast, none of torch's signals.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from supersonic_moe.kernels.sm90.exchange_flags import MAX_RANKS, WORDS, ExchangeFlags
-from supersonic_moe.private_api import symmetric_memory
+from supersonic_moe.private_api import has_symmetric_memory, symmetric_block, symmetric_views
 
 HEAD = 1024
-"""Bytes of a block in front of its data, for flags."""
-assert 8 * WORDS <= HEAD
+"""Bytes of a block in front of its data, for flags and, last, the number of its rank."""
+assert 8 * (WORDS + 1) <= HEAD
 
 
 class Memory(NamedTuple):
@@ -29,10 +29,10 @@ class Memory(NamedTuple):
 
 
 def shared_memory(group: dist.ProcessGroup, size: int, limit_s: float) -> Memory | str:
-    """HEAD + ``size`` bytes of each rank of ``group``, the first HEAD of them zero; or why there are none, the same on
-    every rank. Collective.
+    """HEAD + ``size`` bytes of each rank of ``group``, with flags of zero; or why there are none, the same on every
+    rank. Collective.
     """
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    rank = dist.get_rank(group)
     if "nccl" not in (backend := dist.get_backend_config(group)):
         return f"the group runs over {backend}, not over NCCL"
     if (obstacle := _agreed(_obstacle(group), group)) is not None:
@@ -41,20 +41,26 @@ def shared_memory(group: dist.ProcessGroup, size: int, limit_s: float) -> Memory
     mine: Tensor | None = None
     failed = None
     try:
-        mine = symmetric_memory().empty(HEAD + size, dtype=torch.uint8, device=device)
+        mine = symmetric_block(HEAD + size, device)
     except RuntimeError as error:
         failed = f"{(HEAD + size) / 1e6:.0f} MB of symmetric memory were refused: {_first_line(error)}"
     if (failed := _agreed(failed, group)) is not None:
         return failed
     assert mine is not None
+    blocks, handle = list[Tensor](), None
     try:
-        handle = symmetric_memory().rendezvous(mine, group)
-        blocks = [handle.get_buffer(peer, (HEAD + size,), torch.uint8) for peer in range(ranks)]
-        blocks[rank][:HEAD].zero_()
+        blocks, handle = symmetric_views(mine, group)
+        mine[:HEAD].zero_()
+        mine[HEAD - 1] = rank
         torch.cuda.synchronize(device)
     except RuntimeError as error:
         failed = f"GPUs do not reach each other's memory: {_first_line(error)}"
-    if (failed := _agreed(failed, group)) is not None:  # all have written zeros before any sets a flag
+    if (failed := _agreed(failed, group)) is not None:  # all have written theirs before any looks
+        return failed
+    found = [int(block[HEAD - 1]) for block in blocks]
+    if found != list(range(len(blocks))):
+        failed = f"memory of other GPUs is not where torch says: instead of all ranks, rank {rank} found {found}"
+    if (failed := _agreed(failed, group)) is not None:
         return failed
     return Memory(blocks, ExchangeFlags(blocks, rank, limit_s), (mine, handle))
 
@@ -68,7 +74,7 @@ def _obstacle(group: dist.ProcessGroup) -> str | None:
         return f"a group of {len(places)} ranks is larger than {MAX_RANKS}"
     if not here or torch.cuda.get_device_capability() != (9, 0):
         return "flags between GPUs are compiled for compute capability 9.0"
-    if symmetric_memory() is None:
+    if not has_symmetric_memory():
         return f"torch {torch.__version__} has no symmetric memory"
     rank = dist.get_rank(group)
     visible = {_uuid(i): i for i in range(torch.cuda.device_count())}

@@ -190,7 +190,10 @@ class Watch:
     def _look(self) -> bool:
         """Whether no further call can work."""
         if self.failure is None and self.flags is not None and (found := self.flags.failure()) is not None:
-            self._failed(Activity(found.call, PHASES[found.phase], True), self._of_device(found))
+            mine = Activity(found.call, PHASES[found.phase], True)
+            facts = self._of_device(mine, found)
+            log.error(facts)  # at once: what runs into a CUDA error may end the process
+            self._failed(mine, f"{facts} {self._about_peer(mine, found)}")
         return self.failure is not None
 
     def tell(self, error: Exception) -> None:
@@ -233,19 +236,23 @@ class Watch:
             sentences.append(f"torch says: {str(error).splitlines()[0]}")
         return " ".join(sentences)
 
-    def _of_device(self, found: Failure) -> str:
-        mine = Activity(found.call, PHASES[found.phase], True)
+    def _of_device(self, mine: Activity, found: Failure) -> str:
         start = f"{self.what}: rank {self.rank}"
         if found.why == OTHER_CALL:
-            return (
-                f"{start} is in call {found.call}, {_description(found.wanted)}; rank {found.peer} is in "
-                f"{_description(found.seen)}. Run the same layers and steps on every rank."
-            )
+            other = f"rank {found.peer} is in {_description(found.seen)}"
+            return f"{start} is in call {found.call}, {_description(found.wanted)}; {other}."
         if found.why == STOPPED:
-            return f"{start} stopped {mine}, because rank {found.peer} cannot go on. {self._failure_of(found.peer)}"
-        about = self._about_all(mine, [found.peer]) or "Its host has come as far: its GPU is busy, or stuck."
+            return f"{start} stopped {mine}, because rank {found.peer} cannot go on."
         waited = f"waited {self.limit_s:.3g} s {mine} for rank {found.peer}"
-        return f"{start} {waited} (exchange {found.wanted} expected, {found.seen} seen). {about} {_LIMIT}"
+        return f"{start} {waited} (exchange {found.wanted} expected, {found.seen} seen)."
+
+    def _about_peer(self, mine: Activity, found: Failure) -> str:
+        if found.why == OTHER_CALL:
+            return "Run the same layers and steps on every rank."
+        if found.why == STOPPED:
+            return self._failure_of(found.peer)
+        about = self._about_all(mine, [found.peer]) or "Its host has come as far: its GPU is busy, or stuck."
+        return f"{about} {_LIMIT}"
 
     def _failure_of(self, rank: int) -> str:
         """Why ``rank`` has told others to stop. It may still be looking for its own reason."""

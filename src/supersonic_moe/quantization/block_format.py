@@ -44,7 +44,6 @@ import torch
 from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
-E4M3_MAX = 448.0
 INVERSE_MAX = float.fromhex("0x1.24924ap-9")  # fp32(1/448)
 BLOCK = 128
 SMALLEST_AMAX = 2.0**-100

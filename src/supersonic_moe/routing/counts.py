@@ -17,6 +17,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from supersonic_moe import checks
 from supersonic_moe.private_api import in_backward, transforms_active
 
 if TYPE_CHECKING:
@@ -45,6 +46,11 @@ def move_biases(
     """
     sums_E = list(totals_E)
     if group is not None:
+        if not isinstance(group, torch.distributed.ProcessGroup):
+            raise TypeError(
+                f"group must be a process group of torch.distributed; got {checks.describe(group)}. Pass "
+                "torch.distributed.group.WORLD, or mesh.get_group() of a DeviceMesh."
+            )
         together = torch.cat(sums_E)
         torch.distributed.all_reduce(together, group=group)
         sums_E = list(together.split_with_sizes([len(total_E) for total_E in totals_E]))

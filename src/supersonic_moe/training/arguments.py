@@ -261,6 +261,9 @@ class Fp8Saved(NamedTuple):
     plan: Plan
     static: Static
     numerics: Numerics
+    w1_turned: bool
+    """Whether the weight is a transposed view: its gradient has that order too."""
+    w2_turned: bool
 
     @property
     def pow2(self) -> bool:

@@ -19,9 +19,11 @@ dW1 and dW2 are returned, or go to the caller's buffers (``training/main_grad.py
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
-from supersonic_moe.kernels.alignment import is_turned
+from supersonic_moe.kernels.alignment import is_turned, weight_gradient
 from supersonic_moe.kernels.interface import DownBackward, Experts, Into, Rows, UpProjection
 from supersonic_moe.training.arguments import Bf16Forward, Bf16Output, Bf16Saved, Incoming, Inputs
 
@@ -51,7 +53,8 @@ def backward(k: Experts, saved: Bf16Saved, incoming: Incoming) -> Inputs[Tensor 
             k.row_dot(dout, b2, plan.row_expert, ds_P)
         dscores = k.pick(ds_P, plan.reverse_index, s_P.dtype)
     if needs.w2:
-        dw2 = _gradient_of(saved.w2, k, dout, as_PI, offsets, Into(main.w2, accumulate=main.adds_w2))
+        into = Into(main.w2, accumulate=main.adds_w2)
+        dw2 = weight_gradient(is_turned(saved.w2), into, partial(k.grouped_mm_wgrad, dout, as_PI, offsets))
     del as_PI
     if needs.b2 and b2 is not None:
         db2 = rounded(k.segment_sum(dout, s_P, offsets), b2)
@@ -59,22 +62,11 @@ def backward(k: Experts, saved: Bf16Saved, incoming: Incoming) -> Inputs[Tensor 
         db1 = rounded(k.segment_sum(Rows(dz_PN), None, offsets), b1)
     if needs.w1:
         into = Into(main.w1, transposed=True, accumulate=main.adds_w1)
-        dw1 = _gradient_of(saved.w1, k, x, dz_PN, offsets, into)
+        dw1 = weight_gradient(is_turned(saved.w1), into, partial(k.grouped_mm_wgrad, x, dz_PN, offsets))
     if needs.x:
         dx_PH = k.grouped_mm(Rows(dz_PN), saved.w1, offsets)
         dx = k.gather_sum(dx_PH, None, None, plan.row_expert, plan.rows_of_tokens(saved.x.shape[0]))
     return Inputs(dx, dscores, dw1, db1, dw2, db2)
-
-
-def _gradient_of(
-    weight: Tensor, k: Experts, a: Rows[Tensor], b_PN: Tensor, expert_offsets: Tensor, into: Into
-) -> Tensor:
-    """A new gradient lies in memory as the weight does: one of other strides than its parameter's costs autograd a
-    copy.
-    """
-    if into.out is None and is_turned(weight):
-        return k.grouped_mm_wgrad(a, b_PN, expert_offsets, Into(transposed=not into.transposed)).mT
-    return k.grouped_mm_wgrad(a, b_PN, expert_offsets, into)
 
 
 def rounded(sums_EN: Tensor, bias_EN: Tensor) -> Tensor:

@@ -32,11 +32,13 @@ next.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from supersonic_moe.kernels.alignment import aligned_tensor
+from supersonic_moe.kernels.alignment import aligned_tensor, weight_gradient
 from supersonic_moe.kernels.interface import BothOrders, DownBackward, Fp8Experts, Into, Quantized, Rows, UpProjection
 from supersonic_moe.quantization.block_format import E4M3, aligned_rows, padded_capacity, transposed_scales
 from supersonic_moe.training.arguments import Fp8Forward, Fp8Output, Fp8Saved, Fp8Weights, Incoming, Inputs
@@ -63,8 +65,11 @@ def backward(
     incoming: Incoming,
     x_q: Quantized | None = None,
     dout_q: Quantized | None = None,
+    leave: Callable[[Tensor | None, Tensor | None], None] | None = None,
 ) -> Inputs[Tensor | None]:
-    """``x_q``, ``dout_q``: the rows format of x and dO where they are at hand already."""
+    """``x_q``, ``dout_q``: the rows format of x and dO where they are at hand already. ``leave(dx, dscores)`` is called
+    as soon as they are there: before the weight gradients, which hide what it starts, and while s A is kept.
+    """
     plan, needs, pow2, s_P, b1, b2 = saved.plan, incoming.needs, saved.pow2, saved.row_scores, saved.b1, saved.b2
     dout, offsets = Rows(incoming.dout, plan.read_index), plan.expert_offsets
     dx = dscores = dw1 = db1 = dw2 = db2 = None
@@ -88,21 +93,33 @@ def backward(
         if b2 is not None:
             k.row_dot(dout, b2, plan.row_expert, ds_P)
         dscores = k.pick(ds_P, plan.reverse_index, s_P.dtype)
-    if needs.w2:
+    if leave is None and needs.w2:
         dw2 = wgrad.dw2(scaled_a)
-    del scaled_a
+    if leave is None:
+        del scaled_a
     if needs.b2 and b2 is not None:
         db2 = rounded(k.segment_sum(dout, s_P, offsets), b2)
     if needs.b1 and b1 is not None:
         db1 = rounded(k.segment_sum(Rows(dz), None, offsets), b1)
     dz_rows, dz = wgrad.quantized(dz)
+    if leave is not None:
+        dx = _dx(k, dz_rows, weights, saved) if needs.x else None
+        leave(dx, dscores)
+        if needs.w2:
+            dw2 = wgrad.dw2(scaled_a)
+        del scaled_a
     if needs.w1:
         dw1 = wgrad.dw1(dz)
     del dz
-    if needs.x:
-        dx_PH = k.grouped_mm_fp8(Rows(dz_rows), weights.w1_t, offsets)
-        dx = k.gather_sum(dx_PH, None, None, plan.row_expert, plan.rows_of_tokens(saved.x.shape[0]))
+    if leave is None and needs.x:
+        dx = _dx(k, dz_rows, weights, saved)
     return Inputs(dx, dscores, dw1, db1, dw2, db2)
+
+
+def _dx(k: Fp8Experts, dz_rows: Any, weights: Fp8Weights, saved: Fp8Saved) -> Tensor:
+    plan = saved.plan
+    dx_PH = k.grouped_mm_fp8(Rows(dz_rows), weights.w1_t, plan.expert_offsets)
+    return k.gather_sum(dx_PH, None, None, plan.row_expert, plan.rows_of_tokens(saved.x.shape[0]))
 
 
 # ---- weight gradients, in three ways ---------------------------------------------------------------------------------
@@ -123,17 +140,25 @@ class _Bf16Products:
         return self.k.down_backward_fp8(step)
 
     def dw2(self, as_PI: Any) -> Tensor:
-        dout, into = Rows(self.incoming.dout, self.plan.read_index), Into(self.main.w2, accumulate=self.main.adds_w2)
-        return self.k.grouped_mm_wgrad(dout, as_PI, self.plan.expert_offsets, into)
+        dout, offsets = Rows(self.incoming.dout, self.plan.read_index), self.plan.expert_offsets
+        return self._new_w2(partial(self.k.grouped_mm_wgrad, dout, as_PI, offsets))
 
     def quantized(self, dz_PN: Any) -> tuple[Any, Any]:
         """(rows of dZ for dx, dZ for ``dw1``)."""
         return self.k.quantize_rows(dz_PN, self.pow2, True) if self.incoming.needs.x else None, dz_PN
 
     def dw1(self, dz_PN: Any) -> Tensor:
-        x, main = Rows(self.saved.x, self.plan.read_index), self.main
-        into = Into(main.w1, transposed=True, accumulate=main.adds_w1)
-        return self.k.grouped_mm_wgrad(x, dz_PN, self.plan.expert_offsets, into)
+        x, offsets = Rows(self.saved.x, self.plan.read_index), self.plan.expert_offsets
+        return self._new_w1(partial(self.k.grouped_mm_wgrad, x, dz_PN, offsets))
+
+    def _new_w1(self, product: Callable[[Into], Tensor]) -> Tensor:
+        """``product`` into the buffer of the caller, or into a new tensor."""
+        into = Into(self.main.w1, transposed=True, accumulate=self.main.adds_w1)
+        return weight_gradient(self.saved.w1_turned, into, product)
+
+    def _new_w2(self, product: Callable[[Into], Tensor]) -> Tensor:
+        into = Into(self.main.w2, accumulate=self.main.adds_w2)
+        return weight_gradient(self.saved.w2_turned, into, product)
 
 
 class _Fp8Products(_Bf16Products):
@@ -148,9 +173,8 @@ class _Fp8Products(_Bf16Products):
         return self.dw2_of(self.k.quantize_columns(as_PI, self.segments.row_index, self.pow2, tiled=True))
 
     def dw2_of(self, scaled_a: Quantized) -> Tensor:
-        dout, main = self.k.quantize_columns(self.incoming.dout, self.segments.token_index, self.pow2), self.main
-        into = Into(main.w2, accumulate=main.adds_w2)
-        return self.k.grouped_mm_wgrad_fp8(dout, scaled_a, self.segments.offsets, into)
+        dout = self.k.quantize_columns(self.incoming.dout, self.segments.token_index, self.pow2)
+        return self._new_w2(partial(self.k.grouped_mm_wgrad_fp8, dout, scaled_a, self.segments.offsets))
 
     def quantized(self, dz_PN: Any) -> tuple[Any, Any]:
         if self.incoming.needs.w1:
@@ -158,9 +182,8 @@ class _Fp8Products(_Bf16Products):
         return super().quantized(dz_PN)
 
     def dw1(self, dz: Any) -> Tensor:
-        x, main = self.k.quantize_columns(self.saved.x, self.segments.token_index, self.pow2), self.main
-        into = Into(main.w1, transposed=True, accumulate=main.adds_w1)
-        return self.k.grouped_mm_wgrad_fp8(x, dz, self.segments.offsets, into)
+        x = self.k.quantize_columns(self.saved.x, self.segments.token_index, self.pow2)
+        return self._new_w1(partial(self.k.grouped_mm_wgrad_fp8, x, dz, self.segments.offsets))
 
 
 class _FusedFp8Products(_Fp8Products):

@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from supersonic_moe.autocast import without_autocast
-from supersonic_moe.autograd import apply, refuse_second_derivatives
+from supersonic_moe.autograd import apply, refuse_second_derivatives, refuse_what_is_not_supported
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.kernels import interface, registry
-from supersonic_moe.kernels.alignment import aligned, is_turned
+from supersonic_moe.kernels.alignment import aligned, empty_gradient, is_turned
 from supersonic_moe.kernels.interface import Quantized
 from supersonic_moe.ops import at_once, caller, unobserved
 from supersonic_moe.private_api import in_forward_mode
@@ -140,16 +140,14 @@ def _fp8_forward_fake(call: Fp8Forward) -> tuple[Tensor, ...]:
 
 
 def _bf16_backward_fake(saved: Bf16Saved, incoming: Incoming) -> tuple[Tensor, ...]:
-    return _gradients_fake(saved, _gradient_like(saved.w1), _gradient_like(saved.w2), incoming)
-
-
-def _fp8_backward_fake(weights: Fp8Weights, saved: Fp8Saved, incoming: Incoming) -> tuple[Tensor, ...]:
-    dw1, dw2 = (saved.x.new_empty(w.mT.shape) for w in (weights.w1_transposed, weights.w2_transposed))
+    dw1, dw2 = (empty_gradient(is_turned(w), saved.x, w.shape) for w in (saved.w1, saved.w2))
     return _gradients_fake(saved, dw1, dw2, incoming)
 
 
-def _gradient_like(weight: Tensor) -> Tensor:
-    return weight.new_empty(weight.mT.shape).mT if is_turned(weight) else weight.new_empty(weight.shape)
+def _fp8_backward_fake(weights: Fp8Weights, saved: Fp8Saved, incoming: Incoming) -> tuple[Tensor, ...]:
+    dw1 = empty_gradient(saved.w1_turned, saved.x, weights.w1_transposed.mT.shape)
+    dw2 = empty_gradient(saved.w2_turned, saved.x, weights.w2_transposed.mT.shape)
+    return _gradients_fake(saved, dw1, dw2, incoming)
 
 
 def _gradients_fake(saved: Bf16Saved | Fp8Saved, dw1: Tensor, dw2: Tensor, incoming: Incoming) -> tuple[Tensor, ...]:
@@ -285,7 +283,8 @@ class _Fp8Call(NamedTuple):
     def keep(self, operands: _Operands, row_scores: Tensor, z: Tensor, z_scale: Tensor) -> _Kept:
         x, _, w1, b1, w2, b2 = operands
         z_PN = Quantized(z, z_scale)
-        tensors, others = _FP8_SAVED.split(z_PN, x, row_scores, b1, b2, self.plan, self.static, self.numerics)
+        call = self.plan, self.static, self.numerics
+        tensors, others = _FP8_SAVED.split(z_PN, x, row_scores, b1, b2, *call, is_turned(w1), is_turned(w2))
         if self.w1.transposed is None:
             again = functools.partial(_backward_in_fp8_quantizing_again, self.numerics, self.static.backend)
             return _Kept((w1, w2, *tensors), others, again)
@@ -386,10 +385,14 @@ class Experts(torch.autograd.Function):
         incoming = _INCOMING.flat(dout.contiguous(), needs, main)
         again = torch.is_grad_enabled()  # create_graph
         grads: list[Tensor | None]
-        if again and ctx.twice:
-            grads = [*_differentiable_backward(*tensors, *ctx.others, *incoming)]
-        else:
-            grads = [*ctx.run_backward(tensors, ctx.others, incoming)]
+        try:
+            if again and ctx.twice:
+                grads = [*_differentiable_backward(*tensors, *ctx.others, *incoming)]
+            else:
+                grads = [*ctx.run_backward(tensors, ctx.others, incoming)]
+        except RuntimeError as error:
+            refuse_what_is_not_supported(error)
+            raise
         if ctx.parameters is not None:
             for at, target, parameter in zip((2, 4), targets, ctx.parameters, strict=True):
                 if target is not None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from supersonic_moe.config.recipe import Recipe
-from supersonic_moe.private_api import in_backward, versions_of
+from supersonic_moe.private_api import dispatch_modes, in_backward, versions_of
 
 STEPS = 64
 
@@ -64,12 +64,14 @@ class LastForward:
 
     def step(self, drawn: Tensor) -> Tensor:
         """The step of token rounding for a forward that drew ``drawn``, (1,) int64."""
-        if not in_backward():
-            self._steps.append(drawn)
+        steps, again = self._steps, in_backward()
+        if not again:
+            if steps and steps[-1].device != drawn.device:
+                steps.clear()
+            steps.append(drawn)
+        if not steps or not (again or dispatch_modes()):  # selective checkpointing wants the same ops in both
             return drawn
-        if not self._steps:
-            return drawn
-        known = torch.cat(list(self._steps))
+        known = torch.cat(list(steps) if again else [drawn])
         return torch.where((known == drawn).any(), drawn, known[-1:])
 
     def _remember(self, bias_E: Tensor) -> None:

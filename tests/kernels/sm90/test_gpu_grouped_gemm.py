@@ -4,6 +4,7 @@ fused epilogues, accumulation."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import oracle
 import pytest
@@ -12,7 +13,7 @@ from down_backward_cases import ACTIVATIONS
 from grouped_cases import CUDA, GROUPS, case, indexed, picked, row_experts, rows_case, segments
 from poison import poisoned_allocations  # noqa: F401
 
-from supersonic_moe.config.activation import Activation, GateUpLayout, as_activation
+from supersonic_moe.config.activation import GateUpLayout, as_activation
 from supersonic_moe.kernels import reference
 from supersonic_moe.kernels.interface import DownBackward, Gate, Into, Rows, UpProjection
 from supersonic_moe.kernels.sm90 import gemm_config
@@ -126,13 +127,18 @@ def test_rows_at_any_stride() -> None:
     assert torch.equal(grouped_mm_wgrad(Rows(a, index), a, offsets), grouped_mm_wgrad(Rows(a), a, offsets))
 
 
-# Activation, order of gate and up, and whether weights are stored (E, H, N1) and (E, I, H).
+class Fused(NamedTuple):
+    gate: Gate
+    outermost: bool = False
+    """Weights stored (E, H, N1) and (E, I, H)."""
+
+
 FUSED = {
-    **{f"{name}-{layout}": (a, layout, False) for name, a in ACTIVATIONS.items() for layout in GateUpLayout},
-    "relu_sq": (as_activation("relu_sq"), GateUpLayout.GATE_UP, False),
-    "swiglu-gate_up-outermost": (as_activation("swiglu"), GateUpLayout.GATE_UP, True),
-    "swiglu-up_gate-outermost": (as_activation("swiglu"), GateUpLayout.UP_GATE, True),
-    "gpt_oss-interleaved-outermost": (ACTIVATIONS["gpt_oss"], GateUpLayout.INTERLEAVED, True),
+    **{f"{name}-{layout}": Fused(Gate(a, layout)) for name, a in ACTIVATIONS.items() for layout in GateUpLayout},
+    "relu_sq": Fused(Gate(as_activation("relu_sq"), GateUpLayout.GATE_UP)),
+    "swiglu-gate_up-outermost": Fused(Gate(as_activation("swiglu"), GateUpLayout.GATE_UP), True),
+    "swiglu-up_gate-outermost": Fused(Gate(as_activation("swiglu"), GateUpLayout.UP_GATE), True),
+    "gpt_oss-interleaved-outermost": Fused(Gate(ACTIVATIONS["gpt_oss"], GateUpLayout.INTERLEAVED), True),
 }
 
 
@@ -140,7 +146,7 @@ def fused_cases(test: Callable[..., None]) -> Callable[..., None]:
     """Activations, layouts, sizes and groups of the two fused steps."""
     groups = ("ragged", "tiny", "even")
     for parametrize in (
-        pytest.mark.parametrize(("activation", "layout", "outermost"), FUSED.values(), ids=FUSED),
+        pytest.mark.parametrize("fused", FUSED.values(), ids=FUSED),
         pytest.mark.parametrize("gathered", [False, True]),
         pytest.mark.parametrize(("hidden", "width"), [(72, 8), (520, 1000)]),
         pytest.mark.parametrize("counts", [GROUPS[name] for name in groups], ids=groups),
@@ -158,67 +164,48 @@ def weight(*shape: int, outermost: bool) -> torch.Tensor:
 @pytest.mark.parametrize(("bias", "save"), [(False, False), (False, True), (True, True)])
 @fused_cases
 def test_up_projection(
-    counts: list[int],
-    hidden: int,
-    width: int,
-    gathered: bool,
-    activation: Activation,
-    layout: GateUpLayout,
-    outermost: bool,
-    bias: bool,
-    save: bool,
+    counts: list[int], hidden: int, width: int, gathered: bool, fused: Fused, bias: bool, save: bool
 ) -> None:
     """Z and A against fp64; rows that no expert owns are free, all others written, the bias outside Z."""
     offsets, source, index = rows_case(counts, 3, hidden, gathered)
-    num_experts, rows, n1 = len(counts), sum(counts), activation.fan * width
-    w1 = weight(num_experts, n1, hidden, outermost=outermost)
+    num_experts, rows, n1 = len(counts), sum(counts), fused.gate.activation.fan * width
+    w1 = weight(num_experts, n1, hidden, outermost=fused.outermost)
     b1 = torch.randn(num_experts, n1, device=CUDA, dtype=torch.bfloat16) if bias else None
     row_expert = row_experts(counts, 3)
-    gate = Gate(activation, layout)
-    step = UpProjection(Rows(source, index), w1, b1, offsets, row_expert, gate, save)
+    step = UpProjection(Rows(source, index), w1, b1, offsets, row_expert, fused.gate, save)
     z, a = up_projection(step)
     exact = reference.grouped_mm(Rows(picked(source, index)[:rows]), w1.double().transpose(1, 2), offsets)
-    want = reference.activation_forward(exact, None if b1 is None else b1.double(), row_expert[:rows], gate)
+    want = reference.activation_forward(exact, None if b1 is None else b1.double(), row_expert[:rows], fused.gate)
     assert oracle.rel_fro(a[:rows], want) < 3e-3
     assert z.shape == ((rows + 3) if save else 0, n1)
     if save:
         assert oracle.rel_fro(z[:rows], exact) < 3e-3
     assert torch.equal(a[:rows], up_projection(step)[1][:rows])
-    if outermost:
+    if fused.outermost:
         other = up_projection(step._replace(w1=w1.contiguous()))
         assert torch.equal(a[:rows], other[1][:rows]) and torch.equal(z[:rows], other[0][:rows])
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @fused_cases
-def test_down_backward(
-    counts: list[int],
-    hidden: int,
-    width: int,
-    gathered: bool,
-    activation: Activation,
-    layout: GateUpLayout,
-    outermost: bool,
-    bias: bool,
-) -> None:
+def test_down_backward(counts: list[int], hidden: int, width: int, gathered: bool, fused: Fused, bias: bool) -> None:
     """dZ, s A and dS against fp64; rows of score 0 get exact zeros although Z is NaN there."""
     offsets, source, index = rows_case(counts, 3, hidden, gathered)
-    num_experts, rows, n1 = len(counts), sum(counts), activation.fan * width
-    w2 = weight(num_experts, hidden, width, outermost=outermost) / hidden**0.5
+    num_experts, rows, n1 = len(counts), sum(counts), fused.gate.activation.fan * width
+    w2 = weight(num_experts, hidden, width, outermost=fused.outermost) / hidden**0.5
     z = torch.randn(rows + 3, n1, device=CUDA, dtype=torch.bfloat16)
     scores = torch.randn(rows + 3, device=CUDA)
     unscored = torch.rand(rows + 3, device=CUDA) < 0.1
     scores[unscored], z[unscored] = 0, float("nan")
     b1 = torch.randn(num_experts, n1, device=CUDA, dtype=torch.bfloat16) if bias else None
     row_expert = row_experts(counts, 3)
-    gate = Gate(activation, layout)
-    step = DownBackward(Rows(source, index), w2, z, b1, scores, offsets, row_expert, gate)
+    step = DownBackward(Rows(source, index), w2, z, b1, scores, offsets, row_expert, fused.gate)
     dz, scaled, ds = down_backward(step)
     z_read = torch.where(unscored[:, None], 0, z)
     da = reference.grouped_mm(Rows(picked(source, index)[:rows]), w2.double(), offsets)
     want = reference.activation_backward(
         z_read[:rows].double(), None if b1 is None else b1.double(), da, scores[:rows].double(), row_expert[:rows],
-        gate,
+        fused.gate,
     )  # fmt: skip
     zero, scored = unscored[:rows], ~unscored[:rows]
     assert (dz[:rows][zero] == 0).all() and (scaled[:rows][zero] == 0).all()
@@ -227,7 +214,7 @@ def test_down_backward(
     assert oracle.rel_fro(ds[:rows][scored], want[2][scored]) < 1e-4
     again = down_backward(step)
     assert all(torch.equal(x[:rows][scored], y[:rows][scored]) for x, y in zip((dz, scaled, ds), again, strict=True))
-    if outermost:
+    if fused.outermost:
         other = down_backward(step._replace(w2=w2.contiguous()))
         assert all(
             torch.equal(x[:rows][scored], y[:rows][scored]) for x, y in zip((dz, scaled, ds), other, strict=True)
@@ -242,5 +229,5 @@ def test_clusters_stay_in_step(width: int, gathered: bool, fused: str) -> None:
     Both blocks must have used as many stages, although the last column tile has fewer stages of Z than others.
     """
     counts = [300, 560] * 30
-    test_up_projection(counts, 136, width, gathered, *FUSED[fused], bias=False, save=True)
-    test_down_backward(counts, 136, width, gathered, *FUSED[fused], bias=False)
+    test_up_projection(counts, 136, width, gathered, FUSED[fused], bias=False, save=True)
+    test_down_backward(counts, 136, width, gathered, FUSED[fused], bias=False)

@@ -59,8 +59,9 @@ WRAPPER_SPECS = [
 
 NVRTC_OF_THE_TABLE, TABLE = sass_table.load()
 
-
 SHIPPED = registered_specs()
+if not torch.cuda.is_available():  # a machine with a GPU needs them all
+    SHIPPED = sass_table.to_compile(SHIPPED, sass_table.load_digests())
 TOGETHER = 12
 """Kernels of one test: one call of the disassembler, and 20 to 40 s in all."""
 
@@ -68,17 +69,10 @@ TOGETHER = 12
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, len(SHIPPED), TOGETHER), ids=lambda first: f"{SHIPPED[first].name}-{first}")
 def test_shipped_kernels_are_what_the_table_says(first: int) -> None:
-    specs = SHIPPED[first : first + TOGETHER]
-    unlisted = [str(spec) for spec in specs if str(spec) not in TABLE]
-    assert not unlisted, f"{sass_table.FILE.name} lacks {unlisted}; add them with `make sass-table`"
     moved = {}
-    for kernel in compiled(*specs):
+    for kernel in compiled(*SHIPPED[first : first + TOGETHER]):
         row, name = sass_table.row(kernel), str(kernel.spec)
-        # Where setmaxnreg moves registers from one warpgroup to another, ptxas reports what all of them start with.
-        limit = 64 * 1024 // kernel.spec.threads // 8 * 8
-        assert row["registers"] <= limit, name
-        assert row["registers"] == limit or "USETMAXREG" not in kernel.listing, name
-        if nvrtc_version() == NVRTC_OF_THE_TABLE and (changes := sass_table.moved(row, TABLE[name])):
+        if nvrtc_version() == NVRTC_OF_THE_TABLE and (changes := sass_table.moved(row, TABLE.get(name, {}))):
             moved[name] = changes
     assert not moved, (
         f"other code than {sass_table.FILE.name} says: {moved}. If that is meant, write down why and accept it with "
@@ -86,11 +80,25 @@ def test_shipped_kernels_are_what_the_table_says(first: int) -> None:
     )
 
 
-def test_the_table_lists_only_shipped_kernels_and_is_of_this_compiler() -> None:
-    gone = set(TABLE) - {str(spec) for spec in registered_specs()}
-    assert not gone, f"{sass_table.FILE.name} lists what is not shipped: {gone}; write it again with `make sass-table`"
+def test_the_table_lists_the_shipped_kernels_and_is_of_this_compiler() -> None:
+    differ = set(TABLE) ^ {str(spec) for spec in registered_specs()}
+    assert not differ, f"only {sass_table.FILE.name} or only the package has {differ}; run `make sass-table`"
     if nvrtc_version() != NVRTC_OF_THE_TABLE:
         pytest.skip(f"the table is that of NVRTC {NVRTC_OF_THE_TABLE}, this is {nvrtc_version()}: nothing was compared")
+
+
+def test_what_is_compiled_again(tmp_path: Path) -> None:
+    """Another source, another promise; and of the rest about one in eight."""
+    spec = write_kernel(tmp_path, 'extern "C" __global__ void k() {}', "k")
+    specs = [replace(spec, constants=(("I", i),)) for i in range(160)]
+    digests = {str(spec): sass_table.digest(spec) for spec in specs}
+    again = sass_table.to_compile(specs, digests)
+    assert 5 < len(again) < 40
+    kept = next(spec for spec in specs if spec not in again)
+    assert sass_table.to_compile([replace(kept, opcodes=("HGMMA",))], digests)
+    assert sass_table.to_compile([replace(kept, threads=2 * kept.threads)], digests)
+    (tmp_path / "kernel.cu").write_text("changed")
+    assert sass_table.to_compile(specs, digests) == specs
 
 
 def test_what_counts_as_a_change() -> None:

@@ -54,7 +54,15 @@ def test_no_kernel_spills(compiled: list[dict[str, Any]]) -> None:
 
 
 def test_rows_move_in_16_byte_accesses(compiled: list[dict[str, Any]]) -> None:
-    modules = {"gather_rows", "gather_sum", "activation", "score_gradient", "bias_gradient", "quantize"}
+    modules = {
+        "gather_quantized",
+        "gather_rows",
+        "gather_sum",
+        "activation",
+        "score_gradient",
+        "bias_gradient",
+        "quantize",
+    }
     moving = [c for c in compiled if c["new"] and c["case"] == "H 2880, I 1536"]
     assert {c["kernel"].split(".")[0] for c in moving} == modules
     assert [c for c in moving if not c["wide_loads"]] == []
@@ -78,6 +86,7 @@ def main() -> None:
     from supersonic_moe.kernels import triton as kernels
     from supersonic_moe.kernels.interface import Gate, Into, KeptPairs, Rounding, Rows, Slots, TokenRows
     from supersonic_moe.kernels.triton import pad_segments, quantize
+    from supersonic_moe.kernels.triton.gather_quantized import gather_quantized
 
     class OfflineHopper:
         def get_current_device(self) -> int:
@@ -170,8 +179,9 @@ def main() -> None:
     def fp8(t: int, h: int, i: int, pow2: bool) -> None:
         x, w = torch.zeros(t, h, dtype=bf16), torch.zeros(2, i, h, dtype=bf16)
         index = torch.zeros(128 * t, dtype=i32)
-        quantize.quantize_rows(x, pow2)
-        quantize.quantize_rows(x, pow2, tma=True)
+        rows = quantize.quantize_rows(x, pow2)
+        gathered = quantize.quantize_rows(x, pow2, tma=True)
+        gather_quantized(gathered, rows, index, index[:1], 1000)
         quantize.quantize_blocks(w, pow2)
         quantize.quantize_weights((w, w.mT.contiguous()), pow2)
         quantize.quantize_columns(x, index, pow2)

@@ -20,8 +20,10 @@ from poison import poisoned_allocations  # noqa: F401
 from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout, as_activation
 from supersonic_moe.kernels import reference
 from supersonic_moe.kernels import triton as kernels
-from supersonic_moe.kernels.interface import Gate, Into, Rows, TokenRows
+from supersonic_moe.kernels.interface import Gate, Into, Quantized, Rows, TokenRows
 from supersonic_moe.kernels.triton import bias_gradient
+from supersonic_moe.kernels.triton.gather_quantized import gather_quantized
+from supersonic_moe.quantization.block_format import empty_scales
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -436,6 +438,7 @@ def test_no_rows(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("large on a GPU")
 def test_element_offsets_past_2_to_31(device: torch.device) -> None:
     """P * H > 2^31: 32-bit element offsets would wrap to the first rows. About 20 GB."""
     width, num_rows = 8192, 2**18 + 24
@@ -477,3 +480,23 @@ def test_pick(backend: ModuleType, out: torch.dtype | None, dtype: torch.dtype, 
     assert torch.equal(got.cpu(), want.to(got.dtype))
     assert backend.pick(values[:0], torch.full((5,), -1, dtype=torch.int32, device=device)).tolist() == [0.0] * 5
     assert backend.pick(values, index[:0], out).shape == (0,)
+
+
+# ---- gather_quantized ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("columns", "count"), [(128, 0), (256, 1), (384, 6), (7168, 13), (12288, 9)])
+@pytest.mark.parametrize("by_block", [False, True])
+def test_gather_quantized(columns: int, count: int, by_block: bool, device: torch.device) -> None:
+    """Codes and scales of the first ``count`` rows; what follows keeps its bytes, and programs move several groups."""
+    tokens, rows, blocks = 11, 17, columns // 128
+    wide = torch.randint(0, 255, (tokens, columns + 16), device=device, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    scale = torch.rand(blocks, tokens, device=device).T if by_block else torch.rand(tokens, blocks, device=device)
+    index = torch.randint(0, tokens, (rows,), device=device, dtype=torch.int32)
+    index[count:] = 1 << 30  # not to be read
+    codes = torch.full((rows, columns), 77, device=device, dtype=torch.uint8)
+    out = Quantized(codes.view(torch.float8_e4m3fn), empty_scales(codes, rows, blocks, tma=True).fill_(-1))
+    x, used = Quantized(wide[:, :columns], scale), index[:count].long()
+    gather_quantized(out, x, index, torch.tensor([count], device=device, dtype=torch.int32), programs=3)
+    assert torch.equal(codes[:count], x.q.view(torch.uint8)[used]) and codes[count:].eq(77).all()
+    assert torch.equal(out.scale[:count], scale[used]) and out.scale[count:].eq(-1).all()

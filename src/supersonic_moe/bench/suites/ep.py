@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
@@ -18,11 +19,11 @@ from supersonic_moe.perf_model import LayerShape
 if TYPE_CHECKING:
     import torch
 
-    from supersonic_moe.bench.report import CaseResult
+    from supersonic_moe.bench.ep import EpResult
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ep(RecipeOptions, OfLayers["CaseResult"], Timed[LayerShape, "CaseResult"]):
+class Ep(RecipeOptions, OfLayers["EpResult"], Timed[LayerShape, "EpResult"]):
     """Expert parallelism, alone or under torchrun, against the layer of one GPU with the same load."""
 
     name = "ep"
@@ -33,10 +34,12 @@ class Ep(RecipeOptions, OfLayers["CaseResult"], Timed[LayerShape, "CaseResult"])
         str, typer.Option(help="all_to_all sends tokens to ranks that need them, gather all to all.")
     ] = "auto"
     wire: Annotated[str, typer.Option(help="How rows travel: exact, or fp8 for an FP8 layer.")] = "exact"
+    png: options.Png = None
 
     def __post_init__(self) -> None:
         if os.environ.get("RANK", "0") != "0":
-            object.__setattr__(self, "json", None)  # one rank writes the file
+            for name in ("json", "png"):  # one rank writes the files
+                object.__setattr__(self, name, None)
 
     @cached_property
     def where(self) -> torch.device:
@@ -60,9 +63,18 @@ class Ep(RecipeOptions, OfLayers["CaseResult"], Timed[LayerShape, "CaseResult"])
             raise ValueError(f"a transport is auto, all_to_all or gather; got {self.transport!r}.")
         return super().cases()
 
-    def run(self, case: LayerShape, progress: Progress) -> CaseResult:
+    def run(self, case: LayerShape, progress: Progress) -> EpResult:
         from supersonic_moe.bench.ep import EpConfig, run_case
 
         kind = options.dtype(None, self.where, self.numerics)
         travel = self.transport, self.wire
         return run_case(case, EpConfig(self.where, kind, self.numerics, *travel, self.warm_ms, self.min_ms), progress)
+
+    def figure(self, results: Sequence[EpResult]) -> Sequence[Path]:
+        timelines = [(result.case, result.timeline) for result in results if result.timeline is not None]
+        if self.png is None or not timelines:
+            return ()
+        from supersonic_moe.bench.ep_timeline import draw
+        from supersonic_moe.bench.infer_figure import write_png
+
+        return [write_png(self.png, draw(timelines, self.heading))]

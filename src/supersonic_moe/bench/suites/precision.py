@@ -27,6 +27,7 @@ class Precision(OfLayers["PrecisionResult"], Timed[LayerShape, "PrecisionResult"
     name = "precision"
     files: ClassVar = {"precision-fp8": {}}
     shapes = LAYER_SHAPES[:1]
+    note = "Errors against the reference in fp32."
 
     markdown: options.Markdown = None
 
@@ -41,10 +42,6 @@ class Precision(OfLayers["PrecisionResult"], Timed[LayerShape, "PrecisionResult"
     @property
     def heading(self) -> str:
         return f"FP8 recipes on {self.machine}, experts alone, forward + backward"
-
-    @property
-    def method(self) -> str:
-        return f"{super().method} Errors against the reference in fp32."
 
     def run(self, case: LayerShape, progress: Progress) -> PrecisionResult:
         from supersonic_moe.bench.precision import run_case

@@ -31,6 +31,7 @@ class Transformers(Timed["TransformersCase", "CaseResult"]):
 
     name = "transformers"
     files: ClassVar = {"transformers": {}}
+    note = "In parentheses: how many times less ours takes."
 
     models: Annotated[
         str | None,
@@ -57,10 +58,6 @@ class Transformers(Timed["TransformersCase", "CaseResult"]):
     @property
     def heading(self) -> str:
         return f"Experts of Hugging Face Transformers on {self.machine}"
-
-    @property
-    def method(self) -> str:
-        return f"{super().method} In parentheses: how many times less ours takes."
 
     def cases(self) -> Sequence[TransformersCase]:
         if importlib.util.find_spec("transformers") is None:

@@ -1,52 +1,62 @@
 // Each token's weighted sum of its rows, choice by choice in ascending order, but for tokens of one row. See combine_rows.py.
 #include "ptx/barrier.cuh"
 
-constexpr u32 combine_threads = 128, channels = 8;  // of a thread
+constexpr u32 combine_threads = 128, channels = 8, chunks = 4;  // a thread adds `channels` neighbours, so often, a block's width apart
+constexpr u32 chunk_channels = combine_threads * channels, unit_channels = chunks * chunk_channels;
 
-struct EightChannels {
-    float v[channels];
+struct Sums {
+    float v[chunks][channels] = {};
+
+    // Adds weight times this thread's channels of a row; `left`: how many the row has from its first on.
+    DEVICE void add(const u16* row, float weight, i32 left) {
+        uint4 loaded[chunks];
+#pragma unroll
+        for (u32 c = 0; c < chunks; ++c)
+            if (static_cast<i32>(c * chunk_channels) < left) loaded[c] = *reinterpret_cast<const uint4*>(row + c * chunk_channels);
+#pragma unroll
+        for (u32 c = 0; c < chunks; ++c) {
+            if (static_cast<i32>(c * chunk_channels) >= left) continue;
+            const u32 words[4] = {loaded[c].x, loaded[c].y, loaded[c].z, loaded[c].w};
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                v[c][2 * i] = __fmaf_rn(weight, bf16_low(words[i]), v[c][2 * i]);
+                v[c][2 * i + 1] = __fmaf_rn(weight, bf16_high(words[i]), v[c][2 * i + 1]);
+            }
+        }
+    }
+    DEVICE void store(u16* row, i32 left) const {
+#pragma unroll
+        for (u32 c = 0; c < chunks; ++c)
+            if (static_cast<i32>(c * chunk_channels) < left)
+                *reinterpret_cast<uint4*>(row + c * chunk_channels) = make_uint4(
+                    pack_bf16(v[c][0], v[c][1]), pack_bf16(v[c][2], v[c][3]), pack_bf16(v[c][4], v[c][5]), pack_bf16(v[c][6], v[c][7]));
+    }
 };
 
-DEVICE EightChannels load_channels(const u16* at) {
-    const uint4 a = *reinterpret_cast<const uint4*>(at);
-    return {bf16_low(a.x), bf16_high(a.x), bf16_low(a.y), bf16_high(a.y), bf16_low(a.z), bf16_high(a.z), bf16_low(a.w), bf16_high(a.w)};
-}
-
-DEVICE void combine_token(const u16* y, const u16* y_shared, const i32* rows, const float* weights, i64 token, i32 choices, i32 hidden,
-                          i32 column, u16* out) {
-    float sum[channels] = {};
-    const i32 routed = choices - (y_shared != nullptr);
-    i32 present = 0;
-    for (i32 j = 0; j < choices; ++j) present += rows[j] >= 0;
-    if (present == 1 && !y_shared) return;  // the down-projection has written it
-    for (i32 j = 0; j < routed; ++j) {
-        const i32 row = rows[j];
-        if (row < 0) continue;
-        const float weight = weights[j];
-        const EightChannels values = load_channels(y + static_cast<i64>(row) * hidden + column);
-#pragma unroll
-        for (u32 i = 0; i < channels; ++i) sum[i] = __fmaf_rn(weight, values.v[i], sum[i]);
-    }
-    if (y_shared) {
-        const EightChannels values = load_channels(y_shared + token * hidden + column);
-#pragma unroll
-        for (u32 i = 0; i < channels; ++i) sum[i] += values.v[i];
-    }
-    *reinterpret_cast<uint4*>(out + token * hidden + column) =
-        make_uint4(pack_bf16(sum[0], sum[1]), pack_bf16(sum[2], sum[3]), pack_bf16(sum[4], sum[5]), pack_bf16(sum[6], sum[7]));
-}
-
 // Nothing where the header of `items` says that rows are streamed. The rows of a shared expert, the last choice of every token, are in
-// `y_shared` (tokens, hidden), where that is not null.
+// `y_shared` (tokens, hidden), where that is not null. A unit is `unit_channels` of a token, of which a lane has looked up one choice.
 extern "C" __global__ void __launch_bounds__(combine_threads)
     combine_rows(const u16* y, const u16* y_shared, const int4* items, const i32* slot_row, const float* weights, const i32 choices,
                  const i32 hidden, const i32 parts, const i32 tokens, u16* out) {
     dependency_wait();
     if (items[0].w) return;
+    const i32 lane = static_cast<i32>(lane_index());
     for (i64 unit = blockIdx.x; unit < static_cast<i64>(tokens) * parts; unit += gridDim.x) {
         const i64 token = unit / parts;
-        const i32 column = (static_cast<i32>(unit % parts) * combine_threads + threadIdx.x) * channels;
-        if (column < hidden)
-            combine_token(y, y_shared, slot_row + token * choices, weights + token * choices, token, choices, hidden, column, out);
+        const i32 first = static_cast<i32>(unit % parts) * static_cast<i32>(unit_channels) + static_cast<i32>(threadIdx.x * channels);
+        const i32 left = hidden - first;
+        const i32 row = lane < choices ? slot_row[token * choices + lane] : -1;
+        const float weight = lane < choices ? weights[token * choices + lane] : 0.0f;
+        u32 present = __ballot_sync(0xffffffffu, row >= 0);
+        if (!y_shared && __popc(present) == 1) continue;  // the down-projection has written it
+        if (y_shared) present &= ~(1u << (choices - 1));
+        Sums sums;
+        for (; present != 0; present &= present - 1) {
+            const i32 choice = __ffs(static_cast<i32>(present)) - 1;
+            const i64 of_choice = __shfl_sync(0xffffffffu, row, choice);
+            sums.add(y + of_choice * hidden + first, __shfl_sync(0xffffffffu, weight, choice), left);
+        }
+        if (y_shared) sums.add(y_shared + token * hidden + first, 1.0f, left);
+        sums.store(out + token * hidden + first, left);
     }
 }

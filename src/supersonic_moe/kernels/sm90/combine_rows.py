@@ -6,7 +6,8 @@ Layout (row-major)
     Where the router has written on the device that rows are streamed, nothing happens: the streaming kernel combines
     its own.
 Blocks
-    128 threads take 1024 channels of a token, 8 each, then those of another token: 16 blocks a multiprocessor.
+    128 threads take 4096 channels of a token, four times 8 each, then those of another token: a thread waits for four
+    loads at once, and for the rows of a token's choices once. 16 blocks a multiprocessor.
 Cost
     Bytes: 2 H for each row and token, but for tokens of one row.
 """
@@ -23,7 +24,7 @@ from supersonic_moe.kernels.sm90.gemm_config import multiprocessors
 from supersonic_moe.kernels.sm90.route_rows import RowTables
 
 THREADS = 128
-CHANNELS = 8 * THREADS  # of a block
+CHANNELS = 4 * 8 * THREADS  # of a block
 BLOCKS = 16  # of a multiprocessor
 SPECS = (KernelSpec("combine_rows", "combine_rows.cu", threads=THREADS, opcodes=("LDG.E.128", "F2FP.BF16"), pdl=True),)
 

@@ -33,16 +33,14 @@ from supersonic_moe.kernels.interface import DownBackward
 from supersonic_moe.kernels.sm90.down_backward_ungated import down_backward_ungated
 from supersonic_moe.kernels.sm90.gates import (
     ALL_BF16_KINDS,
-    BF16_KINDS,
     INTERLEAVED,
     OUTERMOST_H,
     UNGATED_KIND,
-    half_bases,
-    kind_of,
-    limit_of,
+    bf16_kind,
+    gate_arguments,
 )
 from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, OPCODES, WARP_ROWS, GemmConfig, bf16_form, choose
-from supersonic_moe.kernels.sm90.operands import map_of_halves, map_of_rows, map_of_stored_rows, summed
+from supersonic_moe.kernels.sm90.operands import map_of_halves, map_of_rows, map_of_stored_rows, product_of, summed
 from supersonic_moe.kernels.sm90.unfused import UNFUSED
 
 
@@ -75,10 +73,8 @@ def down_backward(step: DownBackward[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     interleaved, i_contiguous = layout is INTERLEAVED, w2_EHI.stride(2) == 1
     if activation.type is UNGATED_KIND and i_contiguous:
         return down_backward_ungated(step)
-    if activation.type not in BF16_KINDS:
-        return UNFUSED.down_backward(step)
-    kind = kind_of(activation)
-    if not i_contiguous and (kind, interleaved) not in OUTERMOST_H:
+    kind = bf16_kind(activation, interleaved, i_contiguous)
+    if kind is None:
         return UNFUSED.down_backward(step)
     dout_TH, index = dout
     num_experts, hidden, width = w2_EHI.shape
@@ -87,7 +83,6 @@ def down_backward(step: DownBackward[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     partial_ds_BP = z_PN.new_empty(blocks_n, rows, dtype=torch.float32)
     if rows == 0:
         return dz_PN, as_PI, partial_ds_BP.new_empty(0)
-    gate_base, up_base = half_bases(layout, width)
     config = choose(width, index is not None, rows=rows // num_experts)
     with on_device(dout_TH):
         if i_contiguous:
@@ -101,21 +96,12 @@ def down_backward(step: DownBackward[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
             map_z=map_of_halves(z_PN, interleaved, rows=BLOCK_M),
             map_dz=map_of_halves(dz_PN, interleaved, rows=WARP_ROWS),
             map_as=map_of_stored_rows(as_PI),
-            offsets=expert_offsets,
-            index=index,
-            experts=num_experts,
-            width=width,
-            blocks_k=-(-hidden // config.block_k),
-            b1=None if b1_EN is None else b1_EN.contiguous(),
+            **product_of(index, expert_offsets, num_experts, width, hidden, b1_EN, config),
             scores=scores_P,
             dz=dz_PN,
             as_=as_PI,
             dscores=partial_ds_BP,
             rows_allocated=rows,
-            gate_base=gate_base,
-            up_base=up_base,
-            alpha=activation.alpha,
-            limit=limit_of(activation),
-            up_offset=activation.up_offset,
+            **gate_arguments(activation, layout, width),
         )
     return dz_PN, as_PI, summed(partial_ds_BP)

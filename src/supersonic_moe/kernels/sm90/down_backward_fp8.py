@@ -34,7 +34,7 @@ from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
 from supersonic_moe.kernels.interface import DownBackward, Quantized
-from supersonic_moe.kernels.sm90.gates import ALL_KINDS, INTERLEAVED, KINDS, half_bases, kind_of, limit_of
+from supersonic_moe.kernels.sm90.gates import ALL_KINDS, INTERLEAVED, KINDS, gate_arguments, kind_of
 from supersonic_moe.kernels.sm90.gemm_config import (
     BLOCK_M,
     BLOCK_N,
@@ -46,6 +46,7 @@ from supersonic_moe.kernels.sm90.gemm_config import (
     fp8_form,
 )
 from supersonic_moe.kernels.sm90.operands import (
+    fp8_product_of,
     map_of_columns,
     map_of_halves,
     map_of_rows,
@@ -102,7 +103,6 @@ def down_backward_fp8(step: DownBackward[Quantized]) -> tuple[Tensor, Tensor, Te
     partial_ds_BP = dz_PN.new_empty(-(-width // BLOCK_N), rows, dtype=torch.float32)
     if rows == 0:
         return dz_PN, as_PI, partial_ds_BP.new_empty(0)
-    gate_base, up_base = half_bases(layout, width)
     config = choose(width, dout.gather_index is not None, staging_bytes=staging_bytes(interleaved, saved_fp8))
     scores_P = loadable(step.row_scores)
     with on_device(w2):
@@ -114,18 +114,18 @@ def down_backward_fp8(step: DownBackward[Quantized]) -> tuple[Tensor, Tensor, Te
             dz=dz_PN,
             as_=as_PI,
             dscores=partial_ds_BP,
-            gate_base=gate_base,
-            up_base=up_base,
+            **gate_arguments(activation, layout, width),
         )
     return dz_PN, as_PI, summed(partial_ds_BP)
 
 
 def common_arguments(step: DownBackward[Quantized], scores_P: Tensor, config: GemmConfig) -> dict[str, Any]:
-    """Arguments of the kernel that do not depend on how it stores dZ and sA. ``scores``: of the rows, ``loadable``."""
-    dout, (w2, w2_scale), z, b1_EN, _, expert_offsets, _, (activation, layout) = step
+    """Arguments of the kernel that depend neither on the activation nor on how it stores dZ and sA. ``scores``: of the
+    rows, ``loadable``.
+    """
+    dout, (w2, w2_scale), z, b1_EN, _, expert_offsets, _, (_, layout) = step
     (doutq_TH, dout_scale), index = dout
     num_experts, width, hidden = w2.shape
-    scale_w_expert, scale_w_column, scale_w_k = w2_scale.stride()
     map_z = map_of_saved(z.q, layout is INTERLEAVED)
     return {
         "map_do": map_of_rows(doutq_TH, index, box=(BLOCK_M, config.block_k)),
@@ -134,22 +134,10 @@ def common_arguments(step: DownBackward[Quantized], scores_P: Tensor, config: Ge
         "map_z": map_z,
         "map_scale_z": map_of_columns(z.scale) if z.q.dtype is E4M3 else map_z,
         "map_scores": map_of_scores(scores_P, dout.num_rows),
-        "offsets": expert_offsets,
-        "index": index,
-        "experts": num_experts,
-        "width": width,
-        "blocks_k": -(-hidden // config.block_k),
+        **fp8_product_of(index, expert_offsets, num_experts, width, hidden, b1_EN, w2_scale, config),
         "scale_do": dout_scale,
         "scale_do_row": dout_scale.stride(0),
-        "scale_w": w2_scale,
-        "scale_w_expert": scale_w_expert,
-        "scale_w_column": scale_w_column,
-        "scale_w_k": scale_w_k,
-        "b1": None if b1_EN is None else b1_EN.contiguous(),
         "rows_allocated": dout.num_rows,
-        "alpha": activation.alpha,
-        "limit": limit_of(activation),
-        "up_offset": activation.up_offset,
     }
 
 

@@ -40,7 +40,7 @@ from supersonic_moe.kernels.sm90.down_backward_fp8 import (
     spec_of,
     staging_bytes,
 )
-from supersonic_moe.kernels.sm90.gates import ALL_KINDS, INTERLEAVED, KINDS, kind_of
+from supersonic_moe.kernels.sm90.gates import ALL_KINDS, INTERLEAVED, KINDS, constants_of, kind_of
 from supersonic_moe.kernels.sm90.gemm_config import BLOCK_N, WARP_ROWS, GemmConfig, choose, fp8_form
 from supersonic_moe.kernels.sm90.operands import summed
 from supersonic_moe.kernels.triton import quantize_both_orders, quantize_columns
@@ -84,6 +84,7 @@ def down_backward_fp8_quantize(
         _kernel(config, kind_of(activation)).launch(
             config.grid(w2.get_device()),
             **common_arguments(step, scores_P, config),
+            **constants_of(activation),
             map_dz=tensor_map(dzq_PN, box=(WARP_ROWS, BLOCK)),
             map_dz_transposed=tensor_map(dzq_NG, box=(BLOCK, BLOCK)),
             map_as_transposed=tensor_map(asq_IG, box=(BLOCK, BLOCK)),

@@ -27,7 +27,7 @@ from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.interface import DownBackward
 from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, OPCODES, GemmConfig, bf16_form, choose
-from supersonic_moe.kernels.sm90.operands import map_of_rows, map_of_stored_rows, summed
+from supersonic_moe.kernels.sm90.operands import map_of_rows, map_of_stored_rows, product_of, summed
 
 
 def _spec(config: GemmConfig) -> KernelSpec:
@@ -61,12 +61,7 @@ def down_backward_ungated(step: DownBackward[Tensor]) -> tuple[Tensor, Tensor, T
             map_z=map_of_stored_rows(z_PI, rows=BLOCK_M),
             map_dz=map_of_stored_rows(dz_PI),
             map_as=map_of_stored_rows(as_PI),
-            offsets=expert_offsets,
-            index=index,
-            experts=num_experts,
-            width=width,
-            blocks_k=-(-hidden // config.block_k),
-            b1=None if b1_EI is None else b1_EI.contiguous(),
+            **product_of(index, expert_offsets, num_experts, width, hidden, b1_EI, config),
             scores=scores_P,
             dz=dz_PI,
             as_=as_PI,

@@ -35,12 +35,11 @@ def _kernel() -> Kernel:
 
 
 def down_projection_fp8(
-    c: Quantized, w2_EHI: Quantized, expert_offsets: Tensor, row_out: Buffer, out_TH: Tensor
-) -> Tensor:
-    """y (P, H) bf16, of whose rows only those are written that ``row_out`` does not send to ``out_TH``."""
-    y_PH = out_TH.new_empty(c.q.shape[0], w2_EHI.q.shape[1])
+    c: Quantized, w2_EHI: Quantized, expert_offsets: Tensor, row_out: Buffer, y_PH: Tensor, out_TH: Tensor
+) -> None:
+    """Writes the rows of ``y_PH`` that ``row_out`` does not send to ``out_TH``, and those that it does. Both bf16."""
     if y_PH.numel() == 0:
-        return y_PH
+        return
     with on_device(y_PH):
         _kernel().launch(
             CONFIG.grid(y_PH.get_device()),
@@ -53,4 +52,3 @@ def down_projection_fp8(
             out=out_TH,
             row_bytes=out_TH.stride(0) * 2,
         )
-    return y_PH

@@ -23,13 +23,22 @@ def kind_of(activation: Activation) -> int:
     return BF16_KINDS[activation.type] if plain else CLAMPED_SWIGLU
 
 
-def half_bases(layout: GateUpLayout, width: int) -> tuple[int, int]:
-    """First columns of gate and up in a row of Z."""
-    if layout is INTERLEAVED:
-        return 0, 1
-    return (0, width) if layout is GATE_UP else (width, 0)
+def bf16_kind(activation: Activation, interleaved: bool, contiguous: bool) -> int | None:
+    """The same for the BF16 kernels with a gate, ``contiguous`` for w1 with H and w2 with I contiguous; None: there is
+    no kernel.
+    """
+    if activation.type not in BF16_KINDS:
+        return None
+    kind = kind_of(activation)
+    return kind if contiguous or (kind, interleaved) in OUTERMOST_H else None
 
 
-def limit_of(activation: Activation) -> float:
-    """The kernel's ``limit``."""
-    return math.inf if activation.limit is None else activation.limit
+def gate_arguments(activation: Activation, layout: GateUpLayout, width: int) -> dict[str, int | float]:
+    """First columns of gate and up in a row of Z, and the constants of the activation."""
+    gate_base, up_base = (0, 1) if layout is INTERLEAVED else (0, width) if layout is GATE_UP else (width, 0)
+    return {"gate_base": gate_base, "up_base": up_base, **constants_of(activation)}
+
+
+def constants_of(activation: Activation) -> dict[str, float]:
+    limit = math.inf if activation.limit is None else activation.limit
+    return {"alpha": activation.alpha, "limit": limit, "up_offset": activation.up_offset}

@@ -47,6 +47,34 @@ def map_of_stored_rows(d_PN: Tensor, rows: int = WARP_ROWS) -> TensorMap:
     return tensor_map(d_PN, box=box, shape=(capacity, 1, columns), strides=(row, columns, 1))
 
 
+# ---- products with an activation -------------------------------------------------------------------------------------
+
+
+def product_of(
+    index: Tensor | None, expert_offsets: Tensor, num_experts: int, width: int, depth: int, b1: Tensor | None,
+    config: GemmConfig,
+) -> dict[str, Any]:  # fmt: skip
+    """What a kernel takes of its rows, its sizes, and the bias before the activation. ``width``: activations of a row;
+    ``depth``: of the product.
+    """
+    return {
+        "offsets": expert_offsets, "index": index, "experts": num_experts, "width": width,
+        "blocks_k": -(-depth // config.block_k), "b1": None if b1 is None else b1.contiguous(),
+    }  # fmt: skip
+
+
+def fp8_product_of(
+    index: Tensor | None, expert_offsets: Tensor, num_experts: int, width: int, depth: int, b1: Tensor | None,
+    scale_w: Tensor, config: GemmConfig,
+) -> dict[str, Any]:  # fmt: skip
+    """The same with the block scales (E, N/128, K/128) of the weight, in any strides."""
+    expert, column, k = scale_w.stride()
+    return {
+        **product_of(index, expert_offsets, num_experts, width, depth, b1, config),
+        "scale_w": scale_w, "scale_w_expert": expert, "scale_w_column": column, "scale_w_k": k,
+    }  # fmt: skip
+
+
 # ---- weights in FP8 --------------------------------------------------------------------------------------------------
 
 

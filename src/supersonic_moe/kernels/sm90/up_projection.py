@@ -28,13 +28,11 @@ from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.kernels.interface import UpProjection
 from supersonic_moe.kernels.sm90.gates import (
     ALL_BF16_KINDS,
-    BF16_KINDS,
     INTERLEAVED,
     OUTERMOST_H,
     UNGATED_KIND,
-    half_bases,
-    kind_of,
-    limit_of,
+    bf16_kind,
+    gate_arguments,
 )
 from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, OPCODES, WARP_ROWS, GemmConfig, bf16_form, choose
 from supersonic_moe.kernels.sm90.operands import (
@@ -43,6 +41,7 @@ from supersonic_moe.kernels.sm90.operands import (
     map_of_halves,
     map_of_rows,
     map_of_stored_rows,
+    product_of,
 )
 from supersonic_moe.kernels.sm90.unfused import UNFUSED
 from supersonic_moe.kernels.sm90.up_projection_ungated import up_projection_ungated
@@ -78,10 +77,8 @@ def up_projection(step: UpProjection[Tensor]) -> tuple[Tensor, Tensor]:
     interleaved, h_contiguous = layout is INTERLEAVED, w1_ENH.stride(2) == 1
     if activation.type is UNGATED_KIND and h_contiguous:
         return up_projection_ungated(step)
-    if activation.type not in BF16_KINDS:
-        return UNFUSED.up_projection(step)
-    kind = kind_of(activation)
-    if not h_contiguous and (kind, interleaved) not in OUTERMOST_H:
+    kind = bf16_kind(activation, interleaved, h_contiguous)
+    if kind is None:
         return UNFUSED.up_projection(step)
     x_TH, index = x
     num_experts, n1, hidden = w1_ENH.shape
@@ -90,7 +87,6 @@ def up_projection(step: UpProjection[Tensor]) -> tuple[Tensor, Tensor]:
     a_PI = x_TH.new_empty(rows, width)
     if rows == 0:
         return z_PN, a_PI
-    gate_base, up_base = half_bases(layout, width)
     config = choose(n1, index is not None, rows=rows // num_experts)
     with on_device(x_TH):
         if h_contiguous:
@@ -105,19 +101,10 @@ def up_projection(step: UpProjection[Tensor]) -> tuple[Tensor, Tensor]:
             map_w=map_w,
             map_z=map_of_halves(z_PN, interleaved, rows=WARP_ROWS) if save else map_a,
             map_a=map_a,
-            offsets=expert_offsets,
-            index=index,
-            experts=num_experts,
-            width=width,
-            blocks_k=-(-hidden // config.block_k),
+            **product_of(index, expert_offsets, num_experts, width, hidden, b1_EN, config),
             z=z_PN if save else None,
             a=a_PI,
-            b1=None if b1_EN is None else b1_EN.contiguous(),
-            gate_base=gate_base,
-            up_base=up_base,
             interleaved=int(interleaved),
-            alpha=activation.alpha,
-            limit=limit_of(activation),
-            up_offset=activation.up_offset,
+            **gate_arguments(activation, layout, width),
         )
     return z_PN, a_PI

@@ -26,7 +26,7 @@ from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.kernels.interface import Quantized, UpProjection
-from supersonic_moe.kernels.sm90.gates import ALL_KINDS, INTERLEAVED, KINDS, half_bases, kind_of, limit_of
+from supersonic_moe.kernels.sm90.gates import ALL_KINDS, INTERLEAVED, KINDS, gate_arguments, kind_of
 from supersonic_moe.kernels.sm90.gemm_config import (
     BLOCK_M,
     BUFFER_BYTES,
@@ -36,6 +36,7 @@ from supersonic_moe.kernels.sm90.gemm_config import (
     fp8_form,
 )
 from supersonic_moe.kernels.sm90.operands import (
+    fp8_product_of,
     map_of_gate_and_up,
     map_of_halves,
     map_of_rows,
@@ -89,8 +90,6 @@ def up_projection_fp8(step: UpProjection[Quantized], recipe: Fp8Recipe) -> tuple
     z, a = Quantized(z_PN, z_scale), Quantized(a_PI, a_scale)
     if rows == 0:
         return z, a
-    gate_base, up_base = half_bases(layout, width)
-    scale_w_expert, scale_w_column, scale_w_k = w1_scale.stride()
     config = choose(n1, index is not None, staging_bytes=STAGING_BYTES)
     with on_device(xq_TH):
         map_a = map_of_stored_rows(a_PI)
@@ -101,18 +100,9 @@ def up_projection_fp8(step: UpProjection[Quantized], recipe: Fp8Recipe) -> tuple
             map_w=map_of_gate_and_up(w1, interleaved, width),
             map_z=map_a if saved == NOTHING else map_of_halves(z_PN, interleaved, rows=WARP_ROWS),
             map_a=map_a,
-            offsets=expert_offsets,
-            index=index,
-            experts=num_experts,
-            width=width,
-            blocks_k=-(-hidden // config.block_k),
+            **fp8_product_of(index, expert_offsets, num_experts, width, hidden, b1_EN, w1_scale, config),
             scale_x=x_scale,
             scale_x_row=x_scale.stride(0),
-            scale_w=w1_scale,
-            scale_w_expert=scale_w_expert,
-            scale_w_column=scale_w_column,
-            scale_w_k=scale_w_k,
-            b1=None if b1_EN is None else b1_EN.contiguous(),
             z=None if saved == NOTHING else z_PN,
             scale_z=None if saved != IN_FP8 else z_scale,
             a=a_PI,
@@ -122,10 +112,6 @@ def up_projection_fp8(step: UpProjection[Quantized], recipe: Fp8Recipe) -> tuple
             scale_stride=a_scale.stride(1),
             saved=saved,
             pow2=int(recipe.pow2),
-            gate_base=gate_base,
-            up_base=up_base,
-            alpha=activation.alpha,
-            limit=limit_of(activation),
-            up_offset=activation.up_offset,
+            **gate_arguments(activation, layout, width),
         )
     return z, a

@@ -25,7 +25,7 @@ from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.interface import UpProjection
 from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, OPCODES, GemmConfig, bf16_form, choose
-from supersonic_moe.kernels.sm90.operands import map_of_rows, map_of_stored_rows
+from supersonic_moe.kernels.sm90.operands import map_of_rows, map_of_stored_rows, product_of
 
 
 def _spec(config: GemmConfig) -> KernelSpec:
@@ -59,13 +59,8 @@ def up_projection_ungated(step: UpProjection[Tensor]) -> tuple[Tensor, Tensor]:
             map_w=tensor_map(w1_EIH, box=(1, config.block_n // config.cluster, config.block_k)),
             map_z=map_of_stored_rows(z_PI) if save else map_a,
             map_a=map_a,
-            offsets=expert_offsets,
-            index=index,
-            experts=num_experts,
-            width=width,
-            blocks_k=-(-hidden // config.block_k),
+            **product_of(index, expert_offsets, num_experts, width, hidden, b1_EI, config),
             z=z_PI if save else None,
             a=a_PI,
-            b1=None if b1_EI is None else b1_EI.contiguous(),
         )
     return z_PI, a_PI

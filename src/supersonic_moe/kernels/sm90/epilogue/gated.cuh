@@ -68,8 +68,7 @@ struct GatedActivation {
     DEVICE i32 stages(const WorkTile&) const { return static_cast<i32>(used); }
     DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring,
                            BorrowedStages<C>& borrowed, u32, u32 warp) const {
-        const u32 lane = fresh_thread_index() % 32, line = first_line(warp);
-        const i32 row = tile.row + static_cast<i32>(line), rows = tile.row_end - row;
+        const auto [lane, line, row, rows] = warp_rows(tile, warp);
         float *gate = acc, *up = acc + WIDTH / 2;
         const auto stage_z = [&](u32 i, u32 lines) {
             if constexpr (Pairs) {

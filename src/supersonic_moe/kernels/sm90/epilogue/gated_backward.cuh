@@ -42,8 +42,7 @@ struct GatedBackward {
     }
     DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring,
                            BorrowedStages<C>& borrowed, u32, u32 warp) const {
-        const u32 lane = fresh_thread_index() % 32, line = first_line(warp);
-        const i32 row = tile.row + static_cast<i32>(line), rows = tile.row_end - row;
+        const auto [lane, line, row, rows] = warp_rows(tile, warp);
         const Bias<G> bias{b1, tile.expert, width, gate_base, up_base};
         RowScores pair = load_scores(scores, row, rows, lane);
 #pragma unroll

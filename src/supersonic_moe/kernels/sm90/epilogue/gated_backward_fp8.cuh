@@ -54,8 +54,7 @@ struct GatedBackwardScaled {
     DEVICE void finish(float (&)[C.accumulators()]) const {}
     DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, Ring<C>& ring) {
         const i32 width = this->width;  // a value: a load through `this` keeps the compiler from merging two conditions into one branch
-        const u32 lane = fresh_thread_index() % 32, line = first_line(warp);
-        const i32 row = tile.row + static_cast<i32>(line), rows = tile.row_end - row;
+        const auto [lane, line, row, rows] = warp_rows(tile, warp);
         const u32 row_offset = (tile.row % 4 + line + lane / 4) * 4;  // of scales and scores
         const Bias<G> bias{b1, tile.expert, width, gate_base, up_base};
         RowScores pair{{0.0f, 0.0f}, {0.0f, 0.0f}};

@@ -93,8 +93,7 @@ struct GatedActivationQuantized {
     DEVICE void finish(float (&)[C.accumulators()]) const {}
     DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, Ring<C>&) const {
         float *gate = acc, *up = acc + EACH;
-        const u32 lane = fresh_thread_index() % 32, line = first_line(warp);
-        const i32 row = tile.row + static_cast<i32>(line), rows = tile.row_end - row;
+        const auto [lane, line, row, rows] = warp_rows(tile, warp);
         if (rows <= 0) return;
         const u32 buffer_of_a = shared.staging() + line * LINE, buffers_of_z = buffer_of_a + C.buffer_bytes();
         tma_wait_read<0>();

@@ -43,6 +43,18 @@ struct BorrowedStages {
 // First of the 16 lines of a buffer that math warp `warp` owns. (As (warp - 4) * WARP_ROWS it costs up to 54 instructions.)
 DEVICE u32 first_line(u32 warp) { return (warp / 4 - 1) * GROUP_ROWS + warp % 4 * WARP_ROWS; }
 
+// What a math warp has of a tile: its lines of a buffer from `line` on, which are the rows from `row` on of the output; `rows` of them,
+// or none, are the expert's.
+struct WarpRows {
+    u32 lane, line;
+    i32 row, rows;
+};
+DEVICE WarpRows warp_rows(const WorkTile& tile, u32 warp) {
+    const u32 line = first_line(warp);
+    const i32 row = tile.row + static_cast<i32>(line);
+    return {fresh_thread_index() % 32, line, row, tile.row_end - row};
+}
+
 // Four accumulators as they are from here on: what packs them cannot move ahead of this point. Without it the compiler converts
 // all buffers before the first store and runs out of registers.
 DEVICE void pin_four(float* acc) { asm volatile("" : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])::"memory"); }

@@ -14,8 +14,7 @@ struct Store {
     DEVICE i32 stages(const WorkTile&) const { return static_cast<i32>(STAGES_USED); }
     DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring,
                            BorrowedStages<C>& borrowed, u32, u32 warp) const {
-        const u32 lane = fresh_thread_index() % 32, line = first_line(warp);
-        const i32 row = tile.row + static_cast<i32>(line), rows = tile.row_end - row;
+        const auto [lane, line, row, rows] = warp_rows(tile, warp);
 #pragma unroll
         for (u32 stage = 0; stage < STAGES_USED; ++stage) {
             const u32 lines = borrowed.borrow(shared, ring) + line * LINE;

@@ -18,8 +18,7 @@ struct UngatedActivation {
     DEVICE i32 stages(const WorkTile&) const { return static_cast<i32>(used); }
     DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring,
                            BorrowedStages<C>& borrowed, u32, u32 warp) const {
-        const u32 lane = fresh_thread_index() % 32, line = first_line(warp);
-        const i32 row = tile.row + static_cast<i32>(line), rows = tile.row_end - row;
+        const auto [lane, line, row, rows] = warp_rows(tile, warp);
         const auto buffer_of = [&](const TensorMap* map, u8* out, u32 lines, u32 column) -> Destination {
             return {map, {out, static_cast<i64>(width) * 2, width}, lines, tile.column + static_cast<i32>(column), 0};
         };

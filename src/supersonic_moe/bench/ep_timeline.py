@@ -1,0 +1,107 @@
+"""When the rows of a layer travel within one forward and backward of a rank, and the figure of it.
+
+Each exchange is bracketed with marks on the stream that it runs on (CUDA events; on a CPU, the clock): it begins when
+that stream reaches it, and ends when its rows are there, waits for other ranks included. What is not travel is
+products, sums and routing; an exchange that runs beside them is drawn over them.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from supersonic_moe.bench.spans import Marks
+from supersonic_moe.bench.timing import Call
+from supersonic_moe.parallel.collectives import Collectives
+from supersonic_moe.parallel.copies import Copies
+from supersonic_moe.parallel.watch import PHASES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WARM, RUNS = 10, 20  # the same on every rank: all of them make the same calls
+COLOURS = dict(zip(PHASES, ("#0b6e4f", "#5c6bc0", "#c8553d", "#b8860b"), strict=True))
+_METHODS = [(kind, name) for kind in (Copies, Collectives) for name in ("gather", "exchange")]
+
+
+class Exchange(NamedTuple):
+    phase: str
+    begin_us: float
+    end_us: float
+
+
+@dataclass
+class Timeline:
+    """Medians, from the start of a call."""
+
+    exchanges: list[Exchange]
+    end_us: float
+
+
+def timeline(call: Call, marks: Marks) -> Timeline:
+    """Of ``call``, which is a forward and a backward over ranks."""
+    runs = []
+    for _ in range(WARM):
+        call()
+    for _ in range(RUNS):
+        with _recorded(marks.mark) as found:
+            begin, _, end = marks.mark(), call(), marks.mark()
+        runs.append((begin, found, end))
+    marks.wait()
+    exchanges = []
+    for number, (phase, _, _) in enumerate(runs[0][1]):
+        times = [[marks.us(begin, mark) for mark in found[number][1:]] for begin, found, _ in runs]
+        exchanges.append(Exchange(phase, *(statistics.median(column) for column in zip(*times, strict=True))))
+    return Timeline(exchanges, statistics.median(marks.us(begin, end) for begin, _, end in runs))
+
+
+@contextmanager
+def _recorded(mark: Callable[[], Any]) -> Iterator[list[tuple[str, Any, Any]]]:
+    """(phase, mark before, mark after) of every exchange inside the block."""
+    found: list[tuple[str, Any, Any]] = []
+    originals = {(kind, name): getattr(kind, name) for kind, name in _METHODS}
+
+    def bracketed(method: Any) -> Any:
+        @wraps(method)
+        def call(*args: Any) -> Any:
+            before = mark()
+            result = method(*args)
+            found.append((next(arg for arg in args if isinstance(arg, str)), before, mark()))
+            return result
+
+        return call
+
+    for (kind, name), method in originals.items():
+        setattr(kind, name, bracketed(method))
+    try:
+        yield found
+    finally:
+        for (kind, name), method in originals.items():
+            setattr(kind, name, method)
+
+
+def draw(timelines: Sequence[tuple[str, Timeline]], title: str) -> Figure:
+    """A bar for each case, as long as its forward and backward, with its exchanges on it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 1.6 + 0.9 * len(timelines)), layout="constrained")
+    axis = figure.subplots()
+    for place, (_, found) in enumerate(timelines):
+        axis.barh(place, found.end_us, height=0.4, color="#d9d9d9")
+        for phase, begin, end in found.exchanges:
+            axis.barh(place, end - begin, left=begin, height=0.7, color=COLOURS[phase], alpha=0.85)
+        travel = sum(end - begin for _, begin, end in found.exchanges)
+        text = f"{found.end_us:,.0f} µs, of which exchanges {travel:,.0f}"
+        axis.annotate(text, (found.end_us, place), (5, 0), textcoords="offset points", va="center", fontsize=8)
+    axis.set_yticks(range(len(timelines)), [case for case, _ in timelines], fontsize=8)
+    axis.set(xlim=(0, 1.25 * max(found.end_us for _, found in timelines)), xlabel="µs from the start of a call, rank 0")
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    handles = [axis.barh(0, 0, color=colour, label=phase) for phase, colour in COLOURS.items()]
+    axis.legend(handles=handles, loc="lower right", fontsize=8, frameon=False)
+    axis.set_title(title, loc="left", fontsize=10)
+    return figure
