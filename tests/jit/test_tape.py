@@ -149,6 +149,24 @@ def test_who_watches_sees_every_run(machine: Machine, tmp_path: Path) -> None:
             check(function, torch.randn(32), None, 3.0, runs=True)
 
 
+def test_an_address_inside_of_a_tensor_moves_with_it(machine: Machine, tmp_path: Path) -> None:
+    function, runs = Function(tmp_path), []
+
+    def through_the_middle(x: Tensor) -> Tensor:
+        runs.append(x.numel())
+        scratch, out = x.new_empty(64), x.new_empty(32)
+        function.launch(x[16:48], scratch[32:], None, 2.0)
+        triton_launch.launch(TRITON_KERNEL, (1,), (scratch[32:], out[16:], None, 16, 3.0), ())
+        function.launch(scratch[48:], out[:16], None, 5.0)
+        return out[4:]
+
+    for _ in range(5):
+        x = torch.randn(64)
+        got = play(through_the_middle, (x,))
+        torch.testing.assert_close(got, torch.cat([10 * x[32:48], 6 * x[16:32]])[4:])
+    assert len(runs) == 2
+
+
 def test_results_of_two_plays_are_two(machine: Machine, tmp_path: Path) -> None:
     function = Function(tmp_path)
     x, y = torch.randn(32), torch.randn(32)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from supersonic_moe.jit import Kernel, tma
-from supersonic_moe.kernels.sm90 import backend, gemm_config
+from supersonic_moe.kernels.sm90 import gemm_config
 
 
 class Mapped(NamedTuple):
@@ -80,7 +80,6 @@ def recorded_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]
 
 def forget_kernels() -> None:
     """A kernel keeps its argument slots: these of a test are for nobody else."""
-    for function in vars(backend).values():
-        module = sys.modules.get(getattr(function, "__module__", None))
-        if hasattr(module, "_kernel"):
+    for name, module in list(sys.modules.items()):
+        if name.startswith("supersonic_moe.kernels.sm90.") and hasattr(module, "_kernel"):
             module._kernel.cache_clear()

@@ -148,6 +148,8 @@ class Layer:
         fan = 1 if options.get("activation") == "relu_sq" else 2
         self.entry, self.options = entry, dict(options)
         self.router, self.w1, self.w2 = weight(E, H), weight(E, fan * I, H), weight(E, H, I)
+        if self.options.pop("turned", False):
+            self.w1, self.w2 = (w.detach().mT.contiguous().mT.requires_grad_() for w in (self.w1, self.w2))
         if self.options.pop("biases", False):
             self.options |= {"b1": weight(E, fan * I), "b2": weight(E, H)}
         for w in (self.w1, self.w2):
@@ -195,6 +197,7 @@ RECIPES = {
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("moe_layer", {}),
     "biases": ("moe_layer", {"biases": True}),
+    "turned": ("moe_layer", {"turned": True}),
     "main_grad": ("moe_layer", {"accumulate_into_main_grad": True}),
     "halves": ("moe_layer", {"layout": "gate_up", "activation": "geglu"}),
     "ungated": ("moe_layer", {"activation": "relu_sq"}),
