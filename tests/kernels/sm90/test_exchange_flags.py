@@ -6,11 +6,15 @@ import re
 
 import pytest
 import sass
+import torch
+
+pytest.importorskip("triton")
+pytest.importorskip("cuda.bindings.nvrtc")
+
+from recorded_launches import recorded_launches  # noqa: F401
 
 from supersonic_moe.jit.spec import resolve
 from supersonic_moe.kernels.sm90 import exchange_flags
-
-pytest.importorskip("cuda.bindings.nvrtc")
 
 
 def test_every_flag_is_written_and_read_by_one_of_two_functions() -> None:
@@ -33,3 +37,36 @@ def test_the_machine_code_orders_flags_for_the_whole_system() -> None:
         assert not any("STRONG.GPU" in opcode for opcode in opcodes)
         order = re.findall(r"MEMBAR\.ALL\.SYS|STG\.E\.64\.STRONG\.SYS", kernel.listing)
         assert order == ["MEMBAR.ALL.SYS", "STG.E.64.STRONG.SYS"] * 3
+
+
+def test_launches_have_what_the_kernels_take(launches: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, pin_memory=False, **kwargs: zeros(*size, **kwargs))
+    exchange_flags._kernels.cache_clear()
+    blocks = [torch.zeros(1024, dtype=torch.uint8) for _ in range(3)]
+    flags = exchange_flags.ExchangeFlags(blocks, 1, 2.5)
+    flags.begin(1, 7, 2)
+    flags.meet(3 << 29 | 64, 7, 2)
+    exchange_flags._kernels.cache_clear()
+    (begin, grid, told), (meet, _, met) = launches
+    assert (begin.spec.name, meet.spec.name, grid) == ("exchange_begin", "exchange_meet", (1, 1, 1))
+    same = {"rank": 1, "ranks": 3, "limit_ns": 2_500_000_000, "call": 7, "phase": 2}
+    same |= {"words": flags._table.data_ptr(), "host": flags._host.data_ptr(), "state": flags._state.data_ptr()}
+    assert told == same | {"bank": 1} and met == same | {"kind": 3 << 29 | 64}
+    assert flags._table.tolist() == [block.data_ptr() for block in blocks]
+    assert flags.failure() is None
+    flags.stop(2)
+    assert flags._host.tolist() == [0] * 6 + [3, 0]
+    flags._host[:6] = torch.tensor([1, 7, 2, 0, 9, 8])
+    assert flags.failure() == exchange_flags.Failure(exchange_flags.LATE, 7, 2, 0, 9, 8)
+
+
+def test_words_of_the_host_are_those_of_the_kernel() -> None:
+    code = resolve(exchange_flags.SPECS[0]).source
+    numbers = {name: int(value) for name, value in re.findall(r"\b([A-Z_]+) = (\d+)(?=[,;])", code)}
+    assert numbers["TOLD"] == exchange_flags._TOLD and numbers["WHY"] == exchange_flags._WHY
+    assert numbers["FLAGS"] == exchange_flags.MAX_RANKS
+    order = ["WHY", "CALL", "PHASE", "PEER", "WANTED", "SEEN"]
+    assert [numbers[name] for name in order] == list(range(len(exchange_flags.Failure._fields)))
+    reasons = exchange_flags.LATE, exchange_flags.STOPPED, exchange_flags.OTHER_CALL
+    assert tuple(numbers[name] for name in ("LATE", "STOPPED", "OTHER_CALL")) == reasons
