@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 
 import pytest
@@ -70,3 +71,42 @@ def test_words_of_the_host_are_those_of_the_kernel() -> None:
     assert [numbers[name] for name in order] == list(range(len(exchange_flags.Failure._fields)))
     reasons = exchange_flags.LATE, exchange_flags.STOPPED, exchange_flags.OTHER_CALL
     assert tuple(numbers[name] for name in ("LATE", "STOPPED", "OTHER_CALL")) == reasons
+
+
+@pytest.mark.gpu
+def test_two_streams_of_one_gpu_hand_words_to_each_other() -> None:
+    """100 exchanges through two banks in a random order, one stream ahead of the other: the first look at the flags."""
+    order = random.Random(0)
+    head, words = 1024, 4096
+    blocks = [torch.zeros(head + 2 * 4 * words, dtype=torch.uint8, device="cuda") for _ in range(2)]
+    banks = [
+        [block[head + 4 * words * b : head + 4 * words * (b + 1)].view(torch.int32) for block in blocks] for b in (0, 1)
+    ]
+    flags = [exchange_flags.ExchangeFlags(blocks, rank, 5.0) for rank in range(2)]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    got = torch.zeros(2, 100, words, dtype=torch.int32, device="cuda")
+    banks[0][0].fill_(7).zero_()  # a first round loads what would otherwise be loaded while a wait runs
+    torch.cuda._sleep(1)
+    torch.cuda.synchronize()
+    for rank in range(2):
+        with torch.cuda.stream(streams[rank]):
+            flags[rank].begin(0, 0, 0)
+            streams[rank].synchronize()
+            flags[rank].meet(64, 0, 0)
+            got[rank, 0].copy_(banks[0][1 - rank])
+    torch.cuda.synchronize()
+    for number in range(100):
+        bank = order.randrange(2)
+        for rank in order.sample((0, 1), 2):
+            with torch.cuda.stream(streams[rank]):
+                flags[rank].begin(bank, number, 0)
+                torch.cuda._sleep(order.randrange(100_000))
+                banks[bank][rank].fill_(1000 * rank + number)
+                flags[rank].meet(64, number, 0)
+                got[rank, number].copy_(banks[bank][1 - rank])
+    torch.cuda.synchronize()
+    assert [flag.failure() for flag in flags] == [None, None]
+    numbers = torch.arange(100, dtype=torch.int32, device="cuda")[:, None]
+    for rank in range(2):
+        wrong = (got[rank] != 1000 * (1 - rank) + numbers).any(1).nonzero().flatten().tolist()
+        assert not wrong, f"rank {rank} read other words in exchanges {wrong}"
