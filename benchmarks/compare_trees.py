@@ -18,6 +18,9 @@ faster. The interval is of the median, by order statistics (95 %).
 waits for the GPU inside a slice. Forward alone and forward + backward, of ``moe_layer``, which quantizes its weights in
 every FP8 call, and of ``MoE``, which keeps the copies, with its auxiliary loss.
 
+``--tapes``: the second tree plays launches from tapes (its ``ops.TAPES``), each case of ``--bits`` from its third run.
+One tree given twice shows what tapes alone change.
+
 Only public names are used, so trees far apart can be compared.
 """
 
@@ -204,11 +207,13 @@ def results(tree: Tree, case: Case) -> list[Tensor]:
     return [out.detach(), *(g for g in grads if g is not None)]
 
 
-def compare_bits(trees: tuple[Tree, Tree]) -> dict[str, Any]:
+def compare_bits(trees: tuple[Tree, Tree], tapes: bool) -> dict[str, Any]:
     hashes, unequal, count = [hashlib.sha256(), hashlib.sha256()], [], 0
     with launches(trees[0]) as ran_before, launches(trees[1]) as ran:
         for case in cases():
             count += 1
+            for _ in range(2 if tapes else 0):  # one that runs, one that is recorded
+                results(trees[1], case)
             per_tree = [results(tree, case) for tree in trees]
             for hasher, tensors in zip(hashes, per_tree, strict=True):
                 for t in tensors:
@@ -399,6 +404,7 @@ def main() -> None:
     parser.add_argument("--bits", action="store_true", help="compare results bit by bit")
     parser.add_argument("--speed", action="store_true", help="compare times in alternating pairs")
     parser.add_argument("--host", action="store_true", help="compare host times in alternating pairs")
+    parser.add_argument("--tapes", action="store_true", help="the second tree plays launches from tapes")
     parser.add_argument("--pairs", type=int, default=20, help="pairs of slices a case (default 20)")
     parser.add_argument("--recipes", nargs="+", choices=["bf16", "fp8"], default=["bf16", "fp8"])
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), metavar="SHAPE")
@@ -410,8 +416,10 @@ def main() -> None:
         sys.path.insert(0, folder)
         trees = (load(args.before, "before", Path(folder)), load(args.after, "after", Path(folder)))
         report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+        if args.tapes:
+            importlib.import_module("after.ops").TAPES = True  # type: ignore[attr-defined]
         if args.bits:
-            report["bits"] = compare_bits(trees)
+            report["bits"] = compare_bits(trees, args.tapes)
         if args.speed:
             report["speed"] = compare_speed(trees, args.pairs, args.recipes, args.shapes)
         if args.host:
