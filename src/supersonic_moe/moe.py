@@ -270,12 +270,12 @@ class MoE(nn.Module):
         return output, aux_loss
 
     def _count(self, counts_E: Tensor, training: bool) -> None:
-        if exporting():  # a program that could not be saved: no buffer, and nobody reads it there
-            return
         total_E = self.counts_since_update if training else None
         if total_E is not None and total_E.device != counts_E.device:  # parameters came one by one, not by ``_apply``
             total_E = self.counts_since_update = _moved(total_E, counts_E.device)
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            if exporting():  # a program that changes what is no buffer cannot be saved, and nobody would read it
+                return
             # A graph may set no attribute inside a checkpoint, and can change no tensor that inference mode made.
             if self.expert_counts.device != counts_E.device:
                 self.expert_counts = _moved(self.expert_counts, counts_E.device)

@@ -60,6 +60,18 @@ current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.c
 raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _raw_stream)
 """Address of torch's current stream on a device, at a tenth of the time of a ``torch.cuda.Stream`` object."""
 
+
+def _empty(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(shape, stride, dtype=dtype, device="cuda")
+
+
+empty_strided: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] = getattr(
+    getattr(getattr(torch._C, "_dynamo", None), "guards", None), "_empty_strided_cuda", _empty
+)
+"""A tensor on the current CUDA device, as compiled graphs allocate it, at half the time. Dispatch modes do not see it,
+and deterministic mode does not fill it.
+"""
+
 transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 """Whether a transform of ``torch.func`` may be active; True where torch does not say."""
 
@@ -78,6 +90,17 @@ def reaches(node: Any) -> bool | None:
 
 dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 """How many ``__torch_dispatch__`` modes are active; 1 where torch does not say."""
+
+
+def _dispatch_mode() -> Any:
+    try:
+        return importlib.import_module("torch.utils._python_dispatch").TorchDispatchMode
+    except (ImportError, AttributeError):
+        return None
+
+
+DispatchMode: Any = _dispatch_mode()
+"""A class whose ``with`` block sees each operator of torch that runs on this thread; None where torch has none."""
 
 _forward_ad = torch.autograd.forward_ad
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from supersonic_moe.bench import layer, report, timing
 from supersonic_moe.bench.layer import LayerConfig, run_case
@@ -89,6 +90,26 @@ def test_medians_warm_up_and_interleaving() -> None:
     timed = it.log[4 + 15 + 75 :]
     a_slice, b_slice = "a" * 25, "b" * 125
     assert timed == a_slice + b_slice + b_slice + a_slice + a_slice + b_slice + b_slice + a_slice
+
+
+def test_who_is_far_slower_gets_two_calls_after_the_rounds_of_the_others() -> None:
+    """Their log is as it would be without it, but for the probe."""
+    near = Contenders(a=0.010, b=0.090)
+    measure(near.calls, near.clock, warm_ms=300, min_ms=400, beside="a")
+    it = Contenders(a=0.010, s=0.500, b=0.090)
+    results = measure(it.calls, it.clock, warm_ms=300, min_ms=400, beside="a")
+    assert it.log == "aassbb" + near.log[4:] + "ss" and list(results) == ["a", "s", "b"]
+    slow = results["s"]
+    assert isinstance(slow, Timing) and slow.few and slow.calls == 2 and slow.us == pytest.approx(500_000)
+    assert timing.paired(slow, results["a"]) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("seconds", "beside"), [(0.5, None), (0.5, "s"), (0.019, "a")])
+def test_nobody_else_gets_few_calls(seconds: float, beside: str | None) -> None:
+    """Without one to compare with, that one itself, and calls that cost a run nothing."""
+    it = Contenders(a=0.001, s=seconds)
+    results = measure(it.calls, it.clock, warm_ms=0, min_ms=0, beside=beside)
+    assert all(isinstance(of, Timing) and not of.few and of.calls == 4 for of in results.values())
 
 
 def test_pairs_are_slices_of_one_round() -> None:
@@ -355,7 +376,12 @@ def test_document_has_exactly_the_fields_of_the_evidence_format(tmp_path: Path) 
     paired = replace(RESULT, pairs={("fwd_us", "grouped_mm"): Paired(1.23456789, 1.2, 1.3)})
     first, *others = report.document("layer", [paired], CPU, commit="abc")["rows"]  # type: ignore[misc]
     assert (first["ratio"], first["interval"]) == (1.23457, (1.2, 1.3))
-    assert not any("interval" in row for row in others)
+    assert not any("interval" in row or "calls" in row for row in others)
+    few = replace(RESULT, few_calls={("fwd_bwd_us", "grouped_mm"): 2})
+    rows = report.document("layer", [few], CPU, commit="abc")["rows"]
+    assert [row["metric"] for row in rows if row.get("calls") == 2] == ["fwd_bwd_us"]  # type: ignore[attr-defined]
+    shown = Console(width=200).render_lines(report.case_table(few))
+    assert "(1.50x, 2 calls)" in "".join(part.text for line in shown for part in line)
 
 
 def test_commit_is_that_of_the_tree_and_flags_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,11 @@ from command_line import QUICK, run, words
 from torch import Tensor
 from torch.nn import functional as F
 
-from supersonic_moe.bench import layer, layer_peers, report
+from supersonic_moe.bench import layer, layer_peers, report, transformers
 from supersonic_moe.bench.layer import LayerConfig, run_case
 from supersonic_moe.bench.peers import torch_loop
 from supersonic_moe.bench.report import OURS
+from supersonic_moe.bench.shapes import CPU_HUGGING_FACE_MODELS
 from supersonic_moe.bench.suites.layer import Layer
 from supersonic_moe.config.activation import ActivationType
 from supersonic_moe.config.recipe import Fp8Recipe
@@ -106,7 +107,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIns]:
         for end in (i for i, letter in enumerate(name) if letter == "."):
             if name[:end] not in modules:
                 monkeypatch.setitem(sys.modules, name[:end], ModuleType(name[:end]))
-    caches = (layer_peers._sonicmoe, layer_peers._liger)
+    caches = (layer_peers._sonicmoe, layer_peers.liger_function)
     for cached in caches:
         cached.cache_clear()
     yield it
@@ -136,6 +137,13 @@ def test_tuning_lists_keep_what_wins(installed: StandIns) -> None:
     assert left["_moe_bwd_dX_expanded_kernel"] == [{"BLOCK_N": 128, "BLOCK_K": 64}]
     assert left["_moe_bwd_dW1_kernel"] == [{"BLOCK_N": 128, "BLOCK_K": 32}]
     assert left["_token_gather_weighted_sum_kernel"] == [{"BLOCK_H": 512, "BLOCK_K": 8}]
+
+
+def test_models_get_the_same_short_lists(installed: StandIns) -> None:
+    settings = transformers.Settings(torch.device("cpu"), torch.float32, ("liger",), warm_ms=0, min_ms=0)
+    case = transformers.TransformersCase(CPU_HUGGING_FACE_MODELS[0], "layers", "train", 8)
+    assert list(transformers.run_case(case, settings).metrics) == [OURS, "liger"]
+    assert [c.kwargs for c in installed.tuners["_moe_bwd_dW1_kernel"].configs] == [{"BLOCK_N": 128, "BLOCK_K": 32}]
 
 
 def test_a_library_that_cannot_run_is_missing_and_the_others_are_not(installed: StandIns) -> None:

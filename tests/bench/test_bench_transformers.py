@@ -5,7 +5,9 @@ not compared.
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,15 +15,24 @@ from command_line import run, words
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from supersonic_moe.bench import transformers
+from supersonic_moe.bench import report, transformers
 from supersonic_moe.bench.report import OURS, CaseResult
 from supersonic_moe.bench.shapes import CPU_HUGGING_FACE_MODELS, HUGGING_FACE_MODELS
+from supersonic_moe.bench.suites.transformers import Transformers
 from supersonic_moe.bench.timing import graph_us
 from supersonic_moe.bench.transformers import SWIGLU, Settings, TransformersCase, liger_experts_forward, run_case
 from supersonic_moe.bench.transformers import _model as build
 
 QUICK = {"device": torch.device("cpu"), "dtype": torch.float32, "warm_ms": 0.1, "min_ms": 0.1}
 QWEN, GPT_OSS = CPU_HUGGING_FACE_MODELS
+
+
+@pytest.fixture
+def backends(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Experts backends by name; those that a test adds are forgotten."""
+    known = dict(ALL_EXPERTS_FUNCTIONS)
+    monkeypatch.setattr(type(ALL_EXPERTS_FUNCTIONS), "_global_mapping", known)
+    return known
 
 
 @pytest.mark.parametrize("what", ["layers", "model"])
@@ -43,11 +54,11 @@ def test_another_gate_meets_a_swiglu_of_equal_flops() -> None:
         liger_experts_forward(build(GPT_OSS, Settings(**QUICK)).model.layers[0].mlp.experts, *[torch.zeros(1)] * 3)
 
 
-def test_who_computes_something_else_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_computes_something_else_is_not_compared(backends: dict[str, Any]) -> None:
     def halved(experts: nn.Module, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
         return 0.5 * ALL_EXPERTS_FUNCTIONS["supersonic"](experts, 1e3 * x, ids, scores)
 
-    monkeypatch.setattr(type(ALL_EXPERTS_FUNCTIONS), "_global_mapping", {**ALL_EXPERTS_FUNCTIONS, "halved": halved})
+    backends["halved"] = halved
     result = run_case(TransformersCase(QWEN, "layers", "decode", 4), Settings(**QUICK, peers=("halved",)))
     assert "computes something else" in result.missing["halved"] and "halved" not in result.metrics
 
@@ -74,7 +85,71 @@ def test_a_run_that_stops_leaves_what_it_has_measured(tmp_path: Path, monkeypatc
     monkeypatch.setattr(transformers, "run_case", stopped_at_decode)
     file = tmp_path / "transformers.json"
     run("bench", "transformers", "--device", "cpu", "--what", "layers", "--json", str(file))
-    assert [row["case"] for row in json.loads(file.read_text())["rows"]] == ["qwen3-tiny/layers/train_T64"]
+    trained = [f"{model}/layers/train_T64" for model in (QWEN, GPT_OSS)]
+    assert [row["case"] for row in json.loads(file.read_text())["rows"]] == trained
+
+
+def test_who_ran_out_of_memory_is_not_tried_with_more_tokens(backends: dict[str, Any]) -> None:
+    tried: list[int] = []
+
+    def greedy(experts: nn.Module, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
+        tried.append(len(x))
+        if len(x) >= 8 and torch.is_grad_enabled():  # the forward of the check fits, a step of training does not
+            raise torch.OutOfMemoryError("tried to allocate 103 GiB. Details")
+        return ALL_EXPERTS_FUNCTIONS["supersonic"](experts, x, ids, scores)
+
+    backends["greedy"] = greedy
+    settings = Settings(**QUICK, peers=("greedy",))
+    results = {
+        (mode, tokens): run_case(TransformersCase(QWEN, "layers", mode, tokens), settings)
+        for mode, tokens in (("train", 8), ("train", 16), ("train", 4), ("decode", 16))
+    }
+    assert results["train", 8].missing == {"greedy": "out of memory: tried to allocate 103 GiB"}
+    assert results["train", 16].missing == {"greedy": "out of memory at T 8 already"}
+    assert not results["train", 4].missing and not results["decode", 16].missing
+    assert list(dict.fromkeys(tried)) == [8, 4, 16]
+
+
+def test_who_is_far_slower_gets_two_calls_that_the_row_owns_up_to(backends: dict[str, Any]) -> None:
+    def sleepy(experts: nn.Module, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
+        calls.append(1)
+        time.sleep(0.2)
+        return ALL_EXPERTS_FUNCTIONS["supersonic"](experts, x, ids, scores)
+
+    calls: list[int] = []
+    backends["sleepy"] = sleepy
+    result = run_case(TransformersCase(QWEN, "layers", "decode", 4), Settings(**QUICK, peers=("sleepy", "grouped_mm")))
+    assert result.few_calls == {("infer_us", "sleepy"): 2}
+    assert len(calls) == 2 * (1 + 2 + 2), "two layers: the check, a probe of two calls, two timed calls"
+    rows = {row.peer: row for row in report.rows(result) if row.metric == "infer_us"}
+    assert rows["sleepy"].calls == 2 and rows["grouped_mm"].calls is None
+    assert rows["sleepy"].peer_value >= 2 * 0.2e6
+
+
+def test_models_of_decode_are_built_once_and_training_has_the_memory_to_itself() -> None:
+    settings = Settings(**QUICK, peers=())
+    for model in (QWEN, GPT_OSS):
+        run_case(TransformersCase(model, "layers", "decode", 4), settings)
+    qwen, gpt_oss = settings.models.values()
+    run_case(TransformersCase(QWEN, "model", "decode", 4), settings)
+    assert [*settings.models.values()] == [qwen, gpt_oss]
+    run_case(TransformersCase(QWEN, "layers", "train", 4), settings)
+    assert [*settings.models.values()] == [qwen]
+
+
+def test_what_tells_most_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = Transformers(device="cpu")
+    monkeypatch.setitem(vars(suite), "where", torch.device("cuda"))
+    names = [str(case) for case in suite.cases()]
+    models = [model.name for model in HUGGING_FACE_MODELS]
+    decode = [f"{model}/{{}}/decode_T{count}" for model in models for count in (1, 8, 64)]
+    assert names[:5] == [f"{model}/layers/train_T2048" for model in models]
+    assert names[5:35] == [case.format(what) for what in ("layers", "model") for case in decode]
+    assert names[35:40] == [f"qwen3-30b-a3b/{kind}" for kind in ALSO_TRAINED]
+    assert len(set(names)) == len(names) == 60
+
+
+ALSO_TRAINED = ("layers/train_T512", "layers/train_T8192", "model/train_T512", "model/train_T2048", "model/train_T8192")
 
 
 @pytest.mark.gpu

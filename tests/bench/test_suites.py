@@ -147,6 +147,15 @@ def test_all_runs_every_suite_that_it_can(
     assert ("No result: no power" in result.output) == (Broken in kinds)
 
 
+def test_a_case_says_what_it_spent_its_time_on() -> None:
+    times = iter([0.0, 0.5, 8.5, 8.6, 12.5])
+    stages = bench.Stages(lambda: next(times))
+    for doing in ("building", "checking", "timing"):
+        stages.begin(doing)
+    stages.end()
+    assert str(stages) == "12.5 s (building 8.0, timing 3.9)"
+
+
 def test_all_does_not_skip_everything_for_a_wrong_device() -> None:
     result = run("bench", "all", "--device", "tpu")
     assert result.exit_code == 2 and "a device is cpu, cuda or cuda:N; got 'tpu'" in words(result)

@@ -17,6 +17,7 @@ from torch import nn
 
 from supersonic_moe import MoE, autograd, constant_weights, private_api
 from supersonic_moe.config.recipe import Fp8Recipe
+from supersonic_moe.jit import tape
 
 SOURCE = Path(private_api.__file__).parent
 ALLOWED = {
@@ -88,6 +89,8 @@ PRIVATE = {
         f"_global_{when}_hooks" for when in ("forward", "forward_pre", "backward", "backward_pre")
     ),
     torch.cuda: ("_sleep",),
+    torch.utils._python_dispatch: ("TorchDispatchMode",),
+    torch._C._dynamo.guards: ("_empty_strided_cuda",),
     torch: ("_foreach_add_", "_foreach_copy_"),
 }
 
@@ -128,6 +131,22 @@ def test_device_and_stream_are_asked_of_torch_cuda(substitutes: Any, monkeypatch
     assert substitutes.current_device is torch.cuda.current_device
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=100 + device))
     assert substitutes.raw_stream(2) == 102
+
+
+def test_without_dispatch_modes_nothing_is_recorded(substitutes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert substitutes.DispatchMode is None
+    monkeypatch.setattr(tape, "DispatchMode", None)
+    monkeypatch.setattr(tape, "current_device", lambda: -1)
+    monkeypatch.setattr(tape, "state", tape._State())
+    runs: list[torch.Tensor] = []
+
+    def noted(x: torch.Tensor) -> torch.Tensor:
+        runs.append(x)
+        return x
+
+    for _ in range(4):
+        tape.play(noted, (torch.ones(4),))
+    assert len(runs) == 4
 
 
 class Square(torch.autograd.Function):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from supersonic_moe.jit import Kernel, tma
-from supersonic_moe.kernels.sm90 import backend, gemm_config
+from supersonic_moe.kernels.sm90 import gemm_config
 
 
 class Mapped(NamedTuple):
@@ -72,15 +72,14 @@ def recorded_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]
     monkeypatch.setattr(tma, "_cached", remember)
     monkeypatch.setattr(gemm_config, "multiprocessors", lambda device: 131)
     monkeypatch.setattr(Kernel, "_slots", lambda self, device: Slots(self, found))
-    _forget_kernels()
+    forget_kernels()
     yield found
-    _forget_kernels()
+    forget_kernels()
     _MAPS.clear()
 
 
-def _forget_kernels() -> None:
+def forget_kernels() -> None:
     """A kernel keeps its argument slots: these of a test are for nobody else."""
-    for function in vars(backend).values():
-        module = sys.modules.get(getattr(function, "__module__", None))
-        if hasattr(module, "_kernel"):
+    for name, module in list(sys.modules.items()):
+        if name.startswith("supersonic_moe.kernels.sm90.") and hasattr(module, "_kernel"):
             module._kernel.cache_clear()

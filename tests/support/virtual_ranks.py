@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import ranks
@@ -164,6 +165,9 @@ class ThreadFlags:
             seen = self._wait(peer, MAX_RANKS + peer, flag, call, phase)
             if seen >> 32 == self._epoch and seen != flag:
                 self._fail(Failure(OTHER_CALL, call, phase, peer, flag, seen))
+
+    def mark(self) -> Any:
+        return SimpleNamespace(query=lambda: True)
 
     def synchronize(self) -> None:
         pass

@@ -23,7 +23,7 @@ A peer is only compared if it computes the same function (:func:`_same_function`
 recipe as ``ours-BF16`` does, else as we do. ``plain_topk`` is exempt: it is there because it computes something else.
 
 Where ``pairs`` slices of each contender alternate, the ratio of a peer's time to ours is the median of the pairs, with
-its 95 % interval (``timing.paired``).
+its 95 % interval (``timing.paired``). A peer that is far slower has two calls instead.
 """
 
 from __future__ import annotations
@@ -177,13 +177,15 @@ def run_case(shape: LayerShape, config: LayerConfig, progress: Callable[[str], N
         progress(f"timing {mode}")
         calls = {name: getattr(contender, mode) for name, contender in contenders.items()}
         rounds = ROUNDS if mode == "infer" else config.pairs  # pairs are for the passes of training
-        run = partial(measure, calls, clock, warm_ms=config.warm_ms, min_ms=config.min_ms, rounds=rounds)
+        run = partial(measure, calls, clock, warm_ms=config.warm_ms, min_ms=config.min_ms, rounds=rounds, beside=OURS)
         timings: dict[str, Timing | Missing] = required(f"{case}, {mode}", run)
         for name, timing in timings.items():
             if not isinstance(timing, Missing):
                 flops = layer_flops(shape, gated=gated, rows=rows[name])
                 fp8 = config.fp8 and name in (OURS, *FP8)
                 _record_timing(result.metrics[name], mode, timing, flops, config, fp8=fp8)
+                if timing.few:
+                    result.few_calls[f"{mode}_us", name] = timing.calls
                 if name != OURS and (pair := paired(timing, timings[OURS])):  # type: ignore[arg-type]
                     result.pairs[f"{mode}_us", name] = pair
             elif name == OURS:

@@ -122,12 +122,13 @@ def liger(
     if activation is not ActivationType.SWIGLU:
         raise NotImplementedError(f"Liger's fused layer has SwiGLU only, not {activation.value}")
     scores_TK, ids_TK = route(F.linear(x_TH, router_EH), top_k, router)
-    out_TH: Tensor = _liger()(x_TH, w1_ENH, w2_EHI, ids_TK.int(), scores_TK)
+    out_TH: Tensor = liger_function()(x_TH, w1_ENH, w2_EHI, ids_TK.int(), scores_TK)
     return out_TH
 
 
 @cache
-def _liger() -> Callable[..., Tensor]:
+def liger_function() -> Callable[..., Tensor]:
+    """``LigerFusedMoEFunction.apply`` with its tuning lists cut short, in this process."""
     kernels = importlib.import_module("liger_kernel.ops.fused_moe_kernels")
     for name, wanted in LIGER.items():
         keep(getattr(kernels, name), wanted)

@@ -4,7 +4,8 @@ The file is ``{"suite", "command", "device", "torch", "commit", "date", "rows"}`
 "value", "unit", "peer", "peer_value", "ratio"}``, one for each metric and peer. ``ratio`` > 1 means that we are
 better; it is null for facts without a better or worse, such as a clock. A metric without any peer has one row with
 ``peer`` null; a peer that is missing has ``peer_value`` null. Where both were timed in pairs, ``ratio`` is the median
-of the pairs' ratios, and the row has one field more: ``interval``, the ends of its 95 % interval.
+of the pairs' ratios, and the row has one field more: ``interval``, the ends of its 95 % interval. A peer's time of few
+calls (``timing.FEW_CALLS``) has ``calls``, how many.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class CaseResult:
     metrics: dict[str, Metrics] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     pairs: dict[tuple[str, str], Paired] = field(default_factory=dict)  # by (metric, peer)
+    few_calls: dict[tuple[str, str], int] = field(default_factory=dict)  # by (metric, peer), of peers far slower
 
     @property
     def title(self) -> str:
@@ -151,6 +153,7 @@ class Row:
     peer_value: float | None = None
     ratio: float | None = None
     interval: tuple[float, float] | None = None
+    calls: int | None = None
 
 
 def ratio(metric: Metric, ours: float, theirs: float) -> float | None:
@@ -178,6 +181,7 @@ def rows(result: CaseResult) -> list[Row]:
                 row = replace(row, peer_value=_rounded(theirs[metric.name]), ratio=better and _rounded(better))
                 if pair := result.pairs.get((metric.name, peer)):
                     row = replace(row, ratio=_rounded(pair.ratio), interval=(_rounded(pair.low), _rounded(pair.high)))
+                row = replace(row, calls=result.few_calls.get((metric.name, peer)))
             found.append(row)
     return found
 
@@ -201,7 +205,7 @@ def document(
 
 
 def _fields(row: Row) -> dict[str, object]:
-    return {name: value for name, value in asdict(row).items() if name != "interval" or value}
+    return {name: value for name, value in asdict(row).items() if name not in ("interval", "calls") or value}
 
 
 def write_json(path: Path, content: dict[str, object]) -> None:
@@ -249,12 +253,15 @@ def case_table(result: CaseResult) -> Table:
     (_ours_name, ours), *_peers = result.metrics.items()
     for metric in METRICS:
         if metric.label and metric.name in ours:
-            cells = [_cell(metric, metrics, ours if i else None) for i, metrics in enumerate(result.metrics.values())]
+            cells = [
+                _cell(metric, metrics, ours if i else None, result.few_calls.get((metric.name, name)))
+                for i, (name, metrics) in enumerate(result.metrics.items())
+            ]
             table.add_row(metric.label, *cells)
     return table
 
 
-def _cell(metric: Metric, metrics: Metrics, ours: Metrics | None) -> str:
+def _cell(metric: Metric, metrics: Metrics, ours: Metrics | None, calls: int | None = None) -> str:
     value = metrics.get(metric.name)
     if value is None:
         return "[dim]-[/dim]"
@@ -265,7 +272,8 @@ def _cell(metric: Metric, metrics: Metrics, ours: Metrics | None) -> str:
     better = ratio(metric, ours[metric.name], value)
     if better is None or metric.better == "higher":  # a rate repeats the ratio of its time
         return text
-    return f"{text} [{'green' if better >= 1 else 'red'}]({better:.2f}x)[/]"
+    of_few = f", {calls} calls" if calls else ""
+    return f"{text} [{'green' if better >= 1 else 'red'}]({better:.2f}x{of_few})[/]"
 
 
 def contender_table(result: CaseResult) -> Table:

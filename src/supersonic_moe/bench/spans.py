@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from supersonic_moe.bench.timing import Call, NoResultError, estimate_calls
+from supersonic_moe.jit.tape import without_tapes
 from supersonic_moe.kernels import registry
 from supersonic_moe.kernels.interface import CAPABILITIES, functions_of
 from supersonic_moe.private_api import gpu_sleep
@@ -139,7 +140,8 @@ def _recorded(mark: Callable[[], Any]) -> Iterator[list[tuple[str, Any, Any]]]:
         originals.append((module, name, getattr(module, name)))
         setattr(module, name, bracketed(name, originals[-1][2]))
     try:
-        yield marks
+        with without_tapes():
+            yield marks
     finally:
         for module, name, function in originals:
             setattr(module, name, function)

@@ -9,7 +9,10 @@ Under load an H200 sits at its 700 W cap: a matrix product that runs at 760-780 
    rotating order: slices of one round make a pair (:func:`paired`),
 3. runs every slice for half of ``warm_ms`` untimed first, while clock and power settle from the neighbour's level to
    its own: after a contender that leaves the chip cool, boost lasts for about 60 ms,
-4. reports medians with the 10th and 90th percentile, and the SM clock and board power while the slice was running.
+4. reports medians with the 10th and 90th percentile, and the SM clock and board power while the slice was running,
+5. where one contender is what the others are compared with (``beside``), leaves those out of warm-up and rounds that
+   are far slower: each is called ``FEW_CALLS`` times when the others are done. To know that something takes 40 times
+   as long, two calls are enough; in rounds it would take most of the time of a run.
 
 A single run scatters by 2 to 5 % and cannot see half a per cent; twenty pairs can, because what drifts from round to
 round is common to a pair.
@@ -28,7 +31,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -41,6 +44,9 @@ Call = Callable[[], object]
 ROUNDS = 4
 SETTLE = 0.5  # untimed load before the timed calls of a slice, as a share of ``warm_ms``: 150 ms of 300
 SLOWEST_CALL_S = 10.0  # a contender slower than this is reported missing: a sustained median would take minutes
+FAR_SLOWER = 10.0  # times as long as the contender that it is compared with, and
+LONG_CALL_US = 20e3  # this long: shorter calls cost a run no more than anybody's
+FEW_CALLS = 2
 POLL_S = 0.005  # between two NVML readings; the power sensor itself refreshes every few milliseconds
 
 
@@ -124,6 +130,7 @@ class Timing:
     sm_mhz: float | None
     watts: float | None
     slices_us: tuple[float, ...] = ()  # median of each slice, in the order of the rounds
+    few: bool = False  # far slower than what it is compared with: ``calls`` after the rounds, and no part of them
 
     @property
     def spread(self) -> float:
@@ -152,6 +159,7 @@ class Missing:
     """A contender that was not measured, and why."""
 
     reason: str
+    out_of_memory: bool = False
 
 
 class NoResultError(RuntimeError):
@@ -159,10 +167,17 @@ class NoResultError(RuntimeError):
 
 
 def measure(
-    contenders: Mapping[str, Call], clock: Clock, *, warm_ms: float, min_ms: float, rounds: int = ROUNDS
+    contenders: Mapping[str, Call],
+    clock: Clock,
+    *,
+    warm_ms: float,
+    min_ms: float,
+    rounds: int = ROUNDS,
+    beside: str | None = None,
 ) -> dict[str, Timing | Missing]:
     """Time the contenders side by side in ``rounds`` or more slices each; one that raises or is too slow comes back as
-    :class:`Missing`.
+    :class:`Missing`. ``beside`` names the contender that the others are compared with: those that are far slower
+    get few calls (:attr:`Timing.few`).
     """
     results: dict[str, Timing | Missing] = {}
     estimate_us: dict[str, float] = {}
@@ -175,7 +190,8 @@ def measure(
             results[name] = Missing(f"one call takes {seconds:.0f} s, over the limit of {SLOWEST_CALL_S:.0f} s")
         else:
             estimate_us[name] = max(probe.times_us[0], 1e-3)
-    running = list(estimate_us)
+    few = _far_slower(estimate_us, beside)
+    running = [name for name in estimate_us if name not in few]
     if not running:
         return results
 
@@ -197,7 +213,18 @@ def measure(
             settle = estimate_calls(SETTLE * warm_ms * 1e3, estimate_us[name])
             slices[name].append(clock.slice(contenders[name], settle, calls))
         done += 1
-    return {name: summarise(slices[name]) if name in slices else results[name] for name in contenders}
+    results |= {name: summarise(of) for name, of in slices.items()}
+    for name in few:  # after the rounds, whose chip is hot and whose slices are done
+        part = attempt(partial(clock.slice, contenders[name], 0, FEW_CALLS))
+        results[name] = part if isinstance(part, Missing) else replace(summarise([part]), few=True)
+    return {name: results[name] for name in contenders}
+
+
+def _far_slower(estimate_us: Mapping[str, float], beside: str | None) -> list[str]:
+    if beside is None or beside not in estimate_us:
+        return []
+    limit_us = max(FAR_SLOWER * estimate_us[beside], LONG_CALL_US)
+    return [name for name, us in estimate_us.items() if us > limit_us and name != beside]
 
 
 def attempt(action: Callable[[], Any]) -> Any:
@@ -205,7 +232,7 @@ def attempt(action: Callable[[], Any]) -> Any:
     try:
         return action()
     except torch.OutOfMemoryError as error:
-        return Missing(f"out of memory: {_first_sentence(error)}")
+        return Missing(f"out of memory: {_first_sentence(error)}", out_of_memory=True)
     except Exception as error:  # a peer is anybody's code: a failed assertion or a missing compiler is a reason too
         return Missing(f"{type(error).__name__}: {_first_sentence(error)}")
 
@@ -247,12 +274,15 @@ def summarise(slices: list[Slice]) -> Timing:
 
 
 def paired(theirs: Timing, ours: Timing) -> Paired | None:
-    """Their time over ours, pair by pair; None for fewer than six pairs, whose order says too little.
+    """Their time over ours, pair by pair; None for fewer than six pairs, whose order says too little, and for a
+    contender that took no part in the rounds.
 
     The interval needs no idea of how pairs scatter: of n pairs, each lies below the true median with probability 1/2,
     so the ends are the order statistics beyond which fewer than 2.5 % of binomial draws fall (of 20 the sixth from
     either end).
     """
+    if theirs.few:
+        return None
     ratios = sorted(a / b for a, b in zip(theirs.slices_us, ours.slices_us, strict=True))
     n, below, outside = len(ratios), 0.0, -1
     while (below := below + math.comb(n, outside + 1) / 2**n) <= 0.025:

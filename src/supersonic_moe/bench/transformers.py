@@ -12,11 +12,14 @@ with the same FLOPs, beside experts of another gate or order: what those cost. `
 graph, of those that never wait for the GPU.
 
 A peer is compared only if its output is ours: the median over tokens of its relative distance is checked first. FP8
-and ``swiglu`` are exempt, because they compute something else.
+and ``swiglu`` are exempt, because they compute something else. One that is far slower gets two calls after the others'
+rounds, and one that ran out of memory is not tried with more tokens.
 """
 
 from __future__ import annotations
 
+import gc
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +32,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import supersonic_moe.integrations.transformers  # noqa: F401  registers our names
 from supersonic_moe.bench.layer import SAME_FUNCTION, Contender, median_distance
+from supersonic_moe.bench.layer_peers import liger_function
 from supersonic_moe.bench.report import OURS, CaseResult
 from supersonic_moe.bench.shapes import HuggingFaceModel
 from supersonic_moe.bench.timing import Missing, NoResultError, attempt, clock_for, graph_us, measure, required
@@ -51,8 +55,13 @@ class TransformersCase:
     mode: Literal["train", "decode"]
     tokens: int
 
+    @property
+    def kind(self) -> str:
+        """What it shares with the cases that differ in T only."""
+        return f"{self.model.name}/{self.what}/{self.mode}"
+
     def __str__(self) -> str:
-        return f"{self.model.name}/{self.what}/{self.mode}_T{self.tokens}"
+        return f"{self.kind}_T{self.tokens}"
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,9 @@ class Settings:
     warm_ms: float = 300.0
     min_ms: float = 400.0
     models: dict[str, nn.Module] = field(default_factory=dict)
-    """The model of the last case, so that the next one need not build it again."""
+    """Of earlier cases of decode, and that of the last one, so that the next need not build it again."""
+    out_of_memory: dict[tuple[str, str], int] = field(default_factory=dict)
+    """By kind of case and peer: the fewest tokens with which it ran out of memory."""
 
 
 def run_case(
@@ -71,15 +82,22 @@ def run_case(
 ) -> CaseResult:
     """Measure every contender. Raises NoResultError where we have no result ourselves."""
     progress("building the model")
+    if case.mode == "train":  # who runs out of memory has had all of it
+        _forget_all_but(case.model, settings)
+    if settings.device.type == "cuda":
+        torch.cuda.empty_cache()  # one case's fragments must not starve the next
     model = required(str(case), partial(_model, case.model, settings))
     contenders: dict[str, Contender] = required(str(case), partial(_contenders, case, model, settings))
     result = CaseResult(str(case), {name: {} for name in contenders})
-    progress("checking that all compute the same function")
+    progress(f"first call of {OURS}")
     ours = required(str(case), contenders[OURS].infer)
     for name in list(contenders):
-        theirs = attempt(contenders[name].infer)
-        if isinstance(theirs, Missing):
-            result.missing[name] = theirs.reason
+        progress(f"checking {name}")
+        too_many = settings.out_of_memory.get((case.kind, name), math.inf)
+        if case.tokens >= too_many:
+            result.missing[name] = f"out of memory at T {too_many} already"
+        elif isinstance(theirs := attempt(contenders[name].infer), Missing):
+            _record_missing(name, theirs, result, case, settings)
         elif name not in (OURS_FP8, SWIGLU) and not (gap := median_distance(theirs, ours)) <= SAME_FUNCTION:
             result.missing[name] = f"computes something else: median relative distance of a token's output {gap:.3g}"
         if name in result.missing:
@@ -91,20 +109,22 @@ def run_case(
     warm_ms, min_ms = settings.warm_ms, settings.min_ms
     progress(f"timing {mode}")
     calls = {name: getattr(contender, mode) for name, contender in contenders.items()}
-    run = partial(measure, calls, clock_for(settings.device), warm_ms=warm_ms, min_ms=min_ms)
+    run = partial(measure, calls, clock_for(settings.device), warm_ms=warm_ms, min_ms=min_ms, beside=OURS)
     timings = required(f"{case}, {mode}", run)
     for name, timing in timings.items():
         if isinstance(timing, Missing):
             if name == OURS:
                 raise NoResultError(f"{case}, {mode}: {timing.reason}.")
-            result.missing[name] = timing.reason
+            _record_missing(name, timing, result, case, settings)
             continue
         metrics = result.metrics[name]
         metrics[f"{mode}_us"], metrics[f"{mode}_spread"] = timing.us, timing.spread
+        if timing.few:
+            result.few_calls[f"{mode}_us", name] = timing.calls
         if case.what == "layers":
             flops = LAYERS * layer_flops(case.model.shape(case.tokens), gated=case.model.gated)[case.mode == "train"]
             metrics[f"{mode}_tflops"] = flops / timing.us / 1e6
-        if case.mode == "decode" and settings.device.type == "cuda":
+        if case.mode == "decode" and settings.device.type == "cuda" and not timing.few:
             progress(f"{name} in a CUDA graph")
             in_graph = attempt(partial(graph_us, calls[name], timing.us, warm_ms=warm_ms, min_ms=min_ms))
             if not isinstance(in_graph, Missing):
@@ -113,11 +133,23 @@ def run_case(
     return result
 
 
+def _record_missing(
+    name: str, missing: Missing, result: CaseResult, case: TransformersCase, settings: Settings
+) -> None:
+    result.missing[name] = missing.reason
+    if missing.out_of_memory:
+        settings.out_of_memory[case.kind, name] = case.tokens  # those with more are not tried, so none had fewer
+
+
+def _forget_all_but(shape: HuggingFaceModel, settings: Settings) -> None:
+    if others := settings.models.keys() - {shape.name}:
+        for name in others:
+            del settings.models[name]
+        gc.collect()  # a model may refer to itself
+
+
 def _model(shape: HuggingFaceModel, settings: Settings) -> nn.Module:
     if shape.name not in settings.models:
-        settings.models.clear()
-        if settings.device.type == "cuda":
-            torch.cuda.empty_cache()
         config = AutoConfig.for_model(shape.model_type, **shape.config)
         torch.manual_seed(0)
         build: Any = AutoModelForCausalLM.from_config
@@ -213,7 +245,4 @@ def register_liger() -> None:
 def liger_experts_forward(experts: Any, hidden_states: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
     if gate_of(experts) != PLAIN_SWIGLU or experts.has_bias or experts.is_transposed:
         raise NotImplementedError("Liger's fused MoE is a SwiGLU without biases")
-    from liger_kernel.ops import LigerFusedMoEFunction
-
-    out: Tensor = LigerFusedMoEFunction.apply(hidden_states, experts.gate_up_proj, experts.down_proj, ids.int(), scores)
-    return out
+    return liger_function()(hidden_states, experts.gate_up_proj, experts.down_proj, ids.int(), scores)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from inspect import Parameter, Signature
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -63,17 +65,46 @@ def _measured(suite: Suite[Case, Result], cases: Sequence[Case], console: Consol
     with Progress(*columns, console=console, refresh_per_second=4, transient=True) as bar:
         task = bar.add_task("", total=len(cases))
         for case in cases:
+            stages = Stages()
+
+            def show(doing: str, case: Case = case, stages: Stages = stages) -> None:
+                stages.begin(doing)
+                bar.update(task, description=f"{case}: {doing}")
+
             try:
-                result = suite.run(case, lambda doing: bar.update(task, description=f"{case}: {doing}"))  # noqa: B023
+                result = suite.run(case, show)
+                stages.end()
                 console.print(suite.columns(result))
                 for name, reason in result.missing.items():
                     mark = "[red]failed[/red]" if name in result.failed else "[yellow]missing[/yellow]"
                     console.print(f"{mark} {name}: {escape(reason)}", highlight=False)
+                console.print(f"[dim]{stages}[/dim]", highlight=False)
                 yield result
             except NoResultError as error:
                 console.print(f"[red]No result:[/red] {escape(str(error))}", highlight=False)
             console.print()
             bar.advance(task)
+
+
+class Stages:
+    """What a case spends its time on, by the names of what it says it does."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self._marks = [(now(), "")]
+
+    def begin(self, doing: str) -> None:
+        self._marks.append((self._now(), doing))
+
+    def end(self) -> None:
+        self.begin("")
+
+    def __str__(self) -> str:
+        """ "12.3 s (building 8.1, timing 4.0)": stages of less than a twentieth are left out."""
+        whole = self._marks[-1][0] - self._marks[0][0]
+        spent = [(doing, end - start) for (start, doing), (end, _) in pairwise(self._marks) if doing]
+        long = ", ".join(f"{doing} {seconds:.1f}" for doing, seconds in spent if seconds >= max(whole / 20, 0.1))
+        return f"{whole:.1f} s" + (f" ({long})" if long else "")
 
 
 def _command(kind: type[Suite[Any, Any]]) -> Callable[..., None]:

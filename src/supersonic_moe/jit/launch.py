@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from supersonic_moe.jit import signature
+from supersonic_moe.jit import signature, tape
 from supersonic_moe.jit.build import build
 from supersonic_moe.jit.cache import Cubin
 from supersonic_moe.jit.driver import LaunchError, binding, call, error_text, make_context_current
-from supersonic_moe.jit.signature import SLOT_ALIGNMENT, Signature
+from supersonic_moe.jit.signature import POINTER, SLOT_ALIGNMENT, TENSOR_MAP, Signature
 from supersonic_moe.jit.spec import KernelSpec, source_of
 from supersonic_moe.private_api import raw_stream
 
@@ -99,6 +99,7 @@ class _Slots:
         self._config.attrs = attributes
         self._config.numAttrs = len(attributes)
         self._spec, self._device = spec, device
+        self._made_of = handle, spec, signature, device, static_bytes
         self._grid: Grid | None = None
         self._stream: int | None = None
         self._function: Any = driver.CUfunction(int(handle))  # the driver takes a CUkernel in its place
@@ -114,6 +115,8 @@ class _Slots:
 
     def enqueue(self, grid: Grid, stream: torch.cuda.Stream | None) -> None:
         """Launch with what the slots hold."""
+        if tape.state.recorder is not None:
+            self._record(tape.state.recorder, grid, stream)
         config = self._config
         if grid != self._grid:
             self._check_grid(grid)
@@ -129,6 +132,21 @@ class _Slots:
                 f"launching {self._spec} failed: {error_text(result)}; grid {grid}, {self._spec.threads} threads, "
                 f"{self._spec.smem_bytes} bytes of shared memory, cluster {self._spec.cluster}"
             )
+
+    def _record(self, recorder: tape.Recorder, grid: Grid, stream: torch.cuda.Stream | None) -> None:
+        twin = _Slots(*self._made_of)
+        signature = self._made_of[2]
+        layout, offsets = signature.slots()
+        layout.pack_into(twin.buffer, twin.offset, *layout.unpack_from(self.buffer, self.offset))
+        words = (ctypes.c_uint64 * (layout.size // 8)).from_buffer(twin.buffer, twin.offset)
+        for parameter, offset in zip(signature.parameters, offsets, strict=True):
+            if parameter.kind is POINTER:
+                recorder.place(words, offset // 8, words[offset // 8])
+            elif parameter.kind is TENSOR_MAP:
+                recorder.place_map(twin.buffer, slice(twin.offset + offset, twin.offset + offset + 128))
+        if stream is not None:
+            recorder.refuse()
+        recorder.launched(lambda tensors: twin.enqueue(grid, None))
 
     def _check_grid(self, grid: Grid) -> None:
         if any(not 0 < size <= limit for size, limit in zip(grid, MAX_GRID, strict=True)):

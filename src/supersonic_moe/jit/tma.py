@@ -17,6 +17,7 @@ from typing import Any, NewType
 import torch
 from torch import Tensor
 
+from supersonic_moe.jit import tape
 from supersonic_moe.jit.driver import LaunchError, binding, error_text, make_context_current
 
 TensorMap = NewType("TensorMap", bytes)
@@ -69,7 +70,12 @@ def tensor_map(
         address = tensor
         if dtype is None or shape is None or strides is None:
             raise TensorMapError("a tensor map of a plain address needs dtype, shape and strides")
-    return _cached(address, dtype, shape, strides, box, swizzle, l2_promotion, oob_nan)
+    made = _cached(address, dtype, shape, strides, box, swizzle, l2_promotion, oob_nan)
+    recorder = tape.state.recorder
+    if recorder is not None:
+        tiles = dtype, shape, strides, box, swizzle, l2_promotion, oob_nan
+        recorder.maps[made] = address, lambda elsewhere: _cached(elsewhere, *tiles)
+    return made
 
 
 @functools.lru_cache(maxsize=CACHED_MAPS)

@@ -43,7 +43,7 @@ def shared_memory(group: dist.ProcessGroup, size: int, limit_s: float) -> Memory
     try:
         mine = symmetric_block(HEAD + size, device)
     except RuntimeError as error:
-        failed = f"{(HEAD + size) / 1e6:.0f} MB of symmetric memory were refused: {_first_line(error)}"
+        failed = f"{(HEAD + size) / 1e6:.3g} MB of symmetric memory were refused: {_first_line(error)}"
     if (failed := _agreed(failed, group)) is not None:
         return failed
     assert mine is not None

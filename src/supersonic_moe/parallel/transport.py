@@ -47,5 +47,5 @@ def choose(
         return Transport("all_to_all" if wanted == "auto" else "gather", collectives, why)
     watch.flags = found.flags
     copies = Copies(found, dist.get_rank(group), places, row_bytes, watch, collectives)
-    why = f"by copies between GPUs that reach each other's memory, through {2 * bank / 1e6:.0f} MB on each"
+    why = f"by copies between GPUs that reach each other's memory, through {2 * bank / 1e6:.3g} MB on each"
     return Transport("gather", copies, why)

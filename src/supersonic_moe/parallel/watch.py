@@ -26,7 +26,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -118,11 +118,27 @@ class Watch:
     def close(self) -> None:
         """No more reports; the last one says that this rank is gone on purpose. May be called twice."""
         if self._end.alive:
-            with suppress(RuntimeError):
-                self.finish()  # others may still wait for what has been enqueued
-            self._reports.is_final()
+            if done := self._is_done():
+                self._reports.is_final()
             self._end()
+            if not done:
+                self._reports.tell("left", "")
             self.failure = self.failure or f"{self.what} is closed; make a new ExpertParallel."
+
+    def _is_done(self) -> bool:
+        """Whether the device has done all that others may wait for, now or in a few seconds."""
+        end = time.monotonic() + LONGEST_END_S
+        try:
+            pending = [started.end for started in self._started]
+            if self.flags is not None:
+                pending.append(self.flags.mark())
+            while not all(event.query() for event in pending):
+                if time.monotonic() > end:
+                    return False
+                time.sleep(0.01)
+        except RuntimeError:  # of the device: nothing more will be done
+            pass
+        return True
 
     # ---- waiting -----------------------------------------------------------------------------------------------------
 

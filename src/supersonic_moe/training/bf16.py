@@ -57,9 +57,9 @@ def backward(k: Experts, saved: Bf16Saved, incoming: Incoming) -> Inputs[Tensor 
         dw2 = weight_gradient(is_turned(saved.w2), into, partial(k.grouped_mm_wgrad, dout, as_PI, offsets))
     del as_PI
     if needs.b2 and b2 is not None:
-        db2 = k.segment_sum(dout, s_P, offsets).to(b2.dtype)
+        db2 = rounded(k.segment_sum(dout, s_P, offsets), b2)
     if needs.b1 and b1 is not None:
-        db1 = k.segment_sum(Rows(dz_PN), None, offsets).to(b1.dtype)
+        db1 = rounded(k.segment_sum(Rows(dz_PN), None, offsets), b1)
     if needs.w1:
         into = Into(main.w1, transposed=True, accumulate=main.adds_w1)
         dw1 = weight_gradient(is_turned(saved.w1), into, partial(k.grouped_mm_wgrad, x, dz_PN, offsets))
@@ -67,3 +67,10 @@ def backward(k: Experts, saved: Bf16Saved, incoming: Incoming) -> Inputs[Tensor 
         dx_PH = k.grouped_mm(Rows(dz_PN), saved.w1, offsets)
         dx = k.gather_sum(dx_PH, None, None, plan.row_expert, plan.rows_of_tokens(saved.x.shape[0]))
     return Inputs(dx, dscores, dw1, db1, dw2, db2)
+
+
+def rounded(sums_EN: Tensor, bias_EN: Tensor) -> Tensor:
+    """In the dtype of the bias, in memory that is there before: a tape (``jit/tape.py``) can hold that."""
+    if sums_EN.dtype is bias_EN.dtype:
+        return sums_EN
+    return sums_EN.new_empty(sums_EN.shape, dtype=bias_EN.dtype).copy_(sums_EN)

@@ -42,6 +42,7 @@ from supersonic_moe.kernels.alignment import aligned_tensor, weight_gradient
 from supersonic_moe.kernels.interface import BothOrders, DownBackward, Fp8Experts, Into, Quantized, Rows, UpProjection
 from supersonic_moe.quantization.block_format import E4M3, aligned_rows, padded_capacity, transposed_scales
 from supersonic_moe.training.arguments import Fp8Forward, Fp8Output, Fp8Saved, Fp8Weights, Incoming, Inputs
+from supersonic_moe.training.bf16 import rounded
 
 
 def forward(k: Fp8Experts, call: Fp8Forward, x_q: Quantized | None = None) -> Fp8Output:
@@ -97,9 +98,9 @@ def backward(
     if leave is None:
         del scaled_a
     if needs.b2 and b2 is not None:
-        db2 = k.segment_sum(dout, s_P, offsets).to(b2.dtype)
+        db2 = rounded(k.segment_sum(dout, s_P, offsets), b2)
     if needs.b1 and b1 is not None:
-        db1 = k.segment_sum(Rows(dz), None, offsets).to(b1.dtype)
+        db1 = rounded(k.segment_sum(Rows(dz), None, offsets), b1)
     dz_rows, dz = wgrad.quantized(dz)
     if leave is not None:
         dx = _dx(k, dz_rows, weights, saved) if needs.x else None

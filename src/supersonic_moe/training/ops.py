@@ -27,7 +27,7 @@ from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.kernels import interface, registry
 from supersonic_moe.kernels.alignment import aligned, empty_gradient, is_turned
 from supersonic_moe.kernels.interface import Quantized
-from supersonic_moe.ops import caller, unobserved
+from supersonic_moe.ops import at_once, caller, unobserved
 from supersonic_moe.private_api import in_forward_mode
 from supersonic_moe.quantization.block_format import blocks, empty_e4m3, empty_scales
 from supersonic_moe.quantization.weight_cache import Fp8Weight, WeightCache
@@ -112,6 +112,11 @@ def _quantize_weights(weights: list[Tensor], scale: str, backend: str) -> list[T
     choice = registry.choose_fp8(weights[0].device, hidden=k, intermediate=n, backend=backend)
     quantized = registry.fp8_kernels(choice.name).quantize_weights(weights, scale == "pow2")
     return [t for q_ENK, q_EKN, scale_ENK in quantized for t in (q_ENK, q_EKN, scale_ENK.contiguous())]
+
+
+def _quantize_each(*weights_scale_backend: Any) -> tuple[Tensor, ...]:
+    *weights, scale, backend = weights_scale_backend
+    return tuple(_quantize_weights(weights, scale, backend))
 
 
 # ---- what the compiler knows of them ---------------------------------------------------------------------------------
@@ -465,6 +470,8 @@ def with_fp8_copies(
 
 
 def _quantized(weights: list[Tensor], scale: str, backend: str) -> list[Fp8Weight]:
-    quantize = _quantize_weights if unobserved(*weights) else _ops.quantize_weights.default
-    flat = iter(quantize(weights, scale, backend))
+    if unobserved(*weights):
+        flat = iter(at_once(_quantize_each, *weights, scale, backend))
+    else:
+        flat = iter(_ops.quantize_weights.default(weights, scale, backend))
     return [Fp8Weight(*three) for three in zip(flat, flat, flat, strict=True)]

@@ -69,7 +69,7 @@ class Transformers(Timed["TransformersCase", "CaseResult"]):
             raise ValueError(f"what is layers, model or both; got {self.what!r}.")
         gpu = self.where.type == "cuda"
         tokens = {"train": TRAINING_TOKENS if gpu else (64,), "decode": DECODE_TOKENS if gpu else (4,)}
-        return [
+        everything = [
             TransformersCase(model, kind, cast(Literal["train", "decode"], mode), count)
             for model in self._chosen(HUGGING_FACE_MODELS if gpu else CPU_HUGGING_FACE_MODELS)
             for kind in kinds
@@ -77,6 +77,8 @@ class Transformers(Timed["TransformersCase", "CaseResult"]):
             for mode, counts in tokens.items()
             for count in counts
         ]
+        middle = tokens["train"][len(tokens["train"]) // 2]
+        return sorted(everything, key=lambda case: _place(case, middle))
 
     def _chosen(self, known: Sequence[HuggingFaceModel]) -> Sequence[HuggingFaceModel]:
         if self.models is None:
@@ -92,3 +94,10 @@ class Transformers(Timed["TransformersCase", "CaseResult"]):
         from supersonic_moe.bench.transformers import run_case
 
         return run_case(case, self.settings, progress)
+
+
+def _place(case: TransformersCase, training_tokens: int) -> int:
+    """Where a case stands in the order: of a run that is stopped, what tells most is left, of every model."""
+    if case.mode == "decode":
+        return 1 if case.what == "layers" else 2
+    return 0 if case.what == "layers" and case.tokens == training_tokens else 3

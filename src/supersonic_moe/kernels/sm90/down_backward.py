@@ -40,7 +40,7 @@ from supersonic_moe.kernels.sm90.gates import (
     gate_arguments,
 )
 from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, OPCODES, WARP_ROWS, GemmConfig, bf16_form, choose
-from supersonic_moe.kernels.sm90.operands import map_of_halves, map_of_rows, map_of_stored_rows, product_of
+from supersonic_moe.kernels.sm90.operands import map_of_halves, map_of_rows, map_of_stored_rows, product_of, summed
 from supersonic_moe.kernels.sm90.unfused import UNFUSED
 
 
@@ -104,4 +104,4 @@ def down_backward(step: DownBackward[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
             rows_allocated=rows,
             **gate_arguments(activation, layout, width),
         )
-    return dz_PN, as_PI, partial_ds_BP.sum(0)
+    return dz_PN, as_PI, summed(partial_ds_BP)

@@ -52,6 +52,7 @@ from supersonic_moe.kernels.sm90.operands import (
     map_of_rows,
     map_of_scales,
     map_of_stored_rows,
+    summed,
 )
 from supersonic_moe.kernels.sm90.unfused import UNFUSED_FP8
 from supersonic_moe.quantization.block_format import BLOCK, E4M3
@@ -115,7 +116,7 @@ def down_backward_fp8(step: DownBackward[Quantized]) -> tuple[Tensor, Tensor, Te
             dscores=partial_ds_BP,
             **gate_arguments(activation, layout, width),
         )
-    return dz_PN, as_PI, partial_ds_BP.sum(0)
+    return dz_PN, as_PI, summed(partial_ds_BP)
 
 
 def common_arguments(step: DownBackward[Quantized], scores_P: Tensor, config: GemmConfig) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from supersonic_moe.kernels.sm90.down_backward_fp8 import (
 )
 from supersonic_moe.kernels.sm90.gates import ALL_KINDS, INTERLEAVED, KINDS, constants_of, kind_of
 from supersonic_moe.kernels.sm90.gemm_config import BLOCK_N, WARP_ROWS, GemmConfig, choose, fp8_form
+from supersonic_moe.kernels.sm90.operands import summed
 from supersonic_moe.kernels.triton import quantize_both_orders, quantize_columns
 from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks, empty_e4m3, empty_scales
 
@@ -99,4 +100,4 @@ def down_backward_fp8_quantize(
             pow2=int(pow2),
         )
     dz = BothOrders(Quantized(dzq_PN, dz_row_scale), Quantized(dzq_NG, dz_scale))
-    return dz, Quantized(asq_IG, as_scale), partial_ds_BP.sum(0)
+    return dz, Quantized(asq_IG, as_scale), summed(partial_ds_BP)

@@ -27,7 +27,7 @@ from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.interface import DownBackward
 from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, OPCODES, GemmConfig, bf16_form, choose
-from supersonic_moe.kernels.sm90.operands import map_of_rows, map_of_stored_rows, product_of
+from supersonic_moe.kernels.sm90.operands import map_of_rows, map_of_stored_rows, product_of, summed
 
 
 def _spec(config: GemmConfig) -> KernelSpec:
@@ -68,4 +68,4 @@ def down_backward_ungated(step: DownBackward[Tensor]) -> tuple[Tensor, Tensor, T
             dscores=partial_ds_BP,
             rows_allocated=rows,
         )
-    return dz_PI, as_PI, partial_ds_BP.sum(0)
+    return dz_PI, as_PI, summed(partial_ds_BP)

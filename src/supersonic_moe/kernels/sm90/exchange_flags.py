@@ -97,6 +97,12 @@ class ExchangeFlags:
         with on_device(self._state):
             _kernels()[1].launch((1, 1, 1), call=call, phase=phase, kind=kind, **self._same)
 
+    def mark(self) -> torch.cuda.Event:
+        """What the current stream has been given so far."""
+        event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._state.device))
+        return event
+
     def synchronize(self) -> None:
         torch.cuda.synchronize(self._state.device)
 

@@ -1,9 +1,10 @@
-"""Tensor maps of what several kernels load and store."""
+"""Tensor maps of what several kernels load and store, and the sum of what several blocks store."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from supersonic_moe.jit.tma import TensorMap, tensor_map
@@ -119,3 +120,11 @@ def map_of_halves(z_PN: Tensor, interleaved: bool, *, rows: int) -> TensorMap:
     row, halves = z_PN.stride(0), 1 if interleaved else 2
     shape, strides = (capacity, halves, columns // halves), (row, row if interleaved else columns // 2, 1)
     return tensor_map(z_PN, box=(rows, 1, 128 // z_PN.element_size()), shape=shape, strides=strides)
+
+
+# ---- partial sums ----------------------------------------------------------------------------------------------------
+
+
+def summed(partial_ds_BP: Tensor) -> Tensor:
+    """(P,), written to memory that is there before the sum: a tape (``jit/tape.py``) can hold that."""
+    return torch.sum(partial_ds_BP, 0, out=partial_ds_BP.new_empty(partial_ds_BP.shape[1]))

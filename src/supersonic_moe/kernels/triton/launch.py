@@ -14,6 +14,9 @@ count as of a variant's first call.
 Tensors are passed on as addresses: of a tensor Triton's launcher would ask the address once more, and the driver
 whether it can be reached.
 
+Launches report to ``jit/tape.py``, which plays them again. A tool that begins to listen to Triton's launches after a
+call was recorded does not hear what is played (``without_tapes`` stops that).
+
 How a launcher is called is no public interface of Triton. The minor versions in ``KNOWN`` are those for which the test
 above has shown that it is called as Triton calls it; with any other one every launch is Triton's own.
 """
@@ -27,6 +30,7 @@ import triton
 from torch import Tensor
 from triton import knobs
 
+from supersonic_moe.jit.tape import state
 from supersonic_moe.private_api import current_device, raw_stream
 
 KNOWN = ("3.6", "3.7", "3.8", "3.9")
@@ -72,9 +76,19 @@ def launch(
     hooks = knobs.runtime
     if launcher is None or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:  # a tool listens to launches
         compiled = kernel[grid](*args, *constants, num_warps=num_warps)
+        if state.recorder is not None:
+            state.recorder.refuse()
         if _LAUNCHER_IS_KNOWN and compiled is not None:  # None: interpreted
             _LAUNCHERS[key] = compiled.run, compiled.function, compiled.packed_metadata
         return
     run, function, metadata = launcher
     x, y, z = (*grid, 1, 1)[:3]
     run(x, y, z, raw_stream(device), function, metadata, None, None, None, *passed, *constants)
+    recorder = state.recorder
+    if recorder is not None:
+        for i, arg in enumerate(args):
+            if isinstance(arg, Tensor):
+                recorder.place(passed, i, arg.data_ptr())
+        recorder.launched(
+            lambda tensors: run(x, y, z, raw_stream(device), function, metadata, None, None, None, *passed, *constants)
+        )

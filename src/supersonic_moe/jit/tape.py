@@ -1,0 +1,345 @@
+"""What a function launches, launched again for other tensors of the same kind, at the host time of the driver's calls.
+
+    play(backward, arguments)      # the result of backward(*arguments), a tensor or a tuple of tensors
+
+Most of what a step of a layer costs the host is worked out anew in each call and comes out the same: forms of kernels,
+grids, strides, sizes of buffers. All of it follows from numbers and from shapes, strides and dtypes of tensors. So the
+first call with arguments of one kind just runs, and the second is recorded, as a tape:
+
+    tensors     those that the call returns, or that torch computes on: allocated anew each time
+    workspace   everything else that the call allocated, one piece of memory
+    steps       launches with their argument buffers, and operators of torch that write to a tensor
+    places      where in an argument buffer an address is, and of what tensor
+
+From the third call on the tape is played: allocate, write the addresses that are others than last time, launch. A CUDA
+graph does the same on the device; a tape works on tensors wherever they lie, and inside the capture of a graph.
+
+An address in an argument buffer must be one of the call's own tensors. Where something else happens, the function runs
+each time: an operator that returns a new tensor, an address of unknown origin, tensors that overlap (which of them is
+meant?), a workspace that a large batch should not hold all at once. Arguments must start at multiples of 16 bytes,
+because kernels are chosen by that. Launches of ``Kernel`` and of ``kernels/triton/launch.py``, and tensor maps, report
+to the recorder; nothing else in the package enqueues work behind torch's back.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from supersonic_moe.private_api import DispatchMode, current_device, empty_strided
+
+KEPT = 512  # kinds of calls of a thread; then all are forgotten
+MAX_WORKSPACE = 256 << 20  # bytes; a batch that needs more keeps the GPU busy longer than the host
+_ALIGNMENT = 512  # of what torch allocates, and of each piece of a workspace
+_VECTOR = 16  # bytes; of arguments
+
+_aten = torch.ops.aten
+_ALLOCATIONS = {
+    _aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default, _aten.new_empty.default,
+    _aten.new_empty_strided.default,
+}  # fmt: skip
+
+Result = Tensor | tuple[Tensor, ...]
+Step = Callable[[Sequence[Tensor]], object]
+"""Gets the arguments that are tensors, then those that the tape allocates."""
+
+
+class Place(NamedTuple):
+    """``target[slot]`` takes an address: that of ``owner``, so many bytes further on."""
+
+    target: Any
+    slot: int
+    owner: int
+    """Index in ``Recorder.memories``."""
+    offset: int
+
+
+class _Memory(NamedTuple):
+    """An argument or an allocation. It is not kept alive, because a recording must not need more memory than the call;
+    so of two at one address the later one counts.
+    """
+
+    start: int
+    end: int
+    tensor: weakref.ref[Tensor]
+
+
+class _Made(NamedTuple):
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class _MapIn:
+    """A tensor map in an argument buffer, which is made for another address by writing that address."""
+
+    def __init__(self, buffer: Any, part: slice, made_for: Callable[[int], bytes]) -> None:
+        self._buffer, self._part, self._made_for = buffer, part, made_for
+
+    def __setitem__(self, _: int, address: int) -> None:
+        self._buffer[self._part] = self._made_for(address)
+
+
+class _Watched:
+    """How many watch what functions call."""
+
+    by = 0
+
+
+@contextmanager
+def without_tapes() -> Iterator[None]:
+    """Functions run in every call, on all threads: for whoever replaces or times what they call."""
+    _Watched.by += 1
+    try:
+        yield
+    finally:
+        _Watched.by -= 1
+
+
+class _State(threading.local):
+    """Nobody else writes the argument buffers."""
+
+    recorder: Recorder | None = None
+
+    def __init__(self) -> None:
+        self.tapes: dict[Hashable, Tape | None] = {}
+        """None: called once."""
+
+
+state = _State()
+
+
+# ---- playing ---------------------------------------------------------------------------------------------------------
+
+
+class Tape:
+    """One call, for any tensors of the same kind. ``places``: target, slot and offset of each address, in a list for
+    each tensor and one for the workspace.
+    """
+
+    def __init__(
+        self, twins: list[tuple[int, int]], steps: list[Step], made: list[_Made], workspace: int,
+        places: list[list[tuple[Any, int, int]]], returned: list[tuple[int, tuple[Any, ...]]], single: bool,
+    ) -> None:  # fmt: skip
+        self._twins, self._steps, self._made, self._workspace = twins, steps, made, workspace
+        self._places, self._returned, self._single = places, returned, single
+        self._addresses = [-1] * len(places)
+
+    def fits(self, addresses: list[int]) -> bool:
+        """Whether the arguments that were at one address are so again."""
+        return all(addresses[i] == addresses[j] for i, j in self._twins)
+
+    def play(self, tensors: list[Tensor], addresses: list[int]) -> Result:
+        """``tensors``: the arguments, at ``addresses``."""
+        for shape, stride, dtype in self._made:
+            made = empty_strided(shape, stride, dtype)
+            tensors.append(made)
+            addresses.append(made.data_ptr())
+        workspace = empty_strided((self._workspace,), (1,), torch.uint8) if self._workspace else None
+        addresses.append(0 if workspace is None else workspace.data_ptr())
+        if addresses != self._addresses:
+            for address, last, places in zip(addresses, self._addresses, self._places, strict=True):
+                if address != last:
+                    for target, slot, offset in places:
+                        target[slot] = address + offset
+            self._addresses = addresses
+        for step in self._steps:
+            step(tensors)
+        found = tuple([tensors[i].as_strided(*view) if view else tensors[i] for i, view in self._returned])
+        return found[0] if self._single else found
+
+
+class _Never(Tape):
+    """A call that no tape can hold."""
+
+    def __init__(self) -> None:
+        pass
+
+
+_NEVER = _Never()
+
+
+def play(function: Callable[..., Result], args: tuple[Any, ...]) -> Result:
+    """``function(*args)``, whose first argument is a tensor on CUDA, and all of whose work is launches."""
+    if _Watched.by:
+        return function(*args)
+    kind: list[Any] = [function]
+    tensors, addresses, bits = [], [], 0
+    for arg in args:
+        if isinstance(arg, Tensor):
+            address = arg.data_ptr()
+            bits |= address
+            tensors.append(arg)
+            addresses.append(address)
+            kind += (arg.dtype, arg.get_device(), arg.shape, arg.stride())
+        else:
+            kind.append(arg)
+    key = tuple(kind)
+    tape = state.tapes.get(key, _NEVER)
+    if tape is _NEVER:
+        if key not in state.tapes:
+            if len(state.tapes) >= KEPT:
+                state.tapes.clear()
+            state.tapes[key] = None
+        return function(*args)
+    if bits % _VECTOR or tensors[0].get_device() != current_device():
+        return function(*args)
+    if tape is not None:
+        return tape.play(tensors, addresses) if tape.fits(addresses) else function(*args)
+    if DispatchMode is None or torch.cuda.is_current_stream_capturing():
+        return function(*args)
+    recorder = state.recorder = Recorder(tensors)
+    try:
+        with recorder:
+            result = function(*args)
+    finally:
+        state.recorder = None
+    state.tapes[key] = _tape(recorder, tensors, result) or _NEVER
+    return result
+
+
+# ---- recording -------------------------------------------------------------------------------------------------------
+
+
+class Recorder(DispatchMode or object):  # type: ignore[misc]
+    """What happens in one call with these tensors."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self.memories = [_memory(t) for t in tensors]
+        self.made: list[_Made] = []
+        self.steps: list[Step] = []
+        self.places: list[Place] = []
+        self.operands: list[list[int | None]] = []
+        """Of each operator of torch among the steps, the indices in ``memories``."""
+        self.maps: dict[bytes, tuple[int, Callable[[int], bytes]]] = {}
+        """Tensor maps: the address, and how to make it for another one."""
+        self.possible = True
+
+    def launched(self, step: Step) -> None:
+        """``step`` launches the same again, with what then stands in the places that were named."""
+        self.steps.append(step)
+
+    def place(self, target: Any, slot: int, address: int) -> None:
+        """``target[slot]`` is an address; 0 is none."""
+        for owner in reversed(range(len(self.memories))):
+            start, end, _ = self.memories[owner]
+            if start <= address < end:
+                self.places.append(Place(target, slot, owner, address - start))
+                return
+        if address:
+            self.refuse()
+
+    def place_map(self, buffer: Any, part: slice) -> None:
+        """A tensor map is in this part of ``buffer``."""
+        known = self.maps.get(bytes(buffer[part]))
+        if known is None:
+            self.refuse()
+        else:
+            address, made_for = known
+            self.place(_MapIn(buffer, part, made_for), 0, address)
+
+    def refuse(self) -> None:
+        """Something happened that cannot be played."""
+        self.possible = False
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = op(*args, **kwargs)
+        if op in _ALLOCATIONS:
+            self.memories.append(_memory(result))
+            self.made.append(_Made(tuple(result.shape), result.stride(), result.dtype))
+        elif not isinstance(result, Tensor):
+            self.refuse()
+        elif result is kwargs.get("out", args[0] if args else None):
+            self._computed(op, args, kwargs)
+        elif not any(isinstance(t, Tensor) and _storage(t) == _storage(result) for t in args):  # else a view
+            self.refuse()
+        return result
+
+    def _computed(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        values, names, count = [*args, *kwargs.values()], list(kwargs), len(args)
+        operands = [self.index(value) for value in values]
+        if any(i is None and isinstance(value, Tensor) for i, value in zip(operands, values, strict=True)):
+            self.refuse()
+        self.operands.append(operands)
+        constants = [None if isinstance(value, Tensor) else value for value in values]  # no tensor is kept alive
+
+        def step(tensors: Sequence[Tensor]) -> object:
+            now = [c if i is None else tensors[i] for i, c in zip(operands, constants, strict=True)]
+            return op(*now[:count], **dict(zip(names, now[count:], strict=True)))
+
+        self.steps.append(step)
+
+    def index(self, value: Any) -> int | None:
+        """In ``memories``, of a tensor that is all of an argument or an allocation."""
+        return next((i for i, memory in enumerate(self.memories) if memory.tensor() is value), None)
+
+    def owner(self, view: Tensor) -> int | None:
+        """In ``memories``, of the allocation that a tensor of the same dtype lies in."""
+        for i in reversed(range(len(self.memories) - len(self.made), len(self.memories))):
+            if self.memories[i].start == _storage(view) and self.made[i - len(self.memories)].dtype is view.dtype:
+                return i
+        return None
+
+
+def _tape(recorder: Recorder, tensors: list[Tensor], result: Result) -> Tape | None:
+    """None if there can be none."""
+    returned, arguments = (result,) if isinstance(result, Tensor) else tuple(result), len(tensors)
+    found = [i if (i := recorder.index(t)) is not None else recorder.owner(t) for t in returned]
+    owners = [i for i in found if i is not None and i >= arguments]
+    if not recorder.possible or len(owners) < len(found) or _overlap(recorder.memories[:arguments]):
+        return None
+
+    kept = {i for i in (*owners, *itertools.chain(*recorder.operands)) if i is not None and i >= arguments}
+    numbers = {i: i for i in range(arguments)} | {i: arguments + n for n, i in enumerate(sorted(kept))}
+    places: list[list[tuple[Any, int, int]]] = [[] for _ in range(len(numbers) + 1)]
+    bases, workspace = {}, 0
+    for i, (start, end, _) in enumerate(recorder.memories):
+        if i not in numbers:
+            bases[i] = workspace
+            workspace += -(-(end - start) // _ALIGNMENT) * _ALIGNMENT
+    if workspace > MAX_WORKSPACE:
+        return None
+    for target, slot, owner, offset in recorder.places:
+        places[numbers.get(owner, -1)].append((target, slot, bases.get(owner, 0) + offset))
+    for operands in recorder.operands:  # which steps read
+        operands[:] = [None if i is None else numbers[i] for i in operands]
+
+    views = []
+    for t, i in zip(returned, owners, strict=True):
+        shape, stride, _ = recorder.made[i - arguments]
+        whole = t.shape == shape and t.stride() == stride
+        views.append((numbers[i], () if whole else (tuple(t.shape), t.stride(), t.storage_offset())))
+    seen: dict[int, int] = {}  # address -> the argument there; a tensor may be passed twice
+    firsts = [seen.setdefault(memory.start, i) for i, memory in enumerate(recorder.memories[:arguments])]
+    twins = [(first, i) for i, first in enumerate(firsts) if first != i]
+    made = [recorder.made[i - arguments] for i in sorted(kept)]
+    return Tape(twins, recorder.steps, made, workspace, places, views, isinstance(result, Tensor))
+
+
+def _overlap(memories: list[_Memory]) -> bool:
+    """Whether an address may belong to two tensors that do not start at one."""
+    reach = last = 0
+    for start, end in sorted((m.start, m.end) for m in memories if m.start < m.end):
+        if last != start < reach:
+            return True
+        reach, last = max(reach, end), start
+    return False
+
+
+def _memory(t: Tensor) -> _Memory:
+    elements = 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+    return _Memory(t.data_ptr(), t.data_ptr() + elements * t.element_size(), weakref.ref(t))
+
+
+def _storage(t: Tensor) -> int:
+    """Tells allocations apart; 0 for those of nothing."""
+    return t.untyped_storage().data_ptr()

@@ -1,0 +1,261 @@
+"""A tape gives what the function gives that it was recorded from, for other tensors, without running it.
+
+No GPU: tensors of a CPU pose as those of a device, the driver and a Triton launcher compute on the addresses that they
+are handed, and a tensor map is a number for the address that it was made of.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("cuda.bindings.driver")
+pytest.importorskip("triton")
+
+from supersonic_moe.jit import Kernel, KernelSpec, tape, tensor_map, tma
+from supersonic_moe.jit import launch as launch_module
+from supersonic_moe.jit.tape import play
+from supersonic_moe.kernels.triton import launch as triton_launch
+
+SOURCE = """struct alignas(64) TensorMap { unsigned char bytes[128]; };
+extern "C" __global__ void scale(const __grid_constant__ TensorMap map, float* out, const float* add, const i32 n,
+                                 float factor) {}
+"""
+SIZES = [128, 8, 8, 4, 4]
+TRITON_KERNEL = SimpleNamespace(fn="scale")
+
+
+def floats(address: int, n: int) -> Any:
+    return (ctypes.c_float * n).from_address(address)
+
+
+class Machine:
+    """A driver and a Triton launcher: both compute ``out = factor * x + add`` on n floats."""
+
+    launches = 0
+
+    def __getattr__(self, name: str) -> Any:
+        from cuda.bindings import driver
+
+        return getattr(driver, name)
+
+    def cuLaunchKernelEx(self, config: Any, function: Any, addresses: int, extra: int) -> tuple[int]:
+        slots = (ctypes.c_void_p * len(SIZES)).from_address(addresses)
+        data = [ctypes.string_at(slot or 0, size) for slot, size in zip(slots, SIZES, strict=True)]
+        x, out, add, n = (int.from_bytes(raw[:8], "little") for raw in data[:4])
+        self.scale(x, out, add, n, ctypes.c_float.from_buffer_copy(data[4]).value)
+        return (0,)
+
+    def run(self, x: int, y: int, z: int, stream: int, function: Any, metadata: Any, *rest: Any) -> None:
+        self.scale(*rest[3:])
+
+    def scale(self, x: int, out: int, add: int | None, n: int, factor: float) -> None:
+        self.launches += 1
+        added = floats(add, n) if add else [0.0] * n
+        floats(out, n)[:] = [factor * a + b for a, b in zip(floats(x, n), added, strict=True)]
+
+    def get(self, key: Any) -> Any:
+        return self.run, None, None
+
+
+@pytest.fixture(name="machine")
+def a_machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    machine, state = Machine(), tape._State()
+
+    def new_slots(self: Kernel, device: int) -> Any:
+        return launch_module._Slots(0x1000, self.spec, self.signature, device, 0)
+
+    for owner, name, value in (
+        (launch_module, "binding", lambda: machine),
+        (launch_module, "make_context_current", lambda device: None),
+        (launch_module, "raw_stream", lambda device: 7),
+        (Kernel, "new_slots", new_slots),
+        (tma, "_cached", lambda address, *_: address.to_bytes(128, "little")),
+        (triton_launch, "_LAUNCHERS", machine),
+        (triton_launch, "raw_stream", lambda device: 7),
+        (triton_launch, "current_device", lambda: 0),
+        (triton_launch, "state", state),
+        (tape, "state", state),
+        (tape, "current_device", lambda: 0),
+        (tape, "empty_strided", lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype)),
+        (torch.cuda, "current_device", lambda: 0),
+        (torch.cuda, "is_current_stream_capturing", lambda: False),
+        (Tensor, "get_device", lambda tensor: 0),
+    ):
+        monkeypatch.setattr(owner, name, value)
+    return machine
+
+
+class Function:
+    """Counts its runs, and has memory of its own."""
+
+    def __init__(self, tmp_path: Path, odd: Callable[[Tensor], Tensor] = lambda t: t) -> None:
+        (tmp_path / "scale.cu").write_text(SOURCE)
+        self.kernel = Kernel(KernelSpec("scale", "scale.cu", root=tmp_path))
+        self.odd, self.runs = odd, 0
+
+    def launch(self, x: Tensor, out: Tensor, add: Tensor | None, factor: float) -> None:
+        map_x = tensor_map(x.view(-1), box=(4,), swizzle=0)
+        self.kernel.launch((1, 1, 1), map=map_x, out=out, add=add, n=x.numel(), factor=factor)
+
+    def __call__(self, x: Tensor, y: Tensor | None, factor: float) -> tuple[Tensor, Tensor]:
+        """x + 2 (factor x + y), and the first column of the sum of its halves."""
+        self.runs += 1
+        n = x.numel()
+        scratch, out, halves = x.new_empty(n), x.new_empty(2, n // 8, 4), x.new_empty(n // 8, 4)
+        triton_launch.launch(TRITON_KERNEL, (1,), (x, scratch, y, n, factor), ())
+        self.launch(scratch, out, self.odd(x), 2.0)
+        torch.sum(out, 0, out=halves)
+        return out, halves[:, 1]
+
+
+def expected(x: Tensor, y: Tensor | None, factor: float) -> tuple[Tensor, Tensor]:
+    out = (x + 2 * (factor * x + (0 if y is None else y))).view(2, -1, 4)
+    return out, out.sum(0)[:, 1]
+
+
+def check(function: Function, *args: Any, runs: bool) -> None:
+    before = function.runs
+    torch.testing.assert_close(play(function, args), expected(*args))
+    assert function.runs == before + runs
+
+
+def test_from_the_third_call_on_a_function_is_played(machine: Machine, tmp_path: Path) -> None:
+    function = Function(tmp_path)
+    keep = []
+    for call in range(6):
+        x, y = torch.randn(32), torch.randn(32)
+        keep += [x, y, torch.empty(100 * call)]  # so that the next ones lie elsewhere
+        check(function, x, y, 3.0, runs=call < 2)
+        check(function, x, None, 3.0, runs=call < 2)
+        check(function, x, y, 0.5, runs=call < 2)
+        check(function, torch.cat([x, y]), torch.cat([y, y]), 3.0, runs=call < 2)
+    assert machine.launches == 6 * 4 * 2
+
+
+def test_who_watches_sees_every_run(machine: Machine, tmp_path: Path) -> None:
+    function = Function(tmp_path)
+    for call in range(4):
+        check(function, torch.randn(32), None, 3.0, runs=call < 2)
+        with tape.without_tapes():
+            check(function, torch.randn(32), None, 3.0, runs=True)
+
+
+def test_an_address_inside_of_a_tensor_moves_with_it(machine: Machine, tmp_path: Path) -> None:
+    function, runs = Function(tmp_path), []
+
+    def through_the_middle(x: Tensor) -> Tensor:
+        runs.append(x.numel())
+        scratch, out = x.new_empty(64), x.new_empty(32)
+        function.launch(x[16:48], scratch[32:], None, 2.0)
+        triton_launch.launch(TRITON_KERNEL, (1,), (scratch[32:], out[16:], None, 16, 3.0), ())
+        function.launch(scratch[48:], out[:16], None, 5.0)
+        return out[4:]
+
+    for _ in range(5):
+        x = torch.randn(64)
+        got = play(through_the_middle, (x,))
+        torch.testing.assert_close(got, torch.cat([10 * x[32:48], 6 * x[16:32]])[4:])
+    assert len(runs) == 2
+
+
+def test_results_of_two_plays_are_two(machine: Machine, tmp_path: Path) -> None:
+    function = Function(tmp_path)
+    x, y = torch.randn(32), torch.randn(32)
+    results = [play(function, (x + call, y, 3.0)) for call in range(5)]
+    for call, result in enumerate(results):
+        torch.testing.assert_close(result, expected(x + call, y, 3.0))
+
+
+def test_an_argument_that_came_twice_may_come_as_two(machine: Machine, tmp_path: Path) -> None:
+    function = Function(tmp_path)
+    x, y = torch.randn(32), torch.randn(32)
+    for call in range(4):
+        check(function, x, x, 3.0, runs=call < 2)
+    check(function, x, y, 3.0, runs=True)
+    check(function, y, y, 3.0, runs=False)
+
+
+def test_an_argument_at_an_odd_address_is_for_the_function(machine: Machine, tmp_path: Path) -> None:
+    function = Function(tmp_path)
+    for call in range(4):
+        check(function, torch.randn(32), torch.randn(33)[1:], 3.0, runs=True)
+        check(function, torch.randn(32), torch.randn(32), 3.0, runs=call == 0)
+
+
+OUTSIDE = torch.ones(32)
+ODD: dict[str, Callable[[Tensor], Tensor]] = {
+    "a new tensor": lambda x: x * 1,
+    "memory of nobody": lambda x: OUTSIDE,
+    "memory of nobody, written to": lambda x: OUTSIDE.copy_(x),
+    "a number that is read": lambda x: x[: 32 + 0 * int(x[0].item())],
+}
+
+
+@pytest.mark.parametrize("why", ODD)
+def test_what_no_tape_can_hold_runs_each_time(why: str, machine: Machine, tmp_path: Path) -> None:
+    function = Function(tmp_path, ODD[why])
+    for _ in range(4):
+        x = torch.randn(32)
+        OUTSIDE.copy_(x)
+        check(function, x, torch.randn(32), 3.0, runs=True)
+
+
+def test_arguments_that_overlap_and_large_workspaces_run_each_time(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function = Function(tmp_path)
+    for _ in range(4):
+        both = torch.randn(48)
+        check(function, both[:32], both[16:], 3.0, runs=True)
+    monkeypatch.setattr(tape, "MAX_WORKSPACE", 100)
+    for _ in range(4):
+        check(function, torch.randn(64), None, 3.0, runs=True)
+
+
+def test_a_recording_and_a_tape_keep_no_tensor_alive(machine: Machine, tmp_path: Path) -> None:
+    function, arguments, allocated = Function(tmp_path), [], []
+
+    class Seen(tape.DispatchMode):  # type: ignore[misc, name-defined]
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = op(*args, **(kwargs or {}))
+            if "new_empty" in str(op):
+                allocated.append(weakref.ref(result))
+            return result
+
+    for call in range(4):
+        x = torch.randn(32)
+        arguments.append(weakref.ref(x))
+        with Seen():
+            check(function, x, None, 3.0, runs=call < 2)
+        del x
+        assert not any(ref() is not None for ref in (*arguments, *allocated)), call
+    assert len(allocated) == 2 * 3
+
+
+def test_an_error_in_a_recording_leaves_no_recorder(machine: Machine, tmp_path: Path) -> None:
+    def fails(x: Tensor) -> Tensor:
+        raise ValueError("no")
+
+    for _ in range(3):
+        with pytest.raises(ValueError, match="no"):
+            play(Function(tmp_path, fails), (torch.randn(32), None, 3.0))
+        assert tape.state.recorder is None
+
+
+def test_kinds_of_calls_are_forgotten_in_time(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tape, "KEPT", 3)
+    function = Function(tmp_path)
+    for n in range(1, 10):
+        check(function, torch.randn(8 * n), None, 3.0, runs=True)
+        assert len(tape.state.tapes) <= 3

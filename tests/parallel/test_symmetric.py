@@ -1,0 +1,33 @@
+"""Memory that all ranks reach: when it is taken, why not, and copies through it between two processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import symmetric_cases as cases
+import torch
+from ranks import run_ranks
+
+
+def test_two_processes_that_share_memory_have_the_bits_of_one(tmp_path: Path) -> None:
+    for said, found in run_ranks(2, cases.same_as_one_process, tmp_path):
+        assert "transport: gather, by copies between GPUs that reach each other's memory, through 0.131 MB" in said
+        assert found == []
+
+
+def test_every_rank_has_the_same_reason_against_it(tmp_path: Path) -> None:
+    first, second = run_ranks(2, cases.obstacles, tmp_path)
+    assert (
+        first
+        == second
+        == [
+            "ranks 0 and 1 share a GPU",
+            "rank 1 does not see the GPU of rank 0: another host, or CUDA_VISIBLE_DEVICES hides it",
+            "flags between GPUs are compiled for compute capability 9.0",
+            "the GPU of rank 1 cannot read that of rank 0 (`supersonic-moe doctor` shows the matrix)",
+            f"torch {torch.__version__} has no symmetric memory",
+            "0.00512 MB of symmetric memory were refused: CUDA out of memory.",
+            "GPUs do not reach each other's memory: no such handle",
+            "memory of other GPUs is not where torch says: instead of all ranks, rank 1 found [1, 0]",
+        ]
+    )
