@@ -379,10 +379,12 @@ class ExpertParallel:
         if self.size == 1:
             return f"{here}\ntransport: none, a group of one rank runs the plain layer"
         sizes = (self.max_tokens, self.hidden, self.num_experts, self.top_k, self.size)
+        fixed = self.max_tokens if self.transport == "gather" else None
         places = "as many as needed: the host waits once in each forward"
         if self.transport == "gather":
             places = f"{self.max_tokens} for each rank: no wait for the host"
         elif self.capacity != "exact":
+            fixed = self.capacity
             places = f"{self.capacity} tokens for each pair of ranks: no wait for the host, more raise"
         return "\n".join(
             (
@@ -390,7 +392,7 @@ class ExpertParallel:
                 f"transport: {self.transport}, {self._how}",
                 f"wire: {self.wire}, x and gradients of outputs {fp8_wire.DTYPES[self.wire]}",
                 f"places: {places}",
-                described(*sizes, self.wire, gathers=self.transport == "gather"),
+                described(*sizes, self.wire, places=fixed),
                 f"limit of a wait: {self.timeout_s:g} s",
             )
         )

@@ -233,7 +233,7 @@ class MegaMoE:
             lines.append("way: one rank runs inference.moe_fp8_topk, and nothing travels")
         else:
             sizes = (tokens, hidden, self.num_experts, self.top_k, ranks)
-            sent = traffic(*sizes, "fp8", gathers=self.transport == "gather")
+            sent = traffic(*sizes, "fp8", places=tokens if self.transport == "gather" else None)
             lines.append(
                 "way: composed of dispatch in e4m3, inference.moe_fp8_topk on what arrived, and partial outputs back "
                 "in bf16; nothing is sent while products run"
