@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from command_line import outcome, run
+from command_line import outcome, run, words
 from ranks import run_ranks
 
 from supersonic_moe.bench.ep_timeline import Exchange, timeline
@@ -26,6 +26,11 @@ def test_one_rank_is_measured_against_the_plain_layer(tmp_path: Path) -> None:
     row = rows["fwd_bwd_us"]
     assert row["case"] == "T32_H32_I16_E4_K2_R1" and row["peer"] == "one-gpu" and OURS not in row.values()
     assert row["ratio"] == pytest.approx(row["peer_value"] / row["value"], rel=1e-3)
+
+
+def test_an_fp8_wire_needs_an_fp8_layer() -> None:
+    result = run("bench", "ep", *QUICK, "--wire", "fp8")
+    assert result.exit_code == 2 and "wire fp8 is for an FP8 layer; got recipe bf16" in words(result)
 
 
 def test_two_ranks_take_the_same_decisions(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def test_a_run_on_a_cpu_writes_its_file_and_its_figure(tmp_path: Path) -> None:
     files = [str(tmp_path / name) for name in ("mega.json", "mega.png")]
     result = run("bench", "mega", *QUICK, "--commit", "c", "--json", files[0], "--png", files[1])
     assert result.exit_code == 0, result.output
+    assert "CUDA-graph replays" not in result.output  # there are none
     rows = json.loads(Path(files[0]).read_text())["rows"]
     assert [*dict.fromkeys(row["case"] for row in rows)] == [
         "tiny_T1_uniform", "tiny_T19_uniform", "tiny-positive_T7_uniform"
@@ -73,6 +74,7 @@ def test_unknown_options_are_refused() -> None:
     for option, given, said in (
         ("--shape", "small", "a shape is one of flash, pro"),
         ("--tokens", "0", "tokens must be at least 1; got 0"),
+        ("--tokens", "5", "a CPU runs three tiny cases of its own. Leave --shape and --tokens out"),
         ("--peers", "nobody", "peers are moe_fp8_topk,deep_gemm_fused or none"),
     ):
         result = run("bench", "mega", *QUICK, option, given)

@@ -33,5 +33,14 @@ def test_a_step_warns_of_nothing() -> None:
     assert run_ranks(2, arguments.warnings_of_steps) == [{"exact": [], "capacity": [], "gather": []}] * 2
 
 
+def test_explain_counts_what_is_sent() -> None:
+    """Rows of partial outputs, 128 bytes each: needed ones with an exact capacity, all places else."""
+    for *said, name in run_ranks(2, arguments.explanations):
+        sent = [float(re.search(r"partial outputs (\S+)", text)[1]) for text in said]  # type: ignore[index]
+        needed = 512 * (1 - 12 / 56)
+        assert sent == [float(f"{rows * 128 / 1e6:.3g}") for rows in (needed, 512, 64, 512)]
+        assert name and name != "undefined"
+
+
 def test_an_automatic_wire_is_fp8_where_that_costs_nothing() -> None:
     assert run_ranks(2, arguments.wires_of_auto) == [[True, False, False, False]] * 2

@@ -115,6 +115,11 @@ def test_one_rank_is_the_plain_layer_and_copies_nothing(one_rank: None) -> None:
     got = ep.dispatch(x[:1], ids, scores)
     assert got.x.data_ptr() == x.data_ptr() and got.ids.tolist() == [[0, -1, -1]] and got.scores is scores
     assert ep.combine(got.x, got.handle) is got.x
+    weights = torch.randn(cases.E - 1, 2 * cases.I, cases.H), torch.randn(cases.E - 1, cases.H, cases.I)
+    with pytest.raises(ValueError, match=rf"w1 must have expert count {cases.E} .*; got {cases.E - 1}"):
+        ep.experts(x[:1], ids, scores, *weights)
+    with pytest.raises(TypeError, match="capacity must be \"exact\" or a number of tokens; got 'auto'"):
+        cases.make(capacity="auto")
     with pytest.raises(TypeError, match=r"cannot be pickled\. Save its state_dict\(\)"):
         torch.save(spread, io.BytesIO())
 

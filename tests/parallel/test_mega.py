@@ -102,6 +102,7 @@ CONSTRUCTED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_experts": 8.0}, TypeError, "num_experts must be a positive integer"),
     ({"group": "world"}, TypeError, "needs a process group of torch.distributed or a DeviceMesh; got str"),
     ({"transport": "pigeon"}, ValueError, "transport must be one of 'gather', 'all_to_all'; got 'pigeon'"),
+    ({"timeout_s": 0}, ValueError, "timeout_s must be finite and at least 0.01; got 0"),
 ]
 CALLED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"x": torch.zeros(4, H)}, TypeError, "x must be bfloat16 or float8_e4m3fn"),

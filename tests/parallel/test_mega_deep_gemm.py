@@ -91,6 +91,7 @@ def test_what_does_not_exist_is_refused() -> None:
             buffer(**changes)
     for options, message in (
         ({"recipe": (1, 1, 32)}, r"recipe must be \(128, 128, 128\)"),
+        ({"recipe": None}, r"recipe must be \(128, 128, 128\).*; got None"),
         ({"activation": "gelu"}, "activation must be 'swiglu'; got 'gelu'"),
         ({"activation_clamp": -1.0}, "limit must be a positive finite number"),
     ):
@@ -100,3 +101,18 @@ def test_what_does_not_exist_is_refused() -> None:
         deep_gemm.fp8_mega_moe(y, *weights, buffer(2))
     with pytest.raises(TypeError, match="sym_buffer must come from get_symm_buffer_for_mega_moe of this module"):
         deep_gemm.fp8_mega_moe(y, *weights, object())
+    for other in (y.float(), torch.zeros(H, 3).bfloat16().t()):
+        with pytest.raises(ValueError, match=r"y must be a contiguous bfloat16 tensor; got .* strides"):
+            deep_gemm.fp8_mega_moe(other, *weights, buffer())
+    for pairs in ((case.w13, weights[1]), ((*weights[0], None), weights[1])):
+        with pytest.raises(TypeError, match=r"l1_weights must be a pair \(codes, scale\); got"):
+            deep_gemm.transform_weights_for_mega_moe(*pairs)
+
+
+def test_a_buffer_is_destroyed_once() -> None:
+    case, buf = cases.case_of(3), buffer()
+    weights = deep_gemm.transform_weights_for_mega_moe((case.w13, case.w13_scale), (case.w2, case.w2_scale))
+    buf.destroy()
+    buf.destroy()
+    with pytest.raises(ValueError, match="must not be destroyed before a call"):
+        deep_gemm.fp8_mega_moe(torch.zeros(3, H).bfloat16(), *weights, buf)

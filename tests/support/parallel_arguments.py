@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from supersonic_moe import Bf16Recipe, Fp8Recipe, MoE
-from supersonic_moe.parallel import fp8_wire, shard_experts
+from supersonic_moe.parallel import ExpertParallel, fp8_wire, shard_experts
+from supersonic_moe.parallel.collectives import name_of
 
 
 def layer(expert_parallel: Any) -> MoE:
@@ -82,6 +83,17 @@ def warnings_of_steps() -> dict[str, list[str]]:
         ep.close()
         found[name] = [str(w.message) for w in caught]
     return found
+
+
+def explanations() -> list[str]:
+    """Of each way, for ranks without a name of their own."""
+    ranks = dist.new_group()
+    said = []
+    for way in ({}, {"capacity": 512}, {"capacity": 64}, {"transport": "gather"}):
+        ep = ExpertParallel(ranks, num_experts=8, top_k=2, hidden=64, max_tokens=512, **way)  # type: ignore[arg-type]
+        said.append(ep.explain())
+        ep.close()
+    return [*said, name_of(ranks)]
 
 
 def wires_of_auto() -> list[bool]:

@@ -124,7 +124,7 @@ def _run(shape: LayerShape, config: EpConfig, ranks: dist.ProcessGroup, progress
         result.metrics[name]["host_us"] = _host_us(contender.fwd_bwd, config.device)
     if size > 1:
         sizes = (shape.tokens, shape.hidden, ep.num_experts, shape.top_k, size)
-        sent = traffic(*sizes, wire, gathers=ep.transport == "gather")
+        sent = traffic(*sizes, wire, places=shape.tokens if ep.transport == "gather" else None)
         result.metrics[OURS]["sent_bytes"] = sum(sent)
         progress("finding out when rows travel")
         result.timeline = timeline(contenders[OURS].fwd_bwd, marks_for(config.device))

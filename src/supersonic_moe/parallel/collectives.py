@@ -114,4 +114,5 @@ def group_of(group: object) -> dist.ProcessGroup:
 
 def name_of(group: dist.ProcessGroup) -> str:
     """What its user called it, else what torch does."""
-    return group.group_desc or group.group_name
+    described = group.group_desc
+    return group.group_name if described in ("", "undefined") else described

@@ -119,6 +119,8 @@ class ExpertParallel:
         checks.choices_fit(top_k, num_experts)
         checks.number("timeout_s", timeout_s, lowest=0.01)
         if capacity != "exact":
+            if isinstance(capacity, str) or capacity is None:
+                raise TypeError(f'capacity must be "exact" or a number of tokens; got {checks.short(capacity)}.')
             checks.positive("capacity", capacity)
         for name, choice, known in (("wire", wire, ("auto", "exact", "fp8")), ("transport", transport, TRANSPORTS)):
             if choice not in known:
@@ -218,8 +220,10 @@ class ExpertParallel:
         (E/R, N1, H) and ``w2`` (E/R, H, I). Biases likewise.
         """
         if self.size == 1:
-            weights = _local(w1), _local(w2)
-            return functional.topk_experts(x_TH, topk_ids_TK, topk_scores_TK, *weights, **_local_biases(options))
+            w1, w2 = _local(w1), _local(w2)
+            checks.tensor("w1", w1, 3, "(E/R, N1, H)")  # of fewer experts than E the plain layer would skip ids
+            checks.size("w1", "expert count", w1.shape[0], self.experts_here, "the experts of this rank")
+            return functional.topk_experts(x_TH, topk_ids_TK, topk_scores_TK, w1, w2, **_local_biases(options))
         x_TH = self._checked_x(x_TH)
         self._check_choices(x_TH, topk_ids_TK, topk_scores_TK)
         if options.get("validate"):
@@ -379,10 +383,12 @@ class ExpertParallel:
         if self.size == 1:
             return f"{here}\ntransport: none, a group of one rank runs the plain layer"
         sizes = (self.max_tokens, self.hidden, self.num_experts, self.top_k, self.size)
+        fixed = self.max_tokens if self.transport == "gather" else None
         places = "as many as needed: the host waits once in each forward"
         if self.transport == "gather":
             places = f"{self.max_tokens} for each rank: no wait for the host"
         elif self.capacity != "exact":
+            fixed = self.capacity
             places = f"{self.capacity} tokens for each pair of ranks: no wait for the host, more raise"
         return "\n".join(
             (
@@ -390,7 +396,7 @@ class ExpertParallel:
                 f"transport: {self.transport}, {self._how}",
                 f"wire: {self.wire}, x and gradients of outputs {fp8_wire.DTYPES[self.wire]}",
                 f"places: {places}",
-                described(*sizes, self.wire, gathers=self.transport == "gather"),
+                described(*sizes, self.wire, places=fixed),
                 f"limit of a wait: {self.timeout_s:g} s",
             )
         )

@@ -108,6 +108,7 @@ class MegaMoE:
                     f"{name} must be a multiple of {of}; got {value}. Pad the weights of the checkpoint to one."
                 )
         checks.choices_fit(top_k, num_experts)
+        checks.number("timeout_s", timeout_s, lowest=0.01)
         if transport not in TRANSPORTS:
             raise ValueError(
                 f"transport must be one of {', '.join(map(repr, TRANSPORTS))}; got {checks.short(transport)}."
@@ -150,7 +151,7 @@ class MegaMoE:
         Args:
             x: (T, H) bfloat16, quantized inside in blocks of 1 x 128, or float8_e4m3fn with ``x_scale``.
             w13, w2: (E/R, 2 I, H), (E/R, H, I) float8_e4m3fn: the experts of this rank, from ``first_expert`` on.
-            w13_scale, w2_scale: (E/R, 2 I / 128, H / 128), (E/R, H / 128, ceil(I / 128)) float32.
+            w13_scale, w2_scale: (E/R, 2 ceil(I / 128), H / 128), (E/R, H / 128, ceil(I / 128)) float32.
             topk_weights: (T, K) float32, multiplied into the outputs of experts.
             topk_ids: (T, K) int32 or int64, of all experts. Outside [0, E), such as -1, a choice has no expert; a token
                 without any is exactly +0.
@@ -233,7 +234,7 @@ class MegaMoE:
             lines.append("way: one rank runs inference.moe_fp8_topk, and nothing travels")
         else:
             sizes = (tokens, hidden, self.num_experts, self.top_k, ranks)
-            sent = traffic(*sizes, "fp8", gathers=self.transport == "gather")
+            sent = traffic(*sizes, "fp8", places=tokens if self.transport == "gather" else None)
             lines.append(
                 "way: composed of dispatch in e4m3, inference.moe_fp8_topk on what arrived, and partial outputs back "
                 "in bf16; nothing is sent while products run"

@@ -47,9 +47,10 @@ class SymmBuffer:
         self.topk_weights = torch.zeros(max_tokens, top_k, device=device)
 
     def destroy(self) -> None:
-        """Gives the memory back, and leaves the group."""
-        self.mega.close()
-        del self.mega, self.x, self.x_sf, self.topk_idx, self.topk_weights
+        """Gives the memory back, and leaves the group. May be called twice."""
+        if hasattr(self, "mega"):
+            self.mega.close()
+            del self.mega, self.x, self.x_sf, self.topk_idx, self.topk_weights
 
 
 def get_symm_buffer_for_mega_moe(
@@ -92,12 +93,15 @@ def transform_weights_for_mega_moe_sm90(
     """The same tensors, checked: our kernels read weights as a checkpoint stores them, and nothing is copied.
 
     Args:
-        l1_weights: (E/R, 2 I, H) float8_e4m3fn with gate rows first, and (E/R, 2 I / 128, H / 128) float32.
-        l2_weights: (E/R, H, I) float8_e4m3fn, and (E/R, H / 128, I / 128) float32.
+        l1_weights: (E/R, 2 I, H) float8_e4m3fn with gate rows first, and (E/R, 2 ceil(I / 128), H / 128) float32.
+        l2_weights: (E/R, H, I) float8_e4m3fn, and (E/R, H / 128, ceil(I / 128)) float32.
 
     Raises:
         TypeError, ValueError: other dtypes or shapes, FP4 weights and packed scales among them.
     """
+    for name, given in (("l1_weights", l1_weights), ("l2_weights", l2_weights)):
+        if not isinstance(given, tuple | list) or len(given) != 2:
+            raise TypeError(f"{name} must be a pair (codes, scale); got {checks.short(given)}.")
     (w13, w13_scale), (w2, w2_scale) = l1_weights, l2_weights
     check_experts(w13, w2, w13_scale, w2_scale, GateUpLayout.GATE_UP)
     return Weights(w13, w13_scale), Weights(w2, w2_scale)
@@ -140,10 +144,14 @@ def fp8_mega_moe(
                 f"{name} must come from transform_weights_for_mega_moe_sm90 of this module: DeepGEMM's own look the "
                 f"same and have their rows in another order; got {type(given).__name__}."
             )
-    if tuple(recipe) != RECIPE:
+    if not hasattr(sym_buffer, "mega"):
+        raise ValueError("sym_buffer must not be destroyed before a call. Get another one.")
+    if not isinstance(recipe, tuple | list) or tuple(recipe) != RECIPE:
         raise ValueError(f"recipe must be {RECIPE}: scales for 128 columns and for 128 x 128 weights; got {recipe}.")
     _check_activation(activation)
     checks.tensor("y", y, 2, "(n, H)")
+    if y.dtype is not torch.bfloat16 or not y.is_contiguous():
+        raise ValueError(f"y must be a contiguous bfloat16 tensor; got {checks.describe(y)}, strides {y.stride()}.")
     if y.shape[0] > sym_buffer.num_max_tokens_per_rank:
         raise ValueError(
             f"y must not have more rows than the buffer, {sym_buffer.num_max_tokens_per_rank}; got {y.shape[0]}. Make "

@@ -28,18 +28,19 @@ class Traffic(NamedTuple):
 
 
 def traffic(
-    tokens: int, hidden: int, num_experts: int, top_k: int, ranks: int, wire: str, *, gathers: bool = False
+    tokens: int, hidden: int, num_experts: int, top_k: int, ranks: int, wire: str, *, places: int | None = None
 ) -> Traffic:
-    """For BF16 layers, or with ``wire="fp8"`` FP8 layers; ``gathers``: all tokens go to all ranks."""
-    copies = tokens * (ranks - 1) * (1 if gathers else share_of_ranks(num_experts, top_k, ranks))
+    """For BF16 layers, or with ``wire="fp8"`` FP8 layers; ``places``: so many rows go to each rank, needed or not."""
+    each = tokens * share_of_ranks(num_experts, top_k, ranks) if places is None else places
+    copies = (ranks - 1) * each
     row = hidden + 4 * blocks(hidden) if wire == "fp8" else 2 * hidden
     return Traffic(copies * (row + 8 * top_k), copies * 2 * hidden, copies * row, copies * (2 * hidden + 4 * top_k))
 
 
 def described(
-    tokens: int, hidden: int, num_experts: int, top_k: int, ranks: int, wire: str, *, gathers: bool = False
+    tokens: int, hidden: int, num_experts: int, top_k: int, ranks: int, wire: str, *, places: int | None = None
 ) -> str:
-    sent = traffic(tokens, hidden, num_experts, top_k, ranks, wire, gathers=gathers)
+    sent = traffic(tokens, hidden, num_experts, top_k, ranks, wire, places=places)
     share = share_of_ranks(num_experts, top_k, ranks)
     return (
         f"for {tokens} tokens, of which each rank needs {share:.1%}, a rank sends, in MB,\n"

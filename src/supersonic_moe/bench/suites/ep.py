@@ -61,6 +61,8 @@ class Ep(RecipeOptions, OfLayers["EpResult"], Timed[LayerShape, "EpResult"]):
             raise ValueError(f"a wire is exact or fp8; got {self.wire!r}.")
         if self.transport not in ("auto", "all_to_all", "gather"):
             raise ValueError(f"a transport is auto, all_to_all or gather; got {self.transport!r}.")
+        if self.wire == "fp8" and self.recipe != "fp8":
+            raise ValueError(f"wire fp8 is for an FP8 layer; got recipe {self.recipe}. Add --recipe fp8 --scale pow2.")
         return super().cases()
 
     def run(self, case: LayerShape, progress: Progress) -> EpResult:

@@ -33,7 +33,8 @@ class Mega(Timed["InferCase", "InferResult"]):
         list[str] | None, typer.Option(help="flash, pro, mimo-2.5 or mimo-2.5-pro. Repeatable. Default: each.")
     ] = None
     tokens: Annotated[
-        list[int] | None, typer.Option(help="Repeatable. Default: 16, 64, 256, 512, 1024, 4096, 8192.")
+        list[int] | None,
+        typer.Option(help="Tokens of a call. Repeatable. Default: 16, 64, 256, 512, 1024, 4096, 8192."),
     ] = None
     peers: Annotated[str, typer.Option(help=f"Of {PEERS}; none for ours alone.")] = PEERS
     png: options.Png = None
@@ -44,6 +45,8 @@ class Mega(Timed["InferCase", "InferResult"]):
 
     @property
     def method(self) -> str:
+        if self.where.type != "cuda":
+            return super().method
         return f"CUDA-graph replays, L2 overwritten before each. {super().method}"
 
     @cached_property
@@ -65,6 +68,8 @@ class Mega(Timed["InferCase", "InferResult"]):
         if any(tokens < 1 for tokens in self.tokens or ()):
             raise ValueError(f"tokens must be at least 1; got {min(self.tokens or ())}.")
         if self.where.type != "cuda":
+            if self.shape or self.tokens:
+                raise ValueError("a CPU runs three tiny cases of its own. Leave --shape and --tokens out.")
             return CPU_CASES
         tokens = tuple(self.tokens or TOKENS)
         return [case for name in self.shape or SHAPES for case in cases_of(SHAPES[name], tokens)]
