@@ -16,7 +16,7 @@ from supersonic_moe.config.recipe import Fp8Recipe, Recipe, as_recipe
 from supersonic_moe.config.router import SigmoidGroupedTopK, TokenRounding, TopKRouter, as_router, check_router
 from supersonic_moe.functional import RouterWeight, Selection, run_layer
 from supersonic_moe.parts import Experts, Router, is_plain_linear, reset, weights_of
-from supersonic_moe.private_api import exporting, in_backward, member_of
+from supersonic_moe.private_api import exporting, in_backward, member_of, transforms_active
 from supersonic_moe.quantization.weight_cache import WeightCache
 from supersonic_moe.routing.aux_loss import router_z_loss, switch_load_balancing_loss
 from supersonic_moe.routing.counts import add_counts, keep_counts, move_biases
@@ -161,7 +161,7 @@ class MoE(nn.Module):
         base = self.routing.base if isinstance(self.routing, TokenRounding) else self.routing
         # No buffers: DistributedDataParallel would overwrite the counts of every rank by those of the first.
         self.expert_counts = torch.zeros(num_experts, dtype=torch.int32, device=device)
-        """(E,) rows that each expert computed in the last forward; zeros before."""
+        """(E,) rows that each expert computed in the last forward outside of ``torch.func``; zeros before."""
         self.counts_since_update: Tensor | None = None
         """(E,) int64 rows of all forwards in training mode since the correction bias was moved; None without one."""
         if isinstance(base, SigmoidGroupedTopK):
@@ -270,6 +270,8 @@ class MoE(nn.Module):
         return output, aux_loss
 
     def _count(self, counts_E: Tensor, training: bool) -> None:
+        if not torch.compiler.is_compiling() and transforms_active():  # whose tensors are of no use once it has ended
+            return
         total_E = self.counts_since_update if training else None
         if total_E is not None and total_E.device != counts_E.device:  # parameters came one by one, not by ``_apply``
             total_E = self.counts_since_update = _moved(total_E, counts_E.device)
