@@ -211,9 +211,13 @@ class MoE(nn.Module):
             "hidden_states", "last dimension", hidden_states.shape[-1], self.hidden_size, "hidden_size of the layer"
         )
         recipe, correction_bias, training = self.recipe, self.correction_bias, self.training
+        router = member_of(self, "router")
+        fused = is_plain_linear(router)
         if not torch.compiler.is_compiling():
             counts = not is_inference_mode and (training or torch.is_grad_enabled())
             recipe, correction_bias, training = self._last_forward.settings(recipe, correction_bias, training, counts)
+            if isinstance(router, nn.Linear):
+                fused = self._last_forward.fuses(fused, counts)
         policy = self.routing
         rounding_step: Tensor | int = 0
         if isinstance(policy, TokenRounding):
@@ -229,13 +233,12 @@ class MoE(nn.Module):
         if token_mask is not None:
             checks.token_mask("token_mask", token_mask, hidden_states)
             token_mask = token_mask.reshape(-1)
-        router = member_of(self, "router")
         w1, b1 = weights_of(member_of(self, "c_fc"), "c_fc", x_TH)
         w2, b2 = weights_of(member_of(self, "c_proj"), "c_proj", x_TH)
         run = run_layer if self.expert_parallel is None else self.expert_parallel.run_layer
         out_TH, logits_TE, counts_E, ids_TK = run(
             x_TH,
-            RouterWeight(member_of(router, "weight"), self.router_dtype) if is_plain_linear(router) else router,
+            RouterWeight(member_of(router, "weight"), self.router_dtype) if fused else router,
             w1,
             w2,
             Selection(self.top_k, policy, correction_bias, rounding_step, token_mask),
