@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from supersonic_moe.ops import caller
@@ -33,6 +34,12 @@ def counted(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return call(x)
 
 
+def traced(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """With real tensors, and before autograd: under a mode of another kind than the FLOP counter's."""
+    got: Tensor = make_fx(call, tracing_mode="real", pre_dispatch=True)(x)(x)
+    return got
+
+
 def without_gradients(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     with torch.no_grad():
         return call(x)
@@ -47,6 +54,7 @@ OBSERVED: dict[str, Callable[..., Any]] = {
     "gradients are recorded": lambda call, x: call(x),
     "FLOPs are counted": lambda call, x: without_gradients(lambda y: counted(call, y), x),
     "a transform": grad_of,
+    "a trace ahead of autograd": lambda call, x: without_gradients(lambda y: traced(call, y), x),
     "the compiler": lambda call, x: without_gradients(lambda y: compiled(call, y), x),
     "another class": lambda call, x: without_gradients(call, x.as_subclass(Subclass)),
     "meta": lambda call, x: without_gradients(call, x.to("meta")),

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from supersonic_moe.private_api import BASE_APPLIES, transforms_active
+from supersonic_moe.private_api import BASE_APPLIES, in_forward_mode, transforms_active
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -22,7 +22,10 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     if torch.compiler.is_compiling():
         return function.apply(*args)  # type: ignore[no-untyped-call]
     try:
-        if transforms_active() or not BASE_APPLIES:
+        transformed = transforms_active()
+        if transformed and not (torch.is_grad_enabled() or in_forward_mode()):  # vmap refuses a Function even here
+            return function.forward(*args)
+        if transformed or not BASE_APPLIES:
             return function.apply(*args)  # type: ignore[no-untyped-call]
         return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
     except RuntimeError as error:

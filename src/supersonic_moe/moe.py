@@ -16,7 +16,7 @@ from supersonic_moe.config.recipe import Fp8Recipe, Recipe, as_recipe
 from supersonic_moe.config.router import SigmoidGroupedTopK, TokenRounding, TopKRouter, as_router, check_router
 from supersonic_moe.functional import RouterWeight, Selection, run_layer
 from supersonic_moe.parts import Experts, Router, is_plain_linear, reset, weights_of
-from supersonic_moe.private_api import exporting, in_backward, member_of
+from supersonic_moe.private_api import exporting, in_backward, member_of, transforms_active
 from supersonic_moe.quantization.weight_cache import WeightCache
 from supersonic_moe.routing.aux_loss import router_z_loss, switch_load_balancing_loss
 from supersonic_moe.routing.counts import add_counts, keep_counts, move_biases
@@ -161,7 +161,7 @@ class MoE(nn.Module):
         base = self.routing.base if isinstance(self.routing, TokenRounding) else self.routing
         # No buffers: DistributedDataParallel would overwrite the counts of every rank by those of the first.
         self.expert_counts = torch.zeros(num_experts, dtype=torch.int32, device=device)
-        """(E,) rows that each expert computed in the last forward; zeros before."""
+        """(E,) rows that each expert computed in the last forward outside of ``torch.func``; zeros before."""
         self.counts_since_update: Tensor | None = None
         """(E,) int64 rows of all forwards in training mode since the correction bias was moved; None without one."""
         if isinstance(base, SigmoidGroupedTopK):
@@ -211,9 +211,13 @@ class MoE(nn.Module):
             "hidden_states", "last dimension", hidden_states.shape[-1], self.hidden_size, "hidden_size of the layer"
         )
         recipe, correction_bias, training = self.recipe, self.correction_bias, self.training
+        router = member_of(self, "router")
+        fused = is_plain_linear(router)
         if not torch.compiler.is_compiling():
             counts = not is_inference_mode and (training or torch.is_grad_enabled())
             recipe, correction_bias, training = self._last_forward.settings(recipe, correction_bias, training, counts)
+            if isinstance(router, nn.Linear):
+                fused = self._last_forward.fuses(fused, counts)
         policy = self.routing
         rounding_step: Tensor | int = 0
         if isinstance(policy, TokenRounding):
@@ -229,13 +233,12 @@ class MoE(nn.Module):
         if token_mask is not None:
             checks.token_mask("token_mask", token_mask, hidden_states)
             token_mask = token_mask.reshape(-1)
-        router = member_of(self, "router")
         w1, b1 = weights_of(member_of(self, "c_fc"), "c_fc", x_TH)
         w2, b2 = weights_of(member_of(self, "c_proj"), "c_proj", x_TH)
         run = run_layer if self.expert_parallel is None else self.expert_parallel.run_layer
         out_TH, logits_TE, counts_E, ids_TK = run(
             x_TH,
-            RouterWeight(member_of(router, "weight"), self.router_dtype) if is_plain_linear(router) else router,
+            RouterWeight(member_of(router, "weight"), self.router_dtype) if fused else router,
             w1,
             w2,
             Selection(self.top_k, policy, correction_bias, rounding_step, token_mask),
@@ -270,6 +273,8 @@ class MoE(nn.Module):
         return output, aux_loss
 
     def _count(self, counts_E: Tensor, training: bool) -> None:
+        if not torch.compiler.is_compiling() and transforms_active():  # whose tensors are of no use once it has ended
+            return
         total_E = self.counts_since_update if training else None
         if total_E is not None and total_E.device != counts_E.device:  # parameters came one by one, not by ``_apply``
             total_E = self.counts_since_update = _moved(total_E, counts_E.device)

@@ -88,8 +88,17 @@ def reaches(node: Any) -> bool | None:
         return None
 
 
-dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-"""How many ``__torch_dispatch__`` modes are active; 1 where torch does not say."""
+_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_included: Callable[[Any], bool] = getattr(torch._C, "_dispatch_tls_is_dispatch_key_included", _always)
+_PRE_DISPATCH = getattr(getattr(torch._C, "DispatchKey", None), "PreDispatch", None)
+_before_autograd = _always if _PRE_DISPATCH is None else _included
+
+
+def dispatch_modes() -> bool:
+    """Whether a ``__torch_dispatch__`` mode is active, one that sees ops before autograd does included, which
+    ``make_fx(pre_dispatch=True)`` traces with. True where torch does not say.
+    """
+    return bool(_modes() or _before_autograd(_PRE_DISPATCH))
 
 
 def _dispatch_mode() -> Any:

@@ -84,6 +84,8 @@ PRIVATE = {
         "_are_functorch_transforms_active",
         "_will_engine_execute_node",
         "_current_graph_task_id",
+        "_len_torch_dispatch_stack",
+        "_dispatch_tls_is_dispatch_key_included",
     ),
     nn.modules.module: tuple(
         f"_global_{when}_hooks" for when in ("forward", "forward_pre", "backward", "backward_pre")
@@ -131,6 +133,10 @@ def test_device_and_stream_are_asked_of_torch_cuda(substitutes: Any, monkeypatch
     assert substitutes.current_device is torch.cuda.current_device
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=100 + device))
     assert substitutes.raw_stream(2) == 102
+
+
+def test_a_mode_may_be_active_where_torch_does_not_say(substitutes: Any) -> None:
+    assert substitutes.dispatch_modes() and not private_api.dispatch_modes()
 
 
 def test_without_dispatch_modes_nothing_is_recorded(substitutes: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from fp8_moe import E, H, I, K, T, experts_of, moe, step, tokens
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import supersonic_moe as sm
@@ -246,3 +247,12 @@ def test_capture_quantizes_inside_the_graph() -> None:
         w.data.add_(1)
         graph.replay()
         assert torch.equal(captured, w * 2)
+
+
+def test_copies_made_under_fake_tensors_are_not_kept() -> None:
+    layer, x = moe(Fp8Recipe()), tokens()
+    expected = fresh(layer, x)
+    with sm.constant_weights(layer):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert isinstance(layer(mode.from_tensor(x))[0], FakeTensor)
+        assert torch.equal(layer(x)[0], expected)

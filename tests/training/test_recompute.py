@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
 import supersonic_moe as sm
 from supersonic_moe.training.recompute import STEPS
@@ -272,3 +274,17 @@ def test_gpu_graphs_route_as_their_forward_did(reentrant: bool, inside: bool) ->
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
         with torch.no_grad():
             x.copy_(torch.randn_like(x))
+
+
+@pytest.mark.parametrize("hooked", ["forward", "backward"])
+def test_hooks_of_all_modules_that_come_or_go_before_backward_change_nothing(run: Run, hooked: str) -> None:
+    """A FLOP counter hooks every module, and a router with hooks is called instead of being fused."""
+    layer, x = moe(), tokens()
+    want = gradients(layer, PLAIN(layer, x), x)
+    x = tokens()
+    with FlopCounterMode(display=False) if hooked == "forward" else nullcontext():
+        out = run(layer, x)
+    with FlopCounterMode(display=False) if hooked == "backward" else nullcontext():
+        got = gradients(layer, out, x)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import oracle
@@ -81,3 +82,25 @@ def test_vmap_is_right_or_refused() -> None:
     torch.testing.assert_close(func.vmap(layer)(xs), torch.stack([layer(x) for x in xs]))
     with pytest.raises(NotImplementedError, match=r"torch\.func\.vmap is not supported where gradients.*: reshape x"):
         func.vmap(experts(trained=True))(xs)
+
+
+@pytest.mark.parametrize("router_dtype", [None, torch.float64])
+def test_vmap_of_a_whole_layer_without_recorded_gradients(router_dtype: torch.dtype | None) -> None:
+    router = sm.SigmoidGroupedTopK()
+    moe, xs = sm.MoE(E, K, H, I, "swiglu", True, 0.5, router=router, router_dtype=router_dtype).double(), tokens(3)
+    with torch.no_grad():
+        outs, losses = func.vmap(moe)(xs)
+        expected = [moe(x) for x in xs]
+    torch.testing.assert_close(outs, torch.stack([out for out, _ in expected]))
+    torch.testing.assert_close(losses, torch.stack([loss for _, loss in expected]))
+
+
+def test_a_transform_leaves_nothing_of_itself_in_a_layer() -> None:
+    """A tensor of a transform that has ended cannot be copied, and so neither could the layer."""
+    moe = sm.MoE(E, K, H, I, "swiglu", True, 0.5).double()
+    moe(tokens())
+    before = moe.expert_counts.clone()
+    func.grad(lambda x: moe(x)[0].sum())(tokens())
+    with torch.no_grad():
+        func.vmap(moe)(tokens(3))
+    assert copy.deepcopy(moe).expert_counts.equal(before)

@@ -127,10 +127,11 @@ class WeightCache:
             or entry.storage() is not storages[i]
             or entry.signs != signs[i]
         ]
-        if missing:
-            for i, quantized in zip(missing, quantize(missing), strict=True):
+        made = dict(zip(missing, quantize(missing), strict=True)) if missing else {}
+        for i, quantized in made.items():
+            if type(quantized.q) is Tensor:  # a mode's own kind (fake tensors) is of no use once the mode has ended
                 self._entries[i] = _Entry(owners[i], weakref.ref(storages[i]), signs[i], quantized)
-        return [self._entries[i].quantized for i in everything]
+        return [made[i] if i in made else self._entries[i].quantized for i in everything]
 
 
 def signs_of(weights: Sequence[Tensor]) -> tuple[list[Any], ...]:

@@ -37,6 +37,7 @@ class LastForward:
         self.recipe: Recipe | None = None
         """None before a forward. ``fp8_training`` inside backward sets it for the forwards within."""
         self._training: bool | None = None
+        self._fused: bool | None = None
         self._bias_E: Tensor | None = None
         self._version = 0
         self._copy_E: Tensor | None = None
@@ -61,6 +62,16 @@ class LastForward:
             if bias_E is not None and not bias_E.is_inference():  # such a tensor counts no changes
                 self._remember(bias_E)
         return recipe, bias_E, training
+
+    def fuses(self, fused: bool, counts: bool) -> bool:
+        """Whether the router's product is fused, which saves other tensors: in backward, as in the last forward. Hooks
+        of all modules may have come since, those of a FLOP counter around backward for instance.
+        """
+        if in_backward():
+            return fused if self._fused is None else self._fused
+        if counts:
+            self._fused = fused
+        return fused
 
     def step(self, drawn: Tensor) -> Tensor:
         """The step of token rounding for a forward that drew ``drawn``, (1,) int64."""
