@@ -256,3 +256,13 @@ def test_copies_made_under_fake_tensors_are_not_kept() -> None:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             assert isinstance(layer(mode.from_tensor(x))[0], FakeTensor)
         assert torch.equal(layer(x)[0], expected)
+
+
+def test_weights_inside_a_transform_are_not_kept() -> None:
+    layer, x = moe(Fp8Recipe()), tokens()
+    weights = {name: p.detach() for name, p in layer.named_parameters()}
+    gradient = torch.func.grad(lambda w: torch.func.functional_call(layer, w, (x,))[0].float().square().sum())
+    want = gradient(weights)
+    with sm.constant_weights(layer):
+        got = gradient(weights)
+    assert all(torch.equal(got[name], want[name]) for name in weights)

@@ -47,7 +47,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from supersonic_moe.private_api import base_of, versions_of
+from supersonic_moe.private_api import base_of, transforms_active, versions_of
 
 
 class Fp8Weight(NamedTuple):
@@ -112,6 +112,7 @@ class WeightCache:
         if (
             not self._holds
             or torch.compiler.is_compiling()
+            or transforms_active()  # whose tensors have no address
             or any(weight.is_inference() or _capturing(weight) for weight in weights)
         ):
             return quantize(everything)
