@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
+import supersonic_moe as sm
 from supersonic_moe.ops import caller
 
 
@@ -96,3 +97,13 @@ def test_constants_need_no_op_where_gradients_are_recorded(op: Any) -> None:
 
     call = caller(refused, lambda x, times: x * times, differentiable=False)
     assert torch.is_grad_enabled() and call(torch.ones(3, dtype=torch.int32), 2).tolist() == [2, 2, 2]
+
+
+def test_a_profile_lists_ops_by_their_names() -> None:
+    x, logits = torch.randn(5, 16), torch.randn(5, 4)
+    w1, w2 = torch.randn(4, 16, 16, requires_grad=True), torch.randn(4, 16, 8, requires_grad=True)
+    scores, ids = logits.softmax(1).topk(2)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        sm.topk_experts(x, ids, scores, w1, w2).sum().backward()
+    names = {event.name for event in profile.events()}
+    assert {"supersonic_moe::experts_forward", "supersonic_moe::experts_backward"} <= names

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from supersonic_moe.jit.tape import play
-from supersonic_moe.private_api import dispatch_modes, transforms_active
+from supersonic_moe.private_api import dispatch_modes, profiled, transforms_active
 
 TAPES = False
 """Whether calls are recorded and played. Not before the tests marked ``gpu`` of tapes have passed on a GPU."""
@@ -45,10 +45,10 @@ def at_once(kernel: Callable[..., Any], *args: Any) -> Any:
 
 def unobserved(*args: Any) -> bool:
     """Whether a call with these arguments, a tensor first, is one that only its result tells from a function call: not
-    traced by the compiler, under no dispatch mode (FLOP counters, fake tensors, selective checkpointing), in no
-    transform of ``torch.func``, without tensors of another class (DTensor) or sizes without a value, and on a device
-    that computes.
+    traced by the compiler, under no dispatch mode (FLOP counters, fake tensors, selective checkpointing) or profiler,
+    in no transform of ``torch.func``, without tensors of another class (DTensor) or sizes without a value, and on a
+    device that computes.
     """
-    if torch.compiler.is_compiling() or dispatch_modes() or transforms_active():
+    if torch.compiler.is_compiling() or dispatch_modes() or transforms_active() or profiled():
         return False
     return _PLAIN.issuperset(map(type, args)) and (args[0].is_cuda or args[0].is_cpu)

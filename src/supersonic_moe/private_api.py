@@ -101,6 +101,10 @@ def dispatch_modes() -> bool:
     return bool(_modes() or _before_autograd(_PRE_DISPATCH))
 
 
+profiled: Callable[[], bool] = getattr(torch.autograd, "_profiler_enabled", lambda: True)
+"""Whether torch's profiler runs, which lists ops by their names; True where torch does not say."""
+
+
 def _dispatch_mode() -> Any:
     try:
         return importlib.import_module("torch.utils._python_dispatch").TorchDispatchMode

@@ -91,6 +91,7 @@ PRIVATE = {
         f"_global_{when}_hooks" for when in ("forward", "forward_pre", "backward", "backward_pre")
     ),
     torch.cuda: ("_sleep",),
+    torch.autograd: ("_profiler_enabled",),
     torch.utils._python_dispatch: ("TorchDispatchMode",),
     torch._C._dynamo.guards: ("_empty_strided_cuda",),
     torch: ("_foreach_add_", "_foreach_copy_"),
@@ -137,6 +138,7 @@ def test_device_and_stream_are_asked_of_torch_cuda(substitutes: Any, monkeypatch
 
 def test_a_mode_may_be_active_where_torch_does_not_say(substitutes: Any) -> None:
     assert substitutes.dispatch_modes() and not private_api.dispatch_modes()
+    assert substitutes.profiled() and not private_api.profiled()
 
 
 def test_without_dispatch_modes_nothing_is_recorded(substitutes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
