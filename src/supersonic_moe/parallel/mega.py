@@ -56,6 +56,8 @@ class _Received(NamedTuple):
 class _Exchange(ExpertParallel):
     """The collectives of a serving call: rows in e4m3 there, partial outputs back, no autograd."""
 
+    _names = "MegaMoE", "max_tokens_per_rank"
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # sizes on the host, collectives, limits on waits
     def there_and_back(
         self, x: Quantized, weights_TK: Tensor, ids_TK: Tensor, experts: Callable[[_Received], Tensor]
