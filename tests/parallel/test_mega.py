@@ -190,4 +190,5 @@ def test_mistakes_of_all_ranks_and_of_one(transport: str) -> None:
         assert "pow2_scales must be True or False" in pow2 and "out must have the shape of x" in out
         assert none == "no error"
         assert re.match(r"ValueError: .*max_tokens is (4 on rank 0 and 5 on rank 1|5 on rank 1 and 4)", unequal)
-        assert "must not have more than max_tokens = 4 tokens in a call" in error and "5" in error
+        assert "must not have more than max_tokens_per_rank = 4 tokens in a call" in error and "5" in error
+        assert "Make the MegaMoE with a larger max_tokens_per_rank" in error

@@ -101,6 +101,9 @@ class ExpertParallel:
         timeout_s: longest wait for another rank. Then :class:`ExpertParallelError` says who is missing.
     """
 
+    _names = "ExpertParallel", "max_tokens"
+    """What the user made, and its limit of tokens."""
+
     def __init__(
         self,
         group: dist.ProcessGroup | DeviceMesh,
@@ -346,10 +349,7 @@ class ExpertParallel:
                     f"{_described(call, signature)}. Run the same layers and steps on every rank."
                 )
             if tokens > self.max_tokens:
-                raise ValueError(
-                    f"a rank must not have more than max_tokens = {self.max_tokens} tokens in a call; rank {rank} has "
-                    f"{tokens}. Make the ExpertParallel with a larger max_tokens."
-                )
+                raise self._too_many(f"rank {rank} has {tokens}")
 
     def _fixed(self, scores_TK: Tensor, found: Departures) -> tuple[Trip, Tensor]:
         assert self._overflow is not None and self.capacity != "exact"
@@ -365,13 +365,17 @@ class ExpertParallel:
         if self.transport != "gather":
             return departures(ids_TK, self.num_experts, self.size)
         if (tokens := ids_TK.shape[0]) > self.max_tokens:
-            error = ValueError(
-                f"a rank must not have more than max_tokens = {self.max_tokens} tokens in a call; got {tokens}. Make "
-                "the ExpertParallel with a larger max_tokens."
-            )
+            error = self._too_many(f"got {tokens}")
             self._watch.tell(error)  # the others wait
             raise error
         return departures_everywhere(ids_TK, self.num_experts, self.size, self.max_tokens)
+
+    def _too_many(self, found: str) -> ValueError:
+        kind, limit = self._names
+        return ValueError(
+            f"a rank must not have more than {limit} = {self.max_tokens} tokens in a call; {found}. Make the {kind} "
+            f"with a larger {limit}."
+        )
 
     # ---- life --------------------------------------------------------------------------------------------------------
 

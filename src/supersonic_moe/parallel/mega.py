@@ -56,6 +56,8 @@ class _Received(NamedTuple):
 class _Exchange(ExpertParallel):
     """The collectives of a serving call: rows in e4m3 there, partial outputs back, no autograd."""
 
+    _names = "MegaMoE", "max_tokens_per_rank"
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # sizes on the host, collectives, limits on waits
     def there_and_back(
         self, x: Quantized, weights_TK: Tensor, ids_TK: Tensor, experts: Callable[[_Received], Tensor]
@@ -151,7 +153,8 @@ class MegaMoE:
         Args:
             x: (T, H) bfloat16, quantized inside in blocks of 1 x 128, or float8_e4m3fn with ``x_scale``.
             w13, w2: (E/R, 2 I, H), (E/R, H, I) float8_e4m3fn: the experts of this rank, from ``first_expert`` on.
-            w13_scale, w2_scale: (E/R, 2 ceil(I / 128), H / 128), (E/R, H / 128, ceil(I / 128)) float32.
+            w13_scale, w2_scale: (E/R, 2 ceil(I / 128), H / 128), with interleaved rows (E/R, ceil(2 I / 128), H / 128);
+                (E/R, H / 128, ceil(I / 128)). float32.
             topk_weights: (T, K) float32, multiplied into the outputs of experts.
             topk_ids: (T, K) int32 or int64, of all experts. Outside [0, E), such as -1, a choice has no expert; a token
                 without any is exactly +0.
