@@ -11,8 +11,8 @@ on a CUDA stream is awaited by nobody, so the thread looks after it: it logs the
 (which ends a collective that hangs), and the next call raises. Of flags in GPU memory the GPU itself keeps the limit,
 and leaves the reason where the thread finds it.
 
-A rank that leaves, or that cannot go on because of an error of its own, says so in the store. Who waits for it is told
-at the next report, and does not wait for the limit.
+A rank that leaves, that cannot go on because of an error of its own, or that has waited in vain, says so in the store.
+Who waits for it, the late one that comes at last included, is told at the next report, and does not wait for the limit.
 """
 
 from __future__ import annotations
@@ -231,19 +231,22 @@ class Watch:
             raise
 
     def _fail(self, activity: Activity, error: Exception | None, seconds: float) -> str:
-        return self._failed(activity, self._sentence(activity, error, seconds))
+        late = seconds >= 0.99 * self.limit_s
+        sentence = self._failed(activity, self._sentence(activity, error, seconds, late), late)
+        self._reports.go()
+        return sentence
 
-    def _failed(self, activity: Activity, sentence: str) -> str:
+    def _failed(self, activity: Activity, sentence: str, waited: bool = False) -> str:
+        """``waited``: until the limit."""
         self.failure = sentence
-        self._reports.tell("failed", json.dumps((activity, sentence)))
+        self._reports.tell("failed", json.dumps((activity, sentence, waited)))
         return sentence
 
     # ---- what ranks know of each other -------------------------------------------------------------------------------
 
-    def _sentence(self, mine: Activity, error: Exception | None, seconds: float) -> str:
-        late = seconds >= 0.99 * self.limit_s
+    def _sentence(self, mine: Activity, error: Exception | None, seconds: float, late: bool) -> str:
         what = f"waited {seconds:.3g} s" if late else f"failed after {seconds:.3g} s"
-        others = self._about_all(mine, [rank for rank in range(self.size) if rank != self.rank])
+        others = self._about_all(mine, [rank for rank in range(self.size) if rank != self.rank], late)
         others = others or "All ranks are there: the network between them is slow or broken."
         sentences = [f"{self.what}: rank {self.rank} {what} {mine}.", others]
         if late:
@@ -267,7 +270,7 @@ class Watch:
             return "Run the same layers and steps on every rank."
         if found.why == STOPPED:
             return self._failure_of(found.peer)
-        about = self._about_all(mine, [found.peer]) or "Its host has come as far: its GPU is busy, or stuck."
+        about = self._about_all(mine, [found.peer], late=True) or "Its host has come as far: its GPU is busy, or stuck."
         return f"{about} {_LIMIT}"
 
     def _failure_of(self, rank: int) -> str:
@@ -279,21 +282,22 @@ class Watch:
             return "It has closed its ExpertParallel, its process has ended, or its log says why."
         return f"Rank {rank}{_FAILED}{json.loads(told)[1]}"
 
-    def _about_all(self, mine: Activity, ranks: Sequence[int]) -> str:
-        """Sentences about those of ``ranks`` that do not come."""
+    def _about_all(self, mine: Activity, ranks: Sequence[int], late: bool) -> str:
+        """Sentences about those of ``ranks`` that do not come. ``late``: this one has waited until the limit."""
         before = {rank: self._reports.told("alive", rank) for rank in ranks}
         time.sleep(BEATS_OF_SILENCE * self.beat_s)
         if self._reports.store is None:
             return "Nothing is known of the other ranks: the store of torch.distributed is gone."
-        found = [s for rank in ranks if (s := self._about(rank, before[rank], mine))]
+        found = [s for rank in ranks if (s := self._about(rank, before[rank], mine, late))]
         failures = [s for s in found if _FAILED in s][1:]  # one of them says it all
         return " ".join(s for s in found if s not in failures)
 
-    def _about(self, rank: int, before: str | None, mine: Activity) -> str:
-        """Why it is this rank that does not come; empty if it has come."""
+    def _about(self, rank: int, before: str | None, mine: Activity, late: bool) -> str:
+        """Why it is this rank that does not come; empty if it has come. It may have given up before this one came."""
         if (told := self._reports.told("failed", rank)) is not None:
-            activity, failure = json.loads(told)
-            return "" if Activity(*activity) == mine else f"Rank {rank}{_FAILED}{failure}"
+            activity, failure, waited = json.loads(told)
+            came = Activity(*activity) == mine and (late or not waited)
+            return "" if came else f"Rank {rank}{_FAILED}{failure}"
         if self._reports.told("left", rank) is not None:
             return f"Rank {rank} has closed its ExpertParallel, or its process has ended."
         now = self._reports.told("alive", rank)
