@@ -20,8 +20,9 @@ from torch import Tensor
 pytest.importorskip("cuda.bindings.driver")
 pytest.importorskip("triton")
 
-from supersonic_moe.jit import Kernel, KernelSpec, tape, tensor_map, tma
-from supersonic_moe.jit import launch as launch_module
+from pretended_gpu import pretend_gpu
+
+from supersonic_moe.jit import Kernel, KernelSpec, tape, tensor_map
 from supersonic_moe.jit.tape import play
 from supersonic_moe.kernels.triton import launch as triton_launch
 
@@ -68,29 +69,13 @@ class Machine:
 
 @pytest.fixture(name="machine")
 def a_machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    machine, state = Machine(), tape._State()
-
-    def new_slots(self: Kernel, device: int) -> Any:
-        return launch_module._Slots(0x1000, self.spec, self.signature, device, 0)
-
-    for owner, name, value in (
-        (launch_module, "binding", lambda: machine),
-        (launch_module, "make_context_current", lambda device: None),
-        (launch_module, "raw_stream", lambda device: 7),
-        (Kernel, "new_slots", new_slots),
-        (tma, "_cached", lambda address, *_: address.to_bytes(128, "little")),
-        (triton_launch, "_LAUNCHERS", machine),
-        (triton_launch, "raw_stream", lambda device: 7),
-        (triton_launch, "current_device", lambda: 0),
-        (triton_launch, "state", state),
-        (tape, "state", state),
-        (tape, "current_device", lambda: 0),
-        (tape, "empty_strided", lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype)),
-        (torch.cuda, "current_device", lambda: 0),
-        (torch.cuda, "is_current_stream_capturing", lambda: False),
-        (Tensor, "get_device", lambda tensor: 0),
-    ):
-        monkeypatch.setattr(owner, name, value)
+    machine = Machine()
+    pretend_gpu(
+        monkeypatch,
+        machine,
+        map_of=lambda address, *_: address.to_bytes(128, "little"),
+        allocate=lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype),
+    )
     return machine
 
 

@@ -16,13 +16,14 @@ from torch import Tensor
 pytest.importorskip("cuda.bindings.driver")
 pytest.importorskip("triton")
 
+from pretended_gpu import pretend_gpu
+
 import supersonic_moe as sm
 from supersonic_moe import ops
 from supersonic_moe.jit import launch as launch_module
-from supersonic_moe.jit import signature, tape, tma
+from supersonic_moe.jit import signature, tape
 from supersonic_moe.kernels import registry
 from supersonic_moe.kernels.sm90 import gemm_config
-from supersonic_moe.kernels.triton import launch as triton_launch
 from supersonic_moe.private_api import DispatchMode
 from supersonic_moe.training import ops as training_ops
 
@@ -96,7 +97,7 @@ class Machine:
 
 @pytest.fixture(name="machine")
 def a_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    machine, state, init = Machine(), tape._State(), launch_module._Slots.__init__
+    machine, init = Machine(), launch_module._Slots.__init__
 
     def noting(self: Any, *args: Any) -> None:
         init(self, *args)
@@ -106,28 +107,10 @@ def a_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
         machine.launches.append(OP)
         return tape.play(function, args)
 
+    pretend_gpu(monkeypatch, machine, map_of=machine.map_of, allocate=machine.allocate)
     for owner, name, value in (
-        (launch_module, "binding", lambda: machine),
-        (launch_module, "make_context_current", lambda device: None),
         (launch_module, "call", lambda *_: 0),
-        (launch_module, "raw_stream", lambda device: 7),
         (launch_module._Slots, "__init__", noting),
-        (
-            launch_module.Kernel,
-            "new_slots",
-            lambda self, device: launch_module._Slots(0x1000, self.spec, self.signature, device, 0),
-        ),
-        (tma, "_cached", machine.map_of),
-        (triton_launch, "_LAUNCHERS", machine),
-        (triton_launch, "raw_stream", lambda device: 7),
-        (triton_launch, "current_device", lambda: 0),
-        (triton_launch, "state", state),
-        (tape, "state", state),
-        (tape, "current_device", lambda: 0),
-        (tape, "empty_strided", machine.allocate),
-        (torch.cuda, "current_device", lambda: 0),
-        (torch.cuda, "is_current_stream_capturing", lambda: False),
-        (Tensor, "get_device", lambda tensor: 0),
         (gemm_config, "multiprocessors", lambda device: 132),
         (registry, "choose", lambda *_, **__: registry.Choice("sm90", "")),
         (registry, "choose_fp8", lambda *_, **__: registry.Choice("sm90", "")),

@@ -17,8 +17,8 @@ them padded:
 
 An item is up to 128 rows of an expert: E_local + R' / 128 at most. So no more than 0.4 GB at E_local 32, H 7168,
 I 2048, and T H beyond T = 32 E_local. Where I is not a multiple of 128 every row is streamed: R' = R;
-``max_tokens_per_chunk`` of the operators bounds T. The tile kernels, which take over where rows are many, get their c
-and y (2 R I and 2 R H bytes) from torch's allocator.
+``max_tokens_per_chunk`` of the operators bounds T. The tile kernels, which take over where rows are many, get their c,
+y (R I and 2 R H bytes; x of each row lies in y before) and scales (R (I + H) / 32) from torch's allocator.
 """
 
 from __future__ import annotations
