@@ -23,6 +23,7 @@ GROUP_M = 16  # row blocks walked before the next column: 8 to 64 measured withi
 THREADS = 384
 WARP_ROWS = 16  # rows of an output box
 ARRIVALS = 1  # lanes of a warp that arrive on a barrier; the test under racecheck sets 32
+LOAD_WARPS = 4  # that load, with gather
 BUFFER_BYTES = BLOCK_M * LINE  # of a staging buffer
 WORK_TILE_BYTES, BARRIER_BYTES = 32, 16  # beside a stage
 
@@ -56,6 +57,11 @@ class GemmConfig:
     def share_a(self) -> bool:
         """Whether a cluster shares rows of A instead of columns of B."""
         return self.fp8 and self.cluster > 1
+
+    @property
+    def gathered_rows(self) -> int:
+        """Rows of A that a loading warp gathers in a stage of a tile of rows."""
+        return BLOCK_M // (LOAD_WARPS * (self.cluster if self.share_a else 1))
 
     @property
     def smem_bytes(self) -> int:
