@@ -100,7 +100,7 @@ def down_backward(step: DownBackward[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         _kernel(config, kind, interleaved, i_contiguous).launch(
             config.grid(dout_TH.get_device()),
             map_do=map_of_rows(dout_TH, index, box=(BLOCK_M, config.block_k)),
-            map_do_run=map_of_run(dout_TH, index, (config.gathered_rows, config.block_k), map_as),
+            map_do_run=map_of_run(dout_TH, index, config.run_box, map_as),
             map_w=map_w,
             map_z=map_of_halves(z_PN, interleaved, rows=BLOCK_M),
             map_dz=map_of_halves(dz_PN, interleaved, rows=WARP_ROWS),

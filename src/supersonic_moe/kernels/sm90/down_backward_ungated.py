@@ -58,7 +58,7 @@ def down_backward_ungated(step: DownBackward[Tensor]) -> tuple[Tensor, Tensor, T
         _kernel(config).launch(
             config.grid(dout_TH.get_device()),
             map_do=map_of_rows(dout_TH, index, box=(BLOCK_M, config.block_k)),
-            map_do_run=map_of_run(dout_TH, index, (config.gathered_rows, config.block_k), map_as),
+            map_do_run=map_of_run(dout_TH, index, config.run_box, map_as),
             map_w=tensor_map(w2_EHI, box=(1, config.block_k, 64)),
             map_z=map_of_stored_rows(z_PI, rows=BLOCK_M),
             map_dz=map_of_stored_rows(dz_PI),

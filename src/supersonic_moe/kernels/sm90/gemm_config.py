@@ -45,9 +45,13 @@ class GemmConfig:
     """Shared memory of the epilogue's own, behind everything else."""
     block_k: int = field(init=False)
     """K of a stage, in elements."""
+    run_box: tuple[int, int] = field(init=False)
+    """Rows of a tile that a loading warp gathers, and K of a stage: a TMA box where they follow each other."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block_k", LINE if self.fp8 else LINE // 2)
+        gathering_warps = LOAD_WARPS * (self.cluster if self.share_a else 1)
+        object.__setattr__(self, "run_box", (BLOCK_M // gathering_warps, self.block_k))
 
     @property
     def stages(self) -> int:
@@ -57,11 +61,6 @@ class GemmConfig:
     def share_a(self) -> bool:
         """Whether a cluster shares rows of A instead of columns of B."""
         return self.fp8 and self.cluster > 1
-
-    @property
-    def gathered_rows(self) -> int:
-        """Rows of A that a loading warp gathers in a stage of a tile of rows."""
-        return BLOCK_M // (LOAD_WARPS * (self.cluster if self.share_a else 1))
 
     @property
     def smem_bytes(self) -> int:

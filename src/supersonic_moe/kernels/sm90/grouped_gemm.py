@@ -78,7 +78,7 @@ def grouped_mm(a: Rows[Tensor], b_EKN: Tensor, expert_offsets: Tensor) -> Tensor
         _kernel(config, n_contiguous).launch(
             config.grid(a_TK.get_device()),
             map_a=map_of_rows(a_TK, index, box=(BLOCK_M, block_k)),
-            map_a_run=map_of_run(a_TK, index, (config.gathered_rows, block_k), map_b),
+            map_a_run=map_of_run(a_TK, index, config.run_box, map_b),
             map_b=map_b,
             map_d=map_of_stored_rows(d_PN),
             offsets=expert_offsets,

@@ -74,7 +74,7 @@ def grouped_mm_fp8(a: Rows[Quantized], b_ENK: Quantized, expert_offsets: Tensor)
         _kernel(config).launch(
             config.grid(a_TK.get_device()),
             map_a=map_of_rows(a_TK, index, box=(BLOCK_M, config.block_k)),
-            map_a_run=map_of_run(a_TK, index, (config.gathered_rows, config.block_k), map_d),
+            map_a_run=map_of_run(a_TK, index, config.run_box, map_d),
             map_scale_a=map_of_scales(a_scale, index, map_d),
             map_d=map_d,
             **scaled_weight(b_ENK, config),

@@ -56,7 +56,7 @@ def up_projection_ungated(step: UpProjection[Tensor]) -> tuple[Tensor, Tensor]:
         _kernel(config).launch(
             config.grid(x_TH.get_device()),
             map_x=map_of_rows(x_TH, index, box=(BLOCK_M, config.block_k)),
-            map_x_run=map_of_run(x_TH, index, (config.gathered_rows, config.block_k), map_a),
+            map_x_run=map_of_run(x_TH, index, config.run_box, map_a),
             map_w=tensor_map(w1_EIH, box=(1, config.block_n // config.cluster, config.block_k)),
             map_z=map_of_stored_rows(z_PI) if save else map_a,
             map_a=map_a,

@@ -49,7 +49,7 @@ def row_scaled_mm(a: Rows[Tensor], b_EKN: Tensor, scale_P: Tensor, expert_offset
         _kernel(config).launch(
             config.grid(a_TK.get_device()),
             map_a=map_of_rows(a_TK, index, box=(BLOCK_M, config.block_k)),
-            map_a_run=map_of_run(a_TK, index, (config.gathered_rows, config.block_k), map_d),
+            map_a_run=map_of_run(a_TK, index, config.run_box, map_d),
             map_b=tensor_map(b_EKN.transpose(1, 2), box=(1, config.block_n // config.cluster, config.block_k)),
             map_d=map_d,
             offsets=expert_offsets,
