@@ -64,6 +64,8 @@ class Call(NamedTuple):
     x_scale: Tensor | None
     layer: Layer
     out: Tensor
+    received: Tensor | None = None
+    """Where the rows of each expert are added."""
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -101,7 +103,7 @@ def ds_routed(
 
 def topk(
     ids: Tensor, weights: Tensor, expert_map: Tensor | None, offset: int, num_experts: int | None, factor: float,
-    weight_on_input: bool, x: Tensor, x_scale: Tensor | None, layer: Layer, out: Tensor,
+    weight_on_input: bool, x: Tensor, x_scale: Tensor | None, layer: Layer, out: Tensor, received: Tensor | None,
 ) -> Call:  # fmt: skip
     known = expert_map.shape[0] if expert_map is not None else num_experts
     choices = Choices(
@@ -111,7 +113,7 @@ def topk(
     if weight_on_input:
         layer = layer._replace(x_weight_T=weights)
     route = functools.partial(place_topk, ids, None if weight_on_input else weights, expert_map, factor, choices)
-    return Call(route, choices, x, x_scale, layer, out)
+    return Call(route, choices, x, x_scale, layer, out, received)
 
 
 def run(call: Call, workspace: Tensor | None) -> None:
@@ -183,6 +185,7 @@ def _tables(call: Call, base: int) -> RowTables:
         counter_words=num_counters(items, plane_rows(call.streamed, local), hidden, inter),
         max_items=items,
         stream_rows=MEAN_ROWS * local if tiles else call.rows,
+        received=call.received,
     )
 
 

@@ -168,8 +168,6 @@ class MegaMoE:
             TypeError, ValueError: a wrong dtype, shape or setting, with the fix.
             ExpertParallelError: another rank is missing, or calls something else.
         """
-        if received_rows is not None:
-            _check_received(received_rows, self.experts_here, w13)
         if accumulate:
             checks.flag("accumulate", accumulate)
             if out is None:
@@ -180,10 +178,9 @@ class MegaMoE:
             self._check_fit(x, w13, topk_ids, self.max_tokens_per_rank)
             result = moe_fp8_topk(
                 x, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, x_scale=x_scale, num_experts=self.num_experts,
-                gate_up_order=gate_up_order, swiglu_limit=swiglu_limit, pow2_scales=pow2_scales, out=target,
+                gate_up_order=gate_up_order, swiglu_limit=swiglu_limit, pow2_scales=pow2_scales,
+                received_rows=received_rows, out=target,
             )  # fmt: skip
-            if received_rows is not None:
-                _count(topk_ids, received_rows)
         else:
             self._check_fit(x, w13, topk_ids, math.inf)  # of too many tokens the exchange tells all ranks
             result = self._over_ranks(
@@ -207,11 +204,9 @@ class MegaMoE:
         assert self._ranks is not None
 
         def experts(got: _Received) -> Tensor:
-            if received_rows is not None:
-                _count(got.ids, received_rows)
             return moe_fp8_topk(
                 got.x.q, *weights, got.weights, got.ids, x_scale=got.x.scale, num_experts=self.num_experts,
-                gate_up_order=order, swiglu_limit=limit, pow2_scales=pow2,
+                gate_up_order=order, swiglu_limit=limit, pow2_scales=pow2, received_rows=received_rows,
             )  # fmt: skip
 
         with torch.no_grad():
@@ -288,20 +283,3 @@ class MegaMoE:
                 f"a rank must not have more than max_tokens_per_rank = {most} tokens in a call; got {x.shape[0]}. Make "
                 "the MegaMoE with a larger max_tokens_per_rank."
             )
-
-
-def _check_received(received_rows: Tensor, experts_here: int, w13: Tensor) -> None:
-    checks.tensor("received_rows", received_rows, 1, "(E/R,)")
-    if received_rows.dtype is not torch.int32:
-        raise TypeError(
-            f"received_rows must be int32; got {checks.describe(received_rows)}. Use torch.zeros(n, dtype=torch.int32)."
-        )
-    checks.size("received_rows", "length", received_rows.shape[0], experts_here, "the experts of this rank")
-    checks.same_device("received_rows", received_rows, "w13", w13)
-
-
-def _count(ids: Tensor, received_rows: Tensor) -> None:
-    """Add to each expert how often ``ids``, counted from 0, name it."""
-    flat = ids.reshape(-1)
-    here = (flat >= 0) & (flat < received_rows.shape[0])
-    received_rows.index_add_(0, torch.where(here, flat, 0), here.to(torch.int32))

@@ -10,7 +10,7 @@ extern "C" __global__ void __launch_bounds__(route_threads, 1)
     dependency_launch();
     const RoutingRule rule = {num_experts, top_k, groups, kept, scoring, bias_type, factor};
     const FromLogits<VALUES> source = {logits, row, bias, rule, {offset, num_experts, routed, top_k, choices}, routing_values};
-    const RowTables tables = {offsets, items, row_slot, row_token, row_out, slot_row, stream_rows};
+    const RowTables tables = {offsets, items, row_slot, row_token, row_out, slot_row, stream_rows, nullptr, 0};
     place_by_cluster(source, tokens, tables, weights, counters, counter_words);
 }
 
