@@ -126,7 +126,7 @@ def moe_fp8_topk(
     factor = as_factor(routed_scaling_factor)
     checks.flag("pow2_scales", pow2_scales)
     if received_rows is not None:
-        _check_received(received_rows, w13)
+        check_received(received_rows, w13)
     weights = [w13, w13_scale, w2, w2_scale]
     if shared_expert is not None:
         weights += _shared_weights(shared_expert, sizes, order, w13)
@@ -192,7 +192,7 @@ def _check_placement(expert_map: Tensor | None, offset: int, num_experts: int | 
         checks.size("expert_map", "length", expert_map.shape[0], num_experts, "num_experts")
 
 
-def _check_received(received_rows: Tensor, w13: Tensor) -> None:
+def check_received(received_rows: Tensor, w13: Tensor) -> None:
     checks.tensor("received_rows", received_rows, 1, "(E,)")
     if received_rows.dtype is not torch.int32:
         raise TypeError(
