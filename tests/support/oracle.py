@@ -77,7 +77,7 @@ def weights(num_experts, hidden, intermediate, fan, *, bias=(True, True), dtype=
 
 
 def rel_fro(got: Tensor, want: Tensor) -> float:
-    """Relative Frobenius error; inf if anything is not finite; for a zero reference, the norm itself. Where both lie."""
+    """Relative Frobenius error, where both lie; inf if anything is not finite; the norm itself if ``want`` is 0."""
     if got.device != want.device:
         got, want = got.cpu(), want.cpu()
     got, want = got.double(), want.double()
