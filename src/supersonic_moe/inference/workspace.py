@@ -37,6 +37,7 @@ from supersonic_moe.quantization.block_format import BLOCK, blocks
 
 ALIGNMENT = 256  # of the buffer and of each region: TMA wants 16 bytes, a DRAM burst of L2 is at most 256
 ITEM_ROWS = 128  # kernels/sm90/route_rows.py
+SURE_ROWS = 128  # of an expert, on average: as many are always streamed
 STREAMED_ROWS = 256  # of an expert, on average: more are never streamed
 ROW_GROUP, COLUMNS_BEHIND, GATHER_ROWS = 8, 24, 64  # kernels/sm90/route_rows.py, stream_experts.py
 COUNTING_BLOCKS = 264  # of the routing kernel for many tokens
@@ -97,7 +98,7 @@ def regions(num_tokens: int, top_k: int, hidden: int, intermediate: int, num_loc
     streamed = streamed_rows(rows, intermediate, num_local)
     items = num_local + streamed // ITEM_ROWS
     padded = padding(streamed, num_local)
-    many = rows if rows > ITEM_ROWS * num_local else 0
+    many = rows if rows > SURE_ROWS * num_local else 0
     tokens = num_tokens if many else 0
     tiles = 0 if intermediate % BLOCK else many
     common = _starts(

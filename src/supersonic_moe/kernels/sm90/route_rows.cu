@@ -12,7 +12,7 @@ extern "C" __global__ void __launch_bounds__(route_threads, 1)
     const RoutingRule rule = {num_experts, top_k, groups, kept, scoring, bias_type, group_size, group_lanes_log2, factor};
     FromLogits<VALUES> source = {logits, row, bias, rule, {offset, num_experts, routed, top_k, choices},
                                  reinterpret_cast<ChoiceShared<VALUES>*>(routing_shared)};
-    const RowTables tables = {offsets, items, row_slot, row_token, row_out, slot_row, stream_rows};
+    const RowTables tables = {offsets, items, row_slot, row_token, row_out, slot_row, stream_rows, nullptr, 0};
     place_by_cluster(source, tokens, tables, weights, counters, counter_words);
 }
 

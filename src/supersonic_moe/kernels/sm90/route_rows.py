@@ -100,6 +100,8 @@ class RowTables(NamedTuple):
     """At least ``max_items(E, stream_rows)``."""
     stream_rows: int
     """The most rows that are streamed."""
+    received: Tensor | None = None
+    """(routed,), for ids of another router: the rows of each routed expert are added."""
 
 
 def max_items(num_local: int, rows: int) -> int:
@@ -192,12 +194,14 @@ def _launches(
         "row_out": tables.row_out, "slot_row": tables.slot_row, "stream_rows": tables.stream_rows,
     }  # fmt: skip
     if tokens <= SMALL_TOKENS:
-        return [Launch(_kernel(f"{family}_small", values), (CLUSTER, 1, 1), {**choose, **place})]
+        received = {"received": tables.received} if family == "place" else {}
+        return [Launch(_kernel(f"{family}_small", values), (CLUSTER, 1, 1), {**choose, **place, **received})]
     blocks = min(MAX_BLOCKS, -(-tokens // PASS_TOKENS))
     grid, span = (blocks, 1, 1), -(-tokens // blocks)
     count = {**choose, "span": span, "counts": tables.counts, "slot_row": tables.slot_row}
     place |= {
         "counts": tables.counts, "tokens": tokens, "span": span, "choices": choices.per_token,
-        "num_local": choices.num_local, "weights": tables.weights,
+        "num_local": choices.num_local, "weights": tables.weights, "received": tables.received,
+        "routed": choices.routed,
     }  # fmt: skip
     return [Launch(_kernel(f"{family}_count", values), grid, count), Launch(_kernel("place_rows"), grid, place)]

@@ -97,6 +97,8 @@ struct RowTables {
     int2* row_out;   // with row_token: {token, weight} of a row that is its token's only one, else {-1, 1}
     i32* slot_row;   // row of each slot, -1 for none
     i32 stream_rows;  // the most rows that are streamed, padding not counted
+    i32* received;    // (routed): the rows of each routed expert are added; may be null
+    i32 routed;
 
     DEVICE bool streams(const ExpertScan& scan) const { return scan.total.rows <= static_cast<u32>(stream_rows); }
 };
@@ -113,6 +115,7 @@ DEVICE u32 store_experts(const RowTables& tables, u32 num_local, const ExpertSca
     }
     if (e >= num_local) return first;
     if (tables.offsets) tables.offsets[e] = streamed ? 0 : first;
+    if (tables.received && e < static_cast<u32>(tables.routed)) tables.received[e] += static_cast<i32>(rows);
     if (!streamed) return first;
     int4* item = tables.items + 1 + scan.before.items;
     const u32 of = (rows + item_rows - 1) / item_rows;
