@@ -166,6 +166,17 @@ def _without_copies(calls: Sequence[Call], most: int) -> list[str]:
     return same_as_one_process([*calls, *calls], "gather", most)
 
 
+def explanations(size: int) -> list[tuple[str, str]]:
+    """With 8192 tokens of the largest published shape, and with 64."""
+    sizes = {"num_experts": 48 * size, "hidden": 7168, "intermediate": 3072, "top_k": 6}
+
+    def of_rank() -> tuple[str, str]:
+        layers = [mega(dist.group.WORLD, **sizes, max_tokens_per_rank=most) for most in (8192, 64)]
+        return layers[0].explain(), layers[1].explain()
+
+    return run_virtual(size, of_rank)
+
+
 def with_a_late_rank(size: int, gpu: bool, phase: str, limit_s: float) -> list[str]:
     """Rank 1 is late for a phase of the third call: what each rank raises."""
     _start(size, gpu, careful=10)
@@ -248,10 +259,10 @@ def mistakes(transport: str) -> tuple[list[str], str, str]:
     return common, unequal, error
 
 
-def in_a_graph() -> list[str]:
+def in_a_graph(most: int) -> list[str]:
     """A captured call of this rank, replayed with other contents, against the call itself."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    layer, own = mega(dist.group.WORLD), slice(rank * E // size, (rank + 1) * E // size)
+    layer, own = mega(dist.group.WORLD, max_tokens_per_rank=most), slice(rank * E // size, (rank + 1) * E // size)
     case = on_gpu(case_of(33, seed=rank))
     call(layer, case, experts=own)
     torch.cuda.synchronize()
