@@ -156,7 +156,7 @@ def few_tokens(size: int) -> int:
 
 def without_copies(size: int, gpu: bool, calls: Sequence[Call]) -> list[list[str]]:
     """``over_copies`` with objects of so few tokens that ``few_rows.py`` does it."""
-    _start(size, gpu, careful=2 * 3 * 2 * len(calls))
+    _start(size, gpu, careful=2 * len(calls))  # three waits a call, of two objects that take turns
     return run_virtual(size, _without_copies, calls, few_tokens(size))
 
 
@@ -179,7 +179,7 @@ def explanations(size: int) -> list[tuple[str, str]]:
 
 def with_a_late_rank(size: int, gpu: bool, phase: str, limit_s: float) -> list[str]:
     """Rank 1 is late for a phase of the third call: what each rank raises."""
-    _start(size, gpu, careful=10)
+    _start(size, gpu, careful=3)  # the waits of two calls, each met before and after
     return run_virtual(size, _late, phase, limit_s)
 
 
