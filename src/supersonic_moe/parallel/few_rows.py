@@ -1,8 +1,9 @@
 """A serving call whose experts have few rows, between ranks that reach each other's memory: nothing is copied.
 
-The streaming kernel of the inference operator reads tokens where their ranks have put them and writes what it makes of
-them where they are summed: no rows are sent there and back around it. Which kernel does what, what a block holds and
-who waits for whom is in ``kernels/sm90/rank_tokens.py``. Launches of a call, beside the operator's own two or three:
+Each rank writes its tokens to where the streaming kernels of the others read them, and these write what they make of
+them to where it is summed: no message is packed, sent or unpacked around the operator. Which kernel does what, what a
+block holds and who waits for whom is in ``kernels/sm90/rank_tokens.py``. Launches of a call, beside the operator's own
+two or three:
 
     exchange_begin   the bank is free
     post_tokens      choices and x are told
@@ -102,7 +103,7 @@ class FewRows:
         ).run()  # fmt: skip
         tokens.flags.wait(CHOICES_LEFT, tokens.call, dispatch)
         block = self._copies.memory.blocks[self._rank]
-        ids_UK, weights_UK = (self._of_choices(block, first, dtype) for first, dtype in self._choices(tokens.at))
+        ids_UK, weights_UK = self._choices(block, tokens.at)
         first_expert = self._rank * self._here
         for launch in sm90.launches_of_ranks(
             tokens, dispatch, ids_UK, weights_UK, first_expert, self._num_experts, layer, given.received, address
@@ -126,30 +127,28 @@ class FewRows:
         rest = slice(own.stop, (self._rank + 1) * self._places)
         known = (given.ids_TK >= 0) & (given.ids_TK < self._num_experts)
         for block in blocks_R:
-            ids_UK, weights_UK = (self._of_choices(block, first, dtype) for first, dtype in self._choices(at))
+            ids_UK, weights_UK = self._choices(block, at)
             ids_UK[own], weights_UK[own] = torch.where(known, given.ids_TK, -1).int(), given.weights_TK
             ids_UK[rest] = -1
         flags.tell(CHOICES_LEFT)
         x, scale = (given.x_TH, given.x_scale_TB)
         if scale is None:
             x, scale = quantize_rows(x, given.pow2)
-        shape = (self._places, hidden), (self._places, blocks(hidden))
-        x_of = [_view(block, at.codes, E4M3, *shape[0]) for block in blocks_R]
-        scale_of = [_view(block, at.scales, torch.float32, *shape[1]) for block in blocks_R]
-        x_of[self._rank][:count].copy_(x)
-        scale_of[self._rank][:count].copy_(scale)
+        needed_R = [(known & (given.ids_TK // self._here == rank)).any(1) for rank in range(self._ranks)]
+        for block, needed in zip(blocks_R, needed_R, strict=True):
+            x_UH, scale_UB = self._x(block, at, hidden)
+            x_UH[own].view(torch.uint8)[needed] = x.view(torch.uint8)[needed]
+            scale_UB[own][needed] = scale[needed]
         flags.tell(X_LEFT)
 
         flags.wait(CHOICES_LEFT, tokens.call, dispatch)
-        ids_UK, weights_UK = (
-            self._of_choices(blocks_R[self._rank], first, dtype) for first, dtype in self._choices(at)
-        )
+        ids_UK, weights_UK = self._choices(blocks_R[self._rank], at)
         first_expert = self._rank * self._here
         flags.wait(X_LEFT, tokens.call, dispatch)
+        x_UH, scale_UB = self._x(blocks_R[self._rank], at, hidden)
         part_UH = moe_fp8_topk(
-            torch.cat([x.view(torch.uint8) for x in x_of]).view(E4M3), given.experts.w13, given.experts.w2,
-            given.experts.w13_scale, given.experts.w2_scale, weights_UK.contiguous(), ids_UK,
-            x_scale=torch.cat(scale_of), local_expert_offset=first_expert, num_experts=self._num_experts,
+            x_UH, given.experts.w13, given.experts.w2, given.experts.w13_scale, given.experts.w2_scale, weights_UK,
+            ids_UK, x_scale=scale_UB, local_expert_offset=first_expert, num_experts=self._num_experts,
             gate_up_order=given.order, swiglu_limit=given.limit, pow2_scales=given.pow2, received_rows=given.received,
         )  # fmt: skip
         has_row_U = ((ids_UK >= first_expert) & (ids_UK < first_expert + self._here)).any(1)
@@ -161,20 +160,21 @@ class FewRows:
 
         flags.wait(0, tokens.call, combine)
         sum_TH = torch.zeros(count, hidden)
-        for rank, part_MH in enumerate(self._parts(blocks_R[self._rank], at, hidden)):
-            there = given.ids_TK // self._here == rank
-            needed = (known & there).any(1)
+        for needed, part_MH in zip(needed_R, self._parts(blocks_R[self._rank], at, hidden), strict=True):
             sum_TH[needed] += part_MH[:count][needed].float()
         out_TH.copy_(out_TH + sum_TH.bfloat16() if accumulate else sum_TH)
 
     # ---- regions of a block ------------------------------------------------------------------------------------------
 
-    def _choices(self, at: Layout) -> tuple[tuple[int, torch.dtype], tuple[int, torch.dtype]]:
-        return (at.ids, torch.int32), (at.weights, torch.float32)
+    def _choices(self, block: Tensor, at: Layout) -> tuple[Tensor, Tensor]:
+        """Ids and weights (R·M, K)."""
+        shape = self._ranks * self._places, self._top_k
+        return _view(block, at.ids, torch.int32, *shape), _view(block, at.weights, torch.float32, *shape)
 
-    def _of_choices(self, block: Tensor, start: int, dtype: torch.dtype) -> Tensor:
-        """(R·M, K)"""
-        return _view(block, start, dtype, self._ranks * self._places, self._top_k)
+    def _x(self, block: Tensor, at: Layout, hidden: int) -> tuple[Tensor, Tensor]:
+        """Codes (R·M, H) and scales (R·M, H / 128)."""
+        rows = self._ranks * self._places
+        return _view(block, at.codes, E4M3, rows, hidden), _view(block, at.scales, torch.float32, rows, blocks(hidden))
 
     def _parts(self, block: Tensor, at: Layout, hidden: int) -> Tensor:
         """(R, M, H)"""

@@ -283,9 +283,9 @@ class MegaMoE:
             sent = traffic(*sizes, "fp8", places=tokens if self.transport == "gather" else None)
             if self._ranks.few is not None:
                 lines.append(
-                    "way: experts have few rows and ranks reach each other's memory: the streaming kernel of "
-                    "inference.moe_fp8_topk reads e4m3 tokens there, and writes partial outputs in bf16; nothing is "
-                    "copied"
+                    "way: experts have few rows and ranks reach each other's memory: tokens are written in e4m3 to "
+                    "where the streaming kernel of inference.moe_fp8_topk reads them, and partial outputs in bf16 to "
+                    "where they are summed; nothing is copied"
                 )
             else:
                 lines.append(

@@ -24,7 +24,7 @@ M, H, K, E, T = 24, 256, 3, 8, 5
 
 def test_regions_of_a_bank_lie_apart_and_hold_what_they_should() -> None:
     at = Layout.of(4, M, H, K)
-    sizes = [M * H, 4 * M * 2, 4 * 4 * M * K, 4 * 4 * M * K, 2 * 4 * M * H]
+    sizes = [4 * M * H, 4 * 4 * M * 2, 4 * 4 * M * K, 4 * 4 * M * K, 2 * 4 * M * H]
     ends = [end - start for start, end in itertools.pairwise(at)]
     assert all(size <= end < size + 256 for size, end in zip(sizes, ends, strict=True))
     assert all(start % 256 == 0 for start in at)

@@ -1,14 +1,15 @@
 """Tokens of several ranks without a collective or a copy: put where all ranks read them, and summed when they are back.
 
-    home     post_tokens    choices into the block of every rank, x into the own one           2 epochs told
-    there    the router reads the choices of all ranks in its own block
-             stream_experts_ranks reads x of a row in the block of its rank, and writes the weighted sum of a token's
-             rows here into the block of the token's rank
+    home     post_tokens    choices into the block of every rank, x into those of the ranks that have an expert of the
+                            token; two epochs told
+    there    the router and stream_experts_ranks read them in their own block; the latter writes the weighted sum of
+             a token's rows here into the block of the token's rank
     home     sum_parts      tells the third epoch, waits for that of all, adds in order of ranks
 
-R ranks, M places for each, H hidden, K choices. A bank of a block holds, of this rank's tokens, x (M, H) e4m3 and its
-scales (M, H / 128); of all ranks in order, ids (R·M, K) int32, -1 in a place without a token, and weights (R·M, K); and
-the parts of this rank's tokens that each rank has made, (R, M, H) bf16, where a token has an expert there.
+R ranks, M places for each, H hidden, K choices. A bank of a block holds, of all ranks in order, x (R·M, H) e4m3 and its
+scales (R·M, H / 128) where a token has an expert here, ids (R·M, K) int32, -1 in a place without a token, and weights
+(R·M, K); and the parts of this rank's tokens that each rank has made, (R, M, H) bf16, where a token has an expert on
+that rank.
 
 Waits
     Who reads waits for a flag of the epoch (exchange_flags.py), as late as it can: the streaming kernel in the warps
@@ -17,8 +18,8 @@ Waits
     10 s: there a rank may take ``STREAM_LIMIT_S``. Longer ones end in the launch in front of the router, because
     post_tokens tells of choices and of x within microseconds.
 Bytes
-    Through NVLink, each way of a pair: 8 K M for choices; H + H / 32 for each row of x, once for every expert that
-    reads it; 2 H for each token that has an expert there.
+    Through NVLink, each way of a pair: 8 K M for choices; H + H / 32 there and 2 H back for each token that has an
+    expert there. x is written, not read: stores wait for nobody, and cross once however many experts read the row.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, ranks: int, places: int, hidden: int, choices: int) -> Layout:
         sizes = (
-            places * hidden,
-            4 * places * blocks(hidden),
+            ranks * places * hidden,
+            4 * ranks * places * blocks(hidden),
             4 * ranks * places * choices,
             4 * ranks * places * choices,
             2 * ranks * places * hidden,
@@ -106,7 +107,7 @@ def post_tokens(
     *,
     pow2: bool,
 ) -> Launch:
-    """Choices to all ranks, x to the own block.
+    """Choices to all ranks, x to those that need it.
 
     Args:
         arrived: (2,) int32 of this rank's own, zero before and after.
