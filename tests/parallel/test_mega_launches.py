@@ -10,8 +10,8 @@ from typing import Any
 import mega_cases as cases
 import pytest
 import torch
+from dispatched_ops import Ops
 from mega_cases import E, H
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings.driver")
@@ -20,19 +20,6 @@ from recorded_launches import recorded_launches  # noqa: F401
 
 from supersonic_moe.inference import moe_fp8_topk, ops, sm90
 from supersonic_moe.kernels.sm90 import route_rows, stream_experts
-
-
-class Ops(TorchDispatchMode):
-    """Ops that a call runs, views left out: each allocates or launches something on a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not function.is_view:
-            self.names.append(function.name())
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture(autouse=True)
