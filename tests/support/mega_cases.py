@@ -156,7 +156,7 @@ def few_tokens(size: int) -> int:
 
 def without_copies(size: int, gpu: bool, calls: Sequence[Call]) -> list[list[str]]:
     """``over_copies`` with objects of so few tokens that ``few_rows.py`` does it."""
-    _start(size, gpu, careful=2 * len(calls))  # three waits a call, of two objects that take turns
+    _start(size, gpu, careful=len(calls) + 1)  # two launches a call that wait, of two objects that take turns
     return run_virtual(size, _without_copies, calls, few_tokens(size))
 
 
@@ -179,7 +179,7 @@ def explanations(size: int) -> list[tuple[str, str]]:
 
 def with_a_late_rank(size: int, gpu: bool, phase: str, limit_s: float) -> list[str]:
     """Rank 1 is late for a phase of the third call: what each rank raises."""
-    _start(size, gpu, careful=3)  # the waits of two calls, each met before and after
+    _start(size, gpu, careful=2)  # two launches that wait in each of two calls
     return run_virtual(size, _late, phase, limit_s)
 
 
@@ -212,7 +212,7 @@ def _start(size: int, gpu: bool, careful: int) -> None:
     """Where a test makes rank 1 late. On a GPU, ranks share its multiprocessors: a kernel that waits must leave some to
     those that it waits for.
     """
-    run, tell, sums = FewRows.run, ThreadFlags.tell, rank_tokens.sum_parts
+    run, tell, posts, sums = FewRows.run, ThreadFlags.tell, rank_tokens.post_tokens, rank_tokens.sum_parts
 
     def late(phase: str) -> None:
         if dist.get_rank() == 1 and phase in _before:
@@ -227,12 +227,17 @@ def _start(size: int, gpu: bool, careful: int) -> None:
             late("forward combine")
         tell(self, left)
 
+    def post(tokens: Any, *args: Any, **options: Any) -> Any:
+        launch = posts(tokens, *args, **options)
+        return SimpleNamespace(run=lambda: tokens.flags.around(launch.run))
+
     def sum_late(tokens: Any, *args: Any, **options: Any) -> Any:
         launch = sums(tokens, *args, **options)
         late("forward combine")
         return SimpleNamespace(run=lambda: tokens.flags.around(launch.run))
 
-    FewRows.run, ThreadFlags.tell, rank_tokens.sum_parts = run_late, tell_late, sum_late  # type: ignore[method-assign]
+    FewRows.run, ThreadFlags.tell = run_late, tell_late  # type: ignore[method-assign]
+    rank_tokens.post_tokens, rank_tokens.sum_parts = post, sum_late
     if gpu:
         from supersonic_moe.kernels.sm90 import stream_experts
 

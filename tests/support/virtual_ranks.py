@@ -121,14 +121,11 @@ class CarefulFlags(ExchangeFlags):
         self._meeting, self._left = meeting, 2 * self.CAREFUL
         self._delays = random.Random(rank)
 
-    def begin(self, bank: int, call: int, phase: int, steps: int = 1) -> None:
-        self.around(lambda: ExchangeFlags.begin(self, bank, call, phase, steps))
+    def begin(self, bank: int, call: int, phase: int) -> None:
+        self.around(lambda: ExchangeFlags.begin(self, bank, call, phase))
 
     def meet(self, kind: int, call: int, phase: int) -> None:
         self.around(lambda: ExchangeFlags.meet(self, kind, call, phase))
-
-    def wait(self, left: int, call: int, phase: int) -> None:
-        self.around(lambda: ExchangeFlags.wait(self, left, call, phase))
 
     def around(self, launch: Callable[[], None]) -> None:
         """A launch that waits for others."""

@@ -125,14 +125,15 @@ class Copies:
 
     def _begin(self, call: int, phase: str) -> list[Tensor]:
         """The bank of this exchange, of each rank."""
-        return self._banks[self.begin(call, phase)]
+        bank = self.turn()
+        self.memory.flags.begin(bank, call, PHASES.index(phase))
+        return self._banks[bank]
 
-    def begin(self, call: int, phase: str, steps: int = 1) -> int:
-        """A new exchange of so many epochs: the number of its bank."""
+    def turn(self) -> int:
+        """The number of the bank whose turn it is."""
         if not self._joined:  # an error came between
             self.join(())
         self._bank ^= 1
-        self.memory.flags.begin(self._bank, call, PHASES.index(phase), steps)
         return self._bank
 
     def bank_start(self, bank: int) -> int:

@@ -5,10 +5,8 @@ them to where it is summed: no message is packed, sent or unpacked around the op
 block holds and who waits for whom is in ``kernels/sm90/rank_tokens.py``. Launches of a call, beside the operator's own
 two or three:
 
-    exchange_begin   the bank is free
-    post_tokens      choices and x are told
-    exchange_wait    the choices of all are there
-    sum_parts        parts are told and awaited
+    post_tokens   in front: choices and x are told, choices of all are awaited
+    sum_parts     behind: parts are told and awaited
 
 On a CPU, where only tests have memory that several ranks reach, the same steps are plain torch.
 """
@@ -28,7 +26,7 @@ from supersonic_moe.kernels.alignment import aligned, aligned_tensor
 from supersonic_moe.kernels.reference import quantize_rows
 from supersonic_moe.kernels.reference.inference import Fp8Experts
 from supersonic_moe.kernels.sm90 import rank_tokens
-from supersonic_moe.kernels.sm90.rank_tokens import CHOICES_LEFT, EPOCHS, X_LEFT, Layout, RankTokens
+from supersonic_moe.kernels.sm90.rank_tokens import EPOCHS, X_LEFT, Layout, RankTokens
 from supersonic_moe.parallel.copies import Copies
 from supersonic_moe.parallel.watch import PHASES
 from supersonic_moe.quantization.block_format import E4M3, blocks
@@ -79,9 +77,10 @@ class FewRows:
         """Writes ``out`` (T, H) bf16, or adds to it."""
         copies, hidden = self._copies, given.x_TH.shape[1]
         with copies.inside(call, DISPATCH):
-            start = copies.bank_start(copies.begin(call, DISPATCH, EPOCHS))
-            at = Layout.of(self._ranks, self._places, hidden, self._top_k)
-            tokens = RankTokens(copies.memory.flags, Layout(*(start + region for region in at)), self._places, call)
+            bank = copies.turn()
+            regions, start = Layout.of(self._ranks, self._places, hidden, self._top_k), copies.bank_start(bank)
+            at = Layout(*(start + region for region in regions))
+            tokens = RankTokens(copies.memory.flags, at, self._places, call, bank)
             step = self._launch if given.x_TH.is_cuda else self._compute
             step(tokens, given, out_TH, accumulate)
 
@@ -98,10 +97,9 @@ class FewRows:
         layer = sm90.Layer(aligned(given.experts, VECTOR, "w13", "w2"), None, given.order, given.limit, given.pow2)
         x_TH = aligned_tensor("x", given.x_TH)
         rank_tokens.post_tokens(
-            tokens, self._arrived, x_TH, given.x_scale_TB, given.ids_TK, given.weights_TK, self._num_experts,
+            tokens, dispatch, self._arrived, x_TH, given.x_scale_TB, given.ids_TK, given.weights_TK, self._num_experts,
             pow2=given.pow2,
         ).run()  # fmt: skip
-        tokens.flags.wait(CHOICES_LEFT, tokens.call, dispatch)
         block = self._copies.memory.blocks[self._rank]
         ids_UK, weights_UK = self._choices(block, tokens.at)
         first_expert = self._rank * self._here
@@ -126,11 +124,12 @@ class FewRows:
         own = slice(self._rank * self._places, self._rank * self._places + count)
         rest = slice(own.stop, (self._rank + 1) * self._places)
         known = (given.ids_TK >= 0) & (given.ids_TK < self._num_experts)
+        flags.begin(tokens.bank, tokens.call, dispatch, EPOCHS)
         for block in blocks_R:
             ids_UK, weights_UK = self._choices(block, at)
             ids_UK[own], weights_UK[own] = torch.where(known, given.ids_TK, -1).int(), given.weights_TK
             ids_UK[rest] = -1
-        flags.tell(CHOICES_LEFT)
+        flags.tell(X_LEFT + 1)
         x, scale = (given.x_TH, given.x_scale_TB)
         if scale is None:
             x, scale = quantize_rows(x, given.pow2)
@@ -141,7 +140,7 @@ class FewRows:
             scale_UB[own][needed] = scale[needed]
         flags.tell(X_LEFT)
 
-        flags.wait(CHOICES_LEFT, tokens.call, dispatch)
+        flags.wait(X_LEFT + 1, tokens.call, dispatch)
         ids_UK, weights_UK = self._choices(blocks_R[self._rank], at)
         first_expert = self._rank * self._here
         flags.wait(X_LEFT, tokens.call, dispatch)

@@ -49,7 +49,7 @@ def tokens_of_a_rank(monkeypatch: pytest.MonkeyPatch, launches: list[Any]) -> Ra
     rank_tokens._kernel.cache_clear()
     blocks = [torch.zeros(1024, dtype=torch.uint8) for _ in range(4)]
     at = Layout(*(4096 + start for start in Layout.of(4, M, H, K)))
-    return RankTokens(exchange_flags.ExchangeFlags(blocks, 1, 2.5), at, M, 7)
+    return RankTokens(exchange_flags.ExchangeFlags(blocks, 1, 2.5), at, M, 7, 1)
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -58,15 +58,16 @@ def test_launches_have_what_the_kernels_take(wide: bool, tokens: RankTokens, lau
     x, out = torch.zeros(T, H, dtype=torch.bfloat16), torch.zeros(T, H, dtype=torch.bfloat16)
     scale_BT = torch.zeros(2, T)
     arrived, weights = torch.zeros(2, dtype=torch.int32), torch.zeros(T, K)
-    rank_tokens.post_tokens(tokens, arrived, x.to(E4M3), scale_BT.t(), ids, weights, E, pow2=False).run()
-    rank_tokens.post_tokens(tokens, arrived, x, None, ids, weights, E, pow2=True).run()
-    rank_tokens.post_tokens(tokens, arrived, x[:0], None, ids[:0], weights[:0], E, pow2=True).run()
+    rank_tokens.post_tokens(tokens, 0, arrived, x.to(E4M3), scale_BT.t(), ids, weights, E, pow2=False).run()
+    rank_tokens.post_tokens(tokens, 0, arrived, x, None, ids, weights, E, pow2=True).run()
+    rank_tokens.post_tokens(tokens, 0, arrived, x[:0], None, ids[:0], weights[:0], E, pow2=True).run()
     rank_tokens.sum_parts(tokens, 1, ids, E, out, accumulate=True).run()
     rank_tokens.sum_parts(tokens, 1, ids[:0], E, out[:0], accumulate=False).run()
     (_, grid, codes), (_, _, bf16), (_, empty_grid, _), (_, sum_grid, summed), (_, least, _) = launches
     assert (grid, empty_grid, sum_grid, least) == ((2 + 1, 1, 1), (2, 1, 1), (T, 1, 1), (1, 1, 1))
     assert (codes["x_bf16"], codes["x_scale_row"], codes["x_scale_k"], codes["pow2"]) == (0, 1, T, 0)
     assert (bf16["x_bf16"], bf16["x_scale"], bf16["pow2"], bf16["wide"]) == (1, 0, 1, wide)
+    assert (codes["phase"], codes["bank"]) == (0, 1)
     assert codes["choice_blocks"] == 2 and codes["arrived"] == arrived.data_ptr()  # 4·24·3 words, 256 a block
     for name in ("codes", "scales", "ids", "weights"):
         assert codes[f"{name}_at"] == getattr(tokens.at, name)

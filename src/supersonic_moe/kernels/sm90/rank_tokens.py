@@ -1,7 +1,8 @@
 """Tokens of several ranks without a collective or a copy: put where all ranks read them, and summed when they are back.
 
-    home     post_tokens    choices into the block of every rank, x into those of the ranks that have an expert of the
-                            token; two epochs told
+    home     post_tokens    waits until all have read what went through this bank; choices into the block of every
+                            rank, x into those of the ranks that have an expert of the token; two epochs told; waits
+                            for the choices of all
     there    the router and stream_experts_ranks read them in their own block; the latter writes the weighted sum of
              a token's rows here into the block of the token's rank
     home     sum_parts      tells the third epoch, waits for that of all, adds in order of ranks
@@ -13,10 +14,10 @@ that rank.
 
 Waits
     Who reads waits for a flag of the epoch (exchange_flags.py), as late as it can: the streaming kernel in the warps
-    that gather x, for the ranks whose rows they gather, while the first weights arrive; sum_parts before it adds. Only
-    the router has a launch in front that waits for it. Inside the streaming kernel other warps wait, too, at most
-    10 s: there a rank may take ``STREAM_LIMIT_S``. Longer ones end in the launch in front of the router, because
-    post_tokens tells of choices and of x within microseconds.
+    that gather x, for the ranks whose rows they gather, while the first weights arrive; sum_parts before it adds. The
+    router reads what post_tokens has waited for, beside writing. Inside the streaming kernel other warps wait, too, at
+    most 10 s: there a rank may take ``STREAM_LIMIT_S``. Longer ones end in post_tokens, because choices and x of a
+    rank are told within microseconds.
 Bytes
     Through NVLink, each way of a pair: 8 K M for choices; H + H / 32 there and 2 H back for each token that has an
     expert there. x is written, not read: stores wait for nobody, and cross once however many experts read the row.
@@ -36,8 +37,9 @@ from supersonic_moe.kernels.sm90.gemm_config import multiprocessors
 from supersonic_moe.quantization.block_format import blocks
 
 EPOCHS = 3
-CHOICES_LEFT, X_LEFT = 2, 1
-"""Epochs that follow those of the choices and of x in an exchange."""
+"""Of an exchange: choices, x, parts."""
+X_LEFT = 1
+"""Epochs that follow that of x."""
 STREAM_LIMIT_S = 5.0
 ALIGNMENT = 256
 POST_THREADS, SUM_THREADS = 256, 128
@@ -45,9 +47,9 @@ LINES_OF_A_WARP = 16  # post_tokens.cu
 CHANNELS_OF_A_BLOCK = 8 * SUM_THREADS
 CHOICE_BLOCKS = 8  # at most; each writes R·M·K / 8 words to other GPUs
 BLOCKS = 4  # of sum_parts on a multiprocessor; two of post_tokens
-_FLAGS = ("LDG.E.64.STRONG.SYS", "STG.E.64.STRONG.SYS", "MEMBAR.ALL.SYS")
+_FLAGS = ("LDG.E.64.STRONG.SYS", "STG.E.64.STRONG.SYS", "MEMBAR.ALL.SYS", "BPT.TRAP")
 SPECS = (
-    KernelSpec("post_tokens", "post_tokens.cu", threads=POST_THREADS, opcodes=(*_FLAGS[1:], "LDG.E.128.CONSTANT")),
+    KernelSpec("post_tokens", "post_tokens.cu", threads=POST_THREADS, opcodes=(*_FLAGS, "LDG.E.128.CONSTANT")),
     KernelSpec("sum_parts", "sum_parts.cu", threads=SUM_THREADS, opcodes=(*_FLAGS, "STG.E.128")),
 )
 
@@ -85,6 +87,7 @@ class RankTokens(NamedTuple):
     """From the start of a block here."""
     places: int
     call: int
+    bank: int
 
     def arguments(self, phase: int) -> dict[str, Any]:
         """Those of a wait, which all kernels share."""
@@ -98,6 +101,7 @@ def _kernel(name: str) -> Kernel:
 
 def post_tokens(
     tokens: RankTokens,
+    phase: int,
     arrived: Tensor,
     x_TH: Tensor,
     x_scale_TB: Tensor | None,
@@ -115,18 +119,19 @@ def post_tokens(
         ids_TK: int32 or int64; outside [0, ``num_experts``) there is no expert. ``weights_TK`` float32. All contiguous.
     """
     (count, hidden), choices = x_TH.shape, ids_TK.shape[1]
-    same = {name: tokens.flags.same[name] for name in ("words", "rank", "ranks", "state")}
-    words = same["ranks"] * tokens.places * choices
+    flags = tokens.arguments(phase)
+    words = flags["ranks"] * tokens.places * choices
     choice_blocks = min(CHOICE_BLOCKS, -(-words // POST_THREADS))
     units = count * -(-blocks(hidden) // LINES_OF_A_WARP)
     x_blocks = min(-(-units // (POST_THREADS // 32)), 2 * multiprocessors(x_TH.get_device()))
     x_scale_row, x_scale_k = (0, 0) if x_scale_TB is None else x_scale_TB.stride()
     at = tokens.at
     arguments = dict(
-        **same, arrived=arrived, x=x_TH, x_bf16=int(x_scale_TB is None), x_scale=x_scale_TB, x_scale_row=x_scale_row,
-        x_scale_k=x_scale_k, ids=ids_TK, wide=int(ids_TK.element_size() == 8), weights=weights_TK, tokens=count,
-        places=tokens.places, hidden=hidden, choices=choices, num_experts=num_experts, choice_blocks=choice_blocks,
-        codes_at=at.codes, scales_at=at.scales, ids_at=at.ids, weights_at=at.weights, pow2=int(pow2),
+        **flags, bank=tokens.bank, arrived=arrived, x=x_TH, x_bf16=int(x_scale_TB is None), x_scale=x_scale_TB,
+        x_scale_row=x_scale_row, x_scale_k=x_scale_k, ids=ids_TK, wide=int(ids_TK.element_size() == 8),
+        weights=weights_TK, tokens=count, places=tokens.places, hidden=hidden, choices=choices,
+        num_experts=num_experts, choice_blocks=choice_blocks, codes_at=at.codes, scales_at=at.scales, ids_at=at.ids,
+        weights_at=at.weights, pow2=int(pow2),
     )  # fmt: skip
     return Launch(_kernel("post_tokens"), (choice_blocks + x_blocks, 1, 1), arguments)
 
