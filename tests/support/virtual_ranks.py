@@ -152,12 +152,16 @@ class ThreadFlags:
         self._failure: Failure | None = None
         self._delays = random.Random(rank)
 
-    def begin(self, bank: int, call: int, phase: int, steps: int = 1) -> None:
+    def begin(self, bank: int, call: int, phase: int) -> None:
         self._tell(0, self._epoch << 32)
         for peer in self._others:
             self._wait(peer, peer, self._last[bank] << 32, call, phase)
-        self._epoch += steps
+        self._epoch += 1
         self._last[bank] = self._epoch
+
+    def advance(self, epochs: int) -> None:
+        """An exchange of so many begins, for which nobody is asked."""
+        self._epoch += epochs
 
     def tell(self, left: int) -> None:
         """What kernels do: this rank has written what belongs to the epoch that ``left`` more follow."""

@@ -44,7 +44,7 @@ class Copies:
     def __init__(
         self, memory: Memory, rank: int, places: int, row_bytes: int, watch: Watch, collectives: Collectives
     ) -> None:
-        size = self._bank_bytes = bank_bytes(len(memory.blocks), places, row_bytes)
+        size = bank_bytes(len(memory.blocks), places, row_bytes)
         self.memory, self._rank, self._watch, self._collectives = memory, rank, watch, collectives
         self._places, self._row_bytes, self._device = places, row_bytes, memory.blocks[rank].device
         starts = HEAD, HEAD + size
@@ -125,20 +125,11 @@ class Copies:
 
     def _begin(self, call: int, phase: str) -> list[Tensor]:
         """The bank of this exchange, of each rank."""
-        bank = self.turn()
-        self.memory.flags.begin(bank, call, PHASES.index(phase))
-        return self._banks[bank]
-
-    def turn(self) -> int:
-        """The number of the bank whose turn it is."""
         if not self._joined:  # an error came between
             self.join(())
         self._bank ^= 1
-        return self._bank
-
-    def bank_start(self, bank: int) -> int:
-        """Bytes in front of it in a block."""
-        return HEAD + bank * self._bank_bytes
+        self.memory.flags.begin(self._bank, call, PHASES.index(phase))
+        return self._banks[self._bank]
 
     def _meet(self, row_bytes: int, call: int, phase: str) -> None:
         self.memory.flags.meet(carried(phase, row_bytes), call, PHASES.index(phase))

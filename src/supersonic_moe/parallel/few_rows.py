@@ -28,6 +28,7 @@ from supersonic_moe.kernels.reference.inference import Fp8Experts
 from supersonic_moe.kernels.sm90 import rank_tokens
 from supersonic_moe.kernels.sm90.rank_tokens import EPOCHS, X_LEFT, Layout, RankTokens
 from supersonic_moe.parallel.copies import Copies
+from supersonic_moe.parallel.symmetric import HEAD
 from supersonic_moe.parallel.watch import PHASES
 from supersonic_moe.quantization.block_format import E4M3, blocks
 
@@ -55,15 +56,15 @@ def has_few_rows(ranks: int, places: int, top_k: int, experts_here: int) -> bool
 
 
 def row_bytes(ranks: int, places: int, hidden: int, top_k: int) -> int:
-    """Of ``Copies``, so that a bank holds what a call needs."""
-    return -(-Layout.of(ranks, places, hidden, top_k).end // (ranks * places))
+    """Of ``Copies``, so that its two banks together hold what a call needs."""
+    return -(-Layout.of(ranks, places, hidden, top_k).end // (2 * ranks * places))
 
 
 class FewRows:
     """Calls of one rank.
 
     Args:
-        copies: whose banks and flags are used, with rows of ``row_bytes``.
+        copies: whose memory and flags are used, with rows of ``row_bytes``, and by nobody else.
         places: M, at most so many tokens of a rank.
     """
 
@@ -77,10 +78,9 @@ class FewRows:
         """Writes ``out`` (T, H) bf16, or adds to it."""
         copies, hidden = self._copies, given.x_TH.shape[1]
         with copies.inside(call, DISPATCH):
-            bank = copies.turn()
-            regions, start = Layout.of(self._ranks, self._places, hidden, self._top_k), copies.bank_start(bank)
-            at = Layout(*(start + region for region in regions))
-            tokens = RankTokens(copies.memory.flags, at, self._places, call, bank)
+            regions = Layout.of(self._ranks, self._places, hidden, self._top_k)
+            at = Layout(*(HEAD + region for region in regions))
+            tokens = RankTokens(copies.memory.flags, at, self._places, call)
             step = self._launch if given.x_TH.is_cuda else self._compute
             step(tokens, given, out_TH, accumulate)
 
@@ -124,7 +124,7 @@ class FewRows:
         own = slice(self._rank * self._places, self._rank * self._places + count)
         rest = slice(own.stop, (self._rank + 1) * self._places)
         known = (given.ids_TK >= 0) & (given.ids_TK < self._num_experts)
-        flags.begin(tokens.bank, tokens.call, dispatch, EPOCHS)
+        flags.advance(EPOCHS)
         for block in blocks_R:
             ids_UK, weights_UK = self._choices(block, at)
             ids_UK[own], weights_UK[own] = torch.where(known, given.ids_TK, -1).int(), given.weights_TK

@@ -77,21 +77,15 @@ DEVICE bool is_last(u32* counter, u32 blocks) {
     return last;
 }
 
-// A new exchange of three epochs (choices, x, parts) through the bank whose last one was of epoch state[1 + bank]: this rank has read what
-// came before; once all others have read what went through the bank, the first `choice_blocks` blocks write choices, the rest x. Places
-// without a token get -1. Ends when the choices of all are here.
+// A new exchange of three epochs (choices, x, parts): the first `choice_blocks` blocks write choices, the rest x. Places without a token get
+// -1. Ends when the choices of all are here.
 extern "C" __global__ void __launch_bounds__(POST_THREADS, 2)
     post_tokens(u64** words, const i32 rank, const i32 ranks, const i64 limit_ns, const i32 call, const i32 phase, u64* host, u64* state,
-                const i32 bank, u32* arrived, const void* x, const i32 x_bf16, const float* x_scale, const i64 x_scale_row,
-                const i64 x_scale_k, const void* ids, const i32 wide, const float* weights, const i32 tokens, const i32 places,
+                u32* arrived, const void* x, const i32 x_bf16, const float* x_scale, const i64 x_scale_row, const i64 x_scale_k, const void* ids, const i32 wide, const float* weights, const i32 tokens, const i32 places,
                 const i32 hidden, const i32 choices, const i32 num_experts, const i32 choice_blocks, const u64 codes_at,
                 const u64 scales_at, const u64 ids_at, const u64 weights_at, const i32 pow2) {
     const Wait flags{words, rank, ranks, limit_ns, call, phase, host};
-    const u64 before = state[0], of_choices = before + 1, of_x = before + 2, last = before + 3;
-    if (blockIdx.x == 0 && threadIdx.x == 0) tell_ranks(flags, FINISHED, before);
-    if (threadIdx.x < 32) wait_for_ranks(flags, FINISHED, lanes_of_ranks(ranks), state[1 + bank]);
-    __syncthreads();
-
+    const u64 of_choices = state[0] + 1, of_x = of_choices + 1, of_parts = of_x + 1;
     const u32 slots = places * choices, used = tokens * choices, experts_here = num_experts / ranks;
     const Choices chosen = {ids, wide != 0, num_experts};
     if (blockIdx.x < choice_blocks) {
@@ -104,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(POST_THREADS, 2)
             reinterpret_cast<float*>(block + weights_at)[at] = slot < used ? __ldg(weights + slot) : 0.0f;
         }
         __syncthreads();
-        if (threadIdx.x == 0 && is_last(arrived, choice_blocks)) tell_ranks(flags, WRITTEN, of_choices);
+        if (threadIdx.x == 0 && is_last(arrived, choice_blocks)) tell_written(flags, of_choices);
     } else {
         const u32 lines = hidden / LINE, parts = (lines + PART_LINES - 1) / PART_LINES, lane = lane_index();
         const Posted posted = {x, x_scale, x_scale_row, x_scale_k, words, codes_at, scales_at, static_cast<i64>(rank) * places, lines,
@@ -120,9 +114,9 @@ extern "C" __global__ void __launch_bounds__(POST_THREADS, 2)
     }
     // x is told last, so a rank whose x is there has told of its choices before. All blocks have read the state by then.
     if (threadIdx.x == 0 && is_last(arrived + 1, gridDim.x)) {
-        tell_ranks(flags, WRITTEN, of_x);
-        state[0] = state[1 + bank] = last;
+        tell_written(flags, of_x);
+        state[0] = of_parts;
     }
     __syncwarp();
-    if (blockIdx.x == 0 && threadIdx.x < 32) wait_for_ranks(flags, WRITTEN, lanes_of_ranks(ranks), of_choices);
+    if (blockIdx.x == 0 && threadIdx.x < 32) wait_for_written(flags, lanes_of_ranks(ranks), of_choices);
 }

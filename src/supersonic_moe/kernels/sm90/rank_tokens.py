@@ -1,17 +1,20 @@
 """Tokens of several ranks without a collective or a copy: put where all ranks read them, and summed when they are back.
 
-    home     post_tokens    waits until all have read what went through this bank; choices into the block of every
-                            rank, x into those of the ranks that have an expert of the token; two epochs told; waits
-                            for the choices of all
+    home     post_tokens    choices into the block of every rank, x into those of the ranks that have an expert of the
+                            token; two epochs told; waits for the choices of all
     there    the router and stream_experts_ranks read them in their own block; the latter writes the weighted sum of
              a token's rows here into the block of the token's rank
     home     sum_parts      tells the third epoch, waits for that of all, adds in order of ranks
 
-R ranks, M places for each, H hidden, K choices. A bank of a block holds, of all ranks in order, x (R·M, H) e4m3 and its
+R ranks, M places for each, H hidden, K choices. A block holds, of all ranks in order, x (R·M, H) e4m3 and its
 scales (R·M, H / 128) where a token has an expert here, ids (R·M, K) int32, -1 in a place without a token, and weights
 (R·M, K); and the parts of this rank's tokens that each rank has made, (R, M, H) bf16, where a token has an expert on
 that rank.
 
+Room
+    One bank is enough, and nobody asks whether it is free: a rank posts again when it has the parts of all others,
+    which they have told after reading its choices and x; and it writes parts when it has the next choices of all,
+    which they have told after summing the last parts (tests/support/exchange_model.py).
 Waits
     Who reads waits for a flag of the epoch (exchange_flags.py), as late as it can: the streaming kernel in the warps
     that gather x, for the ranks whose rows they gather, while the first weights arrive; sum_parts before it adds. The
@@ -55,7 +58,7 @@ SPECS = (
 
 
 class Layout(NamedTuple):
-    """Bytes from the start of a bank to each of its regions."""
+    """Bytes from the start of the data of a block to each of its regions."""
 
     codes: int
     scales: int
@@ -80,14 +83,13 @@ class Layout(NamedTuple):
 
 
 class RankTokens(NamedTuple):
-    """One exchange of one rank, through one bank."""
+    """One exchange of one rank."""
 
     flags: ExchangeFlags
     at: Layout
     """From the start of a block here."""
     places: int
     call: int
-    bank: int
 
     def arguments(self, phase: int) -> dict[str, Any]:
         """Those of a wait, which all kernels share."""
@@ -127,7 +129,7 @@ def post_tokens(
     x_scale_row, x_scale_k = (0, 0) if x_scale_TB is None else x_scale_TB.stride()
     at = tokens.at
     arguments = dict(
-        **flags, bank=tokens.bank, arrived=arrived, x=x_TH, x_bf16=int(x_scale_TB is None), x_scale=x_scale_TB,
+        **flags, arrived=arrived, x=x_TH, x_bf16=int(x_scale_TB is None), x_scale=x_scale_TB,
         x_scale_row=x_scale_row, x_scale_k=x_scale_k, ids=ids_TK, wide=int(ids_TK.element_size() == 8),
         weights=weights_TK, tokens=count, places=tokens.places, hidden=hidden, choices=choices,
         num_experts=num_experts, choice_blocks=choice_blocks, codes_at=at.codes, scales_at=at.scales, ids_at=at.ids,

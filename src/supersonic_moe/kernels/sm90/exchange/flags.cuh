@@ -58,19 +58,19 @@ DEVICE void settle(const Wait& wait, u64 why, u64 wanted, u64 seen) {
     trap();
 }
 
-// A warp, until the flags of a kind have come to this epoch, FINISHED or WRITTEN, of the ranks of `lanes`; this rank itself is not asked.
-DEVICE void wait_for_ranks(const Wait& wait, u32 kind, u32 lanes, u64 epoch) {
+// A warp, until the ranks of `lanes` have written what belongs to this epoch; this rank itself is not asked.
+DEVICE void wait_for_written(const Wait& wait, u32 lanes, u64 epoch) {
     const u32 lane = lane_index();
     u64 why = 0, seen = 0;
-    if ((lanes >> lane & 1) && lane != wait.rank) why = wait_for(wait, kind + lane, epoch, seen);
+    if ((lanes >> lane & 1) && lane != wait.rank) why = wait_for(wait, WRITTEN + lane, epoch, seen);
     settle(wait, why, epoch << 32, seen);
     __syncwarp();  // what one lane has seen, all have
 }
 
 DEVICE u32 lanes_of_ranks(i32 ranks) { return 0xffffffffu >> (32 - ranks); }
 
-// One thread, behind what this rank has read or written up to the epoch: says so to all others.
-DEVICE void tell_ranks(const Wait& wait, u32 kind, u64 epoch) {
+// One thread, behind what this rank has written for the epoch: all others may read it.
+DEVICE void tell_written(const Wait& wait, u64 epoch) {
     for (i32 peer = 0; peer < wait.ranks; ++peer)
-        if (peer != wait.rank) store_release_system(wait.words[peer] + kind + wait.rank, epoch << 32);
+        if (peer != wait.rank) store_release_system(wait.words[peer] + WRITTEN + wait.rank, epoch << 32);
 }

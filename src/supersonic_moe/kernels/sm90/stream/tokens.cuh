@@ -24,7 +24,7 @@ struct Tokens {
     DEVICE void wait(i32 token) const {
         const u32 bit = 1u << token / places;
         if (there & bit) return;
-        wait_for_ranks(flags, WRITTEN, bit, epoch);
+        wait_for_written(flags, bit, epoch);
         there |= bit;
     }
     DEVICE const u8* codes(i64 token) const { return block(flags.rank) + codes_at + token * hidden; }
