@@ -20,7 +20,8 @@ from torch import Tensor
 
 from supersonic_moe.config.activation import GateUpLayout
 from supersonic_moe.inference.topk import moe_fp8_topk
-from supersonic_moe.inference.workspace import ALIGNMENT, SURE_ROWS, workspace_bytes
+from supersonic_moe.inference.workspace import SURE_ROWS, workspace_bytes
+from supersonic_moe.jit.launch import Launch, on_device
 from supersonic_moe.kernels.alignment import ALIGNMENT as VECTOR
 from supersonic_moe.kernels.alignment import aligned, aligned_tensor
 from supersonic_moe.kernels.reference import quantize_rows
@@ -87,32 +88,37 @@ class FewRows:
     # ---- on Hopper ---------------------------------------------------------------------------------------------------
 
     def _launch(self, tokens: RankTokens, given: Given, out_TH: Tensor, accumulate: bool) -> None:
-        from supersonic_moe.inference import sm90  # needs Triton
-
-        hidden, inter = given.experts.w2.shape[1:]
-        dispatch, combine = PHASES.index(DISPATCH), PHASES.index(COMBINE)
-        size = workspace_bytes(self._ranks * self._places, self._top_k, hidden, inter, self._here)
-        workspace = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=out_TH.device)
-        address = -(-workspace.data_ptr() // ALIGNMENT) * ALIGNMENT
-        layer = sm90.Layer(aligned(given.experts, VECTOR, "w13", "w2"), None, given.order, given.limit, given.pow2)
-        x_TH = aligned_tensor("x", given.x_TH)
-        rank_tokens.post_tokens(
-            tokens, dispatch, self._arrived, x_TH, given.x_scale_TB, given.ids_TK, given.weights_TK, self._num_experts,
-            pow2=given.pow2,
-        ).run()  # fmt: skip
-        block = self._copies.memory.blocks[self._rank]
-        ids_UK, weights_UK = self._choices(block, tokens.at)
-        first_expert = self._rank * self._here
-        for launch in sm90.launches_of_ranks(
-            tokens, dispatch, ids_UK, weights_UK, first_expert, self._num_experts, layer, given.received, address
-        ):
-            launch.run()
         to_TH = out_TH if out_TH.data_ptr() % VECTOR == 0 else out_TH.clone()
-        rank_tokens.sum_parts(
-            tokens, combine, given.ids_TK, self._num_experts, to_TH, accumulate=accumulate
-        ).run()  # fmt: skip
+        size = workspace_bytes(
+            self._ranks * self._places, self._top_k, *given.experts.w2.shape[1:], num_local_experts=self._here
+        )
+        workspace = torch.empty(size, dtype=torch.uint8, device=out_TH.device)
+        with on_device(out_TH):
+            for launch in self._launches(tokens, given, to_TH, accumulate, workspace.data_ptr()):
+                launch.run()
         if to_TH is not out_TH:
             out_TH.copy_(to_TH)
+
+    def _launches(
+        self, tokens: RankTokens, given: Given, out_TH: Tensor, accumulate: bool, workspace: int
+    ) -> list[Launch]:
+        from supersonic_moe.inference import sm90  # needs Triton
+
+        dispatch, combine, experts = PHASES.index(DISPATCH), PHASES.index(COMBINE), self._num_experts
+        layer = sm90.Layer(aligned(given.experts, VECTOR, "w13", "w2"), None, given.order, given.limit, given.pow2)
+        ids_UK, weights_UK = self._choices(self._copies.memory.blocks[self._rank], tokens.at)
+        x_TH = aligned_tensor("x", given.x_TH)
+        return [
+            rank_tokens.post_tokens(
+                tokens, dispatch, self._arrived, x_TH, given.x_scale_TB, given.ids_TK, given.weights_TK, experts,
+                pow2=given.pow2,
+            ),
+            *sm90.launches_of_ranks(
+                tokens, dispatch, ids_UK, weights_UK, self._rank * self._here, experts, layer, given.received,
+                workspace,
+            ),
+            rank_tokens.sum_parts(tokens, combine, given.ids_TK, experts, out_TH, accumulate=accumulate),
+        ]  # fmt: skip
 
     # ---- in plain torch ----------------------------------------------------------------------------------------------
 
