@@ -213,7 +213,7 @@ def test_products(gathered: bool, launches: list[Any]) -> None:
         shape = (E, 2 * I, H) if transposed else (E, H, 2 * I)
         given = {0: None, 1: torch.zeros(shape), 2: torch.zeros(shape)}[output]
         d = backend.grouped_mm_wgrad(c.rows, c.z, OFFSETS, Into(given, transposed, output == 2))
-        check(launches[-1], "grouped_wgrad", map_a=c.x, map_b=c.z, map_d=d, blocks_m=2, blocks_n=3, **ragged)
+        check(launches[-1], "grouped_wgrad", map_a=c.x, map_b=c.z, map_d=d, rows=264, blocks_n=3, **ragged)
         assert dict(launches[-1][0].spec.constants)["FP32"] == (output > 0)
         shape = (E, I, H) if transposed else (E, H, I)
         given = {0: None, 1: torch.zeros(shape), 2: torch.zeros(shape)}[output]
@@ -244,6 +244,7 @@ def test_quantizer(launches: list[Any]) -> None:
         ({"columns": 3072, "rows": 256, "depth": 4096, "gather": True}, (384, 2, False)),
         ({"columns": 3072, "rows": 256, "gather": True}, (256, 2, False)),  # an epilogue for 256 columns
         ({"columns": 3072, "depth": 4096, "gather": True}, (384, 2, False)),  # a weight gradient
+        ({"columns": 2880, "depth": 1024, "gather": True}, (320, 2, False)),
         ({"columns": 8, "depth": 0, "gather": True}, (256, 2, False)),
         ({"columns": 768, "gather": True, "staging_bytes": 1}, (256, 1, False)),
         ({"columns": 769, "gather": True, "staging_bytes": 1}, (256, 2, True)),

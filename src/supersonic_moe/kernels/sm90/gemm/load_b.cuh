@@ -1,4 +1,5 @@
 // How B of a stage is loaded, as the loaders call it: `load_b(tile_b, full, k, tile, part, blocks)`, by one thread, for K from `k` on.
+// `load_b.bytes(tile)`, where that is not always all of bytes_b: what all parts bring together.
 // Blocks of a cluster with the same columns load a part of B each, part `part` of as many as there are blocks, for those `blocks` of
 // them.
 #pragma once
@@ -8,10 +9,11 @@
 // Part of an N-contiguous B: columns in slabs of 64, rows k.. of slice `slice`.
 template <Config C>
 DEVICE void load_b_mn_major(u32 tile_b, const TensorMap* map, u32 full, i32 k, i32 first_column, i32 slice, u32 part, u16 blocks) {
-    static_assert(C.block_n % (64 * C.cluster) == 0, "each block of a cluster loads whole slabs of 64 columns");
-    constexpr u32 slabs = C.slabs_n() / C.cluster;
+    static_assert(C.block_n % 64 == 0, "each block of a cluster loads whole slabs of 64 columns");
+    constexpr u32 slabs = (C.slabs_n() + C.cluster - 1) / C.cluster;
 #pragma unroll
     for (u32 i = 0; i < slabs; ++i) {
+        if (C.slabs_n() % C.cluster > 0 && part * slabs + i >= C.slabs_n()) break;  // the last part has one less
         const u32 at = tile_b + (part * slabs + i) * C.slab_bytes();
         const i32 column = first_column + static_cast<i32>((part * slabs + i) * 64);
         if constexpr (C.cluster > 1) {
@@ -22,11 +24,21 @@ DEVICE void load_b_mn_major(u32 tile_b, const TensorMap* map, u32 full, i32 k, i
     }
 }
 
-// A weight (experts, columns, K), K contiguous, or MN-major (experts, K, columns).
+// A weight (experts, columns, K), K contiguous, or MN-major (experts, K, columns). Of a narrow tile (Config::narrow_n, which lies in
+// part 0) no other part is loaded.
 template <Config C, bool MnMajor>
 struct LoadWeight {
     const TensorMap* map;
+    i32 columns = 0;  // of the weight, or 0: no tile is narrow
+    DEVICE bool narrow(const WorkTile& tile) const {
+        return C.cluster > 1 && columns > 0 && columns - tile.column <= static_cast<i32>(C.narrow_n());
+    }
+    DEVICE u32 bytes(const WorkTile& tile) const {
+        constexpr u32 first_part = MnMajor ? (C.slabs_n() + C.cluster - 1) / C.cluster * C.slab_bytes() : C.bytes_b() / C.cluster;
+        return narrow(tile) ? first_part : C.bytes_b();
+    }
     DEVICE void operator()(u32 tile_b, u32 full, i32 k, const WorkTile& tile, u32 part, u16 blocks) const {
+        if (part > 0 && narrow(tile)) return;
         if constexpr (MnMajor) {
             load_b_mn_major<C>(tile_b, map, full, k, tile.column, tile.expert, part, blocks);
         } else if constexpr (C.cluster > 1) {
