@@ -8,8 +8,8 @@ Layout (row-major)
 Tiles
     As in grouped_gemm.py, 128 × 256, 320 or 384 of one expert's D, with both operands MN-major: a stage is 64 rows of A
     and B. Where the last rows of D fill at most one block of a cluster, its two blocks take neighbouring columns of
-    them; a warpgroup past the last row multiplies nothing. The rows that the last stage of an expert shares with the next expert, or with nobody, are cleared in
-    shared memory.
+    them; a warpgroup past the last row multiplies nothing. The rows that the last stage of an expert shares with the
+    next expert, or with nobody, are cleared in shared memory.
 Maths
     fp32 accumulation in the tensor core; one rounding for bf16. ``+=`` is a TMA reduction in L2 with one writer a tile,
     hence deterministic. M and N are multiples of 8.
