@@ -258,7 +258,7 @@ def test_down_backward(counts: list[int], hidden: int, width: int, gathered: boo
 
 @pytest.mark.parametrize("fused", ["swiglu-gate_up", "relu_sq", "gpt_oss-interleaved-outermost"])
 @pytest.mark.parametrize("gathered", [False, True])
-@pytest.mark.parametrize("width", [320, 832])
+@pytest.mark.parametrize("width", [320, 448, 832])
 def test_clusters_stay_in_step(width: int, gathered: bool, fused: str) -> None:
     """Short tails, their columns split between the blocks of a cluster, then tiles of the same cluster that share B.
     Both blocks must have used as many stages, although the last column tile has fewer stages of Z than others.
