@@ -153,12 +153,15 @@ class ExpertParallel:
             what = f"expert parallel group {name_of(self.group)!r} ({self.size} ranks)"
             self._watch = Watch(what, self.rank, self.size, default_store(name), timeout_s)
             collectives = Collectives(self.group, self._watch)
-            row_bytes = max(2 * hidden, 8 * top_k + 4 * blocks(hidden))  # of x in 16 bits; of ids, scores, scales
-            sizes = {"num_experts": num_experts, "top_k": top_k, "places": max_tokens, "row_bytes": row_bytes}
+            sizes = {"num_experts": num_experts, "top_k": top_k, "places": max_tokens, "row_bytes": self.row_bytes()}
             found = choose(transport, collectives, self._watch, **sizes)
             self.transport, self._ranks, self._how = found
             self._overflow = None if capacity == "exact" else Overflow(collectives, capacity)
             self._collectives = collectives
+
+    def row_bytes(self) -> int:
+        """Of the rows of an exchange, at most: of x in 16 bits; of ids, scores and scales."""
+        return max(2 * self.hidden, 8 * self.top_k + 4 * blocks(self.hidden))
 
     def _agree(self) -> str:
         """A name that this object has on all ranks, after they have compared their arguments."""
@@ -364,11 +367,14 @@ class ExpertParallel:
     def _departures(self, ids_TK: Tensor) -> Departures:
         if self.transport != "gather":
             return departures(ids_TK, self.num_experts, self.size)
-        if (tokens := ids_TK.shape[0]) > self.max_tokens:
+        self._refuse_too_many(ids_TK.shape[0])
+        return departures_everywhere(ids_TK, self.num_experts, self.size, self.max_tokens)
+
+    def _refuse_too_many(self, tokens: int) -> None:
+        if tokens > self.max_tokens:
             error = self._too_many(f"got {tokens}")
             self._watch.tell(error)  # the others wait
             raise error
-        return departures_everywhere(ids_TK, self.num_experts, self.size, self.max_tokens)
 
     def _too_many(self, found: str) -> ValueError:
         kind, limit = self._names

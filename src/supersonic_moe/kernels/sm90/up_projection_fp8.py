@@ -40,6 +40,7 @@ from supersonic_moe.kernels.sm90.operands import (
     map_of_gate_and_up,
     map_of_halves,
     map_of_rows,
+    map_of_run,
     map_of_scales,
     map_of_stored_rows,
 )
@@ -69,9 +70,12 @@ def _kernel(config: GemmConfig, kind: int, interleaved: bool) -> Kernel:
     return Kernel(_spec(config, kind, interleaved))
 
 
-def up_projection_fp8(step: UpProjection[Quantized], recipe: Fp8Recipe) -> tuple[Quantized, Quantized]:
+def up_projection_fp8(
+    step: UpProjection[Quantized], recipe: Fp8Recipe, a: Quantized | None = None
+) -> tuple[Quantized, Quantized]:
     """(Z as backward will see it, A): see ``Fp8Experts``. Activations outside ``KINDS`` take the composed form, and so
-    do halves of Z that do not start at a scale block.
+    do halves of Z that do not start at a scale block; no other form writes to ``a``, memory for A as ``empty_e4m3`` and
+    ``empty_scales(..., tma=True)`` lay it out.
     """
     x, (w1, w1_scale), b1_EN, expert_offsets, _, (activation, layout), save = step
     (xq_TH, x_scale), index = x
@@ -86,8 +90,9 @@ def up_projection_fp8(step: UpProjection[Quantized], recipe: Fp8Recipe) -> tuple
     else:
         z_PN = xq_TH.new_empty(rows if saved == IN_BF16 else 0, n1, dtype=torch.bfloat16)
         z_scale = xq_TH.new_empty(0, blocks(n1), dtype=torch.float32)
-    a_PI, a_scale = empty_e4m3(xq_TH, rows, width), empty_scales(xq_TH, rows, blocks(width), tma=True)
-    z, a = Quantized(z_PN, z_scale), Quantized(a_PI, a_scale)
+    if a is None:
+        a = Quantized(empty_e4m3(xq_TH, rows, width), empty_scales(xq_TH, rows, blocks(width), tma=True))
+    z, (a_PI, a_scale) = Quantized(z_PN, z_scale), a
     if rows == 0:
         return z, a
     config = choose(n1, index is not None, staging_bytes=STAGING_BYTES)
@@ -96,6 +101,7 @@ def up_projection_fp8(step: UpProjection[Quantized], recipe: Fp8Recipe) -> tuple
         _kernel(config, kind_of(activation), interleaved).launch(
             config.grid(xq_TH.get_device()),
             map_x=map_of_rows(xq_TH, index, box=(BLOCK_M, config.block_k)),
+            map_x_run=map_of_run(xq_TH, index, config.run_box, map_a),
             map_scale_x=map_of_scales(x_scale, index, map_a),
             map_w=map_of_gate_and_up(w1, interleaved, width),
             map_z=map_a if saved == NOTHING else map_of_halves(z_PN, interleaved, rows=WARP_ROWS),

@@ -40,9 +40,10 @@ struct RaggedDepth {
 
 // The weight gradient as the loading warps see it.
 struct DepthGemm {
-    const i32* offsets;  // (experts + 1): first row of each expert
-    const i32* index;    // row -> row of A's matrix, with gather
-    i32 experts, rows, blocks_n;  // rows: of the output
+    const i32* offsets;               // (experts + 1): first row of each expert
+    const i32* index;                 // row -> row of A's matrix, with gather;
+    const TensorMap* map_run;         // and A in boxes of WARP_LINES rows
+    i32 experts, rows, blocks_n;      // rows: of the output
 };
 
 template <Config C>
@@ -68,7 +69,7 @@ DEVICE void gather_slabs(const SharedMemory<C>& shared, u32 tile_a, const Tensor
 // Where the last rows of the output fit into one block of a cluster of two, the two take neighbouring columns of them (paired_order).
 // Slabs of A past the last row are not loaded.
 // With gather the rows change from block to block: a warp reads their indices one block ahead, past the end of a tile those of
-// the next, one a lane, and its issuing lane picks them up from shared memory.
+// the next, one a lane, and its issuing lane picks them up from shared memory; where they follow each other, one box of a slab holds them.
 template <u32 BorrowedByTile, Config C, typename Schedule = AllTiles<C>>
 DEVICE void load_ragged_depth(const SharedMemory<C>& shared, const DepthGemm& gemm, const TensorMap* map_a, const TensorMap* map_b,
                               const bool adds, const Schedule schedule = {}) {
@@ -109,8 +110,11 @@ DEVICE void load_ragged_depth(const SharedMemory<C>& shared, const DepthGemm& ge
         for (i32 block = 0; block < blocks_k; ++block, ring.advance()) {
             const u32 full = shared.full(ring.stage), tile_a = shared.tile_a(ring.stage);
             const i32 k = begin + block * block_k;
+            Run run{};
             if constexpr (C.gather) {
-                if (lane_index() < WARP_LINES<C>) store_index(shared.row_index(warp * WARP_LINES<C> + lane_index()), mine);
+                const u32 line = lane_index() % WARP_LINES<C>;
+                if (lane_index() < WARP_LINES<C>) store_index(shared.row_index(warp * WARP_LINES<C> + line), mine);
+                run = find_run(mine, line, k + static_cast<i32>(warp * WARP_LINES<C> + line) >= end);
                 mine = block + 1 < blocks_k ? fetch(k + block_k, end) : fetch(next_begin, next_end);
                 __syncwarp();
             }
@@ -135,7 +139,15 @@ DEVICE void load_ragged_depth(const SharedMemory<C>& shared, const DepthGemm& ge
                     load_b_mn_major<C>(shared.tile_b(ring.stage), map_b, full, k, tile.column, 0, part, sharers);
             }
             if constexpr (C.gather) {
-                if (slabs == static_cast<i32>(C.slabs_m())) {
+                if (run.whole) {
+                    const u32 lines = tile_a + warp * WARP_LINES<C> * LINE;
+                    if (elect_one()) {
+#pragma unroll
+                        for (i32 slab = 0; slab < static_cast<i32>(C.slabs_m()); ++slab)
+                            if (slab < slabs)
+                                tma_load(lines + slab * C.slab_bytes(), gemm.map_run, full, tile.row + slab * 64, run.first);
+                    }
+                } else if (slabs == static_cast<i32>(C.slabs_m())) {
                     if (elect_one()) gather_slabs<C.slabs_m()>(shared, tile_a, map_a, full, tile.row, warp);
                 } else if (slabs == 1) {
                     if (elect_one()) gather_slabs<1>(shared, tile_a, map_a, full, tile.row, warp);
