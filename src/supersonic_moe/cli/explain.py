@@ -97,8 +97,7 @@ def _tiles(shape: LayerShape, gated: bool, recipe: Recipe) -> str:
     }
     steps: dict[str, list[str]] = {}
     for step, (columns, gather, rows_of_d, depth, in_fp8) in products.items():
-        staging = BUFFER_BYTES if in_fp8 else 0
-        config = choose(columns, gather, rows=rows_of_d, depth=depth, broad=not gated, staging_bytes=staging)
+        config = choose(columns, gather, rows=rows_of_d, depth=depth, staging_bytes=BUFFER_BYTES if in_fp8 else 0)
         steps.setdefault(str(config), []).append(step)
     return "; ".join(f"{config}: step {', '.join(keys)}" for config, keys in steps.items())
 

@@ -228,6 +228,7 @@ def test_products(gathered: bool, launches: list[Any]) -> None:
             map_a_run=c.x if gathered else c.z,
             map_b=c.z,
             map_d=d,
+            blocks_m=2,
             rows=264,
             blocks_n=3,
             **ragged,

@@ -6,8 +6,8 @@
 
 Layout (row-major)
     dO (T, H) bf16, read through an index of P rows sorted by expert (-1: zeros), or (P, H) as it lies. W2 (E, H, I), I
-    contiguous. Z, dZ and sA (P, I), s (P) fp32. dS comes as partial sums, one for the 256 or 320 activations of a
-    tile, fp32, added up in a fixed order.
+    contiguous. Z, dZ and sA (P, I), s (P) fp32. dS comes as a partial sum of each block of 256 activations, (ceil(I /
+    256), P) fp32, added up in a fixed order.
 Tiles, maths
     As in down_backward.py; of a stage of three buffers Z and sA take two.
 Cost
@@ -26,7 +26,7 @@ from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.interface import DownBackward
-from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, OPCODES, UNGATED_FORMS, GemmConfig, choose
+from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, OPCODES, GemmConfig, bf16_form, choose
 from supersonic_moe.kernels.sm90.operands import map_of_rows, map_of_run, map_of_stored_rows, product_of, summed
 
 
@@ -34,7 +34,7 @@ def _spec(config: GemmConfig) -> KernelSpec:
     return config.spec("down_backward_ungated", OPCODES)
 
 
-SPECS = tuple(_spec(config) for config in UNGATED_FORMS)
+SPECS = tuple(_spec(bf16_form(BLOCK_N, cluster, gather)) for gather in (False, True) for cluster in (1, 2))
 
 
 @functools.cache
@@ -47,12 +47,12 @@ def down_backward_ungated(step: DownBackward[Tensor]) -> tuple[Tensor, Tensor, T
     dout, w2_EHI, z_PI, b1_EI, scores_P, expert_offsets, _, _ = step
     dout_TH, index = dout
     num_experts, hidden, width = w2_EHI.shape
-    rows = dout.num_rows
-    config = choose(width, index is not None, rows=rows // num_experts, broad=True)
+    rows, blocks_n = dout.num_rows, -(-width // BLOCK_N)
     dz_PI, as_PI = z_PI.new_empty(rows, width), z_PI.new_empty(rows, width)
-    partial_ds_BP = z_PI.new_empty(-(-width // config.block_n), rows, dtype=torch.float32)
+    partial_ds_BP = z_PI.new_empty(blocks_n, rows, dtype=torch.float32)
     if rows == 0:
         return dz_PI, as_PI, partial_ds_BP.new_empty(0)
+    config = choose(width, index is not None, rows=rows // num_experts)
     with on_device(dout_TH):
         map_as = map_of_stored_rows(as_PI)
         _kernel(config).launch(

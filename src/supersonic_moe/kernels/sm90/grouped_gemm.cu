@@ -15,7 +15,7 @@ extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
     const auto shared = shared_memory<CONFIG, SMEM_BYTES>();
     const RaggedGemm gemm{offsets, index, &map_a_run, experts, columns, blocks_k};
     const auto produce = [&](u32) {
-        load_ragged_rows<CONFIG.block_n>(shared, gemm, &map_a, Unscaled{}, LoadWeight<CONFIG, B_MN_MAJOR>{&map_b, columns},
+        load_ragged_rows<CONFIG.block_n>(shared, gemm, &map_a, Unscaled{}, LoadWeight<CONFIG, B_MN_MAJOR>{&map_b},
                                          OfferStages<CONFIG>{shared, Epilogue::STAGES_USED});
     };
     run_roles(shared, produce, [&](u32 warp) {

@@ -7,11 +7,10 @@ Layout (row-major)
     included; rows past offsets[E] are not written.
 Tiles
     128 × 256 a block, two math warpgroups of 64 × 256 that share B, K in stages of 64 (128 bytes), four stages; or 128
-    × 320 where that pads N less; or, for a long K, 128 × 384 and three. Where the last tile of columns has no more than
-    half of them, only so many are multiplied. A cluster of two blocks takes 256 rows of one expert and loads each half
-    of B for both; where an expert's last rows fill at most one block, the two take neighbouring columns of them
-    instead. Persistent: one block a multiprocessor, tiles in grouped order (schedule.cuh). The last tile of an expert
-    stores its rows one by one, since TMA would write into the next expert.
+    × 320 where that pads N less; or, for a long K, 128 × 384 and three stages. A cluster of two blocks takes 256 rows
+    of one expert and loads each half of B for both; where an expert's last rows fill at most one block, the two take
+    neighbouring columns of them instead. Persistent: one block a multiprocessor, tiles in grouped order
+    (schedule.cuh). The last tile of an expert stores its rows one by one, since TMA would write into the next expert.
 Maths
     fp32 accumulation in the tensor core, one rounding to bf16. N and K are multiples of 8; what lies past N or K loads
     as zero.

@@ -11,7 +11,6 @@ struct Store {
     Rows out;
 
     DEVICE static constexpr bool by_warpgroup() { return false; }
-    DEVICE bool narrow(const WorkTile& tile) const { return out.columns - tile.column <= static_cast<i32>(C.narrow_n()); }
     DEVICE i32 stages(const WorkTile&) const { return static_cast<i32>(STAGES_USED); }
     DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring,
                            BorrowedStages<C>& borrowed, u32, u32 warp) const {

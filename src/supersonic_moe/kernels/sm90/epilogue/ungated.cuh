@@ -6,60 +6,54 @@
 
 template <Config C>
 struct UngatedActivation {
-    static constexpr u32 BUFFERS = C.block_n / 64, EACH = C.stage_buffers();  // of Z, and of A; of a stage
-    static_assert(C.block_n % 64 == 0, "whole buffers");
+    static_assert(C.block_n == 256 && C.stage_buffers() == 3, "four buffers of Z and four of A, three to a stage");
     const TensorMap *map_z, *map_a;
     u8 *z, *a;  // z may be null
     const u16* b1;
     i32 width;
 
     u32 used;  // stages of the ring
-    DEVICE static u32 stages_used(const u8* z) { return ((z == nullptr ? BUFFERS : 2 * BUFFERS) + EACH - 1) / EACH; }
+    DEVICE static u32 stages_used(const u8* z) { return z == nullptr ? 2 : 3; }  // Z Z Z | Z A A | A A, or A A | A A
     DEVICE static constexpr bool by_warpgroup() { return false; }
     DEVICE i32 stages(const WorkTile&) const { return static_cast<i32>(used); }
     DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring,
                            BorrowedStages<C>& borrowed, u32, u32 warp) const {
-        if (z != nullptr) {
-            store<BUFFERS>(acc, tile, shared, ring, borrowed, warp);
-        } else {
-            store<0>(acc, tile, shared, ring, borrowed, warp);
-        }
-    }
-
-    // Buffers of Z, then those of A, as many to a stage as fit: Z Z Z | Z A A | A A of 256 columns.
-    template <u32 OfZ>
-    DEVICE void store(float (&acc)[C.accumulators()], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring,
-                      BorrowedStages<C>& borrowed, u32 warp) const {
-        constexpr u32 all = OfZ + BUFFERS;
         const auto [lane, line, row, rows] = warp_rows(tile, warp);
+        const auto buffer_of = [&](const TensorMap* map, u8* out, u32 lines, u32 column) -> Destination {
+            return {map, {out, static_cast<i64>(width) * 2, width}, lines, tile.column + static_cast<i32>(column), 0};
+        };
+        u32 lines = borrowed.borrow(shared, ring) + line * LINE;
+        if (z != nullptr) {
+            if (rows > 0) {
 #pragma unroll
-        for (u32 first = 0; first < all; first += EACH) {
-            if (all > (C.stages - 1) * EACH && first == 2 * EACH) borrowed.give_back(shared);  // else none is left for the next tile
-            const u32 lines = borrowed.borrow(shared, ring) + line * LINE, count = min(EACH, all - first);
-            if (rows <= 0) continue;
-#pragma unroll
-            for (u32 i = 0; i < count; ++i) {
-                const u32 part = first + i < OfZ ? first + i : first + i - OfZ;
-                if (first + i >= OfZ) activate(acc + part * 32, tile.expert, tile.column + static_cast<i32>(part * 64 + lane % 4 * 2));
-                stage_bf16(acc + part * 32, lines + i * C.buffer_bytes(), lane);
+                for (u32 i = 0; i < 3; ++i) stage_bf16(acc + i * 32, lines + i * C.buffer_bytes(), lane);
+                fence_proxy_async();
+                __syncwarp();
+                store_lines(3, row, rows, lane, [&](u32 i) { return buffer_of(map_z, z, lines + i * C.buffer_bytes(), i * 64); });
             }
-            fence_proxy_async();
-            __syncwarp();
-            store_lines(count, row, rows, lane, [&](u32 i) -> Destination {
-                const bool of_z = first + i < OfZ;
-                const u32 part = of_z ? first + i : first + i - OfZ;
-                const Rows out{of_z ? z : a, static_cast<i64>(width) * 2, width};
-                return {of_z ? map_z : map_a, out, lines + i * C.buffer_bytes(), tile.column + static_cast<i32>(part * 64), 0};
-            });
+            lines = borrowed.borrow(shared, ring) + line * LINE;
+            if (rows > 0) stage_bf16(acc + 96, lines, lane);
         }
+        const u32 first_of_a = lines + (z == nullptr ? 0 : C.buffer_bytes());
+        if (rows > 0) {
+            stage_half(acc, tile, 0, first_of_a, lane);
+            if (z != nullptr) store_lines(1, row, rows, lane, [&](u32) { return buffer_of(map_z, z, lines, 192); });
+            store_lines(2, row, rows, lane, [&](u32 i) { return buffer_of(map_a, a, first_of_a + i * C.buffer_bytes(), i * 64); });
+        }
+        lines = borrowed.borrow(shared, ring) + line * LINE;
+        if (rows <= 0) return;
+        stage_half(acc, tile, 1, lines, lane);
+        store_lines(2, row, rows, lane, [&](u32 i) { return buffer_of(map_a, a, lines + i * C.buffer_bytes(), 128 + i * 64); });
     }
 
-    // Z becomes A: a thread's part of 64 columns, its first being `column`.
-    DEVICE void activate(float* z, i32 expert, i32 column) const {
+    // A of 128 columns of this warp's tile, the first half or the second, into two buffers, ready for TMA.
+    DEVICE void stage_half(float* acc, const WorkTile& tile, u32 half, u32 lines, u32 lane) const {
+        float* z = acc + half * 64;
+        const i32 column = tile.column + static_cast<i32>(half * 128 + lane % 4 * 2);
         if (b1 != nullptr) {
-            const u16* bias = b1 + static_cast<i64>(expert) * width;
+            const u16* bias = b1 + static_cast<i64>(tile.expert) * width;
 #pragma unroll
-            for (u32 i = 0; i < 32; i += 4) {
+            for (u32 i = 0; i < 64; i += 4) {
                 pin_four(z + i);
                 const u32 pair = load_bias_pair(bias, column + static_cast<i32>(i * 2), width);
 #pragma unroll
@@ -67,10 +61,14 @@ struct UngatedActivation {
             }
         }
 #pragma unroll
-        for (u32 i = 0; i < 32; i += 4) {
+        for (u32 i = 0; i < 64; i += 4) {
             pin_four(z + i);
 #pragma unroll
             for (u32 j = i; j < i + 4; ++j) z[j] = relu(z[j]) * relu(z[j]);
         }
+#pragma unroll
+        for (u32 i = 0; i < 2; ++i) stage_bf16(z + i * 32, lines + i * C.buffer_bytes(), lane);
+        fence_proxy_async();
+        __syncwarp();
     }
 };

@@ -11,11 +11,10 @@ struct WeightGradient {
     const Gradient to;
 
     DEVICE bool by_warpgroup() const { return to.transposed; }
-    DEVICE bool adds_nothing(const WorkTile& tile) const { return Fp32 && to.adds && tile.row_end == 0; }
-    DEVICE i32 stages(const WorkTile& tile) const { return adds_nothing(tile) ? 0 : static_cast<i32>(BORROWED_STAGES); }
+    DEVICE i32 stages(const WorkTile& tile) const { return Fp32 && to.adds && tile.row_end == 0 ? 0 : static_cast<i32>(BORROWED_STAGES); }
     DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring,
                            BorrowedStages<C>& borrowed, u32 group, u32 warp) const {
-        if (adds_nothing(tile)) return;
+        if (Fp32 && to.adds && tile.row_end == 0) return;
 #pragma unroll
         for (u32 round = 0; round < ROUNDS; ++round) {
             const u32 thread = fresh_thread_index(), line = own_line(to, warp);

@@ -33,7 +33,6 @@ struct Config {
     DEVICE constexpr bool scaled() const { return operand == Operand::E4M3; }
     DEVICE constexpr u32 block_k() const { return scaled() ? LINE : LINE / 2; }  // elements
     DEVICE constexpr u32 parts() const { return (block_n + mma_n - 1) / mma_n; }  // instructions for a step along K
-    DEVICE constexpr u32 narrow_n() const { return block_n / 2 / 64 * 64; }       // columns that a narrow tile multiplies (tiles.cuh)
     DEVICE constexpr u32 slabs_m() const { return block_m / 64; }                // of an MN-major operand
     DEVICE constexpr u32 slabs_n() const { return block_n / 64; }
     DEVICE constexpr u32 slab_bytes() const { return block_k() * LINE; }

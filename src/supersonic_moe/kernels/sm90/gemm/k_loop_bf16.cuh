@@ -18,32 +18,31 @@ DEVICE u64 step_descriptor(u32 tile, u32 step) {
     return Order == Major::K ? k_major_descriptor(tile + step * 32) : mn_major_descriptor(tile + step * 16 * LINE, C.slab_bytes());
 }
 
-// acc (+)= 64 rows of A times columns [First, Columns) of the tile, for 16 of k. `b`: the whole tile's.
-template <Major MajorA, Major MajorB, u32 First, u32 Columns, Config C>
+// acc (+)= 64 rows of A times the tile's columns from First on, for 16 of k. `b`: the whole tile's.
+template <Major MajorA, Major MajorB, u32 First, Config C>
 DEVICE void multiply_columns(float (&acc)[C.accumulators()], u64 step_a, u32 b, u32 step, bool accumulate) {
-    constexpr u32 columns = Columns - First < C.mma_n ? Columns - First : C.mma_n;
+    constexpr u32 columns = C.block_n - First < C.mma_n ? C.block_n - First : C.mma_n;
     float(&d)[columns / 2] = *reinterpret_cast<float(*)[columns / 2]>(acc + First / 2);
     WgmmaBf16<columns, MajorA, MajorB>::multiply(d, step_a, step_descriptor<C, MajorB>(b + First * LINE, step), accumulate);
-    constexpr u32 next = First + columns;
-    if constexpr (next < Columns) multiply_columns<MajorA, MajorB, next, Columns, C>(acc, step_a, b, step, accumulate);
+    if constexpr (First + columns < C.block_n) multiply_columns<MajorA, MajorB, First + columns, C>(acc, step_a, b, step, accumulate);
 }
 
 // acc (+)= 64 rows of A times B over one stage. The stage index passes through a shuffle, because the descriptors have to be in
 // uniform registers and the compiler cannot see that all lanes agree on it.
-template <Major MajorA, Major MajorB, u32 Columns, Config C>
+template <Major MajorA, Major MajorB, Config C>
 DEVICE void multiply_stage(float (&acc)[C.accumulators()], const SharedMemory<C>& shared, u32 stage, u32 group, bool accumulate) {
     static_assert(MajorB == Major::K || C.block_n % 64 == 0, "an MN-major B has whole slabs of 64 columns");
     const u32 uniform_stage = __shfl_sync(0xffffffffu, stage, 0);
     const u32 a = shared.tile_a(uniform_stage) + group * (GROUP_ROWS * LINE), b = shared.tile_b(uniform_stage);
 #pragma unroll
     for (u32 step = 0; step < C.block_k() / 16; ++step)
-        multiply_columns<MajorA, MajorB, 0, Columns, C>(acc, step_descriptor<C, MajorA>(a, step), b, step, accumulate || step > 0);
+        multiply_columns<MajorA, MajorB, 0, C>(acc, step_descriptor<C, MajorA>(a, step), b, step, accumulate || step > 0);
 }
 
-// All stages of a tile, of which the first `Columns` columns are multiplied; releases each stage but the last, one step late so that one
-// batch of wgmma is always in flight. Returns the last stage, complete and not yet released: the work tile beside it is this one.
-// `overlap()` runs once the first batch is in flight, `before_last_block(stage)` before the last is multiplied.
-template <Major MajorA, Major MajorB, u32 Columns, Config C, typename Overlap, typename BeforeLastBlock>
+// All stages of a tile; releases each stage but the last, one step late so that one batch of wgmma is always in flight. Returns the last
+// stage, complete and not yet released: the work tile beside it is this one. `overlap()` runs once the first batch is in flight,
+// `before_last_block(stage)` before the last is multiplied.
+template <Major MajorA, Major MajorB, Config C, typename Overlap, typename BeforeLastBlock>
 DEVICE u32 multiply_tile(float (&acc)[C.accumulators()], const SharedMemory<C>& shared, Ring<C>& ring, u32 group, i32 blocks_k,
                          Overlap overlap, BeforeLastBlock before_last_block) {
     u32 last = ring.stage;
@@ -52,7 +51,7 @@ DEVICE u32 multiply_tile(float (&acc)[C.accumulators()], const SharedMemory<C>& 
         if (block == blocks_k - 1) before_last_block(ring.stage);
         pin_accumulators(acc);
         wgmma_fence();
-        multiply_stage<MajorA, MajorB, Columns>(acc, shared, ring.stage, group, block > 0);
+        multiply_stage<MajorA, MajorB>(acc, shared, ring.stage, group, block > 0);
         wgmma_commit();
         if (block == 0) overlap();
         wgmma_wait<1>();

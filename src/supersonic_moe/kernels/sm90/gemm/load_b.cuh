@@ -1,5 +1,4 @@
 // How B of a stage is loaded, as the loaders call it: `load_b(tile_b, full, k, tile, part, blocks)`, by one thread, for K from `k` on.
-// `load_b.bytes(tile)`, where that is not always all of bytes_b: what all parts bring together.
 // Blocks of a cluster with the same columns load a part of B each, part `part` of as many as there are blocks, for those `blocks` of
 // them.
 #pragma once
@@ -24,21 +23,11 @@ DEVICE void load_b_mn_major(u32 tile_b, const TensorMap* map, u32 full, i32 k, i
     }
 }
 
-// A weight (experts, columns, K), K contiguous, or MN-major (experts, K, columns). Of a narrow tile (Config::narrow_n, which lies in
-// part 0) no other part is loaded.
+// A weight (experts, columns, K), K contiguous, or MN-major (experts, K, columns).
 template <Config C, bool MnMajor>
 struct LoadWeight {
     const TensorMap* map;
-    i32 columns = 0;  // of the weight, or 0: no tile is narrow
-    DEVICE bool narrow(const WorkTile& tile) const {
-        return C.cluster > 1 && columns > 0 && columns - tile.column <= static_cast<i32>(C.narrow_n());
-    }
-    DEVICE u32 bytes(const WorkTile& tile) const {
-        constexpr u32 first_part = MnMajor ? (C.slabs_n() + C.cluster - 1) / C.cluster * C.slab_bytes() : C.bytes_b() / C.cluster;
-        return narrow(tile) ? first_part : C.bytes_b();
-    }
     DEVICE void operator()(u32 tile_b, u32 full, i32 k, const WorkTile& tile, u32 part, u16 blocks) const {
-        if (part > 0 && narrow(tile)) return;
         if constexpr (MnMajor) {
             load_b_mn_major<C>(tile_b, map, full, k, tile.column, tile.expert, part, blocks);
         } else if constexpr (C.cluster > 1) {

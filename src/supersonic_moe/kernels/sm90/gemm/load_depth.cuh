@@ -23,8 +23,10 @@ DEVICE void clear_rows(const SharedMemory<C>& shared, u32 stage, u32 group, u32 
     sync_math_warps<C>();
 }
 
-// As a math warpgroup sees it (see FixedDepth).
+// As a math warpgroup sees it (see FixedDepth). For LastRows see load_ragged_depth.
+template <bool LastRows = false>
 struct RaggedDepth {
+    static constexpr bool SKIPS = LastRows;
     static constexpr Major A = Major::MN;
     struct Extent {
         i32 blocks_k, valid;  // rows of the last block
@@ -43,7 +45,8 @@ struct DepthGemm {
     const i32* offsets;               // (experts + 1): first row of each expert
     const i32* index;                 // row -> row of A's matrix, with gather;
     const TensorMap* map_run;         // and A in boxes of WARP_LINES rows
-    i32 experts, rows, blocks_n;      // rows: of the output
+    i32 experts, blocks_m, blocks_n;  // blocks_m: of a cluster
+    i32 rows;                         // of the output
 };
 
 template <Config C>
@@ -66,21 +69,23 @@ DEVICE void gather_slabs(const SharedMemory<C>& shared, u32 tile_a, const Tensor
 }
 
 // Loads all tiles of this block: for each, the K blocks of its expert, then stages for the epilogue to borrow, unless it adds nothing.
-// Where the last rows of the output fit into one block of a cluster of two, the two take neighbouring columns of them (paired_order).
-// Slabs of A past the last row are not loaded.
 // With gather the rows change from block to block: a warp reads their indices one block ahead, past the end of a tile those of
 // the next, one a lane, and its issuing lane picks them up from shared memory; where they follow each other, one box of a slab holds them.
-template <u32 BorrowedByTile, Config C, typename Schedule = AllTiles<C>>
+//
+// LastRows, for outputs whose rows are no multiple of a cluster's: where the last rows fit into one block, the two blocks take
+// neighbouring columns of them (paired_order), slabs of A past the last row are not loaded, and a warpgroup past it multiplies nothing.
+// Outputs that tiles fill would pay 3 % for it.
+template <u32 BorrowedByTile, bool LastRows = false, Config C, typename Schedule = AllTiles<C>>
 DEVICE void load_ragged_depth(const SharedMemory<C>& shared, const DepthGemm& gemm, const TensorMap* map_a, const TensorMap* map_b,
                               const bool adds, const Schedule schedule = {}) {
     const u32 warp = warp_index();
     if (warp >= C.load_warps()) return;
     const i32 rank = C.cluster > 1 ? static_cast<i32>(cluster_block_rank()) : 0;
     constexpr i32 block_k = C.block_k();
+    static_assert(!LastRows || C.cluster == 2, "two blocks take neighbouring columns of the last rows");
     constexpr i32 rows = C.block_m * C.cluster;
-    const i32 blocks_m = (gemm.rows + rows - 1) / rows, pairs_n = C.cluster == 2 ? gemm.blocks_n / 2 : 0;
-    const bool short_tail = C.cluster == 2 && gemm.rows <= (blocks_m - 1) * rows + rows / 2;
-    const i32 full_m = short_tail ? blocks_m - 1 : blocks_m;
+    const bool short_tail = LastRows && gemm.rows <= (gemm.blocks_m - 1) * rows + static_cast<i32>(C.block_m);
+    const i32 full_m = short_tail ? gemm.blocks_m - 1 : gemm.blocks_m, pairs_n = gemm.blocks_n / 2;
     const i32 tiles_each = full_m * gemm.blocks_n + (short_tail ? gemm.blocks_n - pairs_n : 0), tiles = gemm.experts * tiles_each;
     const auto fetch = [&](i32 first, i32 end) {
         const i32 row = first + static_cast<i32>(warp * WARP_LINES<C> + lane_index() % WARP_LINES<C>);
@@ -100,13 +105,16 @@ DEVICE void load_ragged_depth(const SharedMemory<C>& shared, const DepthGemm& ge
         const i32 expert = index / tiles_each, begin = next_begin, end = next_end, next_index = schedule.next(index);
         look_up(next_index);
         i32 m, n;
-        const bool split = paired_order<C.group_m / C.cluster>(index % tiles_each, full_m, gemm.blocks_n, pairs_n, m, n);
+        bool split = false;
+        if constexpr (LastRows) {
+            split = paired_order<C.group_m / C.cluster>(index % tiles_each, full_m, gemm.blocks_n, pairs_n, m, n);
+        } else {
+            grouped_order<C.group_m / C.cluster>(index % tiles_each, gemm.blocks_m, gemm.blocks_n, m, n);
+        }
         const i32 blocks_k = max((end - begin + block_k - 1) / block_k, 1);  // without rows: zeros, once
         const WorkTile tile{m * rows + (split ? 0 : rank * static_cast<i32>(C.block_m)), end - begin,
                             (split ? n + rank : n) * static_cast<i32>(C.block_n), expert, blocks_k};
-        const i32 slabs = min(static_cast<i32>(C.slabs_m()), max((gemm.rows - tile.row + 63) / 64, 0));  // of A that hold rows
-        const u32 first_part = split ? 0 : static_cast<u32>(rank), parts = split ? C.cluster : 1;        // of B, as in load_ragged_rows
-        const u16 sharers = static_cast<u16>(split ? 1 << rank : (1 << C.cluster) - 1);
+        const u32 slabs = LastRows ? min(C.slabs_m(), static_cast<u32>(max((gemm.rows - tile.row + 63) / 64, 0))) : C.slabs_m();
         for (i32 block = 0; block < blocks_k; ++block, ring.advance()) {
             const u32 full = shared.full(ring.stage), tile_a = shared.tile_a(ring.stage);
             const i32 k = begin + block * block_k;
@@ -131,26 +139,31 @@ DEVICE void load_ragged_depth(const SharedMemory<C>& shared, const DepthGemm& ge
                 mbarrier_arrive_expect_tx(full, slabs * C.slab_bytes() + C.bytes_b());
                 if constexpr (!C.gather) {
 #pragma unroll
-                    for (i32 slab = 0; slab < static_cast<i32>(C.slabs_m()); ++slab)
-                        if (slab < slabs) tma_load(tile_a + slab * C.slab_bytes(), map_a, full, tile.row + slab * 64, k);
+                    for (u32 slab = 0; slab < C.slabs_m(); ++slab)
+                        if (slab < slabs) tma_load(tile_a + slab * C.slab_bytes(), map_a, full, tile.row + static_cast<i32>(slab * 64), k);
                 }
+                const auto load_part = [&](u32 part, u16 blocks) {
+                    load_b_mn_major<C>(shared.tile_b(ring.stage), map_b, full, k, tile.column, 0, part, blocks);
+                };
+                if (split) {  // both parts, for this block alone
 #pragma unroll 1
-                for (u32 part = first_part; part < first_part + parts; ++part)
-                    load_b_mn_major<C>(shared.tile_b(ring.stage), map_b, full, k, tile.column, 0, part, sharers);
+                    for (u32 part = 0; part < C.cluster; ++part) load_part(part, 1 << rank);
+                } else {
+                    load_part(cluster_block_rank(), (1 << C.cluster) - 1);
+                }
             }
             if constexpr (C.gather) {
-                if (run.whole) {
+                if (run.whole && elect_one()) {
                     const u32 lines = tile_a + warp * WARP_LINES<C> * LINE;
-                    if (elect_one()) {
 #pragma unroll
-                        for (i32 slab = 0; slab < static_cast<i32>(C.slabs_m()); ++slab)
-                            if (slab < slabs)
-                                tma_load(lines + slab * C.slab_bytes(), gemm.map_run, full, tile.row + slab * 64, run.first);
-                    }
-                } else if (slabs == static_cast<i32>(C.slabs_m())) {
-                    if (elect_one()) gather_slabs<C.slabs_m()>(shared, tile_a, map_a, full, tile.row, warp);
-                } else if (slabs == 1) {
-                    if (elect_one()) gather_slabs<1>(shared, tile_a, map_a, full, tile.row, warp);
+                    for (u32 slab = 0; slab < C.slabs_m(); ++slab)
+                        if (slab < slabs)
+                            tma_load(lines + slab * C.slab_bytes(), gemm.map_run, full, tile.row + static_cast<i32>(slab * 64), run.first);
+                }
+                if (!run.whole && slabs == C.slabs_m() && elect_one())
+                    gather_slabs<C.slabs_m()>(shared, tile_a, map_a, full, tile.row, warp);
+                if constexpr (LastRows && C.slabs_m() > 1) {
+                    if (!run.whole && slabs == 1 && elect_one()) gather_slabs<1>(shared, tile_a, map_a, full, tile.row, warp);
                 }
                 __syncwarp();
             }

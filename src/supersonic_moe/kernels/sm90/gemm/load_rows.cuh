@@ -63,15 +63,6 @@ DEVICE u32 bytes_of_a(const WorkTile& tile) {
     return C.gather ? (rows + C.box_rows() - 1) / C.box_rows() * (C.box_rows() * LINE) : C.bytes_a();
 }
 
-template <Config C, typename LoadB>
-DEVICE u32 bytes_of_b(const LoadB& load_b, const WorkTile& tile) {
-    if constexpr (requires { load_b.bytes(tile); }) {
-        return load_b.bytes(tile);
-    } else {
-        return C.bytes_b();
-    }
-}
-
 // A tile as the loading warps walk it.
 struct FoundTile {
     WorkTile tile;
@@ -160,7 +151,7 @@ DEVICE void load_ragged_rows(const SharedMemory<C>& shared, const RaggedGemm& ge
                     write_work_tile(shared.work_tile(ring.stage), tile);
                     if constexpr (C.scaled()) store_scales(shared.scale_b(ring.stage), tile_scales.next_first, tile_scales.next_second);
                     const u32 scale_bytes = C.scaled() && !C.gather ? C.scale_load_bytes() : 0;
-                    mbarrier_arrive_expect_tx(full, bytes_of_a<C>(tile) + bytes_of_b<C>(load_b, tile) + scale_bytes);
+                    mbarrier_arrive_expect_tx(full, bytes_of_a<C>(tile) + C.bytes_b() + scale_bytes);
                     if constexpr (!C.gather) {
                         if constexpr (C.scaled()) tma_load(shared.scale_a(ring.stage), scales.map_a, full, tile.row / 4 * 4, block);
                         tma_load(tile_a, map_a, full, k, tile.row);

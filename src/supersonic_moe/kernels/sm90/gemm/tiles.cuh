@@ -6,6 +6,7 @@
 // What the contraction runs over, as a math warpgroup sees it: the same K for all tiles, here, or the rows of an expert (RaggedDepth).
 struct FixedDepth {
     i32 blocks_k;
+    static constexpr bool SKIPS = true;  // a warpgroup without rows multiplies none of the tile's stages
     static constexpr Major A = Major::K;
     DEVICE i32 row_end(const WorkTile& tile) const { return tile.row_end; }  // of the output
     DEVICE const FixedDepth& of_tile(const WorkTile&) const { return *this; }
@@ -17,9 +18,6 @@ struct FixedDepth {
 //   by_warpgroup()   true: a warpgroup fills its staging buffers together, and one of its threads issues the stores; false: each warp
 //   stages(tile)     stages of the ring that follow the K blocks of this tile, for a warpgroup that has no row of it
 //   operator()(acc, tile, shared, ring, borrowed, group, warp)
-// and, optionally,
-//   narrow(tile)     whether the product has no more than the first C.narrow_n() columns of this tile: only these are multiplied, and the
-//                    accumulators of the others hold anything
 template <Major MajorB, Config C, typename Depth, typename Epilogue>
 DEVICE void for_each_tile(const SharedMemory<C>& shared, const u32 warp, const Depth depth, Epilogue epilogue) {
     const u32 group = warp / 4 - 1;
@@ -31,22 +29,18 @@ DEVICE void for_each_tile(const SharedMemory<C>& shared, const u32 warp, const D
         if (first.row == WorkTile::STOP_ROW) break;
         const auto extent = depth.of_tile(first);
         const u32 owner = epilogue.by_warpgroup() ? group : BorrowedStages<C>::NONE;
-        if (first.row + static_cast<i32>(group * GROUP_ROWS) >= depth.row_end(first)) {
-            borrowed.give_back(shared, owner);
-            skip_stages(shared, ring, extent.blocks_k + epilogue.stages(first), [&](i32 block, u32 stage) {
-                if (block == extent.blocks_k - 1) extent.before_last_block(shared, stage, group);
-            });
-            continue;
+        if constexpr (Depth::SKIPS) {
+            if (first.row + static_cast<i32>(group * GROUP_ROWS) >= depth.row_end(first)) {
+                borrowed.give_back(shared, owner);
+                skip_stages(shared, ring, extent.blocks_k + epilogue.stages(first), [&](i32 block, u32 stage) {
+                    if (block == extent.blocks_k - 1) extent.before_last_block(shared, stage, group);
+                });
+                continue;
+            }
         }
-        const auto give_back = [&] { borrowed.give_back(shared, owner); };
-        const auto before_last_block = [&](u32 stage) { extent.before_last_block(shared, stage, group); };
-        constexpr bool narrows = C.narrow_n() > 0 && requires { epilogue.narrow(first); };
-        bool narrow = false;
-        if constexpr (narrows) narrow = epilogue.narrow(first);
-        const u32 last =
-            narrow ? multiply_tile<Depth::A, MajorB, narrows ? C.narrow_n() : C.block_n>(acc, shared, ring, group, extent.blocks_k,
-                                                                                         give_back, before_last_block)
-                   : multiply_tile<Depth::A, MajorB, C.block_n>(acc, shared, ring, group, extent.blocks_k, give_back, before_last_block);
+        const u32 last = multiply_tile<Depth::A, MajorB>(
+            acc, shared, ring, group, extent.blocks_k, [&] { borrowed.give_back(shared, owner); },
+            [&](u32 stage) { extent.before_last_block(shared, stage, group); });
         const WorkTile tile = read_work_tile(shared.work_tile(last));
         __syncwarp();
         shared.release(last);
