@@ -118,7 +118,7 @@ def test_weight_gradient_of_indexed_rows_and_its_transpose(
 @pytest.mark.usefixtures("block_n")
 @pytest.mark.parametrize("n_contiguous", [False, True])
 @pytest.mark.parametrize("columns", [8, 64, 72, 128, 136, 192, 200, 264, 328, 520, 2880])
-def test_a_narrow_last_tile_has_the_bits_of_a_whole_one(columns: int, n_contiguous: bool) -> None:
+def test_columns_of_a_last_tile_have_the_bits_of_a_wider_product(columns: int, n_contiguous: bool) -> None:
     """The same columns of a product with more of them."""
     offsets, (a,) = case([700, 0, 129, 128, 901], 5, 200)  # enough for clusters of two
     whole = torch.randn(5, 200, 3840, device=CUDA, dtype=torch.bfloat16)
