@@ -55,11 +55,10 @@ DEVICE float warp_sum(float v) {
 // `values[first + i]` for i < Values, `missing` past the last expert.
 template <u32 Values>
 DEVICE void load_experts(float (&v)[Values], const float* values, u32 first, u32 experts, float missing) {
-    if (Values % 4 == 0 && experts % 4 == 0 && reinterpret_cast<u64>(values) % 16 == 0) {
+    if (Values % 4 == 0 && first + Values <= experts && reinterpret_cast<u64>(values) % 16 == 0) {
 #pragma unroll
         for (u32 i = 0; i < Values / 4; ++i) {
-            const float4 four = first + 4 * i < experts ? __ldg(reinterpret_cast<const float4*>(values + first) + i)
-                                                        : make_float4(missing, missing, missing, missing);
+            const float4 four = __ldg(reinterpret_cast<const float4*>(values + first) + i);
             v[4 * i] = four.x, v[4 * i + 1] = four.y, v[4 * i + 2] = four.z, v[4 * i + 3] = four.w;
         }
     } else {
@@ -200,6 +199,11 @@ DEVICE void best_of(const u32 (&key)[Values], u32& best, u32& at) {
     }
 }
 
+template <class T>
+struct alignas(16) Four {
+    T x, y, z, w;
+};
+
 // What the lanes of a warp show one another of a token.
 template <u32 Values>
 struct alignas(16) ChoiceShared {
@@ -208,10 +212,25 @@ struct alignas(16) ChoiceShared {
     u32 found[32];
 };
 
+// To `to`, aligned to 16 bytes where Values is 4 or more.
+template <class T, u32 Values>
+DEVICE void store_values(T* to, const T (&v)[Values]) {
+    if constexpr (Values % 4 == 0) {
+#pragma unroll
+        for (u32 i = 0; i < Values; i += 4) {
+            const Four<T> four = {v[i], v[i + 1], v[i + 2], v[i + 3]};
+            *reinterpret_cast<Four<T>*>(to + i) = four;
+        }
+    } else {
+#pragma unroll
+        for (u32 i = 0; i < Values; ++i) to[i] = v[i];
+    }
+}
+
 // The top_k-th largest of what the lanes have, equal ones counted once; at least 1.
 DEVICE u32 lower_bound(u32 mine, i32 top_k) {
     u32 bound = 0;
-#pragma unroll 4
+#pragma unroll 8
     for (i32 j = 0; j < top_k; ++j) {
         bound = __reduce_max_sync(all_lanes, mine);
         mine = mine == bound ? 0 : mine;
@@ -304,9 +323,10 @@ DEVICE Choice choose_experts(float (&score)[Values], const float (&bias)[Values]
 #pragma unroll
     for (u32 i = 0; i < Values; ++i) {
         key[i] = order_key(number[i]);
-        shared.score[first + i] = score[i], shared.key[first + i] = key[i];
         largest = max(largest, key[i]);
     }
+    store_values(&shared.score[first], score);
+    store_values(&shared.key[first], key);
     meanwhile();
     const u32 bound = lower_bound(largest, rule.top_k);
     bool reached[Values];
