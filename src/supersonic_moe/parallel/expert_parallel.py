@@ -153,13 +153,13 @@ class ExpertParallel:
             what = f"expert parallel group {name_of(self.group)!r} ({self.size} ranks)"
             self._watch = Watch(what, self.rank, self.size, default_store(name), timeout_s)
             collectives = Collectives(self.group, self._watch)
-            sizes = {"num_experts": num_experts, "top_k": top_k, "places": max_tokens, "row_bytes": self._row_bytes()}
+            sizes = {"num_experts": num_experts, "top_k": top_k, "places": max_tokens, "row_bytes": self.row_bytes()}
             found = choose(transport, collectives, self._watch, **sizes)
             self.transport, self._ranks, self._how = found
             self._overflow = None if capacity == "exact" else Overflow(collectives, capacity)
             self._collectives = collectives
 
-    def _row_bytes(self) -> int:
+    def row_bytes(self) -> int:
         """Of the rows of an exchange, at most: of x in 16 bits; of ids, scores and scales."""
         return max(2 * self.hidden, 8 * self.top_k + 4 * blocks(self.hidden))
 

@@ -75,8 +75,8 @@ class _Exchange(ExpertParallel):
     def _has_few_rows(self) -> bool:
         return few_rows.has_few_rows(self.size, self.max_tokens, self.top_k, self.experts_here)
 
-    def _row_bytes(self) -> int:
-        least = super()._row_bytes()
+    def row_bytes(self) -> int:
+        least = super().row_bytes()
         if not self._has_few_rows():
             return least
         return max(least, few_rows.row_bytes(self.size, self.max_tokens, self.hidden, self.top_k))
@@ -269,9 +269,8 @@ class MegaMoE:
         ranks, tokens, experts = self.size, self.max_tokens_per_rank, self.experts_here
         lines = [f"{self.num_experts} experts over {ranks} ranks, {experts} on each; this is rank {self.rank}"]
         received = ranks * tokens
-        rows, hidden, inter = received * self.top_k, self.hidden, self.intermediate
+        hidden, inter = self.hidden, self.intermediate
         needed = workspace_bytes(received, self.top_k, hidden, inter, experts)
-        needed += rows * (inter + 4 * blocks(inter) + 2 * hidden)  # of the tile kernels: c in e4m3, y in bf16
         if self._ranks is None:
             lines.append("way: one rank runs inference.moe_fp8_topk, and nothing travels")
         else:
