@@ -71,12 +71,22 @@ template <u32 Values>
 DEVICE void load_bias(float (&v)[Values], const void* bias, i32 type, u32 first, u32 experts) {
     if (type == bias_f32) {
         load_experts(v, static_cast<const float*>(bias), first, experts, 0.0f);
-    } else {
-        const u16* const values = static_cast<const u16*>(bias);
-#pragma unroll
-        for (u32 i = 0; i < Values; ++i)
-            v[i] = type == bias_bf16 && first + i < experts ? __uint_as_float(static_cast<u32>(__ldg(values + first + i)) << 16) : 0.0f;
+        return;
     }
+    const u16* const values = static_cast<const u16*>(bias);
+    if (Values % 8 == 0 && type == bias_bf16 && first + Values <= experts && reinterpret_cast<u64>(values) % 16 == 0) {
+#pragma unroll
+        for (u32 i = 0; i < Values / 8; ++i) {
+            const uint4 eight = __ldg(reinterpret_cast<const uint4*>(values + first) + i);
+            const u32 pairs[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+            for (u32 j = 0; j < 4; ++j) v[8 * i + 2 * j] = bf16_low(pairs[j]), v[8 * i + 2 * j + 1] = bf16_high(pairs[j]);
+        }
+        return;
+    }
+#pragma unroll
+    for (u32 i = 0; i < Values; ++i)
+        v[i] = type == bias_bf16 && first + i < experts ? __uint_as_float(static_cast<u32>(__ldg(values + first + i)) << 16) : 0.0f;
 }
 
 // 1 / v for 1 <= v < 2^126: the steps of the compiler's division, whose test of v costs as much as they do.
