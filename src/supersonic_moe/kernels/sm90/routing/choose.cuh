@@ -2,10 +2,10 @@
 //
 // Lane l holds the experts Values * l to Values * l + Values - 1 of the token. A score becomes an unsigned key of the same order; key 0
 // stands for no candidate. The top_k-th largest of the lanes' largest keys bounds the chosen keys from below, and few others reach it:
-// some 11 of DeepSeek-V3's 256. So each of them gets a lane and compares itself with all. Where more than 32 reach the bound, as where
+// some 10 of DeepSeek-V3's 256. So each of them gets a lane and compares itself with all. Where more than 32 reach the bound, as where
 // scores are equal, top_k rounds take the largest key of the warp each.
 #pragma once
-#include "ptx/types.cuh"
+#include "ptx/scalar.cuh"
 
 constexpr u32 all_lanes = 0xffffffffu;
 constexpr float sum_epsilon = 1e-20f;  // config/router.py: SUM_EPS
@@ -91,8 +91,7 @@ DEVICE void load_bias(float (&v)[Values], const void* bias, i32 type, u32 first,
 
 // 1 / v for 1 <= v < 2^126: the steps of the compiler's division, whose test of v costs as much as they do.
 DEVICE float normal_reciprocal(float v) {
-    float r;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    const float r = reciprocal_approx(v);
     return fmaf(r, -fmaf(v, r, -1.0f), r);
 }
 
@@ -267,10 +266,6 @@ DEVICE u32 collect(ChoiceShared<Values>& shared, const bool (&reached)[Values]) 
         for (u32 at = upto - own; mine != 0; mine &= mine - 1) shared.found[at++] = lane * Values + __ffs(mine) - 1;
     __syncwarp();
     return count;
-}
-
-DEVICE void count_if_greater(u32& count, u32 a, u32 b) {  // in two instructions; the compiler takes three
-    asm("{ .reg .pred p; setp.gt.u32 p, %1, %2; @p add.u32 %0, %0, 1; }" : "+r"(count) : "r"(a), "r"(b));
 }
 
 // In lane j < top_k the j-th best of the `count` <= 32 experts in `found`.
