@@ -269,9 +269,8 @@ class MegaMoE:
         ranks, tokens, experts = self.size, self.max_tokens_per_rank, self.experts_here
         lines = [f"{self.num_experts} experts over {ranks} ranks, {experts} on each; this is rank {self.rank}"]
         received = ranks * tokens
-        rows, hidden, inter = received * self.top_k, self.hidden, self.intermediate
+        hidden, inter = self.hidden, self.intermediate
         needed = workspace_bytes(received, self.top_k, hidden, inter, experts)
-        needed += rows * (inter + 4 * blocks(inter) + 2 * hidden)  # of the tile kernels: c in e4m3, y in bf16
         if self._ranks is None:
             lines.append("way: one rank runs inference.moe_fp8_topk, and nothing travels")
         else:
