@@ -49,6 +49,7 @@ LAYERS = (
     "parallel.overflow",
     "parallel.departures",
     "parallel.trip",
+    "parallel.channel",
     "parallel.fp8_wire",
     "parallel.expert_parallel",
     "parallel.shard",

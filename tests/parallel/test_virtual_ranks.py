@@ -87,6 +87,22 @@ def test_an_error_of_one_rank_ends_the_waits_of_others_at_once(gpu: bool) -> Non
         assert "stopped in the forward combine of call 2" in error, error
 
 
+@pytest.mark.parametrize("gpu", ON)
+def test_a_call_that_one_rank_refuses_ends_the_waits_of_others_at_once(gpu: bool) -> None:
+    errors = errors_of(gpu, cases.with_a_rank_that_refuses, 4, gpu, 20.0)
+    told = [error for error in errors if "ValueError: w1" not in error[:30]]
+    assert len(told) == 3 or (gpu and told), errors
+    for error in told:
+        assert float(error.split()[0]) < 10, error
+        assert "Rank 1 has refused this call: ValueError: w1 must have hidden size" in error, error
+        assert "stopped in the forward dispatch of call 3" in error, error
+
+
+@pytest.mark.parametrize("gpu", ON)
+def test_two_channels_in_flight_have_the_bits_of_one(gpu: bool) -> None:
+    assert alone(cases.in_two_channels, 2, gpu, 24) is True
+
+
 def test_auto_takes_copies_where_most_tokens_need_most_ranks() -> None:
     two = alone(cases.explanations, 2)
     assert all("transport: gather, by copies between GPUs that reach each other's memory, through " in e for e in two)

@@ -147,7 +147,7 @@ class ThreadFlags:
         self._words = [block[:HEAD].view(torch.int64) for block in blocks]
         self._rank, self._limit_s = rank, limit_s
         self._others = [p for p in range(len(blocks)) if p != rank]
-        self._epoch, self._last, self._told = 0, [0, 0], 0
+        self._epoch, self._last, self._told, self._in = 0, [0, 0], 0, 0
         self._failure: Failure | None = None
         self._delays = random.Random(rank)
 
@@ -175,6 +175,9 @@ class ThreadFlags:
     def failure(self) -> Failure | None:
         return self._failure
 
+    def waits_in(self) -> int:
+        return self._in
+
     def stop(self, rank: int) -> None:
         self._told = 1 + rank
 
@@ -188,7 +191,9 @@ class ThreadFlags:
         while True:
             seen = int(mine[flag])
             if seen >> 32 >= wanted >> 32:
+                self._in = 0
                 return seen
+            self._in = call
             if told := int(mine[2 * MAX_RANKS]) or self._told:
                 self._fail(Failure(STOPPED, call, phase, told - 1, wanted >> 32, seen >> 32))
             if time.monotonic() - start > self._limit_s:

@@ -45,7 +45,7 @@ class Copies:
         self, memory: Memory, rank: int, places: int, row_bytes: int, watch: Watch, collectives: Collectives
     ) -> None:
         size = bank_bytes(len(memory.blocks), places, row_bytes)
-        self._memory, self._rank, self._watch, self._collectives = memory, rank, watch, collectives
+        self._memory, self._rank, self.watch, self._collectives = memory, rank, watch, collectives
         self._places, self._row_bytes, self._device = places, row_bytes, memory.blocks[rank].device
         starts = HEAD, HEAD + size
         self._banks = [[block[start : start + size] for block in memory.blocks] for start in starts]
@@ -136,13 +136,13 @@ class Copies:
 
     @contextmanager
     def _inside(self, call: int, phase: str) -> Iterator[None]:
-        self._watch.enter(call, phase)
+        self.watch.enter(call, phase)
         try:
             yield
         except RuntimeError as error:  # after a trap every call fails, and says little
-            self._watch.explain(error)
+            self.watch.explain(error)
             raise
-        self._watch.leave()
+        self.watch.leave()
 
 
 def _as_rows(bank: Tensor, rows: int, like: Tensor) -> Tensor:

@@ -63,9 +63,10 @@ class _Exchange(ExpertParallel):
         self, x: Quantized, weights_TK: Tensor, ids_TK: Tensor, experts: Callable[[_Received], Tensor]
     ) -> Tensor:
         """(T, H): what ``experts`` makes (U, H) of the received tokens, summed at home."""
-        found = self._departures(ids_TK)
-        with self._watch.telling():
-            trip, _, _ = self._start(weights_TK, weights_TK, found)  # for their number and a dtype that all ranks have
+        with self.call():
+            found = self._channel.departures(ids_TK)
+            # for their number and a dtype that all ranks have
+            trip, _, _ = self._channel.start(weights_TK, weights_TK, found)
             codes_UH = trip.send("forward dispatch", x.q.view(torch.uint8)).view(E4M3)
             ids_UK, weights_UK, scale_UB = trip.send_choices("forward dispatch", found.ids_TK, weights_TK, x.scale)
             part_UH = experts(_Received(Quantized(codes_UH, scale_UB), ids_UK, weights_UK))
@@ -185,11 +186,12 @@ class MegaMoE:
             if received_rows is not None:
                 _count(topk_ids, received_rows)
         else:
-            self._check_fit(x, w13, topk_ids, math.inf)  # of too many tokens the exchange tells all ranks
-            result = self._over_ranks(
-                x, (w13, w2, w13_scale, w2_scale), topk_weights, topk_ids, as_layout(gate_up_order), x_scale,
-                swiglu_limit, pow2_scales, received_rows, target,
-            )  # fmt: skip
+            with self._ranks.call():
+                self._check_fit(x, w13, topk_ids, math.inf)  # of too many tokens the exchange tells all ranks
+                result = self._over_ranks(
+                    x, (w13, w2, w13_scale, w2_scale), topk_weights, topk_ids, as_layout(gate_up_order), x_scale,
+                    swiglu_limit, pow2_scales, received_rows, target,
+                )  # fmt: skip
         return out.add_(result) if accumulate and out is not None else result
 
     def _over_ranks(

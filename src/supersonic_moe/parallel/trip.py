@@ -9,7 +9,7 @@ T tokens here, S copies sent, U copies received, C columns, K choices a token, R
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from supersonic_moe.autograd import refuse_second_derivatives
 from supersonic_moe.kernels import registry
 from supersonic_moe.kernels.interface import TokenRows
 from supersonic_moe.parallel.collectives import Ranks
+from supersonic_moe.private_api import versions_of
 
 
 class Trip(NamedTuple):
@@ -70,6 +71,21 @@ class Trip(NamedTuple):
         ids_UK = torch.where((ids_UK >= 0) & (ids_UK < self.experts_here), ids_UK, -1)
         copies = (t.clone(memory_format=torch.contiguous_format) for t in others)  # at aligned addresses
         return ids_UK, *(t.view(like.dtype) for t, like in zip(copies, (scores_TK, *more), strict=True))
+
+    def again(self, x_TH: Tensor) -> Callable[[], Tensor]:
+        """What sends x once more, in backward: (U, H) as it came in forward, if x is what it was."""
+        x_TH, (version,) = x_TH.detach(), versions_of([x_TH])
+
+        @torch.no_grad()
+        def send() -> Tensor:
+            if versions_of([x_TH]) != [version]:
+                raise RuntimeError(
+                    "x was changed in place between forward and backward, which sends it once more with "
+                    "keep_received=False. Change a copy of it, or keep what was received."
+                )
+            return self.send("backward dispatch", x_TH)
+
+        return send
 
     def back(self, phase: str, rows_UC: Tensor) -> Tensor:
         """(S, C)"""

@@ -31,13 +31,16 @@ def test_every_flag_is_written_and_read_by_one_of_two_functions() -> None:
 
 
 def test_the_machine_code_orders_flags_for_the_whole_system() -> None:
-    """A flag to the others, the reason to the host and the word that stops them: each behind a barrier of memory."""
+    """A flag to the others, the reason to the host and the word that stops them: each behind a barrier of memory. The
+    word that says in which call a rank waits, written twice, publishes nothing.
+    """
     for kernel in sass.compiled(*exchange_flags.SPECS):
         opcodes = sass.opcodes(kernel.listing)
         assert opcodes["LDG.E.64.STRONG.SYS"] >= 3 and opcodes["BPT.TRAP"] == 1
         assert not any("STRONG.GPU" in opcode for opcode in opcodes)
         order = re.findall(r"MEMBAR\.ALL\.SYS|STG\.E\.64\.STRONG\.SYS", kernel.listing)
-        assert order == ["MEMBAR.ALL.SYS", "STG.E.64.STRONG.SYS"] * 3
+        barrier, flag = "MEMBAR.ALL.SYS", "STG.E.64.STRONG.SYS"
+        assert order == [barrier, flag, *[flag, flag], barrier, flag, barrier, flag]
 
 
 def test_launches_have_what_the_kernels_take(launches: list, monkeypatch: pytest.MonkeyPatch) -> None:
