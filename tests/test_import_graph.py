@@ -44,6 +44,7 @@ LAYERS = (
     "parallel.collectives",
     "parallel.symmetric",
     "parallel.copies",
+    "parallel.few_rows",
     "parallel.traffic",
     "parallel.transport",
     "parallel.overflow",

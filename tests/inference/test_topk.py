@@ -105,6 +105,17 @@ def test_zero_weights_and_zero_blocks() -> None:
     assert got[1].eq(0).all() and got[3].eq(0).all() and got.isfinite().all()
 
 
+def test_rows_of_experts_are_added_up() -> None:
+    """Of ids through an offset, with sentinels and duplicates; the shared expert's rows do not count."""
+    case = make_case(tokens=30)
+    ids = case.ids + 3
+    ids[0], ids[1, 0] = 5, -1
+    received = torch.full((case.w13.shape[0],), 100, dtype=torch.int32)
+    for times in (1, 2):
+        call(case, ids=ids, local_expert_offset=3, received_rows=received, max_tokens_per_chunk=11)
+        assert received.tolist() == [100 + times * int((ids == 3 + e).sum()) for e in range(len(received))]
+
+
 def test_clamp_factor_and_shared_expert() -> None:
     case, shared = make_case(tokens=11, order="gate_up"), make_case(tokens=1, local=1, order="gate_up", seed=3)
     one = SharedExpert(shared.w13[0], shared.w2[0], shared.w13_scale[0], shared.w2_scale[0])
@@ -165,6 +176,6 @@ def test_under_the_compiler() -> None:
     torch.library.opcheck(
         torch.ops.supersonic_moe.moe_fp8_topk.default,
         (case.x, case.x_scale, [case.w13, case.w13_scale, case.w2, case.w2_scale], case.weights, case.ids, None, 0,
-         None, 1.0, "up_gate", None, False, False, torch.empty(13, 256, dtype=torch.bfloat16), None),
+         None, 1.0, "up_gate", None, False, False, None, torch.empty(13, 256, dtype=torch.bfloat16), None),
         test_utils="test_faketensor",
     )  # fmt: skip

@@ -40,14 +40,17 @@ def weights(h: int, i: int, e: int, dtype: torch.dtype, device: str, fan: int = 
 def definition(
     x: Tensor, scores_TE: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, concat: bool
 ) -> Tensor:
-    """Expert by expert; ``scores`` is 0 where a token does not have the expert."""
+    """Expert by expert; ``scores`` is 0 where a token does not have the expert. Weights are taken apart once: the
+    gradient of ``w1[e]`` would be as large as w1, for each expert."""
     out = torch.zeros_like(x)
-    for e in range(w1.shape[0]):
-        rows = scores_TE[:, e].nonzero().flatten()
-        z = F.linear(x[rows], w1[e], None if b1 is None else b1[e])
+    nothing = [None] * w1.shape[0]
+    biases = (nothing if b is None else b.unbind() for b in (b1, b2))
+    for scores_T, w1_e, w2_e, b1_e, b2_e in zip(scores_TE.unbind(1), w1.unbind(), w2.unbind(), *biases, strict=True):
+        rows = scores_T.nonzero().flatten()
+        z = F.linear(x[rows], w1_e, b1_e)
         gate, up = z.chunk(2, -1) if concat else (z[:, 0::2], z[:, 1::2])
-        y = F.linear(F.silu(gate) * up, w2[e], None if b2 is None else b2[e])
-        out = out.index_add(0, rows, scores_TE[rows, e, None] * y)
+        y = F.linear(F.silu(gate) * up, w2_e, b2_e)
+        out = out.index_add(0, rows, scores_T[rows, None] * y)
     return out
 
 
@@ -71,6 +74,7 @@ def test_published_shapes_an_eighth_as_wide(shape: tuple[int, ...], biased: bool
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("large on a GPU")
 @pytest.mark.parametrize("shape", PUBLISHED, ids=str)
 @pytest.mark.parametrize("biased", [True, False])
 def test_published_shapes(shape: tuple[int, ...], biased: bool) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from inference_oracle import moe_loop
 from mega_cases import E, H, calc_diff, worst_row
-from ranks import run_ranks
+from ranks import end_ranks, run_ranks
 
 from supersonic_moe.inference import moe_fp8_topk
 from supersonic_moe.kernels.reference.quantize import quantize_rows
@@ -171,6 +171,30 @@ def test_ranks_together_have_the_bits_of_one_process(ranks: int, transport: str)
 def test_copies_between_ranks_carry_the_same(ranks: int) -> None:
     (found,) = run_ranks(1, cases.over_copies, ranks, spread(ranks))
     assert found == [[]] * ranks
+
+
+ON = [pytest.param(False, id="CPU"), pytest.param(True, id="GPU", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("gpu", ON)
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_few_rows_are_read_and_written_where_they_lie(ranks: int, gpu: bool) -> None:
+    """With random delays of each rank, and the same bits."""
+    most = cases.few_tokens(ranks)
+    counts = [(0, 1), (most, most // 2), (1, 0), (most // 2, most), (0, 0), (1, 1), (most, most)]
+    calls = [((tokens * 4)[:ranks], (0.0, 0.3, 0.7, 1.0)[i % 4], LIMITS[i % 3]) for i, tokens in enumerate(counts)]
+    (found,) = run_ranks(1, cases.without_copies, ranks, gpu, calls, timeout_s=300)
+    assert found == [[]] * ranks
+
+
+@pytest.mark.parametrize("gpu", ON)
+@pytest.mark.parametrize("phase", ["forward dispatch", "forward combine"])
+def test_a_late_rank_is_named_by_who_waits_for_its_rows(phase: str, gpu: bool) -> None:
+    (ended,) = end_ranks(1, cases.with_a_late_rank, 2, gpu, phase, 2.0, timeout_s=120)
+    assert ended.result is not None, ended
+    errors: list[str] = ended.result  # none of the late rank, if the others have written what it reads
+    wanted = rf"waited 2 s in the {phase} of call 3 for rank 1 \(exchange \d+ expected, \d+ seen\)"
+    assert any(re.search(wanted, error) for error in errors), errors  # on a GPU it ends the context of both
 
 
 @pytest.mark.parametrize("pow2", [False, True])

@@ -7,7 +7,8 @@ experts of one rank alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import ranks
@@ -16,10 +17,12 @@ import torch.distributed as dist
 from inference_oracle import Case, make_case
 from parallel_cases import error_of
 from torch import Tensor
-from virtual_ranks import run_virtual
+from virtual_ranks import CarefulFlags, ThreadFlags, on_a_gpu, run_virtual
 
 from supersonic_moe.inference import moe_fp8_topk
-from supersonic_moe.parallel import MegaMoE
+from supersonic_moe.kernels.sm90 import rank_tokens
+from supersonic_moe.parallel import MegaMoE, few_rows
+from supersonic_moe.parallel.few_rows import FewRows
 
 E, K, H, I, MOST = 8, 3, 256, 128, 400  # noqa: E741
 
@@ -49,7 +52,9 @@ def mega(group: Any = None, **changes: Any) -> MegaMoE:
 
 def call(layer: MegaMoE, case: Case, rows: slice = slice(None), experts: slice = slice(None), **options: Any) -> Tensor:
     weights = (case.w13[experts], case.w2[experts], case.w13_scale[experts], case.w2_scale[experts])
-    given = {"x_scale": case.x_scale[rows], "gate_up_order": case.order} | options
+    given = {"gate_up_order": case.order} | options
+    if "x_scale" not in given:
+        given["x_scale"] = case.x_scale[rows]
     return layer(given.pop("x", case.x[rows]), *weights, case.weights[rows], case.ids[rows], **given)
 
 
@@ -86,10 +91,11 @@ Call = tuple[tuple[int, ...], float, float | None]
 """Tokens of each rank, share of masked choices, clamp."""
 
 
-def same_as_one_process(calls: Sequence[Call], transport: str) -> list[str]:
-    """Where the outputs or counts of this rank differ. Two instances take turns."""
+def same_as_one_process(calls: Sequence[Call], transport: str, most: int = MOST) -> list[str]:
+    """Where the outputs or counts of this rank differ. Two instances take turns; e4m3 and bf16 do."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    layers = [mega(dist.group.WORLD, transport=transport, timeout_s=60.0) for _ in range(2)]
+    sizes = {"transport": transport, "max_tokens_per_rank": most, "timeout_s": 60.0}
+    layers = [mega(dist.group.WORLD, **sizes) for _ in range(2)]
     own, wrong = slice(rank * E // size, (rank + 1) * E // size), []
     for number, (tokens, masked, limit) in enumerate(calls):
         case = case_of(sum(tokens), masked=masked, seed=number)
@@ -99,14 +105,20 @@ def same_as_one_process(calls: Sequence[Call], transport: str) -> list[str]:
         rows = slice(first, first + tokens[rank])
         received = torch.full((E // size,), 5, dtype=torch.int32, device=case.x.device)
         out = torch.full((tokens[rank], H), 7.0, device=case.x.device).bfloat16()
-        got = call(layers[number % 2], case, rows, own, swiglu_limit=limit, received_rows=received, out=out)
-        want = parts(case, size, swiglu_limit=limit)[rows]
+        options: dict[str, Any] = {"swiglu_limit": limit, "pow2_scales": number % 3 == 1}
+        if number % 3 == 2:
+            x = torch.randn(case.x.shape, generator=torch.Generator().manual_seed(number)).bfloat16().to(case.x.device)
+            case.x, case.x_scale = x, None
+            case.ids = case.ids.long()
+        options["x_scale"] = None if case.x_scale is None else case.x_scale[rows]
+        want = parts(case, size, swiglu_limit=limit, pow2_scales=options["pow2_scales"])[rows]
+        got = call(layers[number % 2], case, rows, own, received_rows=received, out=out, **options)
         chosen = torch.bincount(case.ids[(case.ids >= 0) & (case.ids < E)].long().cpu(), minlength=E)[own]
         if got is not out or not torch.equal(got, want):
             wrong.append(f"output of call {number}: {calc_diff(got, want)}")
         if not torch.equal(received.cpu(), 5 + chosen.int()):
             wrong.append(f"counts of call {number}")
-        again = call(layers[number % 2], case, rows, own, swiglu_limit=limit, out=out, accumulate=True)
+        again = call(layers[number % 2], case, rows, own, out=out, accumulate=True, **options)
         if not torch.equal(again, want + want):
             wrong.append(f"accumulated output of call {number}")
     for layer in layers:
@@ -115,23 +127,94 @@ def same_as_one_process(calls: Sequence[Call], transport: str) -> list[str]:
     return wrong
 
 
-def over_copies(size: int, calls: Sequence[Call]) -> list[list[str]]:
+def over_copies(size: int, calls: Sequence[Call], most: int = MOST) -> list[list[str]]:
     """The same of ranks that are threads and reach each other's memory."""
-    return run_virtual(size, same_as_one_process, calls, "gather")
+    return run_virtual(size, same_as_one_process, calls, "gather", most)
 
 
-def bf16_over_ranks(pow2: bool) -> tuple[bool, str]:
-    """Whether x in bf16 is quantized at home, to the codes that the operator makes of it; and what ``explain`` says."""
+# ---- few rows: nothing is copied -------------------------------------------------------------------------------------
+
+
+def few_tokens(size: int) -> int:
+    """Tokens of a rank up to which all rows are streamed."""
+    return 128 * E // (size * size * K)
+
+
+def without_copies(size: int, gpu: bool, calls: Sequence[Call]) -> list[list[str]]:
+    """``over_copies`` with objects of so few tokens that ``few_rows.py`` does it."""
+    _start(size, gpu, careful=2 * 3 * 2 * len(calls))
+    return run_virtual(size, _without_copies, calls, few_tokens(size))
+
+
+def _without_copies(calls: Sequence[Call], most: int) -> list[str]:
+    """The second time everything is loaded, and nobody waits for the host."""
+    assert few_rows.has_few_rows(dist.get_world_size(), most, K, E // dist.get_world_size())
+    return same_as_one_process([*calls, *calls], "gather", most)
+
+
+def with_a_late_rank(size: int, gpu: bool, phase: str, limit_s: float) -> list[str]:
+    """Rank 1 is late for a phase of the third call: what each rank raises."""
+    _start(size, gpu, careful=10)
+    return run_virtual(size, _late, phase, limit_s)
+
+
+def _late(phase: str, limit_s: float) -> str:
     rank, size = dist.get_rank(), dist.get_world_size()
-    case = case_of(9 * size)
-    x = torch.randn(9 * size, H, generator=torch.Generator().manual_seed(3)).bfloat16()
-    rows, own = slice(9 * rank, 9 * rank + 9), slice(rank * E // size, (rank + 1) * E // size)
-    layer = mega(dist.group.WORLD, timeout_s=60.0)
-    got = call(layer, case, rows, own, x=x[rows], x_scale=None, pow2_scales=pow2)
-    said = layer.explain()
-    layer.close()
-    case.x, case.x_scale = x, None
-    return torch.equal(got, parts(case, size, pow2_scales=pow2)[rows]), said
+    layer, own = mega(dist.group.WORLD, max_tokens_per_rank=few_tokens(size), timeout_s=limit_s), E // size
+    case = case_of(3, seed=rank)
+    case = on_gpu(case) if ranks.device().type == "cuda" else case
+    experts = slice(rank * own, (rank + 1) * own)
+    for _ in range(2):
+        call(layer, case, experts=experts)
+    layer.check()
+    if rank == 1:
+        _before[phase] = lambda: time.sleep(2.5 * limit_s)
+
+    def third() -> None:
+        call(layer, case, experts=experts)
+        layer.check()
+
+    start = time.monotonic()
+    error = error_of(third)
+    return f"{time.monotonic() - start:.1f} s: {error}"
+
+
+_before: dict[str, Callable[[], None]] = {}
+"""What rank 1 does once before a phase of few rows."""
+
+
+def _start(size: int, gpu: bool, careful: int) -> None:
+    """Where a test makes rank 1 late. On a GPU, ranks share its multiprocessors: a kernel that waits must leave some to
+    those that it waits for.
+    """
+    run, tell, sums = FewRows.run, ThreadFlags.tell, rank_tokens.sum_parts
+
+    def late(phase: str) -> None:
+        if dist.get_rank() == 1 and phase in _before:
+            _before.pop(phase)()
+
+    def run_late(self: FewRows, *args: Any, **options: Any) -> None:
+        late("forward dispatch")
+        run(self, *args, **options)
+
+    def tell_late(self: ThreadFlags, left: int) -> None:
+        if left == 0:
+            late("forward combine")
+        tell(self, left)
+
+    def sum_late(tokens: Any, *args: Any, **options: Any) -> Any:
+        launch = sums(tokens, *args, **options)
+        late("forward combine")
+        return SimpleNamespace(run=lambda: tokens.flags.around(launch.run))
+
+    FewRows.run, ThreadFlags.tell, rank_tokens.sum_parts = run_late, tell_late, sum_late  # type: ignore[method-assign]
+    if gpu:
+        from supersonic_moe.kernels.sm90 import stream_experts
+
+        on_a_gpu()
+        CarefulFlags.CAREFUL = careful
+        share = torch.cuda.get_device_properties(0).multi_processor_count // (size + 1)
+        stream_experts.multiprocessors = rank_tokens.multiprocessors = lambda device: share
 
 
 def mistakes(transport: str) -> tuple[list[str], str, str]:

@@ -77,8 +77,11 @@ def weights(num_experts, hidden, intermediate, fan, *, bias=(True, True), dtype=
 
 
 def rel_fro(got: Tensor, want: Tensor) -> float:
-    """Relative Frobenius error; inf if anything is not finite; for a zero reference, the norm itself."""
-    got, want = got.double().cpu(), want.double().cpu()
+    """Relative Frobenius error, where both lie; inf if anything is not finite; the norm itself if ``want`` is 0."""
+    if got.device != want.device:
+        got, want = got.cpu(), want.cpu()
+    got, want = got.double(), want.double()
     if not got.isfinite().all():
         return float("inf")
-    return float((got - want).norm() / want.norm().clamp(min=1e-300)) if want.norm() > 0 else float(got.norm())
+    size = want.norm()
+    return float((got - want).norm() / size) if size > 0 else float(got.norm())

@@ -25,6 +25,7 @@ class Mapped(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    box: tuple[int, ...]
 
     def tensor(self) -> Tensor:
         """What lies there now. To write to it is to write to memory that the launch may write to."""
@@ -62,10 +63,10 @@ def recorded_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]
     found: list[Launch] = []
     numbers = itertools.count()
 
-    def remember(address: int, dtype: torch.dtype, shape: Any, strides: Any, *rest: Any) -> bytes:
-        tma.check(address, dtype, shape, strides, *rest)
+    def remember(address: int, dtype: torch.dtype, shape: Any, strides: Any, box: Any, *rest: Any) -> bytes:
+        tma.check(address, dtype, shape, strides, box, *rest)
         made = next(numbers).to_bytes(128, "little")
-        _MAPS[made] = Mapped(address, dtype, tuple(shape), tuple(strides))
+        _MAPS[made] = Mapped(address, dtype, tuple(shape), tuple(strides), tuple(box))
         return made
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)

@@ -121,13 +121,17 @@ class CarefulFlags(ExchangeFlags):
         self._meeting, self._left = meeting, 2 * self.CAREFUL
         self._delays = random.Random(rank)
 
-    def begin(self, bank: int, call: int, phase: int) -> None:
-        self._around(lambda: ExchangeFlags.begin(self, bank, call, phase))
+    def begin(self, bank: int, call: int, phase: int, steps: int = 1) -> None:
+        self.around(lambda: ExchangeFlags.begin(self, bank, call, phase, steps))
 
     def meet(self, kind: int, call: int, phase: int) -> None:
-        self._around(lambda: ExchangeFlags.meet(self, kind, call, phase))
+        self.around(lambda: ExchangeFlags.meet(self, kind, call, phase))
 
-    def _around(self, launch: Callable[[], None]) -> None:
+    def wait(self, left: int, call: int, phase: int) -> None:
+        self.around(lambda: ExchangeFlags.wait(self, left, call, phase))
+
+    def around(self, launch: Callable[[], None]) -> None:
+        """A launch that waits for others."""
         if self._left:
             self._left -= 1
             torch.cuda.current_stream().synchronize()
@@ -151,12 +155,20 @@ class ThreadFlags:
         self._failure: Failure | None = None
         self._delays = random.Random(rank)
 
-    def begin(self, bank: int, call: int, phase: int) -> None:
+    def begin(self, bank: int, call: int, phase: int, steps: int = 1) -> None:
         self._tell(0, self._epoch << 32)
         for peer in self._others:
             self._wait(peer, peer, self._last[bank] << 32, call, phase)
-        self._epoch += 1
+        self._epoch += steps
         self._last[bank] = self._epoch
+
+    def tell(self, left: int) -> None:
+        """What kernels do: this rank has written what belongs to the epoch that ``left`` more follow."""
+        self._tell(MAX_RANKS, self._epoch - left << 32)
+
+    def wait(self, left: int, call: int, phase: int) -> None:
+        for peer in self._others:
+            self._wait(peer, MAX_RANKS + peer, self._epoch - left << 32, call, phase)
 
     def meet(self, kind: int, call: int, phase: int) -> None:
         flag = self._epoch << 32 | kind

@@ -27,7 +27,7 @@ torch.library.define(
     "supersonic_moe::moe_fp8_topk",
     "(Tensor x, Tensor? x_scale, Tensor[] weights, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, "
     "int offset, int? num_experts, float factor, str order, float? limit, bool weight_on_input, bool pow2, "
-    "Tensor(a!) out, Tensor(b!)? workspace) -> ()",
+    "Tensor(c!)? received, Tensor(a!) out, Tensor(b!)? workspace) -> ()",
 )
 
 
@@ -87,6 +87,7 @@ class TopK(NamedTuple):
     limit: float | None
     weight_on_input: bool
     pow2: bool
+    received: Tensor | None
 
     @property
     def shared(self) -> Fp8Experts | None:
@@ -99,17 +100,21 @@ class TopK(NamedTuple):
         layer = sm90.Layer(Fp8Experts(*self.weights[:4]), self.shared, order, self.limit, self.pow2)
         return sm90.topk(
             self.topk_ids, self.topk_weights, self.expert_map, self.offset, self.num_experts, self.factor,
-            self.weight_on_input, self.x, self.x_scale, layer, out,
+            self.weight_on_input, self.x, self.x_scale, layer, out, self.received,
         )  # fmt: skip
 
     def reference(self) -> Tensor:
         experts = Fp8Experts(*self.weights[:4])
+        local = experts.w13.shape[0]
+        ids = reference.local_ids(self.topk_ids, local, self.offset, self.num_experts, self.expert_map)
+        if self.received is not None:
+            self.received.add_(torch.bincount(ids[ids >= 0], minlength=local).int())
         return reference.moe_fp8(
             self.x,
             self.x_scale,
             experts,
             self.topk_weights,
-            reference.local_ids(self.topk_ids, experts.w13.shape[0], self.offset, self.num_experts, self.expert_map),
+            ids,
             order=GateUpLayout(self.order),
             limit=self.limit,
             pow2=self.pow2,

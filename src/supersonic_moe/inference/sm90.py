@@ -20,7 +20,7 @@ from torch import Tensor
 from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout
 from supersonic_moe.config.grouped_routing import GroupedRouting
 from supersonic_moe.config.recipe import Fp8Recipe
-from supersonic_moe.inference.workspace import ALIGNMENT, regions, streamed_rows, workspace_bytes
+from supersonic_moe.inference.workspace import ALIGNMENT, SURE_ROWS, regions, streamed_rows, workspace_bytes
 from supersonic_moe.jit.launch import Launch, on_device
 from supersonic_moe.kernels.alignment import ALIGNMENT as VECTOR
 from supersonic_moe.kernels.alignment import aligned
@@ -30,15 +30,22 @@ from supersonic_moe.kernels.sm90.combine_rows import combine_rows
 from supersonic_moe.kernels.sm90.down_projection_fp8 import down_projection_fp8
 from supersonic_moe.kernels.sm90.gemm_config import multiprocessors
 from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import grouped_mm_fp8
+from supersonic_moe.kernels.sm90.rank_tokens import RankTokens
 from supersonic_moe.kernels.sm90.route_rows import Choices, RowTables, max_items, place_topk, route_rows
-from supersonic_moe.kernels.sm90.stream_experts import Inputs, Scratch, num_counters, plane_rows, stream_experts
+from supersonic_moe.kernels.sm90.stream_experts import (
+    Inputs,
+    Scratch,
+    num_counters,
+    plane_rows,
+    stream_experts,
+    stream_experts_ranks,
+)
 from supersonic_moe.kernels.sm90.up_projection_fp8 import up_projection_fp8
 from supersonic_moe.kernels.triton.gather_quantized import gather_quantized
 from supersonic_moe.kernels.triton.quantize import quantize_rows_into
 from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks, empty_scales
 
 MEAN_ROWS = 96  # streamed rows of an expert on average, where the device decides: a tile of 128 costs as much as 150
-SURE_ROWS = 128  # bound of the mean below which nothing else is launched
 LIKELY_ROWS = 64  # the same for the mean to be expected, if the bound is at most STREAMED_ROWS
 GATHERS = 8  # programs of a multiprocessor that put rows in order
 UNKNOWN = 2**31 - 1  # experts of the model: no id is out of range
@@ -64,6 +71,8 @@ class Call(NamedTuple):
     x_scale: Tensor | None
     layer: Layer
     out: Tensor
+    received: Tensor | None = None
+    """Where the rows of each expert are added."""
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -101,7 +110,7 @@ def ds_routed(
 
 def topk(
     ids: Tensor, weights: Tensor, expert_map: Tensor | None, offset: int, num_experts: int | None, factor: float,
-    weight_on_input: bool, x: Tensor, x_scale: Tensor | None, layer: Layer, out: Tensor,
+    weight_on_input: bool, x: Tensor, x_scale: Tensor | None, layer: Layer, out: Tensor, received: Tensor | None,
 ) -> Call:  # fmt: skip
     known = expert_map.shape[0] if expert_map is not None else num_experts
     choices = Choices(
@@ -111,7 +120,7 @@ def topk(
     if weight_on_input:
         layer = layer._replace(x_weight_T=weights)
     route = functools.partial(place_topk, ids, None if weight_on_input else weights, expert_map, factor, choices)
-    return Call(route, choices, x, x_scale, layer, out)
+    return Call(route, choices, x, x_scale, layer, out, received)
 
 
 def run(call: Call, workspace: Tensor | None) -> None:
@@ -150,6 +159,23 @@ def launches(call: Call, workspace: int) -> list[Launch]:
     return [*call.route(tables), _stream(call, tables, workspace)]
 
 
+def launches_of_ranks(
+    tokens: RankTokens, phase: int, ids_UK: Tensor, weights_UK: Tensor, offset: int, num_experts: int, layer: Layer,
+    received: Tensor | None, workspace: int,
+) -> list[Launch]:  # fmt: skip
+    """The same for tokens that lie in the memory of several ranks, U places in all, with their choices here. All rows
+    are streamed.
+    """
+    x = out = ids_UK  # of which only the number of tokens counts: they lie elsewhere
+    call = topk(ids_UK, weights_UK, None, offset, num_experts, 1.0, False, x, None, layer, out, received)
+    tables, scratch = _tables(call, workspace), _scratch(call, workspace)
+    stream = stream_experts_ranks(
+        tokens, phase, layer.experts, tables, call.choices.per_token, scratch, order=layer.order, limit=layer.limit,
+        pow2=layer.pow2,
+    )  # fmt: skip
+    return [*call.route(tables), stream]
+
+
 def _run_undecided(call: Call, workspace: Tensor) -> None:
     """Rows are streamed or go through the tile kernels, as the router finds on the device."""
     base, at = workspace.data_ptr(), regions(*call.sizes)
@@ -183,18 +209,23 @@ def _tables(call: Call, base: int) -> RowTables:
         counter_words=num_counters(items, plane_rows(call.streamed, local), hidden, inter),
         max_items=items,
         stream_rows=MEAN_ROWS * local if tiles else call.rows,
+        received=call.received,
     )
 
 
 def _stream(call: Call, tables: RowTables, base: int) -> Launch:
-    at, layer = regions(*call.sizes), call.layer
-    scratch = Scratch(
-        plane_rows(call.streamed, call.choices.num_local), base + at.x_rows, base + at.x_rows_scale, base + at.c,
-        base + at.c_codes, base + at.c_scale, base + at.y,
-    )  # fmt: skip
+    layer = call.layer
     return stream_experts(
         Inputs(call.x, call.x_scale, layer.x_weight_T), layer.experts, layer.shared, tables, call.choices.per_token,
-        scratch, call.out, order=layer.order, limit=layer.limit, pow2=layer.pow2,
+        _scratch(call, base), call.out, order=layer.order, limit=layer.limit, pow2=layer.pow2,
+    )  # fmt: skip
+
+
+def _scratch(call: Call, base: int) -> Scratch:
+    at = regions(*call.sizes)
+    return Scratch(
+        plane_rows(call.streamed, call.choices.num_local), base + at.x_rows, base + at.x_rows_scale, base + at.c,
+        base + at.c_codes, base + at.c_scale, base + at.y,
     )  # fmt: skip
 
 

@@ -59,6 +59,7 @@ def moe_fp8_topk(
     routed_scaling_factor: float = 1.0,
     shared_expert: SharedExpert | None = None,
     pow2_scales: bool = False,
+    received_rows: Tensor | None = None,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
     max_tokens_per_chunk: int | None = None,
@@ -91,6 +92,8 @@ def moe_fp8_topk(
         routed_scaling_factor: multiplies the weights of routed experts.
         pow2_scales: round the scales that are made here (of bf16 x and of the intermediate) up to powers of two, for
             checkpoints whose ``scale_fmt`` is ue8m0.
+        received_rows: (E_local,) int32, to which the rows that each local expert gets are added; without the shared
+            expert's.
         out, workspace, max_tokens_per_chunk: as in ``moe_fp8_ds_routed``; ``workspace_bytes`` counts a shared expert
             as one more choice and one more local expert.
 
@@ -98,7 +101,7 @@ def moe_fp8_topk(
         TypeError, ValueError: a wrong dtype, shape, stride or setting, with the fix.
     """
     request = Request.of(
-        x, (x_scale, topk_weights, topk_ids, expert_map), out, workspace,
+        x, (x_scale, topk_weights, topk_ids, expert_map, received_rows), out, workspace,
         [w13, w13_scale, w2, w2_scale, *(shared_expert if isinstance(shared_expert, SharedExpert) else ())],
         ("topk", shared_expert is None, x_scale_layout, local_expert_offset, num_experts, gate_up_order, swiglu_limit,
          apply_router_weight_on_input, routed_scaling_factor, pow2_scales, max_tokens_per_chunk),
@@ -122,6 +125,8 @@ def moe_fp8_topk(
     check_limit("swiglu_limit", swiglu_limit)
     factor = as_factor(routed_scaling_factor)
     checks.flag("pow2_scales", pow2_scales)
+    if received_rows is not None:
+        check_received(received_rows, w13)
     weights = [w13, w13_scale, w2, w2_scale]
     if shared_expert is not None:
         weights += _shared_weights(shared_expert, sizes, order, w13)
@@ -133,7 +138,7 @@ def moe_fp8_topk(
         return TopK(
             x[first:end], None if scales is None else scales[first:end], weights, topk_weights[first:end],
             topk_ids[first:end], expert_map, offset, num_experts, factor,
-            order.value, swiglu_limit, apply_router_weight_on_input, pow2_scales,
+            order.value, swiglu_limit, apply_router_weight_on_input, pow2_scales, received_rows,
         )  # fmt: skip
 
     op = torch.ops.supersonic_moe.moe_fp8_topk.default
@@ -185,6 +190,17 @@ def _check_placement(expert_map: Tensor | None, offset: int, num_experts: int | 
     checks.positive("the length of expert_map", expert_map.shape[0])
     if num_experts is not None:
         checks.size("expert_map", "length", expert_map.shape[0], num_experts, "num_experts")
+
+
+def check_received(received_rows: Tensor, w13: Tensor) -> None:
+    checks.tensor("received_rows", received_rows, 1, "(E,)")
+    if received_rows.dtype is not torch.int32:
+        raise TypeError(
+            f"received_rows must be int32; got {checks.describe(received_rows)}. Use torch.zeros(n, dtype=torch.int32)."
+        )
+    checks.size("received_rows", "length", received_rows.shape[0], w13.shape[0], "the experts of w13")
+    checks.same_device("received_rows", received_rows, "w13", w13)
+    checks.dense("received_rows", received_rows)
 
 
 def _shared_weights(shared: SharedExpert, sizes: Sizes, order: GateUpLayout, w13: Tensor) -> list[Tensor]:

@@ -34,6 +34,7 @@ from supersonic_moe.quantization.block_format import BLOCK, blocks
 
 ALIGNMENT = 256  # of the buffer and of each region: TMA wants 16 bytes, a DRAM burst of L2 is at most 256
 ITEM_ROWS = 128  # kernels/sm90/route_rows.py
+SURE_ROWS = 128  # of an expert, on average: as many are always streamed
 STREAMED_ROWS = 256  # of an expert, on average: more are never streamed
 ROW_GROUP, COLUMNS_BEHIND, GATHER_ROWS = 8, 24, 64  # kernels/sm90/route_rows.py, stream_experts.py
 COUNTING_BLOCKS = 264  # of the routing kernel for many tokens

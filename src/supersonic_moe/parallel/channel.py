@@ -25,7 +25,6 @@ from supersonic_moe.parallel.transport import choose
 from supersonic_moe.parallel.trip import Trip
 from supersonic_moe.parallel.watch import ExpertParallelError, Watch
 from supersonic_moe.private_api import default_store
-from supersonic_moe.quantization.block_format import blocks
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -35,8 +34,9 @@ class Sizes(NamedTuple):
 
     num_experts: int
     top_k: int
-    hidden: int
     max_tokens: int
+    row_bytes: int
+    """Of the rows of an exchange, at most."""
     capacity: int | Literal["exact"]
     timeout_s: float
     names: tuple[str, str]
@@ -58,16 +58,13 @@ class Channel:
             group = _again(group)
         self.watch = Watch(what, self.rank, self.size, default_store(f"{key}/{number}"), sizes.timeout_s)
         self._collectives = Collectives(group, self.watch)
-        places, k, hidden = sizes.max_tokens, sizes.top_k, sizes.hidden
-        row_bytes = max(2 * hidden, 8 * k + 4 * blocks(hidden))  # of x in 16 bits; of ids, scores, scales
-        found = choose(
-            transport, self._collectives, self.watch,
-            num_experts=sizes.num_experts, top_k=k, places=places, row_bytes=row_bytes,
-        )  # fmt: skip
+        wanted = {"num_experts": sizes.num_experts, "top_k": sizes.top_k}
+        largest = {"places": sizes.max_tokens, "row_bytes": sizes.row_bytes}
+        found = choose(transport, self._collectives, self.watch, **wanted, **largest)
         self.transport, self.ranks, self.how = found
         capacity = sizes.capacity
         self.overflow = None if capacity == "exact" else Overflow(self._collectives, capacity)
-        self._calls = 0
+        self.calls = 0
         self._inside = False
 
     @contextmanager
@@ -79,25 +76,29 @@ class Channel:
             yield
             return
         self._inside = True
-        self._calls += 1
+        self.calls += 1
         try:
-            with self.watch.telling(self._calls):
+            with self.watch.telling(self.calls):
                 yield
         finally:
             self._inside = False
 
     def refuse(self, error: Exception) -> None:
         """The next call is left out, and the others are told."""
-        self._calls += 1
-        self.watch.refuse(self._calls, error)
+        self.calls += 1
+        self.watch.refuse(self.calls, error)
 
     def departures(self, ids_TK: Tensor) -> Departures:
         experts, most = self._sizes.num_experts, self._sizes.max_tokens
         if self.transport != "gather":
             return departures(ids_TK, experts, self.size)
-        if (tokens := ids_TK.shape[0]) > most:
-            raise self._too_many(f"got {tokens}")
+        self.check_tokens(ids_TK.shape[0])
         return departures_everywhere(ids_TK, experts, self.size, most)
+
+    def check_tokens(self, tokens: int) -> None:
+        """Where each rank finds out by itself."""
+        if tokens > self._sizes.max_tokens:
+            raise self._too_many(f"got {tokens}")
 
     def start(self, x_TH: Tensor, scores_TK: Tensor, found: Departures) -> tuple[Trip, list[int] | None, Tensor]:
         """The trip of this call, the rows of each expert here if the host knows, and scores to send."""
@@ -108,7 +109,7 @@ class Channel:
         with self.watch.raising_everywhere():
             if self.overflow is None:
                 return *self._meet(x_TH, scores_TK, found), scores_TK
-            scores_TK = self.overflow.guard(scores_TK, found.tokens_R, self._calls)
+            scores_TK = self.overflow.guard(scores_TK, found.tokens_R, self.calls)
         return self._trip(in_fixed_places(found, self.overflow.capacity), None, None), None, scores_TK
 
     def _meet(self, x_TH: Tensor, scores_TK: Tensor, found: Departures) -> tuple[Trip, list[int]]:
@@ -117,12 +118,12 @@ class Channel:
         grad = torch.is_grad_enabled()
         signature = _DTYPES.index(x_TH.dtype) * 4 + 2 * (grad and x_TH.requires_grad)
         signature += grad and scores_TK.requires_grad
-        common = found.rows_E.new_tensor([self._calls, signature, x_TH.shape[0]])
+        common = found.rows_E.new_tensor([self.calls, signature, x_TH.shape[0]])
         mine = torch.cat((common.expand(ranks, 3), found.tokens_R.long()[:, None], found.rows_E.view(ranks, here)), 1)
-        theirs = self._collectives.exchange(mine, self._calls, "forward dispatch", None, None)
+        theirs = self._collectives.exchange(mine, self.calls, "forward dispatch", None, None)
         host = torch.cat((found.tokens_R.long(), theirs.view(-1))).tolist()
         sent, told = host[:ranks], [host[i : i + 4 + here] for i in range(ranks, len(host), 4 + here)]
-        self._check_told(told, (self._calls, signature, x_TH.shape[0]))
+        self._check_told(told, (self.calls, signature, x_TH.shape[0]))
         rows = [sum(column) for column in zip(*(source[4:] for source in told), strict=True)]
         found = found._replace(token_M=found.token_M[: sum(sent)])
         return self._trip(found, sent, [source[3] for source in told]), rows
@@ -141,7 +142,7 @@ class Channel:
     def _trip(self, found: Departures, sent: list[int] | None, received: list[int] | None) -> Trip:
         places = found.token_M, found.copy_TR, found.copy_TK
         gathers = self.transport == "gather"
-        return Trip(self.ranks, self._calls, *places, sent, received, gathers, self.first_expert, self.experts_here)
+        return Trip(self.ranks, self.calls, *places, sent, received, gathers, self.first_expert, self.experts_here)
 
     def _too_many(self, found: str) -> ValueError:
         kind, limit = self._sizes.names

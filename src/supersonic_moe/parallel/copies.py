@@ -44,8 +44,8 @@ class Copies:
     def __init__(
         self, memory: Memory, rank: int, places: int, row_bytes: int, watch: Watch, collectives: Collectives
     ) -> None:
-        size = bank_bytes(len(memory.blocks), places, row_bytes)
-        self._memory, self._rank, self.watch, self._collectives = memory, rank, watch, collectives
+        size = self._bank_bytes = bank_bytes(len(memory.blocks), places, row_bytes)
+        self.memory, self._rank, self.watch, self._collectives = memory, rank, watch, collectives
         self._places, self._row_bytes, self._device = places, row_bytes, memory.blocks[rank].device
         starts = HEAD, HEAD + size
         self._banks = [[block[start : start + size] for block in memory.blocks] for start in starts]
@@ -64,7 +64,7 @@ class Copies:
             return self._collectives.gather(rows_TC, places, empty, call, phase)
         rows, columns = rows_TC.shape
         row_bytes = columns * rows_TC.element_size()
-        with self._inside(call, phase):
+        with self.inside(call, phase):
             bank = self._begin(call, phase)
             mine_MC = _as_rows(bank[self._rank], places, rows_TC)
             mine_MC[:rows].copy_(rows_TC)
@@ -87,7 +87,7 @@ class Copies:
         row_bytes = rows_SC.shape[1] * rows_SC.element_size()
         share = places * row_bytes
         leaving = rows_SC.contiguous().view(torch.uint8).view(-1)
-        with self._inside(call, phase):
+        with self.inside(call, phase):
             bank = self._begin(call, phase)
             for target in self._order:
                 place = bank[target][self._rank * share : (self._rank + 1) * share]
@@ -125,17 +125,25 @@ class Copies:
 
     def _begin(self, call: int, phase: str) -> list[Tensor]:
         """The bank of this exchange, of each rank."""
+        return self._banks[self.begin(call, phase)]
+
+    def begin(self, call: int, phase: str, steps: int = 1) -> int:
+        """A new exchange of so many epochs: the number of its bank."""
         if not self._joined:  # an error came between
             self.join(())
         self._bank ^= 1
-        self._memory.flags.begin(self._bank, call, PHASES.index(phase))
-        return self._banks[self._bank]
+        self.memory.flags.begin(self._bank, call, PHASES.index(phase), steps)
+        return self._bank
+
+    def bank_start(self, bank: int) -> int:
+        """Bytes in front of it in a block."""
+        return HEAD + bank * self._bank_bytes
 
     def _meet(self, row_bytes: int, call: int, phase: str) -> None:
-        self._memory.flags.meet(carried(phase, row_bytes), call, PHASES.index(phase))
+        self.memory.flags.meet(carried(phase, row_bytes), call, PHASES.index(phase))
 
     @contextmanager
-    def _inside(self, call: int, phase: str) -> Iterator[None]:
+    def inside(self, call: int, phase: str) -> Iterator[None]:
         self.watch.enter(call, phase)
         try:
             yield

@@ -21,9 +21,8 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, Unpack
 
 import torch
@@ -35,7 +34,6 @@ from torch.distributed.tensor import DTensor
 from supersonic_moe import checks, functional
 from supersonic_moe.autocast import autocast_dtype
 from supersonic_moe.autograd import apply
-from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.config.router import TokenRounding, TopKRouter
 from supersonic_moe.functional import LayerOutput, RouterWeight, Selection
@@ -45,28 +43,11 @@ from supersonic_moe.parallel.collectives import group_of
 from supersonic_moe.parallel.departures import Departures
 from supersonic_moe.parallel.traffic import described
 from supersonic_moe.parallel.transport import TRANSPORTS
-from supersonic_moe.parallel.trip import Combine, Dispatch, Trip
+from supersonic_moe.parallel.trip import Combine, Dispatch, Dispatched, Trip
 from supersonic_moe.private_api import replace_saved
+from supersonic_moe.quantization.block_format import blocks
 from supersonic_moe.routing.plan import plan_from_topk
 from supersonic_moe.training.options import ExpertOptions, Options, lists_options
-
-
-@dataclass
-class Dispatched:
-    """Tokens that arrived on this rank, in order of source rank, then token."""
-
-    x: Tensor
-    """(U, H)"""
-    ids: Tensor
-    """(U, K) int32 experts of this rank, counted from 0; -1 where a choice lives elsewhere."""
-    scores: Tensor
-    """(U, K); their gradient goes home, and is 0 where a choice lives elsewhere."""
-    rows_per_expert: Sequence[int] | Tensor
-    """(E/R,) on the host; where the host does not know, a tensor on the device."""
-    plan: RoutingPlan
-    """Of these tokens and the experts of this rank."""
-    handle: Trip | None
-    """For ``combine``; None where a group has one rank and nothing travelled."""
 
 
 class _Taken(threading.local):
@@ -163,9 +144,14 @@ class ExpertParallel:
         self._all, self._taken = list[Channel](), _Taken()
         if self.size > 1:
             key = self._agree()
-            common = Sizes(num_experts, top_k, hidden, max_tokens, capacity, timeout_s, self._names)
+            row_bytes = self._row_bytes()
+            common = Sizes(num_experts, top_k, max_tokens, row_bytes, capacity, timeout_s, self._names)
             self._all = [Channel(self.group, number, transport, common, key) for number in range(channels)]
             self.transport = self._channel.transport
+
+    def _row_bytes(self) -> int:
+        """Of the rows of an exchange, at most: of x in 16 bits; of ids, scores and scales."""
+        return max(2 * self.hidden, 8 * self.top_k + 4 * blocks(self.hidden))
 
     def _agree(self) -> str:
         """A name that this object has on all ranks, after they have compared their arguments."""

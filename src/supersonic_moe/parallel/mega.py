@@ -8,7 +8,9 @@ Rank r of R holds the experts [r·E/R, (r+1)·E/R). T tokens here, U received, K
     home     combine    the parts of a token, added in order of ranks, rounded once   (U, H) -> (T, H)
 
 With one rank nothing travels, and a call is ``moe_fp8_topk``. With more, this is the composed form: the collectives of
-:class:`ExpertParallel` around the operator. It is right, and nothing is sent while products run.
+:class:`ExpertParallel` around the operator. It is right, and nothing is sent while products run. Where ranks reach each
+other's memory and experts have few rows, dispatch and combine are loads and stores of the operator's own kernel
+(``few_rows.py``).
 
 **Weights before or after the down-projection.** The operator multiplies a token's weight w after it. With fp32 scales
 that is the same number as before it: the block w·c has the scale w·s, and w·c / (w·s) = c / s has the codes of c. With
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,12 +32,16 @@ from supersonic_moe import checks
 from supersonic_moe.config.activation import GateUpLayout, as_layout, check_limit
 from supersonic_moe.inference.operands import INTERMEDIATE_MULTIPLE, check_experts, check_x, output
 from supersonic_moe.inference.ops import on_sm90
-from supersonic_moe.inference.topk import activation_scales, check_choices, moe_fp8_topk
+from supersonic_moe.inference.topk import activation_scales, check_choices, check_received, moe_fp8_topk
 from supersonic_moe.inference.workspace import workspace_bytes
 from supersonic_moe.kernels import registry
 from supersonic_moe.kernels.interface import Quantized
+from supersonic_moe.kernels.reference.inference import Fp8Experts
+from supersonic_moe.parallel import few_rows
 from supersonic_moe.parallel.collectives import group_of
+from supersonic_moe.parallel.copies import Copies
 from supersonic_moe.parallel.expert_parallel import ExpertParallel
+from supersonic_moe.parallel.few_rows import FewRows, Given
 from supersonic_moe.parallel.traffic import traffic
 from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks
 
@@ -57,6 +63,31 @@ class _Exchange(ExpertParallel):
     """The collectives of a serving call: rows in e4m3 there, partial outputs back, no autograd."""
 
     _names = "MegaMoE", "max_tokens_per_rank"
+
+    def __init__(self, group: dist.ProcessGroup | DeviceMesh, **arguments: Any) -> None:
+        super().__init__(group, **arguments)
+        self.few: FewRows | None = None
+        """Calls without copies, where they are possible."""
+        if isinstance(copies := self._channel.ranks, Copies) and self._has_few_rows():
+            sizes = (self.num_experts, self.max_tokens, self.top_k)
+            self.few = FewRows(copies, self.rank, self.size, *sizes)
+
+    def _has_few_rows(self) -> bool:
+        return few_rows.has_few_rows(self.size, self.max_tokens, self.top_k, self.experts_here)
+
+    def _row_bytes(self) -> int:
+        least = super()._row_bytes()
+        if not self._has_few_rows():
+            return least
+        return max(least, few_rows.row_bytes(self.size, self.max_tokens, self.hidden, self.top_k))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def in_place(self, given: Given, out_TH: Tensor, accumulate: bool) -> None:
+        """Writes ``out``, or adds to it, by a call without copies."""
+        assert self.few is not None
+        with self.call():
+            self._channel.check_tokens(given.x_TH.shape[0])
+            self.few.run(self._channel.calls, given, out_TH, accumulate=accumulate)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # sizes on the host, collectives, limits on waits
     def there_and_back(
@@ -169,51 +200,56 @@ class MegaMoE:
             TypeError, ValueError: a wrong dtype, shape or setting, with the fix.
             ExpertParallelError: another rank is missing, or calls something else.
         """
-        if received_rows is not None:
-            _check_received(received_rows, self.experts_here, w13)
         if accumulate:
             checks.flag("accumulate", accumulate)
             if out is None:
                 raise ValueError("accumulate adds the result to out; got out=None. Pass out, or accumulate=False.")
             output(out, x)
-        target = None if accumulate else out
         if self._ranks is None:
             self._check_fit(x, w13, topk_ids, self.max_tokens_per_rank)
             result = moe_fp8_topk(
                 x, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, x_scale=x_scale, num_experts=self.num_experts,
-                gate_up_order=gate_up_order, swiglu_limit=swiglu_limit, pow2_scales=pow2_scales, out=target,
+                gate_up_order=gate_up_order, swiglu_limit=swiglu_limit, pow2_scales=pow2_scales,
+                received_rows=received_rows, out=None if accumulate else out,
             )  # fmt: skip
-            if received_rows is not None:
-                _count(topk_ids, received_rows)
-        else:
-            with self._ranks.call():
-                self._check_fit(x, w13, topk_ids, math.inf)  # of too many tokens the exchange tells all ranks
-                result = self._over_ranks(
-                    x, (w13, w2, w13_scale, w2_scale), topk_weights, topk_ids, as_layout(gate_up_order), x_scale,
-                    swiglu_limit, pow2_scales, received_rows, target,
-                )  # fmt: skip
-        return out.add_(result) if accumulate and out is not None else result
+            return out.add_(result) if accumulate and out is not None else result
+        with self._ranks.call():
+            self._check_fit(x, w13, topk_ids, math.inf)  # of too many tokens the exchange tells all ranks
+            return self._over_ranks(
+                x, (w13, w2, w13_scale, w2_scale), topk_weights, topk_ids, as_layout(gate_up_order), x_scale,
+                swiglu_limit, pow2_scales, received_rows, out, accumulate,
+            )  # fmt: skip
 
     def _over_ranks(
         self, x: Tensor, weights: tuple[Tensor, Tensor, Tensor, Tensor], topk_weights: Tensor, topk_ids: Tensor,
         order: GateUpLayout, x_scale: Tensor | None, limit: float | None, pow2: bool, received_rows: Tensor | None,
-        out: Tensor | None,
+        out: Tensor | None, accumulate: bool,
     ) -> Tensor:  # fmt: skip
         check_x("x", x, check_experts(*weights, order), weights[0])
         scale = activation_scales(x, x_scale, "token_major")
         check_choices(topk_weights, topk_ids, x)
         check_limit("swiglu_limit", limit)
         checks.flag("pow2_scales", pow2)
+        if received_rows is not None:
+            check_received(received_rows, weights[0])
         if out is not None:
             output(out, x)
         assert self._ranks is not None
+        if self._ranks.few is not None:
+            w13, w2, w13_scale, w2_scale = weights
+            given = Given(
+                x.contiguous(), scale, topk_ids.contiguous(), topk_weights.contiguous(),
+                Fp8Experts(w13, w13_scale, w2, w2_scale), order, limit, pow2, received_rows,
+            )  # fmt: skip
+            result = output(out, x)
+            with torch.no_grad():
+                self._ranks.in_place(given, result, accumulate)
+            return result
 
         def experts(got: _Received) -> Tensor:
-            if received_rows is not None:
-                _count(got.ids, received_rows)
             return moe_fp8_topk(
                 got.x.q, *weights, got.weights, got.ids, x_scale=got.x.scale, num_experts=self.num_experts,
-                gate_up_order=order, swiglu_limit=limit, pow2_scales=pow2,
+                gate_up_order=order, swiglu_limit=limit, pow2_scales=pow2, received_rows=received_rows,
             )  # fmt: skip
 
         with torch.no_grad():
@@ -222,8 +258,10 @@ class MegaMoE:
                 rows = kernels.quantize_rows(x.contiguous(), pow2)
             else:
                 rows = Quantized(x.contiguous(), scale)
-            result = self._ranks.there_and_back(rows, topk_weights, topk_ids, experts)
-            return result if out is None else out.copy_(result)
+            summed: Tensor = self._ranks.there_and_back(rows, topk_weights, topk_ids, experts)
+        if out is None:
+            return summed
+        return out.add_(summed) if accumulate else out.copy_(summed)
 
     # ---- life --------------------------------------------------------------------------------------------------------
 
@@ -290,20 +328,3 @@ class MegaMoE:
                 f"a rank must not have more than max_tokens_per_rank = {most} tokens in a call; got {x.shape[0]}. Make "
                 "the MegaMoE with a larger max_tokens_per_rank."
             )
-
-
-def _check_received(received_rows: Tensor, experts_here: int, w13: Tensor) -> None:
-    checks.tensor("received_rows", received_rows, 1, "(E/R,)")
-    if received_rows.dtype is not torch.int32:
-        raise TypeError(
-            f"received_rows must be int32; got {checks.describe(received_rows)}. Use torch.zeros(n, dtype=torch.int32)."
-        )
-    checks.size("received_rows", "length", received_rows.shape[0], experts_here, "the experts of this rank")
-    checks.same_device("received_rows", received_rows, "w13", w13)
-
-
-def _count(ids: Tensor, received_rows: Tensor) -> None:
-    """Add to each expert how often ``ids``, counted from 0, name it."""
-    flat = ids.reshape(-1)
-    here = (flat >= 0) & (flat < received_rows.shape[0])
-    received_rows.index_add_(0, torch.where(here, flat, 0), here.to(torch.int32))

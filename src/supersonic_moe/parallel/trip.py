@@ -10,12 +10,14 @@ T tokens here, S copies sent, U copies received, C columns, K choices a token, R
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from supersonic_moe.autograd import refuse_second_derivatives
+from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.kernels import registry
 from supersonic_moe.kernels.interface import TokenRows
 from supersonic_moe.parallel.collectives import Ranks
@@ -104,6 +106,24 @@ class Trip(NamedTuple):
         index_TK = torch.where(self.copy_TK >= 0, self.copy_TK * k + torch.arange(k, device=values_SK.device), -1)
         pick = registry.kernels(registry.choose(values_SK.device).name).experts.pick  # of any dtype, as routing is
         return pick(values_SK.view(-1), index_TK.view(-1).to(torch.int32)).view_as(index_TK)
+
+
+@dataclass
+class Dispatched:
+    """Tokens that arrived on this rank, in order of source rank, then token."""
+
+    x: Tensor
+    """(U, H)"""
+    ids: Tensor
+    """(U, K) int32 experts of this rank, counted from 0; -1 where a choice lives elsewhere."""
+    scores: Tensor
+    """(U, K); their gradient goes home, and is 0 where a choice lives elsewhere."""
+    rows_per_expert: Sequence[int] | Tensor
+    """(E/R,) on the host; where the host does not know, a tensor on the device."""
+    plan: RoutingPlan
+    """Of these tokens and the experts of this rank."""
+    handle: Trip | None
+    """For ``combine``; None where a group has one rank and nothing travelled."""
 
 
 class Dispatch(torch.autograd.Function):

@@ -19,7 +19,7 @@ struct Policies {
 template <Config C>
 DEVICE void plain(const TensorMap* map_a, const TensorMap* map_b, const TensorMap* map_d, const Policies& policies, const i32* offsets,
                   const i32* index, i32 experts, i32 columns, i32 blocks_k, const float* scales_a, const float* scales_b, u8* d) {
-    const RaggedGemm gemm{offsets, index, experts, columns, blocks_k};
+    const RaggedGemm gemm{offsets, index, map_a, experts, columns, blocks_k};
     const Rows out{d, static_cast<i64>(columns) * 2, columns};
     if constexpr (C.scaled()) {
         using Epilogue = DeferredStore<C>;

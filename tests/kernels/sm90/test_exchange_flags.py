@@ -21,10 +21,10 @@ from supersonic_moe.kernels.sm90 import exchange_flags
 def test_every_flag_is_written_and_read_by_one_of_two_functions() -> None:
     """``words`` of ranks and the host's: only its details, which WHY publishes, are written plainly."""
     program = resolve(exchange_flags.SPECS[0])
-    code = re.sub(r"//[^\n]*", "", program.source)
+    code = re.sub(r"//[^\n]*", "", program.source + program.headers["exchange/flags.cuh"])
     assert re.findall(r"\b(?:words|host)\[\w*\]? *\[(\w+)\] *=", code) == []
     assert re.findall(r"host\[(\w+)\] *=", code) == ["CALL", "PHASE", "PEER", "WANTED", "SEEN"]
-    assert re.findall(r"(\w+)\((?:words|wait\.words)\[\w+\] \+", code) == ["store_release_system"] * 3
+    assert re.findall(r"(\w+)\((?:words|wait\.words)\[\w+\] \+", code) == ["store_release_system"] * 4
     assert re.findall(r"(\w+)\((?:mine|wait\.host) \+", code) == [*["load_acquire_system"] * 3, "store_release_system"]
     header = program.headers["ptx/memory.cuh"]
     assert header.count("st.release.sys.global.u64") == header.count("ld.acquire.sys.global.u64") == 1
@@ -34,13 +34,15 @@ def test_the_machine_code_orders_flags_for_the_whole_system() -> None:
     """A flag to the others, the reason to the host and the word that stops them: each behind a barrier of memory. The
     word that says in which call a rank waits, written twice, publishes nothing.
     """
-    for kernel in sass.compiled(*exchange_flags.SPECS):
+    begin, meet, wait = sass.compiled(*exchange_flags.SPECS)
+    for kernel in (begin, meet, wait):
         opcodes = sass.opcodes(kernel.listing)
         assert opcodes["LDG.E.64.STRONG.SYS"] >= 3 and opcodes["BPT.TRAP"] == 1
         assert not any("STRONG.GPU" in opcode for opcode in opcodes)
         order = re.findall(r"MEMBAR\.ALL\.SYS|STG\.E\.64\.STRONG\.SYS", kernel.listing)
         barrier, flag = "MEMBAR.ALL.SYS", "STG.E.64.STRONG.SYS"
-        assert order == [barrier, flag, *[flag, flag], barrier, flag, barrier, flag]
+        told = [] if kernel is wait else [barrier, flag]
+        assert order == [*told, flag, flag, *[barrier, flag] * 2]
 
 
 def test_launches_have_what_the_kernels_take(launches: list, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,12 +53,16 @@ def test_launches_have_what_the_kernels_take(launches: list, monkeypatch: pytest
     flags = exchange_flags.ExchangeFlags(blocks, 1, 2.5)
     flags.begin(1, 7, 2)
     flags.meet(3 << 29 | 64, 7, 2)
+    flags.begin(0, 7, 2, 3)
+    flags.wait(2, 7, 2)
     exchange_flags._kernels.cache_clear()
-    (begin, grid, told), (meet, _, met) = launches
-    assert (begin.spec.name, meet.spec.name, grid) == ("exchange_begin", "exchange_meet", (1, 1, 1))
+    (begin, grid, told), (meet, _, met), (_, _, of_three), (wait, _, awaited) = launches
+    names = [kernel.spec.name for kernel in (begin, meet, wait)]
+    assert names == ["exchange_begin", "exchange_meet", "exchange_wait"] and grid == (1, 1, 1)
     same = {"rank": 1, "ranks": 3, "limit_ns": 2_500_000_000, "call": 7, "phase": 2}
     same |= {"words": flags._table.data_ptr(), "host": flags._host.data_ptr(), "state": flags._state.data_ptr()}
-    assert told == same | {"bank": 1} and met == same | {"kind": 3 << 29 | 64}
+    assert told == same | {"bank": 1, "steps": 1} and met == same | {"kind": 3 << 29 | 64}
+    assert of_three == same | {"bank": 0, "steps": 3} and awaited == same | {"left": 2}
     assert flags._table.tolist() == [block.data_ptr() for block in blocks]
     assert flags.failure() is None
     flags.stop(2)
@@ -66,7 +72,7 @@ def test_launches_have_what_the_kernels_take(launches: list, monkeypatch: pytest
 
 
 def test_words_of_the_host_are_those_of_the_kernel() -> None:
-    code = resolve(exchange_flags.SPECS[0]).source
+    code = resolve(exchange_flags.SPECS[0]).headers["exchange/flags.cuh"]
     numbers = {name: int(value) for name, value in re.findall(r"\b([A-Z_]+) = (\d+)(?=[,;])", code)}
     assert numbers["TOLD"] == exchange_flags._TOLD and numbers["WHY"] == exchange_flags._WHY
     assert numbers["FLAGS"] == exchange_flags.MAX_RANKS

@@ -163,6 +163,9 @@ def test_ties_and_nan(tokens: int) -> None:
     logits[3] = -0.0
     logits[4, 5:] = math.nan
     logits[5, 3], logits[5, 9] = math.inf, -math.inf
+    logits[6] = torch.arange(256, device="cuda") / 64  # the best side by side, all in one lane
+    logits[7] = -logits[6]
+    logits[8] = torch.arange(256, device="cuda") % 32 / 16  # the same in every group
     tables = empty_tables(tokens, choices)
     run(route_rows(logits, None, rule, choices, tables))
     weights, ids = route_grouped(logits, None, rule)

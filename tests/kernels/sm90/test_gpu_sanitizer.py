@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("large on a GPU")]  # the tool keeps a record of all memory
 
 TOOL = shutil.which("compute-sanitizer") or next(
     (str(path) for path in [Path("/usr/local/cuda/bin/compute-sanitizer")] if path.is_file()), None

@@ -101,12 +101,14 @@ def test_fused_steps(gate: Gate, gathered: bool, launches: list[Any]) -> None:
     for b1, save in ((None, True), (c.b1, False)):
         z, a = backend.up_projection(UpProjection(c.rows, c.w1, b1, *c.groups, gate, save))
         check(
-            launches[-1], "up_projection", map_x=c.x, map_w=c.w1, map_z=z if save else a, map_a=a, blocks_k=5,
+            launches[-1], "up_projection", map_x=c.x, map_x_run=c.x if gathered else a,
+            map_w=c.w1, map_z=z if save else a, map_a=a, blocks_k=5,
             z=z if save else None, a=a, b1=b1, **numbers, **halves,
         )  # fmt: skip
         dz, scaled, ds = backend.down_backward(DownBackward(c.rows, c.w2, c.z, b1, c.scores, *c.groups, gate))
         check(
-            launches[-1], "down_backward", map_do=c.x, map_w=c.w2, map_z=c.z, map_dz=dz, map_as=scaled, blocks_k=5,
+            launches[-1], "down_backward", map_do=c.x, map_do_run=c.x if gathered else scaled,
+            map_w=c.w2, map_z=c.z, map_dz=dz, map_as=scaled, blocks_k=5,
             b1=b1, scores=c.scores, dz=dz, rows_allocated=P, **{"as": scaled}, **numbers, **halves,
         )  # fmt: skip
         assert ds.shape == (P,)
@@ -119,7 +121,8 @@ def test_fused_steps(gate: Gate, gathered: bool, launches: list[Any]) -> None:
         up = UpProjection(c.fp8, c.w1_fp8, c.b1, *c.groups, gate, save=True)
         (z, z_scale), (a, a_scale) = backend.up_projection_fp8(up, recipe)
         check(
-            launches[-1], "up_projection_fp8", map_x=c.x_fp8.q, map_scale_x=a if gathered else c.x_fp8.scale,
+            launches[-1], "up_projection_fp8", map_x=c.x_fp8.q, map_x_run=c.x_fp8.q if gathered else a,
+            map_scale_x=a if gathered else c.x_fp8.scale,
             map_w=c.w1_fp8.q, map_z=a if kept == "recompute" else z, map_a=a, blocks_k=3, scale_x=c.x_fp8.scale,
             scale_x_row=c.x_fp8.scale.stride(0), b1=c.b1, z=None if kept == "recompute" else z,
             scale_z=z_scale if kept == "fp8" else None, a=a, scale_a=a_scale, z_row_bytes=z.stride(0) * z.itemsize,
@@ -130,7 +133,8 @@ def test_fused_steps(gate: Gate, gathered: bool, launches: list[Any]) -> None:
             continue
         down = DownBackward(c.fp8, c.w2_fp8, Quantized(z, z_scale), c.b1, c.scores, *c.groups, gate)
         common = {
-            "map_do": c.x_fp8.q, "map_scale_do": z if gathered else c.x_fp8.scale, "map_w": c.w2_fp8.q, "map_z": z,
+            "map_do": c.x_fp8.q, "map_do_run": c.x_fp8.q if gathered else z,
+            "map_scale_do": z if gathered else c.x_fp8.scale, "map_w": c.w2_fp8.q, "map_z": z,
             "map_scale_z": z_scale if kept == "fp8" else z, "map_scores": c.scores, "scale_do": c.x_fp8.scale,
             "scale_do_row": c.x_fp8.scale.stride(0), "b1": c.b1, "rows_allocated": P, "blocks_k": 3,
         }  # fmt: skip
@@ -158,12 +162,14 @@ def test_steps_without_a_gate(gathered: bool, launches: list[Any]) -> None:
         z, a = backend.up_projection(UpProjection(c.rows, w1, b1, *c.groups, gate, save))
         assert z.shape == (P if save else 0, I)
         check(
-            launches[-1], "up_projection_ungated", map_x=c.x, map_w=w1, map_z=z if save else a, map_a=a, blocks_k=5,
+            launches[-1], "up_projection_ungated", map_x=c.x, map_x_run=c.x if gathered else a,
+            map_w=w1, map_z=z if save else a, map_a=a, blocks_k=5,
             z=z if save else None, a=a, b1=b1, **sizes,
         )  # fmt: skip
         dz, scaled, ds = backend.down_backward(DownBackward(c.rows, c.w2, z_saved, b1, c.scores, *c.groups, gate))
         check(
-            launches[-1], "down_backward_ungated", map_do=c.x, map_w=c.w2, map_z=z_saved, map_dz=dz, map_as=scaled,
+            launches[-1], "down_backward_ungated", map_do=c.x, map_do_run=c.x if gathered else scaled,
+            map_w=c.w2, map_z=z_saved, map_dz=dz, map_as=scaled,
             blocks_k=5, b1=b1, scores=c.scores, dz=dz, rows_allocated=P, **{"as": scaled}, **sizes,
         )  # fmt: skip
         assert dz.shape == (P, I) and ds.shape == (P,)
@@ -199,12 +205,14 @@ def test_products(gathered: bool, launches: list[Any]) -> None:
     for b in (c.w1.mT, c.w2):
         d = backend.grouped_mm(c.rows, b, OFFSETS)
         check(
-            launches[-1], "grouped_gemm", map_a=c.x, map_b=b, map_d=d, columns=b.shape[2], blocks_k=5, d=d,
+            launches[-1], "grouped_gemm", map_a=c.x, map_a_run=c.x if gathered else b,
+            map_b=b, map_d=d, columns=b.shape[2], blocks_k=5, d=d,
             d_row_bytes=2 * b.shape[2], **ragged,
         )  # fmt: skip
     d = backend.grouped_mm_fp8(c.fp8, c.w1_fp8, OFFSETS)
     check(
-        launches[-1], "grouped_gemm_fp8", map_a=c.x_fp8.q, map_scale_a=d if gathered else c.x_fp8.scale,
+        launches[-1], "grouped_gemm_fp8", map_a=c.x_fp8.q, map_a_run=c.x_fp8.q if gathered else d,
+        map_scale_a=d if gathered else c.x_fp8.scale,
         map_b=c.w1_fp8.q, map_d=d, columns=2 * I, blocks_k=3, scale_a=c.x_fp8.scale,
         scale_a_row=c.x_fp8.scale.stride(0), scale_b=c.w1_fp8.scale, scale_b_expert=18, scale_b_column=3, scale_b_k=1,
         d=d, d_row_bytes=4 * I, **ragged,
@@ -213,7 +221,17 @@ def test_products(gathered: bool, launches: list[Any]) -> None:
         shape = (E, 2 * I, H) if transposed else (E, H, 2 * I)
         given = {0: None, 1: torch.zeros(shape), 2: torch.zeros(shape)}[output]
         d = backend.grouped_mm_wgrad(c.rows, c.z, OFFSETS, Into(given, transposed, output == 2))
-        check(launches[-1], "grouped_wgrad", map_a=c.x, map_b=c.z, map_d=d, blocks_m=2, blocks_n=3, **ragged)
+        check(
+            launches[-1],
+            "grouped_wgrad",
+            map_a=c.x,
+            map_a_run=c.x if gathered else c.z,
+            map_b=c.z,
+            map_d=d,
+            blocks_m=2,
+            blocks_n=3,
+            **ragged,
+        )
         assert dict(launches[-1][0].spec.constants)["FP32"] == (output > 0)
         shape = (E, I, H) if transposed else (E, H, I)
         given = {0: None, 1: torch.zeros(shape), 2: torch.zeros(shape)}[output]
@@ -223,6 +241,19 @@ def test_products(gathered: bool, launches: list[Any]) -> None:
             map_d=d, offsets=c.segments.offsets, experts=E, rows=H, columns=I, scale_b=c.tiles.scale,
             scale_b_column=8, scale_b_k=1,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", [256, 512])
+def test_a_box_for_the_rows_of_each_loading_warp(columns: int, launches: list[Any]) -> None:
+    """Of a tile of 128 rows, or of the half that each of two blocks gathers in FP8; in a weight gradient, of 64."""
+    c = Case(gathered=True)
+    b_fp8 = Quantized(e4m3(E, columns, H), torch.zeros(E, columns // 128, 3))
+    backend.grouped_mm(c.rows, bf16(E, H, columns), OFFSETS)
+    backend.grouped_mm_fp8(c.fp8, b_fp8, OFFSETS)
+    backend.grouped_mm_wgrad(c.rows, bf16(P, columns), OFFSETS)
+    boxes = [(arguments["map_a"].box, arguments["map_a_run"].box) for _, _, arguments in launches]
+    halved = columns == 512
+    assert boxes == [((1, 64), (32, 64)), ((1, 128), (16 if halved else 32, 128)), ((1, 64), (16, 64))]
 
 
 def test_quantizer(launches: list[Any]) -> None:

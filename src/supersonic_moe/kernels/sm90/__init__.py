@@ -21,6 +21,7 @@ def registered_specs() -> tuple[KernelSpec, ...]:
         grouped_wgrad,
         grouped_wgrad_fp8,
         quantize_columns,
+        rank_tokens,
         route_rows,
         stream_experts,
         up_projection,
@@ -48,4 +49,5 @@ def registered_specs() -> tuple[KernelSpec, ...]:
         *down_projection_fp8.SPECS,
         *combine_rows.SPECS,
         *exchange_flags.SPECS,
+        *rank_tokens.SPECS,
     )

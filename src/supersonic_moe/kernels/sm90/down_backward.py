@@ -40,7 +40,14 @@ from supersonic_moe.kernels.sm90.gates import (
     gate_arguments,
 )
 from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, OPCODES, WARP_ROWS, GemmConfig, bf16_form, choose
-from supersonic_moe.kernels.sm90.operands import map_of_halves, map_of_rows, map_of_stored_rows, product_of, summed
+from supersonic_moe.kernels.sm90.operands import (
+    map_of_halves,
+    map_of_rows,
+    map_of_run,
+    map_of_stored_rows,
+    product_of,
+    summed,
+)
 from supersonic_moe.kernels.sm90.unfused import UNFUSED
 
 
@@ -85,6 +92,7 @@ def down_backward(step: DownBackward[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         return dz_PN, as_PI, partial_ds_BP.new_empty(0)
     config = choose(width, index is not None, rows=rows // num_experts)
     with on_device(dout_TH):
+        map_as = map_of_stored_rows(as_PI)
         if i_contiguous:
             map_w = tensor_map(w2_EHI, box=(1, config.block_k, 64))
         else:
@@ -92,10 +100,11 @@ def down_backward(step: DownBackward[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         _kernel(config, kind, interleaved, i_contiguous).launch(
             config.grid(dout_TH.get_device()),
             map_do=map_of_rows(dout_TH, index, box=(BLOCK_M, config.block_k)),
+            map_do_run=map_of_run(dout_TH, index, config.run_box, map_as),
             map_w=map_w,
             map_z=map_of_halves(z_PN, interleaved, rows=BLOCK_M),
             map_dz=map_of_halves(dz_PN, interleaved, rows=WARP_ROWS),
-            map_as=map_of_stored_rows(as_PI),
+            map_as=map_as,
             **product_of(index, expert_offsets, num_experts, width, hidden, b1_EN, config),
             scores=scores_P,
             dz=dz_PN,

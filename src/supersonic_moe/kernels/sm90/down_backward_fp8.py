@@ -50,6 +50,7 @@ from supersonic_moe.kernels.sm90.operands import (
     map_of_columns,
     map_of_halves,
     map_of_rows,
+    map_of_run,
     map_of_scales,
     map_of_stored_rows,
     summed,
@@ -129,6 +130,7 @@ def common_arguments(step: DownBackward[Quantized], scores_P: Tensor, config: Ge
     map_z = map_of_saved(z.q, layout is INTERLEAVED)
     return {
         "map_do": map_of_rows(doutq_TH, index, box=(BLOCK_M, config.block_k)),
+        "map_do_run": map_of_run(doutq_TH, index, config.run_box, map_z),
         "map_scale_do": map_of_scales(dout_scale, index, map_z),
         "map_w": tensor_map(w2, box=(1, BLOCK_N, config.block_k)),
         "map_z": map_z,

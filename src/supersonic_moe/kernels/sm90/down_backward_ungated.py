@@ -27,7 +27,7 @@ from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.interface import DownBackward
 from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, OPCODES, GemmConfig, bf16_form, choose
-from supersonic_moe.kernels.sm90.operands import map_of_rows, map_of_stored_rows, product_of, summed
+from supersonic_moe.kernels.sm90.operands import map_of_rows, map_of_run, map_of_stored_rows, product_of, summed
 
 
 def _spec(config: GemmConfig) -> KernelSpec:
@@ -54,13 +54,15 @@ def down_backward_ungated(step: DownBackward[Tensor]) -> tuple[Tensor, Tensor, T
         return dz_PI, as_PI, partial_ds_BP.new_empty(0)
     config = choose(width, index is not None, rows=rows // num_experts)
     with on_device(dout_TH):
+        map_as = map_of_stored_rows(as_PI)
         _kernel(config).launch(
             config.grid(dout_TH.get_device()),
             map_do=map_of_rows(dout_TH, index, box=(BLOCK_M, config.block_k)),
+            map_do_run=map_of_run(dout_TH, index, config.run_box, map_as),
             map_w=tensor_map(w2_EHI, box=(1, config.block_k, 64)),
             map_z=map_of_stored_rows(z_PI, rows=BLOCK_M),
             map_dz=map_of_stored_rows(dz_PI),
-            map_as=map_of_stored_rows(as_PI),
+            map_as=map_as,
             **product_of(index, expert_offsets, num_experts, width, hidden, b1_EI, config),
             scores=scores_P,
             dz=dz_PI,

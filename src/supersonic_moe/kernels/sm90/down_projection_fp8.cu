@@ -14,7 +14,7 @@ extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
                         const i32 blocks_k, const float* scale_b, const i64 scale_b_expert, const i32 scale_b_column, const i32 scale_b_k,
                         const int2* row_out, u8* y, u8* out, const i64 row_bytes) {
     const auto shared = shared_memory<CONFIG, SMEM_BYTES, Epilogue::STAGING_BYTES>();
-    const RaggedGemm gemm{offsets, nullptr, experts, columns, blocks_k};
+    const RaggedGemm gemm{offsets, nullptr, nullptr, experts, columns, blocks_k};
     const auto produce = [&](u32) {
         const Scales<ColumnBlocksOf> scales{&map_scale_a, nullptr, 0, scale_b, scale_b_expert, scale_b_column, scale_b_k, {columns}};
         load_ragged_rows<CONFIG.block_n>(shared, gemm, &map_a, scales, LoadOwnWeight{&map_b}, NoTail{});

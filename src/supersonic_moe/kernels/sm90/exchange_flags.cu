@@ -1,88 +1,23 @@
 // Flags of ranks whose GPUs reach each other's memory: who may be written to, and whose rows are there. See exchange_flags.py.
 //
-// One warp, a lane for each rank. A flag is a word of 64 bits: the epoch of an exchange, and below it what the exchange carries.
-#include "ptx/memory.cuh"
-
-constexpr u32 FLAGS = 32;                                         // of a kind, one for each rank
-constexpr u32 DONE = 0, WRITTEN = FLAGS, STOP = 2 * FLAGS;        // words of a rank, written by the others
-constexpr u32 WHY = 0, CALL = 1, PHASE = 2, PEER = 3, WANTED = 4, SEEN = 5, TOLD = 6, WAITS_IN = 7;  // words of the host
-constexpr u64 LATE = 1, STOPPED = 2, OTHER_CALL = 3;              // why a wait has failed
-constexpr u32 TRIES = 256;                                        // between two looks at the host's memory, which take a microsecond
-
-struct Wait {
-    u64** words;  // of each rank
-    i32 rank, ranks;
-    i64 limit_ns;
-    i32 call, phase;
-    u64* host;
-};
-
-DEVICE u64 epoch_of(u64 flag) { return flag >> 32; }
-
-// For the host, who looks now and then, in which call this rank waits; 0 if it does not. Nothing is published with it.
-DEVICE void say_waiting(const Wait& wait, u64 call) {
-    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(wait.host + WAITS_IN), "l"(call) : "memory");
-}
-
-// Until the flag is of this epoch, or of a later one: 0, or why not. `seen` is the last that was read; who told to stop, if STOPPED.
-DEVICE u64 wait_for(const Wait& wait, u32 flag, u64 epoch, u64& seen) {
-    const u64* mine = wait.words[wait.rank];
-    const u64 start = wall_clock();
-    for (u32 tries = 1;; ++tries) {
-        seen = load_acquire_system(mine + flag);
-        if (epoch_of(seen) >= epoch) {
-            if (tries > TRIES) say_waiting(wait, 0);
-            return 0;
-        }
-        u64 told = load_acquire_system(mine + STOP);
-        if (told == 0 && tries % TRIES == 0) {
-            say_waiting(wait, wait.call);
-            told = load_acquire_system(wait.host + TOLD);
-        }
-        if (told != 0) {
-            seen = told;
-            return STOPPED;
-        }
-        if (wall_clock() - start > static_cast<u64>(wait.limit_ns)) return LATE;
-        __nanosleep(40);
-    }
-}
-
-// All lanes together. If the wait of one has failed: tell the host and the other ranks, and stop.
-DEVICE void settle(const Wait& wait, u64 why, u64 wanted, u64 seen) {
-    const u32 failed = __ballot_sync(0xffffffffu, why != 0);
-    if (failed == 0) return;
-    const u32 first = __ffs(failed) - 1, lane = lane_index();
-    const u64 reason = __shfl_sync(0xffffffffu, why, first);
-    if (lane == first) {
-        wait.host[CALL] = wait.call;
-        wait.host[PHASE] = wait.phase;
-        wait.host[PEER] = why == STOPPED ? seen - 1 : lane;
-        wait.host[WANTED] = why == OTHER_CALL ? wanted : epoch_of(wanted);
-        wait.host[SEEN] = why == OTHER_CALL ? seen : epoch_of(seen);
-        store_release_system(wait.host + WHY, why);
-    }
-    if (reason != STOPPED && lane < wait.ranks && lane != wait.rank) store_release_system(wait.words[lane] + STOP, wait.rank + 1);
-    __threadfence_system();
-    __syncwarp();
-    trap();
-}
+// One warp, a lane for each rank.
+#include "exchange/flags.cuh"
 
 // A new exchange, through the bank whose last one was of epoch state[1 + bank]: this rank has read what came before; wait until all
-// others have read what went through the bank.
+// others have read what went through the bank. It has `steps` epochs, each of which is told when its rows are written.
 extern "C" __global__ void __launch_bounds__(32, 1)
     exchange_begin(u64** words, const i32 rank, const i32 ranks, const i64 limit_ns, const i32 call, const i32 phase, u64* host,
-                   u64* state, const i32 bank) {
+                   u64* state, const i32 bank, const i32 steps) {
     const Wait wait{words, rank, ranks, limit_ns, call, phase, host};
     const u32 lane = lane_index();
     const u64 before = state[0], last = state[1 + bank];
     u64 why = 0, seen = 0;
     if (lane < ranks && lane != rank) {
-        store_release_system(words[lane] + DONE + rank, before << 32);
-        why = wait_for(wait, DONE + lane, last, seen);
+        store_release_system(words[lane] + FINISHED + rank, before << 32);
+        why = wait_for(wait, FINISHED + lane, last, seen);
     }
     settle(wait, why, last << 32, seen);
-    if (lane == 0) state[0] = state[1 + bank] = before + 1;
+    if (lane == 0) state[0] = state[1 + bank] = before + steps;
 }
 
 // The rows of this rank are where they are read: say so, and wait for those of all others. `kind` is the same on all ranks.
@@ -99,4 +34,12 @@ extern "C" __global__ void __launch_bounds__(32, 1)
         if (why == 0 && epoch_of(seen) == epoch && seen != flag) why = OTHER_CALL;
     }
     settle(wait, why, flag, seen);
+}
+
+// Wait until all others have written what belongs to the epoch that `left` more follow in this exchange.
+extern "C" __global__ void __launch_bounds__(32, 1)
+    exchange_wait(u64** words, const i32 rank, const i32 ranks, const i64 limit_ns, const i32 call, const i32 phase, u64* host,
+                  const u64* state, const i32 left) {
+    const Wait wait{words, rank, ranks, limit_ns, call, phase, host};
+    wait_for_written(wait, lanes_of_ranks(ranks), state[0] - left);
 }

@@ -14,6 +14,8 @@ Order, on the stream of each rank
     copies        into this bank, of any rank
     meet()        tell all: written; wait until all have written
     copies        from this bank, of any rank; they end before the next begin
+    An exchange may have several epochs, told and awaited one after the other by the kernels that write and read what
+    belongs to them (rank_tokens.py): written[r] is then the last one that rank r has told.
     Epochs live on the device, so all of it can be captured in a CUDA graph; a graph may use the banks in any order.
 Limits
     A wait that takes longer than its limit by the clock of the GPU, or whose rank carries something else, tells the
@@ -28,7 +30,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +42,8 @@ MAX_RANKS = 32
 WORDS = 2 * MAX_RANKS + 1
 OPCODES = ("STG.E.64.STRONG.SYS", "LDG.E.64.STRONG.SYS", "MEMBAR.ALL.SYS")
 SPECS = tuple(
-    KernelSpec(name, "exchange_flags.cu", threads=32, opcodes=OPCODES) for name in ("exchange_begin", "exchange_meet")
+    KernelSpec(name, "exchange_flags.cu", threads=32, opcodes=OPCODES)
+    for name in ("exchange_begin", "exchange_meet", "exchange_wait")
 )
 LATE, STOPPED, OTHER_CALL = 1, 2, 3
 _WHY, _TOLD, _WAITS_IN, _HOST_WORDS = 0, 6, 7, 8
@@ -61,9 +64,8 @@ class Failure(NamedTuple):
 
 
 @functools.cache
-def _kernels() -> tuple[Kernel, Kernel]:
-    begin, meet = SPECS
-    return Kernel(begin), Kernel(meet)
+def _kernels() -> list[Kernel]:
+    return [Kernel(spec) for spec in SPECS]
 
 
 class ExchangeFlags:
@@ -79,7 +81,7 @@ class ExchangeFlags:
         self._table = torch.tensor([block.data_ptr() for block in blocks], dtype=torch.int64, device=device)
         self._state = torch.zeros(3, dtype=torch.int64, device=device)  # epoch, and that of each bank
         self._host = torch.zeros(_HOST_WORDS, dtype=torch.int64, pin_memory=True)
-        self._same = {
+        self.same: dict[str, Any] = {
             "words": self._table,
             "rank": rank,
             "ranks": len(blocks),
@@ -87,16 +89,22 @@ class ExchangeFlags:
             "host": self._host.data_ptr(),
             "state": self._state,
         }
+        """Arguments of every wait, but for its call and phase."""
 
-    def begin(self, bank: int, call: int, phase: int) -> None:
-        """``bank``: 0 or 1."""
+    def begin(self, bank: int, call: int, phase: int, steps: int = 1) -> None:
+        """``bank``: 0 or 1. ``steps``: epochs of the exchange."""
         with on_device(self._state):
-            _kernels()[0].launch((1, 1, 1), call=call, phase=phase, bank=bank, **self._same)
+            _kernels()[0].launch((1, 1, 1), call=call, phase=phase, bank=bank, steps=steps, **self.same)
 
     def meet(self, kind: int, call: int, phase: int) -> None:
         """``kind``: 32 bits that are the same on all ranks, or a wait fails."""
         with on_device(self._state):
-            _kernels()[1].launch((1, 1, 1), call=call, phase=phase, kind=kind, **self._same)
+            _kernels()[1].launch((1, 1, 1), call=call, phase=phase, kind=kind, **self.same)
+
+    def wait(self, left: int, call: int, phase: int) -> None:
+        """For the epoch of this exchange that ``left`` more follow."""
+        with on_device(self._state):
+            _kernels()[2].launch((1, 1, 1), call=call, phase=phase, left=left, **self.same)
 
     def mark(self) -> torch.cuda.Event:
         """What the current stream has been given so far."""

@@ -23,6 +23,7 @@ GROUP_M = 16  # row blocks walked before the next column: 8 to 64 measured withi
 THREADS = 384
 WARP_ROWS = 16  # rows of an output box
 ARRIVALS = 1  # lanes of a warp that arrive on a barrier; the test under racecheck sets 32
+LOAD_WARPS = 4  # that load, with gather
 BUFFER_BYTES = BLOCK_M * LINE  # of a staging buffer
 WORK_TILE_BYTES, BARRIER_BYTES = 32, 16  # beside a stage
 
@@ -44,9 +45,13 @@ class GemmConfig:
     """Shared memory of the epilogue's own, behind everything else."""
     block_k: int = field(init=False)
     """K of a stage, in elements."""
+    run_box: tuple[int, int] = field(init=False)
+    """Rows of a tile that a loading warp gathers, and K of a stage: a TMA box where they follow each other."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block_k", LINE if self.fp8 else LINE // 2)
+        gathering_warps = LOAD_WARPS * (self.cluster if self.share_a else 1)
+        object.__setattr__(self, "run_box", (BLOCK_M // gathering_warps, self.block_k))
 
     @property
     def stages(self) -> int:
@@ -91,6 +96,7 @@ class GemmConfig:
             smem_bytes=self.smem_bytes,
             cluster=self.cluster,
             opcodes=opcodes,
+            pdl=True,
         )
 
     def __str__(self) -> str:

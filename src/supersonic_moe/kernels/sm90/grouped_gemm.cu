@@ -9,11 +9,11 @@ constexpr Config CONFIG = CONFIG_OF_SPEC<Operand::BF16>;
 using Epilogue = Store<CONFIG>;
 
 extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
-    grouped_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
-                 const __grid_constant__ TensorMap map_d, const i32* offsets, const i32* index, const i32 experts, const i32 columns,
-                 const i32 blocks_k, u8* d, const i64 d_row_bytes) {
+    grouped_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_a_run,
+                 const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_d, const i32* offsets, const i32* index,
+                 const i32 experts, const i32 columns, const i32 blocks_k, u8* d, const i64 d_row_bytes) {
     const auto shared = shared_memory<CONFIG, SMEM_BYTES>();
-    const RaggedGemm gemm{offsets, index, experts, columns, blocks_k};
+    const RaggedGemm gemm{offsets, index, &map_a_run, experts, columns, blocks_k};
     const auto produce = [&](u32) {
         load_ragged_rows<CONFIG.block_n>(shared, gemm, &map_a, Unscaled{}, LoadWeight<CONFIG, B_MN_MAJOR>{&map_b},
                                          OfferStages<CONFIG>{shared, Epilogue::STAGES_USED});

@@ -37,7 +37,7 @@ from supersonic_moe.kernels.sm90.gemm_config import (
     bf16_form,
     choose,
 )
-from supersonic_moe.kernels.sm90.operands import map_of_rows, map_of_stored_rows
+from supersonic_moe.kernels.sm90.operands import map_of_rows, map_of_run, map_of_stored_rows
 
 
 def _spec(config: GemmConfig, n_contiguous: bool) -> KernelSpec:
@@ -78,6 +78,7 @@ def grouped_mm(a: Rows[Tensor], b_EKN: Tensor, expert_offsets: Tensor) -> Tensor
         _kernel(config, n_contiguous).launch(
             config.grid(a_TK.get_device()),
             map_a=map_of_rows(a_TK, index, box=(BLOCK_M, block_k)),
+            map_a_run=map_of_run(a_TK, index, config.run_box, map_b),
             map_b=map_b,
             map_d=map_of_stored_rows(d_PN),
             offsets=expert_offsets,

@@ -10,13 +10,13 @@ constexpr Config CONFIG = CONFIG_OF_SPEC<Operand::E4M3>;
 using Epilogue = DeferredStore<CONFIG>;
 
 extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
-    grouped_gemm_fp8(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_scale_a,
-                     const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_d, const i32* offsets, const i32* index,
-                     const i32 experts, const i32 columns, const i32 blocks_k, const float* scale_a, const i64 scale_a_row,
-                     const float* scale_b, const i64 scale_b_expert, const i32 scale_b_column, const i32 scale_b_k, u8* d,
-                     const i64 d_row_bytes) {
+    grouped_gemm_fp8(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_a_run,
+                     const __grid_constant__ TensorMap map_scale_a, const __grid_constant__ TensorMap map_b,
+                     const __grid_constant__ TensorMap map_d, const i32* offsets, const i32* index, const i32 experts, const i32 columns,
+                     const i32 blocks_k, const float* scale_a, const i64 scale_a_row, const float* scale_b, const i64 scale_b_expert,
+                     const i32 scale_b_column, const i32 scale_b_k, u8* d, const i64 d_row_bytes) {
     const auto shared = shared_memory<CONFIG, SMEM_BYTES, Epilogue::STAGING_BYTES>();
-    const RaggedGemm gemm{offsets, index, experts, columns, blocks_k};
+    const RaggedGemm gemm{offsets, index, &map_a_run, experts, columns, blocks_k};
     const auto produce = [&](u32) {
         const Scales<ColumnBlocksOf> scales{&map_scale_a, scale_a, scale_a_row, scale_b, scale_b_expert, scale_b_column, scale_b_k,
                                             {columns}};

@@ -36,7 +36,13 @@ from supersonic_moe.kernels.sm90.gemm_config import (
     choose,
     fp8_form,
 )
-from supersonic_moe.kernels.sm90.operands import map_of_rows, map_of_scales, map_of_stored_rows, scaled_weight
+from supersonic_moe.kernels.sm90.operands import (
+    map_of_rows,
+    map_of_run,
+    map_of_scales,
+    map_of_stored_rows,
+    scaled_weight,
+)
 
 STAGING_BYTES = 4 * BUFFER_BYTES
 
@@ -68,6 +74,7 @@ def grouped_mm_fp8(a: Rows[Quantized], b_ENK: Quantized, expert_offsets: Tensor)
         _kernel(config).launch(
             config.grid(a_TK.get_device()),
             map_a=map_of_rows(a_TK, index, box=(BLOCK_M, config.block_k)),
+            map_a_run=map_of_run(a_TK, index, config.run_box, map_d),
             map_scale_a=map_of_scales(a_scale, index, map_d),
             map_d=map_d,
             **scaled_weight(b_ENK, config),

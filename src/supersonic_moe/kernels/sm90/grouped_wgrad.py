@@ -33,13 +33,14 @@ from supersonic_moe.kernels.interface import NEW, Into, Rows
 from supersonic_moe.kernels.sm90.gemm_config import (
     BLOCK_M,
     BLOCK_N,
+    LOAD_WARPS,
     WARP_ROWS,
     WIDE_BLOCK_N,
     GemmConfig,
     bf16_form,
     choose,
 )
-from supersonic_moe.kernels.sm90.operands import map_of_rows
+from supersonic_moe.kernels.sm90.operands import map_of_rows, map_of_run
 
 STORES = ("UTMASTG",), ("UTMASTG", "UTMAREDG")  # in bf16; in fp32, which is also added to
 
@@ -114,10 +115,12 @@ def grouped_mm_wgrad(a: Rows[Tensor], b_PN: Tensor, expert_offsets: Tensor, into
     config = choose(n, index is not None, depth=rows // num_experts)
     block_k = config.block_k
     with on_device(a_TM):
+        map_b = map_of_whole_rows(b_PN, block_k)
         _kernel(config, out.dtype is torch.float32).launch(
             config.grid(a_TM.get_device()),
             map_a=map_of_rows(a_TM, index, box=(block_k, 64)),
-            map_b=map_of_whole_rows(b_PN, block_k),
+            map_a_run=map_of_run(a_TM, index, (block_k // LOAD_WARPS, 64), map_b),
+            map_b=map_b,
             map_d=map_of_output(out, into.transposed),
             offsets=expert_offsets,
             index=index,

@@ -19,6 +19,13 @@ def map_of_rows(a_TK: Tensor, index: Tensor | None, box: tuple[int, int]) -> Ten
     return tensor_map(a_TK, box=box if index is None else (1, box[1]))
 
 
+def map_of_run(a_TK: Tensor, index: Tensor | None, box: tuple[int, int], unused: TensorMap) -> TensorMap:
+    """A as a kernel loads it where the rows that the index names for a loading warp follow each other: ``box`` holds
+    them all. Without an index, no map.
+    """
+    return unused if index is None else tensor_map(a_TK, box=box)
+
+
 def map_of_scales(scale_RB: Tensor, index: Tensor | None, unused: TensorMap) -> TensorMap:
     """Scales of A in the order that the kernel reads: by TMA without an index, else by row, without a map."""
     contiguous = 0 if index is None else 1

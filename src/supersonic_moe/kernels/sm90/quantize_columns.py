@@ -29,7 +29,8 @@ from supersonic_moe.kernels import triton
 from supersonic_moe.kernels.interface import Quantized
 from supersonic_moe.quantization.block_format import BLOCK, blocks, empty_e4m3, empty_scales
 
-SPECS = (KernelSpec("quantize_columns", "quantize_columns.cu", threads=256, opcodes=("F2FP.SATFINITE.E4M3", "HMNMX2")),)
+OPCODES = ("F2FP.SATFINITE.E4M3", "HMNMX2")
+SPECS = (KernelSpec("quantize_columns", "quantize_columns.cu", threads=256, opcodes=OPCODES, pdl=True),)
 
 
 @functools.cache

@@ -10,14 +10,16 @@ Slots: s = t * C + j, C = K choices, or K + 1 with a shared expert, which is the
 local expert. A slot without a local expert has no row.
 Choice
     A warp for a token, E / 32 experts a lane, side by side. Scores are mapped to unsigned keys of the same order (NaN
-    as minus infinity); a round takes the largest key of the warp, then the lowest index that has it.
+    as minus infinity). The K-th largest of the lanes' largest keys bounds the chosen ones from below; the few that
+    reach it, 11 of 256 for K = 8, get a lane each and count how many are ahead of them. Where more than 32 reach it
+    (equal scores), K rounds take the largest key of the warp, then the lowest index that has it.
 Up to 128 tokens
     A cluster of 8 blocks, 16 tokens each at most, counts exchanged through distributed shared memory: no memory has to
     be zeroed beforehand, so the caller's workspace may hold anything.
 More
     Two launches: blocks choose and count, then each adds up the counts of the blocks before it and places its slots.
 Cost
-    T E 4 bytes of logits. Instructions: about 600 a warp and token at E = 256, K = 8.
+    T E 4 bytes of logits. Instructions: about 620 a warp and token at E = 256 in 8 groups, K = 8.
 
 The kernels also set counters to zero for the ones behind them.
 """
@@ -49,7 +51,7 @@ _BIAS = {torch.float32: 1, torch.bfloat16: 2}
 
 def _spec(name: str, values: int | None = None, *, cluster: int = 1, pdl: bool = False) -> KernelSpec:
     constants = () if values is None else (("VALUES", values),)
-    smem = 0 if values is None else THREADS // 32 * 32 * values * 4  # a float for each expert and warp
+    smem = 0 if values is None else THREADS // 32 * (64 * values + 32) * 4  # routing/choose.cuh: ChoiceShared
     opcodes = ("REDUX.MAX", "MATCH.ANY", "UCGABAR_WAIT") if values and cluster > 1 else ()
     source = "place_rows.cu" if values is None else "route_rows.cu"
     return KernelSpec(name, source, constants, THREADS, smem, cluster, opcodes, pdl=pdl)
@@ -98,6 +100,8 @@ class RowTables(NamedTuple):
     """At least ``max_items(E, stream_rows)``."""
     stream_rows: int
     """The most rows that are streamed."""
+    received: Tensor | None = None
+    """(routed,), for ids of another router: the rows of each routed expert are added."""
 
 
 def max_items(num_local: int, rows: int) -> int:
@@ -141,11 +145,14 @@ def route_rows(
 ) -> list[Launch]:
     """The launches that choose and place. ``logits_TE`` float32 with contiguous rows."""
     values = next(v for v in VALUES if 32 * v >= rule.num_experts)
+    size = rule.num_experts // rule.n_group
+    lanes, rest = divmod(size, values)
+    whole = rest == 0 and lanes & (lanes - 1) == 0
     return _launches(
         "route", values, logits_TE, choices, tables,
         logits=logits_TE, row=logits_TE.stride(0), bias=bias_E, scoring=_SCORING[rule.scoring],
         bias_type=0 if bias_E is None else _BIAS[bias_E.dtype], groups=rule.n_group, kept=rule.topk_group,
-        factor=rule.scaling_factor,
+        group_size=size, group_lanes_log2=lanes.bit_length() - 1 if whole else -1, factor=rule.scaling_factor,
     )  # fmt: skip
 
 
@@ -187,12 +194,14 @@ def _launches(
         "row_out": tables.row_out, "slot_row": tables.slot_row, "stream_rows": tables.stream_rows,
     }  # fmt: skip
     if tokens <= SMALL_TOKENS:
-        return [Launch(_kernel(f"{family}_small", values), (CLUSTER, 1, 1), {**choose, **place})]
+        received = {"received": tables.received} if family == "place" else {}
+        return [Launch(_kernel(f"{family}_small", values), (CLUSTER, 1, 1), {**choose, **place, **received})]
     blocks = min(MAX_BLOCKS, -(-tokens // PASS_TOKENS))
     grid, span = (blocks, 1, 1), -(-tokens // blocks)
     count = {**choose, "span": span, "counts": tables.counts, "slot_row": tables.slot_row}
     place |= {
         "counts": tables.counts, "tokens": tokens, "span": span, "choices": choices.per_token,
-        "num_local": choices.num_local, "weights": tables.weights,
+        "num_local": choices.num_local, "weights": tables.weights, "received": tables.received,
+        "routed": choices.routed,
     }  # fmt: skip
     return [Launch(_kernel(f"{family}_count", values), grid, count), Launch(_kernel("place_rows"), grid, place)]

@@ -1,10 +1,5 @@
 // A Mixture-of-Experts layer for few rows an expert: weights stream through once. See stream_experts.py.
-#include "stream/combine.cuh"
-#include "stream/gather.cuh"
-#include "stream/load.cuh"
-#include "stream/multiply.cuh"
-
-static_assert(SMEM_BYTES == RING_BYTES + sizeof(Side), "the host reserves another number of bytes than stream/work.cuh asks for");
+#include "stream/layer.cuh"
 
 extern "C" __global__ void __launch_bounds__(STREAM_THREADS, 1)
     stream_experts(const __grid_constant__ TensorMap map_w13, const __grid_constant__ TensorMap map_w13_narrow,
@@ -17,34 +12,10 @@ extern "C" __global__ void __launch_bounds__(STREAM_THREADS, 1)
                    const float* x_weight, const float* w13_scale, const float* w2_scale, const float* shared_w13_scale,
                    const float* shared_w2_scale, const i64 plane_rows, u8* x_codes, float* x_code_scale, float* c, u8* c_codes,
                    float* c_scale, float* y, u16* out, u32* counters, const i32 max_items, const float limit, const i32 pow2) {
-    extern __shared__ __align__(1024) u8 dynamic_shared_memory[];
-    const Block block = {dynamic_shared_memory, smem_address(dynamic_shared_memory),
-                         *reinterpret_cast<Side*>(dynamic_shared_memory + RING_BYTES)};
     const Problem problem = {items, row_slot, slot_row, slot_weight, tokens, choices, hidden, inter, routed, interleaved != 0,
-                             gate_first != 0, x, x_bf16 != 0, x_scale, x_scale_row, x_scale_k, x_weight, w13_scale, w2_scale,
-                             shared_w13_scale, shared_w2_scale, {x_codes, x_code_scale, plane_rows}, c, {c_codes, c_scale, plane_rows},
-                             y, out, counters, max_items, limit, pow2 != 0, shared_expert != 0};
-    dependency_launch();
-    block.init_barriers();
-    const u32 warp = warp_index();
-    if (warp == WEIGHT_WARP && elect_one()) {
-        prefetch_tensor_map(&map_w13), prefetch_tensor_map(&map_w13_narrow);
-        prefetch_tensor_map(&map_w2), prefetch_tensor_map(&map_w2_narrow);
-    }
-    dependency_wait();
-    block.read_items(problem);
-    const Geometry geometry(problem, block.side.items[0]);
-    if (!geometry.streamed) return;
-    if (warp < MATH_WARPS) {
-        gather_rows(problem, geometry);
-        compute_tiles(block, problem, geometry, warp / 4);
-        combine_tokens(block, problem, geometry);
-    } else if (warp == TOKEN_WARP) {
-        load_tokens(block, problem, geometry);
-    } else if (elect_one()) {
-        const bool narrow = geometry.narrow();
-        const WeightMaps own = {narrow ? &map_w13_narrow : &map_w13, narrow ? &map_w2_narrow : &map_w2};
-        const WeightMaps shared = {narrow ? &map_shared_w13_narrow : &map_shared_w13, narrow ? &map_shared_w2_narrow : &map_shared_w2};
-        load_weights(block, problem, geometry, own, shared);
-    }
+                             gate_first != 0, {x, x_bf16 != 0, x_scale, x_scale_row, x_scale_k, out, tokens, hidden}, x_weight, w13_scale,
+                             w2_scale, shared_w13_scale, shared_w2_scale, {x_codes, x_code_scale, plane_rows}, c,
+                             {c_codes, c_scale, plane_rows}, y, counters, max_items, limit, pow2 != 0, shared_expert != 0};
+    stream_layer(problem, {&map_w13, &map_w2}, {&map_w13_narrow, &map_w2_narrow}, {&map_shared_w13, &map_shared_w2},
+                 {&map_shared_w13_narrow, &map_shared_w2_narrow});
 }

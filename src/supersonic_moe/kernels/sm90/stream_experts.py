@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
 from supersonic_moe.kernels.reference.inference import Fp8Experts
 from supersonic_moe.kernels.sm90.gemm_config import multiprocessors
+from supersonic_moe.kernels.sm90.rank_tokens import STREAM_LIMIT_S, X_LEFT, RankTokens
 from supersonic_moe.kernels.sm90.route_rows import Buffer, RowTables, padded_rows
 from supersonic_moe.quantization.block_format import BLOCK, blocks
 
@@ -59,10 +60,19 @@ SPECS = (
     KernelSpec(
         "stream_experts",
         "stream_experts.cu",
-        (("SMEM_BYTES", SMEM_BYTES),),
+        (("SMEM_BYTES", SMEM_BYTES), ("RANKS", 0)),
         THREADS,
         SMEM_BYTES,
         opcodes=OPCODES,
+        pdl=True,
+    ),
+    KernelSpec(
+        "stream_experts_ranks",
+        "stream_experts_ranks.cu",
+        (("SMEM_BYTES", SMEM_BYTES), ("RANKS", 1)),
+        THREADS,
+        SMEM_BYTES,
+        opcodes=(*OPCODES, "LDG.E.128.STRONG.SYS", "LDG.E.64.STRONG.SYS"),
         pdl=True,
     ),
 )
@@ -108,8 +118,8 @@ def num_counters(items: int, planes: int, hidden: int, intermediate: int) -> int
 
 
 @functools.cache
-def _kernel() -> Kernel:
-    return Kernel(SPECS[0])
+def _kernel(of_ranks: bool) -> Kernel:
+    return Kernel(SPECS[of_ranks])
 
 
 def stream_experts(
@@ -135,30 +145,71 @@ def stream_experts(
         pow2: scales that are made here are powers of two.
     """
     x = inputs.x_TH
-    hidden, inter = experts.w2.shape[1:]
     always = experts if shared is None else shared
     x_scale_row, x_scale_k = (0, 0) if inputs.x_scale_TB is None else inputs.x_scale_TB.stride()
     arguments = dict(
-        **_weights("", experts, order),
+        **_same(experts, tables, choices, scratch, order, limit, pow2),
         **_weights("shared_", always, order),
-        items=tables.items,
-        row_slot=tables.row_slot,
-        slot_row=tables.slot_row,
-        slot_weight=tables.weights,
         tokens=x.shape[0],
-        choices=choices,
         shared_expert=int(shared is not None),
-        hidden=hidden,
-        inter=inter,
-        routed=experts.w13.shape[0],
-        interleaved=int(order is GateUpLayout.INTERLEAVED),
-        gate_first=int(order is not GateUpLayout.UP_GATE),
         x=x,
         x_bf16=int(x.dtype is torch.bfloat16),
         x_scale=inputs.x_scale_TB,
         x_scale_row=x_scale_row,
         x_scale_k=x_scale_k,
         x_weight=inputs.weight_T,
+        out=out_TH,
+    )
+    return Launch(_kernel(False), (multiprocessors(x.get_device()), 1, 1), arguments)
+
+
+def stream_experts_ranks(
+    tokens: RankTokens,
+    phase: int,
+    experts: Fp8Experts,
+    tables: RowTables,
+    choices: int,
+    scratch: Scratch,
+    *,
+    order: GateUpLayout,
+    limit: float | None = None,
+    pow2: bool = False,
+) -> Launch:
+    """The same for the tokens of all ranks, R·M of them: x is read in the memory of its rank once that has told of it,
+    and what the experts here make of a token is written into the memory of its rank (rank_tokens.py). Tokens without a
+    row here get nothing.
+    """
+    at, flags = tokens.at, tokens.arguments(phase)
+    arguments = dict(
+        **_same(experts, tables, choices, scratch, order, limit, pow2),
+        **flags | {"limit_ns": min(flags["limit_ns"], int(STREAM_LIMIT_S * 1e9))},
+        left=X_LEFT,
+        places=tokens.places,
+        codes_at=at.codes,
+        scales_at=at.scales,
+        out_at=at.parts,
+    )
+    return Launch(_kernel(True), (multiprocessors(experts.w13.get_device()), 1, 1), arguments)
+
+
+def _same(
+    experts: Fp8Experts, tables: RowTables, choices: int, scratch: Scratch, order: GateUpLayout, limit: float | None,
+    pow2: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Arguments of both kernels."""
+    hidden, inter = experts.w2.shape[1:]
+    return dict(
+        **_weights("", experts, order),
+        items=tables.items,
+        row_slot=tables.row_slot,
+        slot_row=tables.slot_row,
+        slot_weight=tables.weights,
+        choices=choices,
+        hidden=hidden,
+        inter=inter,
+        routed=experts.w13.shape[0],
+        interleaved=int(order is GateUpLayout.INTERLEAVED),
+        gate_first=int(order is not GateUpLayout.UP_GATE),
         plane_rows=scratch.rows,
         x_codes=scratch.x,
         x_code_scale=scratch.x_scale,
@@ -166,13 +217,11 @@ def stream_experts(
         c_codes=scratch.c_codes,
         c_scale=scratch.c_scale,
         y=scratch.y,
-        out=out_TH,
         counters=tables.counters,
         max_items=tables.max_items,
         limit=math.inf if limit is None else limit,
         pow2=int(pow2),
     )
-    return Launch(_kernel(), (multiprocessors(x.get_device()), 1, 1), arguments)
 
 
 def _weights(of: str, experts: Fp8Experts, order: GateUpLayout) -> dict[str, TensorMap | Tensor]:

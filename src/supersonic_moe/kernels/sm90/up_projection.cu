@@ -15,13 +15,13 @@ constexpr GateAndUp ORDER = static_cast<GateAndUp>(W1_ORDER);
 using Epilogue = GatedActivation<CONFIG, static_cast<Act>(ACTIVATION), ORDER == GateAndUp::Pairs>;
 
 extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
-    up_projection(const __grid_constant__ TensorMap map_x, const __grid_constant__ TensorMap map_w,
-                  const __grid_constant__ TensorMap map_z, const __grid_constant__ TensorMap map_a, const i32* offsets,
-                  const i32* index, const i32 experts, const i32 width, const i32 blocks_k, u8* z, u8* a, const u16* b1,
-                  const i32 gate_base, const i32 up_base, const i32 interleaved, const float alpha,
-                  const float limit, const float up_offset) {
+    up_projection(const __grid_constant__ TensorMap map_x, const __grid_constant__ TensorMap map_x_run,
+                  const __grid_constant__ TensorMap map_w, const __grid_constant__ TensorMap map_z,
+                  const __grid_constant__ TensorMap map_a, const i32* offsets, const i32* index, const i32 experts, const i32 width,
+                  const i32 blocks_k, u8* z, u8* a, const u16* b1, const i32 gate_base, const i32 up_base, const i32 interleaved,
+                  const float alpha, const float limit, const float up_offset) {
     const auto shared = shared_memory<CONFIG, SMEM_BYTES>();
-    const RaggedGemm gemm{offsets, index, experts, width, blocks_k};
+    const RaggedGemm gemm{offsets, index, &map_x_run, experts, width, blocks_k};
     const Epilogue epilogue{&map_z, &map_a, z, a, b1, width, gate_base, up_base, interleaved != 0,
                             {alpha, limit, up_offset}, Epilogue::stages_used(z)};
     const auto produce = [&](u32) {

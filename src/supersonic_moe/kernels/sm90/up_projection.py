@@ -40,6 +40,7 @@ from supersonic_moe.kernels.sm90.operands import (
     map_of_gate_and_up_columns,
     map_of_halves,
     map_of_rows,
+    map_of_run,
     map_of_stored_rows,
     product_of,
 )
@@ -98,6 +99,7 @@ def up_projection(step: UpProjection[Tensor]) -> tuple[Tensor, Tensor]:
         _kernel(config, kind, order).launch(
             config.grid(x_TH.get_device()),
             map_x=map_of_rows(x_TH, index, box=(BLOCK_M, config.block_k)),
+            map_x_run=map_of_run(x_TH, index, config.run_box, map_a),
             map_w=map_w,
             map_z=map_of_halves(z_PN, interleaved, rows=WARP_ROWS) if save else map_a,
             map_a=map_a,

@@ -11,15 +11,16 @@ constexpr Gate GATE{static_cast<Act>(ACTIVATION), INTERLEAVED};
 using Epilogue = GatedActivationQuantized<CONFIG, GATE>;
 
 extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
-    up_projection_fp8(const __grid_constant__ TensorMap map_x, const __grid_constant__ TensorMap map_scale_x,
-                      const __grid_constant__ TensorMap map_w, const __grid_constant__ TensorMap map_z,
-                      const __grid_constant__ TensorMap map_a, const i32* offsets, const i32* index, const i32 experts, const i32 width,
-                      const i32 blocks_k, const float* scale_x, const i64 scale_x_row, const float* scale_w, const i64 scale_w_expert,
-                      const i32 scale_w_column, const i32 scale_w_k, const u16* b1, u8* z, float* scale_z, u8* a, float* scale_a,
-                      const i64 z_row_bytes, const i64 a_row_bytes, const i64 scale_stride, const i32 saved, const i32 pow2,
-                      const i32 gate_base, const i32 up_base, const float alpha, const float limit, const float up_offset) {
+    up_projection_fp8(const __grid_constant__ TensorMap map_x, const __grid_constant__ TensorMap map_x_run,
+                      const __grid_constant__ TensorMap map_scale_x, const __grid_constant__ TensorMap map_w,
+                      const __grid_constant__ TensorMap map_z, const __grid_constant__ TensorMap map_a, const i32* offsets,
+                      const i32* index, const i32 experts, const i32 width, const i32 blocks_k, const float* scale_x,
+                      const i64 scale_x_row, const float* scale_w, const i64 scale_w_expert, const i32 scale_w_column,
+                      const i32 scale_w_k, const u16* b1, u8* z, float* scale_z, u8* a, float* scale_a, const i64 z_row_bytes,
+                      const i64 a_row_bytes, const i64 scale_stride, const i32 saved, const i32 pow2, const i32 gate_base,
+                      const i32 up_base, const float alpha, const float limit, const float up_offset) {
     const auto shared = shared_memory<CONFIG, SMEM_BYTES, Epilogue::STAGING_BYTES>();
-    const RaggedGemm gemm{offsets, index, experts, width, blocks_k};
+    const RaggedGemm gemm{offsets, index, &map_x_run, experts, width, blocks_k};
     const auto produce = [&](u32) {
         const Scales<GateAndUpBlocks<GATE.interleaved>> scales{&map_scale_x,  scale_x,        scale_x_row, scale_w,
                                                                scale_w_expert, scale_w_column, scale_w_k,   {width, gate_base, up_base}};

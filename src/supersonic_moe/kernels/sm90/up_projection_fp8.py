@@ -40,6 +40,7 @@ from supersonic_moe.kernels.sm90.operands import (
     map_of_gate_and_up,
     map_of_halves,
     map_of_rows,
+    map_of_run,
     map_of_scales,
     map_of_stored_rows,
 )
@@ -96,6 +97,7 @@ def up_projection_fp8(step: UpProjection[Quantized], recipe: Fp8Recipe) -> tuple
         _kernel(config, kind_of(activation), interleaved).launch(
             config.grid(xq_TH.get_device()),
             map_x=map_of_rows(xq_TH, index, box=(BLOCK_M, config.block_k)),
+            map_x_run=map_of_run(xq_TH, index, config.run_box, map_a),
             map_scale_x=map_of_scales(x_scale, index, map_a),
             map_w=map_of_gate_and_up(w1, interleaved, width),
             map_z=map_a if saved == NOTHING else map_of_halves(z_PN, interleaved, rows=WARP_ROWS),

@@ -25,7 +25,7 @@ from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.interface import UpProjection
 from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, OPCODES, GemmConfig, bf16_form, choose
-from supersonic_moe.kernels.sm90.operands import map_of_rows, map_of_stored_rows, product_of
+from supersonic_moe.kernels.sm90.operands import map_of_rows, map_of_run, map_of_stored_rows, product_of
 
 
 def _spec(config: GemmConfig) -> KernelSpec:
@@ -56,6 +56,7 @@ def up_projection_ungated(step: UpProjection[Tensor]) -> tuple[Tensor, Tensor]:
         _kernel(config).launch(
             config.grid(x_TH.get_device()),
             map_x=map_of_rows(x_TH, index, box=(BLOCK_M, config.block_k)),
+            map_x_run=map_of_run(x_TH, index, config.run_box, map_a),
             map_w=tensor_map(w1_EIH, box=(1, config.block_n // config.cluster, config.block_k)),
             map_z=map_of_stored_rows(z_PI) if save else map_a,
             map_a=map_a,

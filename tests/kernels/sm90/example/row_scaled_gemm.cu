@@ -28,11 +28,12 @@ struct ScaledStore {
 };
 
 extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
-    row_scaled_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
-                    const __grid_constant__ TensorMap map_d, const i32* offsets, const i32* index, const i32 experts, const i32 columns,
-                    const i32 blocks_k, const float* scales, u8* d, const i64 d_row_bytes) {
+    row_scaled_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_a_run,
+                    const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_d, const i32* offsets,
+                    const i32* index, const i32 experts, const i32 columns, const i32 blocks_k, const float* scales, u8* d,
+                    const i64 d_row_bytes) {
     const auto shared = shared_memory<CONFIG, SMEM_BYTES>();
-    const RaggedGemm gemm{offsets, index, experts, columns, blocks_k};
+    const RaggedGemm gemm{offsets, index, &map_a_run, experts, columns, blocks_k};
     const ScaledStore<CONFIG> epilogue{{&map_d, {d, d_row_bytes, columns}}, scales};
     const auto produce = [&](u32) {  // warps 0 to 3: operands into the ring, and stages for the epilogue to borrow
         load_ragged_rows<CONFIG.block_n>(shared, gemm, &map_a, Unscaled{}, LoadWeight<CONFIG, false>{&map_b},

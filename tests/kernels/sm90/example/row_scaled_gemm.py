@@ -23,7 +23,7 @@ from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.interface import Rows
 from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, OPCODES, GemmConfig, bf16_form, choose
-from supersonic_moe.kernels.sm90.operands import map_of_rows, map_of_stored_rows
+from supersonic_moe.kernels.sm90.operands import map_of_rows, map_of_run, map_of_stored_rows
 
 
 def _spec(config: GemmConfig) -> KernelSpec:
@@ -45,11 +45,13 @@ def row_scaled_mm(a: Rows[Tensor], b_EKN: Tensor, scale_P: Tensor, expert_offset
     d_PN = a_TK.new_empty(a.num_rows, columns)
     config = choose(columns, gather=index is not None, rows=a.num_rows // num_experts)
     with on_device(a_TK):
+        map_d = map_of_stored_rows(d_PN)
         _kernel(config).launch(
             config.grid(a_TK.get_device()),
             map_a=map_of_rows(a_TK, index, box=(BLOCK_M, config.block_k)),
+            map_a_run=map_of_run(a_TK, index, config.run_box, map_d),
             map_b=tensor_map(b_EKN.transpose(1, 2), box=(1, config.block_n // config.cluster, config.block_k)),
-            map_d=map_of_stored_rows(d_PN),
+            map_d=map_d,
             offsets=expert_offsets,
             index=index,
             experts=num_experts,

@@ -40,8 +40,9 @@ struct RaggedDepth {
 
 // The weight gradient as the loading warps see it.
 struct DepthGemm {
-    const i32* offsets;  // (experts + 1): first row of each expert
-    const i32* index;    // row -> row of A's matrix, with gather
+    const i32* offsets;               // (experts + 1): first row of each expert
+    const i32* index;                 // row -> row of A's matrix, with gather;
+    const TensorMap* map_run;         // and A in boxes of WARP_LINES rows
     i32 experts, blocks_m, blocks_n;  // blocks_m: of a cluster
 };
 
@@ -50,7 +51,7 @@ constexpr u32 WARP_LINES = C.block_k() / 4;  // rows of the contraction that a l
 
 // Loads all tiles of this block: for each, the K blocks of its expert, then stages for the epilogue to borrow, unless it adds nothing.
 // With gather the rows change from block to block: a warp reads their indices one block ahead, past the end of a tile those of
-// the next, one a lane, and its issuing lane picks them up from shared memory.
+// the next, one a lane, and its issuing lane picks them up from shared memory; where they follow each other, one box of a slab holds them.
 template <u32 BorrowedByTile, Config C, typename Schedule = AllTiles<C>>
 DEVICE void load_ragged_depth(const SharedMemory<C>& shared, const DepthGemm& gemm, const TensorMap* map_a, const TensorMap* map_b,
                               const bool adds, const Schedule schedule = {}) {
@@ -84,8 +85,11 @@ DEVICE void load_ragged_depth(const SharedMemory<C>& shared, const DepthGemm& ge
         for (i32 block = 0; block < blocks_k; ++block, ring.advance()) {
             const u32 full = shared.full(ring.stage), tile_a = shared.tile_a(ring.stage);
             const i32 k = begin + block * block_k;
+            Run run{};
             if constexpr (C.gather) {
-                if (lane_index() < WARP_LINES<C>) store_index(shared.row_index(warp * WARP_LINES<C> + lane_index()), mine);
+                const u32 line = lane_index() % WARP_LINES<C>;
+                if (lane_index() < WARP_LINES<C>) store_index(shared.row_index(warp * WARP_LINES<C> + line), mine);
+                run = find_run(mine, line, k + static_cast<i32>(warp * WARP_LINES<C> + line) >= end);
                 mine = block + 1 < blocks_k ? fetch(k + block_k, end) : fetch(next_begin, next_end);
                 __syncwarp();
             }
@@ -108,7 +112,13 @@ DEVICE void load_ragged_depth(const SharedMemory<C>& shared, const DepthGemm& ge
                 load_b_mn_major<C>(shared.tile_b(ring.stage), map_b, full, k, tile.column, 0, cluster_block_rank(), (1 << C.cluster) - 1);
             }
             if constexpr (C.gather) {
-                if (elect_one()) {
+                if (run.whole && elect_one()) {
+                    const u32 lines = tile_a + warp * WARP_LINES<C> * LINE;
+#pragma unroll
+                    for (u32 slab = 0; slab < C.slabs_m(); ++slab)
+                        tma_load(lines + slab * C.slab_bytes(), gemm.map_run, full, tile.row + static_cast<i32>(slab * 64), run.first);
+                }
+                if (!run.whole && elect_one()) {
 #pragma unroll
                     for (u32 first = warp * WARP_LINES<C>; first < (warp + 1) * WARP_LINES<C>; first += 4) {
                         i32 rows[4];

@@ -1,13 +1,14 @@
 // The loading warps of a GEMM with ragged rows: tiles of A and B into the ring, for rows of A as they lie or through an index. Called as
 // the `produce` of run_roles.
 //
-// As they lie, one thread issues TMA loads of whole tiles. Through an index (gather), A comes row by row: TMA on sm_90 has no gather, but a
-// box of one row works, 128 of them a stage. The engine keeps up with the tensor cores as long as four warps issue boxes back to back,
-// with the indices of their rows at hand in shared memory. With a shuffle for each box the GEMM falls to 0.9 of its speed, with a box a
-// lane to 0.55; cp.async, 16 bytes a thread, gives 0.92 (docs/log.md). An index of -1 lies outside the tensor and gives zeros, but such
-// boxes are slow: lines past the expert's end repeat its last row, or are not loaded where a warp has no other. What they hold
-// reaches no row that is stored. With share_a the two blocks of a cluster have the same rows and neighbouring columns: each gathers half
-// of the rows, for both.
+// As they lie, one thread issues TMA loads of whole tiles. Through an index (gather), A comes row by row: TMA on sm_90 has no gather,
+// but a box of one row works, 128 of them a stage. The engine keeps up with the tensor cores as long as four warps issue boxes back to
+// back, with the indices of their rows at hand in shared memory. With a shuffle for each box the GEMM falls to 0.9 of its speed, with a
+// box a lane to 0.55; cp.async, 16 bytes a thread, gives 0.92 (docs/log.md). An index of -1 lies outside the tensor and gives zeros, but
+// such boxes are slow: lines past the expert's end repeat its last row, or are not loaded where a warp has no other. What they hold
+// reaches no row that is stored. Where a warp's rows of a tile follow each other in A (each token chose the expert, or tokens are
+// grouped), one box takes the place of theirs; past the expert's end it has the rows that come next. With share_a the two blocks of a
+// cluster have the same rows and neighbouring columns: each gathers half of the rows, for both.
 #pragma once
 #include "gemm/load_b.cuh"
 #include "gemm/scales.cuh"
@@ -26,10 +27,32 @@ DEVICE void load_indices(i32 (&rows)[Held], u32 address) {
                      : "memory");
 }
 
+// The rows that a warp gathers: the first, and whether the others follow it in A, so that one box holds them all. A lane has `row` of
+// line `line`, its own number modulo the lines; those `past_end` do not matter. All lanes.
+struct Run {
+    i32 first;
+    bool whole;
+};
+DEVICE Run find_run(i32 row, u32 line, bool past_end) {
+    const i32 first = __shfl_sync(0xffffffffu, row, 0);
+    return {first, __all_sync(0xffffffffu, past_end || row == first + static_cast<i32>(line)) != 0};
+}
+
+// A box of gathered rows, with share_a for all blocks of the cluster.
+template <Config C>
+DEVICE void load_gathered(u32 lines, const TensorMap* map, u32 full, i32 k, i32 row) {
+    if constexpr (C.share_a) {
+        tma_load_multicast(lines, map, full, (1 << C.cluster) - 1, k, row);
+    } else {
+        tma_load(lines, map, full, k, row);
+    }
+}
+
 // The GEMM as the loading warps see it.
 struct RaggedGemm {
-    const i32* offsets;  // (experts + 1): first row of each expert
-    const i32* index;    // row -> row of A's matrix, with gather
+    const i32* offsets;        // (experts + 1): first row of each expert
+    const i32* index;          // row -> row of A's matrix, with gather;
+    const TensorMap* map_run;  // and A in boxes of the rows that a warp gathers in a stage
     i32 experts, columns, blocks_k;
 };
 
@@ -106,8 +129,11 @@ DEVICE void load_ragged_rows(const SharedMemory<C>& shared, const RaggedGemm& ge
             const u32 first_part = now.own_columns ? 0 : static_cast<u32>(rank), parts = now.own_columns ? C.cluster : 1;
             const u16 sharers = static_cast<u16>(now.own_columns ? 1 << rank : (1 << C.cluster) - 1);
             const bool has_rows = tile.row + static_cast<i32>(first_line) < tile.row_end;
+            Run run{};
             if constexpr (C.gather) {
-                store_index(shared.row_index(warp * C.box_rows() + lane_index() % C.box_rows()), box_row);
+                const u32 line = lane_index() % C.box_rows();
+                store_index(shared.row_index(warp * C.box_rows() + line), box_row);
+                run = find_run(box_row, line, tile.row + static_cast<i32>(box_line) >= tile.row_end);
                 __syncwarp();
             }
             for (i32 block = 0; block < gemm.blocks_k; ++block, ring.advance()) {
@@ -135,20 +161,15 @@ DEVICE void load_ragged_rows(const SharedMemory<C>& shared, const RaggedGemm& ge
                         load_b(shared.tile_b(ring.stage), full, k, tile, part, sharers);
                 }
                 if constexpr (C.gather) {
-                    if (has_rows && elect_one()) {
+                    const u32 indices = shared.row_index(warp * C.box_rows()), lines = tile_a + first_line * LINE;
+                    if (run.whole && has_rows && elect_one()) load_gathered<C>(lines, gemm.map_run, full, k, run.first);
+                    if (!run.whole && has_rows && elect_one()) {
 #pragma unroll
                         for (u32 first = 0; first < C.box_rows(); first += HELD) {
                             i32 rows_of_a[HELD];
-                            load_indices(rows_of_a, shared.row_index(warp * C.box_rows() + first));
+                            load_indices(rows_of_a, indices + first * 4);
 #pragma unroll
-                            for (u32 i = 0; i < HELD; ++i) {
-                                const u32 line = tile_a + (first_line + first + i) * LINE;
-                                if constexpr (C.share_a) {
-                                    tma_load_multicast(line, map_a, full, (1 << C.cluster) - 1, k, rows_of_a[i]);
-                                } else {
-                                    tma_load(line, map_a, full, k, rows_of_a[i]);
-                                }
-                            }
+                            for (u32 i = 0; i < HELD; ++i) load_gathered<C>(lines + (first + i) * LINE, map_a, full, k, rows_of_a[i]);
                         }
                     }
                     __syncwarp();

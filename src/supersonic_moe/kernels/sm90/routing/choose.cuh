@@ -1,8 +1,9 @@
 // The experts and weights of one token, chosen by one warp: the rule of config/grouped_routing.py.
 //
-// Lane l holds the experts Values * l to Values * l + Values - 1 of the token. A score becomes an unsigned key of the same order, so that
-// the warp finds the best expert by one maximum over keys and, among equals, one minimum over indices. Key 0 stands for no candidate.
-// Everything is loaded before anything is computed: the kernel is as long as its chain of latencies.
+// Lane l holds the experts Values * l to Values * l + Values - 1 of the token. A score becomes an unsigned key of the same order; key 0
+// stands for no candidate. The top_k-th largest of the lanes' largest keys bounds the chosen keys from below, and few others reach it:
+// some 11 of DeepSeek-V3's 256. So each of them gets a lane and compares itself with all. Where more than 32 reach the bound, as where
+// scores are equal, top_k rounds take the largest key of the warp each.
 #pragma once
 #include "ptx/types.cuh"
 
@@ -14,6 +15,8 @@ enum BiasType : i32 { no_bias = 0, bias_f32 = 1, bias_bf16 = 2 };
 
 struct RoutingRule {
     i32 experts, top_k, groups, kept_groups, scoring, bias_type;
+    i32 group_size;        // experts / groups
+    i32 group_lanes_log2;  // of the lanes that hold a group, if they are a power of two and hold nothing else; else -1
     float factor;
 };
 
@@ -24,16 +27,16 @@ struct Choice {
 
 DEVICE float minus_infinity() { return __uint_as_float(0xff800000u); }
 
-DEVICE float nan_lowest(float v) { return v == v ? v : minus_infinity(); }
+// Stands for no candidate: a NaN, which no maximum takes, and the one whose key is 0.
+DEVICE float no_number() { return __uint_as_float(0xffffffffu); }
 
-// Greater for greater v, at least 0x007fffff; -0 counts as +0.
+DEVICE float nan_lowest(float v) { return fmaxf(v, minus_infinity()); }
+
+// Greater for greater v, at least 0x007fffff for numbers. v is not -0: no score is, and no sum of a score and a bias, or of two such, rounds to it.
 DEVICE u32 order_key(float v) {
-    const u32 bits = __float_as_uint(v + 0.0f);
-    return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+    const i32 bits = __float_as_int(v);
+    return static_cast<u32>(bits ^ (bits >> 31 | static_cast<i32>(0x80000000)));
 }
-
-// The number whose key it is; NaN for key 0.
-DEVICE float number_of_key(u32 key) { return __uint_as_float(key >> 31 ? key ^ 0x80000000u : ~key); }
 
 DEVICE float warp_max(float v) {
 #pragma unroll
@@ -41,9 +44,11 @@ DEVICE float warp_max(float v) {
     return v;
 }
 
+// Of the aligned group of Lanes lanes.
+template <u32 Lanes = 32>
 DEVICE float warp_sum(float v) {
 #pragma unroll
-    for (u32 lanes = 16; lanes > 0; lanes /= 2) v += __shfl_xor_sync(all_lanes, v, lanes);
+    for (u32 lanes = Lanes / 2; lanes > 0; lanes /= 2) v += __shfl_xor_sync(all_lanes, v, lanes);
     return v;
 }
 
@@ -75,12 +80,35 @@ DEVICE void load_bias(float (&v)[Values], const void* bias, i32 type, u32 first,
     }
 }
 
+// 1 / v for 1 <= v < 2^126: the steps of the compiler's division, whose test of v costs as much as they do.
+DEVICE float normal_reciprocal(float v) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return fmaf(r, -fmaf(v, r, -1.0f), r);
+}
+
+template <u32 Values>
+DEVICE void sigmoids(float (&x)[Values]) {
+    u32 largest = 0;  // as bits: NaN is larger than all
+#pragma unroll
+    for (u32 i = 0; i < Values; ++i) {
+        x[i] = 1.0f + expf(-x[i]);
+        largest = max(largest, __float_as_uint(x[i]));
+    }
+    if (largest < 0x7e800000) {  // 2^126
+#pragma unroll
+        for (u32 i = 0; i < Values; ++i) x[i] = normal_reciprocal(x[i]);
+    } else {
+#pragma unroll
+        for (u32 i = 0; i < Values; ++i) x[i] = 1.0f / x[i];
+    }
+}
+
 // In place. Softmax divides by the sum over the token's experts.
 template <u32 Values>
 DEVICE void logits_to_scores(float (&x)[Values], i32 scoring) {
     if (scoring == sigmoid) {
-#pragma unroll
-        for (u32 i = 0; i < Values; ++i) x[i] = 1.0f / (1.0f + expf(-x[i]));
+        sigmoids(x);
     } else if (scoring == softmax) {
         float top = x[0], total = 0.0f;
 #pragma unroll
@@ -104,59 +132,59 @@ struct TopTwo {
         second = fmaxf(second, fminf(best, v));
         best = fmaxf(best, v);
     }
-    // With those of the other lanes of an aligned group of `width` lanes, a power of two.
-    DEVICE void merge(u32 width) {
-        for (u32 lanes = width / 2; lanes > 0; lanes /= 2) {
+    // With those of the other lanes of an aligned group of 2^log2 lanes.
+    DEVICE void merge(u32 log2) {
+        for (u32 lanes = 1u << log2 >> 1; lanes > 0; lanes /= 2) {
             const float other = __shfl_xor_sync(all_lanes, best, lanes), other_second = __shfl_xor_sync(all_lanes, second, lanes);
             second = fmaxf(fminf(best, other), fmaxf(second, other_second));
             best = fmaxf(best, other);
         }
     }
     // What a group of `size` experts is worth.
-    DEVICE u32 key(u32 size) const { return order_key(nan_lowest(size == 1 ? best : best + second)); }
+    DEVICE u32 key(i32 size) const { return order_key(nan_lowest(size == 1 ? best : best + second)); }
 };
 
-// Whether group `group`, worth `mine`, is kept; group g asks in lanes g * width and on.
-DEVICE bool group_is_kept(u32 mine, u32 group, u32 width, const RoutingRule& rule) {
+// Whether this lane's group, worth `mine`, is kept. Group g has the 2^log2 lanes from g << log2 on, each of which compares it with some others.
+DEVICE bool group_is_kept(u32 mine, u32 log2, const RoutingRule& rule) {
+    const u32 lane = lane_index(), groups = rule.groups, group = lane >> log2, width = 1u << log2;
+    const u32 of_group = all_lanes >> (32 - width) << (group << log2);
     u32 better = 0;
-#pragma unroll 4
-    for (u32 g = 0; g < static_cast<u32>(rule.groups); ++g) {
-        const u32 other = __shfl_sync(all_lanes, mine, g * width);
-        better += other > mine || (other == mine && g < group);
+    for (u32 g = lane & (width - 1); g - (lane & (width - 1)) < groups; g += width) {
+        const u32 other = __shfl_sync(all_lanes, mine, g << log2);
+        better += __popc(of_group & __ballot_sync(all_lanes, g < groups && (other > mine || (other == mine && g < group))));
     }
-    return group < static_cast<u32>(rule.groups) && better < static_cast<u32>(rule.kept_groups);
+    return group < groups && better < static_cast<u32>(rule.kept_groups);
 }
 
-// Takes the candidates of dropped groups away. A group is worth the sum of its two largest numbers, or its only one. `values`: this warp's
-// shared memory, used where a lane's experts are not all of one group.
+// Takes the numbers of dropped groups away. A group is worth the sum of its two largest, or its only one. `values`: this warp's shared
+// memory, used where a lane's experts are not all of one group.
 template <u32 Values>
-DEVICE void keep_groups(u32 (&key)[Values], const RoutingRule& rule, float* values) {
-    const u32 lane = lane_index(), groups = rule.groups, size = static_cast<u32>(rule.experts) / groups, lanes = size / Values;
-    if (size % Values == 0 && (lanes & (lanes - 1)) == 0) {
-        TopTwo top;
+DEVICE void keep_groups(float (&number)[Values], const RoutingRule& rule, float* values) {
+    const u32 lane = lane_index(), groups = rule.groups, size = rule.group_size;
+    TopTwo top;
+    if (rule.group_lanes_log2 >= 0) {
 #pragma unroll
-        for (u32 i = 0; i < Values; ++i) top.add(number_of_key(key[i]));
-        top.merge(lanes);
-        const bool kept = group_is_kept(top.key(size), lane / lanes, lanes, rule);
+        for (u32 i = 0; i < Values; ++i) top.add(number[i]);
+        top.merge(rule.group_lanes_log2);
+        const bool kept = group_is_kept(top.key(size), rule.group_lanes_log2, rule);
 #pragma unroll
-        for (u32 i = 0; i < Values; ++i) key[i] = kept ? key[i] : 0;
+        for (u32 i = 0; i < Values; ++i) number[i] = kept ? number[i] : no_number();
         return;
     }
 #pragma unroll
-    for (u32 i = 0; i < Values; ++i) values[lane * Values + i] = number_of_key(key[i]);
+    for (u32 i = 0; i < Values; ++i) values[lane * Values + i] = number[i];
     __syncwarp();
-    const u32 width = 32u >> (32 - __clz(static_cast<i32>(groups - 1)));  // 32 lanes over the next power of two
-    const u32 group = lane / width;
-    TopTwo top;
+    const u32 log2 = __clz(static_cast<i32>(groups - 1)) - 27;  // 32 lanes over the next power of two
+    const u32 group = lane >> log2, width = 1u << log2;
     if (group < groups)
-        for (u32 i = lane % width; i < size; i += width) top.add(values[group * size + i]);
-    top.merge(width);
-    const u32 kept = __ballot_sync(all_lanes, group_is_kept(top.key(size), group, width, rule));
+        for (u32 i = lane & (width - 1); i < size; i += width) top.add(values[group * size + i]);
+    top.merge(log2);
+    const u32 kept = __ballot_sync(all_lanes, group_is_kept(top.key(size), log2, rule));
     __syncwarp();
     const u32 inverse = (1u << 20) / size + 1;  // expert * inverse >> 20 is expert / size: exact below 1024 for size <= 512
 #pragma unroll
     for (u32 i = 0; i < Values; ++i)
-        if (!(kept >> ((lane * Values + i) * inverse >> 20) * width & 1)) key[i] = 0;
+        if (!(kept >> (((lane * Values + i) * inverse >> 20) << log2) & 1)) number[i] = no_number();
 }
 
 // The largest of the keys from Begin on, Count of them, and its place; the first among equals.
@@ -172,25 +200,80 @@ DEVICE void best_of(const u32 (&key)[Values], u32& best, u32& at) {
     }
 }
 
-// All lanes call it. `values`: this warp's 32 * Values floats of shared memory, aligned to 16 bytes.
+// What the lanes of a warp show one another of a token.
 template <u32 Values>
-DEVICE Choice choose_experts(const float* logits, const void* bias, const RoutingRule& rule, float* values) {
-    const u32 lane = lane_index(), experts = rule.experts, first = lane * Values;
-    float score[Values], bias_of[Values];
-    load_experts(score, logits, first, experts, minus_infinity());
-    load_bias(bias_of, bias, rule.bias_type, first, experts);
-    logits_to_scores(score, rule.scoring);
+struct alignas(16) ChoiceShared {
+    float score[32 * Values];
+    u32 key[32 * Values];
+    u32 found[32];
+};
 
-    u32 key[Values];
-#pragma unroll
-    for (u32 i = 0; i < Values; ++i)
-        key[i] = first + i < experts ? order_key(nan_lowest(score[i] + bias_of[i])) : 0;
-    if (rule.groups > 1) keep_groups(key, rule, values);
-#pragma unroll
-    for (u32 i = 0; i < Values; ++i) values[first + i] = score[i];
+// The top_k-th largest of what the lanes have, equal ones counted once; at least 1.
+DEVICE u32 lower_bound(u32 mine, i32 top_k) {
+    u32 bound = 0;
+#pragma unroll 4
+    for (i32 j = 0; j < top_k; ++j) {
+        bound = __reduce_max_sync(all_lanes, mine);
+        mine = mine == bound ? 0 : mine;
+    }
+    return max(bound, 1u);
+}
 
+// How many of the experts have a true `reached`; if they are 32 at most, they stand in `found` in order of index.
+template <u32 Values>
+DEVICE u32 collect(ChoiceShared<Values>& shared, const bool (&reached)[Values]) {
+    const u32 lane = lane_index();
+    u32 mine = 0;
+#pragma unroll
+    for (u32 i = 0; i < Values; ++i) mine |= reached[i] ? 1u << i : 0;
+    const u32 own = __popc(mine);
+    u32 upto = own;
+#pragma unroll
+    for (u32 lanes = 1; lanes < 32; lanes *= 2) {
+        const u32 left = __shfl_up_sync(all_lanes, upto, lanes);
+        if (lane >= lanes) upto += left;
+    }
+    const u32 count = __shfl_sync(all_lanes, upto, 31);
+    if (count <= 32)
+        for (u32 at = upto - own; mine != 0; mine &= mine - 1) shared.found[at++] = lane * Values + __ffs(mine) - 1;
+    __syncwarp();
+    return count;
+}
+
+DEVICE void count_if_greater(u32& count, u32 a, u32 b) {  // in two instructions; the compiler takes three
+    asm("{ .reg .pred p; setp.gt.u32 p, %1, %2; @p add.u32 %0, %0, 1; }" : "+r"(count) : "r"(a), "r"(b));
+}
+
+// In lane j < top_k the j-th best of the `count` <= 32 experts in `found`.
+template <u32 Values>
+DEVICE u32 best_found(ChoiceShared<Values>& shared, u32 count, u32 top_k) {
+    const u32 lane = lane_index();
+    const u32 expert = lane < count ? shared.found[lane] : 0;
+    const u32 own = lane < count ? shared.key[expert] : 0;
+    __syncwarp();
+    shared.found[lane] = own;
+    __syncwarp();
+    u32 rank = __popc(__match_any_sync(all_lanes, own) & ((1u << lane) - 1));  // equal ones stand in order of index
+#pragma unroll 1
+    for (u32 at = 0; at < count; at += 8) {
+        const uint4 others = *reinterpret_cast<const uint4*>(&shared.found[at]), more = *reinterpret_cast<const uint4*>(&shared.found[at + 4]);
+        count_if_greater(rank, others.x, own), count_if_greater(rank, others.y, own);
+        count_if_greater(rank, others.z, own), count_if_greater(rank, others.w, own);
+        count_if_greater(rank, more.x, own), count_if_greater(rank, more.y, own);
+        count_if_greater(rank, more.z, own), count_if_greater(rank, more.w, own);
+    }
+    __syncwarp();
+    if (rank < top_k) shared.found[rank] = expert;
+    __syncwarp();
+    return shared.found[lane];
+}
+
+// In lane j < top_k the expert of the j-th largest key.
+template <u32 Values>
+DEVICE u32 best_in_rounds(u32 (&key)[Values], i32 top_k) {
+    const u32 lane = lane_index(), first = lane * Values;
     u32 chosen = 0;
-    for (i32 j = 0; j < rule.top_k; ++j) {
+    for (i32 j = 0; j < top_k; ++j) {
         u32 best, at;
         best_of<0, Values>(key, best, at);
         const u32 most = __reduce_max_sync(all_lanes, best);
@@ -199,9 +282,40 @@ DEVICE Choice choose_experts(const float* logits, const void* bias, const Routin
 #pragma unroll
         for (u32 i = 0; i < Values; ++i) key[i] = first + i == winner ? 0 : key[i];
     }
-    __syncwarp();
-    const float own = lane < rule.top_k ? values[chosen] : 0.0f;
-    const float sum = warp_sum(own);
+    return chosen;
+}
+
+// All lanes call it. `score`: this lane's logits, which become scores. `bias`: of the same experts. `meanwhile` is called when `score` has
+// been used.
+template <u32 Values, class Meanwhile>
+DEVICE Choice choose_experts(float (&score)[Values], const float (&bias)[Values], const RoutingRule& rule, ChoiceShared<Values>& shared,
+                             const Meanwhile& meanwhile) {
+    const u32 lane = lane_index(), experts = rule.experts, first = lane * Values;
+    logits_to_scores(score, rule.scoring);
+    float number[Values];
+#pragma unroll
+    for (u32 i = 0; i < Values; ++i) number[i] = nan_lowest(score[i] + bias[i]);
+    if (experts < 32 * Values) {
+#pragma unroll
+        for (u32 i = 0; i < Values; ++i) number[i] = first + i < experts ? number[i] : no_number();
+    }
+    if (rule.groups > 1) keep_groups(number, rule, shared.score);
+    u32 key[Values], largest = 0;
+#pragma unroll
+    for (u32 i = 0; i < Values; ++i) {
+        key[i] = order_key(number[i]);
+        shared.score[first + i] = score[i], shared.key[first + i] = key[i];
+        largest = max(largest, key[i]);
+    }
+    meanwhile();
+    const u32 bound = lower_bound(largest, rule.top_k);
+    bool reached[Values];
+#pragma unroll
+    for (u32 i = 0; i < Values; ++i) reached[i] = key[i] >= bound;
+    const u32 count = collect(shared, reached);
+    const u32 chosen = count <= 32 ? best_found(shared, count, rule.top_k) : best_in_rounds(key, rule.top_k);
+    const float own = lane < rule.top_k ? shared.score[chosen] : 0.0f;
+    const float sum = warp_sum<16>(own);  // top_k is 16 at most
     __syncwarp();  // the next token of this warp writes them again
     return {chosen, own / (sum + sum_epsilon) * rule.factor};
 }

@@ -18,45 +18,38 @@ constexpr u32 item_rows = 128;  // rows of an expert that the streaming kernel m
 constexpr u32 row_group = 8;    // where rows are streamed, each expert starts at a multiple of it; rows in between have slot -1
 
 struct RowShared {
-    u16 by_warp[route_warps][max_local_experts];  // slots of each expert in each warp's part, then in all earlier parts
+    u16 by_warp[route_warps][max_local_experts];  // slots of each expert in each warp, then in all earlier warps
     u32 counts[max_local_experts];                // of this block
     u32 first_row[max_local_experts];             // where this block's slots of an expert go
     uint4 sums[route_warps];  // rows, padded rows, items, rows of the largest: of the experts of a warp
 };
 
-// Rank of this thread's slot `part * 32 + lane` of its warp's part among the slots of its expert, for up to Parts parts. Ends with a
-// barrier. `experts`: of each of the `slots` slots, in shared memory.
-template <u32 Parts>
-DEVICE void count_slots(RowShared& shared, const u16* experts, u32 slots, u32 num_local, u32 (&rank)[Parts]) {
-    const u32 warp = threadIdx.x / 32, lane = lane_index(), warps = (slots + 32 * Parts - 1) / (32 * Parts);
-    if (warp < warps)
+// Rank of this thread's slot among those of the same expert in the first `warps` warps, whose threads all have one; `expert`: nowhere if
+// there is none. Ends with a barrier.
+DEVICE u32 count_slots(RowShared& shared, u16 expert, u32 warps, u32 num_local) {
+    const u32 warp = threadIdx.x / 32, lane = lane_index();
+    u32 rank = 0;
+    if (warp < warps) {
         for (u32 i = lane; i < num_local; i += 32) shared.by_warp[warp][i] = 0;
-    __syncwarp();
-#pragma unroll
-    for (u32 part = 0; part < Parts; ++part) {
-        if (warp >= warps) break;
-        const u32 slot = (warp * Parts + part) * 32 + lane;
-        const u16 expert = slot < slots ? experts[slot] : nowhere;
+        __syncwarp();
         const u32 same = __match_any_sync(all_lanes, static_cast<u32>(expert));
-        const u32 before = __popc(same & ((1u << lane) - 1));
-        u32 earlier = 0;
-        if (expert != nowhere) earlier = shared.by_warp[warp][expert];
-        __syncwarp();
-        if (expert != nowhere && before == 0) shared.by_warp[warp][expert] = static_cast<u16>(earlier + __popc(same));
-        __syncwarp();
-        rank[part] = earlier + before;
+        rank = __popc(same & ((1u << lane) - 1));
+        if (expert != nowhere && rank == 0) shared.by_warp[warp][expert] = static_cast<u16>(__popc(same));
     }
     __syncthreads();
     if (threadIdx.x < num_local) {
-        u32 running = 0;
-        for (u32 w = 0; w < warps; ++w) {
-            const u32 own = shared.by_warp[w][threadIdx.x];
-            shared.by_warp[w][threadIdx.x] = static_cast<u16>(running);
-            running += own;
+        u32 of_warp[route_warps], running = 0;
+#pragma unroll
+        for (u32 w = 0; w < route_warps; ++w) of_warp[w] = w < warps ? shared.by_warp[w][threadIdx.x] : 0;
+#pragma unroll
+        for (u32 w = 0; w < route_warps; ++w) {
+            if (w < warps) shared.by_warp[w][threadIdx.x] = static_cast<u16>(running);
+            running += of_warp[w];
         }
         shared.counts[threadIdx.x] = running;
     }
     __syncthreads();
+    return rank;
 }
 
 struct ExpertSums {
@@ -104,6 +97,8 @@ struct RowTables {
     int2* row_out;   // with row_token: {token, weight} of a row that is its token's only one, else {-1, 1}
     i32* slot_row;   // row of each slot, -1 for none
     i32 stream_rows;  // the most rows that are streamed, padding not counted
+    i32* received;    // (routed): the rows of each routed expert are added; may be null
+    i32 routed;
 
     DEVICE bool streams(const ExpertScan& scan) const { return scan.total.rows <= static_cast<u32>(stream_rows); }
 };
@@ -120,6 +115,7 @@ DEVICE u32 store_experts(const RowTables& tables, u32 num_local, const ExpertSca
     }
     if (e >= num_local) return first;
     if (tables.offsets) tables.offsets[e] = streamed ? 0 : first;
+    if (tables.received && e < static_cast<u32>(tables.routed)) tables.received[e] += static_cast<i32>(rows);
     if (!streamed) return first;
     int4* item = tables.items + 1 + scan.before.items;
     const u32 of = (rows + item_rows - 1) / item_rows;
@@ -129,31 +125,25 @@ DEVICE u32 store_experts(const RowTables& tables, u32 num_local, const ExpertSca
     return first;
 }
 
-// Writes both directions for the slots that count_slots ranked, those of whole tokens; `first_slot` is the first of them in the whole
-// batch, whose `weights` this block may have written before its last barrier.
-template <u32 Parts>
-DEVICE void place_slots(const RowShared& shared, const RowTables& tables, const u16* experts, const float* weights, u32 slots,
-                        i64 first_slot, u32 choices, const u32 (&rank)[Parts]) {
-    const u32 warp = threadIdx.x / 32, lane = lane_index();
-#pragma unroll
-    for (u32 part = 0; part < Parts; ++part) {
-        const u32 slot = (warp * Parts + part) * 32 + lane;
-        if (slot >= slots) continue;
-        const u16 expert = experts[slot];
-        i32 row = -1;
-        if (expert != nowhere) {
-            row = shared.first_row[expert] + shared.by_warp[warp][expert] + rank[part];
-            tables.row_slot[row] = static_cast<i32>(first_slot + slot);
-            if (tables.row_token) {
-                const i32 token = static_cast<i32>((first_slot + slot) / choices);
-                const u16* const of_token = experts + slot / choices * choices;
-                u32 rows = 0;
-#pragma unroll 4
-                for (u32 j = 0; j < choices; ++j) rows += of_token[j] != nowhere;
-                tables.row_token[row] = token;
-                tables.row_out[row] = rows == 1 ? make_int2(token, __float_as_int(weights[first_slot + slot])) : make_int2(-1, __float_as_int(1.0f));
-            }
+// A choice of a token, in the thread that places it.
+struct Slot {
+    i64 index;     // in the whole batch
+    u16 expert;    // local; nowhere: no row
+    bool alone;    // the only one of its token that has a row
+    float weight;  // of a slot that is alone
+};
+
+// Writes both directions for a slot that count_slots ranked.
+DEVICE void place_slot(const RowShared& shared, const RowTables& tables, const Slot& slot, u32 rank, u32 choices) {
+    i32 row = -1;
+    if (slot.expert != nowhere) {
+        row = shared.first_row[slot.expert] + shared.by_warp[threadIdx.x / 32][slot.expert] + rank;
+        tables.row_slot[row] = static_cast<i32>(slot.index);
+        if (tables.row_token) {
+            const i32 token = static_cast<i32>(static_cast<u32>(slot.index) / choices);
+            tables.row_token[row] = token;
+            tables.row_out[row] = slot.alone ? make_int2(token, __float_as_int(slot.weight)) : make_int2(-1, __float_as_int(1.0f));
         }
-        tables.slot_row[first_slot + slot] = row;
     }
+    tables.slot_row[slot.index] = row;
 }

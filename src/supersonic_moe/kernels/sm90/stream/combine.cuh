@@ -47,15 +47,17 @@ DEVICE void add_rows(const Problem& p, const RowList& list, u32 rows, u32 tokens
     for (u32 i = 0; i < COMBINE_AHEAD; ++i) ask(ahead[i], i);
     u32 token = 0;
     float4 sum = {};
+    bool has_row = Tokens::writes_zeros;
     const auto finish_until = [&](u32 next) {
-        for (; token < next; ++token, out += p.hidden, sum = float4{})
-            *reinterpret_cast<uint2*>(out) = make_uint2(pack_bf16(sum.x, sum.y), pack_bf16(sum.z, sum.w));
+        for (; token < next; ++token, out += p.hidden, sum = float4{}, has_row = Tokens::writes_zeros)
+            if (has_row) *reinterpret_cast<uint2*>(out) = make_uint2(pack_bf16(sum.x, sum.y), pack_bf16(sum.z, sum.w));
     };
     for (u32 first = 0; first < rows; first += COMBINE_AHEAD) {
 #pragma unroll
         for (u32 i = 0; i < COMBINE_AHEAD; ++i) {
             if (first + i >= rows) break;
             finish_until(list.token[first + i]);
+            has_row = true;
             const float weight = list.weight[first + i];
             sum.x = __fmaf_rn(weight, ahead[i].x, sum.x), sum.y = __fmaf_rn(weight, ahead[i].y, sum.y);
             sum.z = __fmaf_rn(weight, ahead[i].z, sum.z), sum.w = __fmaf_rn(weight, ahead[i].w, sum.w);
@@ -65,26 +67,40 @@ DEVICE void add_rows(const Problem& p, const RowList& list, u32 rows, u32 tokens
     finish_until(tokens);
 }
 
+// Up to `each` tokens of one rank, whose outputs follow each other.
+struct Batches {
+    u32 each, ranks, of_rank, batches_of_rank;
+
+    DEVICE Batches(const Tokens& tokens, u32 each)
+        : each(each), ranks(tokens.ranks()), of_rank(tokens.of_rank()), batches_of_rank((of_rank + each - 1) / each) {}
+    DEVICE u32 count() const { return ranks * batches_of_rank; }
+    DEVICE u32 rank(u32 batch) const { return ranks == 1 ? 0 : batch / batches_of_rank; }
+    DEVICE u32 inside(u32 batch) const { return (batch - rank(batch) * batches_of_rank) * each; }  // of the rank's tokens
+    DEVICE u32 first(u32 batch) const { return rank(batch) * of_rank + inside(batch); }
+    DEVICE u32 tokens(u32 batch) const { return min(each, of_rank - inside(batch)); }
+};
+
 DEVICE void combine_tokens(const Block& block, const Problem& p, const Geometry& g) {
     const u32 columns = p.blocks_hidden(), warps = gridDim.x * MATH_WARPS;
     // As many tokens a batch as give each warp one, up to what a list holds.
     const u32 share = (static_cast<u64>(p.tokens) * columns + warps - 1) / warps;
-    const u32 each = max(1, min(share, BATCH_SLOTS / p.choices)), batches = (p.tokens + each - 1) / each;
+    const u32 each = max(1, min(share, BATCH_SLOTS / p.choices));
+    const Batches batches(p.of_tokens, each);
     RowList& list = block.side.lists[threadIdx.x / 32];
-    const u64 units = static_cast<u64>(batches) * columns;
+    const u64 units = static_cast<u64>(batches.count()) * columns;
     const auto slots_of = [&](u64 unit) {
-        const u32 first = unit / columns * each;
-        return Slots(p, first, unit < units ? min(each, p.tokens - first) : 0);
+        const u32 batch = unit / columns;
+        return Slots(p, batches.first(batch), unit < units ? batches.tokens(batch) : 0);
     };
     u64 unit = blockIdx.x + gridDim.x * (threadIdx.x / 32);
     Slots next = slots_of(unit);
     for (; unit < units; unit += warps) {
         const u32 of_columns = unit % columns, column = of_columns * BLOCK_CHANNELS + 4 * lane_index();
-        const u32 first = unit / columns * each, tokens = min(each, p.tokens - first);
+        const u32 batch = unit / columns, tokens = batches.tokens(batch);
         const u32 rows = next.list(p, list);
         next = slots_of(unit + warps);
         wait_for_count(p.stored(of_columns), 2 * g.items);
-        add_rows(p, list, rows, tokens, p.y + column, p.out + static_cast<i64>(first) * p.hidden + column);
+        add_rows(p, list, rows, tokens, p.y + column, p.of_tokens.out(batches.first(batch)) + column);
         __syncwarp();  // the next batch writes the list again
     }
 }

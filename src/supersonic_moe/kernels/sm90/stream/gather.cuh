@@ -1,28 +1,7 @@
 // The first thing that the math warps of the streaming kernel do, while the first weights arrive: x of each row into planes.
 #pragma once
-#include "epilogue/quantize.cuh"
+#include "stream/chunk.cuh"
 #include "stream/work.cuh"
-
-DEVICE uint4 load_chunk(const void* address) { return __ldg(static_cast<const uint4*>(address)); }
-
-// Codes of 16 elements; `scale` is that of the eight lanes' 128 elements.
-DEVICE uint4 quantize_chunk(const uint4& first, const uint4& second, bool pow2, float& scale) {
-    const u32 words[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
-    float v[16], largest = 0.0f;
-#pragma unroll
-    for (u32 i = 0; i < 8; ++i) v[2 * i] = bf16_low(words[i]), v[2 * i + 1] = bf16_high(words[i]);
-#pragma unroll
-    for (u32 i = 0; i < 16; ++i) largest = fmaxf(largest, fabsf(v[i]));
-#pragma unroll
-    for (u32 lanes = 1; lanes < 8; lanes *= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
-    scale = block_scale(largest, pow2);
-    const float inverse = inverse_of_scale(scale);
-    u32 codes[4];
-#pragma unroll
-    for (u32 i = 0; i < 4; ++i)
-        codes[i] = pack_four_e4m3(v[4 * i] * inverse, v[4 * i + 1] * inverse, v[4 * i + 2] * inverse, v[4 * i + 3] * inverse);
-    return make_uint4(codes[0], codes[1], codes[2], codes[3]);
-}
 
 // K blocks `first` and on of the row of a slot.
 DEVICE void gather_part(const Problem& p, u32 row, i32 slot, u32 first) {
@@ -30,15 +9,16 @@ DEVICE void gather_part(const Problem& p, u32 row, i32 slot, u32 first) {
     const i64 token = slot / p.choices;
     const bool routed = slot % p.choices < p.choices - p.shared();
     const float factor = p.x_weight && routed ? __ldg(p.x_weight + token) : 1.0f;
-    if (!p.x_bf16) {
+    const Tokens& tokens = p.of_tokens;
+    if (!tokens.x_bf16) {
         uint4 chunks[4];
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) {
             const u32 block = first + 4 * i + lane / 8;
-            if (block < blocks) chunks[i] = load_chunk(static_cast<const u8*>(p.x) + token * p.hidden + block * LINE_BYTES + lane % 8 * 16);
+            if (block < blocks) chunks[i] = tokens.load(tokens.codes(token) + block * LINE_BYTES + lane % 8 * 16);
         }
         if (lane < GATHER_BLOCKS && first + lane < blocks)
-            *p.x_rows.scale(row, first + lane) = __ldg(p.x_scale + token * p.x_scale_row + (first + lane) * p.x_scale_k) * factor;
+            *p.x_rows.scale(row, first + lane) = tokens.scale(token, first + lane) * factor;
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) {
             const u32 block = first + 4 * i + lane / 8;
@@ -50,7 +30,7 @@ DEVICE void gather_part(const Problem& p, u32 row, i32 slot, u32 first) {
         for (u32 i = 0; i < 4; ++i) {
             const u32 block = first + 4 * i + lane / 8;
             if (block < blocks) {
-                const u16* const at = static_cast<const u16*>(p.x) + token * p.hidden + block * LINE_BYTES + lane % 8 * 16;
+                const u16* const at = reinterpret_cast<const u16*>(tokens.codes(2 * token)) + block * LINE_BYTES + lane % 8 * 16;
                 chunks[i][0] = load_chunk(at), chunks[i][1] = load_chunk(at + 8);
             }
         }
@@ -86,7 +66,10 @@ DEVICE void gather_rows(const Problem& p, const Geometry& g) {
         const u32 row = unit / parts, first = unit % parts * GATHER_BLOCKS;
         const i32 slot = next_slot;
         next_slot = slot_of(unit + step);
-        if (slot >= 0) gather_part(p, row, slot, first);
+        if (slot >= 0) {
+            p.of_tokens.wait(slot / p.choices);
+            gather_part(p, row, slot, first);
+        }
         fence_proxy_async_global();  // TMA will read the row
         __syncwarp();
         if (lane == 0) add_release(p.gathered(row / GATHER_ROWS), 1);

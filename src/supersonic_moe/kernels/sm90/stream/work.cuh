@@ -6,6 +6,7 @@
 #pragma once
 #include "ptx/copy.cuh"
 #include "ptx/memory.cuh"
+#include "stream/tokens.cuh"
 
 constexpr u32 LINE_BYTES = 128;         // of K: a K block, one swizzled line
 constexpr u32 WIDE = 128, NARROW = 64;  // rows of a tile
@@ -46,17 +47,13 @@ struct Problem {
     i32 tokens, choices;  // choices: slots of a token
     i32 hidden, inter, routed;
     bool interleaved, gate_first;
-    const void* x;  // (tokens, hidden) e4m3 with scales, or bf16
-    bool x_bf16;
-    const float* x_scale;
-    i64 x_scale_row, x_scale_k;
+    Tokens of_tokens;
     const float* x_weight;  // of each token, multiplies x for routed experts; null: 1
     const float *w13_scale, *w2_scale, *shared_w13_scale, *shared_w2_scale;
     Planes x_rows;  // x of each row
     float* c;       // (rows, inter)
     Planes c_rows;  // c of each row
     float* y;       // (rows, hidden)
-    u16* out;       // (tokens, hidden) bf16
     u32* counters;
     i32 max_items;
     float limit;
