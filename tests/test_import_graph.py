@@ -51,6 +51,8 @@ LAYERS = (
     "parallel.departures",
     "parallel.trip",
     "parallel.channel",
+    "parallel.ranges",
+    "parallel.fp8_parts",
     "parallel.fp8_wire",
     "parallel.expert_parallel",
     "parallel.shard",

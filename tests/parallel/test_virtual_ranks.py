@@ -43,6 +43,13 @@ def test_an_fp8_wire_carries_what_the_experts_would_make(hidden: int, gpu: bool)
 
 
 @pytest.mark.parametrize("gpu", ON)
+@pytest.mark.parametrize(("tokens", "hidden"), [((700, 531), 256), ((0, 700, 3, 300), 136)])
+def test_products_in_parts_have_the_bits_of_whole_ones(tokens: tuple[int, ...], hidden: int, gpu: bool) -> None:
+    """Against an exact wire, which computes in one launch."""
+    assert alone(cases.in_parts, len(tokens), gpu, tokens, hidden) == [[]] * (2 * len(tokens))
+
+
+@pytest.mark.parametrize("gpu", ON)
 def test_random_calls_with_random_delays_repeat_to_the_bit(gpu: bool) -> None:
     assert alone(cases.random_calls, 4, gpu, 60) is True
 

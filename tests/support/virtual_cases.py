@@ -12,6 +12,7 @@ import torch.distributed as dist
 from virtual_ranks import CarefulFlags, on_a_gpu, run_virtual
 
 from supersonic_moe import Fp8Recipe
+from supersonic_moe.parallel import fp8_parts, ranges
 from supersonic_moe.parallel.copies import Copies
 
 GATHER = {"transport": "gather", "timeout_s": 30.0}
@@ -32,6 +33,21 @@ def fp8_wire(size: int, gpu: bool, tokens: Sequence[int], recipe: Fp8Recipe, hid
     for careful in (10**6, 0):
         _start(gpu, careful)
         found += run_virtual(size, cases.over_an_fp8_wire, tokens, recipe, True, hidden, GATHER)
+    return found
+
+
+def in_parts(size: int, gpu: bool, tokens: Sequence[int], hidden: int) -> list[list[str]]:
+    """``fp8_wire``, with products in three parts however few rows there are."""
+    ranges.LEAST_ROWS = 0
+    walks, start = list[int](), fp8_parts.start
+
+    def noted(*args: Any) -> Any:
+        walks.append(dist.get_rank())
+        return start(*args)
+
+    fp8_parts.start = noted
+    found = fp8_wire(size, gpu, tokens, Fp8Recipe(scale="pow2"), hidden)
+    assert sorted(set(walks)) == list(range(size)), walks
     return found
 
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from supersonic_moe.autocast import without_autocast
@@ -34,6 +33,7 @@ from supersonic_moe.kernels import registry
 from supersonic_moe.kernels.alignment import aligned, is_turned
 from supersonic_moe.kernels.interface import Fp8Experts, Quantized
 from supersonic_moe.kernels.reference.quantize import dequantize
+from supersonic_moe.parallel import fp8_parts
 from supersonic_moe.parallel.trip import Trip
 from supersonic_moe.quantization.block_format import BLOCK, E4M3, aligned_rows
 from supersonic_moe.routing.plan import plan_from_topk
@@ -53,10 +53,6 @@ from supersonic_moe.training.fields import Fields, on_flat
 from supersonic_moe.training.main_grad import Targets, targets_of
 from supersonic_moe.training.ops import with_fp8_copies
 from supersonic_moe.training.options import Options
-
-ALIGNMENT = 16
-"""Bytes at which rows of codes start, for TMA; rows travel padded to it."""
-
 
 DTYPES = {
     "fp8": "in e4m3",
@@ -207,14 +203,23 @@ def _forward(
     (w1, w2), trip, k = pair, call.way.trip, call.kernels(x_TH)
     with without_autocast(x_TH):
         codes_TH, scale_TB = k.quantize_rows(x_TH, call.numerics.scale == "pow2")
-        codes_UH = _codes(trip, "forward dispatch", codes_TH)
+        copies = fp8_parts.takes(trip, codes_TH, ids_TK.shape[1])
+        if copies is None:
+            codes_UH = _codes(trip, "forward dispatch", codes_TH)
         ids_UK, scores_UK, scale_UB = trip.send_choices("forward dispatch", ids_TK, scores_TK, scale_TB)
+        if copies is not None:
+            parts = fp8_parts.start(copies, trip, codes_TH, ids_UK)
+            codes_UH = parts.codes
         plan = Plan.of(plan_from_topk(ids_UK, trip.experts_here, capacity=call.way.rows))
         x_q, scores_S = Quantized(codes_UH, scale_UB), scores_UK.reshape(-1)
         w1_q, w2_q = Quantized(w1.fp8.q, w1.fp8.scale), Quantized(w2.fp8.q, w2.fp8.scale)
         forward = Fp8Forward(codes_UH, scores_S, w1_q, b1, w2_q, b2, plan, call.static, call.numerics, save)
-        part_UH, row_scores_P, z_PN = fp8.forward(k, aligned(forward, k.ALIGNMENT, "b1"), x_q)
-        out_TH = trip.summed(trip.back("forward combine", part_UH))
+        forward = aligned(forward, k.ALIGNMENT, "b1")
+        if copies is not None:
+            out_TH, row_scores_P, z_PN = fp8_parts.forward(k, forward, x_q, parts)
+        else:
+            part_UH, row_scores_P, z_PN = fp8.forward(k, forward, x_q)
+            out_TH = trip.summed(trip.back("forward combine", part_UH))
     turned = is_turned(w1_ENH), is_turned(w2_EHI)
     codes = codes_UH if call.way.keeps else codes_TH
     return out_TH, x_q, Fp8Saved(z_PN, codes, row_scores_P, b1, b2, plan, call.static, call.numerics, *turned)
@@ -227,9 +232,7 @@ def _received(trip: Trip, phase: str, rows: Quantized) -> Quantized:
 
 
 def _codes(trip: Trip, phase: str, codes_TH: Tensor) -> Tensor:
-    hidden = codes_TH.shape[1]
-    bytes_TC = F.pad(codes_TH.view(torch.uint8), (0, -hidden % ALIGNMENT))
-    return trip.send(phase, bytes_TC).view(E4M3)[:, :hidden]
+    return trip.send(phase, fp8_parts.padded_bytes(codes_TH)).view(E4M3)[:, : codes_TH.shape[1]]
 
 
 def _dense(rows: Quantized) -> Tensor:
