@@ -43,16 +43,11 @@ class Departure:
 
     def send(self, rows: Tensor, targets: Sequence[int]) -> None:
         """M rows for each of the ``targets``, one after the other."""
-        copies, share = self._copies, self._places * self._row_bytes
-        leaving = rows.contiguous()
+        copies, leaving = self._copies, rows.contiguous().view(torch.uint8).view(len(targets), -1)
         with copies.inside(*self._at), copies.aside():
             if not self._bank:
                 self._bank = copies.bank(*self._at)
-            start = copies.rank * share
-            for target, part in zip(targets, leaving.view(torch.uint8).view(len(targets), -1), strict=True):
-                self._bank[target][start : start + share].copy_(part)
-            if leaving.is_cuda:
-                leaving.record_stream(torch.cuda.current_stream(leaving.device))
+            copies.push(self._bank, targets, leaving, *self._at)
 
     def arrived(self) -> Tensor:
         """(R·M, C): what all ranks have sent here, in order of ranks, in a bank: read it before the next exchange."""
@@ -145,11 +140,25 @@ class Copies:
             mine_MC[rows:].fill_(0)
             with self.aside():
                 for sources in parts:
-                    self.meet(row_bytes, call, phase, sum(1 << source for source in sources))
-                    for source in sources:
-                        arriving[source].copy_(bank[source][: places * row_bytes])
-                    there.append(self._reached())
+                    there.append(self.pull(bank, sources, arriving, row_bytes, call, phase))
         return rows_UC, there
+
+    def pull(
+        self, bank: list[Tensor], sources: Sequence[int], arriving: Tensor, row_bytes: int, call: int, phase: str
+    ) -> Callable[[], None]:
+        """A part of ``gather_in_parts``, on the stream beside."""
+        self.meet(row_bytes, call, phase, sum(1 << source for source in sources))
+        for source in sources:
+            arriving[source].copy_(bank[source][: arriving.shape[1]])
+        return self._reached()
+
+    def push(self, bank: list[Tensor], targets: Sequence[int], leaving: Tensor, call: int, phase: str) -> None:
+        """A part of a :class:`Departure`, on the stream beside: (targets, bytes)."""
+        start = self.rank * leaving.shape[1]
+        for target, part in zip(targets, leaving, strict=True):
+            bank[target][start : start + leaving.shape[1]].copy_(part)
+        if leaving.is_cuda:
+            leaving.record_stream(torch.cuda.current_stream(leaving.device))
 
     def _reached(self) -> Callable[[], None]:
         """What makes another stream wait for all that this one has been given."""
