@@ -27,3 +27,15 @@ def test_the_counters_fit(tokens: int, choices: int, local: int, inter: int) -> 
     at = workspace.regions(tokens, choices, 7168, inter, local)
     words = stream_experts.num_counters(items, planes, 7168, inter)
     assert 4 * words <= at.offsets - at.counters < 4 * words + workspace.ALIGNMENT
+
+
+@pytest.mark.parametrize(("tokens", "inter"), [(128, 2048), (129, 2048), (14107, 2048), (14107, 192)])
+def test_tile_kernels_use_the_memory_of_the_streaming_kernel(tokens: int, inter: int) -> None:
+    rows, hidden, local = 8 * tokens, 7168, 8
+    at = workspace.regions(tokens, 8, hidden, inter, local)
+    many = rows if rows > 128 * local and inter % 128 == 0 else 0
+    sizes = (2 * many * hidden, many * hidden // 32, many * inter, many * inter // 32)
+    assert at.x_rows == at.tile_y >= at.x_scale + (tokens * hidden // 32 if rows > 128 * local else 0)
+    starts = (at.tile_y, at.tile_x_scale, at.tile_c, at.tile_c_scale, at.end)
+    for start, size, following in zip(starts, sizes, starts[1:], strict=False):
+        assert start % workspace.ALIGNMENT == 0 and start + size <= following

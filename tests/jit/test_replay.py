@@ -1,57 +1,49 @@
-"""A replay writes the addresses that have changed into the arguments it packed once, and launches in order."""
+"""A replay writes the addresses that have changed where they stood when it was recorded, and launches in order."""
 
 from __future__ import annotations
 
-import ctypes
-from typing import Any
-
 import pytest
+import torch
 
-from supersonic_moe.jit import signature
-from supersonic_moe.jit.launch import Grid, Launch
-from supersonic_moe.jit.replay import Replay
-from supersonic_moe.jit.signature import SLOT_ALIGNMENT
+pytest.importorskip("cuda.bindings.driver")
 
-TEXT = 'extern "C" __global__ void add(const i32 count, const float* a, float* out, i32* where, const float* none) {}'
-
-
-class Slots:
-    """Argument slots of a kernel that writes down what it would launch with."""
-
-    def __init__(self, kernel: Kernel) -> None:
-        self.layout, _ = kernel.signature.slots()
-        self.buffer = ctypes.create_string_buffer(self.layout.size + SLOT_ALIGNMENT)
-        self.offset = -ctypes.addressof(self.buffer) % SLOT_ALIGNMENT
-        self.pack_into, self.kernel = self.layout.pack_into, kernel
-
-    def enqueue(self, grid: Grid, stream: None) -> None:
-        self.kernel.launched.append((grid, self.layout.unpack_from(self.buffer, self.offset)))
+from supersonic_moe.jit import tape
+from supersonic_moe.jit.replay import Replay, recording
 
 
-class Kernel:
-    def __init__(self) -> None:
-        self.signature = signature.parse(TEXT, "add")
-        self.launched: list[tuple[Grid, tuple[Any, ...]]] = []
+def test_addresses_inside_a_tensor_move_with_it_and_nothing_else_does() -> None:
+    x, workspace, weight = (torch.zeros(64, dtype=torch.uint8) for _ in range(3))
+    slots = dict.fromkeys(("x", "head", "tail", "weight", "none"), 0)
+    launched: list[dict[str, int]] = []
+    with recording([x, workspace, weight]) as recorder:
+        for slot, address in (
+            ("x", x.data_ptr()), ("head", workspace.data_ptr()), ("tail", workspace.data_ptr() + 63),
+            ("weight", weight.data_ptr() + 8), ("none", 0),
+        ):  # fmt: skip
+            slots[slot] = address
+            recorder.place(slots, slot, address)
+        for _ in range(2):
+            recorder.launched(lambda _: launched.append(dict(slots)))
+    assert recorder.possible and tape.state.recorder is None
 
-    def new_slots(self, device: int) -> Slots:
-        return Slots(self)
+    replay = Replay(recorder, moving=2)
+    first = x.data_ptr(), workspace.data_ptr()
+    for x_at, workspace_at in (first, (512, first[1]), (512, 1024), first):
+        launched.clear()
+        replay.run((x_at, workspace_at))
+        expected = {
+            "x": x_at, "head": workspace_at, "tail": workspace_at + 63, "weight": weight.data_ptr() + 8, "none": 0,
+        }  # fmt: skip
+        assert launched == [expected, expected]
 
 
-def test_pointers_into_a_buffer_move_with_it_and_nothing_else_does() -> None:
-    first, second = Kernel(), Kernel()
-    common = {"a": 1000, "none": None, "count": 1000}
-    launches = [
-        Launch(first, (1, 1, 1), common | {"out": 2000, "where": 5064}),  # type: ignore[arg-type]
-        Launch(second, (2, 1, 1), common | {"out": 5000, "where": 5100}),  # type: ignore[arg-type]
-    ]
-    replay = Replay(launches, 0, [(1000, 1), (2000, 1), (5000, 100)])
-    for a, out, workspace in ((1000, 2000, 5000), (8, 2000, 5000), (8, 16, 7000), (1000, 2000, 5000)):
-        replay.run((a, out, workspace))
-        assert first.launched.pop() == ((1, 1, 1), (1000, a, out, workspace + 64, 0))
-        # 5100 is the first address behind the workspace
-        assert second.launched.pop() == ((2, 1, 1), (1000, a, workspace, 5100, 0))
+def test_an_address_of_nobody_is_not_for_a_replay() -> None:
+    with recording([torch.zeros(4)]) as recorder:
+        recorder.place([0], 0, 8)
+    assert not recorder.possible
 
 
-def test_an_argument_that_is_missing_is_named() -> None:
-    with pytest.raises(TypeError, match=r"add\(.*got the arguments \['a', 'count'"):
-        Replay([Launch(Kernel(), (1, 1, 1), {"a": 1, "count": 2, "none": 3, "out": 4})], 0, [])  # type: ignore[arg-type]
+def test_an_error_leaves_no_recorder() -> None:
+    with pytest.raises(ValueError, match="no"), recording([torch.zeros(4)]):
+        raise ValueError("no")
+    assert tape.state.recorder is None

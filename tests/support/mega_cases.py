@@ -132,6 +132,20 @@ def over_copies(size: int, calls: Sequence[Call], most: int = MOST) -> list[list
     return run_virtual(size, same_as_one_process, calls, "gather", most)
 
 
+def bf16_over_ranks(pow2: bool) -> tuple[bool, str]:
+    """Whether x in bf16 is quantized at home, to the codes that the operator makes of it; and what ``explain`` says."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    case = case_of(9 * size)
+    x = torch.randn(9 * size, H, generator=torch.Generator().manual_seed(3)).bfloat16()
+    rows, own = slice(9 * rank, 9 * rank + 9), slice(rank * E // size, (rank + 1) * E // size)
+    layer = mega(dist.group.WORLD, timeout_s=60.0)
+    got = call(layer, case, rows, own, x=x[rows], x_scale=None, pow2_scales=pow2)
+    said = layer.explain()
+    layer.close()
+    case.x, case.x_scale = x, None
+    return torch.equal(got, parts(case, size, pow2_scales=pow2)[rows]), said
+
+
 # ---- few rows: nothing is copied -------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,6 @@ run has one address. No GPU: launches are written down, for tensors of a CPU tha
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,108 +15,28 @@ from torch import Tensor
 pytest.importorskip("cuda.bindings.driver")
 pytest.importorskip("triton")
 
-from pretended_gpu import pretend_gpu
+from pretended_gpu import Launch, Machine, pretend_hopper
 
 import supersonic_moe as sm
 from supersonic_moe import ops
-from supersonic_moe.jit import launch as launch_module
-from supersonic_moe.jit import signature, tape
-from supersonic_moe.kernels import registry
-from supersonic_moe.kernels.sm90 import gemm_config
-from supersonic_moe.private_api import DispatchMode
+from supersonic_moe.jit import tape
 from supersonic_moe.training import ops as training_ops
 
 T, H, I, E, K = 40, 128, 640, 4, 2  # noqa: E741
 OP = ("an op begins",)
-Launch = tuple[Any, ...]
-"""Kernel, grid, and arguments: ("at", address, what else a tensor map says), or a number."""
-
-
-class Machine:
-    """Launches in order, and the tensors of the step that must not make room for others before it is compared."""
-
-    def __init__(self) -> None:
-        self.launches: list[Launch] = []
-        self.alive: list[Tensor] = []
-        self.maps: dict[bytes, Launch] = {}
-        self.numbers = itertools.count(1)
-
-    def __getattr__(self, name: str) -> Any:
-        from cuda.bindings import driver
-
-        return getattr(driver, name)
-
-    def map_of(self, address: int, *tiles: Any) -> bytes:
-        made = next(self.numbers).to_bytes(128, "little")
-        self.maps[made] = ("at", address, tiles)
-        return made
-
-    def launched(self, slots: Any) -> tuple[int]:
-        parsed = slots._made_of[2]
-        found: list[Any] = []
-        values = parsed.slots()[0].unpack_from(slots.buffer, slots.offset)
-        for parameter, value in zip(parsed.parameters, values, strict=True):
-            if parameter.kind is signature.TENSOR_MAP:
-                found.append(self.maps[value])
-            else:
-                found.append(("at", value) if parameter.kind is signature.POINTER else value)
-        self.launches.append((parsed.kernel, slots._grid, *found))
-        return (0,)
-
-    def get(self, key: Any) -> Any:
-        """A Triton launcher. ``key``: what the kernel is specialized for, argument by argument."""
-        kernel, _, _, _, *signs = key
-
-        def run(x: int, y: int, z: int, stream: int, function: Any, metadata: Any, *rest: Any) -> None:
-            arguments = list(rest[3:])
-            for i, sign in enumerate(signs):
-                if isinstance(sign, tuple) and isinstance(sign[0], torch.dtype):
-                    arguments[i] = ("at", arguments[i])
-            self.launches.append((kernel, (x, y, z), *arguments))
-
-        return run, None, None
-
-    def allocate(self, shape: Any, stride: Any, dtype: torch.dtype) -> Tensor:
-        self.alive.append(torch.empty_strided(shape, stride, dtype=dtype))
-        return self.alive[-1]
-
-    def run(self, function: Any, args: Any) -> Any:
-        """Without a tape."""
-        alive = self.alive
-
-        class Keep(DispatchMode):  # type: ignore[misc, valid-type]
-            def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                result = op(*args, **(kwargs or {}))
-                alive.append(result)
-                return result
-
-        with Keep():
-            return function(*args)
 
 
 @pytest.fixture(name="machine")
 def a_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    machine, init = Machine(), launch_module._Slots.__init__
-
-    def noting(self: Any, *args: Any) -> None:
-        init(self, *args)
-        self._launch = lambda *_: machine.launched(self)
+    machine = Machine()
 
     def played(function: Any, *args: Any) -> Any:
         machine.launches.append(OP)
         return tape.play(function, args)
 
-    pretend_gpu(monkeypatch, machine, map_of=machine.map_of, allocate=machine.allocate)
-    for owner, name, value in (
-        (launch_module, "call", lambda *_: 0),
-        (launch_module._Slots, "__init__", noting),
-        (gemm_config, "multiprocessors", lambda device: 132),
-        (registry, "choose", lambda *_, **__: registry.Choice("sm90", "")),
-        (registry, "choose_fp8", lambda *_, **__: registry.Choice("sm90", "")),
-        (ops, "at_once", played),
-        (training_ops, "at_once", played),
-    ):
-        monkeypatch.setattr(owner, name, value)
+    pretend_hopper(monkeypatch, machine)
+    for owner in (ops, training_ops):
+        monkeypatch.setattr(owner, "at_once", played)
     forget_kernels()
     yield machine
     forget_kernels()

@@ -1,6 +1,7 @@
 """Calls that have been made before: their checks, tables and packed arguments are kept, and a call only launches.
 
-A decode step calls an operator with other contents, other addresses of activations and the same of everything else.
+The first call of a kind just runs, the second is recorded while it runs, and from the third on it is replayed. A decode
+step calls an operator with other contents, other addresses of activations and the same of everything else.
 All that decides about a call is in its key: shapes, strides, dtypes and devices of its tensors, the addresses of
 weights, and every option. No contents are; and no tensor is kept alive: one that is freed and another that takes its
 address are the same to a kernel.
@@ -8,6 +9,8 @@ address are the same to a kernel.
 
 from __future__ import annotations
 
+import functools
+import operator
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
@@ -18,18 +21,19 @@ from torch import Tensor
 from supersonic_moe.inference.operands import Sizes, checked_workspace, chunks, output
 from supersonic_moe.inference.ops import Arguments, on_sm90
 from supersonic_moe.inference.workspace import ALIGNMENT, workspace_bytes
-from supersonic_moe.jit.replay import Replay
+from supersonic_moe.jit.replay import Replay, recording
 from supersonic_moe.kernels.alignment import ALIGNMENT as VECTOR
 from supersonic_moe.private_api import current_device, dispatch_modes
 
 KEPT = 512  # calls of a thread; then all are forgotten
 _PLAIN = (Tensor, torch.nn.Parameter)
-_ANYWHERE = 1 << 60  # address of a workspace that does not exist
 
 
 class _Kept(NamedTuple):
     replay: Replay
     workspace_bytes: int
+    aligned: bool
+    """Whether one of its kernels was chosen by the alignment of its arguments."""
 
 
 class _OfThread(threading.local):
@@ -37,6 +41,8 @@ class _OfThread(threading.local):
 
     def __init__(self) -> None:
         self.calls: dict[Hashable, _Kept] = {}
+        self.seen: dict[Hashable, bool] = {}
+        """Whether calls that have been made can be kept."""
 
 
 _of_thread = _OfThread()
@@ -77,7 +83,9 @@ class Request(NamedTuple):
         addresses = [x.data_ptr(), out.data_ptr(), workspace.data_ptr()]
         if (addresses[0] | addresses[1]) % VECTOR or addresses[2] % ALIGNMENT:
             return None
-        addresses += [0 if t is None else t.data_ptr() for t in self.others]
+        addresses += [t.data_ptr() for t in self.others if t is not None]
+        if kept.aligned and functools.reduce(operator.or_, addresses) % VECTOR:
+            return None
         kept.replay.run(addresses)
         return out
 
@@ -97,34 +105,44 @@ class Request(NamedTuple):
         out = output(self.out, x)
         for first, end in chunks(num_tokens, max_tokens_per_chunk):
             arguments = part(first, end)
-            op(*arguments, out[first:end], workspace)
-            if end - first == num_tokens:
-                self.keep(arguments, out)
+            if end - first < num_tokens:
+                op(*arguments, out[first:end], workspace)
+            elif self.key is None or not self._made_before(arguments, out):
+                op(*arguments, out, workspace)
+            else:
+                self._record(op, arguments, out)
         return out
 
-    def keep(self, arguments: Arguments, out: Tensor) -> None:
-        """For the next time: the op has run with ``arguments`` and ``out``. Not kept are calls for which the device
-        decides between kernels, such as have two tensors at one address, and such as had to copy one.
+    def _made_before(self, arguments: Arguments, out: Tensor) -> bool:
+        """Whether this is the second call of its kind, and one to keep: of launches alone, without two tensors at one
+        address, and without one that has to be copied.
         """
-        if self.key is None or not on_sm90(self.x):
-            return
-        from supersonic_moe.inference import sm90
-
-        codes = [t.data_ptr() for t in arguments.weights[::2]]  # the others are their scales
+        seen = _of_thread.seen
+        if self.key not in seen:
+            if len(seen) == KEPT:
+                seen.clear()
+                _of_thread.calls.clear()
+            seen[self.key] = on_sm90(self.x) and arguments.call(out).launches_only
+            return False
+        if not seen[self.key] or self.key in _of_thread.calls:
+            return False
         addresses = [self.x.data_ptr(), out.data_ptr(), *(t.data_ptr() for t in self.others if t is not None)]
-        misplaced = any(address % VECTOR for address in (*addresses[:2], *codes))
-        misplaced = misplaced or len(set(addresses)) < len(addresses)
-        misplaced = misplaced or not {t.data_ptr() for t in arguments if isinstance(t, Tensor)} <= set(addresses)
-        call = arguments.call(out)
-        if call.tiles or misplaced:
-            return
+        codes = [t.data_ptr() for t in arguments.weights[::2]]  # the others are their scales
+        if any(address % VECTOR for address in (*addresses[:2], *codes)) or len(set(addresses)) < len(addresses):
+            return False
+        return {t.data_ptr() for t in arguments if isinstance(t, Tensor)} <= set(addresses)
+
+    def _record(self, op: Callable[..., None], arguments: Arguments, out: Tensor) -> None:
+        call, workspace = arguments.call(out), self.workspace
         needed = workspace_bytes(*call.sizes)
-        buffers = [(self.x.data_ptr(), 1), (out.data_ptr(), 1), (_ANYWHERE, needed)]
-        buffers += [(0 if t is None else t.data_ptr(), 1) for t in self.others]
-        if len(_of_thread.calls) == KEPT:
-            _of_thread.calls.clear()
-        launches = sm90.launches(call, _ANYWHERE)
-        _of_thread.calls[self.key] = _Kept(Replay(launches, self.x.get_device(), buffers), needed)
+        if workspace is None:
+            workspace = torch.empty(needed, dtype=torch.uint8, device=self.x.device)
+        moving = [self.x, out, workspace, *(t for t in self.others if t is not None)]
+        with recording([*moving, *arguments.weights]) as recorder:
+            op(*arguments, out, workspace)
+        _of_thread.seen[self.key] = recorder.possible
+        if recorder.possible:
+            _of_thread.calls[self.key] = _Kept(Replay(recorder, len(moving)), needed, call.tiles)
 
 
 def _key(

@@ -20,7 +20,14 @@ from torch import Tensor
 from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout
 from supersonic_moe.config.grouped_routing import GroupedRouting
 from supersonic_moe.config.recipe import Fp8Recipe
-from supersonic_moe.inference.workspace import ALIGNMENT, SURE_ROWS, regions, streamed_rows, workspace_bytes
+from supersonic_moe.inference.workspace import (
+    ALIGNMENT,
+    SURE_ROWS,
+    regions,
+    scale_rows,
+    streamed_rows,
+    workspace_bytes,
+)
 from supersonic_moe.jit.launch import Launch, on_device
 from supersonic_moe.kernels.alignment import ALIGNMENT as VECTOR
 from supersonic_moe.kernels.alignment import aligned
@@ -43,7 +50,7 @@ from supersonic_moe.kernels.sm90.stream_experts import (
 from supersonic_moe.kernels.sm90.up_projection_fp8 import up_projection_fp8
 from supersonic_moe.kernels.triton.gather_quantized import gather_quantized
 from supersonic_moe.kernels.triton.quantize import quantize_rows_into
-from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks, empty_scales
+from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks
 
 MEAN_ROWS = 96  # streamed rows of an expert on average, where the device decides: a tile of 128 costs as much as 150
 LIKELY_ROWS = 64  # the same for the mean to be expected, if the bound is at most STREAMED_ROWS
@@ -88,6 +95,11 @@ class Call(NamedTuple):
     def streamed(self) -> int:
         """How many of the rows may be streamed."""
         return streamed_rows(self.rows, self.layer.experts.w2.shape[2], self.choices.num_local)
+
+    @property
+    def launches_only(self) -> bool:
+        """Whether all that the call does is kernels of this package, which a replay can launch again."""
+        return not self.tiles or (self.layer.shared is None and self.layer.x_weight_T is None)
 
     @property
     def tiles(self) -> bool:
@@ -144,27 +156,17 @@ def run(call: Call, workspace: Tensor | None) -> None:
     if out.data_ptr() % VECTOR:
         call = call._replace(out=torch.empty_like(out))
     with on_device(call.x):
-        if call.tiles:
-            _run_undecided(call, workspace)
-        else:
-            for launch in launches(call, workspace.data_ptr()):
-                launch.run()
+        _launch(call, workspace)
     if call.out is not out:
         out.copy_(call.out)
-
-
-def launches(call: Call, workspace: int) -> list[Launch]:
-    """Everything that a call does whose rows are all streamed. ``workspace``: an address."""
-    tables = _tables(call, workspace)
-    return [*call.route(tables), _stream(call, tables, workspace)]
 
 
 def launches_of_ranks(
     tokens: RankTokens, phase: int, ids_UK: Tensor, weights_UK: Tensor, offset: int, num_experts: int, layer: Layer,
     received: Tensor | None, workspace: int,
 ) -> list[Launch]:  # fmt: skip
-    """The same for tokens that lie in the memory of several ranks, U places in all, with their choices here. All rows
-    are streamed.
+    """What a call does for tokens that lie in the memory of several ranks, U places in all, with their choices here.
+    All rows are streamed.
     """
     x = out = ids_UK  # of which only the number of tokens counts: they lie elsewhere
     call = topk(ids_UK, weights_UK, None, offset, num_experts, 1.0, False, x, None, layer, out, received)
@@ -176,20 +178,21 @@ def launches_of_ranks(
     return [*call.route(tables), stream]
 
 
-def _run_undecided(call: Call, workspace: Tensor) -> None:
-    """Rows are streamed or go through the tile kernels, as the router finds on the device."""
+def _launch(call: Call, workspace: Tensor) -> None:
+    """Rows are streamed, or, as the router finds on the device, go through the tile kernels."""
     base, at = workspace.data_ptr(), regions(*call.sizes)
     tables = _tables(call, base)
     for launch in call.route(tables):
         launch.run()
-    if call.x_scale is None:
+    if call.x_scale is None and call.tiles:
         codes = _view(workspace, at.x, E4M3, *call.x.shape)
         scales = _view(workspace, at.x_scale, torch.float32, call.x.shape[0], blocks(call.x.shape[1]))
         x, x_scale = quantize_rows_into(Quantized(codes, scales), call.x, call.layer.pow2)
         call = call._replace(x=x, x_scale=x_scale)
     _stream(call, tables, base).run()
-    assert call.x_scale is not None
-    _multiply_tiles(call, call.x_scale, tables, workspace)
+    if call.tiles:
+        assert call.x_scale is not None
+        _multiply_tiles(call, call.x_scale, tables, workspace)
 
 
 def _tables(call: Call, base: int) -> RowTables:
@@ -238,18 +241,24 @@ def _multiply_tiles(call: Call, x_scale: Tensor, tables: RowTables, workspace: T
     gate = Gate(Activation(ActivationType.SWIGLU, limit=layer.limit), layer.order)
     recipe = Fp8Recipe(scale="pow2" if layer.pow2 else "fp32")
 
-    def activations(experts: Fp8Experts, rows: Rows[Quantized], offsets: Tensor) -> Quantized:
+    def activations(
+        experts: Fp8Experts, rows: Rows[Quantized], offsets: Tensor, into: Quantized | None = None
+    ) -> Quantized:
         w13 = Quantized(experts.w13, experts.w13_scale)
-        return up_projection_fp8(UpProjection(rows, w13, None, offsets, token_P, gate, save=False), recipe)[1]
+        return up_projection_fp8(UpProjection(rows, w13, None, offsets, token_P, gate, save=False), recipe, a=into)[1]
+
+    def quantized(codes: int, scales: int, columns: int) -> Quantized:
+        scale_BP = _view(workspace, scales, torch.float32, blocks(columns), scale_rows(call.rows))
+        return Quantized(_view(workspace, codes, E4M3, call.rows, columns), scale_BP.t()[: call.rows])
 
     token_P = _view(workspace, at.row_token, torch.int32, call.rows)
     offsets = _view(workspace, at.offsets, torch.int32, call.choices.num_local + 1)
     scale = x_scale if layer.x_weight_T is None else x_scale * layer.x_weight_T.view(-1, 1)
-    y_PH = call.out.new_empty(call.rows, x.shape[1])
-    codes = y_PH.view(E4M3).view(-1)[: y_PH.numel()].view(y_PH.shape)
-    rows = Quantized(codes, empty_scales(x, call.rows, blocks(x.shape[1]), tma=True))
+    y_PH = _view(workspace, at.tile_y, torch.bfloat16, call.rows, x.shape[1])
+    rows = quantized(at.tile_y, at.tile_x_scale, x.shape[1])
     gather_quantized(rows, Quantized(x, scale), token_P, offsets[routed:], GATHERS * multiprocessors(x.get_device()))
-    c = activations(layer.experts, Rows(rows), offsets[: routed + 1])
+    c = quantized(at.tile_c, at.tile_c_scale, layer.experts.w2.shape[2])
+    c = activations(layer.experts, Rows(rows), offsets[: routed + 1], c)
     w2 = Quantized(layer.experts.w2, layer.experts.w2_scale)
     assert tables.row_out is not None
     down_projection_fp8(c, w2, offsets[: routed + 1], tables.row_out, y_PH, call.out)

@@ -10,15 +10,18 @@ them padded:
 | counters and items | 32 + 4 H / 128 + P / 16, and 20 + 4 ceil(I / 128) for each item |
 | tables of experts | 1060 E_local |
 | row -> slot, row -> token and weight, slot -> row, slot -> weight | 24 R |
-| x of each streamed row | P H (1 + 4/128) |
+| x in e4m3, where R > 128 E_local | T H (1 + 4/128) |
+| streaming kernel: x of each row | P H (1 + 4/128) |
 | c in fp32, then in e4m3 | 4 P I + P I (1 + 4/128) |
-| y of each streamed row in fp32 | 4 P H |
-| x in e4m3, where R > R' | T H (1 + 4/128) |
+| y in fp32 | 4 P H |
+| or tile kernels, where R > 128 E_local: y, and before it x of each row | 2 R H |
+| scales of x; c | R H 4/128 + R I (1 + 4/128) |
 
-An item is up to 128 rows of an expert: E_local + R' / 128 at most. So no more than 0.4 GB at E_local 32, H 7168,
-I 2048, and T H beyond T = 32 E_local. Where I is not a multiple of 128 every row is streamed: R' = R;
-``max_tokens_per_chunk`` of the operators bounds T. The tile kernels, which take over where rows are many, get their c,
-y (R I and 2 R H bytes; x of each row lies in y before) and scales (R (I + H) / 32) from torch's allocator.
+An item is up to 128 rows of an expert: E_local + R' / 128 at most. So the streaming kernel needs no more than 0.4 GB at
+E_local 32, H 7168, I 2048. The tile kernels take over where rows are many, and use the same memory; they need 17 KB a
+row there, 2 GB for 14107 tokens of 8 choices, because only the device knows that few of these are local.
+``max_tokens_per_chunk`` of the operators bounds T. Where I is not a multiple of 128 every row is streamed: R' = R. What
+a shared expert needs on the tile kernels (T (2 H + I) bytes, and scales) comes from torch's allocator.
 """
 
 from __future__ import annotations
@@ -52,14 +55,18 @@ class Regions(NamedTuple):
     row_out: int
     slot_row: int
     weights: int
+    x: int
+    x_scale: int
     x_rows: int
     x_rows_scale: int
     c: int
     c_codes: int
     c_scale: int
     y: int
-    x: int
-    x_scale: int
+    tile_y: int
+    tile_x_scale: int
+    tile_c: int
+    tile_c_scale: int
     end: int
 
 
@@ -91,30 +98,54 @@ def regions(num_tokens: int, top_k: int, hidden: int, intermediate: int, num_loc
     streamed = streamed_rows(rows, intermediate, num_local)
     items = num_local + streamed // ITEM_ROWS
     padded = padding(streamed, num_local)
-    token_major = num_tokens if rows > ITEM_ROWS * num_local else 0
-    sizes = (
+    many = rows if rows > SURE_ROWS * num_local else 0
+    tokens = num_tokens if many else 0
+    tiles = 0 if intermediate % BLOCK else many
+    common = _starts(
+        0,
         4 * (4 + blocks(hidden) + items * (1 + blocks(intermediate)) + -(-padded // GATHER_ROWS)),
         4 * (num_local + 1),
         16 * (items + 1),
         4 * COUNTING_BLOCKS * num_local,
         4 * max(rows, padded),
-        4 * rows if token_major else 0,
-        8 * rows if token_major else 0,
+        4 * many,
+        8 * many,
         4 * rows,
         4 * rows,
+        tokens * hidden,
+        4 * tokens * blocks(hidden),
+    )
+    of_streamed = _starts(
+        common[-1],
         padded * hidden,
         4 * padded * blocks(hidden),
         4 * padded * intermediate,
         padded * blocks(intermediate) * BLOCK,
         4 * padded * blocks(intermediate),
         4 * padded * hidden,
-        token_major * hidden,
-        4 * token_major * blocks(hidden),
     )
-    starts = [0]
+    of_tiles = _starts(
+        common[-1],
+        2 * tiles * hidden,
+        4 * scale_rows(tiles) * blocks(hidden),
+        tiles * intermediate,
+        4 * scale_rows(tiles) * blocks(intermediate),
+    )
+    end = max(of_streamed[-1], of_tiles[-1])
+    return Regions._make([*common[:-1], *of_streamed[:-1], *of_tiles[:-1], end])
+
+
+def scale_rows(rows: int) -> int:
+    """Rows of scales stored transposed, which start at multiples of 16 bytes (``empty_scales``)."""
+    return -(-rows // 4) * 4
+
+
+def _starts(first: int, *sizes: int) -> list[int]:
+    """Where each region starts, and where the last one ends."""
+    starts = [first]
     for size in sizes:
         starts.append(starts[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
-    return Regions(*starts)
+    return starts
 
 
 def check_workspace(workspace: Tensor, x: Tensor, needed: int) -> None:

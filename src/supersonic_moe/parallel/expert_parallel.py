@@ -144,12 +144,12 @@ class ExpertParallel:
         self._all, self._taken = list[Channel](), _Taken()
         if self.size > 1:
             key = self._agree()
-            row_bytes = self._row_bytes()
+            row_bytes = self.row_bytes()
             common = Sizes(num_experts, top_k, max_tokens, row_bytes, capacity, timeout_s, self._names)
             self._all = [Channel(self.group, number, transport, common, key) for number in range(channels)]
             self.transport = self._channel.transport
 
-    def _row_bytes(self) -> int:
+    def row_bytes(self) -> int:
         """Of the rows of an exchange, at most: of x in 16 bits; of ids, scores and scales."""
         return max(2 * self.hidden, 8 * self.top_k + 4 * blocks(self.hidden))
 

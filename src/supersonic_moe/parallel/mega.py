@@ -75,8 +75,8 @@ class _Exchange(ExpertParallel):
     def _has_few_rows(self) -> bool:
         return few_rows.has_few_rows(self.size, self.max_tokens, self.top_k, self.experts_here)
 
-    def _row_bytes(self) -> int:
-        least = super()._row_bytes()
+    def row_bytes(self) -> int:
+        least = super().row_bytes()
         if not self._has_few_rows():
             return least
         return max(least, few_rows.row_bytes(self.size, self.max_tokens, self.hidden, self.top_k))

@@ -32,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1) down_backward_
         const Epilogue epilogue{shared, slots, {slots.empty(Epilogue::SLOTS)}, {alpha, limit, up_offset}, &map_dz, &map_dz_transposed,
                                 &map_as_transposed, offsets, padded_offsets, b1, dz, row_scales, row_scales_stride, dz_scales,
                                 dz_scales_stride, as_scales, as_scales_stride, dscores, rows_allocated, pow2, width, blocks_k,
-                                warp / 4 - 1, warp, shared.tile_a(0) + CONFIG.buffer_bytes()};
+                                warp / 4 - 1, warp};
         for_each_scaled_tile<Walk::Laps, false>(shared, warp, epilogue);
     });
 }

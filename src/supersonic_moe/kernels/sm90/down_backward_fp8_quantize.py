@@ -47,7 +47,7 @@ from supersonic_moe.kernels.triton import quantize_both_orders, quantize_columns
 from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks, empty_e4m3, empty_scales
 
 NAME = "down_backward_fp8_quantize"
-STAGING_BYTES = staging_bytes(interleaved=True, saved_fp8=True)
+STAGING_BYTES = staging_bytes(interleaved=True, saved_fp8=True) + 2 * 128 * 12 * 4  # twelve numbers of each math thread
 
 SPECS = tuple(
     spec_of(fp8_form(cluster, gather, STAGING_BYTES), kind, True, True, NAME)

@@ -79,10 +79,11 @@ def _kernel(config: GemmConfig, kind: int, interleaved: bool, in_parts: bool = F
 
 
 def up_projection_fp8(
-    step: UpProjection[Quantized], recipe: Fp8Recipe, parts: Sequence[RowBlocks] = ()
+    step: UpProjection[Quantized], recipe: Fp8Recipe, parts: Sequence[RowBlocks] = (), a: Quantized | None = None
 ) -> tuple[Quantized, Quantized]:
     """(Z as backward will see it, A): see ``Fp8Experts``. Activations outside ``KINDS`` take the composed form, and so
-    do halves of Z that do not start at a scale block. Gathered SwiGLU has parts.
+    do halves of Z that do not start at a scale block; no other form writes to ``a``, memory for A as ``empty_e4m3`` and
+    ``empty_scales(..., tma=True)`` lay it out. Gathered SwiGLU has parts.
     """
     x, (w1, w1_scale), b1_EN, expert_offsets, _, (activation, layout), save = step
     (xq_TH, x_scale), index = x
@@ -97,8 +98,9 @@ def up_projection_fp8(
     else:
         z_PN = xq_TH.new_empty(rows if saved == IN_BF16 else 0, n1, dtype=torch.bfloat16)
         z_scale = xq_TH.new_empty(0, blocks(n1), dtype=torch.float32)
-    a_PI, a_scale = empty_e4m3(xq_TH, rows, width), empty_scales(xq_TH, rows, blocks(width), tma=True)
-    z, a = Quantized(z_PN, z_scale), Quantized(a_PI, a_scale)
+    if a is None:
+        a = Quantized(empty_e4m3(xq_TH, rows, width), empty_scales(xq_TH, rows, blocks(width), tma=True))
+    z, (a_PI, a_scale) = Quantized(z_PN, z_scale), a
     if rows == 0:
         return z, a
     config, kind = choose(n1, index is not None, staging_bytes=STAGING_BYTES), kind_of(activation)

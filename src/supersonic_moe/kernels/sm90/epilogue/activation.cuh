@@ -95,23 +95,27 @@ DEVICE u32 load_bias_pair(const u16* bias, i32 column, i32 width) {
     return column < width ? *reinterpret_cast<const u32*>(bias + column) : 0;
 }
 
-// gate[i] = act(gate[i] + its bias, up[i] + its bias) for this thread's accumulators of gate and of up, Count each, of a tile whose
-// activations start at `column`. b1: (experts, 2 * width), or null.
-template <Act Kind, u32 Count>
-DEVICE void activate(float* gate, float* up, bool interleaved, const u16* b1, i32 expert, i32 column, i32 width, i32 gate_base,
-                     i32 up_base, const ActivationConstants& constants, u32 lane) {
-    if (b1 != nullptr) {
-        const u16* bias = b1 + static_cast<i64>(expert) * 2 * width;
-        const i32 first = column + static_cast<i32>(lane % 4 * 2);
+// Adds the bias to this thread's accumulators of gate and of up, Count each, of a tile whose activations start at `column`. b1: (experts,
+// 2 * width), or null.
+template <u32 Count>
+DEVICE void add_bias(float* gate, float* up, bool interleaved, const u16* b1, i32 expert, i32 column, i32 width, i32 gate_base, i32 up_base,
+                     u32 lane) {
+    if (b1 == nullptr) return;
+    const u16* bias = b1 + static_cast<i64>(expert) * 2 * width;
+    const i32 first = column + static_cast<i32>(lane % 4 * 2);
 #pragma unroll
-        for (u32 i = 0; i < Count; i += 4) {
-            float g[2], u[2];
-            pin_four(gate + i), pin_four(up + i);
-            load_bias(interleaved, bias, first + static_cast<i32>(i * 2), width, gate_base, up_base, g, u);
+    for (u32 i = 0; i < Count; i += 4) {
+        float g[2], u[2];
+        pin_four(gate + i), pin_four(up + i);
+        load_bias(interleaved, bias, first + static_cast<i32>(i * 2), width, gate_base, up_base, g, u);
 #pragma unroll
-            for (u32 j = 0; j < 4; ++j) gate[i + j] += g[j % 2], up[i + j] += u[j % 2];  // rows r and r + 8
-        }
+        for (u32 j = 0; j < 4; ++j) gate[i + j] += g[j % 2], up[i + j] += u[j % 2];  // rows r and r + 8
     }
+}
+
+// gate[i] = act(gate[i], up[i]), Count of each.
+template <Act Kind, u32 Count>
+DEVICE void activate(float* gate, float* up, const ActivationConstants& constants) {
 #pragma unroll
     for (u32 i = 0; i < Count; i += 4) {
         pin_four(gate + i), pin_four(up + i);

@@ -120,11 +120,6 @@ DEVICE void store_dscores(const RowScores& pair, float* dscores, i32 rows, u32 l
 // ---- shared memory. `line`: first of this warp's 16; `part`: 16 activations of the chunk. A swizzled line is 128 bytes at a multiple of
 // 1024, so what `part` adds to an address is XORed to the lane's, one instruction, and rows r + 8 and buffers are immediate offsets. ----
 
-// 16 columns of bf16 as ldmatrix and stmatrix take them.
-DEVICE u32 matrix_address(u32 buffer, u32 line, u32 part, u32 lane) {
-    return (buffer + (line + lane % 16) * LINE + (lane / 16 * 16 ^ lane % 8 * 16)) ^ part * 32;
-}
-
 // Gate and up where they alternate: this thread's two columns are 8 bytes.
 template <Config C>
 DEVICE u32 pair_address(u32 buffers, u32 line, u32 part, u32 i, u32 lane) {

@@ -28,8 +28,9 @@ struct DeferredTokenStore {
     DEVICE void skip(float (&)[C.accumulators()], const WorkTile&, Ring<C>& ring) const { skip_stages(shared, ring, blocks_k); }
     DEVICE void operator()(float (&)[C.accumulators()], const WorkTile& tile, Ring<C>&) {
         held = tile;
-        const i32 row = tile.row + static_cast<i32>(first_line(warp) + fresh_thread_index() % WARP_ROWS);
-        if (row < tile.row_end)
+        const u32 lane = fresh_thread_index() % 32;
+        const i32 row = tile.row + static_cast<i32>(first_line(warp) + lane);
+        if (lane < WARP_ROWS && row < tile.row_end)
             asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(target(static_cast<u32>(row - tile.row))), "l"(to.of_row + row) : "memory");
     }
     // Where the {token, weight} of a line is.

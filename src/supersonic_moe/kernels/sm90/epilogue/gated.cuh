@@ -101,7 +101,8 @@ struct GatedActivation {
         if constexpr (Pairs) {
             activate_pairs<Kind, C.accumulators()>(acc, b1, tile.expert, tile.column, width, constants, lane);
         } else {
-            activate<Kind, WIDTH / 2>(gate, up, interleaved, b1, tile.expert, tile.column, width, gate_base, up_base, constants, lane);
+            add_bias<WIDTH / 2>(gate, up, interleaved, b1, tile.expert, tile.column, width, gate_base, up_base, lane);
+            activate<Kind, WIDTH / 2>(gate, up, constants);
         }
         const u32 buffer_of_a = lines + (z == nullptr ? 0 : C.buffer_bytes());
 #pragma unroll

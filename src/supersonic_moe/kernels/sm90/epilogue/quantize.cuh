@@ -7,8 +7,8 @@ constexpr float INVERSE_MAX = 0x1.24924ap-9f;            // fp32(1 / 448)
 
 // Scale of a block whose largest magnitude is `amax`; fmaxf leaves NaN out.
 DEVICE float block_scale(float amax, bool pow2) {
-    const float scale = __fmul_rn(fmaxf(amax, SMALLEST_AMAX), INVERSE_MAX);
-    return pow2 ? __uint_as_float((__float_as_uint(scale) + 0x7fffffu) & 0x7f800000u) : scale;
+    const u32 scale = __float_as_uint(__fmul_rn(fmaxf(amax, SMALLEST_AMAX), INVERSE_MAX));
+    return __uint_as_float((scale + (pow2 ? 0x7fffffu : 0)) & (pow2 ? 0x7f800000u : 0x7fffffffu));  // no branch
 }
 
 // fp32(1 / scale). What __frcp_rn does for the numbers that a finite scale can be, 2^-109 to 2^120, without its call for the others.

@@ -59,6 +59,11 @@ DEVICE WarpRows warp_rows(const WorkTile& tile, u32 warp) {
 // all buffers before the first store and runs out of registers.
 DEVICE void pin_four(float* acc) { asm volatile("" : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])::"memory"); }
 
+// 32 bytes, the `part`-th of this warp's 16 lines from `line` of a buffer on, as ldmatrix and stmatrix take them: 16 columns of bf16.
+DEVICE u32 matrix_address(u32 buffer, u32 line, u32 part, u32 lane) {
+    return (buffer + (line + lane % 16) * LINE + (lane / 16 * 16 ^ lane % 8 * 16)) ^ part * 32;
+}
+
 // `columns` of a warp's accumulators, 64 at most, rounded to bf16, into its 16 lines.
 DEVICE void stage_bf16(float* acc, u32 lines, u32 lane, u32 columns = 64) {
 #pragma unroll
