@@ -79,11 +79,19 @@ def _kernel(config: GemmConfig, kind: int, interleaved: bool, in_parts: bool = F
 
 
 def up_projection_fp8(
-    step: UpProjection[Quantized], recipe: Fp8Recipe, parts: Sequence[RowBlocks] = (), a: Quantized | None = None
+    step: UpProjection[Quantized], recipe: Fp8Recipe, parts: Sequence[RowBlocks] = ()
 ) -> tuple[Quantized, Quantized]:
     """(Z as backward will see it, A): see ``Fp8Experts``. Activations outside ``KINDS`` take the composed form, and so
-    do halves of Z that do not start at a scale block; no other form writes to ``a``, memory for A as ``empty_e4m3`` and
-    ``empty_scales(..., tma=True)`` lay it out. Gathered SwiGLU has parts.
+    do halves of Z that do not start at a scale block. Gathered SwiGLU has parts.
+    """
+    return up_projection_fp8_into(step, recipe, None, parts)
+
+
+def up_projection_fp8_into(
+    step: UpProjection[Quantized], recipe: Fp8Recipe, a: Quantized | None, parts: Sequence[RowBlocks] = ()
+) -> tuple[Quantized, Quantized]:
+    """``a``: memory for A as ``empty_e4m3`` and ``empty_scales(..., tma=True)`` lay it out; the composed form does not
+    write to it.
     """
     x, (w1, w1_scale), b1_EN, expert_offsets, _, (activation, layout), save = step
     (xq_TH, x_scale), index = x
