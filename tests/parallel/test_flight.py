@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import parallel_cases as cases
 import parallel_flight as flight
 import pytest
@@ -30,6 +32,13 @@ def test_codes_that_are_sent_again_give_the_bits_of_those_that_are_kept() -> Non
 @pytest.mark.parametrize("way", WAYS[::2], ids=NAMES[::2])
 def test_received_tokens_are_gone_after_forward_where_they_are_sent_again(way: dict, fp8: bool) -> None:
     assert run_ranks(2, flight.received_alive, way, fp8) == [[1, 0]] * 2
+
+
+def test_explain_says_what_is_sent_again_and_how_many_channels_there_are() -> None:
+    for plain, both in run_ranks(2, flight.explained):
+        once, twice = (float(re.search(r"backward  dout\D*([\d.]+)", text)[1]) for text in (plain, both))  # type: ignore[index]
+        assert "dout and x again" in both and twice == pytest.approx(2 * once, rel=0.01)
+        assert "channels: 2, each with a process group" in both and "channels" not in plain
 
 
 def test_tokens_that_changed_are_not_sent_again() -> None:

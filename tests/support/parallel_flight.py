@@ -61,6 +61,16 @@ def changed_in_place() -> str:
     return error
 
 
+def explained() -> list[str]:
+    """With and without both options."""
+    found = []
+    for options in ({}, {"keep_received": False, "channels": 2}):
+        ep = cases.make(**options)
+        found.append(ep.explain())
+        ep.close()
+    return found
+
+
 def checkpointed(tokens: Sequence[int], way: dict[str, Any]) -> list[str]:
     """Steps of the experts alone under activation checkpointing, which ends the second forward as soon as it can."""
     given = cases.inputs(tokens, torch.float32)
