@@ -85,11 +85,11 @@ DEVICE void load_ragged_depth(const SharedMemory<C>& shared, const DepthGemm& ge
         for (i32 block = 0; block < blocks_k; ++block, ring.advance()) {
             const u32 full = shared.full(ring.stage), tile_a = shared.tile_a(ring.stage);
             const i32 k = begin + block * block_k;
-            Run run{};
+            bool is_run = false;
             if constexpr (C.gather) {
                 const u32 line = lane_index() % WARP_LINES<C>;
                 if (lane_index() < WARP_LINES<C>) store_index(shared.row_index(warp * WARP_LINES<C> + line), mine);
-                run = find_run(mine, line, k + static_cast<i32>(warp * WARP_LINES<C> + line) >= end);
+                is_run = follow_each_other(mine, line, k + static_cast<i32>(warp * WARP_LINES<C> + line) >= end);
                 mine = block + 1 < blocks_k ? fetch(k + block_k, end) : fetch(next_begin, next_end);
                 __syncwarp();
             }
@@ -112,23 +112,22 @@ DEVICE void load_ragged_depth(const SharedMemory<C>& shared, const DepthGemm& ge
                 load_b_mn_major<C>(shared.tile_b(ring.stage), map_b, full, k, tile.column, 0, cluster_block_rank(), (1 << C.cluster) - 1);
             }
             if constexpr (C.gather) {
-                if (run.whole && elect_one()) {
-                    const u32 lines = tile_a + warp * WARP_LINES<C> * LINE;
+                if (elect_one()) {
+                    const u32 indices = shared.row_index(warp * WARP_LINES<C>), lines = tile_a + warp * WARP_LINES<C> * LINE;
+                    const auto load_slabs = [&](const TensorMap* map, u32 at, i32 row) {
 #pragma unroll
-                    for (u32 slab = 0; slab < C.slabs_m(); ++slab)
-                        tma_load(lines + slab * C.slab_bytes(), gemm.map_run, full, tile.row + static_cast<i32>(slab * 64), run.first);
-                }
-                if (!run.whole && elect_one()) {
+                        for (u32 slab = 0; slab < C.slabs_m(); ++slab)
+                            tma_load(at + slab * C.slab_bytes(), map, full, tile.row + static_cast<i32>(slab * 64), row);
+                    };
+                    if (is_run) {
+                        load_slabs(gemm.map_run, lines, load_index(indices));
+                    } else {
 #pragma unroll
-                    for (u32 first = warp * WARP_LINES<C>; first < (warp + 1) * WARP_LINES<C>; first += 4) {
-                        i32 rows[4];
-                        load_indices(rows, shared.row_index(first));
+                        for (u32 first = 0; first < WARP_LINES<C>; first += 4) {
+                            i32 rows[4];
+                            load_indices(rows, indices + first * 4);
 #pragma unroll
-                        for (u32 i = 0; i < 4; ++i) {
-#pragma unroll
-                            for (u32 slab = 0; slab < C.slabs_m(); ++slab)
-                                tma_load(tile_a + (first + i) * LINE + slab * C.slab_bytes(), map_a, full,
-                                         tile.row + static_cast<i32>(slab * 64), rows[i]);
+                            for (u32 i = 0; i < 4; ++i) load_slabs(map_a, lines + (first + i) * LINE, rows[i]);
                         }
                     }
                 }
