@@ -118,11 +118,11 @@ DEVICE void load_ragged_depth(const SharedMemory<C>& shared, const DepthGemm& ge
         for (i32 block = 0; block < blocks_k; ++block, ring.advance()) {
             const u32 full = shared.full(ring.stage), tile_a = shared.tile_a(ring.stage);
             const i32 k = begin + block * block_k;
-            Run run{};
+            bool is_run = false;
             if constexpr (C.gather) {
                 const u32 line = lane_index() % WARP_LINES<C>;
                 if (lane_index() < WARP_LINES<C>) store_index(shared.row_index(warp * WARP_LINES<C> + line), mine);
-                run = find_run(mine, line, k + static_cast<i32>(warp * WARP_LINES<C> + line) >= end);
+                is_run = follow_each_other(mine, line, k + static_cast<i32>(warp * WARP_LINES<C> + line) >= end);
                 mine = block + 1 < blocks_k ? fetch(k + block_k, end) : fetch(next_begin, next_end);
                 __syncwarp();
             }
@@ -153,17 +153,19 @@ DEVICE void load_ragged_depth(const SharedMemory<C>& shared, const DepthGemm& ge
                 }
             }
             if constexpr (C.gather) {
-                if (run.whole && elect_one()) {
-                    const u32 lines = tile_a + warp * WARP_LINES<C> * LINE;
+                if (elect_one()) {
+                    if (is_run) {
+                        const u32 lines = tile_a + warp * WARP_LINES<C> * LINE;
+                        const i32 first = load_index(shared.row_index(warp * WARP_LINES<C>));
 #pragma unroll
-                    for (u32 slab = 0; slab < C.slabs_m(); ++slab)
-                        if (slab < slabs)
-                            tma_load(lines + slab * C.slab_bytes(), gemm.map_run, full, tile.row + static_cast<i32>(slab * 64), run.first);
-                }
-                if (!run.whole && slabs == C.slabs_m() && elect_one())
-                    gather_slabs<C.slabs_m()>(shared, tile_a, map_a, full, tile.row, warp);
-                if constexpr (LastRows && C.slabs_m() > 1) {
-                    if (!run.whole && slabs == 1 && elect_one()) gather_slabs<1>(shared, tile_a, map_a, full, tile.row, warp);
+                        for (u32 slab = 0; slab < C.slabs_m(); ++slab)
+                            if (slab < slabs)
+                                tma_load(lines + slab * C.slab_bytes(), gemm.map_run, full, tile.row + static_cast<i32>(slab * 64), first);
+                    } else if (!LastRows || slabs == C.slabs_m()) {
+                        gather_slabs<C.slabs_m()>(shared, tile_a, map_a, full, tile.row, warp);
+                    } else if constexpr (C.slabs_m() > 1) {
+                        gather_slabs<1>(shared, tile_a, map_a, full, tile.row, warp);
+                    }
                 }
                 __syncwarp();
             }
