@@ -233,6 +233,7 @@ struct GatedBackwardQuantized {
             sync_math_warps<C>();
             if (chunk > 0) store_transposed(chunk - 1);
 
+            const float tile_scale = block_scale(maxima.of_dz(chunk, lane), pow2), inverse = inverse_of_scale(tile_scale);
             if (completes_pair) {
                 const u32 lane = fresh_thread_index() % 32;
                 unpark<C>(parking, acc + 32);
@@ -254,7 +255,6 @@ struct GatedBackwardQuantized {
                 transpose_lines<true>(lines, buffer_of_a(chunk / 2), line / WARP_ROWS, fresh_thread_index() % 32);
                 __syncwarp();
             }
-            const float tile_scale = block_scale(maxima.of_dz(chunk, lane), pow2), inverse = inverse_of_scale(tile_scale);
             if (warp == STORING_WARP && lane == 0 && column < width)
                 dz_scales[position / 128 * dz_scales_stride + column / 64] = tile_scale;
             stage_dz(z, buffer, line, fresh_thread_index() % 32, inverse, inverse);

@@ -68,13 +68,6 @@ DEVICE PackedFragment load_saved(u32 buffer, u32 line, u32 part, u32 lane, u32 g
     return words;
 }
 
-// A row of zeros in a buffer; four lanes.
-DEVICE void clear_line(u32 line, u32 lane) {
-#pragma unroll
-    for (u32 i = 0; i < 2; ++i)
-        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(line + lane % 4 * 32 + i * 16), "r"(0) : "memory");
-}
-
 // Z, its scales and the rows' scores, as the loading warpgroup reads them.
 template <Config C, SavedFormat S>
 struct LoadSavedSlots {
