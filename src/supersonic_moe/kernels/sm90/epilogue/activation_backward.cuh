@@ -117,6 +117,18 @@ DEVICE void store_dscores(const RowScores& pair, float* dscores, i32 rows, u32 l
     }
 }
 
+// The products of a tile's next chunk, to where those of this one were. Pinned, or the compiler moves them in each branch of what comes
+// before.
+template <Config C>
+DEVICE void next_products(float (&acc)[C.accumulators()]) {
+#pragma unroll
+    for (u32 i = 0; i + CHUNK / 2 < C.accumulators(); i += 4) {
+#pragma unroll
+        for (u32 j = i; j < i + 4; ++j) acc[j] = acc[j + CHUNK / 2];
+        pin_four(acc + i);
+    }
+}
+
 // ---- shared memory. `line`: first of this warp's 16; `part`: 16 activations of the chunk. A swizzled line is 128 bytes at a multiple of
 // 1024, so what `part` adds to an address is XORed to the lane's, one instruction, and rows r + 8 and buffers are immediate offsets. ----
 

@@ -26,18 +26,6 @@ struct LoadSavedIntoRing {
     }
 };
 
-// The products of a tile's next chunk, to where those of this one were. Pinned, or the compiler moves them in each branch of what comes
-// before.
-template <Config C>
-DEVICE void next_products(float (&acc)[C.accumulators()]) {
-#pragma unroll
-    for (u32 i = 0; i + CHUNK / 2 < C.accumulators(); i += 4) {
-#pragma unroll
-        for (u32 j = i; j < i + 4; ++j) acc[j] = acc[j + CHUNK / 2];
-        pin_four(acc + i);
-    }
-}
-
 template <Config C, Gate G>
 struct GatedBackward {
     Gradients<C, G> gradients;

@@ -58,14 +58,6 @@ struct Maxima {
     }
 };
 
-// This thread's lane, read from a special register of its own: ptxas takes what is computed from the thread's index in two places for one
-// value, and keeps addresses for staging in registers while a chunk is computed.
-DEVICE u32 hardware_lane() {
-    u32 lane;
-    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
-    return lane;
-}
-
 constexpr u32 PARKED = 12;  // values of each math thread, to shared memory and back: of s * A of a chunk's first 32 activations
 template <Config C>
 DEVICE u32 parking_place(u32 base, u32 i) {

@@ -47,6 +47,14 @@ struct SavedSlots {
     }
 };
 
+// This thread's lane, read from a special register of its own: ptxas takes what is computed from the thread's index in two places for one
+// value, and keeps addresses for staging in registers while a chunk is computed.
+DEVICE u32 hardware_lane() {
+    u32 lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return lane;
+}
+
 // This lane's part of 16 activations of a chunk. `gate_at`: 0, or 64 where the first half is up.
 template <Config C, SavedFormat S>
 DEVICE PackedFragment load_saved(u32 buffer, u32 line, u32 part, u32 lane, u32 gate_at) {
