@@ -89,9 +89,8 @@ class FewRows:
 
     def _launch(self, tokens: RankTokens, given: Given, out_TH: Tensor, accumulate: bool) -> None:
         to_TH = out_TH if out_TH.data_ptr() % VECTOR == 0 else out_TH.clone()
-        size = workspace_bytes(
-            self._ranks * self._places, self._top_k, *given.experts.w2.shape[1:], num_local_experts=self._here
-        )
+        hidden, inter = given.experts.w2.shape[1:]
+        size = workspace_bytes(self._ranks * self._places, self._top_k, hidden, inter, self._here)
         workspace = torch.empty(size, dtype=torch.uint8, device=out_TH.device)
         with on_device(out_TH):
             for launch in self._launches(tokens, given, to_TH, accumulate, workspace.data_ptr()):

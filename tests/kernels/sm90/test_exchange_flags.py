@@ -31,13 +31,16 @@ def test_every_flag_is_written_and_read_by_one_of_two_functions() -> None:
 
 
 def test_the_machine_code_orders_flags_for_the_whole_system() -> None:
-    """A flag to the others, the reason to the host and the word that stops them: each behind a barrier of memory."""
+    """A flag to the others, the reason to the host and the word that stops them: each behind a barrier of memory. The
+    word that says in which call a rank waits, written twice, publishes nothing.
+    """
     for kernel in sass.compiled(*exchange_flags.SPECS):
         opcodes = sass.opcodes(kernel.listing)
         assert opcodes["LDG.E.64.STRONG.SYS"] >= 3 and opcodes["BPT.TRAP"] == 1
         assert not any("STRONG.GPU" in opcode for opcode in opcodes)
         order = re.findall(r"MEMBAR\.ALL\.SYS|STG\.E\.64\.STRONG\.SYS", kernel.listing)
-        assert order == ["MEMBAR.ALL.SYS", "STG.E.64.STRONG.SYS"] * 3
+        barrier, flag = "MEMBAR.ALL.SYS", "STG.E.64.STRONG.SYS"
+        assert order == [barrier, flag, flag, flag, *[barrier, flag] * 2]
 
 
 def test_launches_have_what_the_kernels_take(launches: list, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +56,7 @@ def test_launches_have_what_the_kernels_take(launches: list, monkeypatch: pytest
     assert (begin.spec.name, meet.spec.name, grid) == ("exchange_begin", "exchange_meet", (1, 1, 1))
     same = {"rank": 1, "ranks": 3, "limit_ns": 2_500_000_000, "call": 7, "phase": 2}
     same |= {"words": flags._table.data_ptr(), "host": flags._host.data_ptr(), "state": flags._state.data_ptr()}
-    assert told == same | {"bank": 1} and met == same | {"kind": 3 << 29 | 64}
+    assert told == same | {"bank": 1} and met == same | {"kind": 3 << 29 | 64, "lanes": 2**32 - 1}
     assert flags._table.tolist() == [block.data_ptr() for block in blocks]
     assert flags.failure() is None
     flags.stop(2)

@@ -17,6 +17,11 @@
 constexpr u32 HELD = 8;  // row indices in registers at a time
 
 DEVICE void store_index(u32 address, i32 index) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(index) : "memory"); }
+DEVICE i32 load_index(u32 address) {
+    i32 index;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(index) : "r"(address) : "memory");
+    return index;
+}
 template <u32 Held>
 DEVICE void load_indices(i32 (&rows)[Held], u32 address) {
 #pragma unroll
@@ -27,15 +32,11 @@ DEVICE void load_indices(i32 (&rows)[Held], u32 address) {
                      : "memory");
 }
 
-// The rows that a warp gathers: the first, and whether the others follow it in A, so that one box holds them all. A lane has `row` of
-// line `line`, its own number modulo the lines; those `past_end` do not matter. All lanes.
-struct Run {
-    i32 first;
-    bool whole;
-};
-DEVICE Run find_run(i32 row, u32 line, bool past_end) {
+// Whether the rows that a warp gathers follow each other in A, so that one box holds them all. A lane has `row` of line `line`, its own
+// number modulo the lines; those `past_end` do not matter. All lanes.
+DEVICE bool follow_each_other(i32 row, u32 line, bool past_end) {
     const i32 first = __shfl_sync(0xffffffffu, row, 0);
-    return {first, __all_sync(0xffffffffu, past_end || row == first + static_cast<i32>(line)) != 0};
+    return __all_sync(0xffffffffu, past_end || row == first + static_cast<i32>(line));
 }
 
 // A box of gathered rows, with share_a for all blocks of the cluster.
@@ -129,11 +130,11 @@ DEVICE void load_ragged_rows(const SharedMemory<C>& shared, const RaggedGemm& ge
             const u32 first_part = now.own_columns ? 0 : static_cast<u32>(rank), parts = now.own_columns ? C.cluster : 1;
             const u16 sharers = static_cast<u16>(now.own_columns ? 1 << rank : (1 << C.cluster) - 1);
             const bool has_rows = tile.row + static_cast<i32>(first_line) < tile.row_end;
-            Run run{};
+            bool is_run = false;
             if constexpr (C.gather) {
                 const u32 line = lane_index() % C.box_rows();
                 store_index(shared.row_index(warp * C.box_rows() + line), box_row);
-                run = find_run(box_row, line, tile.row + static_cast<i32>(box_line) >= tile.row_end);
+                is_run = follow_each_other(box_row, line, tile.row + static_cast<i32>(box_line) >= tile.row_end);
                 __syncwarp();
             }
             for (i32 block = 0; block < gemm.blocks_k; ++block, ring.advance()) {
@@ -161,15 +162,19 @@ DEVICE void load_ragged_rows(const SharedMemory<C>& shared, const RaggedGemm& ge
                         load_b(shared.tile_b(ring.stage), full, k, tile, part, sharers);
                 }
                 if constexpr (C.gather) {
-                    const u32 indices = shared.row_index(warp * C.box_rows()), lines = tile_a + first_line * LINE;
-                    if (run.whole && has_rows && elect_one()) load_gathered<C>(lines, gemm.map_run, full, k, run.first);
-                    if (!run.whole && has_rows && elect_one()) {
+                    if (has_rows && elect_one()) {
+                        const u32 indices = shared.row_index(warp * C.box_rows()), lines = tile_a + first_line * LINE;
+                        if (is_run) {
+                            load_gathered<C>(lines, gemm.map_run, full, k, load_index(indices));
+                        } else {
 #pragma unroll
-                        for (u32 first = 0; first < C.box_rows(); first += HELD) {
-                            i32 rows_of_a[HELD];
-                            load_indices(rows_of_a, indices + first * 4);
+                            for (u32 first = 0; first < C.box_rows(); first += HELD) {
+                                i32 rows_of_a[HELD];
+                                load_indices(rows_of_a, indices + first * 4);
 #pragma unroll
-                            for (u32 i = 0; i < HELD; ++i) load_gathered<C>(lines + (first + i) * LINE, map_a, full, k, rows_of_a[i]);
+                                for (u32 i = 0; i < HELD; ++i)
+                                    load_gathered<C>(lines + (first + i) * LINE, map_a, full, k, rows_of_a[i]);
+                            }
                         }
                     }
                     __syncwarp();
