@@ -201,15 +201,22 @@ class MoE(nn.Module):
                 losses nor the counts.
             return_routing: return logits, expert ids and counts as well, for losses of your own.
         """
-        if not isinstance(hidden_states, Tensor) or hidden_states.dim() < 1:
-            raise TypeError(
-                f"hidden_states must be a tensor of shape (..., {self.hidden_size}); "
-                f"got {checks.describe(hidden_states)}."
+        try:
+            if not isinstance(hidden_states, Tensor) or hidden_states.dim() < 1:
+                raise TypeError(
+                    f"hidden_states must be a tensor of shape (..., {self.hidden_size}); "
+                    f"got {checks.describe(hidden_states)}."
+                )
+            checks.strided("hidden_states", hidden_states)
+            checks.size(
+                "hidden_states", "last dimension", hidden_states.shape[-1], self.hidden_size, "hidden_size of the layer"
             )
-        checks.strided("hidden_states", hidden_states)
-        checks.size(
-            "hidden_states", "last dimension", hidden_states.shape[-1], self.hidden_size, "hidden_size of the layer"
-        )
+            if token_mask is not None:
+                checks.token_mask("token_mask", token_mask, hidden_states)
+        except (TypeError, ValueError) as error:
+            if self.expert_parallel is not None:
+                self.expert_parallel.refuse_call(error)
+            raise
         recipe, correction_bias, training = self.recipe, self.correction_bias, self.training
         router = member_of(self, "router")
         fused = is_plain_linear(router)
@@ -231,7 +238,6 @@ class MoE(nn.Module):
         flat = hidden_states.dim() == 2  # views cost the host two autograd nodes
         x_TH = hidden_states if flat else hidden_states.reshape(-1, self.hidden_size)
         if token_mask is not None:
-            checks.token_mask("token_mask", token_mask, hidden_states)
             token_mask = token_mask.reshape(-1)
         w1, b1 = weights_of(member_of(self, "c_fc"), "c_fc", x_TH)
         w2, b2 = weights_of(member_of(self, "c_proj"), "c_proj", x_TH)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 
@@ -199,6 +200,26 @@ def versions_of(tensors: Sequence[Tensor]) -> list[int]:
     except AttributeError:
         return [next(_never_twice) for _ in tensors]
 
+
+def replace_saved(out: Tensor, saved: Tensor, again: Callable[[], Tensor]) -> None:
+    """The function that made ``out`` keeps its operand ``saved`` for backward no longer, which calls ``again`` for it.
+    Nothing happens where torch does not say what a function keeps, or where other hooks on what it keeps are active:
+    activation checkpointing keeps nothing already.
+    """
+    for kept in getattr(out.grad_fn, "_raw_saved_tensors", ()):
+        tensor = getattr(kept, "data", None)
+        if isinstance(tensor, Tensor) and tensor.data_ptr() == saved.data_ptr() and tensor.shape == saved.shape:
+            kept.register_hooks(lambda _: None, lambda _: again())
+
+
+class _Never(Exception):
+    """Is not raised."""
+
+
+END_OF_RECOMPUTATION: type[Exception] = getattr(torch.utils.checkpoint, "_StopRecomputationError", _Never)
+"""What ends a forward that checkpointing runs again as soon as backward has all that it needs; nothing where torch does
+not say.
+"""
 
 _graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 

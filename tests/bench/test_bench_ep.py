@@ -6,13 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import outcome, run, words
 from ranks import run_ranks
 
+from supersonic_moe import Fp8Recipe
+from supersonic_moe.bench import ep_parts
 from supersonic_moe.bench.ep_timeline import Exchange, timeline
 from supersonic_moe.bench.report import OURS
 from supersonic_moe.bench.spans import Marks
+from supersonic_moe.kernels import registry
 from supersonic_moe.parallel.collectives import Collectives
+from supersonic_moe.perf_model import LayerShape
 
 QUICK = ["--shape", "32,32,16,4,2", "--min-ms", "1", "--warm-ms", "1", "--device", "cpu"]
 
@@ -26,6 +31,18 @@ def test_one_rank_is_measured_against_the_plain_layer(tmp_path: Path) -> None:
     row = rows["fwd_bwd_us"]
     assert row["case"] == "T32_H32_I16_E4_K2_R1" and row["peer"] == "one-gpu" and OURS not in row.values()
     assert row["ratio"] == pytest.approx(row["peer_value"] / row["value"], rel=1e-3)
+
+
+def test_products_in_parts_are_compared_with_one_launch() -> None:
+    """With kernels that launch no parts; the others are for a GPU."""
+    shape = LayerShape(tokens=600, hidden=128, intermediate=128, experts=2, top_k=2)
+    cpu, kernels = torch.device("cpu"), registry.fp8_kernels("reference")
+    two, four = ep_parts.run_parts(shape, kernels, Fp8Recipe(), cpu, warm_ms=1, min_ms=1)
+    assert two.case == f"{shape}_2-parts" and four.case == f"{shape}_4-parts"
+    assert two.metrics[ep_parts.ONE_LAUNCH] == four.metrics[ep_parts.ONE_LAUNCH]
+    assert two.metrics[OURS]["products_us"] > 0
+    cuts = [ep_parts._cut(torch.tensor([0, 1, 5]), i, 2) for i in range(2)]
+    assert [[t.tolist() for t in cut] for cut in cuts] == [[[0, 0, 0], [0, 0, 2]], [[0, 0, 2], [0, 1, 5]]]
 
 
 def test_an_fp8_wire_needs_an_fp8_layer() -> None:

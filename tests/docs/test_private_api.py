@@ -93,6 +93,7 @@ PRIVATE = {
     torch.cuda: ("_sleep",),
     torch.autograd: ("_profiler_enabled",),
     torch.utils._python_dispatch: ("TorchDispatchMode",),
+    torch.utils.checkpoint: ("_StopRecomputationError",),
     torch._C._dynamo.guards: ("_empty_strided_cuda",),
     torch: ("_foreach_add_", "_foreach_copy_"),
 }
@@ -203,6 +204,19 @@ def test_transforms_of_torch_func_go_through_torch() -> None:
     before = Square.bindings
     dx = torch.func.grad(lambda x: autograd.apply(Square, x, 3.0).sum())(torch.arange(4.0))
     assert dx.tolist() == [0, 6, 12, 18] and Square.bindings > before
+
+
+def test_what_a_node_keeps_is_made_again_where_torch_shows_it() -> None:
+    x = torch.arange(4.0, requires_grad=True)
+    y = Square.apply(x, 3.0)
+    private_api.replace_saved(y, x, lambda: 10 * x.detach())
+    y.sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [0, 60, 120, 180]
+    private_api.replace_saved(SimpleNamespace(grad_fn=object()), x, lambda: x)  # type: ignore[arg-type]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (t,), lambda kept: kept[0]):
+        z = Square.apply(x, 3.0)
+    private_api.replace_saved(z, x, lambda: 10 * x)
+    assert torch.autograd.grad(z.sum(), x)[0].tolist() == [0, 6, 12, 18]
 
 
 class Unversioned:

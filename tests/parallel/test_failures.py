@@ -6,6 +6,7 @@ import re
 
 import forks
 import parallel_cases as cases
+import parallel_refusals as refusals
 import pytest
 from ranks import end_ranks, run_ranks
 
@@ -52,7 +53,18 @@ def test_a_late_rank_is_named(phase: str) -> None:
 def test_who_waits_for_a_rank_that_raised_is_told_why() -> None:
     first, second = run_ranks(2, cases.with_too_many_tokens_to_gather)
     assert re.match(r"ValueError: a rank must not have more than max_tokens = 8 tokens in a call; got 9", second)
-    assert re.search(r"failed after [0-4](\.\d*)? s .*Rank 1 has failed: a rank must not have more than", first), first
+    told = r"failed after [0-4](\.\d*)? s .*Rank 1 has refused this call: ValueError: a rank must not have more than"
+    assert re.search(told, first), first
+
+
+@pytest.mark.parametrize("mistake", refusals.MISTAKES)
+def test_a_call_that_one_rank_refuses_ends_at_once_and_one_that_all_refuse_ends_nothing(mistake: str) -> None:
+    first, second = end_ranks(2, refusals.one_after_all, mistake, 5.0, timeout_s=60)
+    assert first.exit_code == second.exit_code == 0, (first, second)
+    assert re.match(r"[0-3]\.\d s: ExpertParallelError: .*Rank 1 has refused this call: \w+Error: ", first.result), (
+        first
+    )
+    assert second.result.split(": ", 1)[1] in first.result, "the sentence of rank 1 is in that of rank 0"
 
 
 @pytest.mark.parametrize("order", ["close, destroy", "destroy, close", "destroy, drop", "drop", "exit"])

@@ -43,6 +43,13 @@ def test_an_fp8_wire_carries_what_the_experts_would_make(hidden: int, gpu: bool)
 
 
 @pytest.mark.parametrize("gpu", ON)
+@pytest.mark.parametrize(("tokens", "hidden"), [((700, 531), 256), ((0, 700, 3, 300), 136)])
+def test_products_in_parts_have_the_bits_of_whole_ones(tokens: tuple[int, ...], hidden: int, gpu: bool) -> None:
+    """Against an exact wire, which computes in one launch."""
+    assert alone(cases.in_parts, len(tokens), gpu, tokens, hidden) == [[]] * (2 * len(tokens))
+
+
+@pytest.mark.parametrize("gpu", ON)
 def test_random_calls_with_random_delays_repeat_to_the_bit(gpu: bool) -> None:
     assert alone(cases.random_calls, 4, gpu, 60) is True
 
@@ -87,6 +94,22 @@ def test_an_error_of_one_rank_ends_the_waits_of_others_at_once(gpu: bool) -> Non
         assert float(error.split()[0]) < 10, error
         assert "Rank 1 has failed: no memory for the experts of this rank" in error, error
         assert "stopped in the forward combine of call 2" in error, error
+
+
+@pytest.mark.parametrize("gpu", ON)
+def test_a_call_that_one_rank_refuses_ends_the_waits_of_others_at_once(gpu: bool) -> None:
+    errors = errors_of(gpu, cases.with_a_rank_that_refuses, 4, gpu, 20.0)
+    told = [error for error in errors if "ValueError: w1" not in error[:30]]
+    assert len(told) == 3 or (gpu and told), errors
+    for error in told:
+        assert float(error.split()[0]) < 10, error
+        assert "Rank 1 has refused this call: ValueError: w1 must have hidden size" in error, error
+        assert "stopped in the forward dispatch of call 3" in error, error
+
+
+@pytest.mark.parametrize("gpu", ON)
+def test_two_channels_in_flight_have_the_bits_of_one(gpu: bool) -> None:
+    assert alone(cases.in_two_channels, 2, gpu, 24) is True
 
 
 def test_auto_takes_copies_where_most_tokens_need_most_ranks() -> None:

@@ -21,6 +21,7 @@ import ranks
 import torch
 import torch.distributed as dist
 from oracle import rel_fro
+from parallel_places import Places
 from torch import Tensor
 
 from supersonic_moe import Bf16Recipe, Fp8Recipe, topk_experts
@@ -198,30 +199,38 @@ def random_calls(count: int, way: dict[str, Any], delays: int) -> list[Results]:
 
 
 def calls_in_pairs(count: int, way: dict[str, Any]) -> list[Results]:
-    """Calls of any sizes and routing, two at a time with both forwards first."""
+    """Calls of any sizes and routing, two at a time with both forwards first; through two channels, where there are
+    so many, and on a GPU then on a stream each.
+    """
     size, calls = dist.get_world_size(), random.Random(1)
     ep, found = make(**way), []
+    places = Places(ep)
     for _ in range(count // 2):
         pair = []
-        for _ in range(2):
+        for number in range(2):
             tokens = [calls.choice((0, 1, 2, 17, calls.randrange(64))) for _ in range(size)]
             given = here(inputs(tokens, torch.bfloat16, calls.choice(("random", "skewed", "masked", "nobody"))), tokens)
             x, scores, w1, _, w2, _ = map(leaf, given[:1] + given[2:7])
-            pair.append((given, (x, scores, w1, w2), ep.experts(x, given.ids, scores, w1, w2)))
-        for given, leaves, out in pair:
-            out.backward(given.dout)
-            found.append(Results(out.detach(), *(t.grad for t in leaves), None, None))
+            with places.of(number):
+                pair.append((given, (x, scores, w1, w2), ep.experts(x, given.ids, scores, w1, w2)))
+        for number, (given, _, out) in enumerate(pair):
+            with places.of(number):
+                out.backward(given.dout)
+        places.meet()
+        found += [Results(out.detach(), *(t.grad for t in leaves), None, None) for _, leaves, out in pair]
     ep.close()
     return found
 
 
+def same_bits(one: Sequence[Results], other: Sequence[Results]) -> bool:
+    """Of calls without biases."""
+    pairs = zip(one, other, strict=True)
+    return all(torch.equal(a, b) for x, y in pairs for a, b in zip(x[:5], y[:5], strict=True))
+
+
 def repeats_to_the_bit(count: int, way: dict[str, Any]) -> bool:
     first, second = (random_calls(count, way, delays) for delays in (0, 1))
-    return len(first) == count and all(
-        torch.equal(a, b)
-        for one, other in zip(first, second, strict=True)
-        for a, b in zip(one[:5], other[:5], strict=True)
-    )
+    return len(first) == count and same_bits(first, second)
 
 
 def over_an_fp8_wire(

@@ -130,6 +130,29 @@ def megatron_dispatcher(ep: ExpertParallel, x: Tensor, mine: Inputs, scores: Ten
     return d.combine_postprocess(d.token_combine(d.combine_preprocess(y)))
 
 
+def megatron_layer(ep: ExpertParallel, x: Tensor, mine: Inputs, scores: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """In place of experts and dispatcher, on tokens (S, B, H): each projection is a module of its own, whose hooks and
+    ``main_grad`` Megatron's DistributedDataParallel knows; weight gradients go there, here those of w1 and w2.
+    """
+    projections = nn.ModuleDict({"fc1": Weight(w1), "fc2": Weight(w2)})
+    for weight, projection in ((w1, projections["fc1"]), (w2, projections["fc2"])):
+        weight.grad = projection.weight.main_grad = torch.zeros_like(weight)
+    tokens = x.reshape(-1, 1, H)
+    out = ep.experts(
+        tokens.view(-1, H), mine.ids, scores, projections["fc1"].weight, projections["fc2"].weight,
+        accumulate_into_main_grad=True,
+    ).view_as(tokens)  # fmt: skip
+    out.view(-1, H).backward(mine.dout)
+    assert all(projection.weight.grad is None for projection in projections.values())
+    return out.detach().view(-1, H)
+
+
+class Weight(nn.Module):
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight: Any = nn.Parameter(weight.detach().clone())
+
+
 def mlp_node(ep: ExpertParallel, x: Tensor, mine: Inputs, scores: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     """Experts as parameters of their own; ``step`` adds to their ``main_grad``, here the gradients of w1 and w2."""
     w1.grad, w2.grad = torch.zeros_like(w1), torch.zeros_like(w2)
@@ -145,7 +168,7 @@ def mlp_node(ep: ExpertParallel, x: Tensor, mine: Inputs, scores: Tensor, w1: Te
     return out.detach()
 
 
-FORMS = {f.__name__: f for f in (titan_experts, titan_dispatcher, megatron_dispatcher, mlp_node)}
+FORMS = {f.__name__: f for f in (titan_experts, titan_dispatcher, megatron_dispatcher, megatron_layer, mlp_node)}
 
 
 def against_one_process(form: str, tokens: tuple[int, ...]) -> dict[str, float]:

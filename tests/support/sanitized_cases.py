@@ -120,8 +120,9 @@ def main() -> None:
         gemm_config.ARRIVALS = 32
     kernels([70, 0, 1, 129, 15])
     kernels([300, 0, 513])
-    gemm_config.tile_columns = lambda columns, depth: gemm_config.WIDE_BLOCK_N
-    kernels([300, 0, 513])
+    for block_n in (gemm_config.BROAD_BLOCK_N, gemm_config.WIDE_BLOCK_N):
+        gemm_config.tile_columns = lambda columns, depth, block_n=block_n: block_n
+        kernels([300, 0, 513])
     for tokens, inter, order in ((1, 128, "up_gate"), (33, 192, "gate_up"), (900, 256, "interleaved")):
         inference(tokens, inter, order)
     layer = sm.MoE(8, 2, HIDDEN, WIDTH, "swiglu", True, 0.02).to(CUDA, BF16)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from virtual_ranks import CarefulFlags, on_a_gpu, run_virtual
 
 from supersonic_moe import Fp8Recipe
+from supersonic_moe.parallel import fp8_parts, ranges
 from supersonic_moe.parallel.copies import Copies
 
 GATHER = {"transport": "gather", "timeout_s": 30.0}
@@ -35,6 +36,21 @@ def fp8_wire(size: int, gpu: bool, tokens: Sequence[int], recipe: Fp8Recipe, hid
     return found
 
 
+def in_parts(size: int, gpu: bool, tokens: Sequence[int], hidden: int) -> list[list[str]]:
+    """``fp8_wire``, with products in three parts however few rows there are."""
+    ranges.LEAST_ROWS = 0
+    walks, start = list[int](), fp8_parts.start
+
+    def noted(*args: Any) -> Any:
+        walks.append(dist.get_rank())
+        return start(*args)
+
+    fp8_parts.start = noted
+    found = fp8_wire(size, gpu, tokens, Fp8Recipe(scale="pow2"), hidden)
+    assert sorted(set(walks)) == list(range(size)), walks
+    return found
+
+
 def random_calls(size: int, gpu: bool, count: int) -> bool:
     """Twice, with other delays: the same bits."""
     results = []
@@ -43,13 +59,7 @@ def random_calls(size: int, gpu: bool, count: int) -> bool:
         results.append(run_virtual(size, cases.calls_in_pairs, count, GATHER))
         if gpu:
             torch.cuda.synchronize()
-    first, second = results
-    return all(
-        torch.equal(a, b)
-        for one, other in zip(first, second, strict=True)
-        for x, y in zip(one, other, strict=True)
-        for a, b in zip(x[:5], y[:5], strict=True)
-    )
+    return all(cases.same_bits(one, other) for one, other in zip(*results, strict=True))
 
 
 def explanations(size: int) -> list[str]:
@@ -68,7 +78,7 @@ def _muted(phase: str, limit_s: float) -> str:
     given = cases.here(cases.inputs(tokens, torch.bfloat16), tokens)
     cases.run(ep, given)
     if rank == 1:
-        _before(ep._ranks, phase, lambda: time.sleep(2.5 * limit_s))
+        _before(ep._channel.ranks, phase, lambda: time.sleep(2.5 * limit_s))
 
     def call() -> None:
         cases.run(ep, given)
@@ -120,7 +130,7 @@ def _out_of_memory(limit_s: float) -> str:
     given = cases.here(cases.inputs(tokens, torch.bfloat16), tokens)
     cases.run(ep, given)
     if rank == 1:
-        _before(ep._ranks, "forward combine", _no_memory)
+        _before(ep._channel.ranks, "forward combine", _no_memory)
 
     def call() -> None:
         cases.run(ep, given)
@@ -131,6 +141,43 @@ def _out_of_memory(limit_s: float) -> str:
     seconds = time.monotonic() - start
     time.sleep(0.3 * limit_s if rank == 1 else 0)
     return f"{seconds:.1f} s: {error}"
+
+
+def with_a_rank_that_refuses(size: int, gpu: bool, limit_s: float) -> list[str]:
+    """All ranks refuse the second call, which ends nothing, and rank 1 alone the third one."""
+    _start(gpu, careful=6)
+    return run_virtual(size, _refused, limit_s)
+
+
+def _refused(limit_s: float) -> str:
+    rank, tokens = dist.get_rank(), [5] * dist.get_world_size()
+    ep = cases.make(**GATHER | {"timeout_s": limit_s})
+    given = cases.here(cases.inputs(tokens, torch.bfloat16), tokens)
+    cases.run(ep, given)
+    wrong = given._replace(w1=given.w1[:, :, 1:])
+    assert "w1 must have hidden size" in cases.error_of(lambda: cases.run(ep, wrong))
+
+    def call() -> None:
+        cases.run(ep, wrong if rank == 1 else given)
+        ep.check()
+
+    start = time.monotonic()
+    error = cases.error_of(call)
+    seconds = time.monotonic() - start
+    time.sleep(0.3 * limit_s if rank == 1 else 0)
+    return f"{seconds:.1f} s: {error}"
+
+
+def in_two_channels(size: int, gpu: bool, count: int) -> bool:
+    """Two calls at a time, each on a stream of its own, against the same calls one after the other."""
+    results = []
+    for channels, careful in ((1, 10**6), (2, 10**6), (2, 0)):
+        _start(gpu, careful)
+        results.append(run_virtual(size, cases.calls_in_pairs, count, GATHER | {"channels": channels}))
+        if gpu:
+            torch.cuda.synchronize()
+    one, *two = results
+    return all(cases.same_bits(a, b) for other in two for a, b in zip(one, other, strict=True))
 
 
 def _no_memory() -> None:

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed import multi_threaded_pg
 
-from supersonic_moe.kernels.sm90.exchange_flags import LATE, MAX_RANKS, OTHER_CALL, STOPPED, ExchangeFlags, Failure
+from supersonic_moe.kernels.sm90.exchange_flags import ALL, LATE, MAX_RANKS, OTHER_CALL, STOPPED, ExchangeFlags, Failure
 from supersonic_moe.parallel import transport
 from supersonic_moe.parallel.symmetric import HEAD, Memory
 
@@ -124,8 +124,8 @@ class CarefulFlags(ExchangeFlags):
     def begin(self, bank: int, call: int, phase: int, steps: int = 1) -> None:
         self.around(lambda: ExchangeFlags.begin(self, bank, call, phase, steps))
 
-    def meet(self, kind: int, call: int, phase: int) -> None:
-        self.around(lambda: ExchangeFlags.meet(self, kind, call, phase))
+    def meet(self, kind: int, call: int, phase: int, sources: int = ALL) -> None:
+        self.around(lambda: ExchangeFlags.meet(self, kind, call, phase, sources))
 
     def wait(self, left: int, call: int, phase: int) -> None:
         self.around(lambda: ExchangeFlags.wait(self, left, call, phase))
@@ -151,7 +151,7 @@ class ThreadFlags:
         self._words = [block[:HEAD].view(torch.int64) for block in blocks]
         self._rank, self._limit_s = rank, limit_s
         self._others = [p for p in range(len(blocks)) if p != rank]
-        self._epoch, self._last, self._told = 0, [0, 0], 0
+        self._epoch, self._last, self._told, self._in = 0, [0, 0], 0, 0
         self._failure: Failure | None = None
         self._delays = random.Random(rank)
 
@@ -170,10 +170,12 @@ class ThreadFlags:
         for peer in self._others:
             self._wait(peer, MAX_RANKS + peer, self._epoch - left << 32, call, phase)
 
-    def meet(self, kind: int, call: int, phase: int) -> None:
+    def meet(self, kind: int, call: int, phase: int, sources: int = ALL) -> None:
         flag = self._epoch << 32 | kind
         self._tell(MAX_RANKS, flag)
         for peer in self._others:
+            if not sources >> peer & 1:
+                continue
             seen = self._wait(peer, MAX_RANKS + peer, flag, call, phase)
             if seen >> 32 == self._epoch and seen != flag:
                 self._fail(Failure(OTHER_CALL, call, phase, peer, flag, seen))
@@ -186,6 +188,9 @@ class ThreadFlags:
 
     def failure(self) -> Failure | None:
         return self._failure
+
+    def waits_in(self) -> int:
+        return self._in
 
     def stop(self, rank: int) -> None:
         self._told = 1 + rank
@@ -200,7 +205,9 @@ class ThreadFlags:
         while True:
             seen = int(mine[flag])
             if seen >> 32 >= wanted >> 32:
+                self._in = 0
                 return seen
+            self._in = call
             if told := int(mine[2 * MAX_RANKS]) or self._told:
                 self._fail(Failure(STOPPED, call, phase, told - 1, wanted >> 32, seen >> 32))
             if time.monotonic() - start > self._limit_s:

@@ -15,19 +15,21 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from supersonic_moe import MoE
+from supersonic_moe.bench.ep_parts import run_parts
 from supersonic_moe.bench.ep_timeline import Timeline, timeline
 from supersonic_moe.bench.layer import Contender
 from supersonic_moe.bench.report import OURS, CaseResult
 from supersonic_moe.bench.spans import marks_for
 from supersonic_moe.bench.timing import Call, Clock, Missing, NoResultError, Slice, clock_for, measure, required
 from supersonic_moe.config.recipe import Fp8Recipe, Recipe
+from supersonic_moe.kernels import registry
 from supersonic_moe.parallel import ExpertParallel
 from supersonic_moe.parallel.traffic import traffic
 from supersonic_moe.perf_model import LayerShape, layer_flops
@@ -40,6 +42,11 @@ HOST_CALLS = 30
 class EpResult(CaseResult):
     timeline: Timeline | None = None
     """Of a forward and backward of this rank; None where nothing travels."""
+    in_parts: list[CaseResult] = field(default_factory=list)
+    """Of an FP8 layer on one rank: its products in parts."""
+
+    def cases(self) -> list[CaseResult]:
+        return [self, *self.in_parts]
 
 
 @dataclass(frozen=True)
@@ -128,8 +135,18 @@ def _run(shape: LayerShape, config: EpConfig, ranks: dist.ProcessGroup, progress
         result.metrics[OURS]["sent_bytes"] = sum(sent)
         progress("finding out when rows travel")
         result.timeline = timeline(contenders[OURS].fwd_bwd, marks_for(config.device))
+    elif isinstance(config.recipe, Fp8Recipe) and _has_parts(shape, config):
+        progress("timing products in parts")
+        kernels = registry.fp8_kernels("sm90")
+        times = {"warm_ms": config.warm_ms, "min_ms": config.min_ms}
+        result.in_parts = run_parts(shape, kernels, config.recipe, config.device, **times)
     ep.close()
     return result
+
+
+def _has_parts(shape: LayerShape, config: EpConfig) -> bool:
+    sizes = {"hidden": shape.hidden, "intermediate": shape.intermediate}
+    return registry.choose_fp8(config.device, **sizes, backend="auto").name == "sm90"
 
 
 def _contender(shape: LayerShape, config: EpConfig, ep: ExpertParallel | None) -> Contender:

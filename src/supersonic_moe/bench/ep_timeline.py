@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 WARM, RUNS = 10, 20  # the same on every rank: all of them make the same calls
 COLOURS = dict(zip(PHASES, ("#0b6e4f", "#5c6bc0", "#c8553d", "#b8860b"), strict=True))
 _METHODS = [(kind, name) for kind in (Copies, Collectives) for name in ("gather", "exchange")]
+_METHODS += [(Copies, name) for name in ("pull", "push")]  # of exchanges in parts
 
 
 class Exchange(NamedTuple):

@@ -97,7 +97,8 @@ def _tiles(shape: LayerShape, gated: bool, recipe: Recipe) -> str:
     }
     steps: dict[str, list[str]] = {}
     for step, (columns, gather, rows_of_d, depth, in_fp8) in products.items():
-        config = choose(columns, gather, rows=rows_of_d, depth=depth, staging_bytes=BUFFER_BYTES if in_fp8 else 0)
+        staging, broad = BUFFER_BYTES if in_fp8 else 0, step == "1" and not gated
+        config = choose(columns, gather, rows=rows_of_d, depth=depth, broad=broad, staging_bytes=staging)
         steps.setdefault(str(config), []).append(step)
     return "; ".join(f"{config}: step {', '.join(keys)}" for config, keys in steps.items())
 

@@ -151,7 +151,7 @@ def _key(
 ) -> Hashable | None:  # fmt: skip
     if torch.compiler.is_compiling() or dispatch_modes():
         return None
-    described: list[Hashable] = [options]
+    described: list[Hashable] = [options]  # strides only where the shape does not say them, for they take time
     wants_gradients = torch.is_grad_enabled()
     for t in (x, out, workspace, *others):
         if t is None:
@@ -159,10 +159,10 @@ def _key(
         elif type(t) not in _PLAIN or (wants_gradients and t.requires_grad):
             return None
         else:
-            described += (t.shape, t.stride(), t.dtype, t.get_device())
+            described += (t.shape, t.is_contiguous() or t.stride(), t.dtype, t.get_device())
     for t in weights:
         if type(t) not in _PLAIN or not t.is_cuda:
             return None
-        described += (t.data_ptr(), t.shape, t.stride(), t.dtype)
+        described += (t.data_ptr(), t.shape, t.is_contiguous() or t.stride(), t.dtype)
     described.append(current_device())
     return tuple(described)

@@ -47,7 +47,7 @@ from supersonic_moe.kernels.sm90.stream_experts import (
     stream_experts,
     stream_experts_ranks,
 )
-from supersonic_moe.kernels.sm90.up_projection_fp8 import up_projection_fp8
+from supersonic_moe.kernels.sm90.up_projection_fp8 import up_projection_fp8_into
 from supersonic_moe.kernels.triton.gather_quantized import gather_quantized
 from supersonic_moe.kernels.triton.quantize import quantize_rows_into
 from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks
@@ -245,7 +245,8 @@ def _multiply_tiles(call: Call, x_scale: Tensor, tables: RowTables, workspace: T
         experts: Fp8Experts, rows: Rows[Quantized], offsets: Tensor, into: Quantized | None = None
     ) -> Quantized:
         w13 = Quantized(experts.w13, experts.w13_scale)
-        return up_projection_fp8(UpProjection(rows, w13, None, offsets, token_P, gate, save=False), recipe, into)[1]
+        step = UpProjection(rows, w13, None, offsets, token_P, gate, save=False)
+        return up_projection_fp8_into(step, recipe, into)[1]
 
     def quantized(codes: int, scales: int, columns: int) -> Quantized:
         scale_BP = _view(workspace, scales, torch.float32, blocks(columns), scale_rows(call.rows))

@@ -119,19 +119,30 @@ class _Slots:
             self._record(tape.state.recorder, grid, stream)
         config = self._config
         if grid != self._grid:
-            self._check_grid(grid)
-            config.gridDimX, config.gridDimY, config.gridDimZ = grid
-            self._grid = grid
+            self._set_grid(grid)
         where = raw_stream(self._device) if stream is None else int(stream.cuda_stream)
         if where != self._stream:
             config.hStream = where
             self._stream = where
         (result,) = self._launch(config, self._function, self._addresses, 0)
         if result != 0:
-            raise LaunchError(
-                f"launching {self._spec} failed: {error_text(result)}; grid {grid}, {self._spec.threads} threads, "
-                f"{self._spec.smem_bytes} bytes of shared memory, cluster {self._spec.cluster}"
-            )
+            raise self._failure(result)
+
+    def again(self, _: object) -> None:
+        """Launch with what the slots hold and the grid of last time on the current stream: a step of a tape."""
+        where = raw_stream(self._device)
+        if where != self._stream:
+            self._config.hStream = where
+            self._stream = where
+        (result,) = self._launch(self._config, self._function, self._addresses, 0)
+        if result != 0:
+            raise self._failure(result)
+
+    def _failure(self, result: Any) -> LaunchError:
+        return LaunchError(
+            f"launching {self._spec} failed: {error_text(result)}; grid {self._grid}, {self._spec.threads} threads, "
+            f"{self._spec.smem_bytes} bytes of shared memory, cluster {self._spec.cluster}"
+        )
 
     def _record(self, recorder: tape.Recorder, grid: Grid, stream: torch.cuda.Stream | None) -> None:
         twin = _Slots(*self._made_of)
@@ -146,15 +157,18 @@ class _Slots:
                 recorder.place_map(twin.buffer, slice(twin.offset + offset, twin.offset + offset + 128))
         if stream is not None:
             recorder.refuse()
-        recorder.launched(lambda tensors: twin.enqueue(grid, None))
+        twin._set_grid(grid)
+        recorder.launched(twin.again)
 
-    def _check_grid(self, grid: Grid) -> None:
+    def _set_grid(self, grid: Grid) -> None:
         if any(not 0 < size <= limit for size, limit in zip(grid, MAX_GRID, strict=True)):
             raise LaunchError(f"{self._spec}: a grid has 1 to {MAX_GRID} blocks in x, y, z; got {grid}")
         if grid[0] % self._spec.cluster:
             raise LaunchError(
                 f"{self._spec}: grid x must be a multiple of the cluster size {self._spec.cluster}, got {grid}"
             )
+        self._config.gridDimX, self._config.gridDimY, self._config.gridDimZ = grid
+        self._grid = grid
 
 
 class Launch(NamedTuple):

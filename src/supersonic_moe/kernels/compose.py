@@ -4,14 +4,23 @@ are those of ``kernels/interface.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from supersonic_moe.config.recipe import Fp8Recipe
-from supersonic_moe.kernels.interface import BothOrders, DownBackward, Gate, Quantized, Rows, Segments, UpProjection
+from supersonic_moe.kernels.interface import (
+    BothOrders,
+    DownBackward,
+    Gate,
+    Quantized,
+    RowBlocks,
+    Rows,
+    Segments,
+    UpProjection,
+)
 from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks
 
 ActivationForward = Callable[[Tensor, Tensor | None, Tensor, Gate], Tensor]
@@ -49,7 +58,11 @@ class ComposedFp8:
     quantize_columns: Callable[[Tensor, Tensor, bool, bool], Quantized]
     quantize_both_orders: Callable[[Tensor, Tensor, bool], BothOrders]
 
-    def up_projection_fp8(self, step: UpProjection[Quantized], recipe: Fp8Recipe) -> tuple[Quantized, Quantized]:
+    def up_projection_fp8(
+        self, step: UpProjection[Quantized], recipe: Fp8Recipe, parts: Sequence[RowBlocks] = ()
+    ) -> tuple[Quantized, Quantized]:
+        for part in parts:
+            part.before()
         z_PN = self.grouped_mm_fp8(step.x, step.w1, step.expert_offsets)
         a_PI = self.activation_forward(z_PN, step.b1, step.row_expert, step.gate)
         a = self.quantize_rows(a_PI, recipe.pow2, True)

@@ -9,7 +9,7 @@ A dtype that is not named is that of the inputs; "accumulation dtype" is fp32, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -49,6 +49,27 @@ class Rows(NamedTuple, Generic[Operand]):
     def num_rows(self) -> int:
         """P"""
         return self.x.shape[0] if self.gather_index is None else self.gather_index.shape[0]
+
+
+RANGE_ROWS = 256
+"""Rows of a block of :class:`RowBlocks`: what a cluster of two blocks computes."""
+
+
+def _nothing(*_: object) -> None: ...
+
+
+class RowBlocks(NamedTuple):
+    """Some of the rows of each expert, in blocks of RANGE_ROWS from its first one on: a part of a product. Parts that
+    cover all blocks once give the bits of the whole product.
+    """
+
+    begin_E: Tensor | None
+    """int32, in blocks; None: all of them."""
+    end_E: Tensor | None
+    before: Callable[[], None] = _nothing
+    """Called before the part is launched: its stream waits for the rows, for instance."""
+    after: Callable[[Tensor], None] = _nothing
+    """Called with the result once the part is launched."""
 
 
 class Gate(NamedTuple):
@@ -311,8 +332,10 @@ class Fp8Experts(Experts, Quantizers, Protocol):
     read along the contraction, so backward takes the weights transposed.
     """
 
-    def grouped_mm_fp8(self, a: Rows[Quantized], b_ENK: Quantized, expert_offsets: Tensor) -> Tensor:
-        """(P, N) bf16: a[row] · b[expert of row]ᵀ."""
+    def grouped_mm_fp8(
+        self, a: Rows[Quantized], b_ENK: Quantized, expert_offsets: Tensor, parts: Sequence[RowBlocks] = ()
+    ) -> Tensor:
+        """(P, N) bf16: a[row] · b[expert of row]ᵀ. ``parts``: in this order, or the whole behind ``before`` of all."""
 
     def grouped_mm_wgrad_fp8(
         self, a_MG: Quantized, b_NG: Quantized, padded_offsets: Tensor, into: Into = NEW
@@ -321,8 +344,10 @@ class Fp8Experts(Experts, Quantizers, Protocol):
         expert without positions. ``a`` has a scale for each row and block of positions, ``b`` one for each tile.
         """
 
-    def up_projection_fp8(self, step: UpProjection[Quantized], recipe: Fp8Recipe) -> tuple[Quantized, Quantized]:
-        """(Z as backward will see it, A = act(Z + b1) (P, I)).
+    def up_projection_fp8(
+        self, step: UpProjection[Quantized], recipe: Fp8Recipe, parts: Sequence[RowBlocks] = ()
+    ) -> tuple[Quantized, Quantized]:
+        """(Z as backward will see it, A = act(Z + b1) (P, I)). ``parts`` as in ``grouped_mm_fp8``; no ``after``.
 
         Z (P, N1) is without the bias: e4m3 with scales, or bf16 with none, (0, N1/128), after
         ``recipe.save_preactivation``; (0, N1) bf16 if not ``save``, or if backward computes it again. All scales are

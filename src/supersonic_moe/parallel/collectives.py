@@ -23,6 +23,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 class Ranks(Protocol):
     """How rows come from one rank to another."""
 
+    watch: Watch
     runs_aside: bool
     """Whether what ``aside()`` encloses runs beside what follows it."""
 

@@ -12,13 +12,14 @@ Bytes through NVLink, each way: (R - 1)·M rows. Beside them M rows are copied w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from supersonic_moe.kernels.sm90.exchange_flags import ALL
 from supersonic_moe.parallel.collectives import Collectives
 from supersonic_moe.parallel.symmetric import HEAD, Memory
 from supersonic_moe.parallel.watch import PHASES, Watch, carried
@@ -29,6 +30,34 @@ ALIGNMENT = 1024
 
 def bank_bytes(ranks: int, places: int, row_bytes: int) -> int:
     return -(-ranks * places * row_bytes // ALIGNMENT) * ALIGNMENT
+
+
+class Departure:
+    """Rows on their way home, part by part, beside what the current stream does."""
+
+    def __init__(self, copies: Copies, places: int, columns: int, dtype: torch.dtype, call: int, phase: str) -> None:
+        self._copies, self._places, self._columns, self._dtype = copies, places, columns, dtype
+        self._at = call, phase
+        self._row_bytes = columns * dtype.itemsize
+        self._bank: list[Tensor] = []
+
+    def send(self, rows: Tensor, targets: Sequence[int]) -> None:
+        """M rows for each of the ``targets``, one after the other."""
+        copies, leaving = self._copies, rows.contiguous().view(torch.uint8).view(len(targets), -1)
+        with copies.inside(*self._at), copies.aside():
+            if not self._bank:
+                self._bank = copies.bank(*self._at)
+            copies.push(self._bank, targets, leaving, *self._at)
+
+    def arrived(self) -> Tensor:
+        """(R·M, C): what all ranks have sent here, in order of ranks, in a bank: read it before the next exchange."""
+        copies = self._copies
+        with copies.inside(*self._at), copies.aside():
+            copies.meet(self._row_bytes, *self._at)
+        copies.join(())
+        return _as_rows(
+            self._bank[copies.rank], len(self._bank) * self._places, torch.empty(0, self._columns, dtype=self._dtype)
+        )
 
 
 class Copies:
@@ -45,7 +74,7 @@ class Copies:
         self, memory: Memory, rank: int, places: int, row_bytes: int, watch: Watch, collectives: Collectives
     ) -> None:
         size = self._bank_bytes = bank_bytes(len(memory.blocks), places, row_bytes)
-        self.memory, self._rank, self._watch, self._collectives = memory, rank, watch, collectives
+        self.memory, self.rank, self.watch, self._collectives = memory, rank, watch, collectives
         self._places, self._row_bytes, self._device = places, row_bytes, memory.blocks[rank].device
         starts = HEAD, HEAD + size
         self._banks = [[block[start : start + size] for block in memory.blocks] for start in starts]
@@ -60,17 +89,17 @@ class Copies:
 
     def gather(self, rows_TC: Tensor, places: int, empty: int, call: int, phase: str) -> Tensor:
         """``Collectives.gather``"""
-        if not self._takes(rows_TC, places):
+        if not self.takes(rows_TC, places):
             return self._collectives.gather(rows_TC, places, empty, call, phase)
         rows, columns = rows_TC.shape
         row_bytes = columns * rows_TC.element_size()
         with self.inside(call, phase):
-            bank = self._begin(call, phase)
-            mine_MC = _as_rows(bank[self._rank], places, rows_TC)
+            bank = self.bank(call, phase)
+            mine_MC = _as_rows(bank[self.rank], places, rows_TC)
             mine_MC[:rows].copy_(rows_TC)
             if rows < places:
                 mine_MC[rows:].fill_(empty)
-            self._meet(row_bytes, call, phase)
+            self.meet(row_bytes, call, phase)
             rows_UC = rows_TC.new_empty(len(bank) * places, columns)
             arriving = rows_UC.view(torch.uint8).view(len(bank), -1)
             for source in self._order:
@@ -82,18 +111,66 @@ class Copies:
     ) -> Tensor:
         """``Collectives.exchange`` of equal shares. The result lies in a bank: read it before the next exchange."""
         places = rows_SC.shape[0] // len(self._order)
-        if sent is not None or received is not None or not self._takes(rows_SC, places):
+        if sent is not None or received is not None or not self.takes(rows_SC, places):
             return self._collectives.exchange(rows_SC, call, phase, sent, received)
         row_bytes = rows_SC.shape[1] * rows_SC.element_size()
         share = places * row_bytes
         leaving = rows_SC.contiguous().view(torch.uint8).view(-1)
         with self.inside(call, phase):
-            bank = self._begin(call, phase)
+            bank = self.bank(call, phase)
             for target in self._order:
-                place = bank[target][self._rank * share : (self._rank + 1) * share]
+                place = bank[target][self.rank * share : (self.rank + 1) * share]
                 place.copy_(leaving[target * share : (target + 1) * share])
-            self._meet(row_bytes, call, phase)
-        return _as_rows(bank[self._rank], rows_SC.shape[0], rows_SC)
+            self.meet(row_bytes, call, phase)
+        return _as_rows(bank[self.rank], rows_SC.shape[0], rows_SC)
+
+    def gather_in_parts(
+        self, rows_TC: Tensor, places: int, parts: Sequence[Sequence[int]], call: int, phase: str
+    ) -> tuple[Tensor, list[Callable[[], None]]]:
+        """``gather`` whose rows come part by part, beside what the current stream does: of so many sources at a time.
+        Before it reads the rows of a part, the current stream has to call what belongs to it, part after part.
+        """
+        rows, row_bytes = rows_TC.shape[0], rows_TC.shape[1] * rows_TC.element_size()
+        rows_UC = rows_TC.new_empty(len(self._order) * places, rows_TC.shape[1])
+        arriving, there = rows_UC.view(torch.uint8).view(len(self._order), -1), list[Callable[[], None]]()
+        with self.inside(call, phase):
+            bank = self.bank(call, phase)
+            mine_MC = _as_rows(bank[self.rank], places, rows_TC)
+            mine_MC[:rows].copy_(rows_TC)
+            mine_MC[rows:].fill_(0)
+            with self.aside():
+                for sources in parts:
+                    there.append(self.pull(bank, sources, arriving, row_bytes, call, phase))
+        return rows_UC, there
+
+    def pull(
+        self, bank: list[Tensor], sources: Sequence[int], arriving: Tensor, row_bytes: int, call: int, phase: str
+    ) -> Callable[[], None]:
+        """A part of ``gather_in_parts``, on the stream beside."""
+        self.meet(row_bytes, call, phase, sum(1 << source for source in sources))
+        for source in sources:
+            arriving[source].copy_(bank[source][: arriving.shape[1]])
+        return self._reached()
+
+    def push(self, bank: list[Tensor], targets: Sequence[int], leaving: Tensor, call: int, phase: str) -> None:
+        """A part of a :class:`Departure`, on the stream beside: (targets, bytes)."""
+        start = self.rank * leaving.shape[1]
+        for target, part in zip(targets, leaving, strict=True):
+            bank[target][start : start + leaving.shape[1]].copy_(part)
+        if leaving.is_cuda:
+            leaving.record_stream(torch.cuda.current_stream(leaving.device))
+
+    def _reached(self) -> Callable[[], None]:
+        """What makes another stream wait for all that this one has been given."""
+        if self._aside is None:
+            return lambda: None
+        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return lambda: torch.cuda.current_stream(self._device).wait_event(event)
+
+    def departure(self, places: int, columns: int, dtype: torch.dtype, call: int, phase: str) -> Departure:
+        """An ``exchange`` whose rows leave part by part, beside what the current stream does."""
+        return Departure(self, places, columns, dtype, call, phase)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -119,11 +196,12 @@ class Copies:
             if result is not None:
                 result.record_stream(stream)
 
-    def _takes(self, rows: Tensor, places: int) -> bool:
+    def takes(self, rows: Tensor, places: int) -> bool:
+        """Whether copies carry such rows."""
         fits = 0 < places <= self._places and rows.shape[1] * rows.element_size() <= self._row_bytes
         return fits and rows.device == self._device
 
-    def _begin(self, call: int, phase: str) -> list[Tensor]:
+    def bank(self, call: int, phase: str) -> list[Tensor]:
         """The bank of this exchange, of each rank."""
         return self._banks[self.begin(call, phase)]
 
@@ -139,18 +217,18 @@ class Copies:
         """Bytes in front of it in a block."""
         return HEAD + bank * self._bank_bytes
 
-    def _meet(self, row_bytes: int, call: int, phase: str) -> None:
-        self.memory.flags.meet(carried(phase, row_bytes), call, PHASES.index(phase))
+    def meet(self, row_bytes: int, call: int, phase: str, sources: int = ALL) -> None:
+        self.memory.flags.meet(carried(phase, row_bytes), call, PHASES.index(phase), sources)
 
     @contextmanager
     def inside(self, call: int, phase: str) -> Iterator[None]:
-        self._watch.enter(call, phase)
+        self.watch.enter(call, phase)
         try:
             yield
         except RuntimeError as error:  # after a trap every call fails, and says little
-            self._watch.explain(error)
+            self.watch.explain(error)
             raise
-        self._watch.leave()
+        self.watch.leave()
 
 
 def _as_rows(bank: Tensor, rows: int, like: Tensor) -> Tensor:

@@ -19,9 +19,10 @@ Bytes each way, by rank: 2·H·p·T·(R−1) in BF16, p the probability that a t
 
 from __future__ import annotations
 
+import threading
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, NoReturn, Unpack
 
 import torch
@@ -33,42 +34,25 @@ from torch.distributed.tensor import DTensor
 from supersonic_moe import checks, functional
 from supersonic_moe.autocast import autocast_dtype
 from supersonic_moe.autograd import apply
-from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.config.router import TokenRounding, TopKRouter
 from supersonic_moe.functional import LayerOutput, RouterWeight, Selection
 from supersonic_moe.parallel import fp8_wire
-from supersonic_moe.parallel.collectives import Collectives, group_of, name_of
-from supersonic_moe.parallel.departures import Departures, departures, departures_everywhere, in_fixed_places
-from supersonic_moe.parallel.overflow import Overflow
+from supersonic_moe.parallel.channel import Channel, Sizes
+from supersonic_moe.parallel.collectives import group_of
+from supersonic_moe.parallel.departures import Departures
 from supersonic_moe.parallel.traffic import described
-from supersonic_moe.parallel.transport import TRANSPORTS, choose
-from supersonic_moe.parallel.trip import Combine, Dispatch, Trip
-from supersonic_moe.parallel.watch import ExpertParallelError, Watch
-from supersonic_moe.private_api import default_store
+from supersonic_moe.parallel.transport import TRANSPORTS
+from supersonic_moe.parallel.trip import Combine, Dispatch, Dispatched, Trip
+from supersonic_moe.private_api import replace_saved
 from supersonic_moe.quantization.block_format import blocks
 from supersonic_moe.routing.plan import plan_from_topk
 from supersonic_moe.training.options import ExpertOptions, Options, lists_options
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-
-@dataclass
-class Dispatched:
-    """Tokens that arrived on this rank, in order of source rank, then token."""
-
-    x: Tensor
-    """(U, H)"""
-    ids: Tensor
-    """(U, K) int32 experts of this rank, counted from 0; -1 where a choice lives elsewhere."""
-    scores: Tensor
-    """(U, K); their gradient goes home, and is 0 where a choice lives elsewhere."""
-    rows_per_expert: Sequence[int] | Tensor
-    """(E/R,) on the host; where the host does not know, a tensor on the device."""
-    plan: RoutingPlan
-    """Of these tokens and the experts of this rank."""
-    handle: Trip | None
-    """For ``combine``; None where a group has one rank and nothing travelled."""
+class _Taken(threading.local):
+    number = 0
+    """Of the channel that calls of a thread go through."""
 
 
 class ExpertParallel:
@@ -98,6 +82,11 @@ class ExpertParallel:
             bytes, the same bits of outputs and gradients of x. ``"auto"`` takes it for calls in bfloat16 with an
             ``Fp8Recipe(scale="pow2")`` and FP8 weight gradients, which lose nothing by it, and ``"exact"`` for others.
             Parts go back in the dtype of x.
+        keep_received: whether tokens that arrived are kept for backward. If not, their home sends them once more: U·H
+            elements less for each layer whose backward is to come. Under activation checkpointing there is nothing to
+            save. It concerns ``experts`` and ``MoE``; experts of your own between ``dispatch`` and ``combine`` keep
+            what they like.
+        channels: calls that may be in flight at the same time, each through buffers of its own; see ``channel``.
         timeout_s: longest wait for another rank. Then :class:`ExpertParallelError` says who is missing.
     """
 
@@ -115,10 +104,14 @@ class ExpertParallel:
         capacity: int | Literal["exact"] = "exact",
         transport: Literal["auto", "all_to_all", "gather"] = "auto",
         wire: Literal["auto", "exact", "fp8"] = "exact",
+        keep_received: bool = True,
+        channels: int = 1,
         timeout_s: float = 300.0,
     ) -> None:
-        for name, value in (("num_experts", num_experts), ("hidden", hidden), ("max_tokens", max_tokens)):
+        sizes = {"num_experts": num_experts, "hidden": hidden, "max_tokens": max_tokens, "channels": channels}
+        for name, value in sizes.items():
             checks.positive(name, value)
+        checks.flag("keep_received", keep_received)
         checks.choices_fit(top_k, num_experts)
         checks.number("timeout_s", timeout_s, lowest=0.01)
         if capacity != "exact":
@@ -144,20 +137,17 @@ class ExpertParallel:
         if transport == "auto" and capacity != "exact":
             transport = "all_to_all"
         self.capacity, self.transport, self.wire, self.timeout_s = capacity, transport, wire, timeout_s
+        self.keep_received, self.channels = keep_received, channels
         self.experts_here = num_experts // self.size
         """E / R"""
         self.first_expert = self.rank * self.experts_here
-        self._calls = 0
+        self._all, self._taken = list[Channel](), _Taken()
         if self.size > 1:
-            name = self._agree()
-            what = f"expert parallel group {name_of(self.group)!r} ({self.size} ranks)"
-            self._watch = Watch(what, self.rank, self.size, default_store(name), timeout_s)
-            collectives = Collectives(self.group, self._watch)
-            sizes = {"num_experts": num_experts, "top_k": top_k, "places": max_tokens, "row_bytes": self.row_bytes()}
-            found = choose(transport, collectives, self._watch, **sizes)
-            self.transport, self._ranks, self._how = found
-            self._overflow = None if capacity == "exact" else Overflow(collectives, capacity)
-            self._collectives = collectives
+            key = self._agree()
+            row_bytes = self.row_bytes()
+            common = Sizes(num_experts, top_k, max_tokens, row_bytes, capacity, timeout_s, self._names)
+            self._all = [Channel(self.group, number, transport, common, key) for number in range(channels)]
+            self.transport = self._channel.transport
 
     def row_bytes(self) -> int:
         """Of the rows of an exchange, at most: of x in 16 bits; of ids, scores and scales."""
@@ -165,10 +155,7 @@ class ExpertParallel:
 
     def _agree(self) -> str:
         """A name that this object has on all ranks, after they have compared their arguments."""
-        arguments = {
-            name: getattr(self, name)
-            for name in ("num_experts", "top_k", "hidden", "max_tokens", "capacity", "transport", "wire", "timeout_s")
-        }
+        arguments = {name: getattr(self, name) for name in _ARGUMENTS}
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, (uuid.uuid4().hex, arguments), group=self.group)
         for rank, (_, theirs) in enumerate(found):
@@ -179,6 +166,40 @@ class ExpertParallel:
                         f"{self.rank} and {theirs[name]!r} on rank {rank}."
                     )
         return f"supersonic_moe/{found[0][0]}"
+
+    # ---- calls -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def channel(self, number: int) -> Iterator[None]:
+        """Calls that this thread starts inside the block, and their backward, go through channel ``number``, from 0 to
+        ``channels`` - 1; calls outside go through channel 0. Calls of one channel belong on one stream, or on streams
+        that wait for each other. Those of two have no buffer in common: two micro-batches, or two layers side by side,
+        may be in flight on streams of their own. Still every rank makes the same calls in the same order.
+        """
+        if not 0 <= number < self.channels:
+            raise ValueError(
+                f"a channel must be at least 0 and less than channels = {self.channels} of the ExpertParallel; got "
+                f"{checks.short(number)}. Make it with more channels."
+            )
+        before, self._taken.number = self._taken.number, number
+        try:
+            yield
+        finally:
+            self._taken.number = before
+
+    @property
+    def _channel(self) -> Channel:
+        """That of the next call of this thread; of more than one rank."""
+        return self._all[self._taken.number]
+
+    def call(self) -> AbstractContextManager[None]:
+        """A call, of more than one rank: of what is refused inside the block, or fails, the others are told at once."""
+        return self._channel.call()
+
+    def refuse_call(self, error: Exception) -> None:
+        """A layer has refused what it was called with, before ``run_layer``."""
+        if self.size > 1 and not torch.compiler.is_compiling():
+            self._channel.refuse(error)
 
     # ---- the layer ---------------------------------------------------------------------------------------------------
 
@@ -197,6 +218,20 @@ class ExpertParallel:
         if self.size == 1:
             w1, w2, options = _local(w1), _local(w2), _local_biases(options)
             return functional.run_layer(x_TH, router_or_logits, w1, w2, selection, options)
+        if torch.compiler.is_compiling():  # what is refused is refused where the compiler traces, and ranks may differ
+            return self._run_layer(x_TH, router_or_logits, w1, w2, selection, options)
+        with self.call():
+            return self._run_layer(x_TH, router_or_logits, w1, w2, selection, options)
+
+    def _run_layer(
+        self,
+        x_TH: Tensor,
+        router_or_logits: RouterWeight | Callable[[Tensor], Tensor],
+        w1: Tensor,
+        w2: Tensor,
+        selection: Selection,
+        options: ExpertOptions,
+    ) -> LayerOutput:
         router = selection.router
         self.check_layer(self.num_experts, selection.num_experts_per_tok, self.hidden, router)
         assert not isinstance(router, TokenRounding)
@@ -208,9 +243,8 @@ class ExpertParallel:
         if options.get("validate"):
             checks.finite_logits(logits_TE)
         scores_TK, ids_TK = selection.top_k(logits_TE, router, options.get("backend", "auto"))
-        found = self._departures(ids_TK)
-        out_TH = self._experts(x_TH, scores_TK, found, w1, w2, options)
-        return LayerOutput(out_TH, logits_TE, found.rows_E.to(torch.int32), ids_TK)
+        out_TH, rows_E = self._experts(x_TH, ids_TK, scores_TK, w1, w2, options)
+        return LayerOutput(out_TH, logits_TE, rows_E.to(torch.int32), ids_TK)
 
     @lists_options
     def experts(
@@ -230,32 +264,46 @@ class ExpertParallel:
             checks.tensor("w1", w1, 3, "(E/R, N1, H)")  # of fewer experts than E the plain layer would skip ids
             checks.size("w1", "expert count", w1.shape[0], self.experts_here, "the experts of this rank")
             return functional.topk_experts(x_TH, topk_ids_TK, topk_scores_TK, w1, w2, **_local_biases(options))
+        if torch.compiler.is_compiling():
+            return self._run_experts(x_TH, topk_ids_TK, topk_scores_TK, w1, w2, options)
+        with self.call():
+            return self._run_experts(x_TH, topk_ids_TK, topk_scores_TK, w1, w2, options)
+
+    def _run_experts(
+        self, x_TH: Tensor, ids_TK: Tensor, scores_TK: Tensor, w1: Tensor, w2: Tensor, options: ExpertOptions
+    ) -> Tensor:
         x_TH = self._checked_x(x_TH)
-        self._check_choices(x_TH, topk_ids_TK, topk_scores_TK)
+        self._check_choices(x_TH, ids_TK, scores_TK)
         if options.get("validate"):
-            checks.valid_topk_ids(topk_ids_TK, self.num_experts)
-            checks.finite_scores("topk_scores", topk_scores_TK)
-        out_TH: Tensor = self._experts(x_TH, topk_scores_TK, self._departures(topk_ids_TK), w1, w2, options)
+            checks.valid_topk_ids(ids_TK, self.num_experts)
+            checks.finite_scores("topk_scores", scores_TK)
+        out_TH: Tensor = self._experts(x_TH, ids_TK, scores_TK, w1, w2, options)[0]
         return out_TH
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # sizes on the host, collectives, limits on waits
     def _experts(
-        self, x_TH: Tensor, scores_TK: Tensor, found: Departures, w1: Tensor, w2: Tensor, options: ExpertOptions
-    ) -> Tensor:
-        w1, w2 = _local(w1), _local(w2)
-        for name, weight in (("w1", w1), ("w2", w2)):
-            checks.tensor(name, weight, 3, "(E/R, N1, H)" if name == "w1" else "(E/R, H, I)")
-            checks.size(name, "expert count", weight.shape[0], self.experts_here, "the experts of this rank")
-        checks.size("w1", "hidden size (last dimension)", w1.shape[2], self.hidden, "hidden of the ExpertParallel")
-        options = _local_biases(options)
-        inference = bool(options.get("inference"))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not inference), self._watch.telling():
-            if self.wire == "fp8" or (self.wire == "auto" and fp8_wire.is_free(options.get("recipe"), x_TH)):
-                return self._experts_fp8(x_TH, scores_TK, found, w1, w2, Options.read(options))
-            got = self._dispatch(x_TH, scores_TK, found)
-            part_UH = functional.experts_from_plan(got.x, got.scores.reshape(-1), got.plan, w1, w2, **options)
-            out_TH: Tensor = self.combine(part_UH, got.handle)
-            return out_TH
+        self, x_TH: Tensor, ids_TK: Tensor, scores_TK: Tensor, w1: Tensor, w2: Tensor, options: ExpertOptions
+    ) -> tuple[Tensor, Tensor]:
+        """(out (T, H), choices of each expert (E,))."""
+        with self.call():
+            w1, w2 = _local(w1), _local(w2)
+            for name, weight in (("w1", w1), ("w2", w2)):
+                checks.tensor(name, weight, 3, "(E/R, N1, H)" if name == "w1" else "(E/R, H, I)")
+                checks.size(name, "expert count", weight.shape[0], self.experts_here, "the experts of this rank")
+            checks.size("w1", "hidden size (last dimension)", w1.shape[2], self.hidden, "hidden of the ExpertParallel")
+            options = _local_biases(options)
+            inference = bool(options.get("inference"))
+            found = self._channel.departures(ids_TK)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not inference):
+                if self.wire == "fp8" or (self.wire == "auto" and fp8_wire.is_free(options.get("recipe"), x_TH)):
+                    out_TH = self._experts_fp8(x_TH, scores_TK, found, w1, w2, Options.read(options))
+                    return out_TH, found.rows_E
+                got = self._dispatch(x_TH, scores_TK, found)
+                part_UH = functional.experts_from_plan(got.x, got.scores.reshape(-1), got.plan, w1, w2, **options)
+                assert got.handle is not None
+                if part_UH.requires_grad and not self.keep_received:
+                    replace_saved(part_UH, got.x, got.handle.again(x_TH))
+                return apply(Combine, part_UH, got.handle), found.rows_E
 
     def _experts_fp8(
         self, x_TH: Tensor, scores_TK: Tensor, found: Departures, w1: Tensor, w2: Tensor, options: Options
@@ -271,9 +319,9 @@ class ExpertParallel:
                 f'scales would cost them accuracy; got {options.recipe}. Use Fp8Recipe(scale="pow2") or '
                 'Fp8Recipe(wgrad="bf16").'
             )
-        trip, rows, scores_TK = self._start(x_TH, scores_TK.float(), found)
-        rows_here = None if rows is None else sum(rows)
-        return fp8_wire.experts(x_TH, scores_TK, found.ids_TK, trip, rows_here, w1, w2, options)
+        trip, rows, scores_TK = self._channel.start(x_TH, scores_TK.float(), found)
+        way = fp8_wire.Way(trip, None if rows is None else sum(rows), self.keep_received)
+        return fp8_wire.experts(x_TH, scores_TK, found.ids_TK, way, w1, w2, options)
 
     # ---- its parts ---------------------------------------------------------------------------------------------------
 
@@ -285,13 +333,16 @@ class ExpertParallel:
             topk_ids_TK: int32 or int64 ids of all experts; outside [0, E), such as -1, a choice has no expert.
             topk_scores_TK: floating.
         """
-        x_TH = self._checked_x(x_TH)
-        self._check_choices(x_TH, topk_ids_TK, topk_scores_TK)
         if self.size == 1:
+            x_TH = self._checked_x(x_TH)
+            self._check_choices(x_TH, topk_ids_TK, topk_scores_TK)
             ids = torch.where(topk_ids_TK < self.num_experts, topk_ids_TK, -1).clamp(min=-1).to(torch.int32)
             plan = plan_from_topk(ids, self.num_experts)
             return Dispatched(x_TH, ids, topk_scores_TK, plan.expert_counts, plan, None)
-        return self._dispatch(x_TH, topk_scores_TK, self._departures(topk_ids_TK))
+        with self.call():
+            x_TH = self._checked_x(x_TH)
+            self._check_choices(x_TH, topk_ids_TK, topk_scores_TK)
+            return self._dispatch(x_TH, topk_scores_TK, self._channel.departures(topk_ids_TK))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def combine(self, part_UH: Tensor, handle: Trip | None) -> Tensor:
@@ -302,86 +353,18 @@ class ExpertParallel:
             return part_UH
         if not isinstance(handle, Trip):
             raise TypeError(f"handle must be the .handle of what dispatch() returned; got {type(handle).__name__}.")
-        checks.tensor("part", part_UH, 2, "(U, H)")
-        checks.size(
-            "part", "shape", tuple(part_UH.shape), (handle.arrived, self.hidden), "a row for each received token"
-        )
-        out: Tensor = apply(Combine, part_UH, handle)
-        return out
+        with handle.ranks.watch.telling(handle.call):
+            checks.tensor("part", part_UH, 2, "(U, H)")
+            shape = handle.arrived, self.hidden
+            checks.size("part", "shape", tuple(part_UH.shape), shape, "a row for each received token")
+            out: Tensor = apply(Combine, part_UH, handle)
+            return out
 
     def _dispatch(self, x_TH: Tensor, scores_TK: Tensor, found: Departures) -> Dispatched:
-        trip, rows, scores_TK = self._start(x_TH, scores_TK, found)
+        trip, rows, scores_TK = self._channel.start(x_TH, scores_TK, found)
         x_UH, scores_UK, ids_UK = apply(Dispatch, x_TH, scores_TK, found.ids_TK, trip)
         plan = plan_from_topk(ids_UK, self.experts_here, capacity=None if rows is None else sum(rows))
         return Dispatched(x_UH, ids_UK, scores_UK, plan.expert_counts if rows is None else rows, plan, trip)
-
-    def _start(self, x_TH: Tensor, scores_TK: Tensor, found: Departures) -> tuple[Trip, list[int] | None, Tensor]:
-        """The trip of a new call, the rows of each expert here if the host knows, and scores to send."""
-        if scores_TK.dtype not in (torch.float32, torch.float64):
-            scores_TK = scores_TK.float()
-        self._calls += 1
-        if self.transport == "gather":
-            return self._trip(found, None, None), None, scores_TK
-        if self.capacity == "exact":
-            return *self._meet(x_TH, scores_TK, found), scores_TK
-        trip, scores_TK = self._fixed(scores_TK, found)
-        return trip, None, scores_TK
-
-    def _meet(self, x_TH: Tensor, scores_TK: Tensor, found: Departures) -> tuple[Trip, list[int]]:
-        """Tell all ranks what comes from here, and hear what comes from them: the one wait for the host."""
-        ranks, here = self.size, self.experts_here
-        grad = torch.is_grad_enabled()
-        signature = _DTYPES.index(x_TH.dtype) * 4 + 2 * (grad and x_TH.requires_grad)
-        signature += grad and scores_TK.requires_grad
-        common = found.rows_E.new_tensor([self._calls, signature, x_TH.shape[0]])
-        mine = torch.cat((common.expand(ranks, 3), found.tokens_R.long()[:, None], found.rows_E.view(ranks, here)), 1)
-        theirs = self._collectives.exchange(mine, self._calls, "forward dispatch", None, None)
-        host = torch.cat((found.tokens_R.long(), theirs.view(-1))).tolist()
-        sent, told = host[:ranks], [host[i : i + 4 + here] for i in range(ranks, len(host), 4 + here)]
-        self._check_told(told, (self._calls, signature, x_TH.shape[0]))
-        rows = [sum(column) for column in zip(*(source[4:] for source in told), strict=True)]
-        found = found._replace(token_M=found.token_M[: sum(sent)])
-        return self._trip(found, sent, [source[3] for source in told]), rows
-
-    def _check_told(self, told: list[list[int]], mine: tuple[int, int, int]) -> None:
-        """Every rank hears the same, so all of them raise or none."""
-        for rank, (call, signature, tokens, *_) in enumerate(told):
-            if (call, signature) != mine[:2]:
-                raise ExpertParallelError(
-                    f"ranks must make the same calls; rank {self.rank} is in {_described(*mine[:2])}, rank {rank} in "
-                    f"{_described(call, signature)}. Run the same layers and steps on every rank."
-                )
-            if tokens > self.max_tokens:
-                raise self._too_many(f"rank {rank} has {tokens}")
-
-    def _fixed(self, scores_TK: Tensor, found: Departures) -> tuple[Trip, Tensor]:
-        assert self._overflow is not None and self.capacity != "exact"
-        scores_TK = self._overflow.guard(scores_TK, found.tokens_R, self._calls)
-        return self._trip(in_fixed_places(found, self.capacity), None, None), scores_TK
-
-    def _trip(self, found: Departures, sent: list[int] | None, received: list[int] | None) -> Trip:
-        places = found.token_M, found.copy_TR, found.copy_TK
-        gathers = self.transport == "gather"
-        return Trip(self._ranks, self._calls, *places, sent, received, gathers, self.first_expert, self.experts_here)
-
-    def _departures(self, ids_TK: Tensor) -> Departures:
-        if self.transport != "gather":
-            return departures(ids_TK, self.num_experts, self.size)
-        self._refuse_too_many(ids_TK.shape[0])
-        return departures_everywhere(ids_TK, self.num_experts, self.size, self.max_tokens)
-
-    def _refuse_too_many(self, tokens: int) -> None:
-        if tokens > self.max_tokens:
-            error = self._too_many(f"got {tokens}")
-            self._watch.tell(error)  # the others wait
-            raise error
-
-    def _too_many(self, found: str) -> ValueError:
-        kind, limit = self._names
-        return ValueError(
-            f"a rank must not have more than {limit} = {self.max_tokens} tokens in a call; {found}. Make the {kind} "
-            f"with a larger {limit}."
-        )
 
     # ---- life --------------------------------------------------------------------------------------------------------
 
@@ -400,16 +383,17 @@ class ExpertParallel:
         elif self.capacity != "exact":
             fixed = self.capacity
             places = f"{self.capacity} tokens for each pair of ranks: no wait for the host, more raise"
-        return "\n".join(
-            (
-                here,
-                f"transport: {self.transport}, {self._how}",
-                f"wire: {self.wire}, x and gradients of outputs {fp8_wire.DTYPES[self.wire]}",
-                f"places: {places}",
-                described(*sizes, self.wire, places=fixed),
-                f"limit of a wait: {self.timeout_s:g} s",
-            )
-        )
+        lines = [
+            here,
+            f"transport: {self.transport}, {self._channel.how}",
+            f"wire: {self.wire}, x and gradients of outputs {fp8_wire.DTYPES[self.wire]}",
+            f"places: {places}",
+            described(*sizes, self.wire, places=fixed, again=not self.keep_received),
+            f"limit of a wait: {self.timeout_s:g} s",
+        ]
+        if self.channels > 1:
+            lines.insert(2, f"channels: {self.channels}, each with a process group and buffers of its own")
+        return "\n".join(lines)
 
     def warm_up(self) -> None:
         """Compile every CUDA kernel of the package (``supersonic-moe warmup``), then wait for the other ranks as long
@@ -424,15 +408,15 @@ class ExpertParallel:
 
     def check(self) -> None:
         """Wait for the device, and raise if a rank was missing or a call with a fixed ``capacity`` has overflowed."""
-        if self.size > 1:
-            self._watch.finish()
-            if self._overflow is not None:
-                self._overflow.check()
+        for channel in self._all:
+            channel.watch.finish()
+            if channel.overflow is not None:
+                channel.overflow.check()
 
     def close(self) -> None:
         """This rank makes no more calls; others that wait for it are told so. May be called twice."""
-        if self.size > 1:
-            self._watch.close()
+        for channel in self._all:
+            channel.watch.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertParallel:
         """Copies of a layer share the group."""
@@ -480,11 +464,11 @@ class ExpertParallel:
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
 
-
-def _described(call: int, signature: int) -> str:
-    kinds = [name for bit, name in ((2, "x"), (1, "scores")) if signature & bit]
-    dtype = str(_DTYPES[signature // 4]).removeprefix("torch.")
-    return f"call {call} ({dtype}, {'gradients of ' + ' and '.join(kinds) if kinds else 'no gradients'})"
+_ARGUMENTS = (
+    "num_experts", "top_k", "hidden", "max_tokens", "capacity", "transport", "wire", "keep_received", "channels",
+    "timeout_s",
+)  # fmt: skip
+"""What all ranks must have in common."""
 
 
 def _local(weight: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ free where scales are powers of two. Relative errors of dW1 and dW2 on Gaussian 
     fp32, bf16       6.24   6.68      6.76   7.17
     pow2, bf16       6.38   6.85      6.92   7.34
 
-Kept for backward: the codes, one byte an element instead of two.
+Kept for backward: the codes, one byte an element instead of two; those at home, with ``keep_received=False``.
 
 A function of its own around the whole way, because autograd would cast the gradient of a float8 tensor to float8.
 """
@@ -24,7 +24,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from supersonic_moe.autocast import without_autocast
@@ -34,6 +33,7 @@ from supersonic_moe.kernels import registry
 from supersonic_moe.kernels.alignment import aligned, is_turned
 from supersonic_moe.kernels.interface import Fp8Experts, Quantized
 from supersonic_moe.kernels.reference.quantize import dequantize
+from supersonic_moe.parallel import fp8_parts
 from supersonic_moe.parallel.trip import Trip
 from supersonic_moe.quantization.block_format import BLOCK, E4M3, aligned_rows
 from supersonic_moe.routing.plan import plan_from_topk
@@ -54,10 +54,6 @@ from supersonic_moe.training.main_grad import Targets, targets_of
 from supersonic_moe.training.ops import with_fp8_copies
 from supersonic_moe.training.options import Options
 
-ALIGNMENT = 16
-"""Bytes at which rows of codes start, for TMA; rows travel padded to it."""
-
-
 DTYPES = {
     "fp8": "in e4m3",
     "exact": "in their own dtype",
@@ -71,12 +67,20 @@ def is_free(recipe: object, x_TH: Tensor) -> bool:
     return free and x_TH.dtype is torch.bfloat16
 
 
-class _Call(NamedTuple):
-    """What a call knows beside its tensors."""
+class Way(NamedTuple):
+    """How a call's tokens travel."""
 
     trip: Trip
     rows: int | None
     """Of this rank's experts, where the host knows."""
+    keeps: bool
+    """Whether codes that arrived are kept for backward, or sent once more."""
+
+
+class _Call(NamedTuple):
+    """What a call knows beside its tensors."""
+
+    way: Way
     intermediate: int
     options: Options
     static: Static
@@ -88,18 +92,16 @@ class _Call(NamedTuple):
         return registry.fp8_kernels(choice.name)
 
 
-def experts(
-    x_TH: Tensor, scores_TK: Tensor, ids_TK: Tensor, trip: Trip, rows: int | None, w1: Tensor, w2: Tensor, o: Options
-) -> Tensor:
-    """(T, H): dispatch, experts and combine. ``ids`` int32 of all experts, ``rows`` what this rank will compute, or
-    None; x in bfloat16, weights (E/R, ·, ·) in any dtype.
+def experts(x_TH: Tensor, scores_TK: Tensor, ids_TK: Tensor, way: Way, w1: Tensor, w2: Tensor, o: Options) -> Tensor:
+    """(T, H): dispatch, experts and combine. ``ids`` int32 of all experts; x in bfloat16, weights (E/R, ·, ·) in any
+    dtype.
     """
     assert isinstance(o.recipe, Fp8Recipe)
     kind = x_TH.dtype
     pair = Weight(w1, w1.to(kind)), Weight(w2, w2.to(kind))
     pair = with_fp8_copies(*pair, o.recipe, o.backend, o.weight_cache)
     b1, b2 = (None if b is None else b.to(kind) for b in (o.b1, o.b2))
-    call = _Call(trip, rows, w2.shape[2], o, Static.of(o.activation, o.layout, o.backend), Numerics.of(o.recipe))
+    call = _Call(way, w2.shape[2], o, Static.of(o.activation, o.layout, o.backend), Numerics.of(o.recipe))
     operands = (x_TH, scores_TK, pair[0].value, b1, pair[1].value, b2)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
         out: Tensor = apply(_Experts, *operands, ids_TK, pair, call)
@@ -138,12 +140,14 @@ class _Experts(torch.autograd.Function):
             recipe = Fp8Recipe(**{**call.numerics._asdict(), "keep_transposed": True})
             q1, q2 = with_fp8_copies(Weight(w1, w1), Weight(w2, w2), recipe, call.options.backend, None)
             tensors = [*_WEIGHTS.flat(*Fp8Weights.of(q1.fp8, q2.fp8, call.numerics)), *tensors]
-        k, trip = call.kernels(dout_TH), call.trip
+        k, trip = call.kernels(dout_TH), call.way.trip
         dout_q = _received(
             trip, "backward dispatch", k.quantize_rows(dout_TH.contiguous(), call.numerics.scale == "pow2")
         )
         dout = _dense(dout_q)
         weights, saved = _named(*tensors, *ctx.others)
+        if not call.way.keeps:
+            saved = saved._replace(x=_codes(trip, "backward dispatch", saved.x))
         x_q = Quantized(aligned_rows(saved.x), x_scale)
         saved = aligned(saved._replace(x=_dense(x_q) if needs.w1 else saved.x), k.ALIGNMENT, "b1")
         incoming = Incoming(dout, needs, main)
@@ -196,19 +200,29 @@ def _forward(
     operands: Any, ids_TK: Tensor, pair: tuple[Weight, Weight], call: _Call, *, save: bool
 ) -> tuple[Tensor, Quantized, Fp8Saved]:
     x_TH, scores_TK, w1_ENH, b1, w2_EHI, b2 = operands
-    (w1, w2), trip, k = pair, call.trip, call.kernels(x_TH)
+    (w1, w2), trip, k = pair, call.way.trip, call.kernels(x_TH)
     with without_autocast(x_TH):
         codes_TH, scale_TB = k.quantize_rows(x_TH, call.numerics.scale == "pow2")
-        codes_UH = _codes(trip, "forward dispatch", codes_TH)
+        copies = fp8_parts.takes(trip, codes_TH, ids_TK.shape[1])
+        if copies is None:
+            codes_UH = _codes(trip, "forward dispatch", codes_TH)
         ids_UK, scores_UK, scale_UB = trip.send_choices("forward dispatch", ids_TK, scores_TK, scale_TB)
-        plan = Plan.of(plan_from_topk(ids_UK, trip.experts_here, capacity=call.rows))
+        if copies is not None:
+            parts = fp8_parts.start(copies, trip, codes_TH, ids_UK)
+            codes_UH = parts.codes
+        plan = Plan.of(plan_from_topk(ids_UK, trip.experts_here, capacity=call.way.rows))
         x_q, scores_S = Quantized(codes_UH, scale_UB), scores_UK.reshape(-1)
         w1_q, w2_q = Quantized(w1.fp8.q, w1.fp8.scale), Quantized(w2.fp8.q, w2.fp8.scale)
         forward = Fp8Forward(codes_UH, scores_S, w1_q, b1, w2_q, b2, plan, call.static, call.numerics, save)
-        part_UH, row_scores_P, z_PN = fp8.forward(k, aligned(forward, k.ALIGNMENT, "b1"), x_q)
-        out_TH = trip.summed(trip.back("forward combine", part_UH))
+        forward = aligned(forward, k.ALIGNMENT, "b1")
+        if copies is not None:
+            out_TH, row_scores_P, z_PN = fp8_parts.forward(k, forward, x_q, parts)
+        else:
+            part_UH, row_scores_P, z_PN = fp8.forward(k, forward, x_q)
+            out_TH = trip.summed(trip.back("forward combine", part_UH))
     turned = is_turned(w1_ENH), is_turned(w2_EHI)
-    return out_TH, x_q, Fp8Saved(z_PN, codes_UH, row_scores_P, b1, b2, plan, call.static, call.numerics, *turned)
+    codes = codes_UH if call.way.keeps else codes_TH
+    return out_TH, x_q, Fp8Saved(z_PN, codes, row_scores_P, b1, b2, plan, call.static, call.numerics, *turned)
 
 
 def _received(trip: Trip, phase: str, rows: Quantized) -> Quantized:
@@ -218,9 +232,7 @@ def _received(trip: Trip, phase: str, rows: Quantized) -> Quantized:
 
 
 def _codes(trip: Trip, phase: str, codes_TH: Tensor) -> Tensor:
-    hidden = codes_TH.shape[1]
-    bytes_TC = F.pad(codes_TH.view(torch.uint8), (0, -hidden % ALIGNMENT))
-    return trip.send(phase, bytes_TC).view(E4M3)[:, :hidden]
+    return trip.send(phase, fp8_parts.padded_bytes(codes_TH)).view(E4M3)[:, : codes_TH.shape[1]]
 
 
 def _dense(rows: Quantized) -> Tensor:

@@ -68,9 +68,9 @@ class _Exchange(ExpertParallel):
         super().__init__(group, **arguments)
         self.few: FewRows | None = None
         """Calls without copies, where they are possible."""
-        if isinstance(self._ranks, Copies) and self._has_few_rows():
+        if isinstance(copies := self._channel.ranks, Copies) and self._has_few_rows():
             sizes = (self.num_experts, self.max_tokens, self.top_k)
-            self.few = FewRows(self._ranks, self.rank, self.size, *sizes)
+            self.few = FewRows(copies, self.rank, self.size, *sizes)
 
     def _has_few_rows(self) -> bool:
         return few_rows.has_few_rows(self.size, self.max_tokens, self.top_k, self.experts_here)
@@ -85,19 +85,19 @@ class _Exchange(ExpertParallel):
     def in_place(self, given: Given, out_TH: Tensor, accumulate: bool) -> None:
         """Writes ``out``, or adds to it, by a call without copies."""
         assert self.few is not None
-        self._refuse_too_many(given.x_TH.shape[0])
-        with self._watch.telling():
-            self._calls += 1
-            self.few.run(self._calls, given, out_TH, accumulate=accumulate)
+        with self.call():
+            self._channel.check_tokens(given.x_TH.shape[0])
+            self.few.run(self._channel.calls, given, out_TH, accumulate=accumulate)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # sizes on the host, collectives, limits on waits
     def there_and_back(
         self, x: Quantized, weights_TK: Tensor, ids_TK: Tensor, experts: Callable[[_Received], Tensor]
     ) -> Tensor:
         """(T, H): what ``experts`` makes (U, H) of the received tokens, summed at home."""
-        found = self._departures(ids_TK)
-        with self._watch.telling():
-            trip, _, _ = self._start(weights_TK, weights_TK, found)  # for their number and a dtype that all ranks have
+        with self.call():
+            found = self._channel.departures(ids_TK)
+            # for their number and a dtype that all ranks have
+            trip, _, _ = self._channel.start(weights_TK, weights_TK, found)
             codes_UH = trip.send("forward dispatch", x.q.view(torch.uint8)).view(E4M3)
             ids_UK, weights_UK, scale_UB = trip.send_choices("forward dispatch", found.ids_TK, weights_TK, x.scale)
             part_UH = experts(_Received(Quantized(codes_UH, scale_UB), ids_UK, weights_UK))
@@ -213,11 +213,12 @@ class MegaMoE:
                 received_rows=received_rows, out=None if accumulate else out,
             )  # fmt: skip
             return out.add_(result) if accumulate and out is not None else result
-        self._check_fit(x, w13, topk_ids, math.inf)  # of too many tokens the exchange tells all ranks
-        return self._over_ranks(
-            x, (w13, w2, w13_scale, w2_scale), topk_weights, topk_ids, as_layout(gate_up_order), x_scale,
-            swiglu_limit, pow2_scales, received_rows, out, accumulate,
-        )  # fmt: skip
+        with self._ranks.call():
+            self._check_fit(x, w13, topk_ids, math.inf)  # of too many tokens the exchange tells all ranks
+            return self._over_ranks(
+                x, (w13, w2, w13_scale, w2_scale), topk_weights, topk_ids, as_layout(gate_up_order), x_scale,
+                swiglu_limit, pow2_scales, received_rows, out, accumulate,
+            )  # fmt: skip
 
     def _over_ranks(
         self, x: Tensor, weights: tuple[Tensor, Tensor, Tensor, Tensor], topk_weights: Tensor, topk_ids: Tensor,
@@ -269,9 +270,8 @@ class MegaMoE:
         ranks, tokens, experts = self.size, self.max_tokens_per_rank, self.experts_here
         lines = [f"{self.num_experts} experts over {ranks} ranks, {experts} on each; this is rank {self.rank}"]
         received = ranks * tokens
-        rows, hidden, inter = received * self.top_k, self.hidden, self.intermediate
+        hidden, inter = self.hidden, self.intermediate
         needed = workspace_bytes(received, self.top_k, hidden, inter, experts)
-        needed += rows * (inter + 4 * blocks(inter) + 2 * hidden)  # of the tile kernels: c in e4m3, y in bf16
         if self._ranks is None:
             lines.append("way: one rank runs inference.moe_fp8_topk, and nothing travels")
         else:

@@ -9,16 +9,19 @@ T tokens here, S copies sent, U copies received, C columns, K choices a token, R
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from supersonic_moe.autograd import refuse_second_derivatives
+from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.kernels import registry
 from supersonic_moe.kernels.interface import TokenRows
 from supersonic_moe.parallel.collectives import Ranks
+from supersonic_moe.private_api import versions_of
 
 
 class Trip(NamedTuple):
@@ -71,6 +74,21 @@ class Trip(NamedTuple):
         copies = (t.clone(memory_format=torch.contiguous_format) for t in others)  # at aligned addresses
         return ids_UK, *(t.view(like.dtype) for t, like in zip(copies, (scores_TK, *more), strict=True))
 
+    def again(self, x_TH: Tensor) -> Callable[[], Tensor]:
+        """What sends x once more, in backward: (U, H) as it came in forward, if x is what it was."""
+        x_TH, (version,) = x_TH.detach(), versions_of([x_TH])
+
+        @torch.no_grad()
+        def send() -> Tensor:
+            if versions_of([x_TH]) != [version]:
+                raise RuntimeError(
+                    "x was changed in place between forward and backward, which sends it once more with "
+                    "keep_received=False. Change a copy of it, or keep what was received."
+                )
+            return self.send("backward dispatch", x_TH)
+
+        return send
+
     def back(self, phase: str, rows_UC: Tensor) -> Tensor:
         """(S, C)"""
         return self.ranks.exchange(rows_UC, self.call, phase, self.received, self.sent)
@@ -88,6 +106,24 @@ class Trip(NamedTuple):
         index_TK = torch.where(self.copy_TK >= 0, self.copy_TK * k + torch.arange(k, device=values_SK.device), -1)
         pick = registry.kernels(registry.choose(values_SK.device).name).experts.pick  # of any dtype, as routing is
         return pick(values_SK.view(-1), index_TK.view(-1).to(torch.int32)).view_as(index_TK)
+
+
+@dataclass
+class Dispatched:
+    """Tokens that arrived on this rank, in order of source rank, then token."""
+
+    x: Tensor
+    """(U, H)"""
+    ids: Tensor
+    """(U, K) int32 experts of this rank, counted from 0; -1 where a choice lives elsewhere."""
+    scores: Tensor
+    """(U, K); their gradient goes home, and is 0 where a choice lives elsewhere."""
+    rows_per_expert: Sequence[int] | Tensor
+    """(E/R,) on the host; where the host does not know, a tensor on the device."""
+    plan: RoutingPlan
+    """Of these tokens and the experts of this rank."""
+    handle: Trip | None
+    """For ``combine``; None where a group has one rank and nothing travelled."""
 
 
 class Dispatch(torch.autograd.Function):

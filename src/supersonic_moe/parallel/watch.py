@@ -13,6 +13,8 @@ and leaves the reason where the thread finds it.
 
 A rank that leaves, that cannot go on because of an error of its own, or that has waited in vain, says so in the store.
 Who waits for it, the late one that comes at last included, is told at the next report, and does not wait for the limit.
+So is who waits in a call that another rank has refused, because of its arguments. That ends nothing by itself: where
+all ranks have refused a call, nobody waits in it, and the next one works.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ import torch
 import torch.distributed as dist
 
 from supersonic_moe.kernels.sm90.exchange_flags import OTHER_CALL, STOPPED, ExchangeFlags, Failure
+from supersonic_moe.private_api import END_OF_RECOMPUTATION
 
 log = logging.getLogger("supersonic_moe")
 
@@ -45,7 +48,9 @@ BEATS_OF_SILENCE = 3
 
 PHASES = ("forward dispatch", "forward combine", "backward dispatch", "backward combine")
 _FAILED = " has failed: "
+_REFUSED = " has refused this call: "
 _GONE = "gone"
+_REFUSING = "refused"
 _LIMIT = "ExpertParallel(timeout_s=...) sets the limit."
 _ROW_BITS = 29
 
@@ -105,6 +110,8 @@ class Watch:
         self._group: dist.ProcessGroup | None = None
         self.flags: ExchangeFlags | None = None
         """On the GPU, of ranks that reach each other's memory."""
+        self._everywhere = False
+        """Whether an error that is raised now is raised on every rank."""
         self.beat_s = min(LONGEST_BEAT_S, limit_s / BEATS_IN_A_LIMIT)
         stop = threading.Event()
         arguments = (weakref.ref(self), stop, self.beat_s, self._reports)
@@ -187,7 +194,7 @@ class Watch:
             except RuntimeError:
                 if gone or work.is_completed() or time.monotonic() >= end:
                     raise
-                gone = self._reports.gone() is not None
+                gone = self._reports.gone() is not None or self._reports.refused(self.activity.call) is not None
             else:
                 return
 
@@ -217,18 +224,34 @@ class Watch:
         self._failed(self.activity, str(error))
         self._reports.go()
 
+    def refuse(self, call: int, error: Exception) -> None:
+        """This rank leaves out ``call`` because of an ``error`` of its arguments."""
+        self._reports.refuse(call, f"{type(error).__name__}: {error}")
+
     @contextmanager
-    def telling(self) -> Iterator[None]:
+    def telling(self, call: int) -> Iterator[None]:
         """Tells the others if this rank cannot go on, for want of memory for instance. ValueError and TypeError are of
-        arguments: a caller may go on after them, as all ranks do where all have raised.
+        arguments, and the rank that raises them refuses this ``call`` alone: where all ranks do, all may go on.
         """
+        self._everywhere = False
         try:
             yield
-        except (ValueError, TypeError, ExpertParallelError):
+        except (ExpertParallelError, END_OF_RECOMPUTATION):
+            raise
+        except (ValueError, TypeError) as error:
+            if not self._everywhere:
+                self.refuse(call, error)
             raise
         except Exception as error:
             self.tell(error)
             raise
+
+    @contextmanager
+    def raising_everywhere(self) -> Iterator[None]:
+        """Nobody needs to be told of what is raised inside: the other ranks have found it out, too."""
+        self._everywhere = True
+        yield
+        self._everywhere = False
 
     def _fail(self, activity: Activity, error: Exception | None, seconds: float) -> str:
         late = seconds >= 0.99 * self.limit_s
@@ -251,7 +274,7 @@ class Watch:
         sentences = [f"{self.what}: rank {self.rank} {what} {mine}.", others]
         if late:
             sentences.append(_LIMIT)
-        elif error is not None and _FAILED not in others:
+        elif error is not None and _FAILED not in others and _REFUSED not in others:
             sentences.append(f"torch says: {str(error).splitlines()[0]}")
         return " ".join(sentences)
 
@@ -265,11 +288,17 @@ class Watch:
         waited = f"waited {self.limit_s:.3g} s {mine} for rank {found.peer}"
         return f"{start} {waited} (exchange {found.wanted} expected, {found.seen} seen)."
 
+    def _refusal(self, call: int) -> str:
+        """A sentence about a rank that has refused ``call``, or nothing."""
+        if (told := self._reports.refused(call)) is None:
+            return ""
+        return f"Rank {told[0]}{_REFUSED}{told[1]}"
+
     def _about_peer(self, mine: Activity, found: Failure) -> str:
         if found.why == OTHER_CALL:
             return "Run the same layers and steps on every rank."
         if found.why == STOPPED:
-            return self._failure_of(found.peer)
+            return self._refusal(mine.call) or self._failure_of(found.peer)
         about = self._about_all(mine, [found.peer], late=True) or "Its host has come as far: its GPU is busy, or stuck."
         return f"{about} {_LIMIT}"
 
@@ -284,6 +313,8 @@ class Watch:
 
     def _about_all(self, mine: Activity, ranks: Sequence[int], late: bool) -> str:
         """Sentences about those of ``ranks`` that do not come. ``late``: this one has waited until the limit."""
+        if refusal := self._refusal(mine.call):
+            return refusal
         before = {rank: self._reports.told("alive", rank) for rank in ranks}
         time.sleep(BEATS_OF_SILENCE * self.beat_s)
         if self._reports.store is None:
@@ -315,18 +346,27 @@ class Watch:
     def beat(self, gone: int | None) -> None:
         """``gone``: a rank that serves no further wait."""
         if self.flags is not None and self.failure is None:
-            if gone is not None:
-                self.flags.stop(gone)
+            missing = gone
+            if missing is None and (told := self._reports.refused(self.flags.waits_in())) is not None:
+                missing = told[0]
+            if missing is not None:
+                self.flags.stop(missing)
             if self._look():
                 log.error(self.failure)
-        oldest = self._started[0] if self._started else None
-        # An event is asked only when it is late: asking while another thread captures a CUDA graph would break that.
-        waits = 0 if oldest is None else time.monotonic() - oldest.at
-        limit_s = self.limit_s if gone is None else min(self.limit_s, BEATS_OF_SILENCE * self.beat_s)
-        if oldest is None or waits < limit_s or oldest.end.query():
-            return
+        for started in list(self._started):
+            # An event is asked only when it is late: asking while another thread captures a CUDA graph would break it.
+            waits, limit_s = time.monotonic() - started.at, self.limit_s
+            if gone is not None or self._reports.refused(started.activity.call) is not None:
+                limit_s = min(self.limit_s, BEATS_OF_SILENCE * self.beat_s)
+            if waits < limit_s:
+                return
+            if not started.end.query():
+                self._abort(started, waits)
+                return
+
+    def _abort(self, started: _Started, waits: float) -> None:
         self._started.clear()
-        log.error(self._fail(oldest.activity, None, waits))
+        log.error(self._fail(started.activity, None, waits))
         abort = getattr(self._group, "abort", None)
         if abort is not None:
             abort()
@@ -353,6 +393,15 @@ class Reports:
     def go(self) -> None:
         """This rank serves no further wait."""
         self._ask(lambda store: store.set(_GONE, str(self.rank)))
+
+    def refuse(self, call: int, why: str) -> None:
+        """This rank leaves out ``call``."""
+        self._ask(lambda store: store.set(f"{_REFUSING}/{call}", json.dumps((self.rank, why))))
+
+    def refused(self, call: int) -> tuple[int, str] | None:
+        """(the last rank that has refused ``call``, why), if any has; 0 is no call."""
+        found = self._read(f"{_REFUSING}/{call}") if call else None
+        return None if found is None else tuple(json.loads(found))
 
     def leave(self) -> None:
         if self.final:

@@ -30,10 +30,10 @@ DEVICE void gradient(const TensorMap* map_a, const TensorMap* map_b, const Tenso
         using Epilogue = WeightGradient<C, true>;
         const auto shared = shared_memory<C, C.shared_bytes()>();
         const auto produce = [&](u32) {
-            load_ragged_depth<Epilogue::BORROWED_STAGES>(shared, {offsets, index, map_a, experts, rows, columns}, map_a, map_b, true, SCHEDULE);
+            load_ragged_depth<Epilogue::BORROWED_STAGES>(shared, {offsets, index, map_a, experts, rows, columns, rows}, map_a, map_b, true, SCHEDULE);
         };
         run_roles(shared, produce, [&](u32 warp) {
-            for_each_tile<Major::MN>(shared, warp, RaggedDepth{static_cast<i32>(C.block_k())}, Epilogue{{map_d, true, false}});
+            for_each_tile<Major::MN>(shared, warp, RaggedDepth<>{static_cast<i32>(C.block_k()), rows}, Epilogue{{map_d, true, false}});
         });
     }
 }

@@ -31,14 +31,18 @@ def test_every_flag_is_written_and_read_by_one_of_two_functions() -> None:
 
 
 def test_the_machine_code_orders_flags_for_the_whole_system() -> None:
-    """A flag to the others, the reason to the host and the word that stops them: each behind a barrier of memory."""
+    """A flag to the others, the reason to the host and the word that stops them: each behind a barrier of memory. The
+    word that says in which call a rank waits, written twice, publishes nothing.
+    """
     begin, meet, wait = sass.compiled(*exchange_flags.SPECS)
     for kernel in (begin, meet, wait):
         opcodes = sass.opcodes(kernel.listing)
         assert opcodes["LDG.E.64.STRONG.SYS"] >= 3 and opcodes["BPT.TRAP"] == 1
         assert not any("STRONG.GPU" in opcode for opcode in opcodes)
         order = re.findall(r"MEMBAR\.ALL\.SYS|STG\.E\.64\.STRONG\.SYS", kernel.listing)
-        assert order == ["MEMBAR.ALL.SYS", "STG.E.64.STRONG.SYS"] * (2 if kernel is wait else 3)
+        barrier, flag = "MEMBAR.ALL.SYS", "STG.E.64.STRONG.SYS"
+        told = [] if kernel is wait else [barrier, flag]
+        assert order == [*told, flag, flag, *[barrier, flag] * 2]
 
 
 def test_launches_have_what_the_kernels_take(launches: list, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +61,7 @@ def test_launches_have_what_the_kernels_take(launches: list, monkeypatch: pytest
     assert names == ["exchange_begin", "exchange_meet", "exchange_wait"] and grid == (1, 1, 1)
     same = {"rank": 1, "ranks": 3, "limit_ns": 2_500_000_000, "call": 7, "phase": 2}
     same |= {"words": flags._table.data_ptr(), "host": flags._host.data_ptr(), "state": flags._state.data_ptr()}
-    assert told == same | {"bank": 1, "steps": 1} and met == same | {"kind": 3 << 29 | 64}
+    assert told == same | {"bank": 1, "steps": 1} and met == same | {"kind": 3 << 29 | 64, "lanes": 2**32 - 1}
     assert of_three == same | {"bank": 0, "steps": 3} and awaited == same | {"left": 2}
     assert flags._table.tolist() == [block.data_ptr() for block in blocks]
     assert flags.failure() is None

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.gpu
 SIZES = [(64, 256), (72, 8), (8, 264), (2880, 520), (1000, 1000)]
 
 
-@pytest.fixture(params=[256, 384])
+@pytest.fixture(params=[256, 320, 384])
 def block_n(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Columns of a tile, which the size of the problem decides otherwise."""
     monkeypatch.setattr(gemm_config, "tile_columns", lambda columns, depth: request.param)
@@ -113,6 +113,41 @@ def test_weight_gradient_of_indexed_rows_and_its_transpose(
     start = torch.randn(len(counts), n, m, device=CUDA)
     added = grouped_mm_wgrad(*operands, Into(start.clone(), transposed=True, accumulate=True))
     assert torch.equal(added, start + flipped)
+
+
+@pytest.mark.usefixtures("block_n")
+@pytest.mark.parametrize("n_contiguous", [False, True])
+@pytest.mark.parametrize("columns", [8, 64, 72, 128, 136, 192, 200, 264, 328, 520, 2880])
+def test_columns_of_a_last_tile_have_the_bits_of_a_wider_product(columns: int, n_contiguous: bool) -> None:
+    """The same columns of a product with more of them."""
+    offsets, (a,) = case([700, 0, 129, 128, 901], 5, 200)  # enough for clusters of two
+    whole = torch.randn(5, 200, 3840, device=CUDA, dtype=torch.bfloat16)
+    whole = whole if n_contiguous else whole.mT.contiguous().mT
+    part = whole[..., :columns] if n_contiguous else whole[..., :columns].mT.contiguous().mT
+    want, got = grouped_mm(Rows(a), whole, offsets), grouped_mm(Rows(a), part, offsets)
+    assert torch.equal(got[:1858], want[:1858, :columns])
+    index = torch.arange(a.shape[0], device=CUDA, dtype=torch.int32)
+    assert torch.equal(grouped_mm(Rows(a, index), part, offsets)[:1858], got[:1858])
+
+
+@pytest.mark.usefixtures("block_n")
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("m", [8, 64, 72, 128, 136, 192, 320, 384, 448])
+def test_the_last_rows_of_a_weight_gradient_have_the_bits_of_whole_tiles(
+    m: int, accumulate: bool, gathered: bool
+) -> None:
+    """Tiles past the last row, half a tile, and pairs of blocks that share its rows, with an odd number of columns of
+    tiles and an even one."""
+    offsets, (a, b) = case([300, 0, 1, 64], 70, 512, 1600)
+    rows = Rows(a, torch.arange(a.shape[0], device=CUDA, dtype=torch.int32)) if gathered else Rows(a)
+    for n in (192, 328, 800, 1600):
+        start = torch.randn(4, 512, n, device=CUDA)
+        into = Into(start.clone(), accumulate=True) if accumulate else Into()
+        want = grouped_mm_wgrad(rows, b[:, :n].contiguous(), offsets, into)[:, :m]
+        part = Rows(a[:, :m].contiguous(), rows.gather_index)
+        into = Into(start[:, :m].contiguous(), accumulate=True) if accumulate else Into()
+        assert torch.equal(grouped_mm_wgrad(part, b[:, :n].contiguous(), offsets, into), want), n
 
 
 def test_rows_at_any_stride() -> None:
@@ -223,7 +258,7 @@ def test_down_backward(counts: list[int], hidden: int, width: int, gathered: boo
 
 @pytest.mark.parametrize("fused", ["swiglu-gate_up", "relu_sq", "gpt_oss-interleaved-outermost"])
 @pytest.mark.parametrize("gathered", [False, True])
-@pytest.mark.parametrize("width", [320, 832])
+@pytest.mark.parametrize("width", [320, 448, 832])
 def test_clusters_stay_in_step(width: int, gathered: bool, fused: str) -> None:
     """Short tails, their columns split between the blocks of a cluster, then tiles of the same cluster that share B.
     Both blocks must have used as many stages, although the last column tile has fewer stages of Z than others.

@@ -229,6 +229,7 @@ def test_products(gathered: bool, launches: list[Any]) -> None:
             map_b=c.z,
             map_d=d,
             blocks_m=2,
+            rows=264,
             blocks_n=3,
             **ragged,
         )
@@ -275,6 +276,7 @@ def test_quantizer(launches: list[Any]) -> None:
         ({"columns": 3072, "rows": 256, "depth": 4096, "gather": True}, (384, 2, False)),
         ({"columns": 3072, "rows": 256, "gather": True}, (256, 2, False)),  # an epilogue for 256 columns
         ({"columns": 3072, "depth": 4096, "gather": True}, (384, 2, False)),  # a weight gradient
+        ({"columns": 2880, "depth": 1024, "gather": True}, (320, 2, False)),
         ({"columns": 8, "depth": 0, "gather": True}, (256, 2, False)),
         ({"columns": 768, "gather": True, "staging_bytes": 1}, (256, 1, False)),
         ({"columns": 769, "gather": True, "staging_bytes": 1}, (256, 2, True)),

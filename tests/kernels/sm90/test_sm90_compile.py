@@ -129,9 +129,12 @@ def test_wrappers_become_the_instructions_they_are_named_for() -> None:
 
 @pytest.mark.parametrize(
     ("columns", "depth", "tile"),
-    [(3072, 4096, 384), (3072, 4095, 256), (2048, 8192, 256), (4096, 4096, 384), (384, 9000, 384), (8, 9000, 256)],
+    [
+        *((3072, 4096, 384), (3072, 4095, 256), (2048, 8192, 256), (4096, 4096, 384), (384, 9000, 384), (8, 9000, 256)),
+        *((2880, 512, 320), (2880, 5760, 320), (1856, 384, 320), (264, 64, 320), (2688, 64, 256), (1280, 64, 256)),
+    ],
 )
-def test_wide_tiles_are_for_deep_products_that_fill_them(columns: int, depth: int, tile: int) -> None:
+def test_wide_tiles_are_for_products_that_fill_them(columns: int, depth: int, tile: int) -> None:
     assert tile_columns(columns, depth) == tile
 
 

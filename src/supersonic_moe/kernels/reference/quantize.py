@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from supersonic_moe.kernels.interface import NEW, BothOrders, Into, Quantized, Rows, Segments
+from supersonic_moe.kernels.interface import NEW, BothOrders, Into, Quantized, RowBlocks, Rows, Segments
 from supersonic_moe.kernels.reference.gather import gather_rows
 from supersonic_moe.kernels.reference.grouped_mm import grouped_mm, grouped_mm_wgrad
 from supersonic_moe.quantization.block_format import (
@@ -121,12 +121,19 @@ def pad_segments(expert_offsets: Tensor, gather_index_P: Tensor, capacity: int) 
 # ---- products --------------------------------------------------------------------------------------------------------
 
 
-def grouped_mm_fp8(a: Rows[Quantized], b_ENK: Quantized, expert_offsets: Tensor) -> Tensor:
+def grouped_mm_fp8(
+    a: Rows[Quantized], b_ENK: Quantized, expert_offsets: Tensor, parts: Sequence[RowBlocks] = ()
+) -> Tensor:
     """(P, N) bf16: rows of expert e are a[rows] @ b[e].T of the dequantized operands, fp32 products and one rounding;
-    dead rows are NaN.
+    dead rows are NaN. All ``parts`` at once: the bits of a BLAS depend on how many rows it has.
     """
+    for part in parts:
+        part.before()
     exact = Rows(dequantize(*a.x, torch.float32), a.gather_index)
-    return grouped_mm(exact, dequantize(*b_ENK, torch.float32).mT, expert_offsets).bfloat16()
+    d_PN = grouped_mm(exact, dequantize(*b_ENK, torch.float32).mT, expert_offsets).bfloat16()
+    for part in parts:
+        part.after(d_PN)
+    return d_PN
 
 
 def grouped_mm_wgrad_fp8(a_MG: Quantized, b_NG: Quantized, padded_offsets: Tensor, into: Into = NEW) -> Tensor:

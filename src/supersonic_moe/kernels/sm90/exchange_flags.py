@@ -20,7 +20,8 @@ Order, on the stream of each rank
 Limits
     A wait that takes longer than its limit by the clock of the GPU, or whose rank carries something else, tells the
     host (which rank, call, phase, epoch) and the other ranks, then traps: nothing computes on with rows that never
-    came. The host tells a wait to stop through the same words, which stay readable after a trap.
+    came. The host tells a wait to stop through the same words, which stay readable after a trap, and a wait that takes
+    longer than a moment says there in which call it is.
 Cost
     Two launches of one warp, and one way through NVLink, for an exchange.
 """
@@ -44,8 +45,9 @@ SPECS = tuple(
     KernelSpec(name, "exchange_flags.cu", threads=32, opcodes=OPCODES)
     for name in ("exchange_begin", "exchange_meet", "exchange_wait")
 )
+ALL = (1 << MAX_RANKS) - 1
 LATE, STOPPED, OTHER_CALL = 1, 2, 3
-_WHY, _TOLD, _HOST_WORDS = 0, 6, 8
+_WHY, _TOLD, _WAITS_IN, _HOST_WORDS = 0, 6, 7, 8
 
 
 class Failure(NamedTuple):
@@ -95,10 +97,12 @@ class ExchangeFlags:
         with on_device(self._state):
             _kernels()[0].launch((1, 1, 1), call=call, phase=phase, bank=bank, steps=steps, **self.same)
 
-    def meet(self, kind: int, call: int, phase: int) -> None:
-        """``kind``: 32 bits that are the same on all ranks, or a wait fails."""
+    def meet(self, kind: int, call: int, phase: int, sources: int = ALL) -> None:
+        """``kind``: 32 bits that are the same on all ranks, or a wait fails. ``sources``: a bit for each rank that is
+        waited for; a second call in one exchange waits for others.
+        """
         with on_device(self._state):
-            _kernels()[1].launch((1, 1, 1), call=call, phase=phase, kind=kind, **self.same)
+            _kernels()[1].launch((1, 1, 1), call=call, phase=phase, kind=kind, lanes=sources, **self.same)
 
     def wait(self, left: int, call: int, phase: int) -> None:
         """For the epoch of this exchange that ``left`` more follow."""
@@ -118,6 +122,10 @@ class ExchangeFlags:
         """Reads the host's memory alone."""
         why, *others = self._host.tolist()[:_TOLD]
         return Failure(why, *others) if why else None
+
+    def waits_in(self) -> int:
+        """The call in which the GPU waits for another rank; 0 if it does not, or has only begun."""
+        return int(self._host[_WAITS_IN])
 
     def stop(self, rank: int) -> None:
         """A wait of this rank fails from now on, because of ``rank``."""

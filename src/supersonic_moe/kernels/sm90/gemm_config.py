@@ -16,8 +16,8 @@ from supersonic_moe.jit.spec import KernelSpec
 
 LINE = 128  # bytes of a swizzled line: K of a stage
 BLOCK_M = 128
-BLOCK_N, WIDE_BLOCK_N = 256, 384
-BF16_STAGES = {BLOCK_N: 4, WIDE_BLOCK_N: 3}  # as many as fit
+BLOCK_N, BROAD_BLOCK_N, WIDE_BLOCK_N = 256, 320, 384
+BF16_STAGES = {BLOCK_N: 4, BROAD_BLOCK_N: 4, WIDE_BLOCK_N: 3}  # as many as fit
 FP8_STAGES = 3
 GROUP_M = 16  # row blocks walked before the next column: 8 to 64 measured within 2-3 % (docs/log.md)
 THREADS = 384
@@ -119,7 +119,7 @@ def fp8_form(cluster: int, gather: bool, staging_bytes: int, /) -> GemmConfig:
 
 
 def choose(
-    columns: int, gather: bool, *, rows: int | None = None, depth: int = 0, staging_bytes: int = 0
+    columns: int, gather: bool, *, rows: int | None = None, depth: int = 0, broad: bool = False, staging_bytes: int = 0
 ) -> GemmConfig:
     """The form for these sizes.
 
@@ -127,7 +127,8 @@ def choose(
         columns: N, in elements of B.
         gather: whether rows of A come through an index.
         rows: what an expert has on average; None where D has no ragged rows, in weight gradients.
-        depth: K, or the rows of an expert in a weight gradient; 0 for an epilogue that knows only tiles of 256 columns.
+        depth: K, or the rows of an expert in a weight gradient; 0 for an epilogue that does not know all tiles.
+        broad: whether such an epilogue knows tiles of 320 columns beside those of 256.
         staging_bytes: of the epilogue, which in FP8 has its own; 0 in bf16, where it borrows stages.
 
     In bf16 two blocks share B where an expert has two blocks of rows; else the second would idle. In FP8 they share
@@ -138,15 +139,24 @@ def choose(
         return fp8_form(2 if pair else 1, gather, staging_bytes)
     if rows is not None and rows < 2 * BLOCK_M:
         return bf16_form(BLOCK_N, 1, gather)
-    return bf16_form(tile_columns(columns, depth) if depth else BLOCK_N, 2, gather)
+    if depth:
+        return bf16_form(tile_columns(columns, depth), 2, gather)
+    return bf16_form(narrower_columns(columns) if broad else BLOCK_N, 2, gather)
 
 
 def tile_columns(columns: int, depth: int) -> int:
-    """384 for a deep contraction of columns that it covers well, else 256. The wide tile moves less and gains 2-4 %;
-    the price, one stage less, is paid at each tile (docs/log.md).
+    """Columns of a tile: 256, or 320 where those pad the product less, as for H 2880; or 384 for a deep contraction of
+    columns that it covers about as well. The wider a tile, the fewer bytes it loads for a product: 384 gains 2-4 %; the
+    price, one stage less, is paid at each tile (docs/log.md).
     """
-    padded, padded_wide = -(-columns // BLOCK_N) * BLOCK_N, -(-columns // WIDE_BLOCK_N) * WIDE_BLOCK_N
-    return WIDE_BLOCK_N if depth >= 4096 and padded_wide <= 1.04 * padded else BLOCK_N
+    narrower = narrower_columns(columns)
+    fills = _round_up(columns, WIDE_BLOCK_N) <= 1.04 * _round_up(columns, narrower)
+    return WIDE_BLOCK_N if depth >= 4096 and fills else narrower
+
+
+def narrower_columns(columns: int) -> int:
+    """The same without 384."""
+    return BROAD_BLOCK_N if _round_up(columns, BROAD_BLOCK_N) < _round_up(columns, BLOCK_N) else BLOCK_N
 
 
 @functools.cache

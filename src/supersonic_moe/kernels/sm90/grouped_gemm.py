@@ -6,11 +6,11 @@ Layout (row-major)
     contiguous) without a copy. D (P, N). offsets (E + 1) int32 on the device; any number of rows an expert, none
     included; rows past offsets[E] are not written.
 Tiles
-    128 × 256 a block, two math warpgroups of 64 × 256 that share B, K in stages of 64 (128 bytes), four stages; or, for
-    a long K, 128 × 384 and three. A cluster of two blocks takes 256 rows of one expert and loads each half of B for
-    both; where an expert's last rows fill at most one block, the two take neighbouring columns of them instead.
-    Persistent: one block a multiprocessor, tiles in grouped order (schedule.cuh). The last tile of an expert stores its
-    rows one by one, since TMA would write into the next expert.
+    128 × 256 a block, two math warpgroups of 64 × 256 that share B, K in stages of 64 (128 bytes), four stages; or 128
+    × 320 where that pads N less; or, for a long K, 128 × 384 and three stages. A cluster of two blocks takes 256 rows
+    of one expert and loads each half of B for both; where an expert's last rows fill at most one block, the two take
+    neighbouring columns of them instead. Persistent: one block a multiprocessor, tiles in grouped order
+    (schedule.cuh). The last tile of an expert stores its rows one by one, since TMA would write into the next expert.
 Maths
     fp32 accumulation in the tensor core, one rounding to bf16. N and K are multiples of 8; what lies past N or K loads
     as zero.
@@ -31,6 +31,7 @@ from supersonic_moe.kernels.interface import Rows
 from supersonic_moe.kernels.sm90.gemm_config import (
     BLOCK_M,
     BLOCK_N,
+    BROAD_BLOCK_N,
     OPCODES,
     WIDE_BLOCK_N,
     GemmConfig,
@@ -48,7 +49,7 @@ SPECS = tuple(
     _spec(bf16_form(block_n, cluster, gather), n_contiguous)
     for n_contiguous in (False, True)
     for gather in (False, True)
-    for cluster, block_n in ((1, BLOCK_N), (2, BLOCK_N), (2, WIDE_BLOCK_N))
+    for cluster, block_n in ((1, BLOCK_N), (2, BLOCK_N), (2, BROAD_BLOCK_N), (2, WIDE_BLOCK_N))
 )
 
 

@@ -21,13 +21,14 @@ Cost
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
-from supersonic_moe.kernels.interface import Quantized, Rows
+from supersonic_moe.kernels.interface import Quantized, RowBlocks, Rows
 from supersonic_moe.kernels.sm90.gemm_config import (
     BLOCK_M,
     BUFFER_BYTES,
@@ -43,25 +44,31 @@ from supersonic_moe.kernels.sm90.operands import (
     map_of_stored_rows,
     scaled_weight,
 )
+from supersonic_moe.kernels.sm90.row_blocks import IN_PARTS, launches
 
 STAGING_BYTES = 4 * BUFFER_BYTES
 
 
-def _spec(config: GemmConfig) -> KernelSpec:
-    return config.spec("grouped_gemm_fp8", FP8_OPCODES)
+def _spec(config: GemmConfig, **parts: int) -> KernelSpec:
+    return config.spec("grouped_gemm_fp8", FP8_OPCODES, **parts)
 
 
-SPECS = tuple(_spec(fp8_form(cluster, gather, STAGING_BYTES)) for gather, cluster in ((False, 1), (True, 1), (True, 2)))
+SPECS = (
+    *(_spec(fp8_form(cluster, gather, STAGING_BYTES)) for gather, cluster in ((False, 1), (True, 1), (True, 2))),
+    _spec(fp8_form(1, False, STAGING_BYTES), **IN_PARTS),
+)
 
 
 @functools.cache
-def _kernel(config: GemmConfig) -> Kernel:
-    return Kernel(_spec(config))
+def _kernel(config: GemmConfig, in_parts: bool = False) -> Kernel:
+    return Kernel(_spec(config, **(IN_PARTS if in_parts else {})))
 
 
-def grouped_mm_fp8(a: Rows[Quantized], b_ENK: Quantized, expert_offsets: Tensor) -> Tensor:
+def grouped_mm_fp8(
+    a: Rows[Quantized], b_ENK: Quantized, expert_offsets: Tensor, parts: Sequence[RowBlocks] = ()
+) -> Tensor:
     """(P, N) bf16; rows at and past ``expert_offsets[-1]`` are undefined. Scales are fp32, of A (T, K/128), of B (E,
-    N/128, K/128).
+    N/128, K/128). Rows as they lie have parts.
     """
     (a_TK, a_scale), index = a
     columns = b_ENK.shape[1]
@@ -69,10 +76,11 @@ def grouped_mm_fp8(a: Rows[Quantized], b_ENK: Quantized, expert_offsets: Tensor)
     if d_PN.numel() == 0:
         return d_PN
     config = choose(columns, index is not None, staging_bytes=STAGING_BYTES)
+    parts = launches(parts, index is None)
+    kernel = _kernel(config, parts[0].begin_E is not None)
     with on_device(a_TK):
         map_d = map_of_stored_rows(d_PN)
-        _kernel(config).launch(
-            config.grid(a_TK.get_device()),
+        arguments = dict(
             map_a=map_of_rows(a_TK, index, box=(BLOCK_M, config.block_k)),
             map_a_run=map_of_run(a_TK, index, config.run_box, map_d),
             map_scale_a=map_of_scales(a_scale, index, map_d),
@@ -85,4 +93,8 @@ def grouped_mm_fp8(a: Rows[Quantized], b_ENK: Quantized, expert_offsets: Tensor)
             d=d_PN,
             d_row_bytes=d_PN.stride(0) * 2,
         )
+        for begin_E, end_E, before, after in parts:
+            before()
+            kernel.launch(config.grid(a_TK.get_device()), begin_block=begin_E, end_block=end_E, **arguments)
+            after(d_PN)
     return d_PN

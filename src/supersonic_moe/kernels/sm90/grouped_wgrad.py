@@ -6,9 +6,11 @@ Layout (row-major)
     (``main_grad``). offsets (E + 1) int32 on the device. An expert without rows gets exact zeros, or is left alone
     when accumulating.
 Tiles
-    As in grouped_gemm.py, 128 × 256 or 128 × 384 of one expert's D, with both operands MN-major: a stage is 64 rows of
-    A and B. The rows that the last stage of an expert shares with the next expert, or with nobody, are cleared in
-    shared memory.
+    As in grouped_gemm.py, 128 × 256, 320 or 384 of one expert's D, with both operands MN-major: a stage is 64 rows of
+    A and B. With 320 columns, taken for sizes that 256 does not fill, the last rows of D are not padded either: where
+    they fill at most one block of a cluster, its two blocks take neighbouring columns of them, and a warpgroup past
+    the last row multiplies nothing. The rows that the last stage of an expert shares with the next expert, or with
+    nobody, are cleared in shared memory.
 Maths
     fp32 accumulation in the tensor core; one rounding for bf16. ``+=`` is a TMA reduction in L2 with one writer a tile,
     hence deterministic. M and N are multiples of 8.
@@ -33,6 +35,7 @@ from supersonic_moe.kernels.interface import NEW, Into, Rows
 from supersonic_moe.kernels.sm90.gemm_config import (
     BLOCK_M,
     BLOCK_N,
+    BROAD_BLOCK_N,
     LOAD_WARPS,
     WARP_ROWS,
     WIDE_BLOCK_N,
@@ -53,7 +56,7 @@ SPECS = tuple(
     _spec(bf16_form(block_n, 2, gather), fp32)
     for fp32 in (False, True)
     for gather in (False, True)
-    for block_n in (BLOCK_N, WIDE_BLOCK_N)
+    for block_n in (BLOCK_N, BROAD_BLOCK_N, WIDE_BLOCK_N)
 )
 
 
@@ -129,5 +132,6 @@ def grouped_mm_wgrad(a: Rows[Tensor], b_PN: Tensor, expert_offsets: Tensor, into
             blocks_n=-(-n // config.block_n),
             adds=int(into.accumulate),
             transposed=int(into.transposed),
+            rows=m,
         )
     return out

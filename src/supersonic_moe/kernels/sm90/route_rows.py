@@ -11,7 +11,7 @@ local expert. A slot without a local expert has no row.
 Choice
     A warp for a token, E / 32 experts a lane, side by side. Scores are mapped to unsigned keys of the same order (NaN
     as minus infinity). The K-th largest of the lanes' largest keys bounds the chosen ones from below; the few that
-    reach it, 11 of 256 for K = 8, get a lane each and count how many are ahead of them. Where more than 32 reach it
+    reach it, 10 of 256 for K = 8, get a lane each and count how many are ahead of them. Where more than 32 reach it
     (equal scores), K rounds take the largest key of the warp, then the lowest index that has it.
 Up to 128 tokens
     A cluster of 8 blocks, 16 tokens each at most, counts exchanged through distributed shared memory: no memory has to
@@ -19,7 +19,7 @@ Up to 128 tokens
 More
     Two launches: blocks choose and count, then each adds up the counts of the blocks before it and places its slots.
 Cost
-    T E 4 bytes of logits. Instructions: about 620 a warp and token at E = 256 in 8 groups, K = 8.
+    T E 4 bytes of logits. Instructions: about 580 a warp and token at E = 256 in 8 groups, K = 8.
 
 The kernels also set counters to zero for the ones behind them.
 """

@@ -19,13 +19,15 @@ Cost
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 
+from supersonic_moe.config.activation import ActivationType
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
-from supersonic_moe.kernels.interface import Quantized, UpProjection
+from supersonic_moe.kernels.interface import Quantized, RowBlocks, UpProjection
 from supersonic_moe.kernels.sm90.gates import ALL_KINDS, INTERLEAVED, KINDS, gate_arguments, kind_of
 from supersonic_moe.kernels.sm90.gemm_config import (
     BLOCK_M,
@@ -44,17 +46,19 @@ from supersonic_moe.kernels.sm90.operands import (
     map_of_scales,
     map_of_stored_rows,
 )
+from supersonic_moe.kernels.sm90.row_blocks import IN_PARTS, launches
 from supersonic_moe.kernels.sm90.unfused import UNFUSED_FP8
 from supersonic_moe.quantization.block_format import BLOCK, blocks, empty_e4m3, empty_scales
 
+SWIGLU = KINDS[ActivationType.SWIGLU]
 STAGING_BYTES = 5 * BUFFER_BYTES
 NOTHING, IN_FP8, IN_BF16 = 0, 1, 2  # what of Z the kernel stores
 FORMS = {"fp8": IN_FP8, "bf16": IN_BF16, "recompute": NOTHING}
 OPCODES = ("QGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "F2FP.SATFINITE.E4M3")
 
 
-def _spec(config: GemmConfig, kind: int, interleaved: bool) -> KernelSpec:
-    return config.spec("up_projection_fp8", OPCODES, ACTIVATION=kind, INTERLEAVED=int(interleaved))
+def _spec(config: GemmConfig, kind: int, interleaved: bool, **parts: int) -> KernelSpec:
+    return config.spec("up_projection_fp8", OPCODES, ACTIVATION=kind, INTERLEAVED=int(interleaved), **parts)
 
 
 SPECS = tuple(
@@ -62,20 +66,32 @@ SPECS = tuple(
     for kind in ALL_KINDS
     for interleaved in (False, True)
     for gather, cluster in ((False, 1), (True, 1), (True, 2))
+) + tuple(
+    _spec(fp8_form(cluster, True, STAGING_BYTES), SWIGLU, interleaved, **IN_PARTS)
+    for interleaved in (False, True)
+    for cluster in (1, 2)
 )
 
 
 @functools.cache
-def _kernel(config: GemmConfig, kind: int, interleaved: bool) -> Kernel:
-    return Kernel(_spec(config, kind, interleaved))
+def _kernel(config: GemmConfig, kind: int, interleaved: bool, in_parts: bool = False) -> Kernel:
+    return Kernel(_spec(config, kind, interleaved, **(IN_PARTS if in_parts else {})))
 
 
 def up_projection_fp8(
-    step: UpProjection[Quantized], recipe: Fp8Recipe, a: Quantized | None = None
+    step: UpProjection[Quantized], recipe: Fp8Recipe, parts: Sequence[RowBlocks] = ()
 ) -> tuple[Quantized, Quantized]:
     """(Z as backward will see it, A): see ``Fp8Experts``. Activations outside ``KINDS`` take the composed form, and so
-    do halves of Z that do not start at a scale block; no other form writes to ``a``, memory for A as ``empty_e4m3`` and
-    ``empty_scales(..., tma=True)`` lay it out.
+    do halves of Z that do not start at a scale block. Gathered SwiGLU has parts.
+    """
+    return up_projection_fp8_into(step, recipe, None, parts)
+
+
+def up_projection_fp8_into(
+    step: UpProjection[Quantized], recipe: Fp8Recipe, a: Quantized | None, parts: Sequence[RowBlocks] = ()
+) -> tuple[Quantized, Quantized]:
+    """``a``: memory for A as ``empty_e4m3`` and ``empty_scales(..., tma=True)`` lay it out; the composed form does not
+    write to it.
     """
     x, (w1, w1_scale), b1_EN, expert_offsets, _, (activation, layout), save = step
     (xq_TH, x_scale), index = x
@@ -83,7 +99,7 @@ def up_projection_fp8(
     rows, width = x.num_rows, n1 // 2
     interleaved = layout is INTERLEAVED
     if activation.type not in KINDS or not (interleaved or width % BLOCK == 0):
-        return UNFUSED_FP8.up_projection_fp8(step, recipe)
+        return UNFUSED_FP8.up_projection_fp8(step, recipe, parts)
     saved = FORMS[recipe.save_preactivation] if save else NOTHING
     if saved == IN_FP8:
         z_PN, z_scale = empty_e4m3(xq_TH, rows, n1), empty_scales(xq_TH, rows, blocks(n1), tma=True)
@@ -95,11 +111,12 @@ def up_projection_fp8(
     z, (a_PI, a_scale) = Quantized(z_PN, z_scale), a
     if rows == 0:
         return z, a
-    config = choose(n1, index is not None, staging_bytes=STAGING_BYTES)
+    config, kind = choose(n1, index is not None, staging_bytes=STAGING_BYTES), kind_of(activation)
+    parts = launches(parts, index is not None and kind == SWIGLU)
+    kernel = _kernel(config, kind, interleaved, parts[0].begin_E is not None)
     with on_device(xq_TH):
         map_a = map_of_stored_rows(a_PI)
-        _kernel(config, kind_of(activation), interleaved).launch(
-            config.grid(xq_TH.get_device()),
+        arguments = dict(
             map_x=map_of_rows(xq_TH, index, box=(BLOCK_M, config.block_k)),
             map_x_run=map_of_run(xq_TH, index, config.run_box, map_a),
             map_scale_x=map_of_scales(x_scale, index, map_a),
@@ -120,4 +137,7 @@ def up_projection_fp8(
             pow2=int(recipe.pow2),
             **gate_arguments(activation, layout, width),
         )
+        for begin_E, end_E, before, _ in parts:
+            before()
+            kernel.launch(config.grid(xq_TH.get_device()), begin_block=begin_E, end_block=end_E, **arguments)
     return z, a

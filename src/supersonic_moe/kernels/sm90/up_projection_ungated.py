@@ -4,13 +4,13 @@ Layout (row-major)
     X (T, H) bf16, read through an index of P rows sorted by expert (-1: zeros), or (P, H) as it lies. W1 (E, I, H), H
     contiguous. Z (P, I), stored for backward only, without the bias. A (P, I).
 Tiles
-    128 rows × 256 activations, as in grouped_gemm.py; Z and A leave one after the other through borrowed stages.
+    128 rows × 256 activations or 320, as in grouped_gemm.py; Z and A leave one after the other through borrowed stages.
 Maths
     fp32 accumulation, bias and activation in fp32 on the unrounded sums, one rounding for Z and one for A.
 Cost
     2·P·H·I FLOP. Bytes: 2·(P·H + E·I·H + 2·P·I); the unfused pair moves 2·P·I more.
 
-Squared ReLU (Nemotron-H) is the only ungated activation of a published MoE; each one more would be 8 binaries here and
+Squared ReLU (Nemotron-H) is the only ungated activation of a published MoE; each one more would be 10 binaries here and
 in down_backward_ungated.py. Others take the grouped GEMM and the activation pass.
 """
 
@@ -24,7 +24,15 @@ from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.interface import UpProjection
-from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BLOCK_N, OPCODES, GemmConfig, bf16_form, choose
+from supersonic_moe.kernels.sm90.gemm_config import (
+    BLOCK_M,
+    BLOCK_N,
+    BROAD_BLOCK_N,
+    OPCODES,
+    GemmConfig,
+    bf16_form,
+    choose,
+)
 from supersonic_moe.kernels.sm90.operands import map_of_rows, map_of_run, map_of_stored_rows, product_of
 
 
@@ -32,7 +40,11 @@ def _spec(config: GemmConfig) -> KernelSpec:
     return config.spec("up_projection_ungated", OPCODES)
 
 
-SPECS = tuple(_spec(bf16_form(BLOCK_N, cluster, gather)) for gather in (False, True) for cluster in (1, 2))
+SPECS = tuple(
+    _spec(bf16_form(block_n, cluster, gather))
+    for gather in (False, True)
+    for cluster, block_n in ((1, BLOCK_N), (2, BLOCK_N), (2, BROAD_BLOCK_N))
+)
 
 
 @functools.cache
@@ -50,7 +62,7 @@ def up_projection_ungated(step: UpProjection[Tensor]) -> tuple[Tensor, Tensor]:
     a_PI = x_TH.new_empty(rows, width)
     if rows == 0:
         return z_PI, a_PI
-    config = choose(width, index is not None, rows=rows // num_experts)
+    config = choose(width, index is not None, rows=rows // num_experts, broad=True)
     with on_device(x_TH):
         map_a = map_of_stored_rows(a_PI)
         _kernel(config).launch(

@@ -117,8 +117,27 @@ DEVICE void store_dscores(const RowScores& pair, float* dscores, i32 rows, u32 l
     }
 }
 
+// The products of a tile's next chunk, to where those of this one were. Pinned, or the compiler moves them in each branch of what comes
+// before.
+template <Config C>
+DEVICE void next_products(float (&acc)[C.accumulators()]) {
+#pragma unroll
+    for (u32 i = 0; i + CHUNK / 2 < C.accumulators(); i += 4) {
+#pragma unroll
+        for (u32 j = i; j < i + 4; ++j) acc[j] = acc[j + CHUNK / 2];
+        pin_four(acc + i);
+    }
+}
+
 // ---- shared memory. `line`: first of this warp's 16; `part`: 16 activations of the chunk. A swizzled line is 128 bytes at a multiple of
 // 1024, so what `part` adds to an address is XORed to the lane's, one instruction, and rows r + 8 and buffers are immediate offsets. ----
+
+// A row of zeros in a buffer; four lanes.
+DEVICE void clear_line(u32 line, u32 lane) {
+#pragma unroll
+    for (u32 i = 0; i < 2; ++i)
+        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(line + lane % 4 * 32 + i * 16), "r"(0) : "memory");
+}
 
 // Gate and up where they alternate: this thread's two columns are 8 bytes.
 template <Config C>

@@ -42,22 +42,26 @@ struct GatedBackward {
     }
     DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring,
                            BorrowedStages<C>& borrowed, u32, u32 warp) const {
-        const auto [lane, line, row, rows] = warp_rows(tile, warp);
+        const auto [last_lane, line, row, rows] = warp_rows(tile, warp);
         const Bias<G> bias{b1, tile.expert, width, gate_base, up_base};
-        RowScores pair = load_scores(scores, row, rows, lane);
-#pragma unroll
+        RowScores pair = load_scores(scores, row, rows, last_lane);
+        const bool padded = __any_sync(0xffffffffu, pair.score[0] == 0.0f || pair.score[1] == 0.0f);
+#pragma unroll 1  // straight code for four chunks is 45 KB, which a multiprocessor fetches anew for each tile
         for (u32 chunk = 0; chunk < C.block_n / CHUNK; ++chunk) {
+            const u32 lane = fresh_thread_index() % 32;
             const i32 column = tile.column + static_cast<i32>(chunk * CHUNK);
             if (column >= width) break;
             if (chunk == 2) borrowed.give_back(shared);  // the first two, for the next tile's operands
             const u32 buffers = borrowed.borrow(shared, ring), as_buffer = buffers + 2 * C.buffer_bytes();
             if (rows > 0) {
+                PackedFragment saved = load_packed<C, G>(buffers, line, 0, lane);
 #pragma unroll
                 for (u32 part = 0; part < 4; ++part) {
-                    float* d = acc + chunk * 32 + part * 8;
+                    float* d = acc + part * 8;
                     pin_four(d), pin_four(d + 4);
-                    GateUpFragment z = unpack_fragment<G>(load_packed<C, G>(buffers, line, part, lane),
-                                           [](u32 word, float& low, float& high) { low = bf16_low(word), high = bf16_high(word); });
+                    GateUpFragment z = unpack_fragment<G>(
+                        saved, [](u32 word, float& low, float& high) { low = bf16_low(word), high = bf16_high(word); });
+                    if (part < 3) saved = load_packed<C, G>(buffers, line, part + 1, lane);
                     bias.add(column + static_cast<i32>(part * 16 + lane % 4 * 2), z);
                     float scaled[4][2];
                     backward_fragment<G>(d, z, scaled, pair, constants);
@@ -65,15 +69,24 @@ struct GatedBackward {
                     u32 as_words[4];
 #pragma unroll
                     for (u32 i = 0; i < 4; ++i) as_words[i] = pack_bf16(scaled[i][0], scaled[i][1]);
-                    select_scored(dz_words.first, pair), select_scored(dz_words.second, pair), select_scored(as_words, pair);
                     store_packed<C, G>(buffers, line, part, lane, dz_words);
                     store_matrices(matrix_address(as_buffer, line, part, lane), as_words);
+                }
+                if (padded) {  // zeros whatever Z holds there
+                    __syncwarp();
+#pragma unroll
+                    for (u32 i = 0; i < 2; ++i) {
+                        if (pair.score[i] != 0.0f) continue;
+                        const u32 at = (line + lane / 4 + i * 8) * LINE;
+                        clear_line(buffers + at, lane), clear_line(buffers + C.buffer_bytes() + at, lane), clear_line(as_buffer + at, lane);
+                    }
                 }
                 fence_proxy_async();
                 __syncwarp();
                 gradients.store(buffers + line * LINE, as_buffer + line * LINE, row, rows, column, lane);
+                next_products<C>(acc);
             }
         }
-        store_dscores(pair, dscores + static_cast<i64>(tile.column / static_cast<i32>(C.block_n)) * rows_allocated + row, rows, lane);
+        store_dscores(pair, dscores + static_cast<i64>(tile.column / static_cast<i32>(C.block_n)) * rows_allocated + row, rows, last_lane);
     }
 };

@@ -19,6 +19,9 @@ struct GatedBackwardScaled {
     static_assert(BUFFERS == C.stages && 2 * CHUNKS <= BUFFERS * C.stages, "dZ of a tile takes one lap");
     static constexpr u32 STAGING_BYTES = SavedSlots<C, SAVED>::BYTES;
     static constexpr bool RUNS_WITHOUT_ROWS = false;
+    // Chunks are turns of a loop, because a multiprocessor fetches straight code of 45 KB anew for each tile. With Z in bf16 some
+    // activations would spill.
+    static constexpr bool LOOPS = SAVED.fp8;
     const SharedMemory<C> shared;
     const SavedSlots<C, SAVED> slots;
     const ActivationConstants constants;
@@ -54,13 +57,14 @@ struct GatedBackwardScaled {
     DEVICE void finish(float (&)[C.accumulators()]) const {}
     DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, Ring<C>& ring) {
         const i32 width = this->width;  // a value: a load through `this` keeps the compiler from merging two conditions into one branch
-        const auto [lane, line, row, rows] = warp_rows(tile, warp);
-        const u32 row_offset = (tile.row % 4 + line + lane / 4) * 4;  // of scales and scores
+        const auto [tile_lane, line, row, rows] = warp_rows(tile, warp);
         const Bias<G> bias{b1, tile.expert, width, gate_base, up_base};
         RowScores pair{{0.0f, 0.0f}, {0.0f, 0.0f}};
         bool padded = false;  // a row of this warp has the score 0
-#pragma unroll
+#pragma unroll(LOOPS ? 1 : CHUNKS)
         for (u32 chunk = 0; chunk < CHUNKS; ++chunk) {
+            const u32 lane = LOOPS ? fresh_thread_index() % 32 : tile_lane, load_lane = LOOPS ? hardware_lane() : tile_lane;
+            const u32 row_offset = (tile.row % 4 + line + lane / 4) * 4;  // of scales and scores
             const i32 column = tile.column + static_cast<i32>(chunk * CHUNK);
             const u32 slot = chunk % SLOTS, buffer = slots.buffer(slot), buffers = shared.tile_a(0) + 2 * chunk * C.buffer_bytes();
             mbarrier_wait(slots.full(slot), (lap + chunk / SLOTS) % 2);
@@ -83,10 +87,10 @@ struct GatedBackwardScaled {
             }
             const u32 gate_at = gate_base > up_base ? LINE / 2 : 0;
             u32 as_words[4][4];
-            PackedFragment saved = load_saved<C, SAVED>(buffer, line, 0, lane, gate_at);
+            PackedFragment saved = load_saved<C, SAVED>(buffer, line, 0, load_lane, gate_at);
 #pragma unroll
             for (u32 part = 0; part < 4; ++part) {
-                float* d = acc + chunk * 32 + part * 8;
+                float* d = acc + (LOOPS ? 0 : chunk * 32) + part * 8;
                 pin_four(d), pin_four(d + 4);
                 if (part == 2 && chunk > 0) give_back(chunk - 1);
                 GateUpFragment z = unpack_fragment<G>(saved, [](u32 word, float& low, float& high) {
@@ -96,13 +100,13 @@ struct GatedBackwardScaled {
                         low = bf16_low(word), high = bf16_high(word);
                     }
                 });
-                if (part < 3) saved = load_saved<C, SAVED>(buffer, line, part + 1, lane, gate_at);
+                if (part < 3) saved = load_saved<C, SAVED>(buffer, line, part + 1, load_lane, gate_at);
                 if constexpr (SAVED.fp8) {
 #pragma unroll
                     for (u32 i = 0; i < 8; ++i)
                         z.gate[i / 2][i % 2] *= scale_gate[i / 2 % 2], z.up[i / 2][i % 2] *= scale_up[i / 2 % 2];
                 }
-                bias.add(column + static_cast<i32>(part * 16 + lane % 4 * 2), z);
+                bias.add(column + static_cast<i32>(part * 16 + load_lane % 4 * 2), z);
                 float scaled[4][2];
                 backward_fragment<G>(d, z, scaled, pair, constants);
                 store_packed<C, G>(buffers, line, part, lane, pack_fragment<G>(z));
@@ -124,9 +128,10 @@ struct GatedBackwardScaled {
             fence_proxy_async();
             __syncwarp();
             gradients.store(buffers + line * LINE, buffer + line * LINE, row, rows, column, lane);
+            if constexpr (LOOPS) next_products<C>(acc);
         }
         if (rows > 0)
-            store_dscores(pair, dscores + static_cast<i64>(tile.column / static_cast<i32>(C.block_n)) * rows_allocated + row, rows, lane);
+            store_dscores(pair, dscores + static_cast<i64>(tile.column / static_cast<i32>(C.block_n)) * rows_allocated + row, rows, tile_lane);
         ring.phase ^= 1;
         lap += CHUNKS / SLOTS;
         in_flight = true;

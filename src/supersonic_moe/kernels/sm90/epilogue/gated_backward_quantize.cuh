@@ -58,14 +58,6 @@ struct Maxima {
     }
 };
 
-// This thread's lane, read from a special register of its own: ptxas takes what is computed from the thread's index in two places for one
-// value, and keeps addresses for staging in registers while a chunk is computed.
-DEVICE u32 hardware_lane() {
-    u32 lane;
-    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
-    return lane;
-}
-
 constexpr u32 PARKED = 12;  // values of each math thread, to shared memory and back: of s * A of a chunk's first 32 activations
 template <Config C>
 DEVICE u32 parking_place(u32 base, u32 i) {
@@ -233,6 +225,7 @@ struct GatedBackwardQuantized {
             sync_math_warps<C>();
             if (chunk > 0) store_transposed(chunk - 1);
 
+            const float tile_scale = block_scale(maxima.of_dz(chunk, lane), pow2), inverse = inverse_of_scale(tile_scale);
             if (completes_pair) {
                 const u32 lane = fresh_thread_index() % 32;
                 unpark<C>(parking, acc + 32);
@@ -254,7 +247,6 @@ struct GatedBackwardQuantized {
                 transpose_lines<true>(lines, buffer_of_a(chunk / 2), line / WARP_ROWS, fresh_thread_index() % 32);
                 __syncwarp();
             }
-            const float tile_scale = block_scale(maxima.of_dz(chunk, lane), pow2), inverse = inverse_of_scale(tile_scale);
             if (warp == STORING_WARP && lane == 0 && column < width)
                 dz_scales[position / 128 * dz_scales_stride + column / 64] = tile_scale;
             stage_dz(z, buffer, line, fresh_thread_index() % 32, inverse, inverse);

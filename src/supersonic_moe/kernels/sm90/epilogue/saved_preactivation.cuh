@@ -47,6 +47,14 @@ struct SavedSlots {
     }
 };
 
+// This thread's lane, read from a special register of its own: ptxas takes what is computed from the thread's index in two places for one
+// value, and keeps addresses for staging in registers while a chunk is computed.
+DEVICE u32 hardware_lane() {
+    u32 lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return lane;
+}
+
 // This lane's part of 16 activations of a chunk. `gate_at`: 0, or 64 where the first half is up.
 template <Config C, SavedFormat S>
 DEVICE PackedFragment load_saved(u32 buffer, u32 line, u32 part, u32 lane, u32 gate_at) {
@@ -66,13 +74,6 @@ DEVICE PackedFragment load_saved(u32 buffer, u32 line, u32 part, u32 lane, u32 g
         }
     }
     return words;
-}
-
-// A row of zeros in a buffer; four lanes.
-DEVICE void clear_line(u32 line, u32 lane) {
-#pragma unroll
-    for (u32 i = 0; i < 2; ++i)
-        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(line + lane % 4 * 32 + i * 16), "r"(0) : "memory");
 }
 
 // Z, its scales and the rows' scores, as the loading warpgroup reads them.

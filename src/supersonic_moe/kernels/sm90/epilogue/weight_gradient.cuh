@@ -11,7 +11,7 @@ struct WeightGradient {
     const Gradient to;
 
     DEVICE bool by_warpgroup() const { return to.transposed; }
-
+    DEVICE i32 stages(const WorkTile& tile) const { return Fp32 && to.adds && tile.row_end == 0 ? 0 : static_cast<i32>(BORROWED_STAGES); }
     DEVICE void operator()(float (&acc)[C.accumulators()], const WorkTile& tile, const SharedMemory<C>& shared, Ring<C>& ring,
                            BorrowedStages<C>& borrowed, u32 group, u32 warp) const {
         if (Fp32 && to.adds && tile.row_end == 0) return;

@@ -6,7 +6,7 @@
 
 constexpr u32 FLAGS = 32;                                         // of a kind, one for each rank
 constexpr u32 FINISHED = 0, WRITTEN = FLAGS, STOP = 2 * FLAGS;        // words of a rank, written by the others
-constexpr u32 WHY = 0, CALL = 1, PHASE = 2, PEER = 3, WANTED = 4, SEEN = 5, TOLD = 6;  // words of the host
+constexpr u32 WHY = 0, CALL = 1, PHASE = 2, PEER = 3, WANTED = 4, SEEN = 5, TOLD = 6, WAITS_IN = 7;  // words of the host
 constexpr u64 LATE = 1, STOPPED = 2, OTHER_CALL = 3;              // why a wait has failed
 constexpr u32 TRIES = 256;                                        // between two looks at the host's memory, which take a microsecond
 
@@ -20,15 +20,26 @@ struct Wait {
 
 DEVICE u64 epoch_of(u64 flag) { return flag >> 32; }
 
+// For the host, who looks now and then, in which call this rank waits; 0 if it does not. Nothing is published with it.
+DEVICE void say_waiting(const Wait& wait, u64 call) {
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(wait.host + WAITS_IN), "l"(call) : "memory");
+}
+
 // Until the flag is of this epoch, or of a later one: 0, or why not. `seen` is the last that was read; who told to stop, if STOPPED.
 DEVICE u64 wait_for(const Wait& wait, u32 flag, u64 epoch, u64& seen) {
     const u64* mine = wait.words[wait.rank];
     const u64 start = wall_clock();
     for (u32 tries = 1;; ++tries) {
         seen = load_acquire_system(mine + flag);
-        if (epoch_of(seen) >= epoch) return 0;
+        if (epoch_of(seen) >= epoch) {
+            if (tries > TRIES) say_waiting(wait, 0);
+            return 0;
+        }
         u64 told = load_acquire_system(mine + STOP);
-        if (told == 0 && tries % TRIES == 0) told = load_acquire_system(wait.host + TOLD);
+        if (told == 0 && tries % TRIES == 0) {
+            say_waiting(wait, wait.call);
+            told = load_acquire_system(wait.host + TOLD);
+        }
         if (told != 0) {
             seen = told;
             return STOPPED;

@@ -22,7 +22,7 @@ struct Config {
     u32 block_m = 128;
     u32 math_groups = block_m / GROUP_ROWS;
     Operand operand = Operand::BF16;
-    u32 mma_n = operand == Operand::E4M3 && block_n > 128 ? 128 : block_n > 256 ? block_n / 2 : block_n;  // columns of a wgmma, 8 to 256
+    u32 mma_n = operand == Operand::E4M3 && block_n > 128 ? 128 : block_n > 256 ? 192 : block_n;  // most columns of a wgmma, 8 to 256
     u32 cluster = 1;      // blocks of a cluster: along M, sharing B; or, with share_a, along N, sharing gathered rows of A
     u32 group_m = 16;     // row blocks walked before the next column
     bool gather = false;  // rows of A come through an index
@@ -32,7 +32,7 @@ struct Config {
     // Tile and stage.
     DEVICE constexpr bool scaled() const { return operand == Operand::E4M3; }
     DEVICE constexpr u32 block_k() const { return scaled() ? LINE : LINE / 2; }  // elements
-    DEVICE constexpr u32 parts() const { return block_n / mma_n; }               // instructions for a step along K
+    DEVICE constexpr u32 parts() const { return (block_n + mma_n - 1) / mma_n; }  // instructions for a step along K
     DEVICE constexpr u32 slabs_m() const { return block_m / 64; }                // of an MN-major operand
     DEVICE constexpr u32 slabs_n() const { return block_n / 64; }
     DEVICE constexpr u32 slab_bytes() const { return block_k() * LINE; }

@@ -2,11 +2,12 @@
 // k_loop_fp8.cuh, whose head says why they are two.
 //
 // Warpgroups own 64 rows each and share B: with block_n 256 an instruction is m64 n256 k16, 2 KB of A and 8 KB of B from shared
-// memory for 0.5 MFLOP, the widest there is; with 384 it is two of n192. With a cluster of two blocks that work on neighbouring
+// memory for 0.5 MFLOP, the widest there is; with 384 it is two of n192, with 320 one of n192 and one of n128. With a cluster of two blocks that work on neighbouring
 // row blocks of one expert, each block loads half of B for both: a third less L2 traffic.
 //
 // The chip is limited by power, and a GEMM that skips its loads runs 1.29 times as fast (docs/log.md): 128 x 384, as large as the
-// registers allow, loads 17 % less for a product than 128 x 256. It leaves room for one stage less, so short products keep 256.
+// registers allow, loads 17 % less for a product than 128 x 256. It leaves room for one stage less, so short products keep 256. With 320,
+// 10 % less, there is room for all four.
 #pragma once
 #include "gemm/shared_memory.cuh"
 #include "ptx/wgmma.cuh"
@@ -17,6 +18,15 @@ DEVICE u64 step_descriptor(u32 tile, u32 step) {
     return Order == Major::K ? k_major_descriptor(tile + step * 32) : mn_major_descriptor(tile + step * 16 * LINE, C.slab_bytes());
 }
 
+// acc (+)= 64 rows of A times the tile's columns from First on, for 16 of k. `b`: the whole tile's.
+template <Major MajorA, Major MajorB, u32 First, Config C>
+DEVICE void multiply_columns(float (&acc)[C.accumulators()], u64 step_a, u32 b, u32 step, bool accumulate) {
+    constexpr u32 columns = C.block_n - First < C.mma_n ? C.block_n - First : C.mma_n;
+    float(&d)[columns / 2] = *reinterpret_cast<float(*)[columns / 2]>(acc + First / 2);
+    WgmmaBf16<columns, MajorA, MajorB>::multiply(d, step_a, step_descriptor<C, MajorB>(b + First * LINE, step), accumulate);
+    if constexpr (First + columns < C.block_n) multiply_columns<MajorA, MajorB, First + columns, C>(acc, step_a, b, step, accumulate);
+}
+
 // acc (+)= 64 rows of A times B over one stage. The stage index passes through a shuffle, because the descriptors have to be in
 // uniform registers and the compiler cannot see that all lanes agree on it.
 template <Major MajorA, Major MajorB, Config C>
@@ -25,15 +35,8 @@ DEVICE void multiply_stage(float (&acc)[C.accumulators()], const SharedMemory<C>
     const u32 uniform_stage = __shfl_sync(0xffffffffu, stage, 0);
     const u32 a = shared.tile_a(uniform_stage) + group * (GROUP_ROWS * LINE), b = shared.tile_b(uniform_stage);
 #pragma unroll
-    for (u32 step = 0; step < C.block_k() / 16; ++step) {
-        const u64 step_a = step_descriptor<C, MajorA>(a, step);
-#pragma unroll
-        for (u32 part = 0; part < C.parts(); ++part) {
-            const u64 step_b = step_descriptor<C, MajorB>(b + part * C.mma_n * LINE, step);
-            float(&d)[C.mma_n / 2] = *reinterpret_cast<float(*)[C.mma_n / 2]>(acc + part * (C.mma_n / 2));
-            WgmmaBf16<C.mma_n, MajorA, MajorB>::multiply(d, step_a, step_b, accumulate || step > 0);
-        }
-    }
+    for (u32 step = 0; step < C.block_k() / 16; ++step)
+        multiply_columns<MajorA, MajorB, 0, C>(acc, step_descriptor<C, MajorA>(a, step), b, step, accumulate || step > 0);
 }
 
 // All stages of a tile; releases each stage but the last, one step late so that one batch of wgmma is always in flight. Returns the last

@@ -8,10 +8,11 @@
 // Part of an N-contiguous B: columns in slabs of 64, rows k.. of slice `slice`.
 template <Config C>
 DEVICE void load_b_mn_major(u32 tile_b, const TensorMap* map, u32 full, i32 k, i32 first_column, i32 slice, u32 part, u16 blocks) {
-    static_assert(C.block_n % (64 * C.cluster) == 0, "each block of a cluster loads whole slabs of 64 columns");
-    constexpr u32 slabs = C.slabs_n() / C.cluster;
+    static_assert(C.block_n % 64 == 0, "each block of a cluster loads whole slabs of 64 columns");
+    constexpr u32 slabs = (C.slabs_n() + C.cluster - 1) / C.cluster;
 #pragma unroll
     for (u32 i = 0; i < slabs; ++i) {
+        if (C.slabs_n() % C.cluster > 0 && part * slabs + i >= C.slabs_n()) break;  // the last part has one less
         const u32 at = tile_b + (part * slabs + i) * C.slab_bytes();
         const i32 column = first_column + static_cast<i32>((part * slabs + i) * 64);
         if constexpr (C.cluster > 1) {

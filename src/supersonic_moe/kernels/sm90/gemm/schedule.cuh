@@ -16,6 +16,21 @@ DEVICE void grouped_order(i32 index, i32 blocks_m, i32 blocks_n, i32& m, i32& n)
     n = inside / rows;
 }
 
+// Tile `inside` of a grid of `full_m` x `blocks_n` in grouped order, and behind it one more row of tiles that fills only one block of a
+// cluster of two: there the two take neighbouring columns of the same rows, `pairs_n` times (true; n is the first of the two).
+template <i32 GroupM>
+DEVICE bool paired_order(i32 inside, i32 full_m, i32 blocks_n, i32 pairs_n, i32& m, i32& n) {
+    const i32 full_tiles = full_m * blocks_n;
+    const bool split = inside >= full_tiles && inside - full_tiles < pairs_n;
+    if (inside < full_tiles) {
+        grouped_order<GroupM>(inside, full_m, blocks_n, m, n);
+    } else {
+        m = full_m;
+        n = inside - full_tiles + min(inside - full_tiles, pairs_n);
+    }
+    return split;
+}
+
 // ---- which tiles a block takes: policies of the loaders. All loading warps ask, and get the same numbers in increasing order ----
 
 // Every tile: tile i is that of cluster i modulo their number.
@@ -94,13 +109,7 @@ struct RaggedRows {
             const i32 tiles = full_tiles + (short_tail ? blocks_n - pairs_n : 0);
             const i32 inside = index - first_tile;
             if (inside < tiles) {
-                split = inside >= full_tiles && inside - full_tiles < pairs_n;
-                if (inside < full_tiles) {
-                    grouped_order<GroupM>(inside, full_m, blocks_n, m, n);
-                } else {
-                    m = full_m;
-                    n = inside - full_tiles + min(inside - full_tiles, pairs_n);
-                }
+                split = paired_order<GroupM>(inside, full_m, blocks_n, pairs_n, m, n);
                 return true;
             }
             first_tile += tiles;

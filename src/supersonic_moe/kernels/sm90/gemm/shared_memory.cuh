@@ -17,8 +17,8 @@ DEVICE u32 fresh_thread_index() {
 template <Config C>
 struct SharedMemory {
     static_assert(C.block_m == GROUP_ROWS * C.math_groups && (C.math_groups == 1 || C.math_groups == 2), "a math warpgroup owns 64 rows");
-    static_assert(C.mma_n % 8 == 0 && C.mma_n >= 8 && C.mma_n <= 256 && C.block_n % C.mma_n == 0,
-                  "wgmma has 8 to 256 columns, in steps of 8");
+    static_assert(C.mma_n % 8 == 0 && C.mma_n >= 8 && C.mma_n <= 256 && C.block_n % 8 == 0, "wgmma has 8 to 256 columns, in steps of 8");
+    static_assert(C.parts() == 1 || (C.scaled() ? C.block_n % C.mma_n : C.mma_n % 64) == 0, "parts are equal in e4m3, else whole slabs");
     static_assert(C.cluster == 1 || C.cluster == 2, "operands are shared by pairs of blocks");
     static_assert(!C.share_a || (C.gather && C.cluster > 1), "only gathered rows are shared, and only inside a cluster");
     static_assert(C.block_n % (8 * C.cluster) == 0, "each block of a cluster loads whole groups of 8 lines of B");
@@ -124,12 +124,17 @@ DEVICE WorkTile await_tile(const SharedMemory<C>& shared, const Ring<C>& ring) {
     return read_work_tile(shared.work_tile(ring.stage));
 }
 
-// Consumes `count` stages without reading them: those of a tile of which this warpgroup has no row.
-template <Config C>
-DEVICE void skip_stages(const SharedMemory<C>& shared, Ring<C>& ring, i32 count) {
+// Consumes `count` stages without multiplying them: those of a tile of which this warpgroup has no row. `visit(i, stage)` sees each.
+template <Config C, typename Visit>
+DEVICE void skip_stages(const SharedMemory<C>& shared, Ring<C>& ring, i32 count, Visit visit) {
     for (i32 i = 0; i < count; ++i, ring.advance()) {
         mbarrier_wait(shared.full(ring.stage), ring.phase);
+        visit(i, ring.stage);
         __syncwarp();
         shared.release(ring.stage);
     }
+}
+template <Config C>
+DEVICE void skip_stages(const SharedMemory<C>& shared, Ring<C>& ring, i32 count) {
+    skip_stages(shared, ring, count, [](i32, u32) {});
 }

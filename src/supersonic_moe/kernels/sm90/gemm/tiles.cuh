@@ -6,8 +6,9 @@
 // What the contraction runs over, as a math warpgroup sees it: the same K for all tiles, here, or the rows of an expert (RaggedDepth).
 struct FixedDepth {
     i32 blocks_k;
-    static constexpr bool SKIPS = true;  // a warpgroup without rows reads none of the tile's stages
+    static constexpr bool SKIPS = true;  // a warpgroup without rows multiplies none of the tile's stages
     static constexpr Major A = Major::K;
+    DEVICE i32 row_end(const WorkTile& tile) const { return tile.row_end; }  // of the output
     DEVICE const FixedDepth& of_tile(const WorkTile&) const { return *this; }
     template <Config C>
     DEVICE void before_last_block(const SharedMemory<C>&, u32, u32) const {}
@@ -26,15 +27,17 @@ DEVICE void for_each_tile(const SharedMemory<C>& shared, const u32 warp, const D
     while (true) {
         const WorkTile first = await_tile(shared, ring);
         if (first.row == WorkTile::STOP_ROW) break;
+        const auto extent = depth.of_tile(first);
+        const u32 owner = epilogue.by_warpgroup() ? group : BorrowedStages<C>::NONE;
         if constexpr (Depth::SKIPS) {
-            if (first.row + static_cast<i32>(group * GROUP_ROWS) >= first.row_end) {
-                borrowed.give_back(shared);
-                skip_stages(shared, ring, depth.of_tile(first).blocks_k + epilogue.stages(first));
+            if (first.row + static_cast<i32>(group * GROUP_ROWS) >= depth.row_end(first)) {
+                borrowed.give_back(shared, owner);
+                skip_stages(shared, ring, extent.blocks_k + epilogue.stages(first), [&](i32 block, u32 stage) {
+                    if (block == extent.blocks_k - 1) extent.before_last_block(shared, stage, group);
+                });
                 continue;
             }
         }
-        const auto extent = depth.of_tile(first);
-        const u32 owner = epilogue.by_warpgroup() ? group : BorrowedStages<C>::NONE;
         const u32 last = multiply_tile<Depth::A, MajorB>(
             acc, shared, ring, group, extent.blocks_k, [&] { borrowed.give_back(shared, owner); },
             [&](u32 stage) { extent.before_last_block(shared, stage, group); });

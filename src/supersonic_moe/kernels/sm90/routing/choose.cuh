@@ -2,10 +2,10 @@
 //
 // Lane l holds the experts Values * l to Values * l + Values - 1 of the token. A score becomes an unsigned key of the same order; key 0
 // stands for no candidate. The top_k-th largest of the lanes' largest keys bounds the chosen keys from below, and few others reach it:
-// some 11 of DeepSeek-V3's 256. So each of them gets a lane and compares itself with all. Where more than 32 reach the bound, as where
+// some 10 of DeepSeek-V3's 256. So each of them gets a lane and compares itself with all. Where more than 32 reach the bound, as where
 // scores are equal, top_k rounds take the largest key of the warp each.
 #pragma once
-#include "ptx/types.cuh"
+#include "ptx/scalar.cuh"
 
 constexpr u32 all_lanes = 0xffffffffu;
 constexpr float sum_epsilon = 1e-20f;  // config/router.py: SUM_EPS
@@ -55,11 +55,10 @@ DEVICE float warp_sum(float v) {
 // `values[first + i]` for i < Values, `missing` past the last expert.
 template <u32 Values>
 DEVICE void load_experts(float (&v)[Values], const float* values, u32 first, u32 experts, float missing) {
-    if (Values % 4 == 0 && experts % 4 == 0 && reinterpret_cast<u64>(values) % 16 == 0) {
+    if (Values % 4 == 0 && first + Values <= experts && reinterpret_cast<u64>(values) % 16 == 0) {
 #pragma unroll
         for (u32 i = 0; i < Values / 4; ++i) {
-            const float4 four = first + 4 * i < experts ? __ldg(reinterpret_cast<const float4*>(values + first) + i)
-                                                        : make_float4(missing, missing, missing, missing);
+            const float4 four = __ldg(reinterpret_cast<const float4*>(values + first) + i);
             v[4 * i] = four.x, v[4 * i + 1] = four.y, v[4 * i + 2] = four.z, v[4 * i + 3] = four.w;
         }
     } else {
@@ -72,18 +71,27 @@ template <u32 Values>
 DEVICE void load_bias(float (&v)[Values], const void* bias, i32 type, u32 first, u32 experts) {
     if (type == bias_f32) {
         load_experts(v, static_cast<const float*>(bias), first, experts, 0.0f);
-    } else {
-        const u16* const values = static_cast<const u16*>(bias);
-#pragma unroll
-        for (u32 i = 0; i < Values; ++i)
-            v[i] = type == bias_bf16 && first + i < experts ? __uint_as_float(static_cast<u32>(__ldg(values + first + i)) << 16) : 0.0f;
+        return;
     }
+    const u16* const values = static_cast<const u16*>(bias);
+    if (Values % 8 == 0 && type == bias_bf16 && first + Values <= experts && reinterpret_cast<u64>(values) % 16 == 0) {
+#pragma unroll
+        for (u32 i = 0; i < Values / 8; ++i) {
+            const uint4 eight = __ldg(reinterpret_cast<const uint4*>(values + first) + i);
+            const u32 pairs[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+            for (u32 j = 0; j < 4; ++j) v[8 * i + 2 * j] = bf16_low(pairs[j]), v[8 * i + 2 * j + 1] = bf16_high(pairs[j]);
+        }
+        return;
+    }
+#pragma unroll
+    for (u32 i = 0; i < Values; ++i)
+        v[i] = type == bias_bf16 && first + i < experts ? __uint_as_float(static_cast<u32>(__ldg(values + first + i)) << 16) : 0.0f;
 }
 
 // 1 / v for 1 <= v < 2^126: the steps of the compiler's division, whose test of v costs as much as they do.
 DEVICE float normal_reciprocal(float v) {
-    float r;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    const float r = reciprocal_approx(v);
     return fmaf(r, -fmaf(v, r, -1.0f), r);
 }
 
@@ -200,6 +208,11 @@ DEVICE void best_of(const u32 (&key)[Values], u32& best, u32& at) {
     }
 }
 
+template <class T>
+struct alignas(16) Four {
+    T x, y, z, w;
+};
+
 // What the lanes of a warp show one another of a token.
 template <u32 Values>
 struct alignas(16) ChoiceShared {
@@ -208,10 +221,25 @@ struct alignas(16) ChoiceShared {
     u32 found[32];
 };
 
+// To `to`, aligned to 16 bytes where Values is 4 or more.
+template <class T, u32 Values>
+DEVICE void store_values(T* to, const T (&v)[Values]) {
+    if constexpr (Values % 4 == 0) {
+#pragma unroll
+        for (u32 i = 0; i < Values; i += 4) {
+            const Four<T> four = {v[i], v[i + 1], v[i + 2], v[i + 3]};
+            *reinterpret_cast<Four<T>*>(to + i) = four;
+        }
+    } else {
+#pragma unroll
+        for (u32 i = 0; i < Values; ++i) to[i] = v[i];
+    }
+}
+
 // The top_k-th largest of what the lanes have, equal ones counted once; at least 1.
 DEVICE u32 lower_bound(u32 mine, i32 top_k) {
     u32 bound = 0;
-#pragma unroll 4
+#pragma unroll 8
     for (i32 j = 0; j < top_k; ++j) {
         bound = __reduce_max_sync(all_lanes, mine);
         mine = mine == bound ? 0 : mine;
@@ -238,10 +266,6 @@ DEVICE u32 collect(ChoiceShared<Values>& shared, const bool (&reached)[Values]) 
         for (u32 at = upto - own; mine != 0; mine &= mine - 1) shared.found[at++] = lane * Values + __ffs(mine) - 1;
     __syncwarp();
     return count;
-}
-
-DEVICE void count_if_greater(u32& count, u32 a, u32 b) {  // in two instructions; the compiler takes three
-    asm("{ .reg .pred p; setp.gt.u32 p, %1, %2; @p add.u32 %0, %0, 1; }" : "+r"(count) : "r"(a), "r"(b));
 }
 
 // In lane j < top_k the j-th best of the `count` <= 32 experts in `found`.
@@ -304,9 +328,10 @@ DEVICE Choice choose_experts(float (&score)[Values], const float (&bias)[Values]
 #pragma unroll
     for (u32 i = 0; i < Values; ++i) {
         key[i] = order_key(number[i]);
-        shared.score[first + i] = score[i], shared.key[first + i] = key[i];
         largest = max(largest, key[i]);
     }
+    store_values(&shared.score[first], score);
+    store_values(&shared.key[first], key);
     meanwhile();
     const u32 bound = lower_bound(largest, rule.top_k);
     bool reached[Values];

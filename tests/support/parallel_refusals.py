@@ -1,0 +1,65 @@
+"""Calls that ranks of tests/parallel refuse because of their arguments: all of them, then one alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import parallel_cases as cases
+import torch
+import torch.distributed as dist
+
+from supersonic_moe import MoE
+from supersonic_moe.parallel import ExpertParallel
+
+Call = Callable[[bool], object]
+"""Of the layer, with or without a mistake."""
+
+
+def _experts(ep: ExpertParallel, given: cases.Inputs) -> Call:
+    """Before anything is sent."""
+    return lambda wrong: cases.run(ep, given._replace(scores=given.scores[:, 1:]) if wrong else given)
+
+
+def _between(ep: ExpertParallel, given: cases.Inputs) -> Call:
+    """Tokens have arrived when the experts find out."""
+    return lambda wrong: cases.run(ep, given._replace(w2=given.w2[:, 1:]) if wrong else given)
+
+
+def _dispatch(ep: ExpertParallel, given: cases.Inputs) -> Call:
+    def call(wrong: bool) -> None:
+        got = ep.dispatch(given.x[:, 1:] if wrong else given.x, given.ids, given.scores)
+        ep.combine(got.x, got.handle)
+
+    return call
+
+
+def _combine(ep: ExpertParallel, given: cases.Inputs) -> Call:
+    def call(wrong: bool) -> None:
+        got = ep.dispatch(given.x, given.ids, given.scores)
+        ep.combine(got.x[:, 1:] if wrong else got.x, got.handle)
+
+    return call
+
+
+def _layer(ep: ExpertParallel, given: cases.Inputs) -> Call:
+    layer = MoE(cases.E, cases.K, cases.H, cases.I, "swiglu", False, 0.02, expert_parallel=ep)
+    return lambda wrong: layer(given.x[:, 1:] if wrong else given.x)
+
+
+MISTAKES = {"experts": _experts, "between": _between, "dispatch": _dispatch, "combine": _combine, "layer": _layer}
+WAYS = {"dispatch": {"transport": "gather"}, "between": {"transport": "gather"}, "combine": {"capacity": 64}}
+
+
+def one_after_all(mistake: str, limit_s: float) -> str:
+    """What rank 1 raises, and after how long the others, where all ranks have made the same mistake once before."""
+    ep, tokens = cases.make(timeout_s=limit_s, **WAYS.get(mistake, {})), [5] * dist.get_world_size()
+    call = MISTAKES[mistake](ep, cases.here(cases.inputs(tokens, torch.float32), tokens))
+    call(False)
+    assert "got" in cases.error_of(lambda: call(True))
+    call(False)
+    start = time.monotonic()
+    error = cases.error_of(lambda: call(dist.get_rank() == 1))
+    seconds = time.monotonic() - start
+    time.sleep(4 if dist.get_rank() == 1 else 0)  # its silence would end waits, too
+    return f"{seconds:.1f} s: {error}"
