@@ -11,6 +11,7 @@ ORDERS = {
     "pushes": (("push", 0), ("push", 1)),
     "pulls through one bank": (("pull", 0),),
     "pushes through one bank": (("push", 0),),
+    "posts": (("post", 0),),
     "a graph of three": (("pull", 1), ("pull", 0), ("push", 1), ("pull", 1), ("pull", 0), ("push", 1)),
 }
 
@@ -27,10 +28,19 @@ def test_every_interleaving_reads_what_it_waited_for_and_ends(ranks: int, epochs
     [
         Rules(ORDERS["pulls through one bank"], room=False),
         Rules(ORDERS["pushes through one bank"], room=False),
+        Rules(ORDERS["posts"], flag_after_data=False),
+        Rules(ORDERS["posts"], slack=1),
         Rules(flag_after_data=False),
         Rules(slack=1),
     ],
-    ids=["no room for pulls", "no room for pushes", "flag before data", "an epoch too early"],
+    ids=[
+        "no room for pulls",
+        "no room for pushes",
+        "posts told before",
+        "posts read before",
+        "flag before data",
+        "an epoch too early",
+    ],
 )
 def test_a_broken_rule_is_found(broken: Rules) -> None:
     assert explore(2, 5, broken).wrong

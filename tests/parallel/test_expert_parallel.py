@@ -14,6 +14,7 @@ import parallel_module
 import pytest
 import torch
 import torch.distributed as dist
+from dispatched_ops import Ops
 from ranks import run_ranks
 
 from supersonic_moe import Fp8Recipe, MoE, jit
@@ -104,13 +105,16 @@ def test_one_rank_is_the_plain_layer_and_copies_nothing(one_rank: None) -> None:
         layers.append(MoE(cases.E, cases.K, cases.H, cases.I, "swiglu", True, 0.3, expert_parallel=expert_parallel))
     plain, spread = layers
     x = torch.randn(21, cases.H)
-    results = []
+    results, ran = [], []
     for layer in (plain, spread):
         mine = x.clone().requires_grad_()
-        out, aux = layer(mine)
-        (out.square().sum() + aux).backward()
+        with Ops() as ops:
+            out, aux = layer(mine)
+            (out.square().sum() + aux).backward()
+        ran.append(ops.names)
         results.append([out, aux, mine.grad, *(p.grad for p in layer.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert ran[0] == ran[1]
     ids, scores = torch.tensor([[0, 9, -5]]), torch.rand(1, 3)
     got = ep.dispatch(x[:1], ids, scores)
     assert got.x.data_ptr() == x.data_ptr() and got.ids.tolist() == [[0, -1, -1]] and got.scores is scores

@@ -152,5 +152,6 @@ def test_ranks_together_have_the_bits_of_one_process(over: dict, transport: str)
 
 
 @pytest.mark.multigpu
-def test_a_call_of_two_ranks_is_captured_in_a_graph() -> None:
-    assert run_ranks(2, cases.in_a_graph, backend="nccl") == [[], []]
+@pytest.mark.parametrize("most", [cases.MOST, cases.few_tokens(2)])
+def test_a_call_of_two_ranks_is_captured_in_a_graph(most: int) -> None:
+    assert run_ranks(2, cases.in_a_graph, most, backend="nccl") == [[], []]

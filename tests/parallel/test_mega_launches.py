@@ -1,38 +1,31 @@
-"""What ``MegaMoE`` of one rank launches: the kernels of the plain call on the caller's tensors, and
-nothing else.
+"""What ``MegaMoE`` launches: of one rank the kernels of the plain call on the caller's tensors, and nothing else; of
+several with few rows two more, and no copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import mega_cases as cases
 import pytest
 import torch
-from mega_cases import E, H
-from torch.utils._python_dispatch import TorchDispatchMode
+from dispatched_ops import Ops
+from mega_cases import E, H, K
 
 pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings.driver")
 
 from recorded_launches import recorded_launches  # noqa: F401
 
+from supersonic_moe.config.activation import as_layout
 from supersonic_moe.inference import moe_fp8_topk, ops, sm90
-from supersonic_moe.kernels.sm90 import route_rows, stream_experts
-
-
-class Ops(TorchDispatchMode):
-    """Ops that a call runs, views left out: each allocates or launches something on a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not function.is_view:
-            self.names.append(function.name())
-        return function(*args, **(kwargs or {}))
+from supersonic_moe.kernels.reference.inference import Fp8Experts
+from supersonic_moe.kernels.sm90 import rank_tokens, route_rows, stream_experts
+from supersonic_moe.kernels.sm90.exchange_flags import ExchangeFlags
+from supersonic_moe.kernels.sm90.rank_tokens import Layout, RankTokens
+from supersonic_moe.parallel.few_rows import FewRows, Given
 
 
 @pytest.fixture(autouse=True)
@@ -40,10 +33,12 @@ def as_on_hopper(monkeypatch: pytest.MonkeyPatch, launches: list[Any]) -> Iterat
     monkeypatch.setattr(ops, "on_sm90", lambda x: True)
     monkeypatch.setattr(sm90, "ALIGNMENT", 16)  # a CPU's buffers
     monkeypatch.setattr(stream_experts, "multiprocessors", lambda device: 131)
-    for module in (route_rows, stream_experts):
+    monkeypatch.setattr(rank_tokens, "multiprocessors", lambda device: 131)
+    modules = (route_rows, stream_experts, rank_tokens)
+    for module in modules:
         module._kernel.cache_clear()
     yield
-    for module in (route_rows, stream_experts):
+    for module in modules:
         module._kernel.cache_clear()
 
 
@@ -76,3 +71,31 @@ def test_one_rank_launches_what_the_operator_does(tokens: int, launches: list[An
         assert (own, own_names) == (plain, names)
         assert all(own_streamed[name] == streamed[name] for name in ("x", "x_scale", "out", "tokens"))
         assert placed["received"] == (received.data_ptr() if number else 0)
+
+
+@pytest.mark.parametrize(("places", "router"), [(60, ["place_small"]), (85, ["place_count", "place_rows"])])
+def test_two_ranks_with_few_rows_launch_two_kernels_more(
+    places: int, router: list[str], launches: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, pin_memory=False, **kwargs: zeros(*size, **kwargs))
+    regions = Layout.of(2, places, H, K)
+    blocks = [torch.zeros(1024 + regions.end, dtype=torch.uint8) for _ in range(2)]
+    flags = ExchangeFlags(blocks, 1, 30.0)
+    few = FewRows(SimpleNamespace(memory=SimpleNamespace(blocks=blocks, flags=flags)), 1, 2, E, places, K)
+    case, here = cases.case_of(7), slice(E // 2, E)
+    experts = Fp8Experts(*(t[here] for t in (case.w13, case.w13_scale, case.w2, case.w2_scale)))
+    received, out = torch.zeros(E // 2, dtype=torch.int32), torch.empty(7, H, dtype=torch.bfloat16)
+    given = Given(case.x, case.x_scale, case.ids, case.weights, experts, as_layout(case.order), 10.0, False, received)
+    at = Layout(*(1024 + start for start in regions))
+    few._launch(RankTokens(flags, at, places, 5), given, out, True)
+    names = [kernel.spec.name for kernel, *_ in launches]
+    assert names == ["post_tokens", *router, "stream_experts_ranks", "sum_parts"]
+    post, place, *_, stream, total = (arguments for _, _, arguments in launches)
+    assert post["x"] == case.x.data_ptr() and total["out"] == out.data_ptr() and total["accumulate"] == 1
+    assert place["ids"] == blocks[1].data_ptr() + at.ids and place["topk_weights"] == blocks[1].data_ptr() + at.weights
+    assert (place["tokens"], place["offset"], place["num_experts"], place["routed"]) == (2 * places, E // 2, E, E // 2)
+    assert launches[len(router)][2]["received"] == received.data_ptr()
+    assert (stream["codes_at"], stream["scales_at"], stream["out_at"]) == (at.codes, at.scales, at.parts)
+    assert (stream["places"], stream["left"], stream["limit"], stream["limit_ns"]) == (places, 1, 10.0, 5 * 10**9)
+    assert [arguments["phase"] for arguments in (post, stream, total)] == [0, 0, 1]

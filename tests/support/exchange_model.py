@@ -9,6 +9,9 @@ What each of R ranks does in epoch e = 1, 2, ..., through one of two banks b of 
     get     for each peer p: wait until written[p] >= e                                       (acquire)
             pull: read the rows in p's bank; push: read p's slot of my bank
 
+A *post* is an exchange of three epochs e + 1, e + 2, e + 3 for which nobody is asked for room: choices, x and parts are
+each written to all peers and told, and awaited by who reads them. Posts follow posts only.
+
 In a pull rows lie where a push of rank 0 would write. Flags hold epochs and are never reset. Writes and reads of data
 take time: a write leaves its place torn until it ends, a read must find the same epoch when it begins and when it ends.
 :func:`explore` runs every interleaving of the steps of all ranks; a state is how far each has come and what memory
@@ -36,7 +39,7 @@ class Rules(NamedTuple):
     """How the exchange is done; the defaults are right."""
 
     exchanges: tuple[tuple[str, int], ...] = (("pull", 0), ("push", 1))
-    """Way and bank of each epoch, over and over."""
+    """Way and bank of each exchange, over and over."""
     room: bool = True
     flag_after_data: bool = True
     slack: int = 0
@@ -49,13 +52,17 @@ RIGHT = Rules()
 def program(rank: int, ranks: int, epochs: int, rules: Rules) -> list[Step]:
     peers = [p for p in range(ranks) if p != rank]
     steps: list[Step] = []
-    last = {0: 0, 1: 0}
-    for epoch in range(1, epochs + 1):
-        way, bank = rules.exchanges[(epoch - 1) % len(rules.exchanges)]
-        if rules.room:
-            steps += [Step("flag", ("done", p, 0, rank), epoch - 1) for p in peers]
+    last, before = {0: 0, 1: 0}, 0
+    for number in range(epochs):
+        way, bank = rules.exchanges[number % len(rules.exchanges)]
+        if rules.room and way != "post":
+            steps += [Step("flag", ("done", p, 0, rank), before) for p in peers]
             steps += [Step("wait", ("done", rank, 0, p), last[bank]) for p in peers]
-        last[bank] = epoch
+        epoch = before + 1
+        before = last[bank] = before + (3 if way == "post" else 1)
+        if way == "post":
+            steps += _posted(rank, peers, bank, epoch, rules)
+            continue
         places = [("bank", rank, bank, 0)] if way == "pull" else [("bank", p, bank, rank) for p in peers]
         put = [Step("write", place, epoch) for place in places]
         flags = [Step("flag", ("written", p, 0, rank), epoch) for p in peers]
@@ -64,6 +71,20 @@ def program(rank: int, ranks: int, epochs: int, rules: Rules) -> list[Step]:
         places = [("bank", p, bank, 0) if way == "pull" else ("bank", rank, bank, p) for p in peers]
         steps += [Step("read", place, epoch) for place in places]
     return steps
+
+
+def _posted(rank: int, peers: list[int], bank: int, first: int, rules: Rules) -> list[Step]:
+    def put(what: str, epoch: int) -> list[Step]:
+        data = [Step("write", (what, p, bank, rank), epoch) for p in peers]
+        flags = [Step("flag", ("written", p, 0, rank), epoch) for p in peers]
+        return data + flags if rules.flag_after_data else flags + data
+
+    def get(what: str, epoch: int) -> list[Step]:
+        waits = [Step("wait", ("written", rank, 0, p), epoch) for p in peers]
+        return waits + [Step("read", (what, rank, bank, p), epoch) for p in peers]
+
+    choices, x, parts = ("choices", first), ("x", first + 1), ("parts", first + 2)
+    return [*put(*choices), *put(*x), *get(*choices), *get(*x), *put(*parts), *get(*parts)]
 
 
 class State(NamedTuple):

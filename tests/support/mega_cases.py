@@ -156,7 +156,7 @@ def few_tokens(size: int) -> int:
 
 def without_copies(size: int, gpu: bool, calls: Sequence[Call]) -> list[list[str]]:
     """``over_copies`` with objects of so few tokens that ``few_rows.py`` does it."""
-    _start(size, gpu, careful=2 * 3 * 2 * len(calls))
+    _start(size, gpu, careful=len(calls) + 1)  # two launches a call that wait, of two objects that take turns
     return run_virtual(size, _without_copies, calls, few_tokens(size))
 
 
@@ -166,9 +166,20 @@ def _without_copies(calls: Sequence[Call], most: int) -> list[str]:
     return same_as_one_process([*calls, *calls], "gather", most)
 
 
+def explanations(size: int) -> list[tuple[str, str]]:
+    """With 8192 tokens of the largest published shape, and with 64."""
+    sizes = {"num_experts": 48 * size, "hidden": 7168, "intermediate": 3072, "top_k": 6}
+
+    def of_rank() -> tuple[str, str]:
+        layers = [mega(dist.group.WORLD, **sizes, max_tokens_per_rank=most) for most in (8192, 64)]
+        return layers[0].explain(), layers[1].explain()
+
+    return run_virtual(size, of_rank)
+
+
 def with_a_late_rank(size: int, gpu: bool, phase: str, limit_s: float) -> list[str]:
     """Rank 1 is late for a phase of the third call: what each rank raises."""
-    _start(size, gpu, careful=10)
+    _start(size, gpu, careful=2)  # two launches that wait in each of two calls
     return run_virtual(size, _late, phase, limit_s)
 
 
@@ -201,7 +212,7 @@ def _start(size: int, gpu: bool, careful: int) -> None:
     """Where a test makes rank 1 late. On a GPU, ranks share its multiprocessors: a kernel that waits must leave some to
     those that it waits for.
     """
-    run, tell, sums = FewRows.run, ThreadFlags.tell, rank_tokens.sum_parts
+    run, tell, posts, sums = FewRows.run, ThreadFlags.tell, rank_tokens.post_tokens, rank_tokens.sum_parts
 
     def late(phase: str) -> None:
         if dist.get_rank() == 1 and phase in _before:
@@ -216,12 +227,17 @@ def _start(size: int, gpu: bool, careful: int) -> None:
             late("forward combine")
         tell(self, left)
 
+    def post(tokens: Any, *args: Any, **options: Any) -> Any:
+        launch = posts(tokens, *args, **options)
+        return SimpleNamespace(run=lambda: tokens.flags.around(launch.run))
+
     def sum_late(tokens: Any, *args: Any, **options: Any) -> Any:
         launch = sums(tokens, *args, **options)
         late("forward combine")
         return SimpleNamespace(run=lambda: tokens.flags.around(launch.run))
 
-    FewRows.run, ThreadFlags.tell, rank_tokens.sum_parts = run_late, tell_late, sum_late  # type: ignore[method-assign]
+    FewRows.run, ThreadFlags.tell = run_late, tell_late  # type: ignore[method-assign]
+    rank_tokens.post_tokens, rank_tokens.sum_parts = post, sum_late
     if gpu:
         from supersonic_moe.kernels.sm90 import stream_experts
 
@@ -248,10 +264,10 @@ def mistakes(transport: str) -> tuple[list[str], str, str]:
     return common, unequal, error
 
 
-def in_a_graph() -> list[str]:
+def in_a_graph(most: int) -> list[str]:
     """A captured call of this rank, replayed with other contents, against the call itself."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    layer, own = mega(dist.group.WORLD), slice(rank * E // size, (rank + 1) * E // size)
+    layer, own = mega(dist.group.WORLD, max_tokens_per_rank=most), slice(rank * E // size, (rank + 1) * E // size)
     case = on_gpu(case_of(33, seed=rank))
     call(layer, case, experts=own)
     torch.cuda.synchronize()

@@ -121,14 +121,11 @@ class CarefulFlags(ExchangeFlags):
         self._meeting, self._left = meeting, 2 * self.CAREFUL
         self._delays = random.Random(rank)
 
-    def begin(self, bank: int, call: int, phase: int, steps: int = 1) -> None:
-        self.around(lambda: ExchangeFlags.begin(self, bank, call, phase, steps))
+    def begin(self, bank: int, call: int, phase: int) -> None:
+        self.around(lambda: ExchangeFlags.begin(self, bank, call, phase))
 
     def meet(self, kind: int, call: int, phase: int, sources: int = ALL) -> None:
         self.around(lambda: ExchangeFlags.meet(self, kind, call, phase, sources))
-
-    def wait(self, left: int, call: int, phase: int) -> None:
-        self.around(lambda: ExchangeFlags.wait(self, left, call, phase))
 
     def around(self, launch: Callable[[], None]) -> None:
         """A launch that waits for others."""
@@ -155,12 +152,16 @@ class ThreadFlags:
         self._failure: Failure | None = None
         self._delays = random.Random(rank)
 
-    def begin(self, bank: int, call: int, phase: int, steps: int = 1) -> None:
+    def begin(self, bank: int, call: int, phase: int) -> None:
         self._tell(0, self._epoch << 32)
         for peer in self._others:
             self._wait(peer, peer, self._last[bank] << 32, call, phase)
-        self._epoch += steps
+        self._epoch += 1
         self._last[bank] = self._epoch
+
+    def advance(self, epochs: int) -> None:
+        """An exchange of so many begins, for which nobody is asked."""
+        self._epoch += epochs
 
     def tell(self, left: int) -> None:
         """What kernels do: this rank has written what belongs to the epoch that ``left`` more follow."""

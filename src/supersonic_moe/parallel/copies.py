@@ -73,7 +73,7 @@ class Copies:
     def __init__(
         self, memory: Memory, rank: int, places: int, row_bytes: int, watch: Watch, collectives: Collectives
     ) -> None:
-        size = self._bank_bytes = bank_bytes(len(memory.blocks), places, row_bytes)
+        size = bank_bytes(len(memory.blocks), places, row_bytes)
         self.memory, self.rank, self.watch, self._collectives = memory, rank, watch, collectives
         self._places, self._row_bytes, self._device = places, row_bytes, memory.blocks[rank].device
         starts = HEAD, HEAD + size
@@ -203,19 +203,11 @@ class Copies:
 
     def bank(self, call: int, phase: str) -> list[Tensor]:
         """The bank of this exchange, of each rank."""
-        return self._banks[self.begin(call, phase)]
-
-    def begin(self, call: int, phase: str, steps: int = 1) -> int:
-        """A new exchange of so many epochs: the number of its bank."""
         if not self._joined:  # an error came between
             self.join(())
         self._bank ^= 1
-        self.memory.flags.begin(self._bank, call, PHASES.index(phase), steps)
-        return self._bank
-
-    def bank_start(self, bank: int) -> int:
-        """Bytes in front of it in a block."""
-        return HEAD + bank * self._bank_bytes
+        self.memory.flags.begin(self._bank, call, PHASES.index(phase))
+        return self._banks[self._bank]
 
     def meet(self, row_bytes: int, call: int, phase: str, sources: int = ALL) -> None:
         self.memory.flags.meet(carried(phase, row_bytes), call, PHASES.index(phase), sources)

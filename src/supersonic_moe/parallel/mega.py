@@ -72,6 +72,12 @@ class _Exchange(ExpertParallel):
             sizes = (self.num_experts, self.max_tokens, self.top_k)
             self.few = FewRows(copies, self.rank, self.size, *sizes)
 
+    @property
+    def symmetric_bytes(self) -> int:
+        """Of this rank's memory that the others reach."""
+        copies = self._channel.ranks
+        return copies.memory.blocks[self.rank].numel() if isinstance(copies, Copies) else 0
+
     def _has_few_rows(self) -> bool:
         return few_rows.has_few_rows(self.size, self.max_tokens, self.top_k, self.experts_here)
 
@@ -270,25 +276,35 @@ class MegaMoE:
         ranks, tokens, experts = self.size, self.max_tokens_per_rank, self.experts_here
         lines = [f"{self.num_experts} experts over {ranks} ranks, {experts} on each; this is rank {self.rank}"]
         received = ranks * tokens
-        hidden, inter = self.hidden, self.intermediate
-        needed = workspace_bytes(received, self.top_k, hidden, inter, experts)
+        hidden = self.hidden
+        needed = workspace_bytes(received, self.top_k, hidden, self.intermediate, experts)
         if self._ranks is None:
             lines.append("way: one rank runs inference.moe_fp8_topk, and nothing travels")
         else:
             sizes = (tokens, hidden, self.num_experts, self.top_k, ranks)
             sent = traffic(*sizes, "fp8", places=tokens if self.transport == "gather" else None)
-            lines.append(
-                "way: composed of dispatch in e4m3, inference.moe_fp8_topk on what arrived, and partial outputs back "
-                "in bf16; nothing is sent while products run"
-            )
+            if self._ranks.few is not None:
+                lines.append(
+                    "way: experts have few rows and ranks reach each other's memory: tokens are written in e4m3 to "
+                    "where the streaming kernel of inference.moe_fp8_topk reads them, and partial outputs in bf16 to "
+                    "where they are summed; nothing is copied"
+                )
+            else:
+                lines.append(
+                    "way: composed of dispatch in e4m3, inference.moe_fp8_topk on what arrived, and partial outputs "
+                    "back in bf16; nothing is sent while products run"
+                )
+                needed += received * (hidden + 4 * blocks(hidden) + 8 * self.top_k + 4 * hidden)
             said = self._ranks.explain().splitlines()
             lines += [line for line in said if line.startswith(("transport", "places", "limit"))]
             lines.append(
                 f"for {tokens} tokens a rank sends, in MB: {sent.dispatch / 1e6:.3g} there, {sent.combine / 1e6:.3g} "
                 "back"
             )
-            needed += received * (hidden + 4 * blocks(hidden) + 8 * self.top_k + 4 * hidden)
-        lines.append(f"memory: at most {needed / 2**30:.3g} GiB for a call of {tokens} tokens on every rank")
+        memory = f"memory: at most {needed / 2**30:.3g} GiB for a call of {tokens} tokens on every rank"
+        if self._ranks is not None and (symmetric := self._ranks.symmetric_bytes):
+            memory += f", beside {symmetric / 2**30:.3g} GiB that all ranks reach"
+        lines.append(memory)
         return "\n".join(lines)
 
     def warm_up(self) -> None:

@@ -34,15 +34,13 @@ def test_the_machine_code_orders_flags_for_the_whole_system() -> None:
     """A flag to the others, the reason to the host and the word that stops them: each behind a barrier of memory. The
     word that says in which call a rank waits, written twice, publishes nothing.
     """
-    begin, meet, wait = sass.compiled(*exchange_flags.SPECS)
-    for kernel in (begin, meet, wait):
+    for kernel in sass.compiled(*exchange_flags.SPECS):
         opcodes = sass.opcodes(kernel.listing)
         assert opcodes["LDG.E.64.STRONG.SYS"] >= 3 and opcodes["BPT.TRAP"] == 1
         assert not any("STRONG.GPU" in opcode for opcode in opcodes)
         order = re.findall(r"MEMBAR\.ALL\.SYS|STG\.E\.64\.STRONG\.SYS", kernel.listing)
         barrier, flag = "MEMBAR.ALL.SYS", "STG.E.64.STRONG.SYS"
-        told = [] if kernel is wait else [barrier, flag]
-        assert order == [*told, flag, flag, *[barrier, flag] * 2]
+        assert order == [barrier, flag, flag, flag, *[barrier, flag] * 2]
 
 
 def test_launches_have_what_the_kernels_take(launches: list, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,16 +51,12 @@ def test_launches_have_what_the_kernels_take(launches: list, monkeypatch: pytest
     flags = exchange_flags.ExchangeFlags(blocks, 1, 2.5)
     flags.begin(1, 7, 2)
     flags.meet(3 << 29 | 64, 7, 2)
-    flags.begin(0, 7, 2, 3)
-    flags.wait(2, 7, 2)
     exchange_flags._kernels.cache_clear()
-    (begin, grid, told), (meet, _, met), (_, _, of_three), (wait, _, awaited) = launches
-    names = [kernel.spec.name for kernel in (begin, meet, wait)]
-    assert names == ["exchange_begin", "exchange_meet", "exchange_wait"] and grid == (1, 1, 1)
+    (begin, grid, told), (meet, _, met) = launches
+    assert (begin.spec.name, meet.spec.name, grid) == ("exchange_begin", "exchange_meet", (1, 1, 1))
     same = {"rank": 1, "ranks": 3, "limit_ns": 2_500_000_000, "call": 7, "phase": 2}
     same |= {"words": flags._table.data_ptr(), "host": flags._host.data_ptr(), "state": flags._state.data_ptr()}
-    assert told == same | {"bank": 1, "steps": 1} and met == same | {"kind": 3 << 29 | 64, "lanes": 2**32 - 1}
-    assert of_three == same | {"bank": 0, "steps": 3} and awaited == same | {"left": 2}
+    assert told == same | {"bank": 1} and met == same | {"kind": 3 << 29 | 64, "lanes": 2**32 - 1}
     assert flags._table.tolist() == [block.data_ptr() for block in blocks]
     assert flags.failure() is None
     flags.stop(2)

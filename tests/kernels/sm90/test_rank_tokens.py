@@ -24,7 +24,7 @@ M, H, K, E, T = 24, 256, 3, 8, 5
 
 def test_regions_of_a_bank_lie_apart_and_hold_what_they_should() -> None:
     at = Layout.of(4, M, H, K)
-    sizes = [M * H, 4 * M * 2, 4 * 4 * M * K, 4 * 4 * M * K, 2 * 4 * M * H]
+    sizes = [4 * M * H, 4 * 4 * M * 2, 4 * 4 * M * K, 4 * 4 * M * K, 2 * 4 * M * H]
     ends = [end - start for start, end in itertools.pairwise(at)]
     assert all(size <= end < size + 256 for size, end in zip(sizes, ends, strict=True))
     assert all(start % 256 == 0 for start in at)
@@ -58,16 +58,18 @@ def test_launches_have_what_the_kernels_take(wide: bool, tokens: RankTokens, lau
     x, out = torch.zeros(T, H, dtype=torch.bfloat16), torch.zeros(T, H, dtype=torch.bfloat16)
     scale_BT = torch.zeros(2, T)
     arrived, weights = torch.zeros(2, dtype=torch.int32), torch.zeros(T, K)
-    rank_tokens.post_tokens(tokens, arrived, x.to(E4M3), scale_BT.t(), ids, weights, E, pow2=False).run()
-    rank_tokens.post_tokens(tokens, arrived, x, None, ids, weights, E, pow2=True).run()
-    rank_tokens.post_tokens(tokens, arrived, x[:0], None, ids[:0], weights[:0], E, pow2=True).run()
+    rank_tokens.post_tokens(tokens, 0, arrived, x.to(E4M3), scale_BT.t(), ids, weights, E, pow2=False).run()
+    rank_tokens.post_tokens(tokens, 0, arrived, x, None, ids, weights, E, pow2=True).run()
+    rank_tokens.post_tokens(tokens, 0, arrived, x[:0], None, ids[:0], weights[:0], E, pow2=True).run()
     rank_tokens.sum_parts(tokens, 1, ids, E, out, accumulate=True).run()
     rank_tokens.sum_parts(tokens, 1, ids[:0], E, out[:0], accumulate=False).run()
     (_, grid, codes), (_, _, bf16), (_, empty_grid, _), (_, sum_grid, summed), (_, least, _) = launches
     assert (grid, empty_grid, sum_grid, least) == ((2 + 1, 1, 1), (2, 1, 1), (T, 1, 1), (1, 1, 1))
     assert (codes["x_bf16"], codes["x_scale_row"], codes["x_scale_k"], codes["pow2"]) == (0, 1, T, 0)
     assert (bf16["x_bf16"], bf16["x_scale"], bf16["pow2"], bf16["wide"]) == (1, 0, 1, wide)
-    assert codes["choice_blocks"] == 2 and codes["arrived"] == arrived.data_ptr()  # 4·24·3 words, 256 a block
+    assert (
+        codes["phase"] == 0 and codes["choice_blocks"] == 2 and codes["arrived"] == arrived.data_ptr()
+    )  # 4·24·3 words, 256 a block
     for name in ("codes", "scales", "ids", "weights"):
         assert codes[f"{name}_at"] == getattr(tokens.at, name)
     same = {"rank": 1, "ranks": 4, "call": 7, "phase": 1, "limit_ns": 2_500_000_000, "experts_here": 2, "accumulate": 1}

@@ -4,10 +4,10 @@
 #include "exchange/flags.cuh"
 
 // A new exchange, through the bank whose last one was of epoch state[1 + bank]: this rank has read what came before; wait until all
-// others have read what went through the bank. It has `steps` epochs, each of which is told when its rows are written.
+// others have read what went through the bank.
 extern "C" __global__ void __launch_bounds__(32, 1)
     exchange_begin(u64** words, const i32 rank, const i32 ranks, const i64 limit_ns, const i32 call, const i32 phase, u64* host,
-                   u64* state, const i32 bank, const i32 steps) {
+                   u64* state, const i32 bank) {
     const Wait wait{words, rank, ranks, limit_ns, call, phase, host};
     const u32 lane = lane_index();
     const u64 before = state[0], last = state[1 + bank];
@@ -17,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(32, 1)
         why = wait_for(wait, FINISHED + lane, last, seen);
     }
     settle(wait, why, last << 32, seen);
-    if (lane == 0) state[0] = state[1 + bank] = before + steps;
+    if (lane == 0) state[0] = state[1 + bank] = before + 1;
 }
 
 // The rows of this rank are where they are read: say so, and wait for those of the ranks in `lanes`. `kind` is the same on all ranks.
@@ -34,12 +34,4 @@ extern "C" __global__ void __launch_bounds__(32, 1)
         if (why == 0 && epoch_of(seen) == epoch && seen != flag) why = OTHER_CALL;
     }
     settle(wait, why, flag, seen);
-}
-
-// Wait until all others have written what belongs to the epoch that `left` more follow in this exchange.
-extern "C" __global__ void __launch_bounds__(32, 1)
-    exchange_wait(u64** words, const i32 rank, const i32 ranks, const i64 limit_ns, const i32 call, const i32 phase, u64* host,
-                  const u64* state, const i32 left) {
-    const Wait wait{words, rank, ranks, limit_ns, call, phase, host};
-    wait_for_written(wait, lanes_of_ranks(ranks), state[0] - left);
 }

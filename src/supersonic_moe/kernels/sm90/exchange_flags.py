@@ -14,8 +14,8 @@ Order, on the stream of each rank
     copies        into this bank, of any rank
     meet()        tell all: written; wait until all have written
     copies        from this bank, of any rank; they end before the next begin
-    An exchange may have several epochs, told and awaited one after the other by the kernels that write and read what
-    belongs to them (rank_tokens.py): written[r] is then the last one that rank r has told.
+    Without copies, an exchange has several epochs, told and awaited one after the other by the kernels that write and
+    read what belongs to them (rank_tokens.py): written[r] is then the last one that rank r has told.
     Epochs live on the device, so all of it can be captured in a CUDA graph; a graph may use the banks in any order.
 Limits
     A wait that takes longer than its limit by the clock of the GPU, or whose rank carries something else, tells the
@@ -42,8 +42,7 @@ MAX_RANKS = 32
 WORDS = 2 * MAX_RANKS + 1
 OPCODES = ("STG.E.64.STRONG.SYS", "LDG.E.64.STRONG.SYS", "MEMBAR.ALL.SYS")
 SPECS = tuple(
-    KernelSpec(name, "exchange_flags.cu", threads=32, opcodes=OPCODES)
-    for name in ("exchange_begin", "exchange_meet", "exchange_wait")
+    KernelSpec(name, "exchange_flags.cu", threads=32, opcodes=OPCODES) for name in ("exchange_begin", "exchange_meet")
 )
 ALL = (1 << MAX_RANKS) - 1
 LATE, STOPPED, OTHER_CALL = 1, 2, 3
@@ -65,8 +64,9 @@ class Failure(NamedTuple):
 
 
 @functools.cache
-def _kernels() -> list[Kernel]:
-    return [Kernel(spec) for spec in SPECS]
+def _kernels() -> tuple[Kernel, Kernel]:
+    begin, meet = SPECS
+    return Kernel(begin), Kernel(meet)
 
 
 class ExchangeFlags:
@@ -92,10 +92,10 @@ class ExchangeFlags:
         }
         """Arguments of every wait, but for its call and phase."""
 
-    def begin(self, bank: int, call: int, phase: int, steps: int = 1) -> None:
-        """``bank``: 0 or 1. ``steps``: epochs of the exchange."""
+    def begin(self, bank: int, call: int, phase: int) -> None:
+        """``bank``: 0 or 1."""
         with on_device(self._state):
-            _kernels()[0].launch((1, 1, 1), call=call, phase=phase, bank=bank, steps=steps, **self.same)
+            _kernels()[0].launch((1, 1, 1), call=call, phase=phase, bank=bank, **self.same)
 
     def meet(self, kind: int, call: int, phase: int, sources: int = ALL) -> None:
         """``kind``: 32 bits that are the same on all ranks, or a wait fails. ``sources``: a bit for each rank that is
@@ -103,11 +103,6 @@ class ExchangeFlags:
         """
         with on_device(self._state):
             _kernels()[1].launch((1, 1, 1), call=call, phase=phase, kind=kind, lanes=sources, **self.same)
-
-    def wait(self, left: int, call: int, phase: int) -> None:
-        """For the epoch of this exchange that ``left`` more follow."""
-        with on_device(self._state):
-            _kernels()[2].launch((1, 1, 1), call=call, phase=phase, left=left, **self.same)
 
     def mark(self) -> torch.cuda.Event:
         """What the current stream has been given so far."""

@@ -11,7 +11,7 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS)
               const i32 num_experts, const i32 experts_here, const u64 parts_at, u16* out, const i32 accumulate) {
     const Wait flags{words, rank, ranks, limit_ns, call, phase, host};
     const u64 epoch = state[0];
-    if (blockIdx.x == 0 && threadIdx.x == 0) tell_written(words, rank, ranks, epoch << 32);
+    if (blockIdx.x == 0 && threadIdx.x == 0) tell_written(flags, epoch);
     if (threadIdx.x < 32) wait_for_written(flags, lanes_of_ranks(ranks), epoch);
     __syncthreads();
     const u16* const parts = reinterpret_cast<const u16*>(reinterpret_cast<const u8*>(words[rank]) + parts_at);

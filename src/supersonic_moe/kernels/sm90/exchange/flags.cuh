@@ -81,7 +81,7 @@ DEVICE void wait_for_written(const Wait& wait, u32 lanes, u64 epoch) {
 DEVICE u32 lanes_of_ranks(i32 ranks) { return 0xffffffffu >> (32 - ranks); }
 
 // One thread, behind what this rank has written for the epoch: all others may read it.
-DEVICE void tell_written(u64** words, i32 rank, i32 ranks, u64 flag) {
-    for (i32 peer = 0; peer < ranks; ++peer)
-        if (peer != rank) store_release_system(words[peer] + WRITTEN + rank, flag);
+DEVICE void tell_written(const Wait& wait, u64 epoch) {
+    for (i32 peer = 0; peer < wait.ranks; ++peer)
+        if (peer != wait.rank) store_release_system(wait.words[peer] + WRITTEN + wait.rank, epoch << 32);
 }

@@ -1,12 +1,12 @@
-// Where x of a token lies and where its output goes: in the tensors of a caller or, with RANKS, in the memory of the rank that the token is
-// from.
+// Where x of a token lies and where its output goes: in the tensors of a caller or, with RANKS, where other ranks have written it and where
+// they read it.
 #pragma once
 #include "stream/chunk.cuh"
 #if RANKS
 #include "exchange/flags.cuh"
 
-// The tokens of all ranks, `places` for each, in order of ranks. A rank's block, as this GPU reaches it, holds x of its own tokens, codes and
-// scales by rows, and a row of `hidden` for each token that this rank makes an output for.
+// The tokens of all ranks, `places` for each, in order of ranks. This rank's block holds x of those that have an expert here, codes and scales
+// by rows. The block of a token's rank, as this GPU reaches it, has a row of `hidden` for what each rank makes of the token.
 struct Tokens {
     static constexpr bool x_bf16 = false;
     static constexpr bool writes_zeros = false;  // the others know which of their tokens have no row here
@@ -18,7 +18,7 @@ struct Tokens {
 
     DEVICE u32 ranks() const { return flags.ranks; }
     DEVICE u32 of_rank() const { return places; }
-    DEVICE u8* block(u32 rank) const { return reinterpret_cast<u8*>(flags.words[rank]); }
+    DEVICE u8* block(i64 rank) const { return reinterpret_cast<u8*>(flags.words[rank]); }
 
     // A warp, before it reads x of the token.
     DEVICE void wait(i32 token) const {
@@ -27,7 +27,7 @@ struct Tokens {
         wait_for_written(flags, bit, epoch);
         there |= bit;
     }
-    DEVICE const u8* codes(i64 token) const { return block(token / places) + codes_at + token % places * hidden; }
+    DEVICE const u8* codes(i64 token) const { return block(flags.rank) + codes_at + token * hidden; }
     // No cache that is not coherent: another GPU has written it while this kernel ran.
     DEVICE uint4 load(const void* address) const {
         uint4 v;
@@ -35,7 +35,7 @@ struct Tokens {
         return v;
     }
     DEVICE float scale(i64 token, u32 k) const {
-        const float* const at = reinterpret_cast<const float*>(block(token / places) + scales_at) + token % places * (hidden / 128) + k;
+        const float* const at = reinterpret_cast<const float*>(block(flags.rank) + scales_at) + token * (hidden / 128) + k;
         float v;
         asm volatile("ld.relaxed.sys.global.f32 %0, [%1];" : "=f"(v) : "l"(at) : "memory");
         return v;
