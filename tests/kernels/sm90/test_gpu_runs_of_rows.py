@@ -153,7 +153,7 @@ counts_of = pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 
 @problems
 @counts_of
-@pytest.mark.parametrize("block_n", [256, 384])
+@pytest.mark.parametrize("block_n", [256, 320, 384])
 def test_products(counts: list[int], pattern: str, block_n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm_config, "tile_columns", lambda columns, depth: block_n)
     p = Problem(counts, pattern)
