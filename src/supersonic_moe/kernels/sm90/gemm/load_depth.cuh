@@ -7,20 +7,24 @@
 #include "ptx/wgmma.cuh"
 
 // Rows past the expert's end belong to the next one, or to nobody: zero them in both operands (0 * NaN is NaN). Each warpgroup
-// clears its slab of A and its share of B's; all have done so before any multiplies.
+// clears its slab of A and its share of B's, all of them where it is the only one to multiply; those that do so are done before any does.
 template <Config C>
-DEVICE void clear_rows(const SharedMemory<C>& shared, u32 stage, u32 group, u32 valid) {
-    constexpr u32 slabs_b = (C.slabs_n() + C.math_groups - 1) / C.math_groups;
-    const u32 slabs = 1 + (C.slabs_n() % C.math_groups == 0 ? slabs_b : min(slabs_b, C.slabs_n() - group * slabs_b));
-    const u32 thread = fresh_thread_index() % 128;
-    const u32 a = shared.tile_a(stage) + group * C.slab_bytes(), b = shared.tile_b(stage) + group * slabs_b * C.slab_bytes();
+DEVICE void clear_rows(const SharedMemory<C>& shared, u32 stage, u32 group, u32 valid, bool alone) {
+    constexpr u32 share = (C.slabs_n() + C.math_groups - 1) / C.math_groups;
+    const u32 own = C.slabs_n() % C.math_groups == 0 ? share : min(share, C.slabs_n() - group * share);
+    const u32 slabs = 1 + (alone ? C.slabs_n() : own), thread = fresh_thread_index() % 128;
+    const u32 a = shared.tile_a(stage) + group * C.slab_bytes(), b = shared.tile_b(stage) + (alone ? 0 : group * share) * C.slab_bytes();
     for (u32 unit = thread; unit < slabs * 512; unit += 128) {  // 512 units of 16 bytes a slab
         const u32 slab = unit / 512, line = unit % 512 / 8;
         const u32 at = (slab == 0 ? a : b + (slab - 1) * C.slab_bytes()) + unit % 512 * 16;
         if (line >= valid) asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(0) : "memory");
     }
     fence_proxy_async();
-    sync_math_warps<C>();
+    if (alone) {
+        sync_warpgroup(group);
+    } else {
+        sync_math_warps<C>();
+    }
 }
 
 // As a math warpgroup sees it (see FixedDepth). For LastRows see load_ragged_depth.
@@ -30,14 +34,18 @@ struct RaggedDepth {
     static constexpr Major A = Major::MN;
     struct Extent {
         i32 blocks_k, valid;  // rows of the last block
+        bool alone;           // only the first warpgroup has rows of the output
         template <Config C>
         DEVICE void before_last_block(const SharedMemory<C>& shared, u32 stage, u32 group) const {
-            if (valid < static_cast<i32>(C.block_k())) clear_rows(shared, stage, group, valid);
+            if (valid < static_cast<i32>(C.block_k())) clear_rows(shared, stage, group, valid, alone);
         }
     };
     i32 block_k, rows;  // rows: of the output
     DEVICE i32 row_end(const WorkTile&) const { return rows; }
-    DEVICE Extent of_tile(const WorkTile& first) const { return {first.blocks_k, first.row_end - (first.blocks_k - 1) * block_k}; }
+    DEVICE Extent of_tile(const WorkTile& first) const {
+        const bool alone = LastRows && first.row + static_cast<i32>(GROUP_ROWS) >= rows;
+        return {first.blocks_k, first.row_end - (first.blocks_k - 1) * block_k, alone};
+    }
 };
 
 // The weight gradient as the loading warps see it.

@@ -124,17 +124,12 @@ DEVICE WorkTile await_tile(const SharedMemory<C>& shared, const Ring<C>& ring) {
     return read_work_tile(shared.work_tile(ring.stage));
 }
 
-// Consumes `count` stages without multiplying them: those of a tile of which this warpgroup has no row. `visit(i, stage)` sees each.
-template <Config C, typename Visit>
-DEVICE void skip_stages(const SharedMemory<C>& shared, Ring<C>& ring, i32 count, Visit visit) {
+// Consumes `count` stages without multiplying them: those of a tile of which this warpgroup has no row.
+template <Config C>
+DEVICE void skip_stages(const SharedMemory<C>& shared, Ring<C>& ring, i32 count) {
     for (i32 i = 0; i < count; ++i, ring.advance()) {
         mbarrier_wait(shared.full(ring.stage), ring.phase);
-        visit(i, ring.stage);
         __syncwarp();
         shared.release(ring.stage);
     }
-}
-template <Config C>
-DEVICE void skip_stages(const SharedMemory<C>& shared, Ring<C>& ring, i32 count) {
-    skip_stages(shared, ring, count, [](i32, u32) {});
 }

@@ -32,9 +32,7 @@ DEVICE void for_each_tile(const SharedMemory<C>& shared, const u32 warp, const D
         if constexpr (Depth::SKIPS) {
             if (first.row + static_cast<i32>(group * GROUP_ROWS) >= depth.row_end(first)) {
                 borrowed.give_back(shared, owner);
-                skip_stages(shared, ring, extent.blocks_k + epilogue.stages(first), [&](i32 block, u32 stage) {
-                    if (block == extent.blocks_k - 1) extent.before_last_block(shared, stage, group);
-                });
+                skip_stages(shared, ring, extent.blocks_k + epilogue.stages(first));
                 continue;
             }
         }
