@@ -148,6 +148,8 @@ class ExpertParallel:
             common = Sizes(num_experts, top_k, max_tokens, row_bytes, capacity, timeout_s, self._names)
             self._all = [Channel(self.group, number, transport, common, key) for number in range(channels)]
             self.transport = self._channel.transport
+            if channels > 1:
+                dist.barrier(self.group)  # nobody leaves while others still connect to it
 
     def row_bytes(self) -> int:
         """Of the rows of an exchange, at most: of x in 16 bits; of ids, scores and scales."""
