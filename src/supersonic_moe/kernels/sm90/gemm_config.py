@@ -96,7 +96,6 @@ class GemmConfig:
             smem_bytes=self.smem_bytes,
             cluster=self.cluster,
             opcodes=opcodes,
-            pdl=True,
         )
 
     def __str__(self) -> str:

@@ -6,7 +6,6 @@
 //
 //   warp w: positions 64 (w % 2) .., columns 32 (w / 2) ..      lane l: positions + 8 (l / 4), columns + 8 (l % 4)
 #include "epilogue/quantize.cuh"
-#include "ptx/barrier.cuh"
 
 constexpr u32 BLOCK = 128, THREADS = 256, EACH = 8;
 
@@ -31,8 +30,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
     const u32 half = warp % 2, position = half * 64 + lane / 4 * EACH, column = warp / 2 * 32 + lane % 4 * EACH;
     const i64 block = blockIdx.x;
     const i32 first_column = static_cast<i32>(blockIdx.y * BLOCK), mine = first_column + static_cast<i32>(column);
-    dependency_wait();
-    dependency_launch();
 
     u32 pairs[EACH][4];
     const int4* rows = reinterpret_cast<const int4*>(index + block * BLOCK + position);

@@ -29,8 +29,7 @@ from supersonic_moe.kernels import triton
 from supersonic_moe.kernels.interface import Quantized
 from supersonic_moe.quantization.block_format import BLOCK, blocks, empty_e4m3, empty_scales
 
-OPCODES = ("F2FP.SATFINITE.E4M3", "HMNMX2")
-SPECS = (KernelSpec("quantize_columns", "quantize_columns.cu", threads=256, opcodes=OPCODES, pdl=True),)
+SPECS = (KernelSpec("quantize_columns", "quantize_columns.cu", threads=256, opcodes=("F2FP.SATFINITE.E4M3", "HMNMX2")),)
 
 
 @functools.cache

@@ -163,7 +163,7 @@ DEVICE void load_ragged_depth(const SharedMemory<C>& shared, const DepthGemm& ge
                                 tma_load(lines + slab * C.slab_bytes(), gemm.map_run, full, tile.row + static_cast<i32>(slab * 64), first);
                     } else if (!LastRows || slabs == C.slabs_m()) {
                         gather_slabs<C.slabs_m()>(shared, tile_a, map_a, full, tile.row, warp);
-                    } else if constexpr (C.slabs_m() > 1) {
+                    } else if (C.slabs_m() > 1 && slabs == 1) {
                         gather_slabs<1>(shared, tile_a, map_a, full, tile.row, warp);
                     }
                 }

@@ -4,16 +4,13 @@
 #include "ptx/copy.cuh"
 
 // `produce(warp)` in the loading warps, 0 to 3; `consume(warp)` in the math warps, 4 and up. Barriers other than the ring's are
-// initialised before the call. Blocks start while those of the kernel before leave (KernelSpec.pdl): nothing is read from memory, and
-// nothing written to it, before the call.
+// initialised before the call.
 template <Config C, typename Produce, typename Consume>
 DEVICE void run_roles(const SharedMemory<C>& shared, Produce produce, Consume consume) {
     constexpr u32 registers = C.load_registers() * 128 + C.math_registers() * C.math_threads();
     static_assert(!C.moves_registers() || registers <= C.launch_registers() * C.threads(),
                   "more registers than the block has: register_alloc would wait for ever");
     shared.init_barriers();
-    dependency_wait();
-    dependency_launch();
     const u32 warp = warp_index();
     if (warp < 4) {
         if constexpr (C.moves_registers()) register_dealloc<C.load_registers()>();
