@@ -148,6 +148,8 @@ def bf16_over_ranks(pow2: bool) -> tuple[bool, str]:
 
 # ---- few rows: nothing is copied -------------------------------------------------------------------------------------
 
+few_rows.ON = True  # in the processes of these tests
+
 
 def few_tokens(size: int) -> int:
     """Tokens of a rank up to which all rows are streamed."""
