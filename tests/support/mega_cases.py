@@ -17,7 +17,7 @@ import torch.distributed as dist
 from inference_oracle import Case, make_case
 from parallel_cases import error_of
 from torch import Tensor
-from virtual_ranks import CarefulFlags, ThreadFlags, on_a_gpu, run_virtual
+from virtual_ranks import CarefulFlags, ThreadFlags, on_a_gpu, run_virtual, times_on
 
 from supersonic_moe.inference import moe_fp8_topk
 from supersonic_moe.kernels.sm90 import rank_tokens
@@ -159,13 +159,12 @@ def few_tokens(size: int) -> int:
 def without_copies(size: int, gpu: bool, calls: Sequence[Call]) -> list[list[str]]:
     """``over_copies`` with objects of so few tokens that ``few_rows.py`` does it."""
     _start(size, gpu, careful=len(calls) + 1)  # two launches a call that wait, of two objects that take turns
-    return run_virtual(size, _without_copies, calls, few_tokens(size))
+    return run_virtual(size, _without_copies, times_on(gpu) * [*calls], few_tokens(size))
 
 
 def _without_copies(calls: Sequence[Call], most: int) -> list[str]:
-    """The second time everything is loaded, and nobody waits for the host."""
     assert few_rows.has_few_rows(dist.get_world_size(), most, K, E // dist.get_world_size())
-    return same_as_one_process([*calls, *calls], "gather", most)
+    return same_as_one_process(calls, "gather", most)
 
 
 def explanations(size: int) -> list[tuple[str, str]]:

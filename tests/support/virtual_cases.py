@@ -9,7 +9,7 @@ from typing import Any
 import parallel_cases as cases
 import torch
 import torch.distributed as dist
-from virtual_ranks import CarefulFlags, on_a_gpu, run_virtual
+from virtual_ranks import CarefulFlags, on_a_gpu, run_virtual, times_on
 
 from supersonic_moe import Fp8Recipe
 from supersonic_moe.parallel import fp8_parts, ranges
@@ -20,17 +20,12 @@ GATHER = {"transport": "gather", "timeout_s": 30.0}
 
 def same_as_one_process(size: int, gpu: bool, calls: Sequence[tuple]) -> list[list[str]]:
     _start(gpu, careful=6 * len(calls) + 1)  # by then all have computed what they expect
-    return run_virtual(size, _twice, calls)
-
-
-def _twice(calls: Sequence[tuple]) -> list[str]:
-    """The second time everything is loaded, and nobody waits for the host."""
-    return cases.same_as_one_process([*calls, *calls], GATHER)
+    return run_virtual(size, cases.same_as_one_process, times_on(gpu) * [*calls], GATHER)
 
 
 def fp8_wire(size: int, gpu: bool, tokens: Sequence[int], recipe: Fp8Recipe, hidden: int) -> list[list[str]]:
     found = []
-    for careful in (10**6, 0):
+    for careful in (10**6, 0)[: times_on(gpu)]:
         _start(gpu, careful)
         found += run_virtual(size, cases.over_an_fp8_wire, tokens, recipe, True, hidden, GATHER)
     return found
