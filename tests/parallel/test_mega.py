@@ -188,9 +188,14 @@ def test_few_rows_are_read_and_written_where_they_lie(ranks: int, gpu: bool) -> 
     assert found == [[]] * ranks
 
 
+def test_everything_is_copied_unless_few_rows_are_on() -> None:
+    (said,) = run_ranks(1, cases.explanations, 2, False)
+    assert all("way: composed of dispatch in e4m3" in each for both in said for each in both)
+
+
 def test_explain_says_whether_anything_is_copied() -> None:
     """And how much memory ranks reach: at 8192 tokens of the largest published shape, 2 ranks."""
-    (said,) = run_ranks(1, cases.explanations, 2)
+    (said,) = run_ranks(1, cases.explanations, 2, True)
     for copied, few in said:
         assert "way: composed of dispatch in e4m3" in copied and "way: experts have few rows" in few
         gib = re.search(

@@ -15,7 +15,7 @@ import ranks
 import torch
 import torch.distributed as dist
 from inference_oracle import Case, make_case
-from parallel_cases import error_of
+from parallel_cases import error_of, timed_error_of
 from torch import Tensor
 from virtual_ranks import CarefulFlags, ThreadFlags, on_a_gpu, run_virtual, times_on
 
@@ -148,8 +148,6 @@ def bf16_over_ranks(pow2: bool) -> tuple[bool, str]:
 
 # ---- few rows: nothing is copied -------------------------------------------------------------------------------------
 
-few_rows.ON = True  # in the processes of these tests
-
 
 def few_tokens(size: int) -> int:
     """Tokens of a rank up to which all rows are streamed."""
@@ -167,8 +165,9 @@ def _without_copies(calls: Sequence[Call], most: int) -> list[str]:
     return same_as_one_process(calls, "gather", most)
 
 
-def explanations(size: int) -> list[tuple[str, str]]:
+def explanations(size: int, on: bool) -> list[tuple[str, str]]:
     """With 8192 tokens of the largest published shape, and with 64."""
+    few_rows.ON = on
     sizes = {"num_experts": 48 * size, "hidden": 7168, "intermediate": 3072, "top_k": 6}
 
     def of_rank() -> tuple[str, str]:
@@ -200,9 +199,7 @@ def _late(phase: str, limit_s: float) -> str:
         call(layer, case, experts=experts)
         layer.check()
 
-    start = time.monotonic()
-    error = error_of(third)
-    return f"{time.monotonic() - start:.1f} s: {error}"
+    return timed_error_of(third)
 
 
 _before: dict[str, Callable[[], None]] = {}
@@ -213,6 +210,7 @@ def _start(size: int, gpu: bool, careful: int) -> None:
     """Where a test makes rank 1 late. On a GPU, ranks share its multiprocessors: a kernel that waits must leave some to
     those that it waits for.
     """
+    few_rows.ON = True
     run, tell, posts, sums = FewRows.run, ThreadFlags.tell, rank_tokens.post_tokens, rank_tokens.sum_parts
 
     def late(phase: str) -> None:
@@ -267,6 +265,7 @@ def mistakes(transport: str) -> tuple[list[str], str, str]:
 
 def in_a_graph(most: int) -> list[str]:
     """A captured call of this rank, replayed with other contents, against the call itself."""
+    few_rows.ON = True
     rank, size = dist.get_rank(), dist.get_world_size()
     layer, own = mega(dist.group.WORLD, max_tokens_per_rank=most), slice(rank * E // size, (rank + 1) * E // size)
     case = on_gpu(case_of(33, seed=rank))

@@ -376,6 +376,13 @@ def error_of(function: Callable[[], object]) -> str:
     return "no error"
 
 
+def timed_error_of(function: Callable[[], object]) -> str:
+    """After how many seconds, and what."""
+    start = time.monotonic()
+    error = error_of(function)
+    return f"{time.monotonic() - start:.1f} s: {error}"
+
+
 def errors_on_every_rank() -> list[str]:
     """What each mistake of one rank says on this one; the group works afterwards."""
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -430,14 +437,12 @@ def with_a_lost_rank(phase: str, how: str, limit_s: float, way: dict[str, Any] |
     ep, tokens = make(timeout_s=limit_s, **way or {}), [5] * dist.get_world_size()
     given = here(inputs(tokens, torch.bfloat16 if way else torch.float32), tokens)
     run(ep, given)
-    start = time.monotonic()
 
     def call() -> None:
         run(ep, given)
         ep.check()
 
-    error = error_of(call)
-    return f"{time.monotonic() - start:.1f} s: {error}"
+    return timed_error_of(call)
 
 
 def with_too_many_tokens_to_gather() -> str:

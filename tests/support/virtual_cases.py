@@ -61,6 +61,15 @@ def explanations(size: int) -> list[str]:
     return run_virtual(size, lambda: cases.make().explain())
 
 
+def _after_one_call(limit_s: float) -> tuple[Any, Any]:
+    """Experts of ranks with 5 tokens each, and what this one brings: one call is done."""
+    tokens = [5] * dist.get_world_size()
+    ep = cases.make(**GATHER | {"timeout_s": limit_s})
+    given = cases.here(cases.inputs(tokens, torch.bfloat16), tokens)
+    cases.run(ep, given)
+    return ep, given
+
+
 def with_a_muted_rank(size: int, gpu: bool, phase: str, limit_s: float) -> list[str]:
     """Rank 1 is late for a phase of the second call: what each rank raises."""
     _start(gpu, careful=6)
@@ -68,10 +77,7 @@ def with_a_muted_rank(size: int, gpu: bool, phase: str, limit_s: float) -> list[
 
 
 def _muted(phase: str, limit_s: float) -> str:
-    rank, tokens = dist.get_rank(), [5] * dist.get_world_size()
-    ep = cases.make(**GATHER | {"timeout_s": limit_s})
-    given = cases.here(cases.inputs(tokens, torch.bfloat16), tokens)
-    cases.run(ep, given)
+    rank, (ep, given) = dist.get_rank(), _after_one_call(limit_s)
     if rank == 1:
         _before(ep._channel.ranks, phase, lambda: time.sleep(2.5 * limit_s))
 
@@ -79,9 +85,7 @@ def _muted(phase: str, limit_s: float) -> str:
         cases.run(ep, given)
         ep.check()
 
-    start = time.monotonic()
-    error = cases.error_of(call)
-    return f"{time.monotonic() - start:.1f} s: {error}"
+    return cases.timed_error_of(call)
 
 
 def with_a_rank_elsewhere(size: int, gpu: bool) -> list[str]:
@@ -91,10 +95,7 @@ def with_a_rank_elsewhere(size: int, gpu: bool) -> list[str]:
 
 
 def _elsewhere() -> str:
-    tokens = [5] * dist.get_world_size()
-    ep = cases.make(**GATHER | {"timeout_s": 5.0})
-    given = cases.here(cases.inputs(tokens, torch.bfloat16), tokens)
-    cases.run(ep, given)
+    ep, given = _after_one_call(5.0)
 
     @torch.no_grad()
     def forward() -> None:
@@ -120,10 +121,7 @@ def with_a_rank_out_of_memory(size: int, gpu: bool, limit_s: float) -> list[str]
 
 
 def _out_of_memory(limit_s: float) -> str:
-    rank, tokens = dist.get_rank(), [5] * dist.get_world_size()
-    ep = cases.make(**GATHER | {"timeout_s": limit_s})
-    given = cases.here(cases.inputs(tokens, torch.bfloat16), tokens)
-    cases.run(ep, given)
+    rank, (ep, given) = dist.get_rank(), _after_one_call(limit_s)
     if rank == 1:
         _before(ep._channel.ranks, "forward combine", _no_memory)
 
@@ -131,11 +129,9 @@ def _out_of_memory(limit_s: float) -> str:
         cases.run(ep, given)
         ep.check()
 
-    start = time.monotonic()
-    error = cases.error_of(call)
-    seconds = time.monotonic() - start
+    told = cases.timed_error_of(call)
     time.sleep(0.3 * limit_s if rank == 1 else 0)
-    return f"{seconds:.1f} s: {error}"
+    return told
 
 
 def with_a_rank_that_refuses(size: int, gpu: bool, limit_s: float) -> list[str]:
@@ -145,10 +141,7 @@ def with_a_rank_that_refuses(size: int, gpu: bool, limit_s: float) -> list[str]:
 
 
 def _refused(limit_s: float) -> str:
-    rank, tokens = dist.get_rank(), [5] * dist.get_world_size()
-    ep = cases.make(**GATHER | {"timeout_s": limit_s})
-    given = cases.here(cases.inputs(tokens, torch.bfloat16), tokens)
-    cases.run(ep, given)
+    rank, (ep, given) = dist.get_rank(), _after_one_call(limit_s)
     wrong = given._replace(w1=given.w1[:, :, 1:])
     assert "w1 must have hidden size" in cases.error_of(lambda: cases.run(ep, wrong))
 
@@ -156,11 +149,9 @@ def _refused(limit_s: float) -> str:
         cases.run(ep, wrong if rank == 1 else given)
         ep.check()
 
-    start = time.monotonic()
-    error = cases.error_of(call)
-    seconds = time.monotonic() - start
+    told = cases.timed_error_of(call)
     time.sleep(0.3 * limit_s if rank == 1 else 0)
-    return f"{seconds:.1f} s: {error}"
+    return told
 
 
 def in_two_channels(size: int, gpu: bool, count: int) -> bool:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NoReturn, Unpack
 
 import torch
@@ -195,8 +195,10 @@ class ExpertParallel:
         return self._all[self._taken.number]
 
     def call(self) -> AbstractContextManager[None]:
-        """A call, of more than one rank: of what is refused inside the block, or fails, the others are told at once."""
-        return self._channel.call()
+        """A call, of more than one rank: of what is refused inside the block, or fails, the others are told at once.
+        Not of what is refused where the compiler traces: ranks may differ in that.
+        """
+        return nullcontext() if torch.compiler.is_compiling() else self._channel.call()
 
     def refuse_call(self, error: Exception) -> None:
         """A layer has refused what it was called with, before ``run_layer``."""
@@ -220,33 +222,20 @@ class ExpertParallel:
         if self.size == 1:
             w1, w2, options = _local(w1), _local(w2), _local_biases(options)
             return functional.run_layer(x_TH, router_or_logits, w1, w2, selection, options)
-        if torch.compiler.is_compiling():  # what is refused is refused where the compiler traces, and ranks may differ
-            return self._run_layer(x_TH, router_or_logits, w1, w2, selection, options)
         with self.call():
-            return self._run_layer(x_TH, router_or_logits, w1, w2, selection, options)
-
-    def _run_layer(
-        self,
-        x_TH: Tensor,
-        router_or_logits: RouterWeight | Callable[[Tensor], Tensor],
-        w1: Tensor,
-        w2: Tensor,
-        selection: Selection,
-        options: ExpertOptions,
-    ) -> LayerOutput:
-        router = selection.router
-        self.check_layer(self.num_experts, selection.num_experts_per_tok, self.hidden, router)
-        assert not isinstance(router, TokenRounding)
-        if selection.token_mask_T is not None:
-            x_TH = selection.without_padding(x_TH)
-        if isinstance(router_or_logits, RouterWeight):
-            router_or_logits = router_or_logits._replace(weight_EH=_local(router_or_logits.weight_EH))
-        logits_TE, x_TH = functional.router_logits(x_TH, self._checked_x(x_TH), router_or_logits, self.num_experts)
-        if options.get("validate"):
-            checks.finite_logits(logits_TE)
-        scores_TK, ids_TK = selection.top_k(logits_TE, router, options.get("backend", "auto"))
-        out_TH, rows_E = self._experts(x_TH, ids_TK, scores_TK, w1, w2, options)
-        return LayerOutput(out_TH, logits_TE, rows_E.to(torch.int32), ids_TK)
+            router = selection.router
+            self.check_layer(self.num_experts, selection.num_experts_per_tok, self.hidden, router)
+            assert not isinstance(router, TokenRounding)
+            if selection.token_mask_T is not None:
+                x_TH = selection.without_padding(x_TH)
+            if isinstance(router_or_logits, RouterWeight):
+                router_or_logits = router_or_logits._replace(weight_EH=_local(router_or_logits.weight_EH))
+            logits_TE, x_TH = functional.router_logits(x_TH, self._checked_x(x_TH), router_or_logits, self.num_experts)
+            if options.get("validate"):
+                checks.finite_logits(logits_TE)
+            scores_TK, ids_TK = selection.top_k(logits_TE, router, options.get("backend", "auto"))
+            out_TH, rows_E = self._experts(x_TH, ids_TK, scores_TK, w1, w2, options)
+            return LayerOutput(out_TH, logits_TE, rows_E.to(torch.int32), ids_TK)
 
     @lists_options
     def experts(
@@ -266,21 +255,14 @@ class ExpertParallel:
             checks.tensor("w1", w1, 3, "(E/R, N1, H)")  # of fewer experts than E the plain layer would skip ids
             checks.size("w1", "expert count", w1.shape[0], self.experts_here, "the experts of this rank")
             return functional.topk_experts(x_TH, topk_ids_TK, topk_scores_TK, w1, w2, **_local_biases(options))
-        if torch.compiler.is_compiling():
-            return self._run_experts(x_TH, topk_ids_TK, topk_scores_TK, w1, w2, options)
         with self.call():
-            return self._run_experts(x_TH, topk_ids_TK, topk_scores_TK, w1, w2, options)
-
-    def _run_experts(
-        self, x_TH: Tensor, ids_TK: Tensor, scores_TK: Tensor, w1: Tensor, w2: Tensor, options: ExpertOptions
-    ) -> Tensor:
-        x_TH = self._checked_x(x_TH)
-        self._check_choices(x_TH, ids_TK, scores_TK)
-        if options.get("validate"):
-            checks.valid_topk_ids(ids_TK, self.num_experts)
-            checks.finite_scores("topk_scores", scores_TK)
-        out_TH: Tensor = self._experts(x_TH, ids_TK, scores_TK, w1, w2, options)[0]
-        return out_TH
+            x_TH = self._checked_x(x_TH)
+            self._check_choices(x_TH, topk_ids_TK, topk_scores_TK)
+            if options.get("validate"):
+                checks.valid_topk_ids(topk_ids_TK, self.num_experts)
+                checks.finite_scores("topk_scores", topk_scores_TK)
+            out_TH: Tensor = self._experts(x_TH, topk_ids_TK, topk_scores_TK, w1, w2, options)[0]
+            return out_TH
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # sizes on the host, collectives, limits on waits
     def _experts(
