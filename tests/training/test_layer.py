@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 import supersonic_moe as sm
@@ -176,6 +177,23 @@ def test_a_forward_that_is_run_again_keeps_the_same_whoever_counts_its_operation
             with FlopCounterMode(display=False) if counted else contextlib.nullcontext():
                 loss.backward()
             assert same_bits(taken(given), want)
+
+
+@pytest.mark.parametrize("policy", [CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE])
+def test_selective_checkpointing(policy: CheckpointPolicy, device: torch.device) -> None:
+    given = leaves(device)
+
+    def run(x: Tensor) -> Tensor:
+        return sm.moe_layer(x, given.router, given.w1, given.w2, K).output.float().square().mean()
+
+    with in_one(True):
+        run(given.x).backward()
+        want = taken(given)
+        contexts = partial(create_selective_checkpoint_contexts, lambda context, op, *args, **kwargs: policy)
+        loss = checkpoint(run, given.x, use_reentrant=False, context_fn=contexts)
+        assert isinstance(loss, Tensor)
+        loss.backward()
+    assert same_bits(taken(given), want)
 
 
 def test_products_are_counted_as_those_of_the_parts(device: torch.device) -> None:
