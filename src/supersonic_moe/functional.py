@@ -102,6 +102,8 @@ class Selection(NamedTuple):
     correction_bias: Tensor | None
     rounding_step: Tensor | int
     token_mask_T: Tensor | None
+    with_loss: bool = False
+    """Whether the Switch loss is wanted, from whoever has it at little cost."""
 
     def without_padding(self, x_TH: Tensor) -> Tensor:
         """Zeros for padding: what stands there, NaN perhaps, would reach the gradient of the router's weight."""
@@ -132,6 +134,8 @@ class LayerOutput(NamedTuple):
     expert_counts: Tensor
     expert_ids: Tensor | None
     """(T, K) int32, -1 where a token is padding; None with token rounding."""
+    balance_loss: Tensor | None = None
+    """The Switch loss, if it was wanted and came with the rest."""
 
 
 def run_layer(
@@ -146,7 +150,7 @@ def run_layer(
     if selection.token_mask_T is not None:
         x_TH = selection.without_padding(x_TH)
     experts = _checked(x_TH, w1, w2, Options.read(options))
-    k, policy, bias, step, _ = selection
+    k, policy, bias, step, *_ = selection
     num_experts, backend = w1.shape[0], experts.options.backend
     if isinstance(router_or_logits, RouterWeight) and _in_one(experts, router_or_logits, selection):
         _check_router_weight(experts.x, router_or_logits.weight_EH, num_experts, None)
@@ -326,12 +330,12 @@ class _Experts(NamedTuple):
             scores_S = scores_S.to(dtype)
         return run_experts(x, scores_S, self.w1, self.b1, self.w2, self.b2, plan, self.options)
 
-    def run_all(self, router_weight_EH: Tensor, selection: Selection) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(output, logits, counts, ids): with the router, for a call that is one for it."""
-        k, policy, bias, _, _ = selection
+    def run_all(self, router_weight_EH: Tensor, selection: Selection) -> whole.Found:
+        """With the router, for a call that is one for it."""
+        k, policy, bias, *_ = selection
         assert isinstance(policy, TopKRouter)
         check_choice(self.x, self.w1.value.shape[0], k, policy, bias)
-        choice = whole.Choice(bias, k, (*encode(policy, k), "auto"))
+        choice = whole.Choice(bias, k, (*encode(policy, k), "auto"), selection.with_loss)
         return whole.run_layer(
             self.x, router_weight_EH, choice, self.w1, self.w2, self.options._replace(b1=self.b1, b2=self.b2)
         )

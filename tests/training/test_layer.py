@@ -109,6 +109,29 @@ def test_a_layer_is_its_parts(
             assert node == "LayerBackward" and same_bits(got, want)
 
 
+@pytest.mark.parametrize("router", ["softmax_after_topk", SIGMOID], ids=str)
+@pytest.mark.parametrize("recipe", [BF16, FP8], ids=str)
+def test_a_module_has_its_losses_and_counts(recipe: Any, router: Any, device: torch.device) -> None:
+    module = sm.MoE(E, K, H, I, "swiglu", False, 0.2, router=router, recipe=recipe, z_loss_weight=0.1)
+    module = module.to(device, torch.bfloat16)
+    x = torch.randn(2, T, H, device=device).bfloat16().requires_grad_()
+
+    def step(one: bool, *, output: bool = True) -> list[Tensor]:
+        with in_one(one):
+            out, aux = module(x)
+        loss = out.float().square().mean() + aux if output else aux
+        kept = [out, aux, module.expert_counts]
+        return [*kept, *torch.autograd.grad(loss, [x, *module.parameters()], allow_unused=not output)]
+
+    want = step(False)
+    for _ in range(CALLS):
+        assert same_bits(step(True), want)
+    with torch.no_grad():
+        assert same_bits([*module(x)], want[:2])
+    for mine, parts in zip(step(True, output=False), step(False, output=False), strict=True):
+        assert (mine is None and parts is None) or torch.equal(mine, parts)
+
+
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("scores", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recipe", [BF16, FP8], ids=str)
@@ -152,6 +175,13 @@ def test_a_loss_of_the_logits_can_be_differentiated_twice_and_the_output_once(de
             out, logits, _ = sm.moe_layer(x, router, w1, w2, K)
         (dx,) = torch.autograd.grad(sm.router_z_loss(logits), x, create_graph=True)
         second.append(torch.autograd.grad(dx.float().square().sum(), [x, router], retain_graph=True))
+    assert same_bits([*second[1]], [*second[0]])
+    module, second = sm.MoE(E, K, H, I, "swiglu", False, 0.2).to(device, torch.bfloat16), []
+    for one in (False, True):
+        with in_one(one):
+            _, aux = module(x)
+        (dx,) = torch.autograd.grad(aux, x, create_graph=True)
+        second.append(torch.autograd.grad(dx.float().square().sum(), [x, module.router.weight]))
     assert same_bits([*second[1]], [*second[0]])
     (dx,) = torch.autograd.grad(out.float().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives of the experts"):

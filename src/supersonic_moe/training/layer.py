@@ -21,9 +21,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from supersonic_moe.autograd import apply
+from supersonic_moe.config.router import SigmoidGroupedTopK
 from supersonic_moe.kernels.interface import Slots
+from supersonic_moe.kernels.reference.aux_loss import switch_loss_backward as plain_loss_backward
 from supersonic_moe.ops import caller
 from supersonic_moe.private_api import in_forward_mode, transforms_active
+from supersonic_moe.routing.aux_loss import switch_loss_backward, switch_loss_forward
 from supersonic_moe.routing.plan import build
 from supersonic_moe.routing.topk import route_backward, route_forward
 from supersonic_moe.training.arguments import Inputs, Plan, Weight
@@ -50,6 +53,26 @@ class Choice(NamedTuple):
     k: int
     config: tuple[Any, ...]
     """``topk.encode`` and a backend."""
+    with_loss: bool
+    """Whether the Switch loss is wanted."""
+
+    @property
+    def of_loss(self) -> tuple[str, bool]:
+        """Arguments of the ops of the loss: a backend, and whether probabilities come from sigmoids."""
+        kind, *_, backend = self.config
+        return backend, kind == SigmoidGroupedTopK.kind
+
+
+class Found(NamedTuple):
+    output: Tensor
+    """(T, H)"""
+    logits: Tensor
+    """(T, E)"""
+    counts: Tensor
+    """(E,) int32"""
+    ids: Tensor
+    """(T, K) int32"""
+    loss: Tensor | None
 
 
 def suits(x: Tensor, backend: str) -> bool:
@@ -60,19 +83,17 @@ def suits(x: Tensor, backend: str) -> bool:
     return plain and x.is_cuda and backend != "reference"
 
 
-def run_layer(
-    x_TH: Tensor, router_EH: Tensor, choice: Choice, w1: Weight, w2: Weight, options: Options
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(output (T, H), logits (T, E), counts (E,), ids (T, K)), for operands of one dtype."""
+def run_layer(x_TH: Tensor, router_EH: Tensor, choice: Choice, w1: Weight, w2: Weight, options: Options) -> Found:
+    """Of operands of one dtype."""
     operands = (x_TH, router_EH, w1.value, options.b1, w2.value, options.b2)
     call = call_of(_NO_PLAN, w1, w2, options)
     if is_recorded(operands, options):
-        found: tuple[Tensor, Tensor, Tensor, Tensor] = apply(Layer, *operands, choice, call)
-        return found
+        return Found(*apply(Layer, *operands, choice, call))
     with torch.no_grad():
         logits_TE, scores_TK, ids_TK = _choose(x_TH, router_EH, *choice[:2], *choice.config)
         out_TH, counts_E = _forward_of_ids(call, ids_TK, (x_TH, scores_TK, *operands[2:]), save=False)
-    return out_TH, logits_TE, counts_E, ids_TK
+        loss = switch_loss_forward(logits_TE, counts_E, *choice.of_loss) if choice.with_loss else None
+    return Found(out_TH, logits_TE, counts_E, ids_TK, loss)
 
 
 def run_ids(
@@ -93,43 +114,51 @@ def run_ids(
 
 
 class Layer(torch.autograd.Function):
-    """``apply(x, router, w1, b1, w2, b2, choice, call)``. Gives output, logits, counts and ids."""
+    """``apply(x, router, w1, b1, w2, b2, choice, call)``. Gives the fields of :class:`Found`."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
         x, router, *weights, choice, call = args
-        bias, k, ctx.config = choice
-        logits, scores, ids = _choose(x, router, bias, k, *ctx.config)
+        ctx.choice = choice
+        logits, scores, ids = _choose(x, router, *choice[:2], *choice.config)
         out, kept, counts = _forward(ctx, (x, scores, *weights), ids, call)
-        ctx.save_for_backward(*kept, x, router, logits, scores, ids)
-        constant = () if x.requires_grad or router.requires_grad else (logits,)
+        loss = switch_loss_forward(logits, counts, *choice.of_loss) if choice.with_loss else None
+        ctx.save_for_backward(*kept, x, router, logits, scores, ids, counts)
+        constant = [t for t in (logits, loss) if t is not None and not (x.requires_grad or router.requires_grad)]
         ctx.mark_non_differentiable(counts, ids, *constant)
-        return out, logits, counts, ids
+        return out, logits, counts, ids, loss
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlogits: Tensor | None, *_: None) -> Grads:
+    def backward(ctx: Any, dout: Tensor | None, dlogits: Tensor | None, *more: Tensor | None) -> Grads:
         *needed, _choice, _call = ctx.needs_input_grad
-        needs = Inputs(*needed)
+        needs, (_, _, dloss) = Inputs(*needed), more
         if dout is None:
-            return _backward_of_logits(ctx, dlogits, needs)
+            return _backward_of_losses(ctx, dlogits, dloss, needs)
         if torch.is_grad_enabled():  # create_graph
             with torch.no_grad():
-                once = Layer.backward(ctx, dout, dlogits)[:6]
-            return *differentiable_once(once, (dout, dlogits, *ctx.saved_tensors)), None, None
+                once = Layer.backward(ctx, dout, dlogits, *more)[:6]
+            return *differentiable_once(once, (dout, dlogits, dloss, *ctx.saved_tensors)), None, None
         routes = needs.x or needs.scores
         grads, (x, router, *chosen) = gradients(ctx, dout, needs._replace(scores=routes))
         if routes:
             dx, dscores = grads[:2]
-            drouter = _router_backward(dscores, *chosen, x, router, dx, dlogits, needs.scores, *ctx.config)
+            asked = dx, dlogits, dloss, needs.scores
+            drouter = _router_backward(dscores, *chosen, x, router, *asked, *ctx.choice.config)
             grads[1] = drouter if needs.scores else None
         return *grads, None, None
 
 
-def _backward_of_logits(ctx: Any, dlogits: Tensor | None, needs: Inputs[bool]) -> Grads:
-    """Where only a loss of the logits is differentiated, perhaps twice."""
+def _backward_of_losses(ctx: Any, dlogits: Tensor | None, dloss: Tensor | None, needs: Inputs[bool]) -> Grads:
+    """Where nothing depends on the output. May be differentiated again."""
+    x, router, logits, _, _, counts = ctx.saved_tensors[ctx.kept :]
+    if dloss is not None:
+        backward = plain_loss_backward if torch.is_grad_enabled() else switch_loss_backward
+        backend, sigmoid = ctx.choice.of_loss
+        arguments = (sigmoid,) if torch.is_grad_enabled() else (backend, sigmoid)
+        of_loss = backward(dloss, logits, counts, *arguments)
+        dlogits = of_loss if dlogits is None else dlogits + of_loss
     if dlogits is None:
         return (None,) * 8
-    x, router, *_ = ctx.saved_tensors[ctx.kept :]
     dx = dlogits @ router if needs.x else None
     return dx, dlogits.t() @ x if needs.scores else None, *[None] * 6
 
@@ -218,11 +247,16 @@ def _route_observed(x: Tensor, router: Tensor, *choice: Any) -> tuple[Tensor, Te
 
 
 def _route_back(
-    dscores_S: Tensor, logits: Tensor, scores: Tensor, ids: Tensor, x: Tensor, router: Tensor,
-    dx: Tensor | None, dlogits: Tensor | None, wanted: bool, *config: Any,
+    dscores_S: Tensor, logits: Tensor, scores: Tensor, ids: Tensor, counts: Tensor, x: Tensor, router: Tensor,
+    dx: Tensor | None, dlogits: Tensor | None, dloss: Tensor | None, wanted: bool, kind: str, *config: Any,
 ) -> Tensor:  # fmt: skip
-    """The router's gradient, if it is ``wanted``; ``dx``, where there is one, gets the router's share added."""
-    total = route_backward(dscores_S.view(ids.shape), logits, scores, ids, *config)
+    """The router's gradient, if it is ``wanted``; ``dx``, where there is one, gets the router's share added. Sums of
+    ``dlogits`` are rounded in the order in which autograd would make them.
+    """
+    total = route_backward(dscores_S.view(ids.shape), logits, scores, ids, kind, *config)
+    if dloss is not None:
+        of_loss = switch_loss_backward(dloss, logits, counts, config[-1], kind == SigmoidGroupedTopK.kind)
+        dlogits = of_loss if dlogits is None else torch.add(dlogits, of_loss, out=of_loss)
     if dlogits is not None:
         torch.add(dlogits, total, out=total)
     if dx is not None:
