@@ -189,7 +189,7 @@ def play(function: Callable[..., Result], args: tuple[Any, ...]) -> Result:
     """``function(*args)``, whose first argument is a tensor on CUDA, and all of whose work is launches."""
     if _Watched.by:
         return function(*args)
-    signs, tensors, addresses, bits = _reader(tuple(map(type, args)))(*args)
+    signs, tensors, addresses, bits = reader(tuple(map(type, args)))(*args)
     key = (function, signs)
     tape = state.tapes.get(key, _NEVER)
     if tape is _NEVER:
@@ -215,7 +215,7 @@ def play(function: Callable[..., Result], args: tuple[Any, ...]) -> Result:
 
 
 @functools.cache
-def _reader(types: tuple[type, ...]) -> Callable[..., tuple[tuple[Any, ...], list[Tensor], list[int], int]]:
+def reader(types: tuple[type, ...]) -> Callable[..., tuple[tuple[Any, ...], list[Tensor], list[int], int]]:
     """A function of arguments of these types: what makes their kind, those that are tensors, their addresses, and the
     bits that any address has. Compiled, because each step of a layer reads a hundred tensors.
     """
