@@ -164,7 +164,7 @@ class Layer(torch.autograd.Function):
             asked = dlogits, dloss, needs.x, needs.scores, *ctx.choice[2:8]
             together = _TOGETHER.get(ctx.run_backward)
             if together is not None:
-                return together(*chosen, *asked, *tensors, *others, *incoming)  # type: ignore[no-any-return]
+                return together(*chosen, *asked, *tensors, *others, *incoming)
             dx, dscores, *dweights = ctx.run_backward(tensors, others, incoming)
             return dx, _router_backward(dscores, dx, *chosen, *asked), *dweights
 
@@ -364,11 +364,17 @@ def _and_router(backward: Callable[..., Any], *fields: Fields[..., Any]) -> Call
 
 
 class _Experts(NamedTuple):
+    """What the router's backward needs of that of the experts."""
+
     dscores: Tensor
     dx: Tensor
 
 
-_separate = on_flat(lambda got, saved, asked: _route_back(*got, saved, asked), *map(Fields, (_Experts, _Saved, _Asked)))
+def _after_experts(experts: _Experts, saved: _Saved, asked: _Asked) -> Tensor:
+    return _route_back(experts.dscores, experts.dx, saved, asked)
+
+
+_separate = on_flat(_after_experts, Fields(_Experts), Fields(_Saved), Fields(_Asked))
 _router_backward = caller(_separate, _separate)
 _TOGETHER: dict[Any, Callable[..., Sequence[Tensor]]] = {
     backward_in_bf16: _and_router(experts_backward, BF16_SAVED, INCOMING),
