@@ -120,6 +120,7 @@ METRICS = (
     Metric("start_s", "  Python, s", "s", "lower"),
     Metric("import_s", "  import of torch, s", "s", "lower"),
     Metric("context_s", "  CUDA context, s", "s", "lower"),
+    Metric("backward_s", "  torch's first backward, s", "s", "lower"),
     Metric("saved_bytes", "saved for backward, MiB", "bytes", "lower", shown_in=MIB),
     Metric("saved_of_formula", "  % of the BF16 formula", "fraction", "lower", shown_in=0.01),
     Metric("weight_copy_bytes", "  FP8 weights kept beside, MiB", "bytes", None, shown_in=MIB),
