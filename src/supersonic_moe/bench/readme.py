@@ -47,7 +47,9 @@ class Headline:
 
 
 SUITES = {
-    "layer": Headline(("fwd_us", "fwd_bwd_us", "fwd_bwd_tflops", "mfu", "saved_bytes", "graph_us"), "fwd_bwd_us"),
+    "layer": Headline(
+        ("fwd_us", "fwd_bwd_us", "held_us", "fwd_bwd_tflops", "mfu", "saved_bytes", "graph_us"), "fwd_bwd_us"
+    ),
     "infer": Headline(
         ("hits", "replay_us", "floor_us", "gbps", "eager_us", "host_us", "fixed_us", "hit_us"), "replay_us"
     ),
@@ -253,19 +255,20 @@ def _measured_peers(content: dict[str, Any], peers: Iterable[str]) -> list[str]:
 
 def _beside(rows: list[Row], library: str) -> str:
     found = {(row.case, row.metric): row for row in rows if row.peer == library}
-    cases = dict.fromkeys(case for case, metric in found if metric in _PASSES)
+    passes = {metric: label for metric, label in _PASSES.items() if any(name == metric for _, name in found)}
+    cases = dict.fromkeys(case for case, metric in found if metric in passes)
     lines = [
-        [f"`{case}`", *(cell for metric in _PASSES for cell in _both(found.get((case, metric)), metric))]
+        [f"`{case}`", *(cell for metric in passes for cell in _both(found.get((case, metric)), metric))]
         for case in cases
     ]
     if len(cases) > 1:
-        means = (_mean([getattr(found.get((case, metric)), "ratio", None) for case in cases]) for metric in _PASSES)
+        means = (_mean([getattr(found.get((case, metric)), "ratio", None) for case in cases]) for metric in passes)
         lines.append(["geometric mean", *(cell for mean in means for cell in ("", "", mean))])
-    heads = (cell for name in _PASSES.values() for cell in (f"{name}: ours, µs", f"{_NAMES[library]}, µs", "ratio"))
+    heads = (cell for name in passes.values() for cell in (f"{name}: ours, µs", f"{_NAMES[library]}, µs", "ratio"))
     return _markdown(["case", *heads], lines)
 
 
-_PASSES = {"fwd_us": "forward", "fwd_bwd_us": "forward + backward"}
+_PASSES = {"fwd_us": "forward", "fwd_bwd_us": "forward + backward", "held_us": "the same, weights quantized before"}
 
 
 def _both(row: Row | None, metric: str) -> tuple[str, str, str]:

@@ -95,6 +95,7 @@ METRICS = (
     Metric("fwd_bwd_us", "forward + backward, µs", "us", "lower"),
     Metric("fwd_bwd_tflops", "  TFLOP/s", "TFLOP/s", "higher"),
     Metric("fwd_bwd_spread", "", "fraction", None),
+    Metric("held_us", "  weights quantized before, µs", "us", "lower"),
     Metric("mfu", "  MFU, % of 989 or 1979 TFLOP/s", "fraction", "higher", shown_in=0.01),
     Metric("wall_us", "  wall per call, µs", "us", "lower"),
     Metric("busy_us", "  GPU busy, µs", "us", "lower"),

@@ -204,6 +204,10 @@ class Segments(NamedTuple):
     """(G,) position -> row of the plan; -1 where there is none, or where it reads no token."""
     token_index: Tensor
     """(G,) position -> token that this row reads; -1 likewise."""
+    source: Tensor
+    """(G/128,) block of positions -> block that reads the same tokens: block c where its first token is 128 c, else
+    itself. Its own source has nothing in front of it, so that what a block holds need be written there only.
+    """
 
 
 class BothOrders(NamedTuple):
@@ -312,10 +316,12 @@ class Quantizers(Protocol):
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Of each: (q (E, N, K), its transpose (E, K, N), scale (E, N/128, K/128)); the transpose has ``scale.mT``."""
 
-    def quantize_columns(self, x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: bool = False) -> Quantized:
+    def quantize_columns(
+        self, x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: bool = False, source: Tensor | None = None
+    ) -> Quantized:
         """(C, G): column g is row index[g] of x, or zeros where index[g] < 0. Scales (C, G/128), or (C/128, G/128)
         where ``tiled``: one for 128 x 128 elements, a single number where a product would else multiply by one for each
-        row.
+        row. With ``source``, that of :class:`Segments`, blocks that are not their own source may stay undefined.
         """
 
     def quantize_both_orders(self, x_RC: Tensor, index_G: Tensor, pow2: bool = False) -> BothOrders:
@@ -338,10 +344,16 @@ class Fp8Experts(Experts, Quantizers, Protocol):
         """(P, N) bf16: a[row] · b[expert of row]ᵀ. ``parts``: in this order, or the whole behind ``before`` of all."""
 
     def grouped_mm_wgrad_fp8(
-        self, a_MG: Quantized, b_NG: Quantized, padded_offsets: Tensor, into: Into = NEW
+        self,
+        a_MG: Quantized,
+        b_NG: Quantized,
+        padded_offsets: Tensor,
+        into: Into = NEW,
+        source: Tensor | None = None,
     ) -> Tensor:
         """(E, M, N): a[:, positions of e] · b[:, positions of e]ᵀ, or its transpose (E, N, M); exact zeros for an
-        expert without positions. ``a`` has a scale for each row and block of positions, ``b`` one for each tile.
+        expert without positions. ``a`` has a scale for each row and block of positions, ``b`` one for each tile. With
+        ``source``, that of :class:`Segments`, a block of positions of ``a`` is read where it says.
         """
 
     def up_projection_fp8(

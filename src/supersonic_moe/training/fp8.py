@@ -173,8 +173,7 @@ class _Fp8Products(_Bf16Products):
         return self.dw2_of(self.k.quantize_columns(as_PI, self.segments.row_index, self.pow2, tiled=True))
 
     def dw2_of(self, scaled_a: Quantized) -> Tensor:
-        dout = self.k.quantize_columns(self.incoming.dout, self.segments.token_index, self.pow2)
-        return self._new_w2(partial(self.k.grouped_mm_wgrad_fp8, dout, scaled_a, self.segments.offsets))
+        return self._new_w2(self._product(self.incoming.dout, scaled_a))
 
     def quantized(self, dz_PN: Any) -> tuple[Any, Any]:
         if self.incoming.needs.w1:
@@ -182,8 +181,13 @@ class _Fp8Products(_Bf16Products):
         return super().quantized(dz_PN)
 
     def dw1(self, dz: Any) -> Tensor:
-        x = self.k.quantize_columns(self.saved.x, self.segments.token_index, self.pow2)
-        return self._new_w1(partial(self.k.grouped_mm_wgrad_fp8, x, dz, self.segments.offsets))
+        return self._new_w1(self._product(self.saved.x, dz))
+
+    def _product(self, x_TH: Tensor, tiles: Quantized) -> Callable[[Into], Tensor]:
+        """Of the columns of x or dO, written once for experts that read the same tokens, and those of rows."""
+        offsets, _, token_index, source = self.segments
+        columns = self.k.quantize_columns(x_TH, token_index, self.pow2, source=source)
+        return partial(self.k.grouped_mm_wgrad_fp8, columns, tiles, offsets, source=source)
 
 
 class _FusedFp8Products(_Fp8Products):

@@ -51,7 +51,8 @@ class Case:
         self.w2_fp8 = Quantized(e4m3(E, I, H), torch.zeros(E, 3, 3).mT)  # transposed
         self.b1, self.scores, self.z, self.a = bf16(E, 2 * I), torch.zeros(P), bf16(P, 2 * I), bf16(P, I)
         self.groups = OFFSETS, torch.zeros(P, dtype=torch.int32)
-        self.segments = Segments(OFFSETS.clone(), *torch.zeros(2, G, dtype=torch.int32))
+        indices = torch.zeros(2, G, dtype=torch.int32)
+        self.segments = Segments(OFFSETS.clone(), *indices, torch.zeros(G // 128, dtype=torch.int32))
         self.columns = Quantized(e4m3(H, G), empty_scales(torch.empty(0), H, G // 128, True))
         self.tiles = Quantized(e4m3(I, G), torch.zeros(blocks(I), G // 128))
 
@@ -236,10 +237,11 @@ def test_products(gathered: bool, launches: list[Any]) -> None:
         assert dict(launches[-1][0].spec.constants)["FP32"] == (output > 0)
         shape = (E, I, H) if transposed else (E, H, I)
         given = {0: None, 1: torch.zeros(shape), 2: torch.zeros(shape)}[output]
-        d = backend.grouped_mm_wgrad_fp8(c.columns, c.tiles, c.segments.offsets, Into(given, transposed, output == 2))
+        into, source = Into(given, transposed, output == 2), c.segments.source if output == 1 else None
+        d = backend.grouped_mm_wgrad_fp8(c.columns, c.tiles, c.segments.offsets, into, source)
         check(
             launches[-1], "grouped_wgrad_fp8", map_a=c.columns.q, map_scale_a=c.columns.scale, map_b=c.tiles.q,
-            map_d=d, offsets=c.segments.offsets, experts=E, rows=H, columns=I, scale_b=c.tiles.scale,
+            map_d=d, offsets=c.segments.offsets, source=source, experts=E, rows=H, columns=I, scale_b=c.tiles.scale,
             scale_b_column=8, scale_b_k=1,
         )  # fmt: skip
 
@@ -258,12 +260,13 @@ def test_a_box_for_the_rows_of_each_loading_warp(columns: int, launches: list[An
 
 
 def test_quantizer(launches: list[Any]) -> None:
-    x, index = bf16(T, H), torch.zeros(G, dtype=torch.int32)
-    q, scale = backend.quantize_columns(x, index, True)
+    x, index, source = bf16(T, H), torch.zeros(G, dtype=torch.int32), torch.zeros(G // 128, dtype=torch.int32)
+    q, scale = backend.quantize_columns(x, index, True, source=source)
     kernel, grid, arguments = launches[-1]
     assert grid == (G // 128, 3, 1) and kernel.spec.name == "quantize_columns"
     assert arguments == {
-        "x": x.data_ptr(), "x_row": H, "index": index.data_ptr(), "q": q.data_ptr(), "q_column": G,
+        "x": x.data_ptr(), "x_row": H, "index": index.data_ptr(), "source": source.data_ptr(), "q": q.data_ptr(),
+        "q_column": G,
         "scales": scale.data_ptr(), "scales_block": scale.stride(1), "columns": H, "pow2": 1,
     }  # fmt: skip
 
