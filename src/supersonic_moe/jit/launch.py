@@ -164,12 +164,13 @@ class _Slots:
         signature = self._made_of[2]
         layout, offsets = signature.slots()
         layout.pack_into(twin.buffer, twin.offset, *layout.unpack_from(self.buffer, self.offset))
+        raw = memoryview(twin.buffer).cast("B")  # takes 128 bytes at once; a ctypes array would one by one
         words = (ctypes.c_uint64 * (layout.size // 8)).from_buffer(twin.buffer, twin.offset)
         for parameter, offset in zip(signature.parameters, offsets, strict=True):
             if parameter.kind is POINTER:
                 recorder.place(words, offset // 8, words[offset // 8])
             elif parameter.kind is TENSOR_MAP:
-                recorder.place_map(twin.buffer, slice(twin.offset + offset, twin.offset + offset + 128))
+                recorder.place_map(raw, slice(twin.offset + offset, twin.offset + offset + 128))
         if stream is not None:
             recorder.refuse()
         twin._set_grid(grid)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from supersonic_moe.kernels.alignment import is_turned, weight_gradient
@@ -35,7 +36,7 @@ def forward(k: Experts, call: Bf16Forward) -> Bf16Output:
     )
     y_PH = k.grouped_mm(Rows(a_PI), call.w2.mT, plan.expert_offsets)
     del a_PI
-    s_P = k.pick(call.scores, plan.scatter_index)
+    s_P = k.pick(call.scores, plan.scatter_index, score_dtype(call.x.dtype))
     out_TH = k.gather_sum(y_PH, s_P, call.b2, plan.row_expert, plan.rows_of_tokens(call.x.shape[0]))
     return Bf16Output(out_TH, s_P, z_PN)
 
@@ -67,6 +68,11 @@ def backward(k: Experts, saved: Bf16Saved, incoming: Incoming) -> Inputs[Tensor 
         dx_PH = k.grouped_mm(Rows(dz_PN), saved.w1, offsets)
         dx = k.gather_sum(dx_PH, None, None, plan.row_expert, plan.rows_of_tokens(saved.x.shape[0]))
     return Inputs(dx, dscores, dw1, db1, dw2, db2)
+
+
+def score_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which kernels read the scores of tokens in ``dtype``."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def rounded(sums_EN: Tensor, bias_EN: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ from supersonic_moe.kernels.alignment import aligned_tensor, weight_gradient
 from supersonic_moe.kernels.interface import BothOrders, DownBackward, Fp8Experts, Into, Quantized, Rows, UpProjection
 from supersonic_moe.quantization.block_format import E4M3, aligned_rows, padded_capacity, transposed_scales
 from supersonic_moe.training.arguments import Fp8Forward, Fp8Output, Fp8Saved, Fp8Weights, Incoming, Inputs
-from supersonic_moe.training.bf16 import rounded
+from supersonic_moe.training.bf16 import rounded, score_dtype
 
 
 def forward(k: Fp8Experts, call: Fp8Forward, x_q: Quantized | None = None) -> Fp8Output:
@@ -53,7 +53,7 @@ def forward(k: Fp8Experts, call: Fp8Forward, x_q: Quantized | None = None) -> Fp
     z, a = k.up_projection_fp8(up, recipe)
     y_PH = k.grouped_mm_fp8(Rows(a), call.w2, plan.expert_offsets)
     del up, x, a
-    s_P = k.pick(call.scores, plan.scatter_index)
+    s_P = k.pick(call.scores, plan.scatter_index, score_dtype(call.x.dtype))
     out_TH = k.gather_sum(y_PH, s_P, call.b2, plan.row_expert, plan.rows_of_tokens(call.x.shape[0]))
     return Fp8Output(out_TH, s_P, z)
 
