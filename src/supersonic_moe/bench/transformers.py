@@ -12,8 +12,8 @@ with the same FLOPs, beside experts of another gate or order: what those cost. `
 graph, of those that never wait for the GPU.
 
 A peer is compared only if its output is ours: the median over tokens of its relative distance is checked first. FP8
-and ``swiglu`` are exempt, because they compute something else. One that is far slower gets two calls after the others'
-rounds, and one that ran out of memory is not tried with more tokens.
+and ``swiglu`` are exempt, because they compute something else. One that is far slower gets one timed call, and one that
+ran out of memory is not tried with more tokens.
 """
 
 from __future__ import annotations
