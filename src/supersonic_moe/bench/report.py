@@ -5,7 +5,7 @@ The file is ``{"suite", "command", "device", "torch", "commit", "date", "rows"}`
 better; it is null for facts without a better or worse, such as a clock. A metric without any peer has one row with
 ``peer`` null; a peer that is missing has ``peer_value`` null. Where both were timed in pairs, ``ratio`` is the median
 of the pairs' ratios, and the row has one field more: ``interval``, the ends of its 95 % interval. A peer's time of few
-calls (``timing.FEW_CALLS``) has ``calls``, how many.
+calls (``timing.Timing.few``) has ``calls``, how many.
 """
 
 from __future__ import annotations
@@ -275,7 +275,7 @@ def _cell(metric: Metric, metrics: Metrics, ours: Metrics | None, calls: int | N
     better = ratio(metric, ours[metric.name], value)
     if better is None or metric.better == "higher":  # a rate repeats the ratio of its time
         return text
-    of_few = f", {calls} calls" if calls else ""
+    of_few = f", {calls} call{'s' if calls > 1 else ''}" if calls else ""
     return f"{text} [{'green' if better >= 1 else 'red'}]({better:.2f}x{of_few})[/]"
 
 
