@@ -21,8 +21,8 @@ from pretended_gpu import Launch, Machine, pretend_hopper
 from supersonic_moe.inference import SharedExpert, moe_fp8_ds_routed, moe_fp8_topk, replays, sm90, workspace_bytes
 from supersonic_moe.kernels.sm90 import combine_rows, stream_experts
 
-HIDDEN, INTER, LOCAL, CHOICES = 256, 128, 2, 2
-FEW, MANY = 40, 300  # tokens: rows are streamed, or the device decides
+HIDDEN, INTER, LOCAL, CHOICES = 256, 512, 2, 2
+FEW, MANY = 40, 300  # tokens: rows are streamed, or go through the tile kernels
 
 
 @pytest.fixture(name="machine")

@@ -64,7 +64,6 @@ def stream(case: Case, *, limit: float | None = None, pow2: bool = False) -> Str
         counts=poison(132, num_local),
         counter_words=num_counters(items, planes, hidden, inter),
         max_items=items,
-        stream_rows=rows,
     )
     scratch = Scratch(
         planes, nan_codes(blocks(hidden), planes, 128), nan(blocks(hidden), planes), nan(planes, inter),

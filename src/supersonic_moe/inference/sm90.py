@@ -1,10 +1,8 @@
 """The inference operator as a list of sm_90a kernel calls: route, then multiply and combine.
 
-Rows are streamed (``kernels/sm90/stream_experts.py``) where an expert has few of them, and go through the tile kernels
-of the FP8 layer where it has many. The host knows only T * K, a bound of the rows of this rank, and which share of the
-experts is here. Up to 128 E_local of them, or 256 of which 64 E_local are to be expected, everything is streamed, in
-two launches up to 128 tokens and three beyond. Else the router counts on the device and writes who works: the streaming
-kernel up to ``MEAN_ROWS`` rows an expert on average, else the tile kernels; the others find nothing to do. A hot expert
+Rows are streamed (``kernels/sm90/stream_experts.py``) where an expert has few of them, in two launches up to 128 tokens
+and three beyond, and go through the tile kernels of the FP8 layer where it has many. The host knows only T * K, a bound
+of the rows of this rank, and which share of the experts is here; ``workspace.streams`` decides by these. A hot expert
 among streamed ones takes its turn once for each 128 rows, with its weights in L2.
 """
 
@@ -22,10 +20,10 @@ from supersonic_moe.config.grouped_routing import GroupedRouting
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.inference.workspace import (
     ALIGNMENT,
-    SURE_ROWS,
     regions,
     scale_rows,
     streamed_rows,
+    streams,
     workspace_bytes,
 )
 from supersonic_moe.jit.launch import Launch, on_device
@@ -50,10 +48,8 @@ from supersonic_moe.kernels.sm90.stream_experts import (
 from supersonic_moe.kernels.sm90.up_projection_fp8 import up_projection_fp8_into
 from supersonic_moe.kernels.triton.gather_quantized import gather_quantized
 from supersonic_moe.kernels.triton.quantize import quantize_rows_into
-from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks
+from supersonic_moe.quantization.block_format import E4M3, blocks
 
-MEAN_ROWS = 96  # streamed rows of an expert on average, where the device decides: a tile of 128 costs as much as 150
-LIKELY_ROWS = 64  # the same for the mean to be expected, if the bound is at most STREAMED_ROWS
 GATHERS = 8  # programs of a multiprocessor that put rows in order
 UNKNOWN = 2**31 - 1  # experts of the model: no id is out of range
 
@@ -103,12 +99,11 @@ class Call(NamedTuple):
 
     @property
     def tiles(self) -> bool:
-        """Whether the tile kernels may get the rows."""
-        if self.layer.experts.w2.shape[2] % BLOCK or self.rows <= SURE_ROWS * self.choices.num_local:
-            return False
-        local, known = self.choices.routed, self.choices.num_experts != UNKNOWN
-        expected = self.rows * local / self.choices.num_experts if known else self.rows
-        return self.rows > self.streamed or expected > LIKELY_ROWS * self.choices.num_local
+        """Whether the tile kernels get the rows; else they are streamed."""
+        choices, rows = self.choices, self.rows
+        here = 1.0 if choices.num_experts == UNKNOWN else choices.routed / choices.num_experts
+        expected = self.x.shape[0] * (choices.top_k * here + choices.shared)
+        return not streams(rows, expected, self.layer.experts.w2.shape[2], choices.num_local)
 
 
 def ds_routed(
@@ -170,7 +165,7 @@ def launches_of_ranks(
     """
     x = out = ids_UK  # of which only the number of tokens counts: they lie elsewhere
     call = topk(ids_UK, weights_UK, None, offset, num_experts, 1.0, False, x, None, layer, out, received)
-    tables, scratch = _tables(call, workspace), _scratch(call, workspace)
+    tables, scratch = _tables(call, workspace, tiles=False), _scratch(call, workspace)
     stream = stream_experts_ranks(
         tokens, phase, layer.experts, tables, call.choices.per_token, scratch, order=layer.order, limit=layer.limit,
         pow2=layer.pow2,
@@ -179,24 +174,23 @@ def launches_of_ranks(
 
 
 def _launch(call: Call, workspace: Tensor) -> None:
-    """Rows are streamed, or, as the router finds on the device, go through the tile kernels."""
-    base, at = workspace.data_ptr(), regions(*call.sizes)
-    tables = _tables(call, base)
+    base, at, tiles = workspace.data_ptr(), regions(*call.sizes), call.tiles
+    tables = _tables(call, base, tiles)
     for launch in call.route(tables):
         launch.run()
-    if call.x_scale is None and call.tiles:
-        codes = _view(workspace, at.x, E4M3, *call.x.shape)
-        scales = _view(workspace, at.x_scale, torch.float32, call.x.shape[0], blocks(call.x.shape[1]))
-        x, x_scale = quantize_rows_into(Quantized(codes, scales), call.x, call.layer.pow2)
-        call = call._replace(x=x, x_scale=x_scale)
-    _stream(call, tables, base).run()
-    if call.tiles:
-        assert call.x_scale is not None
-        _multiply_tiles(call, call.x_scale, tables, workspace)
+    if not tiles:
+        _stream(call, tables, base).run()
+        return
+    x, x_scale = call.x, call.x_scale
+    if x_scale is None:
+        codes = _view(workspace, at.x, E4M3, *x.shape)
+        scales = _view(workspace, at.x_scale, torch.float32, x.shape[0], blocks(x.shape[1]))
+        x, x_scale = quantize_rows_into(Quantized(codes, scales), x, call.layer.pow2)
+    _multiply_tiles(call._replace(x=x), x_scale, tables, workspace)
 
 
-def _tables(call: Call, base: int) -> RowTables:
-    at, local, tiles = regions(*call.sizes), call.choices.num_local, call.tiles
+def _tables(call: Call, base: int, tiles: bool) -> RowTables:
+    at, local = regions(*call.sizes), call.choices.num_local
     hidden, inter = call.layer.experts.w2.shape[1:]
     items = max_items(local, call.streamed)
     return RowTables(
@@ -209,9 +203,8 @@ def _tables(call: Call, base: int) -> RowTables:
         weights=base + at.weights,
         counters=base + at.counters,
         counts=base + at.counts,
-        counter_words=num_counters(items, plane_rows(call.streamed, local), hidden, inter),
+        counter_words=0 if tiles else num_counters(items, plane_rows(call.streamed, local), hidden, inter),
         max_items=items,
-        stream_rows=MEAN_ROWS * local if tiles else call.rows,
         received=call.received,
     )
 

@@ -135,8 +135,7 @@ def stream_experts(
     limit: float | None = None,
     pow2: bool = False,
 ) -> Launch:
-    """The launch that writes ``scratch`` for all rows of the items in ``tables`` and ``out_TH`` (bf16) for all tokens;
-    nothing where the tables say that rows are not streamed.
+    """The launch that writes ``scratch`` for all rows of the items in ``tables`` and ``out_TH`` (bf16) for all tokens.
 
     Args:
         choices: C, slots of a token.

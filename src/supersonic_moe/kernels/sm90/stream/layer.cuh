@@ -22,7 +22,6 @@ DEVICE void stream_layer(const Problem& problem, const WeightMaps& wide, const W
     dependency_wait();
     block.read_items(problem);
     const Geometry geometry(problem, block.side.items[0]);
-    if (!geometry.streamed) return;
     if (warp < MATH_WARPS) {
         gather_rows(problem, geometry);
         compute_tiles(block, problem, geometry, warp / 4);

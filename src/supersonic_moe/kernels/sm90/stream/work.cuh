@@ -87,10 +87,9 @@ DEVICE u32 columns_for(u32 rows) {
 struct Geometry {
     u32 items, padded_rows, tile_rows, tiles1, tiles2;  // tiles of an item in W13 and in W2
     u32 stage_bytes, stages, token_scale_bytes;
-    bool streamed;  // else the tile kernels have the rows, and nothing is to be done
 
     DEVICE Geometry(const Problem& p, const int4& header) {
-        items = header.x, padded_rows = header.z, streamed = header.w != 0;
+        items = header.x, padded_rows = header.z;
         // With few tiles, smaller ones fill the multiprocessors better; with many, larger ones stream better (docs/log.md).
         tile_rows = items * (p.inter / 64) * 2 <= gridDim.x * 3 ? NARROW : WIDE;
         tiles1 = 2 * p.inter / tile_rows;
