@@ -25,7 +25,7 @@ def test_the_counters_fit(tokens: int, choices: int, local: int, inter: int) -> 
     streamed = workspace.streamed_rows(tokens * choices, inter, local)
     items, planes = route_rows.max_items(local, streamed), stream_experts.plane_rows(streamed, local)
     at = workspace.regions(tokens, choices, 7168, inter, local)
-    words = stream_experts.num_counters(items, planes, 7168, inter)
+    words = stream_experts.num_counters(items, planes, inter)
     assert 4 * words <= at.offsets - at.counters < 4 * words + workspace.ALIGNMENT
 
 

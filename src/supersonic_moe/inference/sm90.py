@@ -191,7 +191,7 @@ def _launch(call: Call, workspace: Tensor) -> None:
 
 def _tables(call: Call, base: int, tiles: bool) -> RowTables:
     at, local = regions(*call.sizes), call.choices.num_local
-    hidden, inter = call.layer.experts.w2.shape[1:]
+    inter = call.layer.experts.w2.shape[2]
     items = max_items(local, call.streamed)
     return RowTables(
         offsets=base + at.offsets if tiles else None,
@@ -203,7 +203,7 @@ def _tables(call: Call, base: int, tiles: bool) -> RowTables:
         weights=base + at.weights,
         counters=base + at.counters,
         counts=base + at.counts,
-        counter_words=0 if tiles else num_counters(items, plane_rows(call.streamed, local), hidden, inter),
+        counter_words=0 if tiles else num_counters(items, plane_rows(call.streamed, local), inter),
         max_items=items,
         received=call.received,
     )

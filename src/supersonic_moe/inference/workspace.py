@@ -7,7 +7,7 @@ P = R' + 7 min(R', E_local) + 24 of them padded:
 
 | region | bytes |
 |---|---|
-| counters and items | 32 + 4 H / 128 + P / 16, and 20 + 4 ceil(I / 128) for each item |
+| counters and items | 32 + P / 16, and 20 + 4 ceil(I / 128) for each item |
 | tables of experts | 1060 E_local |
 | row -> slot, row -> token and weight, slot -> row, slot -> weight | 24 R |
 | x in e4m3, where R > F E_local | T H (1 + 4/128) |
@@ -119,7 +119,7 @@ def regions(num_tokens: int, top_k: int, hidden: int, intermediate: int, num_loc
     tokens = num_tokens if many else 0
     common = _starts(
         0,
-        4 * (4 + blocks(hidden) + items * (1 + blocks(intermediate)) + -(-padded // GATHER_ROWS)),
+        4 * (4 + items * (1 + blocks(intermediate)) + -(-padded // GATHER_ROWS)),
         4 * (num_local + 1),
         16 * (items + 1),
         4 * COUNTING_BLOCKS * num_local,

@@ -24,8 +24,8 @@ DEVICE void stream_layer(const Problem& problem, const WeightMaps& wide, const W
     const Geometry geometry(problem, block.side.items[0]);
     if (warp < MATH_WARPS) {
         gather_rows(problem, geometry);
-        compute_tiles(block, problem, geometry, warp / 4);
-        combine_tokens(block, problem, geometry);
+        const u32 strips = compute_strips(block, problem, geometry, warp / 4);
+        combine_tokens(block, problem, geometry, strips);
     } else if (warp == TOKEN_WARP) {
         load_tokens(block, problem, geometry);
     } else if (elect_one()) {

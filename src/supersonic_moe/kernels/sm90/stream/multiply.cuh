@@ -193,28 +193,31 @@ DEVICE void compute_tile(const Block& block, const Problem& p, const Geometry& g
             float* const at = y + static_cast<i64>(n) * p.hidden;
             at[0] = upper, at[8] = lower;
         });
-        group.sync();
-        if (threadIdx.x % 128 == 0) add_release(p.stored(column / BLOCK_CHANNELS), 1);
     }
 }
 
-DEVICE void compute_tiles(const Block& block, const Problem& p, const Geometry& g, u32 index) {
+// Returns how many strips of W2 this warpgroup has computed.
+DEVICE u32 compute_strips(const Block& block, const Problem& p, const Geometry& g, u32 index) {
     const MathGroup group = {index, g.narrow() ? 2u : 1u};
-    if (index >= g.tile_rows / 64) return;
+    u32 strips = 0;
+    if (index >= g.tile_rows / 64) return strips;
     Cursor ring, queue;
     while (true) {
-        const Tile tile = block.read_tile(queue, group.arrivals);
-        if (tile.product == 0) return;
-        switch (columns_for(tile.rows)) {
-            case 8: compute_tile<8>(block, p, g, group, ring, tile); break;
-            case 16: compute_tile<16>(block, p, g, group, ring, tile); break;
-            case 24: compute_tile<24>(block, p, g, group, ring, tile); break;
-            case 32: compute_tile<32>(block, p, g, group, ring, tile); break;
-            case 48: compute_tile<48>(block, p, g, group, ring, tile); break;
-            case 64: compute_tile<64>(block, p, g, group, ring, tile); break;
-            case 96: compute_tile<96>(block, p, g, group, ring, tile); break;
-            default: compute_tile<128>(block, p, g, group, ring, tile); break;
+        Tile tile = block.read_tile(queue, group.arrivals);
+        if (tile.product == 0) return strips;
+        for (const u32 end = tile.index + tile.count; tile.index < end; ++tile.index) {
+            switch (columns_for(tile.rows)) {
+                case 8: compute_tile<8>(block, p, g, group, ring, tile); break;
+                case 16: compute_tile<16>(block, p, g, group, ring, tile); break;
+                case 24: compute_tile<24>(block, p, g, group, ring, tile); break;
+                case 32: compute_tile<32>(block, p, g, group, ring, tile); break;
+                case 48: compute_tile<48>(block, p, g, group, ring, tile); break;
+                case 64: compute_tile<64>(block, p, g, group, ring, tile); break;
+                case 96: compute_tile<96>(block, p, g, group, ring, tile); break;
+                default: compute_tile<128>(block, p, g, group, ring, tile); break;
+            }
+            if (tile.product == 1) finish_channels(block, p, tile, group, group.first_channel(g, tile));
         }
-        if (tile.product == 1) finish_channels(block, p, tile, group, group.first_channel(g, tile));
+        strips += tile.product == 2;
     }
 }
