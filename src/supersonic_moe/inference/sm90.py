@@ -33,7 +33,6 @@ from supersonic_moe.kernels.interface import Gate, Quantized, Rows, UpProjection
 from supersonic_moe.kernels.reference.inference import Fp8Experts
 from supersonic_moe.kernels.sm90.combine_rows import combine_rows
 from supersonic_moe.kernels.sm90.down_projection_fp8 import down_projection_fp8
-from supersonic_moe.kernels.sm90.gemm_config import multiprocessors
 from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import grouped_mm_fp8
 from supersonic_moe.kernels.sm90.rank_tokens import RankTokens
 from supersonic_moe.kernels.sm90.route_rows import Choices, RowTables, max_items, place_topk, route_rows
@@ -46,11 +45,10 @@ from supersonic_moe.kernels.sm90.stream_experts import (
     stream_experts_ranks,
 )
 from supersonic_moe.kernels.sm90.up_projection_fp8 import up_projection_fp8_into
-from supersonic_moe.kernels.triton.gather_quantized import gather_quantized
-from supersonic_moe.kernels.triton.quantize import quantize_rows_into
+from supersonic_moe.kernels.triton.quantize import quantize_rows
+from supersonic_moe.kernels.triton.scatter_quantized import scatter_quantized
 from supersonic_moe.quantization.block_format import E4M3, blocks
 
-GATHERS = 8  # programs of a multiprocessor that put rows in order
 UNKNOWN = 2**31 - 1  # experts of the model: no id is out of range
 
 
@@ -95,7 +93,7 @@ class Call(NamedTuple):
     @property
     def launches_only(self) -> bool:
         """Whether all that the call does is kernels of this package, which a replay can launch again."""
-        return not self.tiles or (self.layer.shared is None and self.layer.x_weight_T is None)
+        return not self.tiles or self.layer.shared is None
 
     @property
     def tiles(self) -> bool:
@@ -174,19 +172,14 @@ def launches_of_ranks(
 
 
 def _launch(call: Call, workspace: Tensor) -> None:
-    base, at, tiles = workspace.data_ptr(), regions(*call.sizes), call.tiles
+    base, tiles = workspace.data_ptr(), call.tiles
     tables = _tables(call, base, tiles)
     for launch in call.route(tables):
         launch.run()
-    if not tiles:
+    if tiles:
+        _multiply_tiles(call, tables, workspace)
+    else:
         _stream(call, tables, base).run()
-        return
-    x, x_scale = call.x, call.x_scale
-    if x_scale is None:
-        codes = _view(workspace, at.x, E4M3, *x.shape)
-        scales = _view(workspace, at.x_scale, torch.float32, x.shape[0], blocks(x.shape[1]))
-        x, x_scale = quantize_rows_into(Quantized(codes, scales), x, call.layer.pow2)
-    _multiply_tiles(call._replace(x=x), x_scale, tables, workspace)
 
 
 def _tables(call: Call, base: int, tiles: bool) -> RowTables:
@@ -225,12 +218,13 @@ def _scratch(call: Call, base: int) -> Scratch:
     )  # fmt: skip
 
 
-def _multiply_tiles(call: Call, x_scale: Tensor, tables: RowTables, workspace: Tensor) -> None:
-    """``call.out`` through the tile kernels. Rows of x are put in order first, in memory that y takes later, which is
-    cheaper than a gather inside the product. A token of one row has its output from the down-projection itself; a
-    shared expert gives every token a row, and its products are grouped GEMMs of one group.
+def _multiply_tiles(call: Call, tables: RowTables, workspace: Tensor) -> None:
+    """``call.out`` through the tile kernels. Rows of x are put in order first, and quantized on the way, in memory that
+    y takes later, which is cheaper than a gather inside the product. A token of one row has its output from the
+    down-projection itself; a shared expert gives every token a row, and its products are grouped GEMMs of one group.
     """
-    x, layer, at, routed = call.x, call.layer, regions(*call.sizes), call.choices.routed
+    x, layer, at, choices = call.x, call.layer, regions(*call.sizes), call.choices
+    routed = choices.routed
     gate = Gate(Activation(ActivationType.SWIGLU, limit=layer.limit), layer.order)
     recipe = Fp8Recipe(scale="pow2" if layer.pow2 else "fp32")
 
@@ -246,11 +240,11 @@ def _multiply_tiles(call: Call, x_scale: Tensor, tables: RowTables, workspace: T
         return Quantized(_view(workspace, codes, E4M3, call.rows, columns), scale_BP.t()[: call.rows])
 
     token_P = _view(workspace, at.row_token, torch.int32, call.rows)
-    offsets = _view(workspace, at.offsets, torch.int32, call.choices.num_local + 1)
-    scale = x_scale if layer.x_weight_T is None else x_scale * layer.x_weight_T.view(-1, 1)
+    offsets = _view(workspace, at.offsets, torch.int32, choices.num_local + 1)
+    row_TS = _view(workspace, at.slot_row, torch.int32, x.shape[0], choices.per_token)
     y_PH = _view(workspace, at.tile_y, torch.bfloat16, call.rows, x.shape[1])
     rows = quantized(at.tile_y, at.tile_x_scale, x.shape[1])
-    gather_quantized(rows, Quantized(x, scale), token_P, offsets[routed:], GATHERS * multiprocessors(x.get_device()))
+    scatter_quantized(rows, x, call.x_scale, row_TS, choices.top_k, layer.x_weight_T, layer.pow2)
     c = quantized(at.tile_c, at.tile_c_scale, layer.experts.w2.shape[2])
     c = activations(layer.experts, Rows(rows), offsets[: routed + 1], c)
     w2 = Quantized(layer.experts.w2, layer.experts.w2_scale)
@@ -258,11 +252,12 @@ def _multiply_tiles(call: Call, x_scale: Tensor, tables: RowTables, workspace: T
     down_projection_fp8(c, w2, offsets[: routed + 1], tables.row_out, y_PH, call.out)
     y_shared_TH = None
     if layer.shared is not None:
+        x_T = quantize_rows(x, layer.pow2) if call.x_scale is None else Quantized(x, call.x_scale.contiguous())
         everyone, of_shared = torch.arange(x.shape[0], dtype=torch.int32, device=x.device), offsets[routed:]
         of_shared = of_shared - of_shared[0]
-        c = activations(layer.shared, Rows(Quantized(x, x_scale.contiguous()), everyone), of_shared)
+        c = activations(layer.shared, Rows(x_T, everyone), of_shared)
         y_shared_TH = grouped_mm_fp8(Rows(c), Quantized(layer.shared.w2, layer.shared.w2_scale), of_shared)
-    combine_rows(y_PH, y_shared_TH, tables, call.choices.per_token, call.out)
+    combine_rows(y_PH, y_shared_TH, tables, choices.per_token, call.out)
 
 
 def _view(workspace: Tensor, start: int, dtype: torch.dtype, *shape: int) -> Tensor:

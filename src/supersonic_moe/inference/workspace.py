@@ -10,7 +10,6 @@ P = R' + 7 min(R', E_local) + 24 of them padded:
 | counters and items | 32 + P / 16, and 20 + 4 ceil(I / 128) for each item |
 | tables of experts | 1060 E_local |
 | row -> slot, row -> token and weight, slot -> row, slot -> weight | 24 R |
-| x in e4m3, where R > F E_local | T H (1 + 4/128) |
 | streaming kernel: x of each row | P H (1 + 4/128) |
 | c in fp32, then in e4m3 | 4 P I + P I (1 + 4/128) |
 | y in fp32 | 4 P H |
@@ -21,7 +20,7 @@ An item is up to 128 rows of an expert: E_local + R' / 128 at most. So the strea
 E_local 32, H 7168, I 2048. The tile kernels get calls of many rows (``streams``) and use the same memory; they need
 17 KB a row there, 2 GB for 14107 tokens of 8 choices, because only the device knows that few of these are local.
 ``max_tokens_per_chunk`` of the operators bounds T. Where I is not a multiple of 128 every row is streamed: R' = R. What
-a shared expert needs on the tile kernels (T (2 H + I) bytes, and scales) comes from torch's allocator.
+a shared expert needs on the tile kernels (T (3 H + I) bytes, and scales) comes from torch's allocator.
 """
 
 from __future__ import annotations
@@ -54,8 +53,6 @@ class Regions(NamedTuple):
     row_out: int
     slot_row: int
     weights: int
-    x: int
-    x_scale: int
     x_rows: int
     x_rows_scale: int
     c: int
@@ -116,7 +113,6 @@ def regions(num_tokens: int, top_k: int, hidden: int, intermediate: int, num_loc
     items = num_local + streamed // ITEM_ROWS
     padded = padding(streamed, num_local)
     many = 0 if streams(rows, rows, intermediate, num_local) else rows
-    tokens = num_tokens if many else 0
     common = _starts(
         0,
         4 * (4 + items * (1 + blocks(intermediate)) + -(-padded // GATHER_ROWS)),
@@ -128,8 +124,6 @@ def regions(num_tokens: int, top_k: int, hidden: int, intermediate: int, num_loc
         8 * many,
         4 * rows,
         4 * rows,
-        tokens * hidden,
-        4 * tokens * blocks(hidden),
     )
     of_streamed = _starts(
         common[-1],
