@@ -55,13 +55,13 @@ def test_no_kernel_spills(compiled: list[dict[str, Any]]) -> None:
 
 def test_rows_move_in_16_byte_accesses(compiled: list[dict[str, Any]]) -> None:
     modules = {
-        "gather_quantized",
         "gather_rows",
         "gather_sum",
         "activation",
         "score_gradient",
         "bias_gradient",
         "quantize",
+        "scatter_quantized",
     }
     moving = [c for c in compiled if c["new"] and c["case"] == "H 2880, I 1536"]
     assert {c["kernel"].split(".")[0] for c in moving} == modules
@@ -87,7 +87,7 @@ def main() -> None:
     from supersonic_moe.kernels.interface import Gate, Into, KeptPairs, Rounding, Rows, Slots, TokenRows
     from supersonic_moe.kernels.triton import pad_segments, quantize
     from supersonic_moe.kernels.triton.decode import decode
-    from supersonic_moe.kernels.triton.gather_quantized import gather_quantized
+    from supersonic_moe.kernels.triton.scatter_quantized import scatter_quantized
 
     class OfflineHopper:
         def get_current_device(self) -> int:
@@ -182,7 +182,8 @@ def main() -> None:
         index = torch.zeros(128 * t, dtype=i32)
         rows = quantize.quantize_rows(x, pow2)
         gathered = quantize.quantize_rows(x, pow2, tma=True)
-        gather_quantized(gathered, rows, index, index[:1], 1000)
+        scatter_quantized(gathered, x, None, index.view(t, 128)[:, :8].contiguous(), 7, None, pow2)
+        scatter_quantized(gathered, rows.q, rows.scale, index.view(t, 128)[:, :1].contiguous(), 1)
         quantize.quantize_blocks(w, pow2)
         quantize.quantize_weights((w, w.mT.contiguous()), pow2)
         quantize.quantize_columns(x, index, pow2)
