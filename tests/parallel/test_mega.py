@@ -14,6 +14,7 @@ import torch.distributed as dist
 from inference_oracle import moe_loop
 from mega_cases import E, H, calc_diff, worst_row
 from ranks import end_ranks, run_ranks
+from virtual_ranks import ON
 
 from supersonic_moe.inference import moe_fp8_topk
 from supersonic_moe.kernels.reference.quantize import quantize_rows
@@ -172,9 +173,6 @@ def test_ranks_together_have_the_bits_of_one_process(ranks: int, transport: str)
 def test_copies_between_ranks_carry_the_same(ranks: int) -> None:
     (found,) = run_ranks(1, cases.over_copies, ranks, spread(ranks))
     assert found == [[]] * ranks
-
-
-ON = [pytest.param(False, id="CPU"), pytest.param(True, id="GPU", marks=pytest.mark.gpu)]
 
 
 @pytest.mark.parametrize("gpu", ON)

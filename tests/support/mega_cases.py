@@ -91,13 +91,15 @@ Call = tuple[tuple[int, ...], float, float | None]
 """Tokens of each rank, share of masked choices, clamp."""
 
 
-def same_as_one_process(calls: Sequence[Call], transport: str, most: int = MOST) -> list[str]:
-    """Where the outputs or counts of this rank differ. Two instances take turns; e4m3 and bf16 do."""
+def same_as_one_process(calls: Sequence[Call], transport: str, most: int = MOST, times: int = 1) -> list[str]:
+    """Where the outputs or counts of this rank differ. Two instances take turns; e4m3 and bf16 do. ``times``: the same
+    again, launch by launch, when all that it needs is loaded.
+    """
     rank, size = dist.get_rank(), dist.get_world_size()
     sizes = {"transport": transport, "max_tokens_per_rank": most, "timeout_s": 60.0}
     layers = [mega(dist.group.WORLD, **sizes) for _ in range(2)]
     own, wrong = slice(rank * E // size, (rank + 1) * E // size), []
-    for number, (tokens, masked, limit) in enumerate(calls):
+    for number, (tokens, masked, limit) in times * [*enumerate(calls)]:
         case = case_of(sum(tokens), masked=masked, seed=number)
         if ranks.device().type == "cuda":
             case = on_gpu(case)
@@ -157,12 +159,12 @@ def few_tokens(size: int) -> int:
 def without_copies(size: int, gpu: bool, calls: Sequence[Call]) -> list[list[str]]:
     """``over_copies`` with objects of so few tokens that ``few_rows.py`` does it."""
     _start(size, gpu, careful=len(calls) + 1)  # two launches a call that wait, of two objects that take turns
-    return run_virtual(size, _without_copies, times_on(gpu) * [*calls], few_tokens(size))
+    return run_virtual(size, _without_copies, calls, few_tokens(size), times_on(gpu))
 
 
-def _without_copies(calls: Sequence[Call], most: int) -> list[str]:
+def _without_copies(calls: Sequence[Call], most: int, times: int) -> list[str]:
     assert few_rows.has_few_rows(dist.get_world_size(), most, K, E // dist.get_world_size())
-    return same_as_one_process(calls, "gather", most)
+    return same_as_one_process(calls, "gather", most, times)
 
 
 def explanations(size: int, on: bool) -> list[tuple[str, str]]:
@@ -186,6 +188,7 @@ def with_a_late_rank(size: int, gpu: bool, phase: str, limit_s: float) -> list[s
 def _late(phase: str, limit_s: float) -> str:
     rank, size = dist.get_rank(), dist.get_world_size()
     layer, own = mega(dist.group.WORLD, max_tokens_per_rank=few_tokens(size), timeout_s=limit_s), E // size
+    assert layer._ranks is not None and layer._ranks.few is not None
     case = case_of(3, seed=rank)
     case = on_gpu(case) if ranks.device().type == "cuda" else case
     experts = slice(rank * own, (rank + 1) * own)
@@ -232,8 +235,12 @@ def _start(size: int, gpu: bool, careful: int) -> None:
 
     def sum_late(tokens: Any, *args: Any, **options: Any) -> Any:
         launch = sums(tokens, *args, **options)
-        late("forward combine")
-        return SimpleNamespace(run=lambda: tokens.flags.around(launch.run))
+
+        def run() -> None:  # all launches of a call have been made before the first one runs
+            late("forward combine")
+            tokens.flags.around(launch.run)
+
+        return SimpleNamespace(run=run)
 
     FewRows.run, ThreadFlags.tell = run_late, tell_late  # type: ignore[method-assign]
     rank_tokens.post_tokens, rank_tokens.sum_parts = post, sum_late
