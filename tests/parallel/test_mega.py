@@ -19,6 +19,8 @@ from virtual_ranks import ON
 from supersonic_moe.inference import moe_fp8_topk
 from supersonic_moe.kernels.reference.quantize import quantize_rows
 from supersonic_moe.parallel import MegaMoE
+from supersonic_moe.parallel.copies import bank_of, shares
+from supersonic_moe.parallel.mega import LARGEST_BANK
 
 LIMITS = (None, 10.0, 1.0)
 
@@ -173,6 +175,28 @@ def test_ranks_together_have_the_bits_of_one_process(ranks: int, transport: str)
 def test_copies_between_ranks_carry_the_same(ranks: int) -> None:
     (found,) = run_ranks(1, cases.over_copies, ranks, spread(ranks))
     assert found == [[]] * ranks
+
+
+@pytest.mark.parametrize(("ranks", "rows"), [(2, 150), (4, 1)])
+def test_more_rows_than_a_bank_holds_travel_one_share_after_the_other(ranks: int, rows: int) -> None:
+    """Of 400 places of a rank ``rows`` outputs fit, and twice as many of the others, whose rows are shorter."""
+    calls = spread(ranks)[: 8 if rows > 1 else 2]
+    (found, said) = run_ranks(1, cases.over_small_copies, ranks, calls, ranks * rows * 2 * H)[0]
+    assert found == [[]] * ranks
+    expected = {150: "the widest rows go in 3 exchanges, 134 of a rank at a time", 1: "in 400 exchanges, 1 of a rank"}
+    assert all(expected[rows] in each for each in said)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("hidden", [4096, 6144, 7168])
+def test_ranks_reach_no_more_than_1_2_gib_of_each_other(ranks: int, hidden: int) -> None:
+    """Of 8192 tokens a rank."""
+    sizes = {"ranks": ranks, "places": 8192, "row_bytes": 2 * hidden}
+    bank = bank_of(**sizes, largest=LARGEST_BANK)
+    assert 2 * bank <= 1.2 * 2**30
+    shares_of = shares(8192, 2 * hidden, ranks, bank)
+    assert [place for share in shares_of for place in range(8192)[share]] == [*range(8192)]
+    assert (ranks * max(share.stop - share.start for share in shares_of)) * 2 * hidden <= bank
 
 
 @pytest.mark.parametrize("gpu", ON)

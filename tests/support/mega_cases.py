@@ -22,6 +22,7 @@ from virtual_ranks import CarefulFlags, ThreadFlags, on_a_gpu, run_virtual, time
 from supersonic_moe.inference import moe_fp8_topk
 from supersonic_moe.kernels.sm90 import rank_tokens
 from supersonic_moe.parallel import MegaMoE, few_rows
+from supersonic_moe.parallel import mega as parallel_mega
 from supersonic_moe.parallel.few_rows import FewRows
 
 E, K, H, I, MOST = 8, 3, 256, 128, 400  # noqa: E741
@@ -132,6 +133,12 @@ def same_as_one_process(calls: Sequence[Call], transport: str, most: int = MOST,
 def over_copies(size: int, calls: Sequence[Call], most: int = MOST) -> list[list[str]]:
     """The same of ranks that are threads and reach each other's memory."""
     return run_virtual(size, same_as_one_process, calls, "gather", most)
+
+
+def over_small_copies(size: int, calls: Sequence[Call], largest_bank: int) -> tuple[list[list[str]], list[str]]:
+    """``over_copies`` of more rows than a bank holds, and what ``explain`` says."""
+    parallel_mega.LARGEST_BANK = largest_bank
+    return over_copies(size, calls), run_virtual(size, lambda: mega(dist.group.WORLD).explain())
 
 
 def bf16_over_ranks(pow2: bool) -> tuple[bool, str]:
