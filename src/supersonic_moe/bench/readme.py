@@ -1,10 +1,11 @@
-"""The tables of README.md, docs/inference.md, docs/performance.md and docs/results.md, made from
-``benchmarks/results/*.json`` so that no number is typed.
+"""The tables of README.md, docs/expert-parallel.md, docs/inference.md, docs/performance.md and docs/results.md, made
+from ``benchmarks/results/*.json`` so that no number is typed.
 
     python -m supersonic_moe.bench.readme     in the repository, after a benchmark has written its file
 
 README.md gets one table: the layers, in BF16 and in FP8. docs/performance.md sets them beside other libraries, as far
-as those ran in the same process. docs/inference.md gets who is fastest at each batch of the inference operator.
+as those ran in the same process. docs/inference.md gets who is fastest at each batch of the inference operator, and
+docs/expert-parallel.md what ``MegaMoE`` costs (``mega_page.py``).
 docs/results.md gets every file of the suites in ``SUITES``: a line that says where its numbers come
 from, its figure if there is one, and a table. A table has a row for each case, a column for each headline metric of its
 suite, and a column for each peer: the compared metric of that peer over ours in the same run (above 1: ours is better).
@@ -25,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from supersonic_moe.bench import mega_page
+from supersonic_moe.bench.markdown import markdown, origin
 from supersonic_moe.bench.report import METRICS, Row, geomean, short
 
 RESULTS = Path("benchmarks/results")
@@ -107,7 +110,7 @@ def results(folder: Path, page: Path) -> str:
 
 def _section(path: Path, content: dict[str, Any], page: Path) -> str:
     shown = SUITES[content["suite"]]
-    sections = [f"### {path.stem}", f"{_origin(content)}. Measured by `{content['command']}`."]
+    sections = [f"### {path.stem}", f"{origin(content)}. Measured by `{content['command']}`."]
     figure = path.with_suffix(".png")
     if figure.is_file():
         sections.append(f"![{path.stem}, as bars]({os.path.relpath(figure, page.parent)})")
@@ -116,12 +119,6 @@ def _section(path: Path, content: dict[str, Any], page: Path) -> str:
     if any(row.peer for row in rows):
         sections.append(f"*vs*: {_metric_label(shown.compared)} of that peer over ours, in the same run.")
     return "\n\n".join(sections)
-
-
-def _origin(content: dict[str, Any]) -> str:
-    commit, _, dirty = content["commit"].partition("-")
-    commit = f"{commit[:12]}{'-' + dirty if dirty else ''}"
-    return f"{content['device']}, torch {content['torch']}, commit `{commit}`, {content['date'][:10]}"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -159,7 +156,7 @@ def _table(rows: list[Row], shown: Headline) -> str:
     if len(cases) > 1 and peers:
         means = [_mean([ratios.get((case, peer)) for case in cases]) for peer in peers]
         lines.append(["geometric mean", *[""] * len(columns), *means])
-    return _markdown(["case", *map(_metric_label, columns), *(f"vs {peer}" for peer in peers)], lines)
+    return markdown(["case", *map(_metric_label, columns), *(f"vs {peer}" for peer in peers)], lines)
 
 
 # ---- README.md: the layers on one page -------------------------------------------------------------------------------
@@ -190,10 +187,10 @@ def headline(folder: Path) -> str:
     head = ["layer"]
     for precision, (_, peers, _) in zip(("BF16", "FP8"), contenders, strict=True):
         head += [f"{precision}, µs", "TFLOP/s", *(f"vs {_NAMES[peer]}" for peer in peers)]
-    sources = f"BF16: {_origin(bf16)}. FP8: {_origin(fp8)}."
+    sources = f"BF16: {origin(bf16)}. FP8: {origin(fp8)}."
     if any("sonicmoe" in peers for _, peers, _ in contenders):
         sources = f"*vs SonicMoE*: its layer, in BF16, in the same process. {sources}"
-    return "\n\n".join([_markdown(head, lines), " ".join([sources, *_grouped_gemms(folder)])])
+    return "\n\n".join([markdown(head, lines), " ".join([sources, *_grouped_gemms(folder)])])
 
 
 def _grouped_gemms(folder: Path) -> list[str]:
@@ -241,7 +238,7 @@ def performance(folder: Path) -> str:
         path = folder / f"layer-{precision}.json"
         content = read(path) if path.is_file() else {"rows": []}
         for library in _measured_peers(content, LIBRARIES):
-            sections += [f"### {precision.upper()} beside {_NAMES[library]}", f"{_origin(content)}."]
+            sections += [f"### {precision.upper()} beside {_NAMES[library]}", f"{origin(content)}."]
             sections.append(_beside([Row(**row) for row in content["rows"]], library))
     return "\n\n".join(sections) or NO_LIBRARY
 
@@ -262,7 +259,7 @@ def _beside(rows: list[Row], library: str) -> str:
         means = (_mean([getattr(found.get((case, metric)), "ratio", None) for case in cases]) for metric in _PASSES)
         lines.append(["geometric mean", *(cell for mean in means for cell in ("", "", mean))])
     heads = (cell for name in _PASSES.values() for cell in (f"{name}: ours, µs", f"{_NAMES[library]}, µs", "ratio"))
-    return _markdown(["case", *heads], lines)
+    return markdown(["case", *heads], lines)
 
 
 _PASSES = {"fwd_us": "forward", "fwd_bwd_us": "forward + backward"}
@@ -297,7 +294,7 @@ def inference(folder: Path) -> str:
     for path in paths:
         content = read(path)
         rows = [Row(**row) for row in content["rows"]]
-        sections += [f"{path.stem}: {_origin(content)}.", _fastest(rows), _fits(rows)]
+        sections += [f"{path.stem}: {origin(content)}.", _fastest(rows), _fits(rows)]
     return "\n\n".join(filter(None, sections)) or NO_INFERENCE
 
 
@@ -309,7 +306,7 @@ def _fastest(rows: list[Row]) -> str:
         theirs = [row for row in rows if (row.case, row.metric) == (case, "replay_us") and row.peer_value is not None]
         best = min(theirs, key=lambda row: row.peer_value or 0.0, default=None)
         lines.append(line + ([str(best.peer), _times(best.ratio)] if best else ["–", "–"]))
-    return _markdown(["case", *map(_metric_label, _INFERENCE), "fastest of the others", "over ours"], lines)
+    return markdown(["case", *map(_metric_label, _INFERENCE), "fastest of the others", "over ours"], lines)
 
 
 _INFERENCE = ("hits", "rows", "floor_us", "replay_us", "of_floor", "eager_us", "host_us")
@@ -329,15 +326,10 @@ def _fits(rows: list[Row]) -> str:
             if row.peer_value is not None
         ]
         lines.append([f"`{case}`", own, "; ".join(cells) or "–"])
-    return _markdown(["µs up to 80 tokens", "ours", "others"], lines) if lines else ""
+    return markdown(["µs up to 80 tokens", "ours", "others"], lines) if lines else ""
 
 
 # ---- cells -----------------------------------------------------------------------------------------------------------
-
-
-def _markdown(head: list[str], lines: list[list[str]]) -> str:
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))
 
 
 def _metric_label(name: str) -> str:
@@ -362,6 +354,13 @@ def _mean(ratios: list[float | None]) -> str:
 # ---- the pages -------------------------------------------------------------------------------------------------------
 
 
+def _serving(root: Path) -> str:
+    path = root / RESULTS / f"{mega_page.NAME}.json"
+    figure = path.with_name(f"{mega_page.NAME}-timeline.png")
+    shown = os.path.relpath(figure, root / "docs") if figure.is_file() else None
+    return mega_page.page(read(path) if path.is_file() else None, shown)
+
+
 @dataclass(frozen=True)
 class Page:
     path: Path
@@ -372,6 +371,7 @@ class Page:
 
 PAGES = (
     Page(Path("README.md"), "headline", lambda root: headline(root / RESULTS)),
+    Page(Path("docs/expert-parallel.md"), "serving", _serving),
     Page(Path("docs/inference.md"), "inference", lambda root: inference(root / RESULTS)),
     Page(Path("docs/performance.md"), "performance", lambda root: performance(root / RESULTS)),
     Page(Path("docs/results.md"), "results", lambda root: results(root / RESULTS, root / "docs/results.md")),
