@@ -228,9 +228,16 @@ def test_explain_says_whether_anything_is_copied() -> None:
 
 
 @pytest.mark.parametrize("gpu", ON)
-@pytest.mark.parametrize("phase", ["forward dispatch", "forward combine"])
-def test_a_late_rank_is_named_by_who_waits_for_its_rows(phase: str, gpu: bool) -> None:
-    (ended,) = end_ranks(1, cases.with_a_late_rank, 2, gpu, phase, 2.0, timeout_s=120)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_random_launches_of_few_rows_have_the_same_bits(ranks: int, gpu: bool) -> None:
+    (found,) = run_ranks(1, cases.random_launches, ranks, gpu, 1000 if gpu else 25, timeout_s=300)
+    assert found == [[]] * ranks
+
+
+@pytest.mark.parametrize("gpu", ON)
+@pytest.mark.parametrize(("ranks", "phase"), [(2, "forward dispatch"), (2, "forward combine"), (4, "forward combine")])
+def test_a_late_rank_is_named_by_who_waits_for_its_rows(ranks: int, phase: str, gpu: bool) -> None:
+    (ended,) = end_ranks(1, cases.with_a_late_rank, ranks, gpu, phase, 2.0, timeout_s=120)
     assert ended.result is not None, ended
     errors: list[str] = ended.result  # none of the late rank, if the others have written what it reads
     wanted = rf"waited 2 s in the {phase} of call 3 for rank 1 \(exchange \d+ expected, \d+ seen\)"

@@ -6,8 +6,10 @@ experts of one rank alone.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -172,6 +174,39 @@ def without_copies(size: int, gpu: bool, calls: Sequence[Call]) -> list[list[str
 def _without_copies(calls: Sequence[Call], most: int, times: int) -> list[str]:
     assert few_rows.has_few_rows(dist.get_world_size(), most, K, E // dist.get_world_size())
     return same_as_one_process(calls, "gather", most, times)
+
+
+def random_launches(size: int, gpu: bool, count: int) -> list[list[int]]:
+    """Any tokens of each rank in each launch: those whose outputs are not the bits of one process."""
+    _start(size, gpu, careful=8)
+    return run_virtual(size, _random_launches, count)
+
+
+def _random_launches(count: int) -> list[int]:
+    rank, size, draw = dist.get_rank(), dist.get_world_size(), random.Random(0)
+    most, own = few_tokens(size), slice(rank * E // size, (rank + 1) * E // size)
+    case = case_of(most * size, masked=0.3)
+    case = on_gpu(case) if ranks.device().type == "cuda" else case
+    layer = mega(dist.group.WORLD, max_tokens_per_rank=most, timeout_s=30.0)
+    assert layer._ranks is not None and layer._ranks.few is not None
+    out, launched = torch.zeros(count, most, H, device=case.x.device).bfloat16(), []
+    for number in range(count):
+        firsts = [r * most + draw.randrange(most) for r in range(size)]
+        launched.append([slice(first, draw.randint(first, (r + 1) * most)) for r, first in enumerate(firsts)])
+        mine = launched[-1][rank]
+        call(layer, case, mine, own, out=out[number, : mine.stop - mine.start])
+    layer.check()
+    layer.close()
+    wrong = []
+    for number, rows in enumerate(launched):
+        given = {name: getattr(case, name) for name in ("x", "x_scale", "ids", "weights")}
+        taken = {name: torch.cat([t.view(torch.uint8)[r].view(t.dtype) for r in rows]) for name, t in given.items()}
+        want = parts(replace(case, **taken), size)
+        before = sum(r.stop - r.start for r in rows[:rank])
+        length = rows[rank].stop - rows[rank].start
+        if not torch.equal(out[number, :length], want[before : before + length]):
+            wrong.append(number)
+    return wrong
 
 
 def explanations(size: int, on: bool) -> list[tuple[str, str]]:
