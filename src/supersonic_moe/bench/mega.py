@@ -78,8 +78,8 @@ class Runner(infer.Runner):
         self._running = str(case)
         return super().run(case, progress)
 
-    def _timed(self, calls: Mapping[str, Call]) -> dict[str, Metrics | Missing]:
-        found = super()._timed(calls)
+    def timed(self, calls: Mapping[str, Call]) -> dict[str, Metrics | Missing]:
+        found = super().timed(calls)
         if self._draws:
             self.timelines.append((self._running, spans_of(calls[OURS], self.device)))
         return found
