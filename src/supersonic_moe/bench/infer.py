@@ -126,6 +126,7 @@ class Runner:
         return {OURS: infer_parts.ours} | {name: known[name] for name in self.peers if name in known}
 
     def timed(self, calls: Mapping[str, Call]) -> dict[str, Metrics | Missing]:
+        """Of each contender: replayed, eager, and the host's time."""
         clock = clock_for(self.device, cold_l2=True)
         found: dict[str, Metrics | Missing] = {}
         replays: dict[str, Callable[[], object]] = {}
