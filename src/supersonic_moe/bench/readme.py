@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from supersonic_moe.bench import mega_page
-from supersonic_moe.bench.markdown import markdown, origin
+from supersonic_moe.bench.markdown import markdown as _markdown
+from supersonic_moe.bench.markdown import origin as _origin
 from supersonic_moe.bench.report import METRICS, Row, geomean, short
 
 RESULTS = Path("benchmarks/results")
@@ -110,7 +111,7 @@ def results(folder: Path, page: Path) -> str:
 
 def _section(path: Path, content: dict[str, Any], page: Path) -> str:
     shown = SUITES[content["suite"]]
-    sections = [f"### {path.stem}", f"{origin(content)}. Measured by `{content['command']}`."]
+    sections = [f"### {path.stem}", f"{_origin(content)}. Measured by `{content['command']}`."]
     figure = path.with_suffix(".png")
     if figure.is_file():
         sections.append(f"![{path.stem}, as bars]({os.path.relpath(figure, page.parent)})")
@@ -156,7 +157,7 @@ def _table(rows: list[Row], shown: Headline) -> str:
     if len(cases) > 1 and peers:
         means = [_mean([ratios.get((case, peer)) for case in cases]) for peer in peers]
         lines.append(["geometric mean", *[""] * len(columns), *means])
-    return markdown(["case", *map(_metric_label, columns), *(f"vs {peer}" for peer in peers)], lines)
+    return _markdown(["case", *map(_metric_label, columns), *(f"vs {peer}" for peer in peers)], lines)
 
 
 # ---- README.md: the layers on one page -------------------------------------------------------------------------------
@@ -187,10 +188,10 @@ def headline(folder: Path) -> str:
     head = ["layer"]
     for precision, (_, peers, _) in zip(("BF16", "FP8"), contenders, strict=True):
         head += [f"{precision}, µs", "TFLOP/s", *(f"vs {_NAMES[peer]}" for peer in peers)]
-    sources = f"BF16: {origin(bf16)}. FP8: {origin(fp8)}."
+    sources = f"BF16: {_origin(bf16)}. FP8: {_origin(fp8)}."
     if any("sonicmoe" in peers for _, peers, _ in contenders):
         sources = f"*vs SonicMoE*: its layer, in BF16, in the same process. {sources}"
-    return "\n\n".join([markdown(head, lines), " ".join([sources, *_grouped_gemms(folder)])])
+    return "\n\n".join([_markdown(head, lines), " ".join([sources, *_grouped_gemms(folder)])])
 
 
 def _grouped_gemms(folder: Path) -> list[str]:
@@ -238,7 +239,7 @@ def performance(folder: Path) -> str:
         path = folder / f"layer-{precision}.json"
         content = read(path) if path.is_file() else {"rows": []}
         for library in _measured_peers(content, LIBRARIES):
-            sections += [f"### {precision.upper()} beside {_NAMES[library]}", f"{origin(content)}."]
+            sections += [f"### {precision.upper()} beside {_NAMES[library]}", f"{_origin(content)}."]
             sections.append(_beside([Row(**row) for row in content["rows"]], library))
     return "\n\n".join(sections) or NO_LIBRARY
 
@@ -259,7 +260,7 @@ def _beside(rows: list[Row], library: str) -> str:
         means = (_mean([getattr(found.get((case, metric)), "ratio", None) for case in cases]) for metric in _PASSES)
         lines.append(["geometric mean", *(cell for mean in means for cell in ("", "", mean))])
     heads = (cell for name in _PASSES.values() for cell in (f"{name}: ours, µs", f"{_NAMES[library]}, µs", "ratio"))
-    return markdown(["case", *heads], lines)
+    return _markdown(["case", *heads], lines)
 
 
 _PASSES = {"fwd_us": "forward", "fwd_bwd_us": "forward + backward"}
@@ -294,7 +295,7 @@ def inference(folder: Path) -> str:
     for path in paths:
         content = read(path)
         rows = [Row(**row) for row in content["rows"]]
-        sections += [f"{path.stem}: {origin(content)}.", _fastest(rows), _fits(rows)]
+        sections += [f"{path.stem}: {_origin(content)}.", _fastest(rows), _fits(rows)]
     return "\n\n".join(filter(None, sections)) or NO_INFERENCE
 
 
@@ -306,7 +307,7 @@ def _fastest(rows: list[Row]) -> str:
         theirs = [row for row in rows if (row.case, row.metric) == (case, "replay_us") and row.peer_value is not None]
         best = min(theirs, key=lambda row: row.peer_value or 0.0, default=None)
         lines.append(line + ([str(best.peer), _times(best.ratio)] if best else ["–", "–"]))
-    return markdown(["case", *map(_metric_label, _INFERENCE), "fastest of the others", "over ours"], lines)
+    return _markdown(["case", *map(_metric_label, _INFERENCE), "fastest of the others", "over ours"], lines)
 
 
 _INFERENCE = ("hits", "rows", "floor_us", "replay_us", "of_floor", "eager_us", "host_us")
@@ -326,7 +327,7 @@ def _fits(rows: list[Row]) -> str:
             if row.peer_value is not None
         ]
         lines.append([f"`{case}`", own, "; ".join(cells) or "–"])
-    return markdown(["µs up to 80 tokens", "ours", "others"], lines) if lines else ""
+    return _markdown(["µs up to 80 tokens", "ours", "others"], lines) if lines else ""
 
 
 # ---- cells -----------------------------------------------------------------------------------------------------------
