@@ -11,13 +11,11 @@ import pytest
 import torch
 import virtual_cases as cases
 from ranks import end_ranks, run_ranks
+from virtual_ranks import ON
 
 from supersonic_moe import Fp8Recipe
 
 BF16 = torch.bfloat16
-ONE_AT_A_TIME = pytest.mark.xdist_group("virtual ranks on a GPU")
-"""Ranks that wait for each other fill the GPU with waiting, which processes of other tests then share."""
-ON = [pytest.param(False, id="CPU"), pytest.param(True, id="GPU", marks=[pytest.mark.gpu, ONE_AT_A_TIME])]
 PHASES = ("forward dispatch", "forward combine", "backward dispatch", "backward combine")
 SIZES = (7, 0, 33, 1, 2, 100, 0, 64)
 

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import ranks
 import torch
 import torch.distributed as dist
@@ -31,6 +32,10 @@ from torch.testing._internal.distributed import multi_threaded_pg
 from supersonic_moe.kernels.sm90.exchange_flags import ALL, LATE, MAX_RANKS, OTHER_CALL, STOPPED, ExchangeFlags, Failure
 from supersonic_moe.parallel import transport
 from supersonic_moe.parallel.symmetric import HEAD, Memory
+
+ONE_AT_A_TIME = pytest.mark.xdist_group("virtual ranks on a GPU")
+"""Ranks that wait for each other fill the GPU with waiting, which processes of other tests then share."""
+ON = [pytest.param(False, id="CPU"), pytest.param(True, id="GPU", marks=[pytest.mark.gpu, ONE_AT_A_TIME])]
 
 
 def on_a_gpu() -> None:
@@ -125,6 +130,7 @@ class CarefulFlags(ExchangeFlags):
         super().__init__(blocks, rank, limit_s)
         self._meeting, self._left = meeting, 2 * self.CAREFUL
         self._delays = random.Random(rank)
+        torch.cuda._sleep(1)  # loaded now, while nobody waits
 
     def begin(self, bank: int, call: int, phase: int) -> None:
         self.around(lambda: ExchangeFlags.begin(self, bank, call, phase))

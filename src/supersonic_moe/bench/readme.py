@@ -1,11 +1,12 @@
-"""The tables of README.md, docs/inference.md, docs/performance.md, docs/results.md and docs/transformers.md, made from
+"""The tables of README.md and of docs/{expert-parallel,inference,performance,results,transformers}.md, made from
 ``benchmarks/results/*.json`` so that no number is typed.
 
     python -m supersonic_moe.bench.readme     in the repository, after a benchmark has written its file
 
 README.md gets one table: the layers, in BF16 and in FP8. docs/performance.md sets them beside other libraries, as far
-as those ran in the same process. docs/inference.md gets who is fastest at each batch of the inference operator.
-docs/transformers.md gets the experts backends of Transformers, and in words where another one takes less time.
+as those ran in the same process. docs/inference.md gets who is fastest at each batch of the inference operator,
+docs/expert-parallel.md what ``MegaMoE`` costs (``mega_page.py``), and docs/transformers.md the experts backends of
+Transformers, in words where another one takes less time.
 docs/results.md gets every file of the suites in ``SUITES``: a line that says where its numbers come
 from, its figure if there is one, and a table. A table has a row for each case, a column for each headline metric of its
 suite, and a column for each peer: the compared metric of that peer over ours in the same run (above 1: ours is better).
@@ -26,6 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from supersonic_moe.bench import mega_page
+from supersonic_moe.bench.markdown import markdown as _markdown
+from supersonic_moe.bench.markdown import origin as _origin
 from supersonic_moe.bench.report import METRICS, Row, geomean, short
 
 RESULTS = Path("benchmarks/results")
@@ -119,12 +123,6 @@ def _section(path: Path, content: dict[str, Any], page: Path) -> str:
     if any(row.peer for row in rows):
         sections.append(f"*vs*: {_metric_label(shown.compared)} of that peer over ours, in the same run.")
     return "\n\n".join(sections)
-
-
-def _origin(content: dict[str, Any]) -> str:
-    commit, _, dirty = content["commit"].partition("-")
-    commit = f"{commit[:12]}{'-' + dirty if dirty else ''}"
-    return f"{content['device']}, torch {content['torch']}, commit `{commit}`, {content['date'][:10]}"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -399,11 +397,6 @@ def _backends(rows: list[Row], metrics: tuple[str, ...]) -> str:
 # ---- cells -----------------------------------------------------------------------------------------------------------
 
 
-def _markdown(head: list[str], lines: list[list[str]]) -> str:
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))
-
-
 def _metric_label(name: str) -> str:
     return _METRICS[name].label.strip()
 
@@ -426,6 +419,13 @@ def _mean(ratios: list[float | None]) -> str:
 # ---- the pages -------------------------------------------------------------------------------------------------------
 
 
+def _serving(root: Path) -> str:
+    path = root / RESULTS / f"{mega_page.NAME}.json"
+    figure = path.with_name(f"{mega_page.NAME}-timeline.png")
+    shown = os.path.relpath(figure, root / "docs") if figure.is_file() else None
+    return mega_page.page(read(path) if path.is_file() else None, shown)
+
+
 @dataclass(frozen=True)
 class Page:
     path: Path
@@ -436,6 +436,7 @@ class Page:
 
 PAGES = (
     Page(Path("README.md"), "headline", lambda root: headline(root / RESULTS)),
+    Page(Path("docs/expert-parallel.md"), "serving", _serving),
     Page(Path("docs/inference.md"), "inference", lambda root: inference(root / RESULTS)),
     Page(Path("docs/performance.md"), "performance", lambda root: performance(root / RESULTS)),
     Page(Path("docs/results.md"), "results", lambda root: results(root / RESULTS, root / "docs/results.md")),

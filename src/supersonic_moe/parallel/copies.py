@@ -5,7 +5,8 @@
 
 R ranks, M places of a rank in a call. A block has two banks of R·M rows, used in turn, so that a rank which is ahead
 need not wait until the last exchange has been read everywhere, only the one before it. The flags around the copies, and
-why no row is read too early or overwritten too soon, are in ``kernels/sm90/exchange_flags.py``.
+why no row is read too early or overwritten too soon, are in ``kernels/sm90/exchange_flags.py``. Rows that a bank does
+not hold at once travel in several exchanges, so many places of each rank at a time.
 
 Bytes through NVLink, each way: (R - 1)·M rows. Beside them M rows are copied within the GPU for ``gather``.
 """
@@ -28,8 +29,19 @@ ALIGNMENT = 1024
 """Bytes at multiples of which banks start."""
 
 
-def bank_bytes(ranks: int, places: int, row_bytes: int) -> int:
-    return -(-ranks * places * row_bytes // ALIGNMENT) * ALIGNMENT
+def bank_of(ranks: int, places: int, row_bytes: int, largest: int | None = None) -> int:
+    """Bytes of a bank that holds all rows, or of the ``largest`` that there may be."""
+    one, whole = (-(-ranks * rows * row_bytes // ALIGNMENT) * ALIGNMENT for rows in (1, places))
+    return whole if largest is None else min(whole, max(one, largest))
+
+
+def shares(places: int, row_bytes: int, ranks: int, bank: int) -> list[slice]:
+    """The places of each rank that travel at a time through a bank of so many bytes: as few shares as possible, of
+    equal size.
+    """
+    fewest = -(-places // (bank // (ranks * row_bytes)))
+    step = -(-places // fewest)
+    return [slice(first, min(first + step, places)) for first in range(0, places, step)]
 
 
 class Departure:
@@ -64,20 +76,19 @@ class Copies:
     """What :class:`Collectives` does, for rows that fit and lie on the GPU; others go through ``collectives``.
 
     Args:
-        memory: of two banks of ``bank_bytes(...)``.
+        memory: of two banks of ``bank`` bytes, from ``bank_of(...)``.
         places: M, at most. row_bytes: of a row, at most.
     """
 
     runs_aside = True
 
     def __init__(
-        self, memory: Memory, rank: int, places: int, row_bytes: int, watch: Watch, collectives: Collectives
+        self, memory: Memory, rank: int, places: int, row_bytes: int, bank: int, watch: Watch, collectives: Collectives
     ) -> None:
-        size = bank_bytes(len(memory.blocks), places, row_bytes)
         self.memory, self.rank, self.watch, self._collectives = memory, rank, watch, collectives
         self._places, self._row_bytes, self._device = places, row_bytes, memory.blocks[rank].device
-        starts = HEAD, HEAD + size
-        self._banks = [[block[start : start + size] for block in memory.blocks] for start in starts]
+        starts = HEAD, HEAD + bank
+        self._banks = [[block[start : start + bank] for block in memory.blocks] for start in starts]
         self._bank = 0
         self._aside: Any = None
         self._joined = True
@@ -93,36 +104,53 @@ class Copies:
             return self._collectives.gather(rows_TC, places, empty, call, phase)
         rows, columns = rows_TC.shape
         row_bytes = columns * rows_TC.element_size()
+        rows_UC = rows_TC.new_empty(len(self._order) * places, columns)
+        arriving = rows_UC.view(torch.uint8).view(len(self._order), -1)
         with self.inside(call, phase):
-            bank = self.bank(call, phase)
-            mine_MC = _as_rows(bank[self.rank], places, rows_TC)
-            mine_MC[:rows].copy_(rows_TC)
-            if rows < places:
-                mine_MC[rows:].fill_(empty)
-            self.meet(row_bytes, call, phase)
-            rows_UC = rows_TC.new_empty(len(bank) * places, columns)
-            arriving = rows_UC.view(torch.uint8).view(len(bank), -1)
-            for source in self._order:
-                arriving[source].copy_(bank[source][: places * row_bytes])
+            for share in self._shares(places, row_bytes):
+                bank = self.bank(call, phase)
+                leaving = rows_TC[share]
+                mine_MC = _as_rows(bank[self.rank], share.stop - share.start, rows_TC)
+                mine_MC[: len(leaving)].copy_(leaving)
+                if rows < share.stop:
+                    mine_MC[len(leaving) :].fill_(empty)
+                self.meet(row_bytes, call, phase)
+                of_rank = slice(share.start * row_bytes, share.stop * row_bytes)
+                for source in self._order:
+                    part = arriving[source][of_rank]
+                    part.copy_(bank[source][: part.numel()])
         return rows_UC
 
     def exchange(
         self, rows_SC: Tensor, call: int, phase: str, sent: Sequence[int] | None, received: Sequence[int] | None
     ) -> Tensor:
-        """``Collectives.exchange`` of equal shares. The result lies in a bank: read it before the next exchange."""
+        """``Collectives.exchange`` of equal shares. The result may lie in a bank: read it before the next exchange."""
         places = rows_SC.shape[0] // len(self._order)
         if sent is not None or received is not None or not self.takes(rows_SC, places):
             return self._collectives.exchange(rows_SC, call, phase, sent, received)
         row_bytes = rows_SC.shape[1] * rows_SC.element_size()
-        share = places * row_bytes
-        leaving = rows_SC.contiguous().view(torch.uint8).view(-1)
+        leaving = rows_SC.contiguous().view(torch.uint8).view(len(self._order), -1)
         with self.inside(call, phase):
-            bank = self.bank(call, phase)
-            for target in self._order:
-                place = bank[target][self.rank * share : (self.rank + 1) * share]
-                place.copy_(leaving[target * share : (target + 1) * share])
-            self.meet(row_bytes, call, phase)
-        return _as_rows(bank[self.rank], rows_SC.shape[0], rows_SC)
+            if len(shares := self._shares(places, row_bytes)) == 1:
+                return _as_rows(self._swap(leaving, row_bytes, call, phase), rows_SC.shape[0], rows_SC)
+            arrived = torch.empty_like(leaving)
+            for share in shares:
+                of_rank = slice(share.start * row_bytes, share.stop * row_bytes)
+                came = self._swap(leaving[:, of_rank], row_bytes, call, phase).view(len(self._order), -1)
+                for source in self._order:
+                    arrived[source][of_rank].copy_(came[source])
+        return arrived.view(rows_SC.dtype).view(rows_SC.shape)
+
+    def _swap(self, leaving: Tensor, row_bytes: int, call: int, phase: str) -> Tensor:
+        """(R, bytes) of which each rank gets one; what all have for this one, in its bank."""
+        bank, size = self.bank(call, phase), leaving.shape[1]
+        for target in self._order:
+            bank[target][self.rank * size : (self.rank + 1) * size].copy_(leaving[target])
+        self.meet(row_bytes, call, phase)
+        return bank[self.rank][: leaving.numel()]
+
+    def _shares(self, places: int, row_bytes: int) -> list[slice]:
+        return shares(places, row_bytes, len(self._order), self._banks[0][self.rank].numel())
 
     def gather_in_parts(
         self, rows_TC: Tensor, places: int, parts: Sequence[Sequence[int]], call: int, phase: str

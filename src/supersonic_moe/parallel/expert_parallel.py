@@ -144,8 +144,9 @@ class ExpertParallel:
         self._all, self._taken = list[Channel](), _Taken()
         if self.size > 1:
             key = self._agree()
-            row_bytes = self.row_bytes()
-            common = Sizes(num_experts, top_k, max_tokens, row_bytes, capacity, timeout_s, self._names)
+            common = Sizes(
+                num_experts, top_k, max_tokens, self.row_bytes(), capacity, timeout_s, self._names, self.largest_bank()
+            )
             self._all = [Channel(self.group, number, transport, common, key) for number in range(channels)]
             self.transport = self._channel.transport
             if channels > 1:
@@ -154,6 +155,10 @@ class ExpertParallel:
     def row_bytes(self) -> int:
         """Of the rows of an exchange, at most: of x in 16 bits; of ids, scores and scales."""
         return max(2 * self.hidden, 8 * self.top_k + 4 * blocks(self.hidden))
+
+    def largest_bank(self) -> int | None:
+        """Bytes of one of the two buffers that copies go through, at most; None: as many as there are rows."""
+        return None
 
     def _agree(self) -> str:
         """A name that this object has on all ranks, after they have compared their arguments."""
