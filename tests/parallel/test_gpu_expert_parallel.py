@@ -98,6 +98,7 @@ def test_the_gpu_that_waits_for_a_late_rank_names_it(phase: str) -> None:
     first, _ = end_ranks(2, cases.with_a_lost_rank, phase, "late", 4.0, way, backend="nccl", timeout_s=40)
     wanted = rf"ExpertParallelError: .*waited 4 s in the {phase} of call 2 for rank 1 \(exchange"
     assert re.search(wanted, first.result or first.error), first
+    assert first.exit_code == 0, first
 
 
 @pytest.mark.multigpu
