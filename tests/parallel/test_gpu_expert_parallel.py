@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import beside_cases as beside
 import parallel_cases as cases
 import pytest
 import torch
@@ -89,6 +90,13 @@ def test_random_calls_over_copies_repeat_to_the_bit() -> None:
     """Only two GPUs show whether memory is ordered between them."""
     way = {"transport": "gather"}
     assert run_ranks(2, cases.repeats_to_the_bit, 1000, way, backend="nccl", timeout_s=300) == [True, True]
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("fp8", [False, True])
+def test_rows_beside_products_have_the_bits_of_rows_before_and_after(fp8: bool) -> None:
+    calls = [(1500, 1500), (1500, 3), (0, 1500), (700, 1400)] * 5
+    assert run_ranks(2, beside.same_bits, calls, fp8, backend="nccl", timeout_s=120) == [[], []]
 
 
 @pytest.mark.multigpu

@@ -84,7 +84,7 @@ def main() -> None:
     from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout, as_activation
     from supersonic_moe.config.router import MODES, SigmoidGroupedTopK, SoftmaxAfterTopK, SoftmaxBeforeTopK
     from supersonic_moe.kernels import triton as kernels
-    from supersonic_moe.kernels.interface import Gate, Into, KeptPairs, Rounding, Rows, Slots, TokenRows
+    from supersonic_moe.kernels.interface import Gate, Into, KeptPairs, Rounding, Rows, Slots, Sources, TokenRows
     from supersonic_moe.kernels.triton import pad_segments, quantize
     from supersonic_moe.kernels.triton.gather_quantized import gather_quantized
 
@@ -205,6 +205,7 @@ def main() -> None:
         round_tokens(40, e, k, torch.float32, 2.5, "SR-f")
         plan(40, e, k, i32, 1)
         pad_segments(torch.zeros(e + 1, dtype=i32), torch.zeros(40, dtype=i32), 256)
+        kernels.row_parts(torch.zeros(e + 1, dtype=i32), torch.zeros(40, dtype=i32), Sources(1, 3, 10))
     case = "E 256 in 8 groups, K 8"
     route(40, 256, 8, torch.float32, SigmoidGroupedTopK(num_groups=8, topk_groups=4), torch.zeros(256))
     case = "token rounding"

@@ -33,6 +33,7 @@ from supersonic_moe.kernels.reference.reductions import row_dot as row_dot
 from supersonic_moe.kernels.reference.reductions import segment_sum as segment_sum
 from supersonic_moe.kernels.reference.router import route_backward as route_backward
 from supersonic_moe.kernels.reference.router import route_forward as route_forward
+from supersonic_moe.kernels.reference.row_parts import row_parts as row_parts
 from supersonic_moe.kernels.reference.token_rounding import token_rounding_backward as token_rounding_backward
 from supersonic_moe.kernels.reference.token_rounding import token_rounding_forward as token_rounding_forward
 

@@ -27,6 +27,7 @@ from supersonic_moe.kernels.triton.quantize import quantize_rows as quantize_row
 from supersonic_moe.kernels.triton.quantize import quantize_weights as quantize_weights
 from supersonic_moe.kernels.triton.router import route_backward as route_backward
 from supersonic_moe.kernels.triton.router import route_forward as route_forward
+from supersonic_moe.kernels.triton.row_parts import row_parts as row_parts
 from supersonic_moe.kernels.triton.score_gradient import row_dot as row_dot
 from supersonic_moe.kernels.triton.token_rounding import token_rounding_backward as token_rounding_backward
 from supersonic_moe.kernels.triton.token_rounding import token_rounding_forward as token_rounding_forward
