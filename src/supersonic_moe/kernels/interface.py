@@ -183,6 +183,23 @@ class PlanTensors(NamedTuple):
     """(E,)"""
 
 
+class Departures(NamedTuple):
+    """Copies of tokens for ranks, in order of rank, then token: as many as ``tokens_R`` sums up to, of at most T·R."""
+
+    ids_TK: Tensor
+    """int32 experts; -1 where a choice has none."""
+    token_M: Tensor
+    """int32 token of each copy; -1 where there is none."""
+    copy_TR: Tensor
+    """int32 copy of each token for each rank; -1 where it does not go."""
+    copy_TK: Tensor
+    """int32 copy that carries each choice; -1 where it has no expert."""
+    tokens_R: Tensor
+    """int32 tokens for each rank."""
+    rows_E: Tensor
+    """int32 or int64 choices of each expert."""
+
+
 class Sources(NamedTuple):
     """Where the tokens of a plan come from: ``ranks`` ranks, in order, with as many tokens each."""
 
@@ -281,6 +298,11 @@ class Routing(Protocol):
     def build_plan(self, slots: Slots) -> PlanTensors:
         """A slot whose expert is outside [0, E), whose token is outside [0, T), or whose row would be past
         ``capacity``, is skipped: its reverse index is -1.
+        """
+
+    def departures_everywhere(self, ids_TK: Tensor, num_experts: int, ranks: int, places: int) -> Departures:
+        """Of ids int32 or int64, outside [0, E) where a choice has no expert: all tokens go to all ranks, the copy of
+        token t for rank r to the place r·places + t.
         """
 
     def row_parts(self, expert_offsets: Tensor, gather_index: Tensor, sources: Sources) -> PartLimits:

@@ -106,7 +106,7 @@ class _Experts(torch.autograd.Function):
         if targets.w2 is not None:
             dw2 = targets.w2.finish(ctx.parameters[1], dout_TH.dtype)
         grads = [
-            g if need else None for g, need in zip((dx, dscores, dw1, found.b1, dw2, found.b2), needed, strict=True)
+            g if need else None for g, need in zip((dx, dscores, dw1, found.b1, dw2, found.b2), needs, strict=True)
         ]
         if torch.is_grad_enabled():  # create_graph
             given = [g for g in grads if g is not None]

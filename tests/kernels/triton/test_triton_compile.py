@@ -205,6 +205,7 @@ def main() -> None:
         round_tokens(40, e, k, torch.float32, 2.5, "SR-f")
         plan(40, e, k, i32, 1)
         pad_segments(torch.zeros(e + 1, dtype=i32), torch.zeros(40, dtype=i32), 256)
+        kernels.departures_everywhere(torch.zeros(40, k, dtype=i32), 4 * e, 4, 50)
         kernels.row_parts(torch.zeros(e + 1, dtype=i32), torch.zeros(40, dtype=i32), Sources(1, 3, 10))
     case = "E 256 in 8 groups, K 8"
     route(40, 256, 8, torch.float32, SigmoidGroupedTopK(num_groups=8, topk_groups=4), torch.zeros(256))
@@ -241,6 +242,8 @@ def main() -> None:
         experts(t, 64, 32, 64, 2, bf16, as_activation("swiglu"), layouts[0], biased=True)
         fp8(t, 64, 32, pow2=False)
         pad_segments(torch.zeros(65, dtype=i32), torch.zeros(t, dtype=i32), 128 * t)
+        kernels.departures_everywhere(torch.zeros(t, 2, dtype=i32), 64, 4, 2 * t)
+        kernels.row_parts(torch.zeros(65, dtype=i32), torch.zeros(t, dtype=i32), Sources(t % 3, 3, t))
         rows = torch.zeros(16 * t, 64, dtype=bf16)
         offsets = torch.tensor([0, *[16 * t] * 64], dtype=i32)
         kernels.grouped_mm_wgrad(Rows(rows), rows, offsets)
