@@ -149,7 +149,7 @@ def run_layer(
     """:func:`moe_layer`, for a router's weight or for any router, x (T, H) -> logits (T, E)."""
     if selection.token_mask_T is not None:
         x_TH = selection.without_padding(x_TH)
-    experts = _checked(x_TH, w1, w2, Options.read(options))
+    experts = checked_experts(x_TH, w1, w2, Options.read(options))
     k, policy, bias, step, *_ = selection
     num_experts, backend = w1.shape[0], experts.options.backend
     if isinstance(router_or_logits, RouterWeight) and _in_one(experts, router_or_logits, selection):
@@ -206,7 +206,7 @@ def topk_experts(
     Ids outside [0, E) are skipped (masked, not multiplied by zero): -1, or the sentinel E of expert parallelism.
     Options: :class:`ExpertOptions`.
     """
-    experts = _checked(x_TH, w1, w2, Options.read(options))
+    experts = checked_experts(x_TH, w1, w2, Options.read(options))
     validate = experts.options.validate
     checks.ids("topk_ids", topk_ids_TK, 2)
     checks.size("topk_ids", "one row per token,", topk_ids_TK.shape[0], x_TH.shape[0], "the rows of x")
@@ -239,7 +239,7 @@ def routed_experts(
     Triples with a token outside [0, T) or an expert outside [0, E) are skipped; a token without experts gets zeros.
     Options: :class:`ExpertOptions`.
     """
-    experts = _checked(x_TH, w1, w2, Options.read(options))
+    experts = checked_experts(x_TH, w1, w2, Options.read(options))
     validate = experts.options.validate
     checks.ids("token_indices", token_indices_S, 1)
     checks.same_shape("token_indices", token_indices_S, "scores", scores_S)
@@ -268,7 +268,7 @@ def dispatched_experts(
             come out as zeros.
         options: :class:`ExpertOptions`.
     """
-    experts = _checked(x_RH, w1, w2, Options.read(options))
+    experts = checked_experts(x_RH, w1, w2, Options.read(options))
     validate = experts.options.validate
     checks.ids("offs", offs_E, 1)
     checks.size("offs", "length", offs_E.shape[0], w1.shape[0], "one cumulative end for each expert of w1")
@@ -295,7 +295,7 @@ def experts_from_plan(
     layers); scores (S,) by slot. Returns (T, H) in the dtype of x. Options: :class:`ExpertOptions`; ``validate`` checks
     the scores, not the plan.
     """
-    experts = _checked(x_TH, w1, w2, Options.read(options))
+    experts = checked_experts(x_TH, w1, w2, Options.read(options))
     if not isinstance(plan, RoutingPlan):
         raise TypeError(
             f"plan must be a RoutingPlan; got {checks.describe(plan)}. Build one, e.g. with plan_from_topk."
@@ -312,7 +312,7 @@ def experts_from_plan(
 # ---- what every entry point does first -------------------------------------------------------------------------------
 
 
-class _Experts(NamedTuple):
+class CheckedExperts(NamedTuple):
     """Checked operands of one call, in the dtype of the computation."""
 
     x: Tensor
@@ -350,8 +350,8 @@ class _Experts(NamedTuple):
         return small_batch.run(self.x, ids_TK, scores_TK, self.w1, self.w2, self.options)
 
 
-def _in_one(experts: _Experts, router: RouterWeight, selection: Selection) -> bool:
-    """Whether a call with a plain router is one for :meth:`_Experts.run_all`."""
+def _in_one(experts: CheckedExperts, router: RouterWeight, selection: Selection) -> bool:
+    """Whether a call with a plain router is one for :meth:`CheckedExperts.run_all`."""
     x, w1, _, w2, _, options = experts
     return (
         whole.suits(x, options.backend)
@@ -365,7 +365,7 @@ def _in_one(experts: _Experts, router: RouterWeight, selection: Selection) -> bo
     )
 
 
-def _checked(x: Tensor, w1: Tensor, w2: Tensor, options: Options) -> _Experts:
+def checked_experts(x: Tensor, w1: Tensor, w2: Tensor, options: Options) -> CheckedExperts:
     """Check everything that metadata shows. Under ``torch.autocast`` the layer computes in the autocast dtype, like a
     linear layer.
     """
@@ -422,7 +422,7 @@ def _checked(x: Tensor, w1: Tensor, w2: Tensor, options: Options) -> _Experts:
             registry.choose_fp8(x.device, hidden=hidden, intermediate=intermediate, backend=backend)
         else:
             registry.choose(x.device, x.dtype, hidden=hidden, intermediate=intermediate, backend=backend)
-    return _Experts(x, first, b1, second, b2, options)
+    return CheckedExperts(x, first, b1, second, b2, options)
 
 
 def _check_router_weight(x: Tensor, weight: Tensor, num_experts: int, dtype: torch.dtype | None) -> None:

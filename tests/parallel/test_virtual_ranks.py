@@ -48,6 +48,14 @@ def test_products_in_parts_have_the_bits_of_whole_ones(tokens: tuple[int, ...], 
 
 
 @pytest.mark.parametrize("gpu", ON)
+@pytest.mark.parametrize("size", [2, 4])
+def test_exact_rows_that_travel_beside_products_have_the_bits_of_one_process(size: int, gpu: bool) -> None:
+    calls = [(SIZES[i : i + size], BF16, r, i % 2 == 1) for i, r in enumerate(("random", "skewed", "masked", "nobody"))]
+    calls += [((0,) * size, BF16, "random", True), ((512,) + (3,) * (size - 1), BF16, "random", False)]
+    assert alone(cases.exact_in_parts, size, gpu, calls) == [[]] * size
+
+
+@pytest.mark.parametrize("gpu", ON)
 def test_random_calls_with_random_delays_repeat_to_the_bit(gpu: bool) -> None:
     assert alone(cases.random_calls, 4, gpu, 60) is True
 

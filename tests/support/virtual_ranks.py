@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed import multi_threaded_pg
 
-from supersonic_moe.kernels.sm90.exchange_flags import ALL, LATE, MAX_RANKS, OTHER_CALL, STOPPED, ExchangeFlags, Failure
+from supersonic_moe.kernels.sm90.exchange_flags import LATE, MAX_RANKS, OTHER_CALL, STOPPED, ExchangeFlags, Failure
 from supersonic_moe.parallel import transport
 from supersonic_moe.parallel.symmetric import HEAD, Memory
 
@@ -135,8 +135,8 @@ class CarefulFlags(ExchangeFlags):
     def begin(self, bank: int, call: int, phase: int) -> None:
         self.around(lambda: ExchangeFlags.begin(self, bank, call, phase))
 
-    def meet(self, kind: int, call: int, phase: int, sources: int = ALL) -> None:
-        self.around(lambda: ExchangeFlags.meet(self, kind, call, phase, sources))
+    def meet(self, kind: int, call: int, phase: int) -> None:
+        self.around(lambda: ExchangeFlags.meet(self, kind, call, phase))
 
     def around(self, launch: Callable[[], None]) -> None:
         """A launch that waits for others."""
@@ -182,12 +182,10 @@ class ThreadFlags:
         for peer in self._others:
             self._wait(peer, MAX_RANKS + peer, self._epoch - left << 32, call, phase)
 
-    def meet(self, kind: int, call: int, phase: int, sources: int = ALL) -> None:
+    def meet(self, kind: int, call: int, phase: int) -> None:
         flag = self._epoch << 32 | kind
         self._tell(MAX_RANKS, flag)
         for peer in self._others:
-            if not sources >> peer & 1:
-                continue
             seen = self._wait(peer, MAX_RANKS + peer, flag, call, phase)
             if seen >> 32 == self._epoch and seen != flag:
                 self._fail(Failure(OTHER_CALL, call, phase, peer, flag, seen))
