@@ -154,7 +154,7 @@ def run_layer(
         layer = _in_one(x_TH, router_or_logits.weight_EH, w1, w2, selection, read)
         if layer is not None:
             return layer
-    experts = _checked(x_TH, w1, w2, read)
+    experts = checked_experts(x_TH, w1, w2, read)
     k, policy, bias, step, *_ = selection
     num_experts, backend = w1.shape[0], experts.options.backend
     logits_TE, x_for_experts = router_logits(x_TH, experts.x, router_or_logits, num_experts)
@@ -188,7 +188,7 @@ def _in_one(
     if key is None:
         return None
     if not passed.has_passed(key):
-        experts = _checked(x_TH, w1, w2, options)
+        experts = checked_experts(x_TH, w1, w2, options)
         if small_batch.suits(experts.x, w1, w2, k, options):
             return None
         _check_router_weight(experts.x, router_weight_EH, w1.shape[0], None)
@@ -237,7 +237,7 @@ def topk_experts(
     if key is not None and passed.has_passed(key):
         weights = Weight(w1, w1), read.b1, Weight(w2, w2), read.b2
         return whole.run_ids(x_TH, topk_ids_TK, topk_scores_TK, *weights, read)
-    experts = _checked(x_TH, w1, w2, read)
+    experts = checked_experts(x_TH, w1, w2, read)
     validate = experts.options.validate
     checks.ids("topk_ids", topk_ids_TK, 2)
     checks.size("topk_ids", "one row per token,", topk_ids_TK.shape[0], x_TH.shape[0], "the rows of x")
@@ -274,7 +274,7 @@ def routed_experts(
     Triples with a token outside [0, T) or an expert outside [0, E) are skipped; a token without experts gets zeros.
     Options: :class:`ExpertOptions`.
     """
-    experts = _checked(x_TH, w1, w2, Options.read(options))
+    experts = checked_experts(x_TH, w1, w2, Options.read(options))
     validate = experts.options.validate
     checks.ids("token_indices", token_indices_S, 1)
     checks.same_shape("token_indices", token_indices_S, "scores", scores_S)
@@ -303,7 +303,7 @@ def dispatched_experts(
             come out as zeros.
         options: :class:`ExpertOptions`.
     """
-    experts = _checked(x_RH, w1, w2, Options.read(options))
+    experts = checked_experts(x_RH, w1, w2, Options.read(options))
     validate = experts.options.validate
     checks.ids("offs", offs_E, 1)
     checks.size("offs", "length", offs_E.shape[0], w1.shape[0], "one cumulative end for each expert of w1")
@@ -330,7 +330,7 @@ def experts_from_plan(
     layers); scores (S,) by slot. Returns (T, H) in the dtype of x. Options: :class:`ExpertOptions`; ``validate`` checks
     the scores, not the plan.
     """
-    experts = _checked(x_TH, w1, w2, Options.read(options))
+    experts = checked_experts(x_TH, w1, w2, Options.read(options))
     if not isinstance(plan, RoutingPlan):
         raise TypeError(
             f"plan must be a RoutingPlan; got {checks.describe(plan)}. Build one, e.g. with plan_from_topk."
@@ -347,7 +347,7 @@ def experts_from_plan(
 # ---- what every entry point does first -------------------------------------------------------------------------------
 
 
-class _Experts(NamedTuple):
+class CheckedExperts(NamedTuple):
     """Checked operands of one call, in the dtype of the computation."""
 
     x: Tensor
@@ -370,7 +370,7 @@ class _Experts(NamedTuple):
         return small_batch.run(self.x, ids_TK, scores_TK, self.w1, self.w2, self.options)
 
 
-def _checked(x: Tensor, w1: Tensor, w2: Tensor, options: Options) -> _Experts:
+def checked_experts(x: Tensor, w1: Tensor, w2: Tensor, options: Options) -> CheckedExperts:
     """Check everything that metadata shows. Under ``torch.autocast`` the layer computes in the autocast dtype, like a
     linear layer.
     """
@@ -427,7 +427,7 @@ def _checked(x: Tensor, w1: Tensor, w2: Tensor, options: Options) -> _Experts:
             registry.choose_fp8(x.device, hidden=hidden, intermediate=intermediate, backend=backend)
         else:
             registry.choose(x.device, x.dtype, hidden=hidden, intermediate=intermediate, backend=backend)
-    return _Experts(x, first, b1, second, b2, options)
+    return CheckedExperts(x, first, b1, second, b2, options)
 
 
 def _check_router_weight(x: Tensor, weight: Tensor, num_experts: int, dtype: torch.dtype | None) -> None:
