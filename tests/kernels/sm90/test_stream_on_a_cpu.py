@@ -95,7 +95,7 @@ def run(
     order = as_layout(case.order)
     always = shared or Fp8Experts(case.w13[:1], case.w13_scale[:1], case.w2[:1], case.w2_scale[:1])
     _, strides = pairs(case.w13, order is GateUpLayout.INTERLEAVED)
-    counters = torch.zeros(num_counters(items, rows, inter), dtype=torch.int32)
+    counters = torch.zeros(num_counters(items, rows, hidden, inter), dtype=torch.int32)
     out, planes = nan(tokens, hidden).bfloat16(), nan_codes(blocks(hidden), rows, 128)
     scale_strides = (0, 0) if x_scale is None else x_scale.stride()
     arguments = (
