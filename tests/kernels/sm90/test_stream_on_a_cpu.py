@@ -123,11 +123,11 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 # tokens, hidden, I, experts, choices, blocks
 FEW_ROWS, NARROW, ONE_STRIP = (3, 512, 256, 3, 2, 8), (20, 512, 256, 3, 2, 8), (2, 256, 128, 4, 2, 2)
-STRIPS, MANY_ROWS = (4, 1152, 256, 6, 3, 2), (150, 256, 128, 2, 2, 2)
+STRIPS, NARROW_STRIPS, MANY_ROWS = (4, 1152, 256, 6, 3, 2), (3, 1152, 128, 3, 2, 4), (150, 256, 128, 2, 2, 2)
 
 
 @pytest.mark.parametrize("order", ["gate_up", "up_gate", "interleaved"])
-@pytest.mark.parametrize("sizes", [FEW_ROWS, NARROW, ONE_STRIP, STRIPS, MANY_ROWS])
+@pytest.mark.parametrize("sizes", [FEW_ROWS, NARROW, ONE_STRIP, STRIPS, NARROW_STRIPS, MANY_ROWS])
 def test_as_the_reference(sizes: tuple[int, ...], order: str, stream: Any) -> None:
     tokens, hidden, inter, local, choices, grid = sizes
     case = make_case(
