@@ -76,6 +76,20 @@ def test_nothing_passes_that_is_behind_or_absent(
     assert all(want in line for want, line in zip(found, lines, strict=False)), lines
 
 
+def test_weights_that_are_held_are_checked_too(tmp_path: Path) -> None:
+    """They have a metric, and a column of the page, of their own."""
+    held: Rows = USUAL | {("T2", "held_us", "sonicmoe"): (1.70, (1.69, 1.71))}
+    fresh = write(tmp_path / "fresh" / "layer-fp8.json", held)
+    write(tmp_path / "old" / "layer-fp8.json", held)
+    check = "bench", "check", str(fresh), "--committed", str(tmp_path / "old")
+    assert run(*check).exit_code == 0
+    page = readme.performance(tmp_path / "fresh")
+    assert "the same, weights quantized before: ours, µs" in page and "| 1.700 (1.690–1.710) |" in page
+    write(fresh, USUAL)
+    result = run(*check, columns=400)
+    assert result.exit_code == 1 and "T2 · held_us · sonicmoe: missing; it was 1.700" in result.output
+
+
 @pytest.mark.parametrize(
     "damage",
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from command_line import QUICK, run
 
 from supersonic_moe import Bf16Recipe, Fp8Recipe
-from supersonic_moe.bench import breakdown, layer, spans
+from supersonic_moe.bench import breakdown, layer, report, spans
 from supersonic_moe.bench.layer import OURS_BF16, LayerConfig, recipe_name
 from supersonic_moe.bench.report import OURS
 from supersonic_moe.bench.shapes import LAYER_SETS
@@ -87,6 +88,28 @@ def test_fp8_meets_our_bf16_layer_with_the_same_weights(monkeypatch: pytest.Monk
     ours, bf16 = result.metrics[OURS], result.metrics[OURS_BF16]
     assert 0 < ours["quantize_share"] < 1 and "quantize_share" not in bf16
     assert ours["saved_bytes"] / bf16["saved_bytes"] == ours["saved_of_formula"] / bf16["saved_of_formula"]
+
+
+def test_weights_that_are_held_are_quantized_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the rounds of forward + backward, beside the peers' times of them; everywhere else in every forward."""
+    quantized, original = [], layer.MoE.forward
+
+    def spy(self: layer.MoE, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        quantized.append((id(self), self.weight_cache._holds, len(self.weight_cache._entries)))
+        return result
+
+    monkeypatch.setattr(layer.MoE, "forward", spy)
+    result = layer.run_case(SMALL, replace(quick(Fp8Recipe()), pairs=6))
+    held = [entries for _, holds, entries in quantized if holds]
+    assert len({name for name, holds, _ in quantized if holds}) == 1 and set(held) == {2}
+    assert all(entries == 0 for _, holds, entries in quantized if not holds)
+    ours, bf16 = result.metrics[OURS], result.metrics[OURS_BF16]
+    assert ours["held_us"] > 0 and ours["held_us"] != ours["fwd_bwd_us"] and bf16["held_us"] == bf16["fwd_bwd_us"]
+    assert list(result.metrics) == [OURS, OURS_BF16] and ("held_us", OURS_BF16) in result.pairs
+    rows = {row.metric: row for row in report.rows(result)}
+    assert rows["held_us"].peer == OURS_BF16 and rows["held_us"].interval is not None
+    assert "held_us" not in layer.run_case(SMALL, quick(Bf16Recipe())).metrics[OURS]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=recipe_name)

@@ -222,7 +222,7 @@ def test_pad_segments(device: torch.device, counts: list[int], tokens: int, seed
     capacity = padded_capacity(len(gather), len(counts))
     got = pad_segments(offsets, gather, capacity)
     assert_same_bytes(got, reference.pad_segments(offsets, gather, capacity))
-    starts, row, token = (t.tolist() for t in got)
+    starts, row, token, source = (t.tolist() for t in got)
     assert starts == [0, *itertools.accumulate(blocks(n) * BLOCK for n in counts)] and starts[-1] <= capacity
     where = [-1] * capacity
     for start, first, n in zip(starts, offsets.tolist(), counts, strict=False):
@@ -230,6 +230,27 @@ def test_pad_segments(device: torch.device, counts: list[int], tokens: int, seed
     tokens_of = [int(gather[p]) if p >= 0 else -1 for p in where]
     assert token == tokens_of
     assert row == [p if t >= 0 else -1 for p, t in zip(where, tokens_of, strict=True)]
+    read = [token[at : at + BLOCK] for at in range(0, capacity, BLOCK)]
+    for block, mine in enumerate(read):
+        same = mine[0] >= 0 and mine[0] % BLOCK == 0 and mine == [*read, *[None] * 20][mine[0] // BLOCK]
+        assert source[block] == (mine[0] // BLOCK if same else block)
+
+
+def test_experts_that_read_the_same_tokens(device: torch.device) -> None:
+    """Of three: the second reads what the first does but for one token, the third less than that, two blocks apart."""
+    tokens = torch.arange(300, dtype=torch.int32)
+    other = tokens.clone()
+    other[200] = 7
+    parts = tokens, other, tokens[:260], tokens[128:256], torch.full((5,), -1, dtype=torch.int32)
+    offsets = torch.tensor([0, *itertools.accumulate(len(part) for part in parts)], dtype=torch.int32, device=device)
+    index = torch.cat(parts).to(device)
+    capacity = padded_capacity(len(index), len(parts))
+    got = pad_segments(offsets, index, capacity)
+    assert_same_bytes(got, reference.pad_segments(offsets, index, capacity))
+    source = got.source.tolist()
+    assert source[:11] == [0, 1, 2, 0, 4, 2, 0, 1, 8, 1, 10] and source[11:] == list(range(11, capacity // BLOCK))
+    read = got.token_index.view(-1, BLOCK)
+    assert torch.equal(read[got.source.long()], read)
 
 
 @POW2
@@ -239,7 +260,7 @@ def test_columns(
     pow2: bool, device: torch.device, counts: list[int], c: int, seed: int, tiled: bool, bad: bool
 ) -> None:
     offsets, gather = plan_index(counts, 30, seed, device)
-    _, _, token = reference.pad_segments(offsets, gather, padded_capacity(len(gather), len(counts)))
+    token = reference.pad_segments(offsets, gather, padded_capacity(len(gather), len(counts))).token_index
     x = sample(31, c + 8, seed=seed, device=device)[:, :c]
     x = hostile(x.contiguous()) if bad else x
     x[30] = math.nan  # a token that nobody reads
@@ -260,7 +281,7 @@ def test_columns(
 @given(counts=COUNTS, c=SIDES, seed=st.integers(0, 999))
 def test_tiles(pow2: bool, device: torch.device, counts: list[int], c: int, seed: int) -> None:
     offsets, gather = plan_index(counts, 30, seed, device)
-    _, row, _ = reference.pad_segments(offsets, gather, padded_capacity(len(gather), len(counts)))
+    row = reference.pad_segments(offsets, gather, padded_capacity(len(gather), len(counts))).row_index
     x = sample(len(gather), c, seed=seed, device=device)
     held = row[row >= 0].long()
     nobody = torch.ones(len(x), dtype=torch.bool, device=device)

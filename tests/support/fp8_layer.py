@@ -102,7 +102,7 @@ def fp8_backward(dout_TH: Tensor, z_PN: Tensor, call: Fp8Call, tiled: Collection
         operands = (t.bfloat16().to(acc) for t in (dout_PH, as_PI, dz_PN, x_PH))
         offsets = plan.expert_offsets
     else:
-        offsets, row_index, token_index = pad_segments(
+        offsets, row_index, token_index, _ = pad_segments(
             plan.expert_offsets, plan.gather_index, padded_capacity(plan.capacity, plan.num_experts)
         )
         sources = {

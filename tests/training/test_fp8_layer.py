@@ -28,7 +28,7 @@ from supersonic_moe.kernels.interface import Backend, BothOrders, Into, Quantize
 from supersonic_moe.kernels.reference.gather import gather_rows
 from supersonic_moe.quantization.block_format import blocks
 from supersonic_moe.training.arguments import Weight
-from supersonic_moe.training.ops import run_experts
+from supersonic_moe.training.experts import run_experts
 from supersonic_moe.training.options import Options
 
 RECIPES = [
@@ -72,7 +72,9 @@ def lossless() -> Backend:
     def quantize_weights(both: list[Tensor], pow2: bool = False) -> list[tuple[Tensor, Tensor, Tensor]]:
         return [(w.clone(), w.mT.clone(), w.new_ones(w.shape[0], blocks(w.shape[1]), blocks(w.shape[2]))) for w in both]
 
-    def quantize_columns(x: Tensor, index: Tensor, pow2: bool = False, tiled: bool = False) -> Quantized:
+    def quantize_columns(
+        x: Tensor, index: Tensor, pow2: bool = False, tiled: bool = False, source: Tensor | None = None
+    ) -> Quantized:
         ones = x.new_ones(blocks(x.shape[1]) if tiled else x.shape[1], blocks(len(index)))
         return Quantized(gather_rows(x, index).T, ones)
 
@@ -84,7 +86,9 @@ def lossless() -> Backend:
         assert b.scale.shape == (b.shape[0], blocks(b.shape[1]), blocks(b.shape[2]))
         return reference.grouped_mm(Rows(a.x.q, a.gather_index), b.q.mT, offsets)
 
-    def grouped_mm_wgrad_fp8(a: Quantized, b: Quantized, offsets: Tensor, into: Into) -> Tensor:
+    def grouped_mm_wgrad_fp8(
+        a: Quantized, b: Quantized, offsets: Tensor, into: Into, source: Tensor | None = None
+    ) -> Tensor:
         assert a.scale.shape == (a.shape[0], blocks(a.shape[1]))
         assert b.scale.shape == (blocks(b.shape[0]), blocks(b.shape[1]))
         return reference.grouped_mm_wgrad(Rows(a.q.T), b.q.T, offsets, into)
@@ -155,6 +159,26 @@ def test_bits_are_those_of_the_arithmetic(recipe: Fp8Recipe, inputs: Any, monkey
         expected = want[name].to(got[name].dtype)
         assert error(got[name], expected) < 2e-4, name
         assert (got[name] != expected).double().mean() < 0.01 or name == "ds"
+
+
+def test_columns_of_experts_with_the_same_tokens_are_written_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many choices as experts: the second and third expert's are NaN, and the gradients have the same bits."""
+    layer = on_bf16_grid(Layer(topk_plan(300, 5, 3), 136, 72, as_activation("swiglu")))
+    want, quantize_columns, left_out = run(layer), reference.quantize_columns, 0
+
+    def once(*args: Any, source: Tensor | None = None, **options: Any) -> Quantized:
+        nonlocal left_out
+        q, scale = quantize_columns(*args, **options)
+        if source is not None:
+            others = source != torch.arange(len(source))
+            q.view(torch.uint8).unflatten(1, (-1, 128))[:, others] = 0x7F
+            scale[:, others] = torch.nan
+            left_out += int(others.sum())
+        return Quantized(q, scale)
+
+    monkeypatch.setattr(reference, "quantize_columns", once)
+    got = run(layer)
+    assert left_out == 2 * 6 and all(torch.equal(got[n], want[n]) for n in want)
 
 
 @pytest.mark.parametrize("inputs", [gaussian, outliers, all_positive], ids=lambda f: f.__name__)

@@ -14,7 +14,7 @@ from typing import Any
 from supersonic_moe.bench.readme import SUITES, read
 from supersonic_moe.bench.report import Row
 
-COMPARED = {name: (shown.compared,) for name, shown in SUITES.items()} | {"layer": ("fwd_us", "fwd_bwd_us")}
+COMPARED = {name: (shown.compared,) for name, shown in SUITES.items()} | {"layer": ("fwd_us", "fwd_bwd_us", "held_us")}
 
 
 def findings(fresh: Path, committed: Path, tolerance: float) -> list[str]:

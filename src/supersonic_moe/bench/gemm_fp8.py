@@ -139,7 +139,7 @@ def _weight_gradients(case: GemmCase, device: torch.device) -> Builders:
     offsets = offsets_of(case, device)
     rows_P = torch.arange(case.rows, device=device, dtype=torch.int32)
     capacity = case.experts * blocks(case.rows_per_expert) * BLOCK
-    positions, _, index_G = pad_segments(offsets, rows_P, capacity)
+    positions, _, index_G, _ = pad_segments(offsets, rows_P, capacity)
     a_MG, b_NG = quantize.quantize_columns(a_PM, index_G), quantize.quantize_columns(b_PN, index_G, tiled=True)
 
     def of_expert(q_CG: Tensor, scale: Tensor, expert: int) -> Tensor:

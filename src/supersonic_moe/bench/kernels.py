@@ -236,7 +236,7 @@ def kernel_calls(shape: LayerShape, config: LayerConfig) -> dict[str, Call]:
     del da_PI
     y_PH = normal(plan.capacity, H)  # and dx before its sum
     positions = block_format.padded_capacity(plan.capacity, E)
-    _, row_index_G, token_index_G = reference_quantize.pad_segments(offsets, plan.gather_index, positions)
+    segments = reference_quantize.pad_segments(offsets, plan.gather_index, positions)
     of_tokens = (row_expert, TokenRows(plan.token_rows, None, K, T))
     grad_w1, grad_w2 = (torch.zeros(w.shape, device=config.device) for w in (w1_ENH, w2_EHI))  # fp32, as main_grad is
     add_w1, add_w2 = Into(grad_w1, transposed=True, accumulate=True), Into(grad_w2, accumulate=True)
@@ -263,8 +263,8 @@ def kernel_calls(shape: LayerShape, config: LayerConfig) -> dict[str, Call]:
         "quantize_rows_x": lambda: quantizers.quantize_rows(x_TH),
         "quantize_blocks_w1": lambda: quantizers.quantize_weights([w1_ENH])[0],
         "quantize_blocks_w2": lambda: quantizers.quantize_weights([w2_EHI])[0],
-        "quantize_columns_x": lambda: quantizers.quantize_columns(x_TH, token_index_G),
-        "quantize_both_orders_dz": lambda: quantizers.quantize_both_orders(dz_PN, row_index_G),
+        "quantize_columns_x": lambda: quantizers.quantize_columns(x_TH, segments.token_index, source=segments.source),
+        "quantize_both_orders_dz": lambda: quantizers.quantize_both_orders(dz_PN, segments.row_index),
     }
 
 

@@ -17,7 +17,9 @@ Under token rounding, ``plain_topk`` is one of the contenders: our layer with th
 router, as in evaluation. What rounding is worth is the ratio of the two TFLOP/s, because R differs a little.
 
 With an FP8 recipe, ``ours-BF16`` is one of the contenders: our layer with the same weights and Bf16Recipe. Weights
-are quantized in every forward, as in a training step without micro-batches.
+are quantized in every forward, as in a training step without micro-batches. ``held_us`` is what fwd_bwd takes with
+micro-batches, inside ``constant_weights``, where they were quantized before; it runs in the same rounds, and beside it
+stand what the peers take for their fwd_bwd, to whom the number of micro-batches is all one.
 
 A peer is only compared if it computes the same function (:func:`_same_function`), output and gradients: with an FP8
 recipe as ``ours-BF16`` does, else as we do. ``plain_topk`` is exempt: it is there because it computes something else.
@@ -30,15 +32,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from supersonic_moe import ActivationType, KernelBackendMoE, MoE
+from supersonic_moe import ActivationType, KernelBackendMoE, MoE, constant_weights
 from supersonic_moe.bench.layer_peers import FP8, INTERLEAVED, PEERS
 from supersonic_moe.bench.report import OURS, CaseResult, Metrics
 from supersonic_moe.bench.spans import marks_for, measure_spans
@@ -60,9 +62,11 @@ from supersonic_moe.config.recipe import Bf16Recipe, Fp8Recipe, Recipe
 from supersonic_moe.config.router import TokenRounding, as_router
 from supersonic_moe.perf_model import H200, LayerShape, Machine, layer_flops, saved_activation_bytes
 from supersonic_moe.quantization.block_format import E4M3
+from supersonic_moe.quantization.weight_cache import WeightCache
 
 PLAIN = "plain_topk"
 OURS_BF16 = "ours-BF16"
+HELD = "weights held"  # our layer again, where they are; it has no row of its own but ``held_us``
 SAME_FUNCTION = 0.03  # median relative distance of a token's output; bf16 rounding alone gives 0.005
 SAME_FUNCTION_FP8 = 0.1  # rounding four operands to e4m3 gives 0.06
 OTHER_TOKEN = 2.0  # times the limit of the median, from where a token's output counts as that of another choice
@@ -178,7 +182,11 @@ def run_case(shape: LayerShape, config: LayerConfig, progress: Callable[[str], N
         calls = {name: getattr(contender, mode) for name, contender in contenders.items()}
         rounds = ROUNDS if mode == "infer" else config.pairs  # pairs are for the passes of training
         run = partial(measure, calls, clock, warm_ms=config.warm_ms, min_ms=config.min_ms, rounds=rounds, beside=OURS)
-        timings: dict[str, Timing | Missing] = required(f"{case}, {mode}", run)
+        holds = config.fp8 and mode == "fwd_bwd"
+        with _held(layer, config, contenders[OURS], calls) if holds else nullcontext():
+            timings: dict[str, Timing | Missing] = required(f"{case}, {mode}", run)
+        if holds:
+            _record_held(result, timings.pop(HELD), timings)
         for name, timing in timings.items():
             if not isinstance(timing, Missing):
                 flops = layer_flops(shape, gated=gated, rows=rows[name])
@@ -211,6 +219,29 @@ def run_case(shape: LayerShape, config: LayerConfig, progress: Callable[[str], N
         result.metrics[OURS]["quantize_share"] = spans.quantize_share
     result.metrics = {name: metrics for name, metrics in result.metrics.items() if metrics}
     return result
+
+
+@contextmanager
+def _held(layer: MoE, config: LayerConfig, ours: Contender, calls: dict[str, Callable[[], object]]) -> Iterator[None]:
+    """``calls`` with HELD, a copy of our layer with the same parameters that quantizes them once."""
+    held = copy(layer)
+    held.weight_cache = WeightCache()
+    with constant_weights(held):
+        calls[HELD] = replace(ours, forward=_forward_of(held, ours.x, config)).fwd_bwd
+        yield
+
+
+def _record_held(result: LayerResult, held: Timing | Missing, timings: dict[str, Timing | Missing]) -> None:
+    """Ours with weights that are held, beside what each peer takes."""
+    if isinstance(held, Missing):
+        result.missing[HELD] = held.reason
+        return
+    result.metrics[OURS]["held_us"] = held.us
+    for name, timing in timings.items():
+        if name != OURS and not isinstance(timing, Missing):
+            result.metrics[name]["held_us"] = timing.us
+            if pair := paired(timing, held):
+                result.pairs["held_us", name] = pair
 
 
 def _record_timing(
@@ -290,26 +321,34 @@ def _build_layer(shape: LayerShape, config: LayerConfig) -> MoE:
     return layer
 
 
+def _forward_of(moe: MoE, x_TH: Tensor, config: LayerConfig) -> Callable[[bool], Tensor]:
+    backend = KernelBackendMoE[config.backend]
+
+    def forward(inference: bool) -> Tensor:
+        out_TH: Tensor = moe(x_TH, backend, is_inference_mode=inference)[0]
+        return out_TH
+
+    return forward
+
+
 def _contenders(shape: LayerShape, config: LayerConfig, layer: MoE) -> dict[str, Contender]:
     x_TH = torch.randn(shape.tokens, shape.hidden, device=config.device, dtype=config.dtype)
     if config.skew:
         x_TH[:, 0] = 1
     x_TH.requires_grad_()
     dout_TH = torch.randn_like(x_TH)
-    backend = KernelBackendMoE[config.backend]
 
-    def ours(moe: MoE, inference: bool) -> Tensor:
-        out_TH: Tensor = moe(x_TH, backend, is_inference_mode=inference)[0]
-        return out_TH
+    def ours(moe: MoE) -> Contender:
+        return Contender(_forward_of(moe, x_TH, config), x_TH, list(layer.parameters()), dout_TH)
 
-    contenders = {OURS: Contender(partial(ours, layer), x_TH, list(layer.parameters()), dout_TH)}
+    contenders = {OURS: ours(layer)}
     if isinstance(layer.routing, TokenRounding):
         plain = copy(layer).eval()  # shares the parameters
-        contenders[PLAIN] = Contender(partial(ours, plain), x_TH, list(layer.parameters()), dout_TH)
+        contenders[PLAIN] = ours(plain)
     if config.fp8:
         bf16 = copy(layer)
         bf16.recipe = Bf16Recipe()
-        contenders[OURS_BF16] = Contender(partial(ours, bf16), x_TH, list(layer.parameters()), dout_TH)
+        contenders[OURS_BF16] = ours(bf16)
     hugging_face = [layer.router.weight, _hugging_face_w1(layer), layer.c_proj.weight]
     for name in config.peers:
         parameters = list(layer.parameters()) if name in INTERLEAVED else hugging_face

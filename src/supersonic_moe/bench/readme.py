@@ -1,11 +1,12 @@
-"""The tables of README.md, docs/inference.md, docs/performance.md, docs/results.md and docs/transformers.md, made from
+"""The tables of README.md and of docs/{expert-parallel,inference,performance,results,transformers}.md, made from
 ``benchmarks/results/*.json`` so that no number is typed.
 
     python -m supersonic_moe.bench.readme     in the repository, after a benchmark has written its file
 
 README.md gets one table: the layers, in BF16 and in FP8. docs/performance.md sets them beside other libraries, as far
-as those ran in the same process. docs/inference.md gets who is fastest at each batch of the inference operator.
-docs/transformers.md gets the experts backends of Transformers, and in words where another one takes less time.
+as those ran in the same process. docs/inference.md gets who is fastest at each batch of the inference operator,
+docs/expert-parallel.md what ``MegaMoE`` costs (``mega_page.py``), and docs/transformers.md the experts backends of
+Transformers, in words where another one takes less time.
 docs/results.md gets every file of the suites in ``SUITES``: a line that says where its numbers come
 from, its figure if there is one, and a table. A table has a row for each case, a column for each headline metric of its
 suite, and a column for each peer: the compared metric of that peer over ours in the same run (above 1: ours is better).
@@ -26,6 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from supersonic_moe.bench import mega_page
+from supersonic_moe.bench.markdown import markdown as _markdown
+from supersonic_moe.bench.markdown import origin as _origin
 from supersonic_moe.bench.report import METRICS, Row, geomean, short
 
 RESULTS = Path("benchmarks/results")
@@ -48,7 +52,9 @@ class Headline:
 
 
 SUITES = {
-    "layer": Headline(("fwd_us", "fwd_bwd_us", "fwd_bwd_tflops", "mfu", "saved_bytes", "graph_us"), "fwd_bwd_us"),
+    "layer": Headline(
+        ("fwd_us", "fwd_bwd_us", "held_us", "fwd_bwd_tflops", "mfu", "saved_bytes", "graph_us"), "fwd_bwd_us"
+    ),
     "infer": Headline(
         ("hits", "replay_us", "floor_us", "gbps", "eager_us", "host_us", "fixed_us", "hit_us"), "replay_us"
     ),
@@ -117,12 +123,6 @@ def _section(path: Path, content: dict[str, Any], page: Path) -> str:
     if any(row.peer for row in rows):
         sections.append(f"*vs*: {_metric_label(shown.compared)} of that peer over ours, in the same run.")
     return "\n\n".join(sections)
-
-
-def _origin(content: dict[str, Any]) -> str:
-    commit, _, dirty = content["commit"].partition("-")
-    commit = f"{commit[:12]}{'-' + dirty if dirty else ''}"
-    return f"{content['device']}, torch {content['torch']}, commit `{commit}`, {content['date'][:10]}"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -254,19 +254,20 @@ def _measured_peers(content: dict[str, Any], peers: Iterable[str]) -> list[str]:
 
 def _beside(rows: list[Row], library: str) -> str:
     found = {(row.case, row.metric): row for row in rows if row.peer == library}
-    cases = dict.fromkeys(case for case, metric in found if metric in _PASSES)
+    passes = {metric: label for metric, label in _PASSES.items() if any(name == metric for _, name in found)}
+    cases = dict.fromkeys(case for case, metric in found if metric in passes)
     lines = [
-        [f"`{case}`", *(cell for metric in _PASSES for cell in _both(found.get((case, metric)), metric))]
+        [f"`{case}`", *(cell for metric in passes for cell in _both(found.get((case, metric)), metric))]
         for case in cases
     ]
     if len(cases) > 1:
-        means = (_mean([getattr(found.get((case, metric)), "ratio", None) for case in cases]) for metric in _PASSES)
+        means = (_mean([getattr(found.get((case, metric)), "ratio", None) for case in cases]) for metric in passes)
         lines.append(["geometric mean", *(cell for mean in means for cell in ("", "", mean))])
-    heads = (cell for name in _PASSES.values() for cell in (f"{name}: ours, µs", f"{_NAMES[library]}, µs", "ratio"))
+    heads = (cell for name in passes.values() for cell in (f"{name}: ours, µs", f"{_NAMES[library]}, µs", "ratio"))
     return _markdown(["case", *heads], lines)
 
 
-_PASSES = {"fwd_us": "forward", "fwd_bwd_us": "forward + backward"}
+_PASSES = {"fwd_us": "forward", "fwd_bwd_us": "forward + backward", "held_us": "the same, weights quantized before"}
 
 
 def _both(row: Row | None, metric: str) -> tuple[str, str, str]:
@@ -396,11 +397,6 @@ def _backends(rows: list[Row], metrics: tuple[str, ...]) -> str:
 # ---- cells -----------------------------------------------------------------------------------------------------------
 
 
-def _markdown(head: list[str], lines: list[list[str]]) -> str:
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))
-
-
 def _metric_label(name: str) -> str:
     return _METRICS[name].label.strip()
 
@@ -423,6 +419,13 @@ def _mean(ratios: list[float | None]) -> str:
 # ---- the pages -------------------------------------------------------------------------------------------------------
 
 
+def _serving(root: Path) -> str:
+    path = root / RESULTS / f"{mega_page.NAME}.json"
+    figure = path.with_name(f"{mega_page.NAME}-timeline.png")
+    shown = os.path.relpath(figure, root / "docs") if figure.is_file() else None
+    return mega_page.page(read(path) if path.is_file() else None, shown)
+
+
 @dataclass(frozen=True)
 class Page:
     path: Path
@@ -433,6 +436,7 @@ class Page:
 
 PAGES = (
     Page(Path("README.md"), "headline", lambda root: headline(root / RESULTS)),
+    Page(Path("docs/expert-parallel.md"), "serving", _serving),
     Page(Path("docs/inference.md"), "inference", lambda root: inference(root / RESULTS)),
     Page(Path("docs/performance.md"), "performance", lambda root: performance(root / RESULTS)),
     Page(Path("docs/results.md"), "results", lambda root: results(root / RESULTS, root / "docs/results.md")),

@@ -23,7 +23,7 @@ DEVICE void gradient(const TensorMap* map_a, const TensorMap* map_b, const Tenso
         const auto shared = shared_memory<C, C.shared_bytes(Epilogue::STAGING_BYTES), Epilogue::STAGING_BYTES>();
         const auto produce = [&](u32 warp) {
             if (warp > 0) return;
-            load_scaled_depth(shared, {offsets, experts, rows, columns, scales_b, columns, 1}, map_a, map_a, map_b, true, SCHEDULE);
+            load_scaled_depth(shared, {offsets, nullptr, experts, rows, columns, scales_b, columns, 1}, map_a, map_a, map_b, true, SCHEDULE);
         };
         run_roles(shared, produce, [&](u32 warp) { Epilogue{shared, {map_d, true, false}, warp / 4 - 1, warp}.run(rows); });
     } else {

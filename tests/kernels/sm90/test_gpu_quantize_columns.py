@@ -54,6 +54,18 @@ def test_strided_and_unaligned_rows() -> None:
     same_bytes(wide, index[1:129], False)
 
 
+def test_blocks_of_another_source_stay_as_they_are() -> None:
+    x = torch.randn(300, 136, device=CUDA, dtype=torch.bfloat16)
+    index = torch.arange(300, device=CUDA, dtype=torch.int32).repeat(2)[:512]
+    want = quantize_columns(x, index)
+    source = torch.tensor([0, 1, 2, 1], device=CUDA, dtype=torch.int32)
+    got = quantize_columns(x, index, source=source)  # of memory that poison fills
+    for a, b in zip(got, want, strict=True):
+        each = a.shape[1] // 4
+        assert torch.equal(words(a)[:, : 3 * each], words(b)[:, : 3 * each])
+        assert not torch.equal(words(a)[:, 3 * each :], words(b)[:, 3 * each :])
+
+
 def test_large() -> None:
     x = torch.randn(8192, 3072, device=CUDA, dtype=torch.bfloat16)
     same_bytes(x, torch.randint(0, 8192, (65536,), device=CUDA, dtype=torch.int32), False)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from supersonic_moe.kernels.interface import Into, Quantized
 from supersonic_moe.kernels.sm90.grouped_wgrad_fp8 import grouped_mm_wgrad_fp8
+from supersonic_moe.kernels.sm90.quantize_columns import quantize_columns as columns_in_cuda
 from supersonic_moe.kernels.triton.pad_segments import pad_segments
 from supersonic_moe.kernels.triton.quantize import quantize_columns
 from supersonic_moe.quantization.block_format import padded_capacity
@@ -33,7 +34,7 @@ def operands(counts: list[int], m: int, n: int, positive: bool = False) -> tuple
         t *= torch.exp(torch.randn(rows, 1, device=CUDA))
         t[:, : t.shape[1] // 2] *= 100
     every_row = torch.arange(rows, device=CUDA, dtype=torch.int32)
-    positions, row_index, _ = pad_segments(offsets, every_row, padded_capacity(rows, len(counts)))
+    positions, row_index, *_ = pad_segments(offsets, every_row, padded_capacity(rows, len(counts)))
     a, b = quantize_columns(x, row_index), quantize_columns(y, row_index, tiled=True)
     end = int(positions[-1])
     for q, scale in (a, b):
@@ -73,6 +74,25 @@ def test_tiles_with_scales_in_any_strides() -> None:
     a, b, positions = operands(GROUPS["ragged"], 136, 520)
     want = grouped_mm_wgrad_fp8(a, b, positions)
     assert torch.equal(grouped_mm_wgrad_fp8(a, b._replace(scale=b.scale.contiguous()), positions), want)
+
+
+def test_blocks_that_other_experts_hold() -> None:
+    """Experts of the same tokens: what is not its own source is NaN and never read. More than 32 K blocks a tile."""
+    counts = [5000, 5000, 300, 5000]
+    offsets = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=CUDA)
+    tokens = [torch.arange(n, dtype=torch.int32, device=CUDA) for n in counts]
+    tokens[3][130] = 7  # its second block has tokens of its own
+    padded = pad_segments(offsets, torch.cat(tokens), padded_capacity(sum(counts), len(counts)))
+    positions, row_index, token_index, source = padded
+    x, y = torch.randn(5000, 200, device=CUDA).bfloat16(), torch.randn(sum(counts), 264, device=CUDA).bfloat16()
+    b = quantize_columns(y, row_index, tiled=True)
+    want = grouped_mm_wgrad_fp8(quantize_columns(x, token_index), b, positions)
+    own = source == torch.arange(len(source), device=CUDA, dtype=torch.int32)
+    assert own.sum() == 40 + 1 + 1 and own[80 + 2] and own[83 + 1], "the first expert's, a ragged end, and two tokens"
+    shared = columns_in_cuda(x, token_index, source=source)
+    shared.q.view(torch.uint8).view(200, -1, 128)[:, ~own] = 0x7F
+    shared.scale[:, ~own] = float("nan")
+    assert torch.equal(grouped_mm_wgrad_fp8(shared, b, positions, source=source), want)
 
 
 def test_many_laps_and_tiles_with_empty_experts_between() -> None:

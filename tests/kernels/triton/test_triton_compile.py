@@ -55,13 +55,13 @@ def test_no_kernel_spills(compiled: list[dict[str, Any]]) -> None:
 
 def test_rows_move_in_16_byte_accesses(compiled: list[dict[str, Any]]) -> None:
     modules = {
-        "gather_quantized",
         "gather_rows",
         "gather_sum",
         "activation",
         "score_gradient",
         "bias_gradient",
         "quantize",
+        "scatter_quantized",
     }
     moving = [c for c in compiled if c["new"] and c["case"] == "H 2880, I 1536"]
     assert {c["kernel"].split(".")[0] for c in moving} == modules
@@ -84,10 +84,10 @@ def main() -> None:
     from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout, as_activation
     from supersonic_moe.config.router import MODES, SigmoidGroupedTopK, SoftmaxAfterTopK, SoftmaxBeforeTopK
     from supersonic_moe.kernels import triton as kernels
-    from supersonic_moe.kernels.interface import Gate, Into, KeptPairs, Rounding, Rows, Slots, TokenRows
+    from supersonic_moe.kernels.interface import Gate, Into, KeptPairs, Rounding, Rows, Slots, Sources, TokenRows
     from supersonic_moe.kernels.triton import pad_segments, quantize
     from supersonic_moe.kernels.triton.decode import decode
-    from supersonic_moe.kernels.triton.gather_quantized import gather_quantized
+    from supersonic_moe.kernels.triton.scatter_quantized import scatter_quantized
 
     class OfflineHopper:
         def get_current_device(self) -> int:
@@ -182,7 +182,8 @@ def main() -> None:
         index = torch.zeros(128 * t, dtype=i32)
         rows = quantize.quantize_rows(x, pow2)
         gathered = quantize.quantize_rows(x, pow2, tma=True)
-        gather_quantized(gathered, rows, index, index[:1], 1000)
+        scatter_quantized(gathered, x, None, index.view(t, 128)[:, :8].contiguous(), 7, None, pow2)
+        scatter_quantized(gathered, rows.q, rows.scale, index.view(t, 128)[:, :1].contiguous(), 1)
         quantize.quantize_blocks(w, pow2)
         quantize.quantize_weights((w, w.mT.contiguous()), pow2)
         quantize.quantize_columns(x, index, pow2)
@@ -218,6 +219,8 @@ def main() -> None:
         round_tokens(40, e, k, torch.float32, 2.5, "SR-f")
         plan(40, e, k, i32, 1)
         pad_segments(torch.zeros(e + 1, dtype=i32), torch.zeros(40, dtype=i32), 256)
+        kernels.departures_everywhere(torch.zeros(40, k, dtype=i32), 4 * e, 4, 50)
+        kernels.row_parts(torch.zeros(e + 1, dtype=i32), torch.zeros(40, dtype=i32), Sources(1, 3, 10))
     case = "E 256 in 8 groups, K 8"
     route(40, 256, 8, torch.float32, SigmoidGroupedTopK(num_groups=8, topk_groups=4), torch.zeros(256))
     case = "token rounding"
@@ -259,6 +262,8 @@ def main() -> None:
         few_rows(t, 64, 32, 64, 2, bf16, as_activation("swiglu"), GateUpLayout.GATE_UP, biased=False)
         fp8(t, 64, 32, pow2=False)
         pad_segments(torch.zeros(65, dtype=i32), torch.zeros(t, dtype=i32), 128 * t)
+        kernels.departures_everywhere(torch.zeros(t, 2, dtype=i32), 64, 4, 2 * t)
+        kernels.row_parts(torch.zeros(65, dtype=i32), torch.zeros(t, dtype=i32), Sources(t % 3, 3, t))
         rows = torch.zeros(16 * t, 64, dtype=bf16)
         offsets = torch.tensor([0, *[16 * t] * 64], dtype=i32)
         kernels.grouped_mm_wgrad(Rows(rows), rows, offsets)

@@ -86,8 +86,10 @@ def quantize_weights(weights_ENK: Sequence[Tensor], pow2: bool = False) -> list[
     return [quantize_blocks(w_ENK, pow2) for w_ENK in weights_ENK]
 
 
-def quantize_columns(x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: bool = False) -> Quantized:
-    """(q (C, G), scale): column g is row index[g] of x, or zeros where index[g] < 0.
+def quantize_columns(
+    x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: bool = False, source: Tensor | None = None
+) -> Quantized:
+    """(q (C, G), scale): column g is row index[g] of x, or zeros where index[g] < 0. All of them, whatever ``source``.
 
     The scale is (C, G/128), or (C/128, G/128) where ``tiled``: one for 128 x 128 elements, a single number per block of
     the contraction where a GEMM would otherwise multiply by one number per row.
@@ -115,7 +117,13 @@ def pad_segments(expert_offsets: Tensor, gather_index_P: Tensor, capacity: int) 
     token = torch.full_like(row, -1)
     token[held] = gather_index_P[row[held]].long()
     row = torch.where(token >= 0, row, -1)
-    return Segments(padded_offsets.to(torch.int32), row.to(torch.int32), token.to(torch.int32))
+    read = token.view(-1, BLOCK)
+    block = torch.arange(len(read), device=token.device)
+    aligned = read[:, 0] // BLOCK
+    shared = (read[:, 0] >= 0) & (read[:, 0] % BLOCK == 0) & (aligned < len(read))
+    source = torch.where(shared, aligned, block)
+    source = torch.where((read[source] == read).all(1), source, block)
+    return Segments(padded_offsets.int(), row.int(), token.int(), source.int())
 
 
 # ---- products --------------------------------------------------------------------------------------------------------
@@ -127,8 +135,6 @@ def grouped_mm_fp8(
     """(P, N) bf16: rows of expert e are a[rows] @ b[e].T of the dequantized operands, fp32 products and one rounding;
     dead rows are NaN. All ``parts`` at once: the bits of a BLAS depend on how many rows it has.
     """
-    for part in parts:
-        part.before()
     exact = Rows(dequantize(*a.x, torch.float32), a.gather_index)
     d_PN = grouped_mm(exact, dequantize(*b_ENK, torch.float32).mT, expert_offsets).bfloat16()
     for part in parts:
@@ -136,10 +142,14 @@ def grouped_mm_fp8(
     return d_PN
 
 
-def grouped_mm_wgrad_fp8(a_MG: Quantized, b_NG: Quantized, padded_offsets: Tensor, into: Into = NEW) -> Tensor:
+def grouped_mm_wgrad_fp8(
+    a_MG: Quantized, b_NG: Quantized, padded_offsets: Tensor, into: Into = NEW, source: Tensor | None = None
+) -> Tensor:
     """(E, M, N): a[:, positions of e] @ b[:, positions of e].T of the dequantized operands, or its transpose (E, N, M);
     exact zeros for an expert without rows. In bf16, or into ``out`` (fp32) if given; ``accumulate`` adds to it.
     """
     a, b = dequantize(*a_MG, torch.float32), dequantize(*b_NG, torch.float32)
+    if source is not None:
+        a = a.view(len(a), -1, BLOCK)[:, source.long()].view_as(a)
     dw = grouped_mm_wgrad(Rows(a.T), b.T, padded_offsets, into)
     return dw if into.out is not None else dw.bfloat16()

@@ -33,7 +33,7 @@ from torch import Tensor
 from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
-from supersonic_moe.kernels.interface import DownBackward, Quantized
+from supersonic_moe.kernels.interface import Arrivals, DownBackward, Quantized
 from supersonic_moe.kernels.sm90.gates import ALL_KINDS, INTERLEAVED, KINDS, gate_arguments, kind_of
 from supersonic_moe.kernels.sm90.gemm_config import (
     BLOCK_M,
@@ -55,6 +55,7 @@ from supersonic_moe.kernels.sm90.operands import (
     map_of_stored_rows,
     summed,
 )
+from supersonic_moe.kernels.sm90.row_blocks import arrivals
 from supersonic_moe.kernels.sm90.unfused import UNFUSED_FP8
 from supersonic_moe.quantization.block_format import BLOCK, E4M3
 
@@ -68,9 +69,9 @@ def staging_bytes(interleaved: bool, saved_fp8: bool) -> int:
     return 4 * BUFFER_BYTES + vectors * SCALE_BYTES
 
 
-def spec_of(config: GemmConfig, kind: int, interleaved: bool, saved_fp8: bool, name: str) -> KernelSpec:
+def spec_of(config: GemmConfig, kind: int, interleaved: bool, saved_fp8: bool, name: str, **parts: int) -> KernelSpec:
     constants = {"ACTIVATION": kind, "INTERLEAVED": int(interleaved), "SAVED_FP8": int(saved_fp8)}
-    return config.spec(name, FP8_OPCODES, **constants)
+    return config.spec(name, FP8_OPCODES, **constants, **parts)
 
 
 SPECS = tuple(
@@ -90,10 +91,11 @@ def _kernel(config: GemmConfig, kind: int, interleaved: bool, saved_fp8: bool) -
     return Kernel(spec_of(config, kind, interleaved, saved_fp8, "down_backward_fp8"))
 
 
-def down_backward_fp8(step: DownBackward[Quantized]) -> tuple[Tensor, Tensor, Tensor]:
+def down_backward_fp8(step: DownBackward[Quantized], arriving: Arrivals | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """(dZ (P, N1), s · A (P, I), both bf16, dS (P) fp32). Activations outside ``KINDS``, and e4m3 Z whose halves are no
     multiple of 128 wide, take the grouped GEMM and the activation pass instead.
     """
+    arrivals(arriving, False)
     dout, (w2, _), z, _, _, _, _, (activation, layout) = step
     width, interleaved, saved_fp8 = w2.shape[1], layout is INTERLEAVED, z.q.dtype is E4M3
     if activation.type not in KINDS or (saved_fp8 and not interleaved and width % BLOCK):

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.tma import tensor_map
-from supersonic_moe.kernels.interface import BothOrders, DownBackward, Quantized, Segments
+from supersonic_moe.kernels.interface import Arrivals, BothOrders, DownBackward, Quantized, Segments
 from supersonic_moe.kernels.sm90.down_backward_fp8 import (
     common_arguments,
     down_backward_fp8,
@@ -40,9 +40,10 @@ from supersonic_moe.kernels.sm90.down_backward_fp8 import (
     spec_of,
     staging_bytes,
 )
-from supersonic_moe.kernels.sm90.gates import ALL_KINDS, INTERLEAVED, KINDS, constants_of, kind_of
+from supersonic_moe.kernels.sm90.gates import ALL_KINDS, INTERLEAVED, KINDS, SWIGLU, constants_of, kind_of
 from supersonic_moe.kernels.sm90.gemm_config import BLOCK_N, WARP_ROWS, GemmConfig, choose, fp8_form
 from supersonic_moe.kernels.sm90.operands import summed
+from supersonic_moe.kernels.sm90.row_blocks import ALL_TILES, IN_PARTS, arrivals
 from supersonic_moe.kernels.triton import quantize_both_orders, quantize_columns
 from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks, empty_e4m3, empty_scales
 
@@ -53,24 +54,25 @@ SPECS = tuple(
     spec_of(fp8_form(cluster, gather, STAGING_BYTES), kind, True, True, NAME)
     for kind in ALL_KINDS
     for gather, cluster in ((False, 1), (True, 1), (True, 2))
-)
+) + tuple(spec_of(fp8_form(cluster, True, STAGING_BYTES), SWIGLU, True, True, NAME, **IN_PARTS) for cluster in (1, 2))
 
 
 @functools.cache
-def _kernel(config: GemmConfig, kind: int) -> Kernel:
-    return Kernel(spec_of(config, kind, True, True, NAME))
+def _kernel(config: GemmConfig, kind: int, in_parts: bool = False) -> Kernel:
+    return Kernel(spec_of(config, kind, True, True, NAME, **(IN_PARTS if in_parts else {})))
 
 
 def down_backward_fp8_quantize(
-    step: DownBackward[Quantized], segments: Segments, pow2: bool
+    step: DownBackward[Quantized], segments: Segments, pow2: bool, arriving: Arrivals | None = None
 ) -> tuple[BothOrders, Quantized, Tensor]:
     """(dZ in both orders, s · A transposed (I, G), dS (P)). Only e4m3 Z with gate and up alternating is fused;
-    everything else is composed of ``down_backward_fp8`` and the quantizers.
+    everything else is composed of ``down_backward_fp8`` and the quantizers. Rows of dO may arrive meanwhile where they
+    are gathered, with SwiGLU.
     """
     dout, (w2, _), z, _, _, _, _, (activation, layout) = step
     like, rows, width, capacity = z.q, dout.num_rows, w2.shape[1], segments.row_index.shape[0]
     if activation.type not in KINDS or layout is not INTERLEAVED or like.dtype is not E4M3 or rows == 0:
-        dz_PN, as_PI, ds_P = down_backward_fp8(step)
+        dz_PN, as_PI, ds_P = down_backward_fp8(step, arriving)
         as_IG = quantize_columns(as_PI, segments.row_index, pow2, tiled=True)
         return quantize_both_orders(dz_PN, segments.row_index, pow2), as_IG, ds_P
     dzq_PN, dz_row_scale = empty_e4m3(like, rows, 2 * width), empty_scales(like, rows, blocks(2 * width), tma=True)
@@ -79,9 +81,10 @@ def down_backward_fp8_quantize(
     as_scale = empty_scales(like, blocks(width), capacity // BLOCK, tma=True)
     partial_ds_BP = like.new_empty(-(-width // BLOCK_N), rows, dtype=torch.float32)
     config = choose(width, dout.gather_index is not None, staging_bytes=STAGING_BYTES)
-    scores_P = loadable(step.row_scores)
+    kind, scores_P = kind_of(activation), loadable(step.row_scores)
+    parts = arrivals(arriving, dout.gather_index is not None and kind == SWIGLU)
     with on_device(w2):
-        _kernel(config, kind_of(activation)).launch(
+        _kernel(config, kind, parts is not ALL_TILES).launch(
             config.grid(w2.get_device()),
             **common_arguments(step, scores_P, config),
             **constants_of(activation),
@@ -98,6 +101,7 @@ def down_backward_fp8_quantize(
             as_scales_stride=as_scale.stride(1),
             dscores=partial_ds_BP,
             pow2=int(pow2),
+            **parts,
         )
     dz = BothOrders(Quantized(dzq_PN, dz_row_scale), Quantized(dzq_NG, dz_scale))
     return dz, Quantized(asq_IG, as_scale), summed(partial_ds_BP)

@@ -1,7 +1,8 @@
 """Grouped GEMM in FP8 with a ragged contraction on sm_90a: D[e] = or += A[:, positions of e] · B[:, positions of e]ᵀ.
 
 Layout (formats: ``quantization/block_format.py``)
-    A (M, G) and B (N, G) e4m3, positions contiguous, as the transposing quantizers write them. Expert e owns the
+    A (M, G) and B (N, G) e4m3, positions contiguous, as the transposing quantizers write them; of A a block of 128
+    positions is read where ``source`` says, so that experts of the same tokens share it. Expert e owns the
     positions [padded_offsets[e], padded_offsets[e + 1]), int32 on the device, multiples of 128: what an expert lacks to
     whole blocks is zeros. A has a scale for each row and block of 128 positions, (M, G/128), stored block by block, as
     TMA loads 128 of them; B one for each 128 × 128 tile, (N/128, G/128), in any strides. D (E, M, N), or (E, N, M),
@@ -77,9 +78,12 @@ def _check(a_MG: Quantized, b_NG: Quantized) -> None:
         )
 
 
-def grouped_mm_wgrad_fp8(a_MG: Quantized, b_NG: Quantized, padded_offsets: Tensor, into: Into = NEW) -> Tensor:
+def grouped_mm_wgrad_fp8(
+    a_MG: Quantized, b_NG: Quantized, padded_offsets: Tensor, into: Into = NEW, source: Tensor | None = None
+) -> Tensor:
     """A[:, positions of e] · B[:, positions of e]ᵀ, (E, M, N), or its transpose (E, N, M): bf16, or into ``out`` (bf16
-    or fp32; ``accumulate`` adds to an fp32 one). Scales are fp32, of A (M, G/128), of B (N/128, G/128).
+    or fp32; ``accumulate`` adds to an fp32 one). Scales are fp32, of A (M, G/128), of B (N/128, G/128). ``source``
+    (G/128,): block of positions -> block of A to read in its place.
     """
     _check(a_MG, b_NG)
     (a, a_scale), (b, b_scale) = a_MG, b_NG
@@ -87,7 +91,8 @@ def grouped_mm_wgrad_fp8(a_MG: Quantized, b_NG: Quantized, padded_offsets: Tenso
     num_experts = padded_offsets.shape[0] - 1
     out = gradient_buffer(into, a, num_experts, m, n)
     if not is_plain(out):
-        return through_scratch(out, into, functools.partial(grouped_mm_wgrad_fp8, a_MG, b_NG, padded_offsets))
+        product = functools.partial(grouped_mm_wgrad_fp8, a_MG, b_NG, padded_offsets, source=source)
+        return through_scratch(out, into, product)
     if positions == 0:
         return out if into.accumulate else out.zero_()
     config = choose(n, False, staging_bytes=STAGING_BYTES)
@@ -100,6 +105,7 @@ def grouped_mm_wgrad_fp8(a_MG: Quantized, b_NG: Quantized, padded_offsets: Tenso
             map_b=tensor_map(b, box=(BLOCK_N, config.block_k)),
             map_d=map_of_output(out, into.transposed),
             offsets=padded_offsets,
+            source=source,
             experts=num_experts,
             rows=m,
             columns=n,

@@ -11,9 +11,12 @@ Tiles
 Maths
     ``block_format``, bit for bit, as ``kernels/triton/quantize.py``, which does what is not done here: one scale for a
     whole tile, and rows or indices that do not start at multiples of 16 bytes. It refuses types other than bf16.
+    A block of positions that reads the tokens of another one, ``source`` (``triton/pad_segments.py``), is left out:
+    the product reads the other's.
 Cost
     Bytes: 2·C for each position, all but the first read of a row from L2, and C·G: together 6 TB/s where each row is
-    read eight times, which is what L2 gives. 7 instructions an element.
+    read eight times, which is what L2 gives. 7 instructions an element. Where all experts read the same tokens, an
+    eighth of it with 8 experts.
 """
 
 from __future__ import annotations
@@ -37,13 +40,17 @@ def _kernel() -> Kernel:
     return Kernel(SPECS[0])
 
 
-def quantize_columns(x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: bool = False) -> Quantized:
-    """(q (C, G), scale (C, G/128), or (C/128, G/128) where ``tiled``): see ``kernels/triton/quantize.py``."""
+def quantize_columns(
+    x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: bool = False, source: Tensor | None = None
+) -> Quantized:
+    """(q (C, G), scale (C, G/128), or (C/128, G/128) where ``tiled``): see ``kernels/triton/quantize.py``. Here blocks
+    that are not their own ``source`` stay unwritten.
+    """
     columns, positions = x_RC.shape[1], index_G.shape[0]
     whole_chunks = columns % 8 == 0 and x_RC.stride() == (x_RC.stride(0) // 8 * 8, 1)
     whole_chunks = whole_chunks and x_RC.data_ptr() % 16 == 0 and index_G.data_ptr() % 16 == 0
     if tiled or x_RC.dtype is not torch.bfloat16 or not whole_chunks or columns * positions == 0:
-        return triton.quantize_columns(x_RC, index_G, pow2, tiled)
+        return triton.quantize_columns(x_RC, index_G, pow2, tiled, source)
     q_CG = empty_e4m3(x_RC, columns, positions)
     scale = empty_scales(x_RC, columns, positions // BLOCK, tma=True)
     with on_device(x_RC):
@@ -52,6 +59,7 @@ def quantize_columns(x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: b
             x=x_RC,
             x_row=x_RC.stride(0),
             index=index_G,
+            source=source,
             q=q_CG,
             q_column=q_CG.stride(0),
             scales=scale,

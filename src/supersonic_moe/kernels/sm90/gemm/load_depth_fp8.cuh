@@ -9,6 +9,7 @@
 
 struct ScaledDepthGemm {
     const i32* offsets;  // (experts + 1), positions: multiples of 128
+    const i32* source;   // (blocks of positions) the block of A to load in place of each, or null: itself
     i32 experts, rows, columns;
     const float* scale_b;  // (blocks of columns, blocks of positions), with these strides
     i64 scale_column, scale_k;
@@ -36,8 +37,8 @@ struct DepthScales {
     }
 };
 
-// Loads all tiles of this block: the K blocks of its expert, or one stage with nothing but a work tile. The next tile's offsets and first
-// scales are read while the current one is loaded: each of these reads takes as long as a K block.
+// Loads all tiles of this block: the K blocks of its expert, or one stage with nothing but a work tile. The next tile's offsets, sources
+// and first scales are read while the current one is loaded: each of these reads takes as long as a K block.
 template <Config C, typename Schedule = AllTiles<C>>
 DEVICE void load_scaled_depth(const SharedMemory<C>& shared, const ScaledDepthGemm& gemm, const TensorMap* map_a,
                               const TensorMap* map_scale_a, const TensorMap* map_b, const bool adds, const Schedule schedule = {}) {
@@ -60,14 +61,21 @@ DEVICE void load_scaled_depth(const SharedMemory<C>& shared, const ScaledDepthGe
         }
         return {{WorkTile::STOP_ROW, 0, 0, 0, 0}, 0, false};
     };
+    const auto sources = [&](i32 first, i32 end) {  // of 32 K blocks, one a lane: a uniform load would be waited for at once
+        const i32 block = min(first + static_cast<i32>(lane_index()), end - 1);
+        return gemm.source == nullptr || first >= end ? block : __ldg(gemm.source + block);
+    };
     Ring<C> ring;
     DepthTile now = find();
     DepthScales scales(gemm, now);
+    i32 mine = sources(now.first_k, now.first_k + now.tile.blocks_k), next = mine;
     while (now.found) {
         const WorkTile tile = now.tile;
         const i32 first_k = now.first_k, stages = max(tile.blocks_k, 1);
         for (i32 block = 0; block < stages; ++block, ring.advance()) {
             const u32 full = shared.full(ring.stage);
+            const i32 source = __shfl_sync(0xffffffffu, mine, block % 32);
+            if (block % 32 == 31) mine = sources(first_k + block + 1, first_k + stages);
             mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
             if (elect_one()) {
                 write_work_tile(shared.work_tile(ring.stage), tile);
@@ -77,15 +85,15 @@ DEVICE void load_scaled_depth(const SharedMemory<C>& shared, const ScaledDepthGe
                     const i32 k = (first_k + block) * static_cast<i32>(C.block_k());
                     store_scales(shared.scale_b(ring.stage), scales.next_first, scales.next_second);
                     mbarrier_arrive_expect_tx(full, C.stage_bytes() + C.scale_load_bytes());
-                    tma_load(shared.scale_a(ring.stage), map_scale_a, full, tile.row, first_k + block);
-                    tma_load(shared.tile_a(ring.stage), map_a, full, k, tile.row);
+                    tma_load(shared.scale_a(ring.stage), map_scale_a, full, tile.row, source);
+                    tma_load(shared.tile_a(ring.stage), map_a, full, source * static_cast<i32>(C.block_k()), tile.row);
                     tma_load(shared.tile_b(ring.stage), map_b, full, k, tile.column);
                 }
             }
             if (block + 1 < stages) scales.advance(gemm);
-            if (block == 0) now = find();
+            if (block == 0) now = find(), next = sources(now.first_k, now.first_k + now.tile.blocks_k);
         }
-        scales = DepthScales(gemm, now);
+        scales = DepthScales(gemm, now), mine = next;
     }
     announce_end(shared, ring, 0);
 }
