@@ -214,7 +214,7 @@ def _forward(
 
 
 def _forward_beside(
-    k: Fp8Experts, call: Fp8Forward, x_q: Quantized, how: _Beside, there_P: Tensor
+    k: Fp8Experts, call: Fp8Forward, x_q: Quantized, how: _Beside, there_P: Tensor | None
 ) -> tuple[Tensor, Tensor, Quantized]:
     """(out (T, H), scores of the rows (P,), Z): ``training.fp8.forward``, and what it gives brought home."""
     plan, offsets, way, parts = call.plan, call.plan.expert_offsets, how.way, how.parts
