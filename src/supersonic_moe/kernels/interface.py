@@ -379,6 +379,9 @@ class Quantizers(Protocol):
         rows that are read through an index want them row by row.
         """
 
+    def dequantize_rows(self, x: Quantized, out_RC: Tensor | None = None) -> Tensor:
+        """(R, C) bf16 of rows with scales (R, C/128): code times scale in fp32, rounded once. Into ``out`` if given."""
+
     def quantize_weights(
         self, weights_ENK: Sequence[Tensor], pow2: bool = False
     ) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -83,8 +83,9 @@ class Departure:
 
 
 class Copies:
-    """What :class:`Collectives` does, for rows that fit and lie on the GPU; others go through ``collectives``. Banks are
-    addresses: a copy costs the host one call of the driver.
+    """What :class:`Collectives` does, for rows that fit and lie on the GPU; others go through ``collectives``.
+
+    Banks are addresses: a copy costs the host one call of the driver.
 
     Args:
         memory: of two banks of ``bank`` bytes, from ``bank_of(...)``.
