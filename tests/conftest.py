@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -54,8 +55,12 @@ KEPT_BYTES = 2 << 30
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_teardown() -> Iterator[None]:
-    """The fixtures' tensors are gone when this goes on."""
+    """The fixtures' tensors are gone when this goes on. What is compiled goes too: torch gives up on a function after a
+    number of compilations, however many tests they were for.
+    """
     yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
     if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > KEPT_BYTES:
         gc.collect()
         torch.cuda.empty_cache()
