@@ -13,7 +13,10 @@ constexpr Gate GATE{static_cast<Act>(ACTIVATION), INTERLEAVED};
 #else
 #define SCHEDULE (AllTiles<CONFIG>{})
 #endif
-using Epilogue = GatedActivationQuantized<CONFIG, GATE>;
+#ifndef SAVED_INT8
+#define SAVED_INT8 0
+#endif
+using Epilogue = GatedActivationQuantized<CONFIG, GATE, SAVED_INT8>;
 
 extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
     up_projection_fp8(const __grid_constant__ TensorMap map_x, const __grid_constant__ TensorMap map_x_run,
