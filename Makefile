@@ -25,7 +25,7 @@ IMPORTS := torch, typer, rich, matplotlib
 ifneq ($(filter test%,$(MAKECMDGOALS)),)
 IMPORTS := $(IMPORTS), pytest, xdist, hypothesis
 endif
-ifneq ($(filter demo docs test%,$(MAKECMDGOALS)),)
+ifneq ($(filter demo docs wheel test%,$(MAKECMDGOALS)),)
 GPU_READY := $(shell python3 -c 'import $(IMPORTS); print(*["yes"] * torch.cuda.is_available())' 2>/dev/null)
 endif
 
@@ -42,7 +42,7 @@ BASE = $(shell for p in $(PYTHON) python3 python3.14 python3.13 python3.12 pytho
 
 # --- commands ---------------------------------------------------------------------------------------------------------
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu sass-table lint docs clean
+.PHONY: help demo test test-gpu sass-table lint docs wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -72,8 +72,12 @@ docs: $(RUN_READY) ## write the generated tables of README.md and docs/ from ben
 	@$(PY) -m supersonic_moe.bench.readme
 	@$(PY) -m supersonic_moe.cli.reference
 
+wheel: $(TEST_READY) ## build dist/*.whl with every CUDA kernel compiled in it
+	@$(PY) -m supersonic_moe.cli.ship
+	@$(PY) -m pip wheel . --no-deps --quiet --wheel-dir dist && ls -lh dist/*.whl
+
 clean: ## remove .venv, caches, build and demo output
-	rm -rf $(VENV) demo-out dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-out dist build src/supersonic_moe/kernels/sm90/cubins .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- set-up: one stamp for each set of dependencies -------------------------------------------------------------------

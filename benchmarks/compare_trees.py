@@ -18,8 +18,8 @@ faster. The interval is of the median, by order statistics (95 %).
 waits for the GPU inside a slice. Forward alone and forward + backward, of ``moe_layer``, which quantizes its weights in
 every FP8 call, and of ``MoE``, which keeps the copies, with its auxiliary loss.
 
-``--tapes``: the second tree plays launches from tapes (its ``ops.TAPES``), each case of ``--bits`` from its third run.
-One tree given twice shows what tapes alone change.
+``--tapes``: what ``--bits`` compares of the second tree is the third run of each case, which is played from tapes
+(``jit/tape.py``). One tree given twice shows what tapes alone change.
 
 Only public names are used, so trees far apart can be compared.
 """
@@ -404,7 +404,7 @@ def main() -> None:
     parser.add_argument("--bits", action="store_true", help="compare results bit by bit")
     parser.add_argument("--speed", action="store_true", help="compare times in alternating pairs")
     parser.add_argument("--host", action="store_true", help="compare host times in alternating pairs")
-    parser.add_argument("--tapes", action="store_true", help="the second tree plays launches from tapes")
+    parser.add_argument("--tapes", action="store_true", help="of the second tree, compare the bits of what is played")
     parser.add_argument("--pairs", type=int, default=20, help="pairs of slices a case (default 20)")
     parser.add_argument("--recipes", nargs="+", choices=["bf16", "fp8"], default=["bf16", "fp8"])
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), metavar="SHAPE")
@@ -416,8 +416,6 @@ def main() -> None:
         sys.path.insert(0, folder)
         trees = (load(args.before, "before", Path(folder)), load(args.after, "after", Path(folder)))
         report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-        if args.tapes:
-            importlib.import_module("after.ops").TAPES = True  # type: ignore[attr-defined]
         if args.bits:
             report["bits"] = compare_bits(trees, args.tapes)
         if args.speed:

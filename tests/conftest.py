@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -54,8 +55,12 @@ KEPT_BYTES = 2 << 30
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_teardown() -> Iterator[None]:
-    """The fixtures' tensors are gone when this goes on."""
+    """The fixtures' tensors are gone when this goes on. What is compiled goes too: torch gives up on a function after a
+    number of compilations, however many tests they were for.
+    """
     yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
     if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > KEPT_BYTES:
         gc.collect()
         torch.cuda.empty_cache()
@@ -64,6 +69,18 @@ def pytest_runtest_teardown() -> Iterator[None]:
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _what_a_test_replaces_is_called(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that replaces functions sees each of their calls: nothing is played from a tape, but in tests of tapes."""
+    if "monkeypatch" not in request.fixturenames or "tape" in request.module.__name__:
+        yield
+        return
+    from supersonic_moe.jit.tape import without_tapes  # Triton may not be imported before this file has run
+
+    with without_tapes():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -33,9 +33,11 @@ from supersonic_moe.inference import small_batch
 from supersonic_moe.kernels import registry
 from supersonic_moe.routing.plan import plan_from_offsets, plan_from_sorted_triples, plan_from_topk, plan_from_triples
 from supersonic_moe.routing.token_rounding import token_rounding
-from supersonic_moe.routing.topk import route
+from supersonic_moe.routing.topk import check_choice, encode, route
+from supersonic_moe.training import layer as whole
 from supersonic_moe.training.arguments import Weight
-from supersonic_moe.training.ops import run_experts
+from supersonic_moe.training.bf16 import score_dtype
+from supersonic_moe.training.experts import run_experts
 from supersonic_moe.training.options import ExpertOptions, Options, lists_options
 from supersonic_moe.training.router_linear import linear_in, router_linear
 
@@ -100,6 +102,8 @@ class Selection(NamedTuple):
     correction_bias: Tensor | None
     rounding_step: Tensor | int
     token_mask_T: Tensor | None
+    with_loss: bool = False
+    """Whether the Switch loss is wanted, from whoever has it at little cost."""
 
     def without_padding(self, x_TH: Tensor) -> Tensor:
         """Zeros for padding: what stands there, NaN perhaps, would reach the gradient of the router's weight."""
@@ -130,6 +134,8 @@ class LayerOutput(NamedTuple):
     expert_counts: Tensor
     expert_ids: Tensor | None
     """(T, K) int32, -1 where a token is padding; None with token rounding."""
+    balance_loss: Tensor | None = None
+    """The Switch loss, if it was wanted and came with the rest."""
 
 
 def run_layer(
@@ -143,9 +149,12 @@ def run_layer(
     """:func:`moe_layer`, for a router's weight or for any router, x (T, H) -> logits (T, E)."""
     if selection.token_mask_T is not None:
         x_TH = selection.without_padding(x_TH)
-    experts = _checked(x_TH, w1, w2, Options.read(options))
-    k, policy, bias, step, _ = selection
+    experts = checked_experts(x_TH, w1, w2, Options.read(options))
+    k, policy, bias, step, *_ = selection
     num_experts, backend = w1.shape[0], experts.options.backend
+    if isinstance(router_or_logits, RouterWeight) and _in_one(experts, router_or_logits, selection):
+        _check_router_weight(experts.x, router_or_logits.weight_EH, num_experts, None)
+        return LayerOutput(*experts.run_all(router_or_logits.weight_EH, selection))
     logits_TE, x_for_experts = router_logits(x_TH, experts.x, router_or_logits, num_experts)
     if experts.options.validate:
         checks.finite_logits(logits_TE)
@@ -197,7 +206,7 @@ def topk_experts(
     Ids outside [0, E) are skipped (masked, not multiplied by zero): -1, or the sentinel E of expert parallelism.
     Options: :class:`ExpertOptions`.
     """
-    experts = _checked(x_TH, w1, w2, Options.read(options))
+    experts = checked_experts(x_TH, w1, w2, Options.read(options))
     validate = experts.options.validate
     checks.ids("topk_ids", topk_ids_TK, 2)
     checks.size("topk_ids", "one row per token,", topk_ids_TK.shape[0], x_TH.shape[0], "the rows of x")
@@ -208,6 +217,8 @@ def topk_experts(
         if validate:
             checks.valid_topk_ids(topk_ids_TK, w1.shape[0])
         return experts.run_few(topk_ids_TK, topk_scores_TK)
+    if not validate and whole.suits(experts.x, experts.options.backend):
+        return experts.run_ids(topk_ids_TK, topk_scores_TK)
     plan = plan_from_topk(topk_ids_TK, w1.shape[0], validate=validate)
     return experts.run(experts.x, topk_scores_TK, plan)
 
@@ -228,7 +239,7 @@ def routed_experts(
     Triples with a token outside [0, T) or an expert outside [0, E) are skipped; a token without experts gets zeros.
     Options: :class:`ExpertOptions`.
     """
-    experts = _checked(x_TH, w1, w2, Options.read(options))
+    experts = checked_experts(x_TH, w1, w2, Options.read(options))
     validate = experts.options.validate
     checks.ids("token_indices", token_indices_S, 1)
     checks.same_shape("token_indices", token_indices_S, "scores", scores_S)
@@ -257,7 +268,7 @@ def dispatched_experts(
             come out as zeros.
         options: :class:`ExpertOptions`.
     """
-    experts = _checked(x_RH, w1, w2, Options.read(options))
+    experts = checked_experts(x_RH, w1, w2, Options.read(options))
     validate = experts.options.validate
     checks.ids("offs", offs_E, 1)
     checks.size("offs", "length", offs_E.shape[0], w1.shape[0], "one cumulative end for each expert of w1")
@@ -284,7 +295,7 @@ def experts_from_plan(
     layers); scores (S,) by slot. Returns (T, H) in the dtype of x. Options: :class:`ExpertOptions`; ``validate`` checks
     the scores, not the plan.
     """
-    experts = _checked(x_TH, w1, w2, Options.read(options))
+    experts = checked_experts(x_TH, w1, w2, Options.read(options))
     if not isinstance(plan, RoutingPlan):
         raise TypeError(
             f"plan must be a RoutingPlan; got {checks.describe(plan)}. Build one, e.g. with plan_from_topk."
@@ -301,7 +312,7 @@ def experts_from_plan(
 # ---- what every entry point does first -------------------------------------------------------------------------------
 
 
-class _Experts(NamedTuple):
+class CheckedExperts(NamedTuple):
     """Checked operands of one call, in the dtype of the computation."""
 
     x: Tensor
@@ -314,17 +325,47 @@ class _Experts(NamedTuple):
     def run(self, x: Tensor, scores: Tensor, plan: RoutingPlan) -> Tensor:
         """``x``: that of the experts, or what ``router_linear`` made of it."""
         scores_S = scores if scores.dim() == 1 else scores.reshape(-1)
-        dtype = torch.float64 if x.dtype is torch.float64 else torch.float32  # all that kernels read
+        dtype = score_dtype(x.dtype)
         if scores_S.dtype is not dtype:
             scores_S = scores_S.to(dtype)
         return run_experts(x, scores_S, self.w1, self.b1, self.w2, self.b2, plan, self.options)
+
+    def run_all(self, router_weight_EH: Tensor, selection: Selection) -> whole.Found:
+        """With the router, for a call that is one for it."""
+        k, policy, bias, *_ = selection
+        assert isinstance(policy, TopKRouter)
+        check_choice(self.x, self.w1.value.shape[0], k, policy, bias)
+        choice = whole.Choice(bias, k, (*encode(policy, k), "auto"), selection.with_loss)
+        return whole.run_layer(
+            self.x, router_weight_EH, choice, self.w1, self.w2, self.options._replace(b1=self.b1, b2=self.b2)
+        )
+
+    def run_ids(self, ids_TK: Tensor, scores_TK: Tensor) -> Tensor:
+        """With a plan for ids that have been checked."""
+        checks.index_count("routed rows", ids_TK.numel())
+        return whole.run_ids(self.x, ids_TK, scores_TK, self.w1, self.b1, self.w2, self.b2, self.options)
 
     def run_few(self, ids_TK: Tensor, scores_TK: Tensor) -> Tensor:
         """Inference in FP8 with few rows an expert: nothing is sorted or saved."""
         return small_batch.run(self.x, ids_TK, scores_TK, self.w1, self.w2, self.options)
 
 
-def _checked(x: Tensor, w1: Tensor, w2: Tensor, options: Options) -> _Experts:
+def _in_one(experts: CheckedExperts, router: RouterWeight, selection: Selection) -> bool:
+    """Whether a call with a plain router is one for :meth:`CheckedExperts.run_all`."""
+    x, w1, _, w2, _, options = experts
+    return (
+        whole.suits(x, options.backend)
+        and router.dtype is None
+        and router.weight_EH.dtype is x.dtype
+        and selection.token_mask_T is None
+        and isinstance(selection.router, TopKRouter)
+        and not options.validate
+        and autocast_dtype(x) is None
+        and not small_batch.suits(x, w1.value, w2.value, selection.num_experts_per_tok, options)
+    )
+
+
+def checked_experts(x: Tensor, w1: Tensor, w2: Tensor, options: Options) -> CheckedExperts:
     """Check everything that metadata shows. Under ``torch.autocast`` the layer computes in the autocast dtype, like a
     linear layer.
     """
@@ -381,7 +422,7 @@ def _checked(x: Tensor, w1: Tensor, w2: Tensor, options: Options) -> _Experts:
             registry.choose_fp8(x.device, hidden=hidden, intermediate=intermediate, backend=backend)
         else:
             registry.choose(x.device, x.dtype, hidden=hidden, intermediate=intermediate, backend=backend)
-    return _Experts(x, first, b1, second, b2, options)
+    return CheckedExperts(x, first, b1, second, b2, options)
 
 
 def _check_router_weight(x: Tensor, weight: Tensor, num_experts: int, dtype: torch.dtype | None) -> None:

@@ -242,12 +242,12 @@ class MoE(nn.Module):
         w1, b1 = weights_of(member_of(self, "c_fc"), "c_fc", x_TH)
         w2, b2 = weights_of(member_of(self, "c_proj"), "c_proj", x_TH)
         run = run_layer if self.expert_parallel is None else self.expert_parallel.run_layer
-        out_TH, logits_TE, counts_E, ids_TK = run(
+        out_TH, logits_TE, counts_E, ids_TK, balance_loss = run(
             x_TH,
             RouterWeight(member_of(router, "weight"), self.router_dtype) if fused else router,
             w1,
             w2,
-            Selection(self.top_k, policy, correction_bias, rounding_step, token_mask),
+            Selection(self.top_k, policy, correction_bias, rounding_step, token_mask, not is_inference_mode),
             {
                 "b1": b1,
                 "b2": b2,
@@ -271,7 +271,9 @@ class MoE(nn.Module):
         output = out_TH if flat else out_TH.view(hidden_states.shape)
         aux_loss = None
         if not is_inference_mode:
-            aux_loss = switch_load_balancing_loss(logits_TE, counts_E, router=policy, token_mask_T=token_mask)
+            aux_loss = balance_loss
+            if aux_loss is None:
+                aux_loss = switch_load_balancing_loss(logits_TE, counts_E, router=policy, token_mask_T=token_mask)
             if self.z_loss_weight:
                 aux_loss = aux_loss + self.z_loss_weight * router_z_loss(logits_TE, token_mask_T=token_mask)
         if return_routing:

@@ -13,11 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from supersonic_moe.jit.tape import play
+from supersonic_moe.jit import tape
 from supersonic_moe.private_api import dispatch_modes, profiled, transforms_active
 
-TAPES = False
-"""Whether calls are recorded and played. Not before the tests marked ``gpu`` of tapes have passed on a GPU."""
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str})
 
 
@@ -31,6 +29,8 @@ def caller(op: Callable[..., Any], kernel: Callable[..., Any], *, differentiable
     """
 
     def call(*args: Any) -> Any:
+        if tape.state.recorder is not None:  # part of a call that is recorded
+            return kernel(*args)
         if unobserved(*args) and not (differentiable and torch.is_grad_enabled()):
             return at_once(kernel, *args)
         return op(*args)
@@ -39,8 +39,8 @@ def caller(op: Callable[..., Any], kernel: Callable[..., Any], *, differentiable
 
 
 def at_once(kernel: Callable[..., Any], *args: Any) -> Any:
-    """``kernel(*args)``; with tapes, on CUDA, a call of a kind that came before is only launched (``jit/tape.py``)."""
-    return play(kernel, args) if TAPES and args[0].is_cuda else kernel(*args)
+    """``kernel(*args)``; on CUDA a call of a kind that came before is only launched (``jit/tape.py``)."""
+    return tape.play(kernel, args) if args[0].is_cuda else kernel(*args)
 
 
 def unobserved(*args: Any) -> bool:

@@ -17,7 +17,7 @@ from supersonic_moe.jit.cache import CACHE_DIR_VARIABLE
 from supersonic_moe.perf_model import LayerShape
 
 SHAPE = LayerShape(32, 16, 8, 2, 1)
-STEPS = {"start_s", "import_s", "context_s", "library_s", "build_s", "call_s", "again_s"}
+STEPS = {"start_s", "import_s", "context_s", "backward_s", "library_s", "build_s", "call_s", "again_s"}
 
 
 def test_command_measures_new_processes(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_command_measures_new_processes(tmp_path: Path) -> None:
         assert seconds["first_call_s"] == pytest.approx(
             seconds["library_s"] + seconds["build_s"] + seconds["call_s"], rel=1e-3
         )
-        before = seconds["start_s"] + seconds["import_s"] + seconds["context_s"]
+        before = seconds["start_s"] + seconds["import_s"] + seconds["context_s"] + seconds["backward_s"]
         assert seconds["total_s"] == pytest.approx(before + seconds["first_call_s"], rel=1e-3)
     table = readme.results(tmp_path, tmp_path / "page.md")
     assert f"| `{SHAPE}_cold` |" in table and f"| `{SHAPE}_warm` |" in table and "*vs*" not in table
@@ -44,8 +44,10 @@ def test_command_measures_new_processes(tmp_path: Path) -> None:
 def test_each_repeat_is_cold_then_warm_in_a_directory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Path] = []
 
-    def start(shape: LayerShape, device: torch.device, caches: Path) -> dict[str, float]:
-        assert shape is SHAPE and device.type == "cpu" and caches.is_dir()
+    def start(shape: LayerShape, device: torch.device, caches: Path, bytecode: Path) -> dict[str, float]:
+        assert shape is SHAPE and device.type == "cpu" and caches.is_dir() and bytecode.is_dir()
+        assert (bytecode / "left behind").exists() == bool(seen)
+        (bytecode / "left behind").touch()
         assert list(caches.iterdir()) == ([caches / "left behind"] if caches in seen else [])
         (caches / "left behind").touch()
         seen.append(caches)
@@ -63,6 +65,7 @@ def test_the_child_uses_the_caches_it_is_given(
     for variable in (CACHE_DIR_VARIABLE, "TRITON_CACHE_DIR"):
         monkeypatch.setenv(variable, "elsewhere")
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.setattr(sys, "argv", ["first_call.py", "0.0", "8,16,8,2,1", "cpu", "/kernels", "/triton"])
     first_call.main()
     assert os.environ[CACHE_DIR_VARIABLE] == "/kernels" and os.environ["TRITON_CACHE_DIR"] == "/triton"
@@ -71,18 +74,18 @@ def test_the_child_uses_the_caches_it_is_given(
 
 def test_a_process_that_fails_or_hangs_is_no_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(NoResultError, match=r"T32_H16_I8_E2_K1: the process ended with exit code 1: .*Error: "):
-        cold_start.start(SHAPE, torch.device("meta"), tmp_path)
+        cold_start.start(SHAPE, torch.device("meta"), tmp_path, tmp_path)
     monkeypatch.setattr(cold_start, "SLOWEST_START_S", 0.01)
     with pytest.raises(NoResultError, match="no result after"):
-        cold_start.start(SHAPE, torch.device("cpu"), tmp_path)
+        cold_start.start(SHAPE, torch.device("cpu"), tmp_path, tmp_path)
 
 
 @pytest.mark.gpu
 def test_caches_of_a_process_on_a_gpu_serve_the_next(device: torch.device, tmp_path: Path) -> None:
     shape = LayerShape(256, 128, 64, 4, 2)
-    cold = cold_start.start(shape, device, tmp_path)
+    cold = cold_start.start(shape, device, tmp_path, tmp_path / "bytecode")
     assert any((tmp_path / "triton").iterdir())
     if torch.cuda.get_device_capability(device) == (9, 0):
         assert any((tmp_path / "supersonic_moe").glob("*.cubin"))
-    warm = cold_start.start(shape, device, tmp_path)
+    warm = cold_start.start(shape, device, tmp_path, tmp_path / "bytecode")
     assert warm["first_call_s"] < cold["first_call_s"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import deep_gemm_stand_in
@@ -13,16 +15,26 @@ from command_line import run, words
 
 pytest.importorskip("triton")
 
-from supersonic_moe.bench import infer, infer_peers, mega, mega_figure
+from supersonic_moe.bench import (
+    infer,
+    infer_peers,
+    mega,
+    mega_cases,
+    mega_figure,
+    mega_timeline,
+    readme,
+    report,
+)
 from supersonic_moe.bench.infer import InferResult
 from supersonic_moe.bench.infer_cases import InferCase, random_experts, workload
 from supersonic_moe.bench.infer_parts import Call
-from supersonic_moe.bench.mega import DEEP_GEMM, OPERATOR, SHAPES, cases_of, must
+from supersonic_moe.bench.mega_cases import DEEP_GEMM, OPERATOR, SHAPES, cases_of, must
+from supersonic_moe.bench.mega_timeline import spans_of
 from supersonic_moe.bench.report import OURS
 from supersonic_moe.bench.timing import NoResultError
 
 CPU = torch.device("cpu")
-TINY = mega.CPU_CASES[0].shape
+TINY = mega_cases.CPU_CASES[0].shape
 QUICK = ["--device", "cpu", "--min-ms", "0", "--warm-ms", "0"]
 
 
@@ -43,7 +55,7 @@ def test_cases_are_those_of_the_published_tables_and_one_of_one_sign() -> None:
     assert [(s.hidden, s.inter, s.local, s.rule.top_k) for s in SHAPES.values()] == [
         (4096, 2048, 32, 6), (7168, 3072, 48, 6), (4096, 2048, 32, 8), (6144, 2048, 48, 8)
     ]  # fmt: skip
-    assert [must(t) for t in mega.TOKENS] == [1.1] * 3 + [1.25] * 2 + [1.35] * 2
+    assert [must(t) for t in mega_cases.TOKENS] == [1.1] * 3 + [1.25] * 2 + [1.35] * 2
 
 
 def test_a_floor_is_memory_for_few_rows_and_products_for_many() -> None:
@@ -55,8 +67,9 @@ def test_a_floor_is_memory_for_few_rows_and_products_for_many() -> None:
 
 
 def test_a_run_on_a_cpu_writes_its_file_and_its_figure(tmp_path: Path) -> None:
-    files = [str(tmp_path / name) for name in ("mega.json", "mega.png")]
-    result = run("bench", "mega", *QUICK, "--commit", "c", "--json", files[0], "--png", files[1])
+    files = [str(tmp_path / name) for name in ("mega.json", "mega.png", "timeline.png")]
+    options = ["--commit", "c", "--json", files[0], "--png", files[1], "--timeline", files[2]]
+    result = run("bench", "mega", *QUICK, *options)
     assert result.exit_code == 0, result.output
     assert "CUDA-graph replays" not in result.output  # there are none
     rows = json.loads(Path(files[0]).read_text())["rows"]
@@ -67,7 +80,7 @@ def test_a_run_on_a_cpu_writes_its_file_and_its_figure(tmp_path: Path) -> None:
     assert {"hits", "rows", "replay_us", "host_us", "floor_us", "of_floor", "worst_row"} <= set(found)
     assert found["rows"]["value"] == 57 and found["replay_us"]["peer"] == OPERATOR
     assert 0 < found["calc_diff"]["value"] < 1e-5 and 0 < found["worst_row"]["value"] < 0.005  # a rounding to bf16
-    assert Path(files[1]).stat().st_size > 10_000
+    assert all(Path(file).stat().st_size > 10_000 for file in files[1:])
 
 
 def test_unknown_options_are_refused() -> None:
@@ -123,14 +136,14 @@ def test_errors_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_positive_data_has_no_sign() -> None:
-    case = mega.CPU_CASES[-1]
+    case = mega_cases.CPU_CASES[-1]
     made = mega.Runner(CPU, warm_ms=0, min_ms=0, peers=[]).workload_of(case)
     for tensor in (made.x, made.x_scale, *made.experts):
         assert (tensor.float() >= 0).all() and tensor.float().abs().sum() > 0
     assert (mega.ours(made)().float() > 0).all()
 
 
-def result_of(shape: mega.MegaShape, tokens: int, us: float, peer_us: float) -> InferResult:
+def result_of(shape: mega_cases.MegaShape, tokens: int, us: float, peer_us: float) -> InferResult:
     case = InferCase(shape, tokens)
     errors = {"calc_diff": 1e-5, "worst_row": 0.01, "host_us": 20.0}
     metrics = {
@@ -154,3 +167,46 @@ def test_the_table_and_the_figure_hold_cases_against_their_bars() -> None:
     ratios, bars = left.lines
     assert list(ratios.get_xdata()) == [16, 8192] and list(ratios.get_ydata()) == pytest.approx([1.15, 1.2])
     assert list(bars.get_ydata()) == [1.1, 1.35] and len(right.lines) == 2
+
+
+def test_a_timeline_has_the_calls_of_torch_in_order() -> None:
+    ran = spans_of(lambda: torch.ones(64).cumsum(0).sort(), CPU)
+    assert [span.name for span in ran] == ["aten::ones", "aten::cumsum", "aten::sort"]
+    assert ran[0].begin_us == 0 and all(a.end_us <= b.begin_us < b.end_us for a, b in itertools.pairwise(ran))
+    axis = mega_timeline.draw([("one", ran), ("two", ran[:1])], "title").axes[0]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == [span.name for span in ran]
+    bars = [patch for patch in axis.patches if patch.get_width() > 0]
+    assert len(bars) == 4 and bars[3].get_width() == pytest.approx(ran[0].end_us)
+
+
+def serving(root: Path) -> str:
+    return next(page for page in readme.PAGES if page.block == "serving").text(root)
+
+
+def test_the_page_says_what_was_measured_and_what_is_a_model(tmp_path: Path) -> None:
+    """With a file made by hand: one case of two, and the errors of data of one sign."""
+    path = tmp_path / readme.RESULTS / "mega-world1.json"
+    path.parent.mkdir(parents=True)
+    assert "Not measured" in serving(tmp_path) and "×" not in serving(tmp_path)
+    positive = cases_of(SHAPES["flash"])[-1].shape
+    results = [result_of(SHAPES["flash"], 64, 200, 250), result_of(positive, 1024, 400, 500)]
+    results[1].metrics[DEEP_GEMM]["worst_row"] = 0.07
+    rows = [asdict(row) for result in results for row in report.rows(result)]
+    about = {
+        "suite": "mega",
+        "command": "c",
+        "device": "H200",
+        "torch": "2.11",
+        "commit": "0" * 40,
+        "date": "2026-11-30",
+    }
+    path.write_text(json.dumps(about | {"rows": rows}))
+    path.with_name("mega-world1-timeline.png").touch()
+    text = serving(tmp_path)
+    line = next(line for line in text.splitlines() if line.startswith("| `flash` | 64 |"))
+    travel = [64 * (ranks - 1) * (3 * 4096 + 128 + 48) / 346e9 * 1e6 for ranks in (4, 8)]
+    model = [f"{200 + 100 + us:,.0f}" for us in travel]
+    assert line == f"| `flash` | 64 | 251 | 351 | 200 | 50% | 1.25× | {model[0]} | {model[1]} |"
+    assert "| `pro` | 64 | 821 | 980 | – | – | – | + 112 | + 128 |" in text
+    assert "| `flash-positive_T1024_uniform` | 1e-05 | 1e-05 | 0.01 | 0.07 |" in text
+    assert "](../benchmarks/results/mega-world1-timeline.png)" in text and "Not measured" not in text

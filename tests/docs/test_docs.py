@@ -336,6 +336,23 @@ def test_inference_names_the_fastest_of_the_others(tmp_path: Path) -> None:
     assert "| `fit` | 12.0 + 10.50 × hits | a: 30.0 + 10.75 |" in text
 
 
+def test_backends_of_transformers_are_compared_and_who_is_ahead_is_named(tmp_path: Path) -> None:
+    assert readme.transformers(tmp_path) == readme.NO_TRANSFORMERS
+    ours, theirs = {"infer_us": 50.0, "graph_us": 20.0}, {"infer_us": 45.0, "graph_us": 30.0}
+    decode = CaseResult("m/layers/decode_T8", {"ours": ours, "b": theirs, "c": {"infer_us": 100.0}})
+    train = CaseResult(
+        "m/model/train_T512", {"ours": {"fwd_bwd_us": 9e3}, "ours-FP8": {"fwd_bwd_us": 8e3}}, {"c": "no"}
+    )
+    for name, result in (("layers", decode), ("model", train)):
+        rows = [asdict(row) for row in report.rows(result)]
+        result_file(tmp_path, f"transformers-{name}", suite="transformers", rows=rows)
+    text = readme.transformers(tmp_path)
+    assert "| model | ours, µs | vs b | vs c | in a graph: ours, µs | vs b |" in text
+    assert "| m, T 8 | 50 | 0.90× | 2.00× | 20 | 1.50× |" in text
+    assert "| m, T 512 | 9,000 | 0.89× |" in text
+    assert text.endswith("Ahead of ours: b at `m/layers/decode_T8` (0.90×).")
+
+
 def test_results_refuse_what_they_would_misread(tmp_path: Path) -> None:
     result_file(tmp_path, suite="bakery")
     with pytest.raises(ValueError, match=r"layer-test\.json is of suite 'bakery'.*SUITES"):

@@ -18,18 +18,18 @@ pytest.importorskip("triton")
 from inference_oracle import make_case
 from pretended_gpu import Launch, Machine, pretend_hopper
 
-from supersonic_moe.inference import SharedExpert, moe_fp8_ds_routed, moe_fp8_topk, replays, sm90, workspace_bytes
+from supersonic_moe.inference import SharedExpert, moe_fp8_ds_routed, moe_fp8_topk, replays, workspace_bytes
 from supersonic_moe.kernels.sm90 import combine_rows, stream_experts
 
-HIDDEN, INTER, LOCAL, CHOICES = 256, 128, 2, 2
-FEW, MANY = 40, 300  # tokens: rows are streamed, or the device decides
+HIDDEN, INTER, LOCAL, CHOICES = 256, 512, 2, 2
+FEW, MANY = 40, 300  # tokens: rows are streamed, or go through the tile kernels
 
 
 @pytest.fixture(name="machine")
 def a_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     machine = Machine()
     pretend_hopper(monkeypatch, machine)
-    for module in (combine_rows, stream_experts, sm90):
+    for module in (combine_rows, stream_experts):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(replays, "current_device", lambda: 0)
     monkeypatch.setattr(replays, "_of_thread", replays._OfThread())

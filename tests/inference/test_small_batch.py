@@ -32,6 +32,7 @@ def few_rows(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> list[int]
         pytest.skip("FP8 needs a Hopper GPU")
     if device.type == "cpu":
         monkeypatch.setattr(small_batch, "_on_hopper", lambda x, inter, backend: True)
+    monkeypatch.setattr(small_batch, "streams", lambda rows, expected, inter, experts: rows <= 30 * experts)
     calls, run = [], small_batch.run
 
     def counted(x: Tensor, *rest: Any) -> Tensor:
@@ -76,19 +77,20 @@ def check(got: Tensor, layer: Tensor, exact: Tensor) -> None:
 )
 def test_which_calls_it_suits(on_hopper: None, change: dict[str, Any], suited: bool) -> None:
     options = Options.read({"recipe": Fp8Recipe(), "inference": True, **change})  # type: ignore[typeddict-item]
-    made = operands(torch.device("cpu"))
+    made = operands(torch.device("cpu"), tokens=2)
     assert small_batch.suits(made["x"], made["w1"], made["w2"], K, options) is suited
 
 
 def test_sizes_that_it_suits(on_hopper: None) -> None:
     options = Options(recipe=Fp8Recipe(), inference=True)
 
-    def suits(tokens: int, hidden: int = 256, inter: int = 128, experts: int = 6, choices: int = 3) -> bool:
+    def suits(tokens: int, hidden: int = 256, inter: int = 512, experts: int = 6, choices: int = 3) -> bool:
         meta = {"device": "meta", "dtype": torch.bfloat16}
         w1, w2 = torch.empty(experts, 2 * inter, hidden, **meta), torch.empty(experts, hidden, inter, **meta)
         return small_batch.suits(torch.empty(tokens, hidden, **meta), w1, w2, choices, options)
 
-    assert suits(1) and suits(64) and not suits(65) and not suits(0)  # 32 rows an expert
+    assert suits(1) and suits(60) and not suits(61) and not suits(0)  # 30 rows an expert
+    assert suits(2, inter=128) and not suits(3, inter=128)  # 1 row
     assert not suits(4, hidden=192) and not suits(4, inter=192)
     assert suits(4, experts=512) and not suits(4, experts=513)
     assert suits(4, choices=16) and not suits(4, choices=17)

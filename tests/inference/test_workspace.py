@@ -25,17 +25,41 @@ def test_the_counters_fit(tokens: int, choices: int, local: int, inter: int) -> 
     streamed = workspace.streamed_rows(tokens * choices, inter, local)
     items, planes = route_rows.max_items(local, streamed), stream_experts.plane_rows(streamed, local)
     at = workspace.regions(tokens, choices, 7168, inter, local)
-    words = stream_experts.num_counters(items, planes, 7168, inter)
+    words = stream_experts.num_counters(items, planes, inter)
     assert 4 * words <= at.offsets - at.counters < 4 * words + workspace.ALIGNMENT
 
 
-@pytest.mark.parametrize(("tokens", "inter"), [(128, 2048), (129, 2048), (14107, 2048), (14107, 192)])
+@pytest.mark.parametrize(("tokens", "inter"), [(30, 2048), (31, 2048), (14107, 2048), (14107, 192)])
 def test_tile_kernels_use_the_memory_of_the_streaming_kernel(tokens: int, inter: int) -> None:
     rows, hidden, local = 8 * tokens, 7168, 8
     at = workspace.regions(tokens, 8, hidden, inter, local)
-    many = rows if rows > 128 * local and inter % 128 == 0 else 0
+    many = 0 if workspace.streams(rows, rows, inter, local) else rows
     sizes = (2 * many * hidden, many * hidden // 32, many * inter, many * inter // 32)
-    assert at.x_rows == at.tile_y >= at.x_scale + (tokens * hidden // 32 if rows > 128 * local else 0)
+    assert at.x_rows == at.tile_y
     starts = (at.tile_y, at.tile_x_scale, at.tile_c, at.tile_c_scale, at.end)
     for start, size, following in zip(starts, sizes, starts[1:], strict=False):
         assert start % workspace.ALIGNMENT == 0 and start + size <= following
+
+
+@pytest.mark.parametrize("inter", [64, 256, 2048])
+def test_the_workspace_never_shrinks_and_holds_either_way(inter: int) -> None:
+    """Which way a call takes also hangs on how many experts there are in all; its workspace does not."""
+    sizes = [workspace.workspace_bytes(tokens, 8, 1024, inter, 4) for tokens in range(160)]
+    assert sizes == sorted(sizes)
+    for tokens in range(1, 160):
+        rows, at = 8 * tokens, workspace.regions(tokens, 8, 1024, inter, 4)
+        for experts in (4, 16, 256):
+            if not workspace.streams(rows, rows * 4 / experts, inter, 4):
+                assert at.tile_c_scale - at.tile_y >= rows * (2 * 1024 + inter)
+            else:
+                assert at.tile_y + rows * 4 * (1024 + inter) <= at.end
+
+
+def test_what_is_streamed() -> None:
+    def most(inter: int, share: float) -> int:
+        """Rows an expert."""
+        return max(n for n in range(600) if workspace.streams(n * 32, share * n * 32, inter, 32))
+
+    assert [most(inter, 1.0) for inter in (256, 512, 2048)] == [1, 30, 30]
+    assert most(2048, 0.5) == 60 and most(2048, 0.05) == most(256, 0.001) == 256  # bounds of rows that go elsewhere
+    assert most(192, 1.0) == 599  # which tile kernels cannot take

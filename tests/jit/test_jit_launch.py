@@ -13,12 +13,14 @@ import torch
 pytest.importorskip("cuda.bindings.driver")
 
 from supersonic_moe.jit import Kernel, KernelSpec, LaunchError, SpecError, TensorMapError, signature, tensor_map
+from supersonic_moe.jit import build as build_module
 from supersonic_moe.jit import driver as driver_module
 from supersonic_moe.jit import launch as launch_module
 from supersonic_moe.jit import tma as tma_module
 from supersonic_moe.jit.build import build
-from supersonic_moe.jit.cache import CubinCache
+from supersonic_moe.jit.cache import CubinCache, encode_entry, entry_name
 from supersonic_moe.jit.launch import on_device
+from supersonic_moe.jit.spec import resolve
 
 
 @pytest.fixture
@@ -115,6 +117,8 @@ class FakeDriver:
         return (0,)
 
     def cuLibraryLoadData(self, image: bytes, *_: Any) -> Any:
+        if image == b"too new":
+            return 200, None  # CUDA_ERROR_INVALID_IMAGE
         assert image[:4] == b"\x7fELF"
         return 0, "library"
 
@@ -149,7 +153,7 @@ class Machine:
             monkeypatch.setattr(module, "binding", lambda: self.driver)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: self.device)
         monkeypatch.setattr(launch_module, "raw_stream", lambda index: self.stream + index)
-        monkeypatch.setattr(launch_module, "build", lambda spec: build(spec, CubinCache(None)))
+        monkeypatch.setattr(launch_module, "build", lambda spec, **how: build(spec, CubinCache(None), **how))
 
 
 @pytest.fixture
@@ -226,6 +230,23 @@ def test_a_name_that_does_not_fit_shows_the_signature(spec: KernelSpec, machine:
     with pytest.raises(TypeError, match=f"{WHOLE}.* positional argument"):
         kernel.launch((1, 1, 1), *GOOD.values())
     assert machine.driver.launches == []
+
+
+def test_a_driver_too_old_for_the_packages_cubin_gets_one_of_this_machine(
+    spec: KernelSpec, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = resolve(spec).digest()
+    own = replace(build(spec, CubinCache(None)), image=b"too new")
+    (tmp_path / entry_name(spec.name, key)).write_bytes(encode_entry(spec.name, key, own))
+    monkeypatch.setattr(build_module, "SHIPPED_CUBINS", tmp_path)
+    kernel = Kernel(spec)
+    assert kernel.cubin.origin == "shipped"
+    kernel.new_slots(0)
+    assert kernel.cubin.origin == "compiled"
+
+    monkeypatch.setattr(machine.driver, "cuLibraryLoadData", lambda *_: (200, None), raising=False)
+    with pytest.raises(LaunchError, match="loading scale"):
+        Kernel(spec).new_slots(0)
 
 
 def test_a_tensor_map_is_encoded_once_with_dimensions_reversed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,6 +160,22 @@ def test_results_of_two_plays_are_two(machine: Machine, tmp_path: Path) -> None:
         torch.testing.assert_close(result, expected(x + call, y, 3.0))
 
 
+def test_an_operand_may_be_a_part_of_a_tensor(machine: Machine) -> None:
+    runs = []
+
+    def product(x: Tensor, y: Tensor) -> Tensor:
+        runs.append(x)
+        out = x.new_empty(4, 4)
+        torch.mm(x.view(8, 4).t(), y[8:40].view(8, 4), out=out)
+        return torch.add(out, out.t(), out=x.new_empty(4, 4))
+
+    for call in range(5):
+        x, y = torch.randn(64)[16 * call % 32 :][:32], torch.randn(48)
+        square = x.view(8, 4).t() @ y[8:40].view(8, 4)
+        torch.testing.assert_close(play(product, (x, y)), square + square.t())
+    assert len(runs) == 2
+
+
 def test_an_argument_that_came_twice_may_come_as_two(machine: Machine, tmp_path: Path) -> None:
     function = Function(tmp_path)
     x, y = torch.randn(32), torch.randn(32)

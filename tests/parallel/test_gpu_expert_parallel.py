@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import beside_cases as beside
 import parallel_cases as cases
 import pytest
 import torch
@@ -92,12 +93,20 @@ def test_random_calls_over_copies_repeat_to_the_bit() -> None:
 
 
 @pytest.mark.multigpu
+@pytest.mark.parametrize("fp8", [False, True])
+def test_rows_beside_products_have_the_bits_of_rows_before_and_after(fp8: bool) -> None:
+    calls = [(1500, 1500), (1500, 3), (0, 1500), (700, 1400)] * 5
+    assert run_ranks(2, beside.same_bits, calls, fp8, backend="nccl", timeout_s=120) == [[], []]
+
+
+@pytest.mark.multigpu
 @pytest.mark.parametrize("phase", ["forward combine", "backward dispatch"])
 def test_the_gpu_that_waits_for_a_late_rank_names_it(phase: str) -> None:
     way = {"transport": "gather"}
     first, _ = end_ranks(2, cases.with_a_lost_rank, phase, "late", 4.0, way, backend="nccl", timeout_s=40)
     wanted = rf"ExpertParallelError: .*waited 4 s in the {phase} of call 2 for rank 1 \(exchange"
     assert re.search(wanted, first.result or first.error), first
+    assert first.exit_code == 0, first
 
 
 @pytest.mark.multigpu

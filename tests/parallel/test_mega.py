@@ -14,10 +14,13 @@ import torch.distributed as dist
 from inference_oracle import moe_loop
 from mega_cases import E, H, calc_diff, worst_row
 from ranks import end_ranks, run_ranks
+from virtual_ranks import ON
 
 from supersonic_moe.inference import moe_fp8_topk
 from supersonic_moe.kernels.reference.quantize import quantize_rows
 from supersonic_moe.parallel import MegaMoE
+from supersonic_moe.parallel.copies import bank_of, shares
+from supersonic_moe.parallel.mega import LARGEST_BANK
 
 LIMITS = (None, 10.0, 1.0)
 
@@ -174,7 +177,26 @@ def test_copies_between_ranks_carry_the_same(ranks: int) -> None:
     assert found == [[]] * ranks
 
 
-ON = [pytest.param(False, id="CPU"), pytest.param(True, id="GPU", marks=pytest.mark.gpu)]
+@pytest.mark.parametrize(("ranks", "rows"), [(2, 150), (4, 1)])
+def test_more_rows_than_a_bank_holds_travel_one_share_after_the_other(ranks: int, rows: int) -> None:
+    """Of 400 places of a rank ``rows`` outputs fit, and twice as many of the others, whose rows are shorter."""
+    calls = spread(ranks)[: 8 if rows > 1 else 2]
+    (found, said) = run_ranks(1, cases.over_small_copies, ranks, calls, ranks * rows * 2 * H)[0]
+    assert found == [[]] * ranks
+    expected = {150: "the widest rows go in 3 exchanges, 134 of a rank at a time", 1: "in 400 exchanges, 1 of a rank"}
+    assert all(expected[rows] in each for each in said)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("hidden", [4096, 6144, 7168])
+def test_ranks_reach_no_more_than_1_2_gib_of_each_other(ranks: int, hidden: int) -> None:
+    """Of 8192 tokens a rank."""
+    sizes = {"ranks": ranks, "places": 8192, "row_bytes": 2 * hidden}
+    bank = bank_of(**sizes, largest=LARGEST_BANK)
+    assert 2 * bank <= 1.2 * 2**30
+    shares_of = shares(8192, 2 * hidden, ranks, bank)
+    assert [place for share in shares_of for place in range(8192)[share]] == [*range(8192)]
+    assert (ranks * max(share.stop - share.start for share in shares_of)) * 2 * hidden <= bank
 
 
 @pytest.mark.parametrize("gpu", ON)
@@ -206,9 +228,16 @@ def test_explain_says_whether_anything_is_copied() -> None:
 
 
 @pytest.mark.parametrize("gpu", ON)
-@pytest.mark.parametrize("phase", ["forward dispatch", "forward combine"])
-def test_a_late_rank_is_named_by_who_waits_for_its_rows(phase: str, gpu: bool) -> None:
-    (ended,) = end_ranks(1, cases.with_a_late_rank, 2, gpu, phase, 2.0, timeout_s=120)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_random_launches_of_few_rows_have_the_same_bits(ranks: int, gpu: bool) -> None:
+    (found,) = run_ranks(1, cases.random_launches, ranks, gpu, 1000 if gpu else 25, timeout_s=300)
+    assert found == [[]] * ranks
+
+
+@pytest.mark.parametrize("gpu", ON)
+@pytest.mark.parametrize(("ranks", "phase"), [(2, "forward dispatch"), (2, "forward combine"), (4, "forward combine")])
+def test_a_late_rank_is_named_by_who_waits_for_its_rows(ranks: int, phase: str, gpu: bool) -> None:
+    (ended,) = end_ranks(1, cases.with_a_late_rank, ranks, gpu, phase, 2.0, timeout_s=120)
     assert ended.result is not None, ended
     errors: list[str] = ended.result  # none of the late rank, if the others have written what it reads
     wanted = rf"waited 2 s in the {phase} of call 3 for rank 1 \(exchange \d+ expected, \d+ seen\)"

@@ -32,6 +32,7 @@ from supersonic_moe.parallel.few_rows import FewRows, Given
 def as_on_hopper(monkeypatch: pytest.MonkeyPatch, launches: list[Any]) -> Iterator[None]:
     monkeypatch.setattr(ops, "on_sm90", lambda x: True)
     monkeypatch.setattr(sm90, "ALIGNMENT", 16)  # a CPU's buffers
+    monkeypatch.setattr(sm90, "streams", lambda *sizes: True)
     monkeypatch.setattr(stream_experts, "multiprocessors", lambda device: 131)
     monkeypatch.setattr(rank_tokens, "multiprocessors", lambda device: 131)
     modules = (route_rows, stream_experts, rank_tokens)

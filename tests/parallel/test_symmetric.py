@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
+import pytest
 import symmetric_cases as cases
 import torch
 from ranks import run_ranks
+
+from supersonic_moe.parallel.symmetric import owner_of
 
 
 def test_two_processes_that_share_memory_have_the_bits_of_one(tmp_path: Path) -> None:
@@ -31,3 +35,23 @@ def test_every_rank_has_the_same_reason_against_it(tmp_path: Path) -> None:
             "memory of other GPUs is not where torch says: instead of all ranks, rank 1 found [1, 0]",
         ]
     )
+
+
+@pytest.mark.parametrize("gpu", ["works", "has failed"])
+def test_shared_memory_is_freed_only_while_the_gpu_works(monkeypatch: pytest.MonkeyPatch, gpu: str) -> None:
+    """torch ends the process where it cannot wait for the GPU before it frees such memory."""
+
+    class Block:
+        pass
+
+    def synchronize(device: torch.device) -> None:
+        assert device == torch.device("cuda", 1)
+        if gpu == "has failed":
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    owner = owner_of([block := Block()], torch.device("cuda", 1))
+    block, kept = None, weakref.ref(block)
+    assert kept() is not None
+    del owner
+    assert (kept() is not None) == (gpu == "has failed")

@@ -11,13 +11,11 @@ import pytest
 import torch
 import virtual_cases as cases
 from ranks import end_ranks, run_ranks
+from virtual_ranks import ON
 
 from supersonic_moe import Fp8Recipe
 
 BF16 = torch.bfloat16
-ONE_AT_A_TIME = pytest.mark.xdist_group("virtual ranks on a GPU")
-"""Ranks that wait for each other fill the GPU with waiting, which processes of other tests then share."""
-ON = [pytest.param(False, id="CPU"), pytest.param(True, id="GPU", marks=[pytest.mark.gpu, ONE_AT_A_TIME])]
 PHASES = ("forward dispatch", "forward combine", "backward dispatch", "backward combine")
 SIZES = (7, 0, 33, 1, 2, 100, 0, 64)
 
@@ -47,6 +45,14 @@ def test_an_fp8_wire_carries_what_the_experts_would_make(hidden: int, gpu: bool)
 def test_products_in_parts_have_the_bits_of_whole_ones(tokens: tuple[int, ...], hidden: int, gpu: bool) -> None:
     """Against an exact wire, which computes in one launch."""
     assert alone(cases.in_parts, len(tokens), gpu, tokens, hidden) == [[]] * len(tokens) * cases.times_on(gpu)
+
+
+@pytest.mark.parametrize("gpu", ON)
+@pytest.mark.parametrize("size", [2, 4])
+def test_exact_rows_that_travel_beside_products_have_the_bits_of_one_process(size: int, gpu: bool) -> None:
+    calls = [(SIZES[i : i + size], BF16, r, i % 2 == 1) for i, r in enumerate(("random", "skewed", "masked", "nobody"))]
+    calls += [((0,) * size, BF16, "random", True), ((512,) + (3,) * (size - 1), BF16, "random", False)]
+    assert alone(cases.exact_in_parts, size, gpu, calls) == [[]] * size
 
 
 @pytest.mark.parametrize("gpu", ON)

@@ -251,7 +251,7 @@ def test_one_expert_a_token_keeps_its_affinity(scale):
 def test_opcheck(router):
     logits = torch.randn(5, 8)
     bias = torch.randn(8) if isinstance(router, SigmoidGroupedTopK) else None
-    config = (*topk._encode(router, 2), "auto")
+    config = (*topk.encode(router, 2), "auto")
     assert topk._decode(*config[:-1]) == router
     opcheck(torch.ops.supersonic_moe.route_forward.default, (logits, bias, 2, *config))
     scores, ids = reference.route_forward(logits, 2, router, bias)

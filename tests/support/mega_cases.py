@@ -6,8 +6,10 @@ experts of one rank alone.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +24,7 @@ from virtual_ranks import CarefulFlags, ThreadFlags, on_a_gpu, run_virtual, time
 from supersonic_moe.inference import moe_fp8_topk
 from supersonic_moe.kernels.sm90 import rank_tokens
 from supersonic_moe.parallel import MegaMoE, few_rows
+from supersonic_moe.parallel import mega as parallel_mega
 from supersonic_moe.parallel.few_rows import FewRows
 
 E, K, H, I, MOST = 8, 3, 256, 128, 400  # noqa: E741
@@ -91,13 +94,15 @@ Call = tuple[tuple[int, ...], float, float | None]
 """Tokens of each rank, share of masked choices, clamp."""
 
 
-def same_as_one_process(calls: Sequence[Call], transport: str, most: int = MOST) -> list[str]:
-    """Where the outputs or counts of this rank differ. Two instances take turns; e4m3 and bf16 do."""
+def same_as_one_process(calls: Sequence[Call], transport: str, most: int = MOST, times: int = 1) -> list[str]:
+    """Where the outputs or counts of this rank differ. Two instances take turns; e4m3 and bf16 do. ``times``: the same
+    again, launch by launch, when all that it needs is loaded.
+    """
     rank, size = dist.get_rank(), dist.get_world_size()
     sizes = {"transport": transport, "max_tokens_per_rank": most, "timeout_s": 60.0}
     layers = [mega(dist.group.WORLD, **sizes) for _ in range(2)]
     own, wrong = slice(rank * E // size, (rank + 1) * E // size), []
-    for number, (tokens, masked, limit) in enumerate(calls):
+    for number, (tokens, masked, limit) in times * [*enumerate(calls)]:
         case = case_of(sum(tokens), masked=masked, seed=number)
         if ranks.device().type == "cuda":
             case = on_gpu(case)
@@ -132,6 +137,12 @@ def over_copies(size: int, calls: Sequence[Call], most: int = MOST) -> list[list
     return run_virtual(size, same_as_one_process, calls, "gather", most)
 
 
+def over_small_copies(size: int, calls: Sequence[Call], largest_bank: int) -> tuple[list[list[str]], list[str]]:
+    """``over_copies`` of more rows than a bank holds, and what ``explain`` says."""
+    parallel_mega.LARGEST_BANK = largest_bank
+    return over_copies(size, calls), run_virtual(size, lambda: mega(dist.group.WORLD).explain())
+
+
 def bf16_over_ranks(pow2: bool) -> tuple[bool, str]:
     """Whether x in bf16 is quantized at home, to the codes that the operator makes of it; and what ``explain`` says."""
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -157,12 +168,45 @@ def few_tokens(size: int) -> int:
 def without_copies(size: int, gpu: bool, calls: Sequence[Call]) -> list[list[str]]:
     """``over_copies`` with objects of so few tokens that ``few_rows.py`` does it."""
     _start(size, gpu, careful=len(calls) + 1)  # two launches a call that wait, of two objects that take turns
-    return run_virtual(size, _without_copies, times_on(gpu) * [*calls], few_tokens(size))
+    return run_virtual(size, _without_copies, calls, few_tokens(size), times_on(gpu))
 
 
-def _without_copies(calls: Sequence[Call], most: int) -> list[str]:
+def _without_copies(calls: Sequence[Call], most: int, times: int) -> list[str]:
     assert few_rows.has_few_rows(dist.get_world_size(), most, K, E // dist.get_world_size())
-    return same_as_one_process(calls, "gather", most)
+    return same_as_one_process(calls, "gather", most, times)
+
+
+def random_launches(size: int, gpu: bool, count: int) -> list[list[int]]:
+    """Any tokens of each rank in each launch: those whose outputs are not the bits of one process."""
+    _start(size, gpu, careful=8)
+    return run_virtual(size, _random_launches, count)
+
+
+def _random_launches(count: int) -> list[int]:
+    rank, size, draw = dist.get_rank(), dist.get_world_size(), random.Random(0)
+    most, own = few_tokens(size), slice(rank * E // size, (rank + 1) * E // size)
+    case = case_of(most * size, masked=0.3)
+    case = on_gpu(case) if ranks.device().type == "cuda" else case
+    layer = mega(dist.group.WORLD, max_tokens_per_rank=most, timeout_s=30.0)
+    assert layer._ranks is not None and layer._ranks.few is not None
+    out, launched = torch.zeros(count, most, H, device=case.x.device).bfloat16(), []
+    for number in range(count):
+        firsts = [r * most + draw.randrange(most) for r in range(size)]
+        launched.append([slice(first, draw.randint(first, (r + 1) * most)) for r, first in enumerate(firsts)])
+        mine = launched[-1][rank]
+        call(layer, case, mine, own, out=out[number, : mine.stop - mine.start])
+    layer.check()
+    layer.close()
+    wrong = []
+    for number, rows in enumerate(launched):
+        given = {name: getattr(case, name) for name in ("x", "x_scale", "ids", "weights")}
+        taken = {name: torch.cat([t.view(torch.uint8)[r].view(t.dtype) for r in rows]) for name, t in given.items()}
+        want = parts(replace(case, **taken), size)
+        before = sum(r.stop - r.start for r in rows[:rank])
+        length = rows[rank].stop - rows[rank].start
+        if not torch.equal(out[number, :length], want[before : before + length]):
+            wrong.append(number)
+    return wrong
 
 
 def explanations(size: int, on: bool) -> list[tuple[str, str]]:
@@ -186,6 +230,7 @@ def with_a_late_rank(size: int, gpu: bool, phase: str, limit_s: float) -> list[s
 def _late(phase: str, limit_s: float) -> str:
     rank, size = dist.get_rank(), dist.get_world_size()
     layer, own = mega(dist.group.WORLD, max_tokens_per_rank=few_tokens(size), timeout_s=limit_s), E // size
+    assert layer._ranks is not None and layer._ranks.few is not None
     case = case_of(3, seed=rank)
     case = on_gpu(case) if ranks.device().type == "cuda" else case
     experts = slice(rank * own, (rank + 1) * own)
@@ -232,8 +277,12 @@ def _start(size: int, gpu: bool, careful: int) -> None:
 
     def sum_late(tokens: Any, *args: Any, **options: Any) -> Any:
         launch = sums(tokens, *args, **options)
-        late("forward combine")
-        return SimpleNamespace(run=lambda: tokens.flags.around(launch.run))
+
+        def run() -> None:  # all launches of a call have been made before the first one runs
+            late("forward combine")
+            tokens.flags.around(launch.run)
+
+        return SimpleNamespace(run=run)
 
     FewRows.run, ThreadFlags.tell = run_late, tell_late  # type: ignore[method-assign]
     rank_tokens.post_tokens, rank_tokens.sum_parts = post, sum_late

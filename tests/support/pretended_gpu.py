@@ -15,7 +15,6 @@ from supersonic_moe.jit.launch import Kernel
 from supersonic_moe.kernels import registry
 from supersonic_moe.kernels.sm90 import gemm_config
 from supersonic_moe.kernels.triton import launch as triton_launch
-from supersonic_moe.private_api import DispatchMode
 
 Launch = tuple[Any, ...]
 """Kernel, grid, and arguments: ("at", address, what else a tensor map says), or a number."""
@@ -97,17 +96,22 @@ class Machine:
         return self.alive[-1]
 
     def run(self, function: Any, args: Any) -> Any:
-        """Without a tape."""
+        """Without a tape. What is recorded meanwhile is of no use; an op inside of another is called as in a recording,
+        past torch's dispatcher, which would hide what the op allocates.
+        """
         alive = self.alive
 
-        class Keep(DispatchMode):  # type: ignore[misc, valid-type]
+        class Keep(tape.Recorder):
             def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                result = op(*args, **(kwargs or {}))
-                alive.append(result)
-                return result
+                alive.append(super().__torch_dispatch__(op, types, args, kwargs))
+                return alive[-1]
 
-        with Keep():
-            return function(*args)
+        recorder = tape.state.recorder = Keep([])
+        try:
+            with recorder:
+                return function(*args)
+        finally:
+            tape.state.recorder = None
 
 
 def pretend_hopper(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:

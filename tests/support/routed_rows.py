@@ -32,7 +32,7 @@ RULES = {
 }
 
 
-def empty_tables(tokens: int, choices: Choices, device: str = "cuda") -> RowTables:
+def empty_tables(tokens: int, choices: Choices, device: str = "cuda", *, streamed: bool) -> RowTables:
     """Tables full of what nobody may rely on."""
 
     def poison(*shape: int) -> Tensor:
@@ -42,18 +42,17 @@ def empty_tables(tokens: int, choices: Choices, device: str = "cuda") -> RowTabl
     weights = torch.full((tokens, choices.per_token), math.nan, device=device)
     items = max_items(local, slots)
     return RowTables(
-        offsets=poison(local + 1),
+        offsets=None if streamed else poison(local + 1),
         items=poison(1 + items, 4),
         row_slot=poison(padded_rows(slots, local)),
-        row_token=poison(padded_rows(slots, local)),
-        row_out=poison(padded_rows(slots, local), 2),
+        row_token=None if streamed else poison(padded_rows(slots, local)),
+        row_out=None if streamed else poison(padded_rows(slots, local), 2),
         slot_row=poison(tokens, choices.per_token),
         weights=weights,
         counters=poison(1000),
         counts=poison(MAX_BLOCKS, local),
         counter_words=990,
         max_items=items,
-        stream_rows=slots // 2,
     )
 
 
@@ -62,41 +61,42 @@ def check_rows(tables: RowTables, slots_TC: Tensor, num_local: int) -> None:
     slots = slots_TC.flatten().cpu().numpy()
     by_expert = np.argsort(slots, kind="stable")[(slots < 0).sum() :]
     counts = np.bincount(slots[by_expert], minlength=num_local)
-    streamed = len(by_expert) <= tables.stream_rows
+    streamed = tables.offsets is None
     taken = -(-counts // ROW_GROUP) * ROW_GROUP if streamed else counts
     starts = np.cumsum(taken) - taken
     row_of = np.arange(len(by_expert)) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
     row_slot, slot_row = np.full(taken.sum(), -1), np.full(len(slots), -1)
     row_slot[row_of], slot_row[by_expert] = by_expert, row_of
-    offsets = [0] * (num_local + 1) if streamed else [*starts.tolist(), len(by_expert)]
     items = [
         [e, int(starts[e]) + at, min(ITEM_ROWS, rows - at), at // ITEM_ROWS << 16 | -(-rows // ITEM_ROWS)]
         for e, rows in enumerate(counts.tolist())
-        for at in range(0, rows if streamed else 0, ITEM_ROWS)
+        for at in range(0, rows, ITEM_ROWS)
     ]
-    assert tables.offsets.tolist() == offsets
     assert tables.slot_row.flatten().tolist() == slot_row.tolist()
     assert tables.row_slot[: len(row_slot)].tolist() == row_slot.tolist()
     assert tables.row_slot[len(row_slot) :].eq(-77).all()
-    token = np.where(row_slot >= 0, row_slot // slots_TC.shape[1], -77)
+    assert tables.counters.tolist() == [0] * 990 + [-77] * 10
+    if streamed:
+        assert tables.items[0].tolist() == [len(items), min(ITEM_ROWS, int(counts.max())), len(row_slot), 0]
+        assert tables.items[1 : 1 + len(items)].tolist() == items
+        assert tables.items[1 + len(items) :].eq(-77).all()
+        return
+    assert tables.items.eq(-77).all()
+    assert tables.offsets.tolist() == [*starts.tolist(), len(by_expert)]
+    token = row_slot // slots_TC.shape[1]
     assert tables.row_token[: len(row_slot)].tolist() == token.tolist()
     alone = (slots.reshape(len(slots_TC), -1) >= 0).sum(1) == 1
-    used, weights = row_slot >= 0, tables.weights.flatten().cpu()
-    row_out = tables.row_out[: len(row_slot)].cpu()[torch.from_numpy(used)]
-    assert row_out[:, 0].tolist() == np.where(alone[token[used]], token[used], -1).tolist()
-    weight = torch.where(row_out[:, 0] < 0, torch.ones(()), weights[torch.from_numpy(row_slot[used])])
+    row_out, weights = tables.row_out[: len(row_slot)].cpu(), tables.weights.flatten().cpu()
+    assert row_out[:, 0].tolist() == np.where(alone[token], token, -1).tolist()
+    weight = torch.where(row_out[:, 0] < 0, torch.ones(()), weights[torch.from_numpy(row_slot)])
     assert torch.equal(row_out[:, 1].contiguous().view(torch.float32), weight)
-    padded = int((-(-counts // ROW_GROUP) * ROW_GROUP).sum())
-    assert tables.items[0].tolist() == [len(items), min(ITEM_ROWS, int(counts.max())), padded, int(streamed)]
-    assert tables.items[1 : 1 + len(items)].tolist() == items
-    assert tables.items[1 + len(items) :].eq(-77).all()
-    assert tables.counters.tolist() == [0] * 990 + [-77] * 10
 
 
 def local_experts(tables: RowTables, num_local: int) -> Tensor:
     """Local expert of each slot, read back from its row."""
-    row, (items, _, _, streamed) = tables.slot_row.long(), tables.items[0].tolist()
-    if streamed:
+    row = tables.slot_row.long()
+    if tables.offsets is None:
+        items = int(tables.items[0, 0])
         starts, experts = tables.items[1 : 1 + items, 1].long().contiguous(), tables.items[1 : 1 + items, 0]
         if items == 0:
             return torch.full_like(tables.slot_row, -1)

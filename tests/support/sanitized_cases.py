@@ -8,6 +8,8 @@ arrival to order the accesses of its own lane only, also behind ``__syncwarp``.
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import torch
 from inference_oracle import make_case
@@ -16,18 +18,23 @@ import supersonic_moe as sm
 from supersonic_moe.config.activation import Activation, GateUpLayout, as_activation
 from supersonic_moe.inference import SharedExpert, moe_fp8_ds_routed, moe_fp8_topk, workspace_bytes
 from supersonic_moe.kernels.interface import DownBackward, Gate, Into, Quantized, Rows, UpProjection
+from supersonic_moe.kernels.reference.inference import Fp8Experts
 from supersonic_moe.kernels.sm90 import gemm_config
 from supersonic_moe.kernels.sm90.down_backward import down_backward
 from supersonic_moe.kernels.sm90.down_backward_fp8 import down_backward_fp8
 from supersonic_moe.kernels.sm90.down_backward_fp8_quantize import down_backward_fp8_quantize
+from supersonic_moe.kernels.sm90.exchange_flags import ExchangeFlags
 from supersonic_moe.kernels.sm90.grouped_gemm import grouped_mm
 from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import grouped_mm_fp8
 from supersonic_moe.kernels.sm90.grouped_wgrad import grouped_mm_wgrad
 from supersonic_moe.kernels.sm90.grouped_wgrad_fp8 import grouped_mm_wgrad_fp8
 from supersonic_moe.kernels.sm90.quantize_columns import quantize_columns
+from supersonic_moe.kernels.sm90.rank_tokens import Layout
 from supersonic_moe.kernels.sm90.up_projection import up_projection
 from supersonic_moe.kernels.triton.pad_segments import pad_segments
 from supersonic_moe.kernels.triton.quantize import quantize_blocks, quantize_rows
+from supersonic_moe.parallel.few_rows import FewRows, Given
+from supersonic_moe.parallel.symmetric import HEAD
 from supersonic_moe.quantization.block_format import padded_capacity
 
 CUDA, BF16 = torch.device("cuda"), torch.bfloat16
@@ -115,6 +122,21 @@ def inference(tokens: int, inter: int, order: str) -> None:
     )  # fmt: skip
 
 
+def few_rows(tokens: int) -> None:
+    """``MegaMoE`` with few rows, in a group of one rank, with a block of exactly the size that it needs."""
+    case = make_case(tokens=tokens, hidden=256, inter=128, choices=2, num_experts=8, local=8, order="gate_up")
+    x, x_scale, ids, weights = (t.to(CUDA) for t in (case.x, case.x_scale, case.ids, case.weights))
+    experts = Fp8Experts(*(t.to(CUDA) for t in (case.w13, case.w13_scale, case.w2, case.w2_scale)))
+    block = torch.zeros(HEAD + Layout.of(1, tokens, 256, 2).end, dtype=torch.uint8, device=CUDA)
+    memory = SimpleNamespace(blocks=[block], flags=ExchangeFlags([block], 0, 5.0))
+    few = FewRows(SimpleNamespace(memory=memory, inside=lambda call, phase: nullcontext()), 0, 1, 8, tokens, 2)
+    ids[0] = torch.tensor([-1, 2**31 - 1])
+    out = torch.zeros(tokens, 256, dtype=BF16, device=CUDA)
+    for rows, scale in ((x, x_scale), (x.to(BF16), None)):
+        given = Given(rows, scale, ids, weights, experts, GateUpLayout.GATE_UP, None, False, None)
+        few.run(1, given, out, accumulate=scale is None)
+
+
 def main() -> None:
     if sys.argv[1:] == ["racecheck"]:
         gemm_config.ARRIVALS = 32
@@ -125,6 +147,8 @@ def main() -> None:
         kernels([300, 0, 513])
     for tokens, inter, order in ((1, 128, "up_gate"), (33, 192, "gate_up"), (900, 256, "interleaved")):
         inference(tokens, inter, order)
+    for tokens in (1, 60, 200):
+        few_rows(tokens)
     layer = sm.MoE(8, 2, HIDDEN, WIDTH, "swiglu", True, 0.02).to(CUDA, BF16)
     x = torch.randn(77, HIDDEN, device=CUDA, dtype=BF16, requires_grad=True)
     out, aux = layer(x)

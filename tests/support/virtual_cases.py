@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import parallel_cases as cases
@@ -12,7 +13,8 @@ import torch.distributed as dist
 from virtual_ranks import CarefulFlags, on_a_gpu, run_virtual, times_on
 
 from supersonic_moe import Fp8Recipe
-from supersonic_moe.parallel import fp8_parts, ranges
+from supersonic_moe.parallel import ranges
+from supersonic_moe.parallel.beside import Way
 from supersonic_moe.parallel.copies import Copies
 
 GATHER = {"transport": "gather", "timeout_s": 30.0}
@@ -32,18 +34,35 @@ def fp8_wire(size: int, gpu: bool, tokens: Sequence[int], recipe: Fp8Recipe, hid
 
 
 def in_parts(size: int, gpu: bool, tokens: Sequence[int], hidden: int) -> list[list[str]]:
-    """``fp8_wire``, with products in three parts however few rows there are."""
-    ranges.LEAST_ROWS = 0
-    walks, start = list[int](), fp8_parts.start
-
-    def noted(*args: Any) -> Any:
-        walks.append(dist.get_rank())
-        return start(*args)
-
-    fp8_parts.start = noted
-    found = fp8_wire(size, gpu, tokens, Fp8Recipe(scale="pow2"), hidden)
-    assert sorted(set(walks)) == list(range(size)), walks
+    """``fp8_wire``, with rows that travel beside products however few there are."""
+    with _beside() as ways:
+        found = fp8_wire(size, gpu, tokens, Fp8Recipe(scale="pow2"), hidden)
+    assert ways == {(rank, phase) for rank in range(size) for phase in ("forward dispatch", "backward dispatch")}, ways
     return found
+
+
+def exact_in_parts(size: int, gpu: bool, calls: Sequence[tuple]) -> list[list[str]]:
+    """``same_as_one_process`` likewise."""
+    with _beside() as ways:
+        found = same_as_one_process(size, gpu, calls)
+    assert ways == {(rank, phase) for rank in range(size) for phase in ("forward dispatch", "backward dispatch")}, ways
+    return found
+
+
+@contextmanager
+def _beside() -> Iterator[set[tuple[int, str]]]:
+    """However few rows there are: (rank, phase) of those that came beside a product."""
+    least, arrive, ways = ranges.LEAST_ROWS, Way.arrive, set[tuple[int, str]]()
+
+    def noted(way: Way, rows: torch.Tensor, phase: str) -> Any:
+        ways.add((dist.get_rank(), phase))
+        return arrive(way, rows, phase)
+
+    ranges.LEAST_ROWS, Way.arrive = 0, noted
+    try:
+        yield ways
+    finally:
+        ranges.LEAST_ROWS, Way.arrive = least, arrive
 
 
 def random_calls(size: int, gpu: bool, count: int) -> bool:

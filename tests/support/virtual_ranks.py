@@ -22,15 +22,20 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import ranks
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed import multi_threaded_pg
 
-from supersonic_moe.kernels.sm90.exchange_flags import ALL, LATE, MAX_RANKS, OTHER_CALL, STOPPED, ExchangeFlags, Failure
+from supersonic_moe.kernels.sm90.exchange_flags import LATE, MAX_RANKS, OTHER_CALL, STOPPED, ExchangeFlags, Failure
 from supersonic_moe.parallel import transport
 from supersonic_moe.parallel.symmetric import HEAD, Memory
+
+ONE_AT_A_TIME = pytest.mark.xdist_group("virtual ranks on a GPU")
+"""Ranks that wait for each other fill the GPU with waiting, which processes of other tests then share."""
+ON = [pytest.param(False, id="CPU"), pytest.param(True, id="GPU", marks=[pytest.mark.gpu, ONE_AT_A_TIME])]
 
 
 def on_a_gpu() -> None:
@@ -125,12 +130,13 @@ class CarefulFlags(ExchangeFlags):
         super().__init__(blocks, rank, limit_s)
         self._meeting, self._left = meeting, 2 * self.CAREFUL
         self._delays = random.Random(rank)
+        torch.cuda._sleep(1)  # loaded now, while nobody waits
 
     def begin(self, bank: int, call: int, phase: int) -> None:
         self.around(lambda: ExchangeFlags.begin(self, bank, call, phase))
 
-    def meet(self, kind: int, call: int, phase: int, sources: int = ALL) -> None:
-        self.around(lambda: ExchangeFlags.meet(self, kind, call, phase, sources))
+    def meet(self, kind: int, call: int, phase: int) -> None:
+        self.around(lambda: ExchangeFlags.meet(self, kind, call, phase))
 
     def around(self, launch: Callable[[], None]) -> None:
         """A launch that waits for others."""
@@ -176,12 +182,10 @@ class ThreadFlags:
         for peer in self._others:
             self._wait(peer, MAX_RANKS + peer, self._epoch - left << 32, call, phase)
 
-    def meet(self, kind: int, call: int, phase: int, sources: int = ALL) -> None:
+    def meet(self, kind: int, call: int, phase: int) -> None:
         flag = self._epoch << 32 | kind
         self._tell(MAX_RANKS, flag)
         for peer in self._others:
-            if not sources >> peer & 1:
-                continue
             seen = self._wait(peer, MAX_RANKS + peer, flag, call, phase)
             if seen >> 32 == self._epoch and seen != flag:
                 self._fail(Failure(OTHER_CALL, call, phase, peer, flag, seen))

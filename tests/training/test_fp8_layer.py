@@ -28,7 +28,7 @@ from supersonic_moe.kernels.interface import Backend, BothOrders, Into, Quantize
 from supersonic_moe.kernels.reference.gather import gather_rows
 from supersonic_moe.quantization.block_format import blocks
 from supersonic_moe.training.arguments import Weight
-from supersonic_moe.training.ops import run_experts
+from supersonic_moe.training.experts import run_experts
 from supersonic_moe.training.options import Options
 
 RECIPES = [

@@ -63,11 +63,6 @@ def batch(tokens: int = T) -> tuple[Tensor, Tensor]:
     return x, dout
 
 
-@pytest.fixture(autouse=True)
-def with_tapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("supersonic_moe.ops.TAPES", True)
-
-
 @pytest.fixture(name="runs")
 def counted_runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Forwards and backwards of experts that were run, not played."""

@@ -8,8 +8,10 @@
     peers.py  layer_peers.py  gemm_bf16.py  gemm_fp8.py                                           who takes part
     infer_peers.py  infer_triton.py  infer_parts.py                                               likewise
     infer_glue.py                                                                                 around peers' products
-    shapes.py  infer_cases.py                                                                     which sizes
-    report.py  bar_chart.py  kernel_figure.py  infer_figure.py  mega_figure.py  readme.py         tables, files, figures
+    shapes.py  infer_cases.py  mega_cases.py                                                      which sizes
+    report.py  bar_chart.py  kernel_figure.py  infer_figure.py  mega_figure.py                    tables, files, figures
+    ep_timeline.py  mega_timeline.py                                                              likewise, over time
+    readme.py  mega_page.py  markdown.py                                                          tables of the docs
     check.py                                                                                      new files against old
 
 To add a suite:

@@ -79,7 +79,7 @@ class Runner:
                 result.metrics[name] = errors | (facts if name == OURS else {})
 
         progress("timing " + ", ".join(calls))
-        for name, metrics in self._timed(calls).items():
+        for name, metrics in self.timed(calls).items():
             if isinstance(metrics, Missing):
                 result.missing[name] = metrics.reason
                 del result.metrics[name]
@@ -125,7 +125,8 @@ class Runner:
         known = infer_peers.PEERS if self.device.type == "cuda" else {}
         return {OURS: infer_parts.ours} | {name: known[name] for name in self.peers if name in known}
 
-    def _timed(self, calls: Mapping[str, Call]) -> dict[str, Metrics | Missing]:
+    def timed(self, calls: Mapping[str, Call]) -> dict[str, Metrics | Missing]:
+        """Of each contender: replayed, eager, and the host's time."""
         clock = clock_for(self.device, cold_l2=True)
         found: dict[str, Metrics | Missing] = {}
         replays: dict[str, Callable[[], object]] = {}

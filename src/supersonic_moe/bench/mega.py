@@ -5,84 +5,31 @@ Ids and weights are given, x is e4m3 with its scales and lies where a contender 
     moe_fp8_topk      our operator without ``MegaMoE`` around it: what the class costs, on the device and on the host
     deep_gemm_fused   ``fp8_mega_moe`` of SGLang's build of DeepGEMM (``infer_peers.py``)
 
-Experts are those of one rank of eight in DeepGEMM's published tables, with as many rows for each. Everything is as in
-the inference suite (``infer.py``) but for the check: ``calc_diff`` and the worst row against the reference in fp32 that
-quantizes between the products, as all contenders do. A shape comes again with positive numbers alone, where a tensor
-core that adds up a whole row by itself is off by per cents. Floor: the hit experts' weights and scales, inputs and
-output at the copy bandwidth of an H200, or products at ``PRODUCTS``, whichever takes longer.
+Cases are in ``mega_cases.py``. Everything is as in the inference suite (``infer.py``) but for the check: ``calc_diff``
+and the worst row against the reference in fp32 that quantizes between the products, as all contenders do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from supersonic_moe.bench import infer, infer_peers
-from supersonic_moe.bench.infer_cases import InferCase, InferShape, Workload
+from supersonic_moe.bench.infer_cases import InferCase, Workload
 from supersonic_moe.bench.infer_parts import Call, new_out
+from supersonic_moe.bench.mega_cases import DEEP_GEMM, OPERATOR, MegaShape
+from supersonic_moe.bench.mega_timeline import Span, spans_of
 from supersonic_moe.bench.report import OURS, Metrics
+from supersonic_moe.bench.timing import Missing
 from supersonic_moe.config.activation import GateUpLayout
-from supersonic_moe.config.grouped_routing import GroupedRouting, Scoring
 from supersonic_moe.inference import moe_fp8_topk
 from supersonic_moe.parallel import MegaMoE
-from supersonic_moe.perf_model import H200
-from supersonic_moe.quantization.block_format import blocks
 
-OPERATOR, DEEP_GEMM = "moe_fp8_topk", "deep_gemm_fused"
-PRODUCTS = 1250e12  # FLOP/s: the best grouped FP8 product with promotion to fp32 that was seen on an H200
 DIFFERENCE, WORST_ROW = 0.001, 0.03  # limits of ours
 PEER_DIFFERENCE = 0.01  # the bound of DeepGEMM's own tests
-TOKENS = (16, 64, 256, 512, 1024, 4096, 8192)
-POSITIVE_TOKENS = 1024
-
-
-@dataclass(frozen=True)
-class MegaShape(InferShape):
-    """All experts of one rank, and where tokens choose among them."""
-
-    positive: bool = False
-    """x, weights and scales have no sign."""
-
-    def floor(self, tokens: int, hits: int, rows: int) -> tuple[int, float]:
-        per_token = 3 * self.hidden + 4 * blocks(self.hidden) + 8 * self.rule.top_k
-        moved = hits * self.expert_bytes + tokens * per_token
-        return moved, 1e6 * max(moved / H200.bandwidth, 6 * rows * self.hidden * self.inter / PRODUCTS)
-
-
-def _shape(name: str, hidden: int, inter: int, experts: int, top_k: int) -> MegaShape:
-    rule = GroupedRouting(num_experts=experts, top_k=top_k, n_group=1, topk_group=1, scoring=Scoring.SOFTMAX)
-    return MegaShape(name, hidden, inter, experts, rule)
-
-
-SHAPES = {
-    shape.name: shape
-    for shape in (
-        _shape("flash", 4096, 2048, 32, 6),
-        _shape("pro", 7168, 3072, 48, 6),
-        _shape("mimo-2.5", 4096, 2048, 32, 8),
-        _shape("mimo-2.5-pro", 6144, 2048, 48, 8),
-    )
-}
-
-
-def cases_of(shape: MegaShape, tokens: tuple[int, ...] = TOKENS, positive: int = POSITIVE_TOKENS) -> list[InferCase]:
-    of_one_sign = replace(shape, name=f"{shape.name}-positive", positive=True)
-    return [*(InferCase(shape, t) for t in tokens), InferCase(of_one_sign, positive)]
-
-
-#: What a CPU measures in seconds.
-CPU_CASES = cases_of(_shape("tiny", 256, 128, 8, 3), (1, 19), 7)
-
-
-def must(tokens: int) -> float:
-    """How many times faster than DeepGEMM's kernel ours has to be."""
-    if tokens <= 256:
-        return 1.10
-    return 1.25 if tokens <= 1024 else 1.35
-
 
 # ---- contenders ------------------------------------------------------------------------------------------------------
 
@@ -120,7 +67,22 @@ def deep_gemm(work: Workload) -> Call:
 
 
 class Runner(infer.Runner):
-    """Measures cases as the inference suite does."""
+    """Measures cases as the inference suite does. ``timelines``: also when the kernels of a call of ours run."""
+
+    def __init__(self, *args: Any, timelines: bool = False, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.timelines: list[tuple[str, list[Span]]] = []
+        self._draws = timelines
+
+    def run(self, case: InferCase, progress: Callable[[str], None]) -> infer.InferResult:
+        self._running = str(case)
+        return super().run(case, progress)
+
+    def timed(self, calls: Mapping[str, Call]) -> dict[str, Metrics | Missing]:
+        found = super().timed(calls)
+        if self._draws:
+            self.timelines.append((self._running, spans_of(calls[OURS], self.device)))
+        return found
 
     def _contenders(self) -> Mapping[str, Callable[[Workload], Call]]:
         known = {OPERATOR: operator} | ({DEEP_GEMM: deep_gemm} if self.device.type == "cuda" else {})

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from supersonic_moe.bench.bar_chart import COLOURS
 from supersonic_moe.bench.infer import InferResult
-from supersonic_moe.bench.mega import DEEP_GEMM, OPERATOR, MegaShape, must
+from supersonic_moe.bench.mega_cases import DEEP_GEMM, OPERATOR, MegaShape, must
 from supersonic_moe.bench.report import OURS, short
 
 

@@ -1,10 +1,12 @@
-"""The tables of README.md, docs/inference.md, docs/performance.md and docs/results.md, made from
+"""The tables of README.md and of docs/{expert-parallel,inference,performance,results,transformers}.md, made from
 ``benchmarks/results/*.json`` so that no number is typed.
 
     python -m supersonic_moe.bench.readme     in the repository, after a benchmark has written its file
 
 README.md gets one table: the layers, in BF16 and in FP8. docs/performance.md sets them beside other libraries, as far
-as those ran in the same process. docs/inference.md gets who is fastest at each batch of the inference operator.
+as those ran in the same process. docs/inference.md gets who is fastest at each batch of the inference operator,
+docs/expert-parallel.md what ``MegaMoE`` costs (``mega_page.py``), and docs/transformers.md the experts backends of
+Transformers, in words where another one takes less time.
 docs/results.md gets every file of the suites in ``SUITES``: a line that says where its numbers come
 from, its figure if there is one, and a table. A table has a row for each case, a column for each headline metric of its
 suite, and a column for each peer: the compared metric of that peer over ours in the same run (above 1: ours is better).
@@ -25,6 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from supersonic_moe.bench import mega_page
+from supersonic_moe.bench.markdown import markdown as _markdown
+from supersonic_moe.bench.markdown import origin as _origin
 from supersonic_moe.bench.report import METRICS, Row, geomean, short
 
 RESULTS = Path("benchmarks/results")
@@ -62,8 +67,8 @@ SUITES = {
     "cold-start": Headline(("first_call_s", "call_s", "total_s", "import_s", "context_s"), "first_call_s"),
 }
 UNSHOWN = frozenset(
-    {"kernels", "precision", "train"}
-)  # docs/kernels.md, docs/fp8.md and docs/fp8-training.md have them
+    {"kernels", "precision", "train", "transformers"}
+)  # docs/kernels.md, docs/fp8.md, docs/fp8-training.md and docs/transformers.md have them
 _METRICS = {metric.name: metric for metric in METRICS}
 
 
@@ -118,12 +123,6 @@ def _section(path: Path, content: dict[str, Any], page: Path) -> str:
     if any(row.peer for row in rows):
         sections.append(f"*vs*: {_metric_label(shown.compared)} of that peer over ours, in the same run.")
     return "\n\n".join(sections)
-
-
-def _origin(content: dict[str, Any]) -> str:
-    commit, _, dirty = content["commit"].partition("-")
-    commit = f"{commit[:12]}{'-' + dirty if dirty else ''}"
-    return f"{content['device']}, torch {content['torch']}, commit `{commit}`, {content['date'][:10]}"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -335,12 +334,67 @@ def _fits(rows: list[Row]) -> str:
     return _markdown(["µs up to 80 tokens", "ours", "others"], lines) if lines else ""
 
 
+# ---- docs/transformers.md: experts backends --------------------------------------------------------------------------
+
+NO_TRANSFORMERS = """\
+Not measured with the kernels of this commit yet. On an H200, with Liger on the path:
+
+```bash
+supersonic-moe bench transformers --what layers --json transformers-layers.json
+supersonic-moe bench transformers --what model --json transformers-model.json
+```"""
+
+_KINDS = {
+    "/layers/train_": ("Training step of two layers of experts", ("fwd_bwd_us",)),
+    "/model/train_": ("Training step of a whole model of two layers", ("fwd_bwd_us",)),
+    "/layers/decode_": ("Decode of two layers of experts", ("infer_us", "graph_us")),
+    "/model/decode_": ("Decode of a whole model of two layers", ("infer_us", "graph_us")),
+}
+_OURS_TOO = ("ours-FP8", "swiglu")  # contenders that are ours, for comparison
+
+
+def transformers(folder: Path) -> str:
+    """A table for each kind of case, from all files of the suite, and the cases in which another backend is ahead."""
+    contents = [read(path) for path in sorted(folder.glob("transformers*.json"))]
+    rows = [Row(**row) for content in contents for row in content["rows"]]
+    if not rows:
+        return NO_TRANSFORMERS
+    sections = [" ".join(dict.fromkeys(f"{_origin(content)}." for content in contents))]
+    for kind, (title, metrics) in _KINDS.items():
+        if of_kind := [row for row in rows if kind in row.case and row.metric in metrics]:
+            sections += [f"**{title}**", _backends(of_kind, metrics)]
+    behind = [row for row in rows if row.metric in _WORDS and row.peer not in _OURS_TOO and (row.ratio or 1.0) < 1.0]
+    named = [f"{row.peer} at `{row.case}`{_WORDS[row.metric]} ({row.ratio:.2f}×)" for row in behind]
+    sections.append(
+        f"Ahead of ours: {'; '.join(named)}." if named else "No other backend is ahead of ours in any case."
+    )
+    return "\n\n".join(sections)
+
+
+_WORDS = {"fwd_bwd_us": "", "infer_us": "", "graph_us": " in a CUDA graph"}
+
+
+def _backends(rows: list[Row], metrics: tuple[str, ...]) -> str:
+    """Ours in µs and how many times longer the others take, eager, then in a CUDA graph."""
+    found = {(row.case, row.metric, row.peer): row for row in rows}
+    head, columns = ["model"], []
+    for metric in metrics:
+        peers = dict.fromkeys(row.peer for row in rows if row.metric == metric and row.ratio is not None)
+        head += ["ours, µs" if metric != "graph_us" else "in a graph: ours, µs", *(f"vs {peer}" for peer in peers)]
+        columns.append((metric, peers))
+    lines = []
+    for case in dict.fromkeys(row.case for row in rows):
+        model, _, tokens = case.partition("/")[0], *case.rpartition("_T")[1:]
+        line = [f"{model}, T {tokens}"]
+        for metric, peers in columns:
+            of_case = [found.get((case, metric, peer)) for peer in peers]
+            line.append(_number(metric, next((row.value for row in of_case if row), None)))
+            line += [f"{row.ratio:.2f}×" if row and row.ratio is not None else "–" for row in of_case]
+        lines.append(line)
+    return _markdown(head, lines)
+
+
 # ---- cells -----------------------------------------------------------------------------------------------------------
-
-
-def _markdown(head: list[str], lines: list[list[str]]) -> str:
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))
 
 
 def _metric_label(name: str) -> str:
@@ -365,6 +419,13 @@ def _mean(ratios: list[float | None]) -> str:
 # ---- the pages -------------------------------------------------------------------------------------------------------
 
 
+def _serving(root: Path) -> str:
+    path = root / RESULTS / f"{mega_page.NAME}.json"
+    figure = path.with_name(f"{mega_page.NAME}-timeline.png")
+    shown = os.path.relpath(figure, root / "docs") if figure.is_file() else None
+    return mega_page.page(read(path) if path.is_file() else None, shown)
+
+
 @dataclass(frozen=True)
 class Page:
     path: Path
@@ -375,9 +436,11 @@ class Page:
 
 PAGES = (
     Page(Path("README.md"), "headline", lambda root: headline(root / RESULTS)),
+    Page(Path("docs/expert-parallel.md"), "serving", _serving),
     Page(Path("docs/inference.md"), "inference", lambda root: inference(root / RESULTS)),
     Page(Path("docs/performance.md"), "performance", lambda root: performance(root / RESULTS)),
     Page(Path("docs/results.md"), "results", lambda root: results(root / RESULTS, root / "docs/results.md")),
+    Page(Path("docs/transformers.md"), "transformers", lambda root: transformers(root / RESULTS)),
 )
 
 

@@ -5,7 +5,7 @@ The file is ``{"suite", "command", "device", "torch", "commit", "date", "rows"}`
 better; it is null for facts without a better or worse, such as a clock. A metric without any peer has one row with
 ``peer`` null; a peer that is missing has ``peer_value`` null. Where both were timed in pairs, ``ratio`` is the median
 of the pairs' ratios, and the row has one field more: ``interval``, the ends of its 95 % interval. A peer's time of few
-calls (``timing.FEW_CALLS``) has ``calls``, how many.
+calls (``timing.Timing.few``) has ``calls``, how many.
 """
 
 from __future__ import annotations
@@ -121,6 +121,7 @@ METRICS = (
     Metric("start_s", "  Python, s", "s", "lower"),
     Metric("import_s", "  import of torch, s", "s", "lower"),
     Metric("context_s", "  CUDA context, s", "s", "lower"),
+    Metric("backward_s", "  torch's first backward, s", "s", "lower"),
     Metric("saved_bytes", "saved for backward, MiB", "bytes", "lower", shown_in=MIB),
     Metric("saved_of_formula", "  % of the BF16 formula", "fraction", "lower", shown_in=0.01),
     Metric("weight_copy_bytes", "  FP8 weights kept beside, MiB", "bytes", None, shown_in=MIB),
@@ -274,7 +275,7 @@ def _cell(metric: Metric, metrics: Metrics, ours: Metrics | None, calls: int | N
     better = ratio(metric, ours[metric.name], value)
     if better is None or metric.better == "higher":  # a rate repeats the ratio of its time
         return text
-    of_few = f", {calls} calls" if calls else ""
+    of_few = f", {calls} call{'s' if calls > 1 else ''}" if calls else ""
     return f"{text} [{'green' if better >= 1 else 'red'}]({better:.2f}x{of_few})[/]"
 
 

@@ -11,8 +11,8 @@ Under load an H200 sits at its 700 W cap: a matrix product that runs at 760-780 
    its own: after a contender that leaves the chip cool, boost lasts for about 60 ms,
 4. reports medians with the 10th and 90th percentile, and the SM clock and board power while the slice was running,
 5. where one contender is what the others are compared with (``beside``), leaves those out of warm-up and rounds that
-   are far slower: each is called ``FEW_CALLS`` times when the others are done. To know that something takes 40 times
-   as long, two calls are enough; in rounds it would take most of the time of a run.
+   are far slower: the one timed call of the probe, which has the second call of each, is their result. To know that
+   something takes 40 times as long that is enough; in rounds it would take most of the time of a run.
 
 A single run scatters by 2 to 5 % and cannot see half a per cent; twenty pairs can, because what drifts from round to
 round is common to a pair.
@@ -46,7 +46,6 @@ SETTLE = 0.5  # untimed load before the timed calls of a slice, as a share of ``
 SLOWEST_CALL_S = 10.0  # a contender slower than this is reported missing: a sustained median would take minutes
 FAR_SLOWER = 10.0  # times as long as the contender that it is compared with, and
 LONG_CALL_US = 20e3  # this long: shorter calls cost a run no more than anybody's
-FEW_CALLS = 2
 POLL_S = 0.005  # between two NVML readings; the power sensor itself refreshes every few milliseconds
 
 
@@ -130,7 +129,7 @@ class Timing:
     sm_mhz: float | None
     watts: float | None
     slices_us: tuple[float, ...] = ()  # median of each slice, in the order of the rounds
-    few: bool = False  # far slower than what it is compared with: ``calls`` after the rounds, and no part of them
+    few: bool = False  # far slower than what it is compared with: the call of the probe, and no part of the rounds
 
     @property
     def spread(self) -> float:
@@ -177,10 +176,11 @@ def measure(
 ) -> dict[str, Timing | Missing]:
     """Time the contenders side by side in ``rounds`` or more slices each; one that raises or is too slow comes back as
     :class:`Missing`. ``beside`` names the contender that the others are compared with: those that are far slower
-    get few calls (:attr:`Timing.few`).
+    get one timed call (:attr:`Timing.few`).
     """
     results: dict[str, Timing | Missing] = {}
     estimate_us: dict[str, float] = {}
+    probes: dict[str, Slice] = {}
     for name, call in contenders.items():
         probe = attempt(partial(clock.slice, call, 1, 1))
         if isinstance(probe, Missing):
@@ -190,7 +190,9 @@ def measure(
             results[name] = Missing(f"one call takes {seconds:.0f} s, over the limit of {SLOWEST_CALL_S:.0f} s")
         else:
             estimate_us[name] = max(probe.times_us[0], 1e-3)
+            probes[name] = probe
     few = _far_slower(estimate_us, beside)
+    results |= {name: replace(summarise([probes[name]]), few=True) for name in few}
     running = [name for name in estimate_us if name not in few]
     if not running:
         return results
@@ -214,9 +216,6 @@ def measure(
             slices[name].append(clock.slice(contenders[name], settle, calls))
         done += 1
     results |= {name: summarise(of) for name, of in slices.items()}
-    for name in few:  # after the rounds, whose chip is hot and whose slices are done
-        part = attempt(partial(clock.slice, contenders[name], 0, FEW_CALLS))
-        results[name] = part if isinstance(part, Missing) else replace(summarise([part]), few=True)
     return {name: results[name] for name in contenders}
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from supersonic_moe.bench import options
 from supersonic_moe.cli.output import console as output
+from supersonic_moe.cli.output import kernel_progress
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,7 @@ def warmup(
 
     console = output()
     specs = registered_specs()
-    with _progress(console) as progress:
+    with kernel_progress(console) as progress:
         task = progress.add_task("CUDA kernels", total=len(specs), now="")
 
         def show(done: int, _total: int, result: BuildResult) -> None:
@@ -77,18 +77,6 @@ def warmup(
     console.print(f"{len(results) - failed} of {len(results)} kernels ready in {where}{how}", highlight=False)
     if failed:
         raise typer.Exit(1)
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[now]}", style="dim", markup=False),
-        console=console,
-    )
 
 
 def _print_what_is_wrong(results: list[BuildResult], console: Console) -> int:

@@ -6,7 +6,7 @@ SharedExpert        an expert that every token has, for ``moe_fp8_topk``
 workspace_bytes     device memory that a call needs, from shapes alone
 """
 
-from supersonic_moe.inference import flops  # noqa: F401  registers them
+from supersonic_moe.inference import decode, flops  # noqa: F401  define an op and register FLOPs
 from supersonic_moe.inference.ds_routed import moe_fp8_ds_routed
 from supersonic_moe.inference.topk import SharedExpert, moe_fp8_topk
 from supersonic_moe.inference.workspace import workspace_bytes

@@ -1,10 +1,8 @@
 """The inference operator as a list of sm_90a kernel calls: route, then multiply and combine.
 
-Rows are streamed (``kernels/sm90/stream_experts.py``) where an expert has few of them, and go through the tile kernels
-of the FP8 layer where it has many. The host knows only T * K, a bound of the rows of this rank, and which share of the
-experts is here. Up to 128 E_local of them, or 256 of which 64 E_local are to be expected, everything is streamed, in
-two launches up to 128 tokens and three beyond. Else the router counts on the device and writes who works: the streaming
-kernel up to ``MEAN_ROWS`` rows an expert on average, else the tile kernels; the others find nothing to do. A hot expert
+Rows are streamed (``kernels/sm90/stream_experts.py``) where an expert has few of them, in two launches up to 128 tokens
+and three beyond, and go through the tile kernels of the FP8 layer where it has many. The host knows only T * K, a bound
+of the rows of this rank, and which share of the experts is here; ``workspace.streams`` decides by these. A hot expert
 among streamed ones takes its turn once for each 128 rows, with its weights in L2.
 """
 
@@ -22,10 +20,10 @@ from supersonic_moe.config.grouped_routing import GroupedRouting
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.inference.workspace import (
     ALIGNMENT,
-    SURE_ROWS,
     regions,
     scale_rows,
     streamed_rows,
+    streams,
     workspace_bytes,
 )
 from supersonic_moe.jit.launch import Launch, on_device
@@ -35,7 +33,6 @@ from supersonic_moe.kernels.interface import Gate, Quantized, Rows, UpProjection
 from supersonic_moe.kernels.reference.inference import Fp8Experts
 from supersonic_moe.kernels.sm90.combine_rows import combine_rows
 from supersonic_moe.kernels.sm90.down_projection_fp8 import down_projection_fp8
-from supersonic_moe.kernels.sm90.gemm_config import multiprocessors
 from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import grouped_mm_fp8
 from supersonic_moe.kernels.sm90.rank_tokens import RankTokens
 from supersonic_moe.kernels.sm90.route_rows import Choices, RowTables, max_items, place_topk, route_rows
@@ -48,13 +45,10 @@ from supersonic_moe.kernels.sm90.stream_experts import (
     stream_experts_ranks,
 )
 from supersonic_moe.kernels.sm90.up_projection_fp8 import up_projection_fp8_into
-from supersonic_moe.kernels.triton.gather_quantized import gather_quantized
-from supersonic_moe.kernels.triton.quantize import quantize_rows_into
-from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks
+from supersonic_moe.kernels.triton.quantize import quantize_rows
+from supersonic_moe.kernels.triton.scatter_quantized import scatter_quantized
+from supersonic_moe.quantization.block_format import E4M3, blocks
 
-MEAN_ROWS = 96  # streamed rows of an expert on average, where the device decides: a tile of 128 costs as much as 150
-LIKELY_ROWS = 64  # the same for the mean to be expected, if the bound is at most STREAMED_ROWS
-GATHERS = 8  # programs of a multiprocessor that put rows in order
 UNKNOWN = 2**31 - 1  # experts of the model: no id is out of range
 
 
@@ -99,16 +93,15 @@ class Call(NamedTuple):
     @property
     def launches_only(self) -> bool:
         """Whether all that the call does is kernels of this package, which a replay can launch again."""
-        return not self.tiles or (self.layer.shared is None and self.layer.x_weight_T is None)
+        return not self.tiles or self.layer.shared is None
 
     @property
     def tiles(self) -> bool:
-        """Whether the tile kernels may get the rows."""
-        if self.layer.experts.w2.shape[2] % BLOCK or self.rows <= SURE_ROWS * self.choices.num_local:
-            return False
-        local, known = self.choices.routed, self.choices.num_experts != UNKNOWN
-        expected = self.rows * local / self.choices.num_experts if known else self.rows
-        return self.rows > self.streamed or expected > LIKELY_ROWS * self.choices.num_local
+        """Whether the tile kernels get the rows; else they are streamed."""
+        choices, rows = self.choices, self.rows
+        here = 1.0 if choices.num_experts == UNKNOWN else choices.routed / choices.num_experts
+        expected = self.x.shape[0] * (choices.top_k * here + choices.shared)
+        return not streams(rows, expected, self.layer.experts.w2.shape[2], choices.num_local)
 
 
 def ds_routed(
@@ -170,7 +163,7 @@ def launches_of_ranks(
     """
     x = out = ids_UK  # of which only the number of tokens counts: they lie elsewhere
     call = topk(ids_UK, weights_UK, None, offset, num_experts, 1.0, False, x, None, layer, out, received)
-    tables, scratch = _tables(call, workspace), _scratch(call, workspace)
+    tables, scratch = _tables(call, workspace, tiles=False), _scratch(call, workspace)
     stream = stream_experts_ranks(
         tokens, phase, layer.experts, tables, call.choices.per_token, scratch, order=layer.order, limit=layer.limit,
         pow2=layer.pow2,
@@ -179,25 +172,19 @@ def launches_of_ranks(
 
 
 def _launch(call: Call, workspace: Tensor) -> None:
-    """Rows are streamed, or, as the router finds on the device, go through the tile kernels."""
-    base, at = workspace.data_ptr(), regions(*call.sizes)
-    tables = _tables(call, base)
+    base, tiles = workspace.data_ptr(), call.tiles
+    tables = _tables(call, base, tiles)
     for launch in call.route(tables):
         launch.run()
-    if call.x_scale is None and call.tiles:
-        codes = _view(workspace, at.x, E4M3, *call.x.shape)
-        scales = _view(workspace, at.x_scale, torch.float32, call.x.shape[0], blocks(call.x.shape[1]))
-        x, x_scale = quantize_rows_into(Quantized(codes, scales), call.x, call.layer.pow2)
-        call = call._replace(x=x, x_scale=x_scale)
-    _stream(call, tables, base).run()
-    if call.tiles:
-        assert call.x_scale is not None
-        _multiply_tiles(call, call.x_scale, tables, workspace)
+    if tiles:
+        _multiply_tiles(call, tables, workspace)
+    else:
+        _stream(call, tables, base).run()
 
 
-def _tables(call: Call, base: int) -> RowTables:
-    at, local, tiles = regions(*call.sizes), call.choices.num_local, call.tiles
-    hidden, inter = call.layer.experts.w2.shape[1:]
+def _tables(call: Call, base: int, tiles: bool) -> RowTables:
+    at, local = regions(*call.sizes), call.choices.num_local
+    inter = call.layer.experts.w2.shape[2]
     items = max_items(local, call.streamed)
     return RowTables(
         offsets=base + at.offsets if tiles else None,
@@ -209,9 +196,8 @@ def _tables(call: Call, base: int) -> RowTables:
         weights=base + at.weights,
         counters=base + at.counters,
         counts=base + at.counts,
-        counter_words=num_counters(items, plane_rows(call.streamed, local), hidden, inter),
+        counter_words=0 if tiles else num_counters(items, plane_rows(call.streamed, local), inter),
         max_items=items,
-        stream_rows=MEAN_ROWS * local if tiles else call.rows,
         received=call.received,
     )
 
@@ -232,12 +218,13 @@ def _scratch(call: Call, base: int) -> Scratch:
     )  # fmt: skip
 
 
-def _multiply_tiles(call: Call, x_scale: Tensor, tables: RowTables, workspace: Tensor) -> None:
-    """``call.out`` through the tile kernels. Rows of x are put in order first, in memory that y takes later, which is
-    cheaper than a gather inside the product. A token of one row has its output from the down-projection itself; a
-    shared expert gives every token a row, and its products are grouped GEMMs of one group.
+def _multiply_tiles(call: Call, tables: RowTables, workspace: Tensor) -> None:
+    """``call.out`` through the tile kernels. Rows of x are put in order first, and quantized on the way, in memory that
+    y takes later, which is cheaper than a gather inside the product. A token of one row has its output from the
+    down-projection itself; a shared expert gives every token a row, and its products are grouped GEMMs of one group.
     """
-    x, layer, at, routed = call.x, call.layer, regions(*call.sizes), call.choices.routed
+    x, layer, at, choices = call.x, call.layer, regions(*call.sizes), call.choices
+    routed = choices.routed
     gate = Gate(Activation(ActivationType.SWIGLU, limit=layer.limit), layer.order)
     recipe = Fp8Recipe(scale="pow2" if layer.pow2 else "fp32")
 
@@ -253,11 +240,11 @@ def _multiply_tiles(call: Call, x_scale: Tensor, tables: RowTables, workspace: T
         return Quantized(_view(workspace, codes, E4M3, call.rows, columns), scale_BP.t()[: call.rows])
 
     token_P = _view(workspace, at.row_token, torch.int32, call.rows)
-    offsets = _view(workspace, at.offsets, torch.int32, call.choices.num_local + 1)
-    scale = x_scale if layer.x_weight_T is None else x_scale * layer.x_weight_T.view(-1, 1)
+    offsets = _view(workspace, at.offsets, torch.int32, choices.num_local + 1)
+    row_TS = _view(workspace, at.slot_row, torch.int32, x.shape[0], choices.per_token)
     y_PH = _view(workspace, at.tile_y, torch.bfloat16, call.rows, x.shape[1])
     rows = quantized(at.tile_y, at.tile_x_scale, x.shape[1])
-    gather_quantized(rows, Quantized(x, scale), token_P, offsets[routed:], GATHERS * multiprocessors(x.get_device()))
+    scatter_quantized(rows, x, call.x_scale, row_TS, choices.top_k, layer.x_weight_T, layer.pow2)
     c = quantized(at.tile_c, at.tile_c_scale, layer.experts.w2.shape[2])
     c = activations(layer.experts, Rows(rows), offsets[: routed + 1], c)
     w2 = Quantized(layer.experts.w2, layer.experts.w2_scale)
@@ -265,11 +252,12 @@ def _multiply_tiles(call: Call, x_scale: Tensor, tables: RowTables, workspace: T
     down_projection_fp8(c, w2, offsets[: routed + 1], tables.row_out, y_PH, call.out)
     y_shared_TH = None
     if layer.shared is not None:
+        x_T = quantize_rows(x, layer.pow2) if call.x_scale is None else Quantized(x, call.x_scale.contiguous())
         everyone, of_shared = torch.arange(x.shape[0], dtype=torch.int32, device=x.device), offsets[routed:]
         of_shared = of_shared - of_shared[0]
-        c = activations(layer.shared, Rows(Quantized(x, x_scale.contiguous()), everyone), of_shared)
+        c = activations(layer.shared, Rows(x_T, everyone), of_shared)
         y_shared_TH = grouped_mm_fp8(Rows(c), Quantized(layer.shared.w2, layer.shared.w2_scale), of_shared)
-    combine_rows(y_PH, y_shared_TH, tables, call.choices.per_token, call.out)
+    combine_rows(y_PH, y_shared_TH, tables, choices.per_token, call.out)
 
 
 def _view(workspace: Tensor, start: int, dtype: torch.dtype, *shape: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 Both ways compute the same numbers but for roundings: x and A quantized 1 x 128, W in 128 x 128, sums in fp32; here Y
 stays in fp32 until it is combined, in the layer it is rounded to bf16 once more. The layer's own kernels compute tiles
-of 128 rows in eight or more launches, these read the weights once in four. ``suits`` is the only place that decides.
+of 128 rows in eight or more launches, these read the weights once in two or three. ``suits`` is the only place that
+decides.
 """
 
 from __future__ import annotations
@@ -15,24 +16,25 @@ from supersonic_moe.config.grouped_routing import MAX_TOP_K
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.inference.operands import MAX_LOCAL_EXPERTS
 from supersonic_moe.inference.topk import moe_fp8_topk
+from supersonic_moe.inference.workspace import streams
 from supersonic_moe.kernels import registry
 from supersonic_moe.quantization.block_format import BLOCK
 from supersonic_moe.training.arguments import Weight
 from supersonic_moe.training.ops import with_fp8_copies
 from supersonic_moe.training.options import Options
 
-FEW_ROWS = 32  # rows an expert, on average, up to which time is that of reading weights; not tuned by measurement yet
-
 
 def suits(x_TH: Tensor, w1: Tensor, w2: Tensor, choices: int, options: Options) -> bool:
     """Whether this call of a layer is one for :func:`run`: inference in FP8 on Hopper, SwiGLU without biases, sizes in
-    whole blocks, few rows. Sizes alone decide, so equal batches take equal ways. Compiled graphs keep the layer's ways.
+    whole blocks, rows that are streamed. Sizes alone decide, so equal batches take equal ways. Compiled graphs keep the
+    layer's ways.
     """
     if not options.inference or not isinstance(options.recipe, Fp8Recipe) or torch.compiler.is_compiling():
         return False
     (tokens, hidden), (experts, inter), activation = x_TH.shape, w2.shape[::2], options.activation
     return (
-        0 < tokens * choices <= FEW_ROWS * experts
+        tokens > 0
+        and streams(tokens * choices, tokens * choices, inter, experts)
         and choices <= MAX_TOP_K
         and experts <= MAX_LOCAL_EXPERTS
         and hidden % BLOCK == 0

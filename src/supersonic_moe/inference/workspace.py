@@ -2,26 +2,25 @@
 
 A serving stack allocates once, at its largest batch, and passes the buffer to every call: the size never falls when T
 grows. Rows are bounded by T * K because only the device knows how many choices have a local expert. With R = T * K,
-R' = min(R, 256 * E_local) the rows of experts that the streaming kernel takes, and P = R' + 7 min(R', E_local) + 24 of
-them padded:
+F = ``few_rows(I)``, R' = min(R, 256 * E_local) the rows that the streaming kernel may get, and
+P = R' + 7 min(R', E_local) + 24 of them padded:
 
 | region | bytes |
 |---|---|
-| counters and items | 32 + 4 H / 128 + P / 16, and 20 + 4 ceil(I / 128) for each item |
+| counters and items | 32 + P / 16, and 20 + 4 ceil(I / 128) for each item |
 | tables of experts | 1060 E_local |
 | row -> slot, row -> token and weight, slot -> row, slot -> weight | 24 R |
-| x in e4m3, where R > 128 E_local | T H (1 + 4/128) |
 | streaming kernel: x of each row | P H (1 + 4/128) |
 | c in fp32, then in e4m3 | 4 P I + P I (1 + 4/128) |
 | y in fp32 | 4 P H |
-| or tile kernels, where R > 128 E_local: y, and before it x of each row | 2 R H |
+| or tile kernels, where R > F E_local: y, and before it x of each row | 2 R H |
 | scales of x; c | R H 4/128 + R I (1 + 4/128) |
 
 An item is up to 128 rows of an expert: E_local + R' / 128 at most. So the streaming kernel needs no more than 0.4 GB at
-E_local 32, H 7168, I 2048. The tile kernels take over where rows are many, and use the same memory; they need 17 KB a
-row there, 2 GB for 14107 tokens of 8 choices, because only the device knows that few of these are local.
+E_local 32, H 7168, I 2048. The tile kernels get calls of many rows (``streams``) and use the same memory; they need
+17 KB a row there, 2 GB for 14107 tokens of 8 choices, because only the device knows that few of these are local.
 ``max_tokens_per_chunk`` of the operators bounds T. Where I is not a multiple of 128 every row is streamed: R' = R. What
-a shared expert needs on the tile kernels (T (2 H + I) bytes, and scales) comes from torch's allocator.
+a shared expert needs on the tile kernels (T (3 H + I) bytes, and scales) comes from torch's allocator.
 """
 
 from __future__ import annotations
@@ -37,8 +36,7 @@ from supersonic_moe.quantization.block_format import BLOCK, blocks
 
 ALIGNMENT = 256  # of the buffer and of each region: TMA wants 16 bytes, a DRAM burst of L2 is at most 256
 ITEM_ROWS = 128  # kernels/sm90/route_rows.py
-SURE_ROWS = 128  # of an expert, on average: as many are always streamed
-STREAMED_ROWS = 256  # of an expert, on average: more are never streamed
+STREAMED_ROWS = 256  # of an expert, on average: more are never streamed, wherever they may be
 ROW_GROUP, COLUMNS_BEHIND, GATHER_ROWS = 8, 24, 64  # kernels/sm90/route_rows.py, stream_experts.py
 COUNTING_BLOCKS = 264  # of the routing kernel for many tokens
 
@@ -55,8 +53,6 @@ class Regions(NamedTuple):
     row_out: int
     slot_row: int
     weights: int
-    x: int
-    x_scale: int
     x_rows: int
     x_rows_scale: int
     c: int
@@ -82,6 +78,24 @@ def workspace_bytes(num_tokens: int, top_k: int, hidden: int, intermediate: int,
     return regions(num_tokens, top_k, hidden, intermediate, num_local_experts).end
 
 
+def few_rows(intermediate: int) -> int:
+    """F: rows of an expert, on average, up to which streaming them is faster than tiles of 128 rows. They cost the same
+    at 24 (H 7168, I 3072; H 2048, I 768) to 45 rows (H 4096, I 2048) on an H200. With I 256 a tile of W2 is two K
+    blocks, of which the streaming kernel hides less; tiles were faster from 2 rows on.
+    """
+    return 30 if intermediate >= 512 else 1
+
+
+def streams(rows: int, expected: float, intermediate: int, num_local: int) -> bool:
+    """Whether a call of up to ``rows`` rows, ``expected`` if all experts are chosen alike, is streamed. Sizes alone
+    decide, so nothing is launched in vain. More rows than expected are streamed up to ``STREAMED_ROWS`` an expert at
+    up to 1.5 times the time of tiles; fewer in tiles cost up to 1.1 times that of streaming.
+    """
+    if intermediate % BLOCK:
+        return True
+    return rows <= STREAMED_ROWS * num_local and expected <= few_rows(intermediate) * num_local
+
+
 def streamed_rows(rows: int, intermediate: int, num_local: int) -> int:
     """R': as many of ``rows`` as the streaming kernel may get."""
     return rows if intermediate % BLOCK else min(rows, STREAMED_ROWS * num_local)
@@ -98,12 +112,10 @@ def regions(num_tokens: int, top_k: int, hidden: int, intermediate: int, num_loc
     streamed = streamed_rows(rows, intermediate, num_local)
     items = num_local + streamed // ITEM_ROWS
     padded = padding(streamed, num_local)
-    many = rows if rows > SURE_ROWS * num_local else 0
-    tokens = num_tokens if many else 0
-    tiles = 0 if intermediate % BLOCK else many
+    many = 0 if streams(rows, rows, intermediate, num_local) else rows
     common = _starts(
         0,
-        4 * (4 + blocks(hidden) + items * (1 + blocks(intermediate)) + -(-padded // GATHER_ROWS)),
+        4 * (4 + items * (1 + blocks(intermediate)) + -(-padded // GATHER_ROWS)),
         4 * (num_local + 1),
         16 * (items + 1),
         4 * COUNTING_BLOCKS * num_local,
@@ -112,8 +124,6 @@ def regions(num_tokens: int, top_k: int, hidden: int, intermediate: int, num_loc
         8 * many,
         4 * rows,
         4 * rows,
-        tokens * hidden,
-        4 * tokens * blocks(hidden),
     )
     of_streamed = _starts(
         common[-1],
@@ -126,10 +136,10 @@ def regions(num_tokens: int, top_k: int, hidden: int, intermediate: int, num_loc
     )
     of_tiles = _starts(
         common[-1],
-        2 * tiles * hidden,
-        4 * scale_rows(tiles) * blocks(hidden),
-        tiles * intermediate,
-        4 * scale_rows(tiles) * blocks(intermediate),
+        2 * many * hidden,
+        4 * scale_rows(many) * blocks(hidden),
+        many * intermediate,
+        4 * scale_rows(many) * blocks(intermediate),
     )
     end = max(of_streamed[-1], of_tiles[-1])
     return Regions._make([*common[:-1], *of_streamed[:-1], *of_tiles[:-1], end])

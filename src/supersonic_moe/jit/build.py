@@ -68,9 +68,10 @@ def set_policy(value: Policy | None) -> None:
     _chosen_policy = None if value is None else _as_policy(value, "the JIT policy")
 
 
-def build(spec: KernelSpec, cache: CubinCache | None = None) -> Cubin:
-    """The cubin of `spec`, compiled only where no copy exists and the policy lets it."""
-    return _build(spec, cache or default_cache(), policy(), position=(1, 1))
+def build(spec: KernelSpec, cache: CubinCache | None = None, *, shipped: bool = True) -> Cubin:
+    """The cubin of `spec`, compiled only where no copy exists and the policy lets it. `shipped=False` passes over the
+    package's own copy, which an older driver cannot load."""
+    return _build(spec, cache or default_cache(), policy(), position=(1, 1), shipped=shipped)
 
 
 def compile_all(
@@ -107,10 +108,11 @@ def compile_all(
 
 
 def _build(
-    spec: KernelSpec, cache: CubinCache, rule: Policy, position: tuple[int, int], *, speak: bool = True
-) -> Cubin:
+    spec: KernelSpec, cache: CubinCache, rule: Policy, position: tuple[int, int], *, speak: bool = True,
+    shipped: bool = True,
+) -> Cubin:  # fmt: skip
     program = resolve(spec)
-    if (cubin := _shipped(spec, program)) is not None:
+    if shipped and (cubin := _shipped(spec, program)) is not None:
         return cubin
     key = program.digest(nvrtc.nvrtc_build())
     if (cubin := cache.load(spec.name, key)) is not None:

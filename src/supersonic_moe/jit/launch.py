@@ -15,6 +15,7 @@ Importing this module needs no driver; the first launch does.
 """
 
 import ctypes
+import logging
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -28,6 +29,8 @@ from supersonic_moe.jit.driver import LaunchError, binding, call, error_text, ma
 from supersonic_moe.jit.signature import POINTER, SLOT_ALIGNMENT, TENSOR_MAP, Signature
 from supersonic_moe.jit.spec import KernelSpec, source_of
 from supersonic_moe.private_api import raw_stream
+
+log = logging.getLogger("supersonic_moe.jit")
 
 Grid = tuple[int, int, int]
 MAX_GRID = (2**31 - 1, 65535, 65535)
@@ -71,9 +74,21 @@ class Kernel:
         with self._load_lock:
             if self._handle is None:
                 make_context_current(device)
-                self._handle = _load(self.cubin, self.spec, self.signature)
+                self._handle = self._loaded()
         static_bytes = self.cubin.report.kernel(self.spec.name).static_smem_bytes
         return _Slots(self._handle, self.spec, self.signature, device, static_bytes)
+
+    def _loaded(self) -> Any:
+        """The loaded kernel. A driver older than the compiler of the package's own cubins refuses them; this machine's
+        compiler fits its driver."""
+        try:
+            return _load(self.cubin, self.spec, self.signature)
+        except LaunchError as error:
+            if self.cubin.origin != "shipped":
+                raise
+            log.info("compiling %s, because the driver does not take the package's cubin: %s", self.spec, error)
+            self._cubin = build(self.spec, shipped=False)
+            return _load(self._cubin, self.spec, self.signature)
 
 
 class _ThreadSlots(threading.local):
@@ -149,12 +164,13 @@ class _Slots:
         signature = self._made_of[2]
         layout, offsets = signature.slots()
         layout.pack_into(twin.buffer, twin.offset, *layout.unpack_from(self.buffer, self.offset))
+        raw = memoryview(twin.buffer).cast("B")  # takes 128 bytes at once; a ctypes array would one by one
         words = (ctypes.c_uint64 * (layout.size // 8)).from_buffer(twin.buffer, twin.offset)
         for parameter, offset in zip(signature.parameters, offsets, strict=True):
             if parameter.kind is POINTER:
                 recorder.place(words, offset // 8, words[offset // 8])
             elif parameter.kind is TENSOR_MAP:
-                recorder.place_map(twin.buffer, slice(twin.offset + offset, twin.offset + offset + 128))
+                recorder.place_map(raw, slice(twin.offset + offset, twin.offset + offset + 128))
         if stream is not None:
             recorder.refuse()
         twin._set_grid(grid)

@@ -23,6 +23,7 @@ to the recorder; nothing else in the package enqueues work behind torch's back.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 import weakref
@@ -36,6 +37,7 @@ from torch import Tensor
 from supersonic_moe.private_api import DispatchMode, current_device, empty_strided
 
 KEPT = 512  # kinds of calls of a thread; then all are forgotten
+KEPT_MAPS = 64  # addresses of one tensor map of a tape, 128 bytes each: layers that share the tape take turns
 MAX_WORKSPACE = 256 << 20  # bytes; a batch that needs more keeps the GPU busy longer than the host
 _ALIGNMENT = 512  # of what torch allocates, and of each piece of a workspace
 _VECTOR = 16  # bytes; of arguments
@@ -71,6 +73,18 @@ class _Memory(NamedTuple):
     tensor: weakref.ref[Tensor]
 
 
+class _View(NamedTuple):
+    """An operand that is a part of an argument or allocation, or that with its axes in another order."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    """In elements, from where the whole begins."""
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return tensor.as_strided(self.shape, self.stride, tensor.storage_offset() + self.offset)
+
+
 class _Made(NamedTuple):
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -82,9 +96,15 @@ class _MapIn:
 
     def __init__(self, buffer: Any, part: slice, made_for: Callable[[int], bytes]) -> None:
         self._buffer, self._part, self._made_for = buffer, part, made_for
+        self._known: dict[int, bytes] = {}
 
     def __setitem__(self, _: int, address: int) -> None:
-        self._buffer[self._part] = self._made_for(address)
+        made = self._known.get(address)
+        if made is None:
+            if len(self._known) >= KEPT_MAPS:
+                self._known.clear()
+            made = self._known[address] = self._made_for(address)
+        self._buffer[self._part] = made
 
 
 class _Watched:
@@ -134,14 +154,13 @@ class Tape:
 
     def fits(self, addresses: list[int]) -> bool:
         """Whether the arguments that were at one address are so again."""
-        return all(addresses[i] == addresses[j] for i, j in self._twins)
+        return all([addresses[i] == addresses[j] for i, j in self._twins])
 
     def play(self, tensors: list[Tensor], addresses: list[int]) -> Result:
         """``tensors``: the arguments, at ``addresses``."""
-        for shape, stride, dtype in self._made:
-            made = empty_strided(shape, stride, dtype)
-            tensors.append(made)
-            addresses.append(made.data_ptr())
+        made = [empty_strided(*form) for form in self._made]
+        tensors += made
+        addresses += [t.data_ptr() for t in made]
         workspace = empty_strided((self._workspace,), (1,), torch.uint8) if self._workspace else None
         addresses.append(0 if workspace is None else workspace.data_ptr())
         if addresses != self._addresses:
@@ -170,18 +189,8 @@ def play(function: Callable[..., Result], args: tuple[Any, ...]) -> Result:
     """``function(*args)``, whose first argument is a tensor on CUDA, and all of whose work is launches."""
     if _Watched.by:
         return function(*args)
-    kind: list[Any] = [function]
-    tensors, addresses, bits = [], [], 0
-    for arg in args:
-        if isinstance(arg, Tensor):
-            address = arg.data_ptr()
-            bits |= address
-            tensors.append(arg)
-            addresses.append(address)
-            kind += (arg.dtype, arg.get_device(), arg.shape, arg.stride())
-        else:
-            kind.append(arg)
-    key = tuple(kind)
+    signs, tensors, addresses, bits = _reader(tuple(map(type, args)))(*args)
+    key = (function, signs)
     tape = state.tapes.get(key, _NEVER)
     if tape is _NEVER:
         if key not in state.tapes:
@@ -203,6 +212,26 @@ def play(function: Callable[..., Result], args: tuple[Any, ...]) -> Result:
         state.recorder = None
     state.tapes[key] = _tape(recorder, tensors, result) or _NEVER
     return result
+
+
+@functools.cache
+def _reader(types: tuple[type, ...]) -> Callable[..., tuple[tuple[Any, ...], list[Tensor], list[int], int]]:
+    """A function of arguments of these types: what makes their kind, those that are tensors, their addresses, and the
+    bits that any address has. Compiled, because each step of a layer reads a hundred tensors.
+    """
+    names = [f"a{i}" for i in range(len(types))]
+    tensors = [name for name, kind in zip(names, types, strict=True) if issubclass(kind, Tensor)]
+    signs = [f"{t}.dtype, {t}.get_device(), {t}.shape, {t}.stride()" if t in tensors else t for t in names]
+    lines = [
+        f"def read({', '.join(names)}):",
+        *[f"    p{t} = {t}.data_ptr()" for t in tensors],
+        f"    return ({', '.join(signs)},), [{', '.join(tensors)}], [{', '.join(f'p{t}' for t in tensors)}], "
+        + " | ".join(f"p{t}" for t in tensors),
+    ]
+    scope: dict[str, Any] = {}
+    exec("\n".join(lines), scope)
+    read: Callable[..., Any] = scope["read"]
+    return read
 
 
 # ---- recording -------------------------------------------------------------------------------------------------------
@@ -229,12 +258,10 @@ class Recorder(DispatchMode or object):  # type: ignore[misc]
 
     def place(self, target: Any, slot: int, address: int) -> None:
         """``target[slot]`` is an address; 0 is none."""
-        for owner in reversed(range(len(self.memories))):
-            start, end, _ = self.memories[owner]
-            if start <= address < end:
-                self.places.append(Place(target, slot, owner, address - start))
-                return
-        if address:
+        owner = self.at(address)
+        if owner is not None:
+            self.places.append(Place(target, slot, owner, address - self.memories[owner].start))
+        elif address:
             self.refuse()
 
     def place_map(self, buffer: Any, part: slice) -> None:
@@ -266,17 +293,42 @@ class Recorder(DispatchMode or object):  # type: ignore[misc]
 
     def _computed(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         values, names, count = [*args, *kwargs.values()], list(kwargs), len(args)
-        operands = [self.index(value) for value in values]
-        if any(i is None and isinstance(value, Tensor) for i, value in zip(operands, values, strict=True)):
-            self.refuse()
+        found = [self._operand(value) if isinstance(value, Tensor) else (None, None) for value in values]
+        operands, views = [i for i, _ in found], [view for _, view in found]
         self.operands.append(operands)
         constants = [None if isinstance(value, Tensor) else value for value in values]  # no tensor is kept alive
 
         def step(tensors: Sequence[Tensor]) -> object:
-            now = [c if i is None else tensors[i] for i, c in zip(operands, constants, strict=True)]
+            now = [
+                c if i is None else tensors[i] if view is None else view.of(tensors[i])
+                for i, view, c in zip(operands, views, constants, strict=True)
+            ]
             return op(*now[:count], **dict(zip(names, now[count:], strict=True)))
 
         self.steps.append(step)
+
+    def _operand(self, value: Tensor) -> tuple[int | None, _View | None]:
+        """The index in ``memories``, and what part of it an operand is; no view: all."""
+        whole = self.index(value)
+        if whole is not None:
+            return whole, None
+        owner = self.at(value.data_ptr())
+        if owner is not None:
+            start, _, ref = self.memories[owner]
+            tensor = ref()
+            if tensor is not None and tensor.dtype is value.dtype:
+                offset = (value.data_ptr() - start) // value.element_size()
+                return owner, _View(tuple(value.shape), value.stride(), offset)
+        self.refuse()
+        return None, None
+
+    def at(self, address: int) -> int | None:
+        """In ``memories``, of the one that holds this address."""
+        for owner in reversed(range(len(self.memories))):
+            start, end, _ = self.memories[owner]
+            if start <= address < end:
+                return owner
+        return None
 
     def index(self, value: Any) -> int | None:
         """In ``memories``, of a tensor that is all of an argument or an allocation."""

@@ -4,7 +4,7 @@ are those of ``kernels/interface.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.kernels.interface import (
+    Arrivals,
     BothOrders,
     DownBackward,
     Gate,
     Quantized,
-    RowBlocks,
     Rows,
     Segments,
     UpProjection,
@@ -37,12 +37,16 @@ class Composed:
     activation_forward: ActivationForward
     activation_backward: ActivationBackward
 
-    def up_projection(self, step: UpProjection[Tensor]) -> tuple[Tensor, Tensor]:
+    def up_projection(self, step: UpProjection[Tensor], arriving: Arrivals | None = None) -> tuple[Tensor, Tensor]:
+        _wait(arriving)
         z_PN = self.grouped_mm(step.x, step.w1.transpose(1, 2), step.expert_offsets)
         a_PI = self.activation_forward(z_PN, step.b1, step.row_expert, step.gate)
         return z_PN if step.save else z_PN.new_empty(0, z_PN.shape[1]), a_PI
 
-    def down_backward(self, step: DownBackward[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def down_backward(
+        self, step: DownBackward[Tensor], arriving: Arrivals | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        _wait(arriving)
         da_PI = self.grouped_mm(step.dout, step.w2, step.expert_offsets)
         return self.activation_backward(step.z, step.b1, da_PI, step.row_scores, step.row_expert, step.gate)
 
@@ -60,10 +64,9 @@ class ComposedFp8:
     quantize_both_orders: Callable[[Tensor, Tensor, bool], BothOrders]
 
     def up_projection_fp8(
-        self, step: UpProjection[Quantized], recipe: Fp8Recipe, parts: Sequence[RowBlocks] = ()
+        self, step: UpProjection[Quantized], recipe: Fp8Recipe, arriving: Arrivals | None = None
     ) -> tuple[Quantized, Quantized]:
-        for part in parts:
-            part.before()
+        _wait(arriving)
         z_PN = self.grouped_mm_fp8(step.x, step.w1, step.expert_offsets)
         a_PI = self.activation_forward(z_PN, step.b1, step.row_expert, step.gate)
         a = self.quantize_rows(a_PI, recipe.pow2, True)
@@ -75,19 +78,27 @@ class ComposedFp8:
         no_scale = z_PN.new_empty(0, blocks(z_PN.shape[1]), dtype=torch.float32)
         return Quantized(z_PN if kept else z_PN.new_empty(0, z_PN.shape[1]), no_scale), a
 
-    def down_backward_fp8(self, step: DownBackward[Quantized]) -> tuple[Tensor, Tensor, Tensor]:
+    def down_backward_fp8(
+        self, step: DownBackward[Quantized], arriving: Arrivals | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        _wait(arriving)
         da_PI = self.grouped_mm_fp8(step.dout, step.w2, step.expert_offsets)
         z = _dequantized(step.z)
         dz_PN, as_PI, ds_P = self.activation_backward(z, step.b1, da_PI, step.row_scores, step.row_expert, step.gate)
         return dz_PN.to(da_PI.dtype), as_PI.to(da_PI.dtype), ds_P
 
     def down_backward_fp8_quantize(
-        self, step: DownBackward[Quantized], segments: Segments, pow2: bool
+        self, step: DownBackward[Quantized], segments: Segments, pow2: bool, arriving: Arrivals | None = None
     ) -> tuple[BothOrders, Quantized, Tensor]:
         """dZ and s · A are rounded to bf16 on the way."""
-        dz_PN, as_PI, ds_P = self.down_backward_fp8(step)
+        dz_PN, as_PI, ds_P = self.down_backward_fp8(step, arriving)
         as_IG = self.quantize_columns(as_PI, segments.row_index, pow2, True)
         return self.quantize_both_orders(dz_PN, segments.row_index, pow2), as_IG, ds_P
+
+
+def _wait(arriving: Arrivals | None) -> None:
+    if arriving is not None:
+        arriving.wait()
 
 
 def _dequantized(z_PN: Quantized) -> Tensor:

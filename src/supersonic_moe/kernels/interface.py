@@ -52,10 +52,22 @@ class Rows(NamedTuple, Generic[Operand]):
 
 
 RANGE_ROWS = 256
-"""Rows of a block of :class:`RowBlocks`: what a cluster of two blocks computes."""
+"""Rows of a block of :class:`Arrivals` and :class:`RowBlocks`: what a cluster of two blocks computes."""
 
 
-def _nothing(*_: object) -> None: ...
+class Arrivals(NamedTuple):
+    """Rows of the first operand that come while a product runs, part by part. Parts have blocks of RANGE_ROWS rows,
+    counted from the first row of each expert on, and each block is in one of them: tiles and bits are those of a
+    product whose rows lie there.
+    """
+
+    begin_PE: Tensor
+    """(parts, E) int32, in blocks: part p has the blocks [begin[p, e], end[p, e]) of expert e."""
+    end_PE: Tensor
+    there_P: Tensor
+    """(parts,) int32, not 0 once the rows of the part are there. The first part is there when the product starts."""
+    wait: Callable[[], None]
+    """Makes the current stream wait for all parts: for what does not look at ``there``."""
 
 
 class RowBlocks(NamedTuple):
@@ -63,12 +75,10 @@ class RowBlocks(NamedTuple):
     cover all blocks once give the bits of the whole product.
     """
 
-    begin_E: Tensor | None
-    """int32, in blocks; None: all of them."""
-    end_E: Tensor | None
-    before: Callable[[], None] = _nothing
-    """Called before the part is launched: its stream waits for the rows, for instance."""
-    after: Callable[[Tensor], None] = _nothing
+    begin_E: Tensor
+    """int32, in blocks."""
+    end_E: Tensor
+    after: Callable[[Tensor], None]
     """Called with the result once the part is launched."""
 
 
@@ -173,6 +183,40 @@ class PlanTensors(NamedTuple):
     """(E,)"""
 
 
+class Departures(NamedTuple):
+    """Copies of tokens for ranks, in order of rank, then token: as many as ``tokens_R`` sums up to, of at most T·R."""
+
+    ids_TK: Tensor
+    """int32 experts; -1 where a choice has none."""
+    token_M: Tensor
+    """int32 token of each copy; -1 where there is none."""
+    copy_TR: Tensor
+    """int32 copy of each token for each rank; -1 where it does not go."""
+    copy_TK: Tensor
+    """int32 copy that carries each choice; -1 where it has no expert."""
+    tokens_R: Tensor
+    """int32 tokens for each rank."""
+    rows_E: Tensor
+    """int32 or int64 choices of each expert."""
+
+
+class Sources(NamedTuple):
+    """Where the tokens of a plan come from: ``ranks`` ranks, in order, with as many tokens each."""
+
+    rank: int
+    """This one."""
+    ranks: int
+    places: int
+    """Tokens of each."""
+
+
+class PartLimits(NamedTuple):
+    """Of :class:`Arrivals`."""
+
+    begin_PE: Tensor
+    end_PE: Tensor
+
+
 class Rounding(NamedTuple):
     """How token rounding rounds (``routing/token_rounding.py``)."""
 
@@ -260,6 +304,16 @@ class Routing(Protocol):
         ``capacity``, is skipped: its reverse index is -1.
         """
 
+    def departures_everywhere(self, ids_TK: Tensor, num_experts: int, ranks: int, places: int) -> Departures:
+        """Of ids int32 or int64, outside [0, E) where a choice has no expert: all tokens go to all ranks, the copy of
+        token t for rank r to the place r·places + t.
+        """
+
+    def row_parts(self, expert_offsets: Tensor, gather_index: Tensor, sources: Sources) -> PartLimits:
+        """The parts of a plan's row blocks: own rows, those of ranks after this one, if there are such ranks, those of
+        ranks before it, likewise; which part has a block with rows of two: ``parallel/ranges.py``.
+        """
+
 
 class Experts(Protocol):
     """The expert MLPs, forward and backward, in the dtype of the inputs."""
@@ -267,16 +321,22 @@ class Experts(Protocol):
     ALIGNMENT: int
     """Operands start, and step from row to row, at multiples of so many bytes (``kernels/alignment.py``)."""
 
-    def up_projection(self, step: UpProjection[Tensor]) -> tuple[Tensor, Tensor]:
+    def up_projection(self, step: UpProjection[Tensor], arriving: Arrivals | None = None) -> tuple[Tensor, Tensor]:
         """(Z = X · W1ᵀ (P, N1) without the bias, or (0, N1) if not ``save``; A = act(Z + b1) (P, I))."""
 
-    def down_backward(self, step: DownBackward[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def down_backward(
+        self, step: DownBackward[Tensor], arriving: Arrivals | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(dZ (P, N1), s · A (P, I), dS (P) in the accumulation dtype, without the part of b2), from dA = dO · W2
         before the score. Rows of score 0 give exact zeros in the first two.
         """
 
-    def grouped_mm(self, a: Rows[Tensor], b_EKN: Tensor, expert_offsets: Tensor) -> Tensor:
-        """(P, N): a[row] · b[expert of row]. ``b`` may be a transposed view."""
+    def grouped_mm(
+        self, a: Rows[Tensor], b_EKN: Tensor, expert_offsets: Tensor, parts: Sequence[RowBlocks] = ()
+    ) -> Tensor:
+        """(P, N): a[row] · b[expert of row]. ``b`` may be a transposed view. ``parts``: in this order, or the whole
+        before ``after`` of all.
+        """
 
     def grouped_mm_wgrad(self, a: Rows[Tensor], b_PN: Tensor, expert_offsets: Tensor, into: Into = NEW) -> Tensor:
         """(E, M, N): a[rows of e]ᵀ · b[rows of e], or its transpose (E, N, M); exact zeros for an expert without
@@ -346,7 +406,7 @@ class Fp8Experts(Experts, Quantizers, Protocol):
     def grouped_mm_fp8(
         self, a: Rows[Quantized], b_ENK: Quantized, expert_offsets: Tensor, parts: Sequence[RowBlocks] = ()
     ) -> Tensor:
-        """(P, N) bf16: a[row] · b[expert of row]ᵀ. ``parts``: in this order, or the whole behind ``before`` of all."""
+        """(P, N) bf16: a[row] · b[expert of row]ᵀ. ``parts`` as in ``grouped_mm``."""
 
     def grouped_mm_wgrad_fp8(
         self,
@@ -362,20 +422,22 @@ class Fp8Experts(Experts, Quantizers, Protocol):
         """
 
     def up_projection_fp8(
-        self, step: UpProjection[Quantized], recipe: Fp8Recipe, parts: Sequence[RowBlocks] = ()
+        self, step: UpProjection[Quantized], recipe: Fp8Recipe, arriving: Arrivals | None = None
     ) -> tuple[Quantized, Quantized]:
-        """(Z as backward will see it, A = act(Z + b1) (P, I)). ``parts`` as in ``grouped_mm_fp8``; no ``after``.
+        """(Z as backward will see it, A = act(Z + b1) (P, I)). Of rows that arrive, codes alone: scales are there.
 
         Z (P, N1) is without the bias: e4m3 with scales, int8 with words of exponents (``quantize_saved``), or bf16 with
         none, (0, N1/128), after ``recipe.save_preactivation``; (0, N1) bf16 if not ``save``, or if backward computes it
         again. All scales are stored transposed.
         """
 
-    def down_backward_fp8(self, step: DownBackward[Quantized]) -> tuple[Tensor, Tensor, Tensor]:
+    def down_backward_fp8(
+        self, step: DownBackward[Quantized], arriving: Arrivals | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """``down_backward`` with dZ and s · A in bf16."""
 
     def down_backward_fp8_quantize(
-        self, step: DownBackward[Quantized], segments: Segments, pow2: bool
+        self, step: DownBackward[Quantized], segments: Segments, pow2: bool, arriving: Arrivals | None = None
     ) -> tuple[BothOrders, Quantized, Tensor]:
         """(dZ (P, N1) and (N1, G), s · A (I, G), dS (P)): ``down_backward_fp8`` in the formats of
         ``quantize_both_orders`` and ``quantize_columns(tiled=True)``.

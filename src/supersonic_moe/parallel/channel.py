@@ -41,6 +41,8 @@ class Sizes(NamedTuple):
     timeout_s: float
     names: tuple[str, str]
     """What the user made, and its limit of tokens."""
+    largest_bank: int | None
+    """Bytes of one of the two buffers that copies go through, at most."""
 
 
 class Channel:
@@ -60,7 +62,7 @@ class Channel:
         self._collectives = Collectives(group, self.watch)
         wanted = {"num_experts": sizes.num_experts, "top_k": sizes.top_k}
         largest = {"places": sizes.max_tokens, "row_bytes": sizes.row_bytes}
-        found = choose(transport, self._collectives, self.watch, **wanted, **largest)
+        found = choose(transport, self._collectives, self.watch, **wanted, **largest, largest_bank=sizes.largest_bank)
         self.transport, self.ranks, self.how = found
         capacity = sizes.capacity
         self.overflow = None if capacity == "exact" else Overflow(self._collectives, capacity)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -24,13 +23,6 @@ class Ranks(Protocol):
     """How rows come from one rank to another."""
 
     watch: Watch
-    runs_aside: bool
-    """Whether what ``aside()`` encloses runs beside what follows it."""
-
-    def aside(self) -> AbstractContextManager[None]: ...
-
-    def join(self, results: Iterable[Tensor | None]) -> None:
-        """What follows reads the ``results`` of what ran aside."""
 
     def gather(self, rows_TC: Tensor, places: int, empty: int, call: int, phase: str) -> Tensor: ...
 
@@ -41,8 +33,6 @@ class Ranks(Protocol):
 
 class Collectives:
     """Collectives of one group, each under the eyes of a :class:`Watch`. Rows travel as bytes, in any dtype."""
-
-    runs_aside = False
 
     def __init__(self, group: dist.ProcessGroup, watch: Watch) -> None:
         self.group, self.watch = group, watch
@@ -64,12 +54,6 @@ class Collectives:
         rows_UC = rows_MC.new_empty(rows_MC.shape[0] * dist.get_world_size(self.group), rows_MC.shape[1])
         self._run(call, phase, rows_MC.device, _all_gather, _bytes(rows_UC), _bytes(rows_MC))
         return rows_UC
-
-    def aside(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def join(self, results: Iterable[Tensor | None]) -> None:
-        pass
 
     def maximum(self, value: Tensor, call: int, phase: str) -> Tensor:
         """The largest ``value`` of all ranks, in place."""

@@ -10,30 +10,13 @@ Everything is computed on the device, without a host synchronization.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from supersonic_moe.kernels import registry
+from supersonic_moe.kernels.interface import Departures as Departures
 from supersonic_moe.routing.plan import plan_from_topk
-
-
-class Departures(NamedTuple):
-    """Copies in order of rank, then token: as many as ``tokens_R`` sums up to, of at most T·R."""
-
-    ids_TK: Tensor
-    """int32 experts; -1 where a choice has none."""
-    token_M: Tensor
-    """int32 token of each copy; -1 where there is none."""
-    copy_TR: Tensor
-    """int32 copy of each token for each rank; -1 where it does not go."""
-    copy_TK: Tensor
-    """int32 copy that carries each choice; -1 where it has no expert."""
-    tokens_R: Tensor
-    """int32 tokens for each rank."""
-    rows_E: Tensor
-    """int64 choices of each expert."""
 
 
 def departures(ids_TK: Tensor, num_experts: int, ranks: int) -> Departures:
@@ -49,15 +32,8 @@ def departures_everywhere(ids_TK: Tensor, num_experts: int, ranks: int, max_toke
     """The same where all tokens go to all ranks: the copy of token t for rank r is r·max_tokens + t. Copies that a rank
     does not need come back unread.
     """
-    ids, rank_TK, needed_TR, rows_E = _needed(ids_TK, num_experts, ranks)
-    token_T1 = torch.arange(ids.shape[0], device=ids.device)[:, None]
-    copy_TR = torch.where(needed_TR >= 0, token_T1 + needed_TR * max_tokens, -1)
-    copy_TK = torch.where(rank_TK < ranks, token_T1 + rank_TK * max_tokens, -1)
-    token_M = F.pad(token_T1[:, 0], (0, max_tokens - ids.shape[0]), value=-1).repeat(ranks)
-    token_M, copy_TR, copy_TK, tokens_R = (
-        t.to(torch.int32) for t in (token_M, copy_TR, copy_TK, (needed_TR >= 0).sum(0))
-    )
-    return Departures(ids, token_M, copy_TR, copy_TK, tokens_R, rows_E)
+    routing = registry.kernels(registry.choose(ids_TK.device).name).routing
+    return routing.departures_everywhere(ids_TK, num_experts, ranks, max_tokens)
 
 
 def _needed(ids_TK: Tensor, num_experts: int, ranks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

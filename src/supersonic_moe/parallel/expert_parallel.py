@@ -37,7 +37,7 @@ from supersonic_moe.autograd import apply
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.config.router import TokenRounding, TopKRouter
 from supersonic_moe.functional import LayerOutput, RouterWeight, Selection
-from supersonic_moe.parallel import fp8_wire
+from supersonic_moe.parallel import exact_wire, fp8_wire
 from supersonic_moe.parallel.channel import Channel, Sizes
 from supersonic_moe.parallel.collectives import group_of
 from supersonic_moe.parallel.departures import Departures
@@ -144,8 +144,9 @@ class ExpertParallel:
         self._all, self._taken = list[Channel](), _Taken()
         if self.size > 1:
             key = self._agree()
-            row_bytes = self.row_bytes()
-            common = Sizes(num_experts, top_k, max_tokens, row_bytes, capacity, timeout_s, self._names)
+            common = Sizes(
+                num_experts, top_k, max_tokens, self.row_bytes(), capacity, timeout_s, self._names, self.largest_bank()
+            )
             self._all = [Channel(self.group, number, transport, common, key) for number in range(channels)]
             self.transport = self._channel.transport
             if channels > 1:
@@ -154,6 +155,10 @@ class ExpertParallel:
     def row_bytes(self) -> int:
         """Of the rows of an exchange, at most: of x in 16 bits; of ids, scores and scales."""
         return max(2 * self.hidden, 8 * self.top_k + 4 * blocks(self.hidden))
+
+    def largest_bank(self) -> int | None:
+        """Bytes of one of the two buffers that copies go through, at most; None: as many as there are rows."""
+        return None
 
     def _agree(self) -> str:
         """A name that this object has on all ranks, after they have compared their arguments."""
@@ -282,7 +287,15 @@ class ExpertParallel:
                 if self.wire == "fp8" or (self.wire == "auto" and fp8_wire.is_free(options.get("recipe"), x_TH)):
                     out_TH = self._experts_fp8(x_TH, scores_TK, found, w1, w2, Options.read(options))
                     return out_TH, found.rows_E
-                got = self._dispatch(x_TH, scores_TK, found)
+                trip, rows, scores_TK = self._channel.start(x_TH, scores_TK, found)
+                way = exact_wire.way_of(trip, x_TH, self.top_k, read := Options.read(options))
+                if way is not None:
+                    e = functional.checked_experts(x_TH, w1, w2, read)
+                    weights, keeps = (e.w1, e.b1, e.w2, e.b2), self.keep_received
+                    return exact_wire.experts(
+                        e.x, scores_TK, found.ids_TK, weights, way, read, keeps=keeps
+                    ), found.rows_E
+                got = self._dispatched(x_TH, scores_TK, found.ids_TK, trip, rows)
                 part_UH = functional.experts_from_plan(got.x, got.scores.reshape(-1), got.plan, w1, w2, **options)
                 assert got.handle is not None
                 if part_UH.requires_grad and not self.keep_received:
@@ -326,7 +339,9 @@ class ExpertParallel:
         with self.call():
             x_TH = self._checked_x(x_TH)
             self._check_choices(x_TH, topk_ids_TK, topk_scores_TK)
-            return self._dispatch(x_TH, topk_scores_TK, self._channel.departures(topk_ids_TK))
+            found = self._channel.departures(topk_ids_TK)
+            trip, rows, scores_TK = self._channel.start(x_TH, topk_scores_TK, found)
+            return self._dispatched(x_TH, scores_TK, found.ids_TK, trip, rows)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def combine(self, part_UH: Tensor, handle: Trip | None) -> Tensor:
@@ -344,9 +359,10 @@ class ExpertParallel:
             out: Tensor = apply(Combine, part_UH, handle)
             return out
 
-    def _dispatch(self, x_TH: Tensor, scores_TK: Tensor, found: Departures) -> Dispatched:
-        trip, rows, scores_TK = self._channel.start(x_TH, scores_TK, found)
-        x_UH, scores_UK, ids_UK = apply(Dispatch, x_TH, scores_TK, found.ids_TK, trip)
+    def _dispatched(
+        self, x_TH: Tensor, scores_TK: Tensor, ids_TK: Tensor, trip: Trip, rows: list[int] | None
+    ) -> Dispatched:
+        x_UH, scores_UK, ids_UK = apply(Dispatch, x_TH, scores_TK, ids_TK, trip)
         plan = plan_from_topk(ids_UK, self.experts_here, capacity=None if rows is None else sum(rows))
         return Dispatched(x_UH, ids_UK, scores_UK, plan.expert_counts if rows is None else rows, plan, trip)
 

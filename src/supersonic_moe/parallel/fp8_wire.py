@@ -21,6 +21,7 @@ A function of its own around the whole way, because autograd would cast the grad
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -31,9 +32,9 @@ from supersonic_moe.autograd import apply, refuse_second_derivatives
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.kernels import registry
 from supersonic_moe.kernels.alignment import aligned, is_turned
-from supersonic_moe.kernels.interface import Fp8Experts, Quantized
+from supersonic_moe.kernels.interface import Fp8Experts, Quantized, Rows, UpProjection
 from supersonic_moe.kernels.reference.quantize import dequantize
-from supersonic_moe.parallel import fp8_parts
+from supersonic_moe.parallel import beside, ranges
 from supersonic_moe.parallel.trip import Trip
 from supersonic_moe.quantization.block_format import BLOCK, E4M3, aligned_rows
 from supersonic_moe.routing.plan import plan_from_topk
@@ -77,6 +78,13 @@ class Way(NamedTuple):
     """Whether codes that arrived are kept for backward, or sent once more."""
 
 
+class _Beside(NamedTuple):
+    """How the rows of a call travel beside its products."""
+
+    way: beside.Way
+    parts: ranges.Parts
+
+
 class _Call(NamedTuple):
     """What a call knows beside its tensors."""
 
@@ -114,7 +122,7 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         *operands, ids_TK, (w1, w2), call = args
-        out_TH, x, saved = _forward(operands, ids_TK, (w1, w2), call, save=True)
+        out_TH, x, saved, ctx.beside = _forward(operands, ids_TK, (w1, w2), call, save=True)
         tensors, ctx.others = _SAVED.split(*saved)
         ctx.again = w1.fp8.transposed is None  # the copies are made again in backward
         weights = (w1.value, w2.value)
@@ -141,23 +149,20 @@ class _Experts(torch.autograd.Function):
             q1, q2 = with_fp8_copies(Weight(w1, w1), Weight(w2, w2), recipe, call.options.backend, None)
             tensors = [*_WEIGHTS.flat(*Fp8Weights.of(q1.fp8, q2.fp8, call.numerics)), *tensors]
         k, trip = call.kernels(dout_TH), call.way.trip
-        dout_q = _received(
-            trip, "backward dispatch", k.quantize_rows(dout_TH.contiguous(), call.numerics.scale == "pow2")
-        )
-        dout = _dense(dout_q)
         weights, saved = _named(*tensors, *ctx.others)
         if not call.way.keeps:
             saved = saved._replace(x=_codes(trip, "backward dispatch", saved.x))
+        dout_q, dout, arriving = _dout_received(
+            trip, ctx.beside, k.quantize_rows(dout_TH.contiguous(), call.numerics.scale == "pow2")
+        )
         x_q = Quantized(aligned_rows(saved.x), x_scale)
         saved = aligned(saved._replace(x=_dense(x_q) if needs.w1 else saved.x), k.ALIGNMENT, "b1")
         incoming = Incoming(dout, needs, main)
         with torch.no_grad(), without_autocast(dout_TH):
-            way = _WayBack(trip)
-            leave = way.start if trip.ranks.runs_aside else None
-            dx, dscores, dw1, db1, dw2, db2 = fp8.backward(k, weights, saved, incoming, x_q, dout_q, leave)
-            if leave is None:
-                way.start(dx, dscores)
-            dx, dscores = way.end()
+            way = beside.WayBack(trip)
+            found = fp8.backward(k, weights, saved, incoming, x_q, dout_q, arriving, way.leave)
+            dx, dscores, dw1, db1, dw2, db2 = found
+            dx, dscores = way.arrived(dx, dscores)
         if targets.w1 is not None:
             dw1 = targets.w1.finish(parameters[0], dout.dtype)
         if targets.w2 is not None:
@@ -170,27 +175,6 @@ class _Experts(torch.autograd.Function):
         return *grads, None, None, None
 
 
-class _WayBack:
-    """dx and dscores on their way home."""
-
-    def __init__(self, trip: Trip) -> None:
-        self.trip = trip
-
-    def start(self, dx: Tensor | None, dscores: Tensor | None) -> None:
-        trip, self.parts = self.trip, (dx, dscores)
-        with trip.ranks.aside():
-            if dx is not None:
-                dx = trip.summed(trip.back("backward combine", dx))
-            if dscores is not None:
-                dscores = trip.of_choices(trip.back("backward combine", dscores.view(trip.arrived, -1)))
-        self.arrived = dx, dscores
-
-    def end(self) -> tuple[Tensor | None, Tensor | None]:
-        self.trip.ranks.join(self.arrived)
-        del self.parts  # no longer than they are read
-        return self.arrived
-
-
 _ONCE = 'second derivatives of the experts do not exist over an FP8 wire. Use wire="exact" with Bf16Recipe().'
 _SAVED, _WEIGHTS = Fields(Fp8Saved), Fields(Fp8Weights)
 _named = on_flat(lambda *groups: groups, _WEIGHTS, _SAVED)
@@ -198,48 +182,75 @@ _named = on_flat(lambda *groups: groups, _WEIGHTS, _SAVED)
 
 def _forward(
     operands: Any, ids_TK: Tensor, pair: tuple[Weight, Weight], call: _Call, *, save: bool
-) -> tuple[Tensor, Quantized, Fp8Saved]:
+) -> tuple[Tensor, Quantized, Fp8Saved, _Beside | None]:
+    """(out (T, H), received x, what backward reads, how the rows travelled)."""
     x_TH, scores_TK, w1_ENH, b1, w2_EHI, b2 = operands
     (w1, w2), trip, k = pair, call.way.trip, call.kernels(x_TH)
     with without_autocast(x_TH):
         codes_TH, scale_TB = k.quantize_rows(x_TH, call.numerics.scale == "pow2")
-        copies = fp8_parts.takes(trip, codes_TH, ids_TK.shape[1])
-        if copies is None:
+        way = beside.Way.of(trip, codes_TH.view(torch.uint8), x_TH, ids_TK.shape[1])
+        if way is None:
             codes_UH = _codes(trip, "forward dispatch", codes_TH)
         ids_UK, scores_UK, scale_UB = trip.send_choices("forward dispatch", ids_TK, scores_TK, scale_TB)
-        if copies is not None:
-            parts = fp8_parts.start(copies, trip, codes_TH, ids_UK)
-            codes_UH = parts.codes
+        if way is not None:
+            bytes_UH, there_P = way.arrive(codes_TH.view(torch.uint8), "forward dispatch")
+            codes_UH = bytes_UH.view(E4M3)
         plan = Plan.of(plan_from_topk(ids_UK, trip.experts_here, capacity=call.way.rows))
         x_q, scores_S = Quantized(codes_UH, scale_UB), scores_UK.reshape(-1)
         w1_q, w2_q = Quantized(w1.fp8.q, w1.fp8.scale), Quantized(w2.fp8.q, w2.fp8.scale)
         forward = Fp8Forward(codes_UH, scores_S, w1_q, b1, w2_q, b2, plan, call.static, call.numerics, save)
         forward = aligned(forward, k.ALIGNMENT, "b1")
-        if copies is not None:
-            out_TH, row_scores_P, z_PN = fp8_parts.forward(k, forward, x_q, parts)
-        else:
+        found = None
+        if way is None:
             part_UH, row_scores_P, z_PN = fp8.forward(k, forward, x_q)
             out_TH = trip.summed(trip.back("forward combine", part_UH))
+        else:
+            found = _Beside(way, way.parts(plan))
+            out_TH, row_scores_P, z_PN = _forward_beside(k, forward, x_q, found, there_P)
     turned = is_turned(w1_ENH), is_turned(w2_EHI)
     codes = codes_UH if call.way.keeps else codes_TH
-    return out_TH, x_q, Fp8Saved(z_PN, codes, row_scores_P, b1, b2, plan, call.static, call.numerics, *turned)
+    saved = Fp8Saved(z_PN, codes, row_scores_P, b1, b2, plan, call.static, call.numerics, *turned)
+    return out_TH, x_q, saved, found
 
 
-def _received(trip: Trip, phase: str, rows: Quantized) -> Quantized:
-    codes_UH = _codes(trip, phase, rows.q)
-    scale_UB = trip.send(phase, rows.scale.contiguous())
-    return Quantized(codes_UH, scale_UB)
+def _forward_beside(
+    k: Fp8Experts, call: Fp8Forward, x_q: Quantized, how: _Beside, there_P: Tensor
+) -> tuple[Tensor, Tensor, Quantized]:
+    """(out (T, H), scores of the rows (P,), Z): ``training.fp8.forward``, and what it gives brought home."""
+    plan, offsets, way, parts = call.plan, call.plan.expert_offsets, how.way, how.parts
+    x = Rows(x_q, plan.read_index)
+    up = UpProjection(x, call.w1, call.b1, offsets, plan.row_expert, call.static.gate(), call.save)
+    z, a = k.up_projection_fp8(up, call.numerics.recipe(), way.arrivals(parts, there_P))
+    s_P = k.pick(call.scores, plan.scatter_index)
+    like = x_q.scale.new_empty(0, call.x.shape[1], dtype=torch.bfloat16)
+    out_TH = way.sums(k, parts, partial(k.grouped_mm_fp8, Rows(a), call.w2, offsets), s_P, call.b2, plan, like)
+    return out_TH, s_P, z
+
+
+def _dout_received(trip: Trip, how: _Beside | None, home: Quantized) -> tuple[Quantized, Tensor, fp8.Arriving | None]:
+    """(codes and scales, the same in bfloat16 (U, H), how they come if not all are there)."""
+    phase, scale = "backward dispatch", home.scale.contiguous()
+    if how is None:
+        dout_q = Quantized(_codes(trip, phase, home.q), trip.send(phase, scale))
+        return dout_q, _dense(dout_q), None
+    scale_UB = trip.send(phase, scale)
+    bytes_UH, there_P = how.way.arrive(home.q.view(torch.uint8), phase)
+    dout_q = Quantized(bytes_UH.view(E4M3), scale_UB)
+    dout_UH = torch.empty_like(bytes_UH, dtype=torch.bfloat16)
+    return dout_q, dout_UH, fp8.Arriving(how.way.arrivals(how.parts, there_P), lambda: _dense(dout_q, dout_UH))
 
 
 def _codes(trip: Trip, phase: str, codes_TH: Tensor) -> Tensor:
-    return trip.send(phase, fp8_parts.padded_bytes(codes_TH)).view(E4M3)[:, : codes_TH.shape[1]]
+    return trip.send(phase, beside.padded(codes_TH.view(torch.uint8))).view(E4M3)[:, : codes_TH.shape[1]]
 
 
-def _dense(rows: Quantized) -> Tensor:
-    """(U, H) bfloat16."""
+def _dense(rows: Quantized, out: Tensor | None = None) -> Tensor:
+    """(U, H) bfloat16: products in fp32, rounded once."""
     codes_UH, scale_UB = rows
+    if out is None:
+        out = torch.empty_like(codes_UH, dtype=torch.bfloat16)
     if codes_UH.shape[1] % BLOCK:
-        return dequantize(codes_UH, scale_UB, torch.float32).bfloat16()
-    values_UH = codes_UH.float()
-    values_UH.view(*scale_UB.shape, BLOCK).mul_(scale_UB[:, :, None])
-    return values_UH.bfloat16()
+        return out.copy_(dequantize(codes_UH, scale_UB, torch.float32))
+    blocks_UB = out.copy_(codes_UH).view(*scale_UB.shape, BLOCK)
+    torch.mul(blocks_UB, scale_UB[:, :, None], out=blocks_UB)
+    return out

@@ -46,6 +46,9 @@ from supersonic_moe.parallel.traffic import traffic
 from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks
 
 TRANSPORTS = ("gather", "all_to_all")
+LARGEST_BANK = 512 << 20
+"""Bytes of each of the two buffers that other ranks reach, at most: 8 ranks of 8192 tokens of 7168 columns would need
+896 MiB. An exchange more costs two flags, where it carries half a gigabyte."""
 
 
 class _Received(NamedTuple):
@@ -86,6 +89,9 @@ class _Exchange(ExpertParallel):
         if not self._has_few_rows():
             return least
         return max(least, few_rows.row_bytes(self.size, self.max_tokens, self.hidden, self.top_k))
+
+    def largest_bank(self) -> int | None:
+        return None if self._has_few_rows() else LARGEST_BANK
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def in_place(self, given: Given, out_TH: Tensor, accumulate: bool) -> None:

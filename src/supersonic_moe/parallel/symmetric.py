@@ -6,6 +6,9 @@ Only plain loads, stores and copies are used, no multicast, none of torch's sign
 
 from __future__ import annotations
 
+import ctypes
+import weakref
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +28,29 @@ class Memory(NamedTuple):
     """uint8, of each rank: those of others are their memory, as this GPU reads and writes it."""
     flags: ExchangeFlags
     owner: Any
-    """What has to live as long as the blocks."""
+    """What has to live as long as the blocks are used."""
+
+
+class _Owner:
+    """Of memory that ranks share."""
+
+
+def owner_of(parts: Sequence[Any], device: torch.device) -> Any:
+    """What keeps ``parts`` as long as it lives, and for ever if the GPU has failed by then: torch waits for the GPU
+    before it frees memory that ranks share, and an error there ends the process before anyone reads the one that it has
+    raised.
+    """
+    owner = _Owner()
+    weakref.finalize(owner, _let_go, parts, device)
+    return owner
+
+
+def _let_go(parts: Sequence[Any], device: torch.device) -> None:
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        for part in parts:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(part))
 
 
 def shared_memory(group: dist.ProcessGroup, size: int, limit_s: float) -> Memory | str:
@@ -62,7 +87,8 @@ def shared_memory(group: dist.ProcessGroup, size: int, limit_s: float) -> Memory
         failed = f"memory of other GPUs is not where torch says: instead of all ranks, rank {rank} found {found}"
     if (failed := _agreed(failed, group)) is not None:
         return failed
-    return Memory(blocks, ExchangeFlags(blocks, rank, limit_s), (mine, handle))
+    owner = owner_of((mine, handle, *blocks), device)
+    return Memory(blocks, ExchangeFlags(blocks, rank, limit_s), owner)
 
 
 def _obstacle(group: dist.ProcessGroup) -> str | None:

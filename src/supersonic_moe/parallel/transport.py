@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch.distributed as dist
 
 from supersonic_moe.parallel.collectives import Collectives, Ranks
-from supersonic_moe.parallel.copies import Copies, bank_bytes
+from supersonic_moe.parallel.copies import Copies, bank_of, shares
 from supersonic_moe.parallel.symmetric import shared_memory
 from supersonic_moe.parallel.traffic import share_of_ranks
 from supersonic_moe.parallel.watch import Watch
@@ -26,10 +26,19 @@ class Transport(NamedTuple):
 
 
 def choose(
-    wanted: str, collectives: Collectives, watch: Watch, *, num_experts: int, top_k: int, places: int, row_bytes: int
+    wanted: str,
+    collectives: Collectives,
+    watch: Watch,
+    *,
+    num_experts: int,
+    top_k: int,
+    places: int,
+    row_bytes: int,
+    largest_bank: int | None = None,
 ) -> Transport:
     """The same on every rank; collective. ``places`` and ``row_bytes`` are the most that a rank sends to another one in
-    a call; with ``wanted="auto"``, places are ``max_tokens``.
+    a call; with ``wanted="auto"``, places are ``max_tokens``. ``largest_bank``: bytes of one of the two buffers that
+    copies go through, at most.
     """
     group = collectives.group
     size, backend = dist.get_world_size(group), dist.get_backend(group)
@@ -40,12 +49,14 @@ def choose(
     if wanted == "auto" and share < ENOUGH:
         why = f"a rank needs {share:.0%} of the tokens of another, below {ENOUGH:.0%}: sending all would take longer"
         return Transport("all_to_all", collectives, f"{over}; {why}")
-    bank = bank_bytes(size, places, row_bytes)
+    bank = bank_of(size, places, row_bytes, largest_bank)
     found = shared_memory(group, 2 * bank, watch.limit_s)
     if isinstance(found, str):
         why = f"{over}; no copies between GPUs: {found}"
         return Transport("all_to_all" if wanted == "auto" else "gather", collectives, why)
     watch.flags = found.flags
-    copies = Copies(found, dist.get_rank(group), places, row_bytes, watch, collectives)
+    copies = Copies(found, dist.get_rank(group), places, row_bytes, bank, watch, collectives)
     why = f"by copies between GPUs that reach each other's memory, through {2 * bank / 1e6:.3g} MB on each"
+    if len(of_widest := shares(places, row_bytes, size, bank)) > 1:
+        why += f"; the widest rows go in {len(of_widest)} exchanges, {of_widest[0].stop} of a rank at a time"
     return Transport("gather", copies, why)

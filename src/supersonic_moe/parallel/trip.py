@@ -64,15 +64,15 @@ class Trip(NamedTuple):
 
     def send_choices(self, phase: str, ids_TK: Tensor, scores_TK: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
         """(ids (U, K) int32, scores (U, K), ``more`` (U, ·)...) in one message; elements are of 4 or 8 bytes. Ids of
-        this rank are counted from 0, others are -1.
+        this rank are counted from 0, others lie outside [0, E/R).
         """
         parts = [ids_TK, *(t.contiguous().view(torch.int32) for t in (scores_TK, *more))]
         message_UC = self.send(phase, torch.cat(parts, 1))
         ids_UK, *others = torch.split(message_UC, [t.shape[1] for t in parts], 1)
-        ids_UK = ids_UK - self.first_expert
-        ids_UK = torch.where((ids_UK >= 0) & (ids_UK < self.experts_here), ids_UK, -1)
         copies = (t.clone(memory_format=torch.contiguous_format) for t in others)  # at aligned addresses
-        return ids_UK, *(t.view(like.dtype) for t, like in zip(copies, (scores_TK, *more), strict=True))
+        return ids_UK - self.first_expert, *(
+            t.view(like.dtype) for t, like in zip(copies, (scores_TK, *more), strict=True)
+        )
 
     def again(self, x_TH: Tensor) -> Callable[[], Tensor]:
         """What sends x once more, in backward: (U, H) as it came in forward, if x is what it was."""
@@ -133,7 +133,7 @@ class Dispatch(torch.autograd.Function):
     def forward(x_TH: Tensor, scores_TK: Tensor, ids_TK: Tensor, trip: Trip) -> tuple[Tensor, Tensor, Tensor]:
         x_UH = trip.send("forward dispatch", x_TH)
         ids_UK, scores_UK = trip.send_choices("forward dispatch", ids_TK, scores_TK)
-        return x_UH, scores_UK, ids_UK
+        return x_UH, scores_UK, torch.where((ids_UK >= 0) & (ids_UK < trip.experts_here), ids_UK, -1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -188,8 +188,8 @@ def _backward(dloss: Tensor, logits: Tensor, counts: Tensor, backend: str, sigmo
 
 torch.library.impl("supersonic_moe::switch_loss_forward", ("cpu", "cuda"))(_forward)
 torch.library.impl("supersonic_moe::switch_loss_backward", ("cpu", "cuda"))(_backward)
-_run_forward = caller(torch.ops.supersonic_moe.switch_loss_forward.default, _forward)
-_run_backward = caller(torch.ops.supersonic_moe.switch_loss_backward.default, _backward)
+switch_loss_forward = caller(torch.ops.supersonic_moe.switch_loss_forward.default, _forward)
+switch_loss_backward = caller(torch.ops.supersonic_moe.switch_loss_backward.default, _backward)
 
 
 @torch.library.register_fake("supersonic_moe::switch_loss_forward")  # type: ignore[untyped-decorator]
@@ -207,7 +207,7 @@ class _SwitchLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(logits: Tensor, counts: Tensor, backend: str, sigmoid: bool) -> Tensor:
-        loss: Tensor = _run_forward(logits, counts, backend, sigmoid)
+        loss: Tensor = switch_loss_forward(logits, counts, backend, sigmoid)
         return loss
 
     @staticmethod
@@ -221,5 +221,5 @@ class _SwitchLoss(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: the op has no derivative, plain torch has
             dlogits = differentiable_backward(dloss, logits, counts, ctx.sigmoid)
         else:
-            dlogits = _run_backward(dloss, logits, counts, ctx.backend, ctx.sigmoid)
+            dlogits = switch_loss_backward(dloss, logits, counts, ctx.backend, ctx.sigmoid)
         return dlogits, None, None, None

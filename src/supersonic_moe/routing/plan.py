@@ -37,7 +37,7 @@ def plan_from_topk(
     most = _capacity(ids_S.shape[0], num_experts, tile)
     capacity = most if capacity is None else capacity
     slots = Slots(ids_S, None, k, num_tokens, num_experts, tile, capacity)
-    tensors = _build(slots)
+    tensors = build(slots)
     return _plan(slots, tensors, tensors.reverse_index)
 
 
@@ -66,7 +66,7 @@ def plan_from_triples(
         checks.valid_triples(token_indices_S, expert_indices_S, num_tokens, num_experts)
     capacity = _capacity(token_indices_S.shape[0], num_experts, tile)
     slots = Slots(expert_indices_S, token_indices_S, 0, num_tokens, num_experts, tile, capacity)
-    tensors = _build(slots)
+    tensors = build(slots)
     sorted_tokens, order = torch.sort(token_indices_S, stable=True)
     bounds = torch.arange(num_tokens + 1, device=order.device, dtype=sorted_tokens.dtype)
     token_offsets = torch.searchsorted(sorted_tokens, bounds, out_int32=True)
@@ -81,7 +81,7 @@ def plan_from_sorted_triples(
     """
     num_tokens, capacity = token_offsets_T1.shape[0] - 1, _capacity(token_indices_S.shape[0], num_experts, 1)
     slots = Slots(expert_indices_S, token_indices_S, 0, num_tokens, num_experts, 1, capacity)
-    tensors = _build(slots)
+    tensors = build(slots)
     return _plan(slots, tensors, tensors.reverse_index, token_offsets_T1)
 
 
@@ -162,7 +162,7 @@ def plan_from_deepep(
         checks.valid_topk_ids(dispatched_indices_NK, num_experts, sentinel=False)
         checks.counts_suffice("tokens_per_expert", torch.as_tensor(tokens_per_expert), dispatched_indices_NK)
     slots = Slots(dispatched_indices_NK.reshape(-1), None, k, num_tokens, num_experts, tile, capacity)
-    tensors = _build(slots)
+    tensors = build(slots)
     rows_NK = tensors.reverse_index.view(num_tokens, k)
     by_expert_NK = torch.where(rows_NK < 0, MAX_INDEX, rows_NK).sort(dim=1).values  # experts own ascending row segments
     token_rows = torch.where(by_expert_NK == MAX_INDEX, -1, by_expert_NK).reshape(-1)
@@ -216,6 +216,6 @@ def _build_plan_fake(*arguments: Any) -> PlanTensors:
     return PlanTensors(empty(slots.num_experts + 1), *by_row, empty(slots.ids.shape[0]), empty(slots.num_experts))
 
 
-def _build(slots: Slots) -> PlanTensors:
+def build(slots: Slots) -> PlanTensors:
     ids, tokens, *sizes = slots
     return PlanTensors(*_build_plan_op(ids.contiguous(), None if tokens is None else tokens.contiguous(), *sizes))

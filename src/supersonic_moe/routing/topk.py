@@ -29,7 +29,6 @@ from supersonic_moe.config.router import (
     SigmoidGroupedTopK,
     SoftmaxAfterTopK,
     SoftmaxBeforeTopK,
-    TokenRounding,
     TopKRouter,
     as_router,
     check_groups,
@@ -61,22 +60,22 @@ def route(
         scores (T, K) float32 (float64 for float64 logits) and expert ids (T, K) int32.
     """
     config = as_router(router)
-    _check(logits_TE, k, config, correction_bias)
-    scores_TK, ids_TK = apply(_Route, logits_TE, correction_bias, k, (*_encode(config, k), backend))
+    if not isinstance(config, TopKRouter):
+        raise TypeError(
+            f"route chooses exactly K experts a token, so it cannot run {config!r}. "
+            "Call token_rounding(...) in training, route(...) with its base router in evaluation."
+        )
+    checks.tensor("logits", logits_TE, 2, "(T, E)")
+    checks.floating("logits", logits_TE)
+    check_choice(logits_TE, logits_TE.shape[1], k, config, correction_bias)
+    scores_TK, ids_TK = apply(_Route, logits_TE, correction_bias, k, (*encode(config, k), backend))
     return scores_TK, ids_TK
 
 
-def _check(logits: Tensor, k: int, router: TopKRouter | TokenRounding, bias: Tensor | None) -> None:
-    if not isinstance(router, TopKRouter):
-        raise TypeError(
-            f"route chooses exactly K experts a token, so it cannot run {router!r}. "
-            "Call token_rounding(...) in training, route(...) with its base router in evaluation."
-        )
-    checks.tensor("logits", logits, 2, "(T, E)")
-    checks.floating("logits", logits)
+def check_choice(tokens: Tensor, experts: int, k: int, router: TopKRouter, bias: Tensor | None) -> None:
+    """Whether ``router`` can choose ``k`` of so many experts for each row of ``tokens``."""
     checks.positive("k", k)
-    experts = logits.shape[1]
-    checks.index_count("logits (T * E)", logits.numel())
+    checks.index_count("logits (T * E)", tokens.shape[0] * experts)
     if k > experts:
         raise ValueError(
             f"k must not exceed the number of experts; got k = {k} with {experts} columns of logits. Lower k."
@@ -91,16 +90,17 @@ def _check(logits: Tensor, k: int, router: TopKRouter | TokenRounding, bias: Ten
         checks.tensor("correction_bias", bias, 1, "(E,)")
         checks.floating("correction_bias", bias)
         checks.size("correction_bias", "length", bias.shape[0], experts, "the number of experts")
-        checks.same_device("logits", logits, "correction_bias", bias)
+        checks.same_device("logits", tokens, "correction_bias", bias)
 
 
 # ---- configs as op arguments -----------------------------------------------------------------------------------------
 
-_Encoded: TypeAlias = tuple[str, bool, int, int, float]
+Encoded: TypeAlias = tuple[str, bool, int, int, float]
 _ENCODED = "str kind, bool renormalize, int num_groups, int topk_groups, float scaling_factor, str backend"
 
 
-def _encode(router: TopKRouter | TokenRounding, k: int) -> _Encoded:
+def encode(router: TopKRouter, k: int) -> Encoded:
+    """Arguments of the ops, but for the backend."""
     if isinstance(router, SigmoidGroupedTopK):
         renormalize = router.renormalize and k > 1  # a / a would be 1 whatever the logits
         return router.kind, renormalize, router.num_groups, router.topk_groups, float(router.scaling_factor)
@@ -151,8 +151,8 @@ def _route_backward(dscores: Tensor, logits: Tensor, scores: Tensor, ids: Tensor
 
 torch.library.impl("supersonic_moe::route_forward", ("cpu", "cuda"))(_route_forward)
 torch.library.impl("supersonic_moe::route_backward", ("cpu", "cuda"))(_route_backward)
-_run_forward = caller(torch.ops.supersonic_moe.route_forward.default, _route_forward)
-_run_backward = caller(torch.ops.supersonic_moe.route_backward.default, _route_backward)
+route_forward = caller(torch.ops.supersonic_moe.route_forward.default, _route_forward)
+route_backward = caller(torch.ops.supersonic_moe.route_backward.default, _route_backward)
 
 
 @torch.library.register_fake("supersonic_moe::route_forward")  # type: ignore[untyped-decorator]
@@ -172,7 +172,7 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     def forward(logits: Tensor, bias: Tensor | None, k: int, config: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        outputs: tuple[Tensor, Tensor] = _run_forward(logits, bias, k, *config)
+        outputs: tuple[Tensor, Tensor] = route_forward(logits, bias, k, *config)
         return outputs
 
     @staticmethod
@@ -187,5 +187,5 @@ class _Route(torch.autograd.Function):
             logits, scores, ids = ctx.saved_tensors
             dlogits = differentiable_backward(dscores, logits, scores, ids, _decode(*ctx.config[:-1]))
         else:
-            dlogits = _run_backward(dscores, *ctx.saved_tensors, *ctx.config)
+            dlogits = route_backward(dscores, *ctx.saved_tensors, *ctx.config)
         return dlogits, None, None, None

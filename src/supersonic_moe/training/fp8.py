@@ -34,15 +34,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from supersonic_moe.kernels.alignment import aligned_tensor, weight_gradient
-from supersonic_moe.kernels.interface import BothOrders, DownBackward, Fp8Experts, Into, Quantized, Rows, UpProjection
+from supersonic_moe.kernels.interface import (
+    Arrivals,
+    BothOrders,
+    DownBackward,
+    Fp8Experts,
+    Into,
+    Quantized,
+    Rows,
+    UpProjection,
+)
 from supersonic_moe.quantization.block_format import aligned_rows, padded_capacity, transposed_scales
 from supersonic_moe.training.arguments import Fp8Forward, Fp8Output, Fp8Saved, Fp8Weights, Incoming, Inputs
-from supersonic_moe.training.bf16 import rounded
+from supersonic_moe.training.bf16 import rounded, score_dtype
 
 
 def forward(k: Fp8Experts, call: Fp8Forward, x_q: Quantized | None = None) -> Fp8Output:
@@ -53,9 +62,17 @@ def forward(k: Fp8Experts, call: Fp8Forward, x_q: Quantized | None = None) -> Fp
     z, a = k.up_projection_fp8(up, recipe)
     y_PH = k.grouped_mm_fp8(Rows(a), call.w2, plan.expert_offsets)
     del up, x, a
-    s_P = k.pick(call.scores, plan.scatter_index)
+    s_P = k.pick(call.scores, plan.scatter_index, score_dtype(call.x.dtype))
     out_TH = k.gather_sum(y_PH, s_P, call.b2, plan.row_expert, plan.rows_of_tokens(call.x.shape[0]))
     return Fp8Output(out_TH, s_P, z)
+
+
+class Arriving(NamedTuple):
+    """Codes of dO that come while the first product of backward runs."""
+
+    rows: Arrivals
+    fill: Callable[[], object]
+    """Called once they are there: it fills ``incoming.dout``, which is not read before."""
 
 
 def backward(
@@ -65,10 +82,11 @@ def backward(
     incoming: Incoming,
     x_q: Quantized | None = None,
     dout_q: Quantized | None = None,
-    leave: Callable[[Tensor | None, Tensor | None], None] | None = None,
+    arriving: Arriving | None = None,
+    leave: Callable[[Tensor | None], None] | None = None,
 ) -> Inputs[Tensor | None]:
-    """``x_q``, ``dout_q``: the rows format of x and dO where they are at hand already. ``leave(dx, dscores)`` is called
-    as soon as they are there: before the weight gradients, which hide what it starts, and while s A is kept.
+    """``x_q``, ``dout_q``: the rows format of x and dO where they are at hand already. ``leave(dx)`` is called as soon
+    as dx is there: before the weight gradients, which hide what it starts, and while s A is kept.
     """
     plan, needs, pow2, s_P, b1, b2 = saved.plan, incoming.needs, saved.pow2, saved.row_scores, saved.b1, saved.b2
     dout, offsets = Rows(incoming.dout, plan.read_index), plan.expert_offsets
@@ -87,7 +105,9 @@ def backward(
     dout_rows = Rows(dout_q or k.quantize_rows(incoming.dout, pow2, plan.identity), plan.read_index)
     wgrad = _weight_gradients(k, saved, incoming)
     step = DownBackward(dout_rows, weights.w2_t, z, b1, s_P, offsets, plan.row_expert, saved.static.gate())
-    dz, scaled_a, ds_P = wgrad.down(step)
+    dz, scaled_a, ds_P = wgrad.down(step, None if arriving is None else arriving.rows)
+    if arriving is not None:
+        arriving.fill()
     del step, dout_rows, dout_q, z
     if needs.scores:
         if b2 is not None:
@@ -104,7 +124,7 @@ def backward(
     dz_rows, dz = wgrad.quantized(dz)
     if leave is not None:
         dx = _dx(k, dz_rows, weights, saved) if needs.x else None
-        leave(dx, dscores)
+        leave(dx)
         if needs.w2:
             dw2 = wgrad.dw2(scaled_a)
         del scaled_a
@@ -135,9 +155,9 @@ class _Bf16Products:
         self.k, self.saved, self.incoming = k, saved, incoming
         self.plan, self.main, self.pow2 = saved.plan, incoming.main, saved.pow2
 
-    def down(self, step: DownBackward[Quantized]) -> tuple[Any, Any, Tensor]:
+    def down(self, step: DownBackward[Quantized], arriving: Arrivals | None) -> tuple[Any, Any, Tensor]:
         """(dZ, s A, dS)."""
-        return self.k.down_backward_fp8(step)
+        return self.k.down_backward_fp8(step, arriving)
 
     def dw2(self, as_PI: Any) -> Tensor:
         dout, offsets = Rows(self.incoming.dout, self.plan.read_index), self.plan.expert_offsets
@@ -193,8 +213,8 @@ class _Fp8Products(_Bf16Products):
 class _FusedFp8Products(_Fp8Products):
     """The same of what the kernel that computes dZ and s A has quantized itself."""
 
-    def down(self, step: DownBackward[Quantized]) -> tuple[BothOrders, Quantized, Tensor]:
-        return self.k.down_backward_fp8_quantize(step, self.segments, self.pow2)
+    def down(self, step: DownBackward[Quantized], arriving: Arrivals | None) -> tuple[BothOrders, Quantized, Tensor]:
+        return self.k.down_backward_fp8_quantize(step, self.segments, self.pow2, arriving)
 
     def dw2(self, scaled_a: Quantized) -> Tensor:
         return self.dw2_of(scaled_a)

@@ -21,7 +21,7 @@ from supersonic_moe.kernels.sm90.grouped_gemm import SPECS
 FOLDER = Path(__file__).parent
 SCHEDULES = {
     "all": "AllTiles<C>{}",
-    "row_blocks": "RowBlocks<C>(policies.begin_block, policies.end_block, C.block_m * C.cluster)",
+    "row_blocks": "RowBlocks<C>(policies.begin_block, policies.end_block, policies.arrived, 2, C.block_m * C.cluster)",
     "counter": "TileCounter<C>{policies.counter}",
 }
 READINESS = {"start": "ReadyAtStart{}", "count": "ReadyByCount{policies.arrived, policies.expected, 128}"}

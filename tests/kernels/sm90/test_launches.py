@@ -18,7 +18,18 @@ from recorded_launches import Mapped, recorded_launches  # noqa: F401
 from supersonic_moe.config.activation import Activation, GateUpLayout, as_activation
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.jit import Kernel
-from supersonic_moe.kernels.interface import DownBackward, Gate, Into, Quantized, Rows, Segments, UpProjection
+from supersonic_moe.kernels.interface import (
+    RANGE_ROWS,
+    Arrivals,
+    DownBackward,
+    Gate,
+    Into,
+    Quantized,
+    RowBlocks,
+    Rows,
+    Segments,
+    UpProjection,
+)
 from supersonic_moe.kernels.sm90 import backend, gemm_config, registered_specs
 from supersonic_moe.quantization.block_format import E4M3, blocks, empty_e4m3, empty_scales
 
@@ -252,6 +263,55 @@ def test_products(gathered: bool, launches: list[Any]) -> None:
             map_d=d, offsets=c.segments.offsets, source=source, experts=E, rows=H, columns=I, scale_b=c.tiles.scale,
             scale_b_column=8, scale_b_k=1,
         )  # fmt: skip
+
+
+def test_rows_that_arrive_and_results_that_leave_in_parts(launches: list[Any]) -> None:
+    c, experts, waits = Case(gathered=True), 2, list[str]()
+    groups = OFFSETS[: experts + 1].clone(), c.groups[1]
+    begin, end, there = *torch.zeros(2, 3, experts, dtype=torch.int32), torch.ones(3, dtype=torch.int32)
+    arriving = Arrivals(begin, end, there, lambda: waits.append("all"))
+    gate, others = Gate(as_activation("swiglu"), GateUpLayout.INTERLEAVED), GATES[3]
+    w1, w2 = c.w1[:experts], c.w2[:experts]
+    w1_fp8, w2_fp8 = (Quantized(w.q[:experts], w.scale[:experts]) for w in (c.w1_fp8, c.w2_fp8))
+    z_fp8 = rows_fp8(P, 2 * I, tma=True)
+
+    def walked(gate: Gate) -> None:
+        backend.up_projection(UpProjection(c.rows, w1, None, *groups, gate, True), arriving)
+        backend.down_backward(DownBackward(c.rows, w2, c.z, None, c.scores, *groups, gate), arriving)
+        backend.up_projection_fp8(UpProjection(c.fp8, w1_fp8, None, *groups, gate, True), Fp8Recipe(), arriving)
+        down = DownBackward(c.fp8, w2_fp8, z_fp8, None, c.scores, *groups, gate)
+        backend.down_backward_fp8_quantize(down, c.segments, True, arriving)
+
+    names = ["up_projection", "down_backward", "up_projection_fp8", "down_backward_fp8_quantize"]
+    walked(gate)
+    for launched, name in zip(launches, names, strict=True):
+        check(launched, name, begin_block=begin, end_block=end, arrived=there, parts=3)
+        assert dict(launched[0].spec.constants)["ROW_BLOCKS"] == RANGE_ROWS
+    assert not waits, "the kernels look themselves"
+    launches.clear()
+    walked(others)
+    for launched, name in zip(launches, names, strict=True):
+        check(launched, name, begin_block=None, end_block=None, arrived=None, parts=1)
+        assert "ROW_BLOCKS" not in dict(launched[0].spec.constants)
+    assert len(waits) == len(names), "there is no such kernel, so the stream waits"
+
+    a, a_fp8, done = Rows(c.a), Rows(rows_fp8(P, I, tma=True)), list[int]()
+    parts = [RowBlocks(begin[i], end[i], lambda _, i=i: done.append(len(launches) - i)) for i in range(2)]  # type: ignore[misc]
+    w2_out = Quantized(e4m3(experts, H, I), torch.zeros(experts, 3, 3))
+    for name, product in (
+        ("grouped_gemm", lambda p: backend.grouped_mm(a, w2.mT, groups[0], p)),
+        ("grouped_gemm_fp8", lambda p: backend.grouped_mm_fp8(a_fp8, w2_out, groups[0], p)),
+    ):
+        launches.clear()
+        done.clear()
+        product(parts)
+        for i, launched in enumerate(launches):
+            check(launched, name, begin_block=begin[i], end_block=end[i], arrived=None, parts=1)
+            assert dict(launched[0].spec.constants)["ROW_BLOCKS"] == RANGE_ROWS
+        assert len(launches) == 2 and done == [1, 1], "each is told of when it has been launched"
+        launches.clear()
+        product(())
+        assert len(launches) == 1 and "ROW_BLOCKS" not in dict(launches[0][0].spec.constants)
 
 
 @pytest.mark.parametrize("columns", [256, 512])

@@ -85,7 +85,7 @@ def test_many_tokens(name: str, streamed: bool, compiled: Any) -> None:
     logits = logits_of(tokens, experts)
     bias = None if streamed else (torch.arange(experts) % 5 / 16).to(torch.bfloat16)
     choices = Choices(experts, experts // 2, experts // 4, rule.top_k, shared=name == "kimi_k2")
-    tables = empty_tables(tokens, choices, "cpu")._replace(stream_rows=10**6 if streamed else 0)
+    tables = empty_tables(tokens, choices, "cpu", streamed=streamed)
     launches = route_rows(logits, bias, rule, choices, tables)
     run(compiled(dict(launches[0].kernel.spec.constants)["VALUES"]), launches)
 

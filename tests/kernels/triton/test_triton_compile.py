@@ -55,13 +55,13 @@ def test_no_kernel_spills(compiled: list[dict[str, Any]]) -> None:
 
 def test_rows_move_in_16_byte_accesses(compiled: list[dict[str, Any]]) -> None:
     modules = {
-        "gather_quantized",
         "gather_rows",
         "gather_sum",
         "activation",
         "score_gradient",
         "bias_gradient",
         "quantize",
+        "scatter_quantized",
     }
     moving = [c for c in compiled if c["new"] and c["case"] == "H 2880, I 1536"]
     assert {c["kernel"].split(".")[0] for c in moving} == modules
@@ -84,9 +84,10 @@ def main() -> None:
     from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout, as_activation
     from supersonic_moe.config.router import MODES, SigmoidGroupedTopK, SoftmaxAfterTopK, SoftmaxBeforeTopK
     from supersonic_moe.kernels import triton as kernels
-    from supersonic_moe.kernels.interface import Gate, Into, KeptPairs, Rounding, Rows, Slots, TokenRows
+    from supersonic_moe.kernels.interface import Gate, Into, KeptPairs, Rounding, Rows, Slots, Sources, TokenRows
     from supersonic_moe.kernels.triton import pad_segments, quantize, quantize_saved
-    from supersonic_moe.kernels.triton.gather_quantized import gather_quantized
+    from supersonic_moe.kernels.triton.decode import decode
+    from supersonic_moe.kernels.triton.scatter_quantized import scatter_quantized
 
     class OfflineHopper:
         def get_current_device(self) -> int:
@@ -181,13 +182,26 @@ def main() -> None:
         index = torch.zeros(128 * t, dtype=i32)
         rows = quantize.quantize_rows(x, pow2)
         gathered = quantize.quantize_rows(x, pow2, tma=True)
-        gather_quantized(gathered, rows, index, index[:1], 1000)
+        scatter_quantized(gathered, x, None, index.view(t, 128)[:, :8].contiguous(), 7, None, pow2)
+        scatter_quantized(gathered, rows.q, rows.scale, index.view(t, 128)[:, :1].contiguous(), 1)
         quantize.quantize_blocks(w, pow2)
         quantize.quantize_weights((w, w.mT.contiguous()), pow2)
         quantize_saved(x)
         quantize.quantize_columns(x, index, pow2)
         quantize.quantize_columns(x, index, pow2, tiled=True)
         quantize.quantize_both_orders(x, index, pow2)
+
+    def few_rows(
+        t: int, h: int, i: int, e: int, k: int, dtype: torch.dtype, act: Activation, layout: GateUpLayout, biased: bool
+    ) -> None:
+        n, gate = i * act.fan, Gate(act, layout)
+        x, ids, scores = torch.zeros(t, h, dtype=dtype), torch.zeros(t, k, dtype=torch.int64), torch.zeros(t, k)
+        if biased:  # and turned, as gpt-oss
+            w1, w2 = torch.empty(e, h, n, dtype=dtype).mT, torch.empty(e, i, h, dtype=dtype).mT
+            decode(x, ids, scores, w1, torch.zeros(e, n, dtype=dtype), w2, torch.zeros(e, h, dtype=dtype), gate)
+        else:
+            w1, w2 = torch.empty(e, n, h, dtype=dtype), torch.empty(e, h, i, dtype=dtype)
+            decode(x, ids, scores, w1, None, w2, None, gate)
 
     def fp16_products(t: int, h: int, n: int, e: int) -> None:
         rows, w = torch.zeros(t, h, dtype=torch.float16), torch.zeros(e, n, h, dtype=torch.float16)
@@ -206,6 +220,8 @@ def main() -> None:
         round_tokens(40, e, k, torch.float32, 2.5, "SR-f")
         plan(40, e, k, i32, 1)
         pad_segments(torch.zeros(e + 1, dtype=i32), torch.zeros(40, dtype=i32), 256)
+        kernels.departures_everywhere(torch.zeros(40, k, dtype=i32), 4 * e, 4, 50)
+        kernels.row_parts(torch.zeros(e + 1, dtype=i32), torch.zeros(40, dtype=i32), Sources(1, 3, 10))
     case = "E 256 in 8 groups, K 8"
     route(40, 256, 8, torch.float32, SigmoidGroupedTopK(num_groups=8, topk_groups=4), torch.zeros(256))
     case = "token rounding"
@@ -213,6 +229,11 @@ def main() -> None:
     case = "triples"
     plan(40, 4096, 8, torch.int64, 128, triples=True)
 
+    case = "decode"
+    few_rows(2, 2880, 2880, 32, 4, bf16, Activation.gpt_oss(), GateUpLayout.INTERLEAVED, biased=True)
+    few_rows(2, 2048, 768, 128, 8, bf16, as_activation("swiglu"), GateUpLayout.GATE_UP, biased=False)
+    few_rows(2, 2688, 1856, 128, 6, bf16, as_activation("relu_sq"), GateUpLayout.GATE_UP, biased=False)
+    few_rows(2, 7168, 2048, 256, 8, torch.float16, as_activation("geglu"), GateUpLayout.UP_GATE, biased=False)
     case = "H 2880, I 1536"
     for pow2 in (False, True):
         fp8(40, 2880, 1536, pow2)
@@ -239,8 +260,11 @@ def main() -> None:
         round_tokens(t, 64, 2, bf16, None, "NR-f", "NR-s", "Balance-f")
         plan(t, 64, 2, i32, 128)
         experts(t, 64, 32, 64, 2, bf16, as_activation("swiglu"), layouts[0], biased=True)
+        few_rows(t, 64, 32, 64, 2, bf16, as_activation("swiglu"), GateUpLayout.GATE_UP, biased=False)
         fp8(t, 64, 32, pow2=False)
         pad_segments(torch.zeros(65, dtype=i32), torch.zeros(t, dtype=i32), 128 * t)
+        kernels.departures_everywhere(torch.zeros(t, 2, dtype=i32), 64, 4, 2 * t)
+        kernels.row_parts(torch.zeros(65, dtype=i32), torch.zeros(t, dtype=i32), Sources(t % 3, 3, t))
         rows = torch.zeros(16 * t, 64, dtype=bf16)
         offsets = torch.tensor([0, *[16 * t] * 64], dtype=i32)
         kernels.grouped_mm_wgrad(Rows(rows), rows, offsets)

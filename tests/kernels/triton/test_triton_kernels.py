@@ -23,7 +23,7 @@ from supersonic_moe.kernels import reference
 from supersonic_moe.kernels import triton as kernels
 from supersonic_moe.kernels.interface import Gate, Quantized, Rows, TokenRows
 from supersonic_moe.kernels.triton import bias_gradient
-from supersonic_moe.kernels.triton.gather_quantized import gather_quantized
+from supersonic_moe.kernels.triton.scatter_quantized import scatter_quantized
 from supersonic_moe.quantization.block_format import empty_scales
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -386,21 +386,37 @@ def test_pick(backend: ModuleType, out: torch.dtype | None, dtype: torch.dtype, 
     assert backend.pick(values, index[:0], out).shape == (0,)
 
 
-# ---- gather_quantized ------------------------------------------------------------------------------------------------
+# ---- scatter_quantized -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("columns", "count"), [(128, 0), (256, 1), (384, 6), (7168, 13), (12288, 9)])
-@pytest.mark.parametrize("by_block", [False, True])
-def test_gather_quantized(columns: int, count: int, by_block: bool, device: torch.device) -> None:
-    """Codes and scales of the first ``count`` rows; what follows keeps its bytes, and programs move several groups."""
-    tokens, rows, blocks = 11, 17, columns // 128
-    wide = torch.randint(0, 255, (tokens, columns + 16), device=device, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    scale = torch.rand(blocks, tokens, device=device).T if by_block else torch.rand(tokens, blocks, device=device)
-    index = torch.randint(0, tokens, (rows,), device=device, dtype=torch.int32)
-    index[count:] = 1 << 30  # not to be read
-    codes = torch.full((rows, columns), 77, device=device, dtype=torch.uint8)
-    out = Quantized(codes.view(torch.float8_e4m3fn), empty_scales(codes, rows, blocks, tma=True).fill_(-1))
-    x, used = Quantized(wide[:, :columns], scale), index[:count].long()
-    gather_quantized(out, x, index, torch.tensor([count], device=device, dtype=torch.int32), programs=3)
-    assert torch.equal(codes[:count], x.q.view(torch.uint8)[used]) and codes[count:].eq(77).all()
-    assert torch.equal(out.scale[:count], scale[used]) and out.scale[count:].eq(-1).all()
+@pytest.mark.parametrize(("columns", "tokens"), [(128, 1), (256, 5), (384, 33), (7168, 6)])
+@pytest.mark.parametrize("kind", ["bf16", "pow2", "weighted", "by_token", "by_block"])
+def test_scatter_quantized(columns: int, tokens: int, kind: str, device: torch.device) -> None:
+    """Codes and scales of each slot that has a row; the last slot is not used, tokens without a row are not read, and
+    other rows keep their bytes.
+    """
+    blocks, slots, weight = columns // 128, 4, None
+    x = torch.randn(tokens, columns + 16, device=device).bfloat16()[:, :columns]
+    pow2 = kind == "pow2"
+    want = reference.quantize_rows(x, pow2)
+    scale = None
+    if kind in ("by_token", "by_block"):
+        x, scale = want.q, want.scale.T.contiguous().T if kind == "by_block" else want.scale
+    if kind == "weighted":
+        weight = torch.rand(tokens, device=device)
+        want = Quantized(want.q, want.scale * weight[:, None])
+    row_TS = torch.randperm(tokens * slots, device=device).int().view(tokens, slots)
+    row_TS[torch.rand(tokens, slots, device=device) < 0.4] = -1
+    row_TS[tokens // 2, :3] = -1
+    row_TS[:, 3] = 1 << 30  # not to be followed
+    x[tokens // 2] = math.nan
+    codes = torch.full((tokens * slots + 3, columns), 77, device=device, dtype=torch.uint8)
+    out = Quantized(codes.view(torch.float8_e4m3fn), empty_scales(codes, len(codes), blocks, tma=True).fill_(-1))
+    scatter_quantized(out, x, scale, row_TS, 3, weight, pow2)
+    used = torch.zeros(len(codes), dtype=torch.bool, device=device)
+    for s in range(3):
+        has = (row_TS[:, s] >= 0).nonzero().flatten()
+        rows = row_TS[has, s].long()
+        used[rows] = True
+        assert torch.equal(codes[rows], want.q.view(torch.uint8)[has]) and torch.equal(out.scale[rows], want.scale[has])
+    assert codes[~used].eq(77).all() and out.scale[~used].eq(-1).all()

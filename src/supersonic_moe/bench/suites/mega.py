@@ -38,6 +38,9 @@ class Mega(Timed["InferCase", "InferResult"]):
     ] = None
     peers: Annotated[str, typer.Option(help=f"Of {PEERS}; none for ours alone.")] = PEERS
     png: options.Png = None
+    timeline: Annotated[
+        Path | None, typer.Option(help="Chart of when kernels run. The profiler costs host time: not beside --json.")
+    ] = None
 
     @property
     def heading(self) -> str:
@@ -54,10 +57,11 @@ class Mega(Timed["InferCase", "InferResult"]):
         from supersonic_moe.bench.mega import Runner
 
         peers = options.peers(self.peers, PEERS)
-        return Runner(self.where, warm_ms=self.warm_ms, min_ms=self.min_ms, peers=peers)
+        timings = {"warm_ms": self.warm_ms, "min_ms": self.min_ms}
+        return Runner(self.where, peers=peers, timelines=self.timeline is not None, **timings)
 
     def cases(self) -> Sequence[InferCase]:
-        from supersonic_moe.bench.mega import CPU_CASES, SHAPES, TOKENS, cases_of
+        from supersonic_moe.bench.mega_cases import CPU_CASES, SHAPES, TOKENS, cases_of
         from supersonic_moe.kernels import registry
 
         if not registry.HAS_TRITON:
@@ -83,9 +87,12 @@ class Mega(Timed["InferCase", "InferResult"]):
         return [bars(results)]
 
     def figure(self, results: Sequence[InferResult]) -> Sequence[Path]:
-        if self.png is None:
-            return ()
+        from supersonic_moe.bench import mega_figure, mega_timeline
         from supersonic_moe.bench.infer_figure import write_png
-        from supersonic_moe.bench.mega_figure import draw
 
-        return [write_png(self.png, draw(results, self.heading))]
+        written = []
+        if self.png is not None:
+            written.append(write_png(self.png, mega_figure.draw(results, self.heading)))
+        if self.timeline is not None:
+            written.append(write_png(self.timeline, mega_timeline.draw(self.runner.timelines, self.heading)))
+        return written

@@ -17,6 +17,7 @@ from supersonic_moe.autocast import autocast_dtype
 from supersonic_moe.config.recipe import Bf16Recipe, Recipe, as_recipe
 from supersonic_moe.functional import topk_experts
 from supersonic_moe.grouped import grouped_linear
+from supersonic_moe.inference import decode
 from supersonic_moe.integrations.transformers import fp8
 from supersonic_moe.integrations.transformers.gates import class_name, gate_of
 from supersonic_moe.integrations.transformers.weights import Weights, weights_of
@@ -104,7 +105,7 @@ def experts_forward(
     theirs, as the library's own backends do, and the result is in the dtype of the hidden states.
     """
     out = run(experts, hidden_states, top_k_index, top_k_weights, weights_of(experts), recipe)
-    return out.to(hidden_states.dtype)
+    return out if out.dtype is hidden_states.dtype else out.to(hidden_states.dtype)
 
 
 def fp8_experts_forward(
@@ -125,11 +126,16 @@ def fp8_experts_forward(
 def run(experts: nn.Module, x: Tensor, ids: Tensor, scores: Tensor, weights: Weights, recipe: Recipe) -> Tensor:
     """(T, H) in the dtype of the weights, or that of autocast."""
     w1, b1, w2, b2 = weights
-    if autocast_dtype(x) is None:
+    plain = autocast_dtype(x) is None
+    if plain and x.dtype is not w1.dtype:
         x = x.to(w1.dtype)
     gate = gate_of(experts)
     if gate is None:
         return run_with_own_gate(experts, x, ids, scores, weights, recipe)
+    if plain and not experts.training and not torch.is_grad_enabled():  # a module in training may run this again
+        operands = decode.Operands(x, ids, scores, *weights)
+        if decode.suits(operands, gate):
+            return decode.run(operands, gate)
     return topk_experts(
         x, ids, scores, w1, w2, b1=b1, b2=b2, activation=gate.activation, layout=gate.layout, recipe=recipe
     )

@@ -11,6 +11,7 @@ from supersonic_moe.kernels.reference.activation import activation_backward as a
 from supersonic_moe.kernels.reference.activation import activation_forward as activation_forward
 from supersonic_moe.kernels.reference.aux_loss import switch_loss_backward as switch_loss_backward
 from supersonic_moe.kernels.reference.aux_loss import switch_loss_forward as switch_loss_forward
+from supersonic_moe.kernels.reference.departures import departures_everywhere as departures_everywhere
 from supersonic_moe.kernels.reference.gather import gather_rows as gather_rows
 from supersonic_moe.kernels.reference.gather import gather_sum as gather_sum
 from supersonic_moe.kernels.reference.gather import zero_dead_rows as zero_dead_rows
@@ -34,6 +35,7 @@ from supersonic_moe.kernels.reference.reductions import row_dot as row_dot
 from supersonic_moe.kernels.reference.reductions import segment_sum as segment_sum
 from supersonic_moe.kernels.reference.router import route_backward as route_backward
 from supersonic_moe.kernels.reference.router import route_forward as route_forward
+from supersonic_moe.kernels.reference.row_parts import row_parts as row_parts
 from supersonic_moe.kernels.reference.token_rounding import token_rounding_backward as token_rounding_backward
 from supersonic_moe.kernels.reference.token_rounding import token_rounding_forward as token_rounding_forward
 

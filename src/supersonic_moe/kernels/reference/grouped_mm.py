@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from supersonic_moe.kernels.interface import NEW, Into, Rows
+from supersonic_moe.kernels.interface import NEW, Into, RowBlocks, Rows
 from supersonic_moe.kernels.reference.activation import acc_dtype
 from supersonic_moe.kernels.reference.gather import rows_of
 
@@ -19,13 +20,17 @@ def _segments(expert_offsets: Tensor) -> list[tuple[int, int, int]]:
     return [(e, start, end) for e, (start, end) in enumerate(itertools.pairwise(offsets)) if end > start]
 
 
-def grouped_mm(a: Rows[Tensor], b_EKN: Tensor, expert_offsets: Tensor) -> Tensor:
-    """(P, N): rows of expert e are a[rows] @ b[e]; dead rows are NaN."""
+def grouped_mm(a: Rows[Tensor], b_EKN: Tensor, expert_offsets: Tensor, parts: Sequence[RowBlocks] = ()) -> Tensor:
+    """(P, N): rows of expert e are a[rows] @ b[e]; dead rows are NaN. All ``parts`` at once: the bits of a BLAS depend
+    on how many rows it has.
+    """
     a_PK = rows_of(a)
     acc = acc_dtype(a_PK.dtype)
     out_PN = a_PK.new_full((a_PK.shape[0], b_EKN.shape[2]), math.nan)
     for e, start, end in _segments(expert_offsets):
         out_PN[start:end] = a_PK[start:end].to(acc) @ b_EKN[e].to(acc)
+    for part in parts:
+        part.after(out_PN)
     return out_PN
 
 

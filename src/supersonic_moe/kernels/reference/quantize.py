@@ -152,8 +152,6 @@ def grouped_mm_fp8(
     """(P, N) bf16: rows of expert e are a[rows] @ b[e].T of the dequantized operands, fp32 products and one rounding;
     dead rows are NaN. All ``parts`` at once: the bits of a BLAS depend on how many rows it has.
     """
-    for part in parts:
-        part.before()
     exact = Rows(dequantize(*a.x, torch.float32), a.gather_index)
     d_PN = grouped_mm(exact, dequantize(*b_ENK, torch.float32).mT, expert_offsets).bfloat16()
     for part in parts:

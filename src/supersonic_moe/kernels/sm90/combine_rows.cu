@@ -33,13 +33,12 @@ struct Sums {
     }
 };
 
-// Nothing where the header of `items` says that rows are streamed. The rows of a shared expert, the last choice of every token, are in
+// The rows of a shared expert, the last choice of every token, are in
 // `y_shared` (tokens, hidden), where that is not null. A unit is `unit_channels` of a token, of which a lane has looked up one choice.
 extern "C" __global__ void __launch_bounds__(combine_threads)
-    combine_rows(const u16* y, const u16* y_shared, const int4* items, const i32* slot_row, const float* weights, const i32 choices,
+    combine_rows(const u16* y, const u16* y_shared, const i32* slot_row, const float* weights, const i32 choices,
                  const i32 hidden, const i32 parts, const i32 tokens, u16* out) {
     dependency_wait();
-    if (items[0].w) return;
     const i32 lane = static_cast<i32>(lane_index());
     for (i64 unit = blockIdx.x; unit < static_cast<i64>(tokens) * parts; unit += gridDim.x) {
         const i64 token = unit / parts;

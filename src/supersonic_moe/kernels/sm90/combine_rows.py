@@ -3,8 +3,6 @@
 Layout (row-major)
     y (P, H): bf16 of the tile kernels. Slots and weights as in route_rows.py. A token without rows gets +0 and nothing
     is read for it. A token of one row, a shared expert's included, is left alone: down_projection_fp8.py writes it.
-    Where the router has written on the device that rows are streamed, nothing happens: the streaming kernel combines
-    its own.
 Blocks
     128 threads take 4096 channels of a token, four times 8 each, then those of another token: a thread waits for four
     loads at once, and for the rows of a token's choices once. 16 blocks a multiprocessor.
@@ -53,6 +51,6 @@ def combine_rows(
     grid = min(tokens * parts, BLOCKS * multiprocessors(out_TH.get_device())), 1, 1
     with on_device(out_TH):
         _kernel().launch(
-            grid, y=y_PH, y_shared=y_shared_TH, items=tables.items, slot_row=tables.slot_row, weights=tables.weights,
+            grid, y=y_PH, y_shared=y_shared_TH, slot_row=tables.slot_row, weights=tables.weights,
             choices=choices, hidden=hidden, parts=parts, tokens=tokens, out=out_TH,
         )  # fmt: skip

@@ -14,13 +14,14 @@ extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
                   const __grid_constant__ TensorMap map_dz, const __grid_constant__ TensorMap map_as, const i32* offsets,
                   const i32* index, const i32 experts, const i32 width, const i32 blocks_k, const u16* b1, const float* scores, u8* dz,
                   u8* as, float* dscores, const i32 rows_allocated, const i32 gate_base, const i32 up_base, const float alpha,
-                  const float limit, const float up_offset) {
+                  const float limit, const float up_offset, const i32* begin_block, const i32* end_block, const u32* arrived, const i32 parts) {
     const auto shared = shared_memory<CONFIG, SMEM_BYTES>();
     const RaggedGemm gemm{offsets, index, &map_do_run, experts, width, blocks_k};
     const i32 gate_half = gate_base > up_base, up_half = INTERLEAVED ? 0 : 1 - gate_half;
     const auto produce = [&](u32) {
         load_ragged_rows<CONFIG.block_n>(shared, gemm, &map_do, Unscaled{}, LoadWeight<CONFIG, B_MN_MAJOR>{&map_w},
-                                         LoadSavedIntoRing<CONFIG, GATE>{shared, &map_z, width, gate_half, up_half});
+                                         LoadSavedIntoRing<CONFIG, GATE>{shared, &map_z, width, gate_half, up_half}, ReadyAtStart{},
+                                         SCHEDULE);
     };
     const GatedBackward<CONFIG, GATE> epilogue{{&map_dz, &map_as, dz, as, width, gate_base, up_base}, b1, scores, dscores, rows_allocated,
                                                width, gate_base, up_base, {alpha, limit, up_offset}};

@@ -29,12 +29,13 @@ from torch import Tensor
 from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
-from supersonic_moe.kernels.interface import DownBackward
+from supersonic_moe.kernels.interface import Arrivals, DownBackward
 from supersonic_moe.kernels.sm90.down_backward_ungated import down_backward_ungated
 from supersonic_moe.kernels.sm90.gates import (
     ALL_BF16_KINDS,
     INTERLEAVED,
     OUTERMOST_H,
+    SWIGLU,
     UNGATED_KIND,
     bf16_kind,
     gate_arguments,
@@ -48,12 +49,13 @@ from supersonic_moe.kernels.sm90.operands import (
     product_of,
     summed,
 )
+from supersonic_moe.kernels.sm90.row_blocks import ALL_TILES, IN_PARTS, arrivals
 from supersonic_moe.kernels.sm90.unfused import UNFUSED
 
 
-def _spec(config: GemmConfig, kind: int, interleaved: bool, i_contiguous: bool) -> KernelSpec:
+def _spec(config: GemmConfig, kind: int, interleaved: bool, i_contiguous: bool, **parts: int) -> KernelSpec:
     constants = {"ACTIVATION": kind, "INTERLEAVED": int(interleaved), "B_MN_MAJOR": int(i_contiguous)}
-    return config.spec("down_backward", OPCODES, **constants)
+    return config.spec("down_backward", OPCODES, **constants, **parts)
 
 
 SPECS = tuple(
@@ -64,25 +66,27 @@ SPECS = tuple(
     )
     for gather in (False, True)
     for cluster in (1, 2)
-)
+) + tuple(_spec(bf16_form(BLOCK_N, 2, True), SWIGLU, interleaved, True, **IN_PARTS) for interleaved in (False, True))
 
 
 @functools.cache
-def _kernel(config: GemmConfig, kind: int, interleaved: bool, i_contiguous: bool) -> Kernel:
-    return Kernel(_spec(config, kind, interleaved, i_contiguous))
+def _kernel(config: GemmConfig, kind: int, interleaved: bool, i_contiguous: bool, in_parts: bool = False) -> Kernel:
+    return Kernel(_spec(config, kind, interleaved, i_contiguous, **(IN_PARTS if in_parts else {})))
 
 
-def down_backward(step: DownBackward[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def down_backward(step: DownBackward[Tensor], arriving: Arrivals | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """(dZ (P, N1), s · A (P, I), dS (P) fp32). Activations and orders of W2 without a kernel here take the grouped GEMM
-    and the activation pass instead.
+    and the activation pass instead. Rows of dO may arrive meanwhile with gathered SwiGLU, I contiguous in W2, where two
+    blocks share it.
     """
     dout, w2_EHI, z_PN, b1_EN, scores_P, expert_offsets, _, (activation, layout) = step
     interleaved, i_contiguous = layout is INTERLEAVED, w2_EHI.stride(2) == 1
     if activation.type is UNGATED_KIND and i_contiguous:
+        arrivals(arriving, False)
         return down_backward_ungated(step)
     kind = bf16_kind(activation, interleaved, i_contiguous)
     if kind is None:
-        return UNFUSED.down_backward(step)
+        return UNFUSED.down_backward(step, arriving)
     dout_TH, index = dout
     num_experts, hidden, width = w2_EHI.shape
     rows, blocks_n = dout.num_rows, -(-width // BLOCK_N)
@@ -91,13 +95,14 @@ def down_backward(step: DownBackward[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     if rows == 0:
         return dz_PN, as_PI, partial_ds_BP.new_empty(0)
     config = choose(width, index is not None, rows=rows // num_experts)
+    parts = arrivals(arriving, index is not None and kind == SWIGLU and i_contiguous and config.cluster == 2)
     with on_device(dout_TH):
         map_as = map_of_stored_rows(as_PI)
         if i_contiguous:
             map_w = tensor_map(w2_EHI, box=(1, config.block_k, 64))
         else:
             map_w = tensor_map(w2_EHI.mT, box=(1, config.block_n // config.cluster, config.block_k))
-        _kernel(config, kind, interleaved, i_contiguous).launch(
+        _kernel(config, kind, interleaved, i_contiguous, parts is not ALL_TILES).launch(
             config.grid(dout_TH.get_device()),
             map_do=map_of_rows(dout_TH, index, box=(BLOCK_M, config.block_k)),
             map_do_run=map_of_run(dout_TH, index, config.run_box, map_as),
@@ -112,5 +117,6 @@ def down_backward(step: DownBackward[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
             dscores=partial_ds_BP,
             rows_allocated=rows,
             **gate_arguments(activation, layout, width),
+            **parts,
         )
     return dz_PN, as_PI, summed(partial_ds_BP)

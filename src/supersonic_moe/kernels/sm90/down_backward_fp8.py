@@ -34,7 +34,7 @@ from torch import Tensor
 from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
-from supersonic_moe.kernels.interface import DownBackward, Quantized
+from supersonic_moe.kernels.interface import Arrivals, DownBackward, Quantized
 from supersonic_moe.kernels.sm90.gates import (
     ALL_KINDS,
     INT8,
@@ -64,6 +64,7 @@ from supersonic_moe.kernels.sm90.operands import (
     map_of_stored_rows,
     summed,
 )
+from supersonic_moe.kernels.sm90.row_blocks import arrivals
 from supersonic_moe.kernels.sm90.unfused import UNFUSED_FP8
 from supersonic_moe.quantization.block_format import BLOCK
 
@@ -77,22 +78,26 @@ def staging_bytes(interleaved: bool, saved_fp8: bool) -> int:
     return 4 * BUFFER_BYTES + vectors * SCALE_BYTES
 
 
-def spec_of(
-    config: GemmConfig, kind: int, interleaved: bool, saved_fp8: bool, name: str, int8: bool = False
-) -> KernelSpec:
+def spec_of(config: GemmConfig, kind: int, interleaved: bool, saved_fp8: bool, name: str, **choice: int) -> KernelSpec:
     constants = {"ACTIVATION": kind, "INTERLEAVED": int(interleaved), "SAVED_FP8": int(saved_fp8)}
-    return config.spec(name, FP8_OPCODES, **constants, **(INT8 if int8 else {}))
+    return config.spec(name, FP8_OPCODES, **constants, **choice)
 
 
+SAVED: tuple[tuple[int, bool, dict[str, int]], ...] = (
+    *((kind, saved_fp8, {}) for kind in ALL_KINDS for saved_fp8 in (False, True)),
+    (SWIGLU, True, INT8),
+)
+"""(kind, whether Z has one byte an element, what else is chosen)"""
 SPECS = tuple(
     spec_of(
         fp8_form(cluster, gather, staging_bytes(interleaved, saved_fp8)),
-        *(kind, interleaved, saved_fp8, "down_backward_fp8", int8),
+        kind,
+        interleaved,
+        saved_fp8,
+        "down_backward_fp8",
+        **choice,
     )
-    for kind, saved_fp8, int8 in (
-        *((kind, saved_fp8, False) for kind in ALL_KINDS for saved_fp8 in (False, True)),
-        (SWIGLU, True, True),
-    )
+    for kind, saved_fp8, choice in SAVED
     for interleaved in (False, True)
     for gather, cluster in ((False, 1), (True, 1), (True, 2))
 )
@@ -100,13 +105,14 @@ SPECS = tuple(
 
 @functools.cache
 def _kernel(config: GemmConfig, kind: int, interleaved: bool, saved_fp8: bool, int8: bool) -> Kernel:
-    return Kernel(spec_of(config, kind, interleaved, saved_fp8, "down_backward_fp8", int8))
+    return Kernel(spec_of(config, kind, interleaved, saved_fp8, "down_backward_fp8", **(INT8 if int8 else {})))
 
 
-def down_backward_fp8(step: DownBackward[Quantized]) -> tuple[Tensor, Tensor, Tensor]:
-    """(dZ (P, N1), s · A (P, I), both bf16, dS (P) fp32). Activations outside ``fused_in_fp8``, and Z
-    of one byte whose halves are no multiple of 128 wide, take the grouped GEMM and the activation pass instead.
+def down_backward_fp8(step: DownBackward[Quantized], arriving: Arrivals | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(dZ (P, N1), s · A (P, I), both bf16, dS (P) fp32). Activations outside ``fused_in_fp8``, and Z of one byte whose
+    halves are no multiple of 128 wide, take the grouped GEMM and the activation pass instead.
     """
+    arrivals(arriving, False)
     dout, (w2, _), z, _, _, _, _, (activation, layout) = step
     width, interleaved, saved_fp8 = w2.shape[1], layout is INTERLEAVED, z.q.dtype.itemsize == 1
     int8 = z.q.dtype is torch.int8

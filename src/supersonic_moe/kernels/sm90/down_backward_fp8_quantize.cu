@@ -20,7 +20,7 @@ extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1) down_backward_
     const i64 scale_do_row, const float* scale_w, const i64 scale_w_expert, const i32 scale_w_column, const i32 scale_w_k, const u16* b1,
     u8* dz, float* row_scales, const i64 row_scales_stride, float* dz_scales, const i64 dz_scales_stride, float* as_scales,
     const i64 as_scales_stride, float* dscores, const i32 rows_allocated, const i32 pow2, const float alpha, const float limit,
-    const float up_offset) {
+    const float up_offset, const i32* begin_block, const i32* end_block, const u32* arrived, const i32 parts) {
     const auto shared = shared_memory<CONFIG, SMEM_BYTES, Epilogue::STAGING_BYTES>();
     const SavedSlots<CONFIG, Epilogue::SAVED> slots{shared};
     slots.init_barriers();
@@ -29,7 +29,7 @@ extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1) down_backward_
         const Scales<ColumnBlocksOf> scales{&map_scale_do, scale_do, scale_do_row, scale_w, scale_w_expert, scale_w_column, scale_w_k,
                                             {width}};
         const LoadSavedSlots<CONFIG, Epilogue::SAVED> saved{&map_z, &map_scale_z, &map_scores, width, 0, 1};
-        load_tiles_with_saved<PAIR>(shared, slots, gemm, &map_do, &map_w, scales, saved);
+        load_tiles_with_saved<PAIR>(shared, slots, gemm, &map_do, &map_w, scales, saved, SCHEDULE);
     };
     run_roles(shared, produce, [&](u32 warp) {
         const Epilogue epilogue{shared, slots, {slots.empty(Epilogue::SLOTS)}, {alpha, limit, up_offset}, &map_dz, &map_dz_transposed,

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.tma import tensor_map
-from supersonic_moe.kernels.interface import BothOrders, DownBackward, Quantized, Segments
+from supersonic_moe.kernels.interface import Arrivals, BothOrders, DownBackward, Quantized, Segments
 from supersonic_moe.kernels.sm90.down_backward_fp8 import (
     common_arguments,
     down_backward_fp8,
@@ -42,6 +42,7 @@ from supersonic_moe.kernels.sm90.down_backward_fp8 import (
 )
 from supersonic_moe.kernels.sm90.gates import (
     ALL_KINDS,
+    INT8,
     INTERLEAVED,
     SWIGLU,
     constants_of,
@@ -50,6 +51,7 @@ from supersonic_moe.kernels.sm90.gates import (
 )
 from supersonic_moe.kernels.sm90.gemm_config import BLOCK_N, WARP_ROWS, GemmConfig, choose, fp8_form
 from supersonic_moe.kernels.sm90.operands import summed
+from supersonic_moe.kernels.sm90.row_blocks import ALL_TILES, IN_PARTS, arrivals
 from supersonic_moe.kernels.triton import quantize_both_orders, quantize_columns
 from supersonic_moe.quantization.block_format import BLOCK, blocks, empty_e4m3, empty_scales
 
@@ -57,28 +59,29 @@ NAME = "down_backward_fp8_quantize"
 STAGING_BYTES = staging_bytes(interleaved=True, saved_fp8=True) + 2 * 128 * 12 * 4  # twelve numbers of each math thread
 
 SPECS = tuple(
-    spec_of(fp8_form(cluster, gather, STAGING_BYTES), kind, True, True, NAME, int8)
-    for kind, int8 in (*((kind, False) for kind in ALL_KINDS), (SWIGLU, True))
+    spec_of(fp8_form(cluster, gather, STAGING_BYTES), kind, True, True, NAME, **choice)
+    for kind, choice in (*((kind, {}) for kind in ALL_KINDS), (SWIGLU, INT8))
     for gather, cluster in ((False, 1), (True, 1), (True, 2))
-)
+) + tuple(spec_of(fp8_form(cluster, True, STAGING_BYTES), SWIGLU, True, True, NAME, **IN_PARTS) for cluster in (1, 2))
 
 
 @functools.cache
-def _kernel(config: GemmConfig, kind: int, int8: bool) -> Kernel:
-    return Kernel(spec_of(config, kind, True, True, NAME, int8))
+def _kernel(config: GemmConfig, kind: int, in_parts: bool = False, int8: bool = False) -> Kernel:
+    return Kernel(spec_of(config, kind, True, True, NAME, **(IN_PARTS if in_parts else INT8 if int8 else {})))
 
 
 def down_backward_fp8_quantize(
-    step: DownBackward[Quantized], segments: Segments, pow2: bool
+    step: DownBackward[Quantized], segments: Segments, pow2: bool, arriving: Arrivals | None = None
 ) -> tuple[BothOrders, Quantized, Tensor]:
     """(dZ in both orders, s · A transposed (I, G), dS (P)). Only Z of one byte with gate and up alternating is fused;
-    everything else is composed of ``down_backward_fp8`` and the quantizers.
+    everything else is composed of ``down_backward_fp8`` and the quantizers. Rows of dO may arrive meanwhile where they
+    are gathered, with SwiGLU and Z in e4m3.
     """
     dout, (w2, _), z, _, _, _, _, (activation, layout) = step
     like, rows, width, capacity = z.q, dout.num_rows, w2.shape[1], segments.row_index.shape[0]
     int8 = like.dtype is torch.int8
     if not fused_in_fp8(activation, int8) or layout is not INTERLEAVED or like.dtype.itemsize > 1 or rows == 0:
-        dz_PN, as_PI, ds_P = down_backward_fp8(step)
+        dz_PN, as_PI, ds_P = down_backward_fp8(step, arriving)
         as_IG = quantize_columns(as_PI, segments.row_index, pow2, tiled=True)
         return quantize_both_orders(dz_PN, segments.row_index, pow2), as_IG, ds_P
     dzq_PN, dz_row_scale = empty_e4m3(like, rows, 2 * width), empty_scales(like, rows, blocks(2 * width), tma=True)
@@ -87,9 +90,10 @@ def down_backward_fp8_quantize(
     as_scale = empty_scales(like, blocks(width), capacity // BLOCK, tma=True)
     partial_ds_BP = like.new_empty(-(-width // BLOCK_N), rows, dtype=torch.float32)
     config = choose(width, dout.gather_index is not None, staging_bytes=STAGING_BYTES)
-    scores_P = loadable(step.row_scores)
+    kind, scores_P = kind_of(activation), loadable(step.row_scores)
+    parts = arrivals(arriving, dout.gather_index is not None and kind == SWIGLU and not int8)
     with on_device(w2):
-        _kernel(config, kind_of(activation), int8).launch(
+        _kernel(config, kind, parts is not ALL_TILES, int8).launch(
             config.grid(w2.get_device()),
             **common_arguments(step, scores_P, config),
             **constants_of(activation),
@@ -106,6 +110,7 @@ def down_backward_fp8_quantize(
             as_scales_stride=as_scale.stride(1),
             dscores=partial_ds_BP,
             pow2=int(pow2),
+            **parts,
         )
     dz = BothOrders(Quantized(dzq_PN, dz_row_scale), Quantized(dzq_NG, dz_scale))
     return dz, Quantized(asq_IG, as_scale), summed(partial_ds_BP)

@@ -20,17 +20,17 @@ extern "C" __global__ void __launch_bounds__(32, 1)
     if (lane == 0) state[0] = state[1 + bank] = before + 1;
 }
 
-// The rows of this rank are where they are read: say so, and wait for those of the ranks in `lanes`. `kind` is the same on all ranks.
+// The rows of this rank are where they are read: say so, and wait for those of all others. `kind` is the same on all ranks.
 extern "C" __global__ void __launch_bounds__(32, 1)
     exchange_meet(u64** words, const i32 rank, const i32 ranks, const i64 limit_ns, const i32 call, const i32 phase, u64* host,
-                  const u64* state, const u32 kind, const u32 lanes) {
+                  const u64* state, const u32 kind) {
     const Wait wait{words, rank, ranks, limit_ns, call, phase, host};
     const u32 lane = lane_index();
     const u64 epoch = state[0], flag = epoch << 32 | kind;
     u64 why = 0, seen = flag;
     if (lane < ranks && lane != rank) {
         store_release_system(words[lane] + WRITTEN + rank, flag);
-        if (lanes >> lane & 1) why = wait_for(wait, WRITTEN + lane, epoch, seen);
+        why = wait_for(wait, WRITTEN + lane, epoch, seen);
         if (why == 0 && epoch_of(seen) == epoch && seen != flag) why = OTHER_CALL;
     }
     settle(wait, why, flag, seen);

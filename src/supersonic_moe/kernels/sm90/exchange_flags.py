@@ -44,7 +44,6 @@ OPCODES = ("STG.E.64.STRONG.SYS", "LDG.E.64.STRONG.SYS", "MEMBAR.ALL.SYS")
 SPECS = tuple(
     KernelSpec(name, "exchange_flags.cu", threads=32, opcodes=OPCODES) for name in ("exchange_begin", "exchange_meet")
 )
-ALL = (1 << MAX_RANKS) - 1
 LATE, STOPPED, OTHER_CALL = 1, 2, 3
 _WHY, _TOLD, _WAITS_IN, _HOST_WORDS = 0, 6, 7, 8
 
@@ -97,12 +96,10 @@ class ExchangeFlags:
         with on_device(self._state):
             _kernels()[0].launch((1, 1, 1), call=call, phase=phase, bank=bank, **self.same)
 
-    def meet(self, kind: int, call: int, phase: int, sources: int = ALL) -> None:
-        """``kind``: 32 bits that are the same on all ranks, or a wait fails. ``sources``: a bit for each rank that is
-        waited for; a second call in one exchange waits for others.
-        """
+    def meet(self, kind: int, call: int, phase: int) -> None:
+        """``kind``: 32 bits that are the same on all ranks, or a wait fails."""
         with on_device(self._state):
-            _kernels()[1].launch((1, 1, 1), call=call, phase=phase, kind=kind, lanes=sources, **self.same)
+            _kernels()[1].launch((1, 1, 1), call=call, phase=phase, kind=kind, **self.same)
 
     def mark(self) -> torch.cuda.Event:
         """What the current stream has been given so far."""

@@ -8,11 +8,11 @@ from supersonic_moe.config.activation import Activation, ActivationType, GateUpL
 
 INTERLEAVED, GATE_UP = GateUpLayout.INTERLEAVED, GateUpLayout.GATE_UP
 KINDS = {ActivationType.SWIGLU: 0, ActivationType.GEGLU: 1, ActivationType.REGLU: 2}  # Act of activation.cuh
-CLAMPED_SWIGLU = 3
+SWIGLU, CLAMPED_SWIGLU = KINDS[ActivationType.SWIGLU], 3
 ALL_KINDS = (*KINDS.values(), CLAMPED_SWIGLU)
 BF16_KINDS = {**KINDS, ActivationType.GEGLU_TANH: 4}  # in FP8 it is composed, because each kind is 21 binaries there
 ALL_BF16_KINDS = (*ALL_KINDS, BF16_KINDS[ActivationType.GEGLU_TANH])
-OUTERMOST_H = ((KINDS[ActivationType.SWIGLU], False), (CLAMPED_SWIGLU, True))
+OUTERMOST_H = ((SWIGLU, False), (CLAMPED_SWIGLU, True))
 """(kind, interleaved) that has BF16 kernels for w1 stored (E, H, 2I), w2 stored (E, I, H): [gate; up] and gpt-oss."""
 SWIGLU = KINDS[ActivationType.SWIGLU]
 INT8 = {"SAVED_INT8": 1}

@@ -21,13 +21,14 @@ Cost
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
-from supersonic_moe.kernels.interface import Rows
+from supersonic_moe.kernels.interface import RowBlocks, Rows
 from supersonic_moe.kernels.sm90.gemm_config import (
     BLOCK_M,
     BLOCK_N,
@@ -39,10 +40,11 @@ from supersonic_moe.kernels.sm90.gemm_config import (
     choose,
 )
 from supersonic_moe.kernels.sm90.operands import map_of_rows, map_of_run, map_of_stored_rows
+from supersonic_moe.kernels.sm90.row_blocks import ALL_TILES, IN_PARTS, walks
 
 
-def _spec(config: GemmConfig, n_contiguous: bool) -> KernelSpec:
-    return config.spec("grouped_gemm", OPCODES, B_MN_MAJOR=int(n_contiguous))
+def _spec(config: GemmConfig, n_contiguous: bool, **parts: int) -> KernelSpec:
+    return config.spec("grouped_gemm", OPCODES, B_MN_MAJOR=int(n_contiguous), **parts)
 
 
 SPECS = tuple(
@@ -50,16 +52,18 @@ SPECS = tuple(
     for n_contiguous in (False, True)
     for gather in (False, True)
     for cluster, block_n in ((1, BLOCK_N), (2, BLOCK_N), (2, BROAD_BLOCK_N), (2, WIDE_BLOCK_N))
-)
+) + tuple(_spec(bf16_form(block_n, 2, False), False, **IN_PARTS) for block_n in (BLOCK_N, BROAD_BLOCK_N, WIDE_BLOCK_N))
 
 
 @functools.cache
-def _kernel(config: GemmConfig, n_contiguous: bool) -> Kernel:
-    return Kernel(_spec(config, n_contiguous))
+def _kernel(config: GemmConfig, n_contiguous: bool, in_parts: bool = False) -> Kernel:
+    return Kernel(_spec(config, n_contiguous, **(IN_PARTS if in_parts else {})))
 
 
-def grouped_mm(a: Rows[Tensor], b_EKN: Tensor, expert_offsets: Tensor) -> Tensor:
-    """(P, N) bf16; rows at and past ``expert_offsets[-1]`` are undefined."""
+def grouped_mm(a: Rows[Tensor], b_EKN: Tensor, expert_offsets: Tensor, parts: Sequence[RowBlocks] = ()) -> Tensor:
+    """(P, N) bf16; rows at and past ``expert_offsets[-1]`` are undefined. Rows as they lie have parts where K is
+    contiguous in B and two blocks share it.
+    """
     a_TK, index = a
     rows, depth = a.num_rows, a_TK.shape[1]
     num_experts, _, columns = b_EKN.shape
@@ -76,8 +80,7 @@ def grouped_mm(a: Rows[Tensor], b_EKN: Tensor, expert_offsets: Tensor) -> Tensor
             box = (1, config.block_n // config.cluster, block_k)
             expert, k, column = b_EKN.stride()
             map_b = tensor_map(b_EKN, box=box, shape=(num_experts, columns, depth), strides=(expert, column, k))
-        _kernel(config, n_contiguous).launch(
-            config.grid(a_TK.get_device()),
+        arguments = dict(
             map_a=map_of_rows(a_TK, index, box=(BLOCK_M, block_k)),
             map_a_run=map_of_run(a_TK, index, config.run_box, map_b),
             map_b=map_b,
@@ -90,4 +93,8 @@ def grouped_mm(a: Rows[Tensor], b_EKN: Tensor, expert_offsets: Tensor) -> Tensor
             d=d_PN,
             d_row_bytes=d_PN.stride(0) * 2,
         )
+        for walk, after in walks(parts, index is None and not n_contiguous and config.cluster == 2):
+            kernel = _kernel(config, n_contiguous, walk is not ALL_TILES)
+            kernel.launch(config.grid(a_TK.get_device()), **arguments, **walk)
+            after(d_PN)
     return d_PN

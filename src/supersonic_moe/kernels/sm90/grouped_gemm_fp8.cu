@@ -7,11 +7,6 @@
 #include "gemm/tiles_fp8.cuh"
 
 constexpr Config CONFIG = CONFIG_OF_SPEC<Operand::E4M3>;
-#ifdef ROW_BLOCKS
-#define SCHEDULE (RowBlocks<CONFIG>(begin_block, end_block, ROW_BLOCKS))
-#else
-#define SCHEDULE (AllTiles<CONFIG>{})
-#endif
 using Epilogue = DeferredStore<CONFIG>;
 
 extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
@@ -19,7 +14,8 @@ extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
                      const __grid_constant__ TensorMap map_scale_a, const __grid_constant__ TensorMap map_b,
                      const __grid_constant__ TensorMap map_d, const i32* offsets, const i32* index, const i32 experts, const i32 columns,
                      const i32 blocks_k, const float* scale_a, const i64 scale_a_row, const float* scale_b, const i64 scale_b_expert,
-                     const i32 scale_b_column, const i32 scale_b_k, u8* d, const i64 d_row_bytes, const i32* begin_block, const i32* end_block) {
+                     const i32 scale_b_column, const i32 scale_b_k, u8* d, const i64 d_row_bytes, const i32* begin_block, const i32* end_block,
+                     const u32* arrived, const i32 parts) {
     const auto shared = shared_memory<CONFIG, SMEM_BYTES, Epilogue::STAGING_BYTES>();
     const RaggedGemm gemm{offsets, index, &map_a_run, experts, columns, blocks_k};
     const auto produce = [&](u32) {

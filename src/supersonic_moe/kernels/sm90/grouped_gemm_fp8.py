@@ -44,7 +44,7 @@ from supersonic_moe.kernels.sm90.operands import (
     map_of_stored_rows,
     scaled_weight,
 )
-from supersonic_moe.kernels.sm90.row_blocks import IN_PARTS, launches
+from supersonic_moe.kernels.sm90.row_blocks import ALL_TILES, IN_PARTS, walks
 
 STAGING_BYTES = 4 * BUFFER_BYTES
 
@@ -76,8 +76,6 @@ def grouped_mm_fp8(
     if d_PN.numel() == 0:
         return d_PN
     config = choose(columns, index is not None, staging_bytes=STAGING_BYTES)
-    parts = launches(parts, index is None)
-    kernel = _kernel(config, parts[0].begin_E is not None)
     with on_device(a_TK):
         map_d = map_of_stored_rows(d_PN)
         arguments = dict(
@@ -93,8 +91,7 @@ def grouped_mm_fp8(
             d=d_PN,
             d_row_bytes=d_PN.stride(0) * 2,
         )
-        for begin_E, end_E, before, after in parts:
-            before()
-            kernel.launch(config.grid(a_TK.get_device()), begin_block=begin_E, end_block=end_E, **arguments)
+        for walk, after in walks(parts, index is None):
+            _kernel(config, walk is not ALL_TILES).launch(config.grid(a_TK.get_device()), **arguments, **walk)
             after(d_PN)
     return d_PN

@@ -74,12 +74,12 @@ class RowTables(NamedTuple):
     """int32 buffers that the kernels write. P: at least ``padded_rows(T * C, E)``."""
 
     offsets: Buffer | None
-    """(E + 1,) for the tile kernels: local expert e has the rows [offsets[e], offsets[e + 1]); all 0 where the rows are
-    streamed. None: they always are."""
+    """(E + 1,) for the tile kernels: local expert e has the rows [offsets[e], offsets[e + 1]). None: the rows are
+    streamed."""
     items: Buffer
-    """(1 + max_items, 4): [number of items, rows of the largest, padded rows, 1 if the rows are streamed], then
-    [expert, first row, rows, which << 16 | of] of each item: up to 128 rows of an expert, one of so many of it (0 of
-    1 beyond 32767). No items where the rows are not streamed."""
+    """(1 + max_items, 4): [number of items, rows of the largest, padded rows, 0], then [expert, first row, rows,
+    which << 16 | of] of each item: up to 128 rows of an expert, one of so many of it (0 of 1 beyond 32767). Written
+    where rows are streamed."""
     row_slot: Buffer
     """(P,): slot of each row; -1 in those between two experts."""
     row_token: Buffer | None
@@ -97,9 +97,7 @@ class RowTables(NamedTuple):
     """(264, E) scratch, for more than 128 tokens."""
     counter_words: int
     max_items: int
-    """At least ``max_items(E, stream_rows)``."""
-    stream_rows: int
-    """The most rows that are streamed."""
+    """At least ``max_items(E, rows)``."""
     received: Tensor | None = None
     """(routed,), for ids of another router: the rows of each routed expert are added."""
 
@@ -191,7 +189,7 @@ def _launches(
     }  # fmt: skip
     place = {
         "offsets": tables.offsets, "items": tables.items, "row_slot": tables.row_slot, "row_token": tables.row_token,
-        "row_out": tables.row_out, "slot_row": tables.slot_row, "stream_rows": tables.stream_rows,
+        "row_out": tables.row_out, "slot_row": tables.slot_row,
     }  # fmt: skip
     if tokens <= SMALL_TOKENS:
         received = {"received": tables.received} if family == "place" else {}

@@ -13,14 +13,15 @@ Layout (row-major; formats: ``quantization/block_format.py``)
 Tiles
     Weights are the M operand of wgmma, an item's rows its N: 8, 16, 24, 32, 48, 64, 96 or 128. A tile is 128 weight
     rows, 64 where there are few tiles, times all rows of an item; K in blocks of 128, through a ring of 216 KB. Blocks
-    take tiles from a counter: first W13 of all items, then W2 of all items. W13 is read through a five-dimensional map,
-    (expert, I / 8, half, 8 rows, H): each 16 rows of a tile are 8 gate rows and their 8 up rows, so that both of a
-    channel are in one thread, whatever the order of rows in memory.
+    take strips from a counter: first W13 of all items, a tile each, then W2 of all items, up to 16 K blocks each. W13
+    is read through a five-dimensional map, (expert, I / 8, half, 8 rows, H): each 16 rows of a tile are 8 gate rows and
+    their 8 up rows, so that both of a channel are in one thread, whatever the order of rows in memory.
 Waiting
-    Rows of x are gathered while the first weights arrive. The last warpgroup to write its part of 128 channels of c
-    quantizes them; W2 is loaded before c is there, only the loads of c wait. 128 columns of the output are combined
-    when all items have stored theirs. Nobody waits for a tile that no running block has taken, and no wait is
-    unbounded.
+    Rows of x are gathered while the first weights arrive. Where no item has more than 4 rows and tiles are narrow,
+    blocks quantize x and c themselves, from where they are into the stages (stream/feed.cuh). Else the last warpgroup
+    to write its part of 128 channels of c quantizes them. W2 is loaded before c is there, only the loads of c wait. The
+    output is combined when all items have stored y. Nobody waits for a tile that no running block has taken, and no
+    wait is unbounded.
 Maths
     fp32 registers add up what wgmma sums over 128 of K. The order of operations on a row depends on that row alone, not
     on N, on the tile or on the block that takes it.
@@ -112,9 +113,9 @@ def plane_rows(rows: int, num_local: int) -> int:
     return padded_rows(rows, num_local) + COLUMNS_BEHIND
 
 
-def num_counters(items: int, planes: int, hidden: int, intermediate: int) -> int:
+def num_counters(items: int, planes: int, intermediate: int) -> int:
     """Words of ``Problem::counters`` (stream/work.cuh) for so many items and rows of a plane."""
-    return 4 + blocks(hidden) + items * (1 + blocks(intermediate)) + -(-planes // GATHER_ROWS)
+    return 4 + items * (1 + blocks(intermediate)) + -(-planes // GATHER_ROWS)
 
 
 @functools.cache
@@ -135,8 +136,7 @@ def stream_experts(
     limit: float | None = None,
     pow2: bool = False,
 ) -> Launch:
-    """The launch that writes ``scratch`` for all rows of the items in ``tables`` and ``out_TH`` (bf16) for all tokens;
-    nothing where the tables say that rows are not streamed.
+    """The launch that writes ``scratch`` for all rows of the items in ``tables`` and ``out_TH`` (bf16) for all tokens.
 
     Args:
         choices: C, slots of a token.

@@ -19,14 +19,15 @@ extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
                   const __grid_constant__ TensorMap map_w, const __grid_constant__ TensorMap map_z,
                   const __grid_constant__ TensorMap map_a, const i32* offsets, const i32* index, const i32 experts, const i32 width,
                   const i32 blocks_k, u8* z, u8* a, const u16* b1, const i32 gate_base, const i32 up_base, const i32 interleaved,
-                  const float alpha, const float limit, const float up_offset) {
+                  const float alpha, const float limit, const float up_offset, const i32* begin_block, const i32* end_block,
+                  const u32* arrived, const i32 parts) {
     const auto shared = shared_memory<CONFIG, SMEM_BYTES>();
     const RaggedGemm gemm{offsets, index, &map_x_run, experts, width, blocks_k};
     const Epilogue epilogue{&map_z, &map_a, z, a, b1, width, gate_base, up_base, interleaved != 0,
                             {alpha, limit, up_offset}, Epilogue::stages_used(z)};
     const auto produce = [&](u32) {
         load_ragged_rows<Epilogue::WIDTH>(shared, gemm, &map_x, Unscaled{}, LoadGateAndUp<CONFIG, ORDER>{&map_w, gate_base},
-                                          OfferStages<CONFIG>{shared, epilogue.used});
+                                          OfferStages<CONFIG>{shared, epilogue.used}, ReadyAtStart{}, SCHEDULE);
     };
     constexpr Major major = ORDER == GateAndUp::Rows ? Major::K : Major::MN;
     run_roles(shared, produce, [&](u32 warp) { for_each_tile<major>(shared, warp, FixedDepth{blocks_k}, epilogue); });

@@ -25,11 +25,12 @@ from torch import Tensor
 
 from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
-from supersonic_moe.kernels.interface import UpProjection
+from supersonic_moe.kernels.interface import Arrivals, UpProjection
 from supersonic_moe.kernels.sm90.gates import (
     ALL_BF16_KINDS,
     INTERLEAVED,
     OUTERMOST_H,
+    SWIGLU,
     UNGATED_KIND,
     bf16_kind,
     gate_arguments,
@@ -44,43 +45,49 @@ from supersonic_moe.kernels.sm90.operands import (
     map_of_stored_rows,
     product_of,
 )
+from supersonic_moe.kernels.sm90.row_blocks import ALL_TILES, IN_PARTS, arrivals
 from supersonic_moe.kernels.sm90.unfused import UNFUSED
 from supersonic_moe.kernels.sm90.up_projection_ungated import up_projection_ungated
 
 ROWS, HALVES, PAIRS = range(3)  # GateAndUp of load_b.cuh
 
 
-def _spec(config: GemmConfig, kind: int, order: int) -> KernelSpec:
-    return config.spec("up_projection", OPCODES, ACTIVATION=kind, W1_ORDER=order)
+def _spec(config: GemmConfig, kind: int, order: int, **parts: int) -> KernelSpec:
+    return config.spec("up_projection", OPCODES, ACTIVATION=kind, W1_ORDER=order, **parts)
 
 
-SPECS = tuple(
-    _spec(bf16_form(BLOCK_N, cluster, gather), kind, order)
-    for kind, order in (
-        *((kind, ROWS) for kind in ALL_BF16_KINDS),
-        *((kind, PAIRS if interleaved else HALVES) for kind, interleaved in OUTERMOST_H),
-    )
-    for gather in (False, True)
-    for cluster in (1, 2)
+SPECS = (
+    *(
+        _spec(bf16_form(BLOCK_N, cluster, gather), kind, order)
+        for kind, order in (
+            *((kind, ROWS) for kind in ALL_BF16_KINDS),
+            *((kind, PAIRS if interleaved else HALVES) for kind, interleaved in OUTERMOST_H),
+        )
+        for gather in (False, True)
+        for cluster in (1, 2)
+    ),
+    _spec(bf16_form(BLOCK_N, 2, True), SWIGLU, ROWS, **IN_PARTS),
 )
 
 
 @functools.cache
-def _kernel(config: GemmConfig, kind: int, order: int) -> Kernel:
-    return Kernel(_spec(config, kind, order))
+def _kernel(config: GemmConfig, kind: int, order: int, in_parts: bool = False) -> Kernel:
+    return Kernel(_spec(config, kind, order, **(IN_PARTS if in_parts else {})))
 
 
-def up_projection(step: UpProjection[Tensor]) -> tuple[Tensor, Tensor]:
+def up_projection(step: UpProjection[Tensor], arriving: Arrivals | None = None) -> tuple[Tensor, Tensor]:
     """(Z (P, N1) without the bias, or (0, N1) if not ``save``; A (P, I)). Activations and orders of W1 without a kernel
-    here take the grouped GEMM and the activation pass instead.
+    here take the grouped GEMM and the activation pass instead. Rows may arrive meanwhile with gathered SwiGLU, H
+    contiguous in W1, where two blocks share it.
     """
     x, w1_ENH, b1_EN, expert_offsets, _, (activation, layout), save = step
     interleaved, h_contiguous = layout is INTERLEAVED, w1_ENH.stride(2) == 1
     if activation.type is UNGATED_KIND and h_contiguous:
+        arrivals(arriving, False)
         return up_projection_ungated(step)
     kind = bf16_kind(activation, interleaved, h_contiguous)
     if kind is None:
-        return UNFUSED.up_projection(step)
+        return UNFUSED.up_projection(step, arriving)
     x_TH, index = x
     num_experts, n1, hidden = w1_ENH.shape
     rows, width = x.num_rows, n1 // 2
@@ -89,6 +96,7 @@ def up_projection(step: UpProjection[Tensor]) -> tuple[Tensor, Tensor]:
     if rows == 0:
         return z_PN, a_PI
     config = choose(n1, index is not None, rows=rows // num_experts)
+    parts = arrivals(arriving, index is not None and kind == SWIGLU and h_contiguous and config.cluster == 2)
     with on_device(x_TH):
         if h_contiguous:
             order, map_w = ROWS, map_of_gate_and_up(w1_ENH, interleaved, width)
@@ -96,7 +104,7 @@ def up_projection(step: UpProjection[Tensor]) -> tuple[Tensor, Tensor]:
             order = PAIRS if interleaved else HALVES
             map_w = map_of_gate_and_up_columns(w1_ENH, interleaved, width, config.block_k)
         map_a = map_of_stored_rows(a_PI)
-        _kernel(config, kind, order).launch(
+        _kernel(config, kind, order, parts is not ALL_TILES).launch(
             config.grid(x_TH.get_device()),
             map_x=map_of_rows(x_TH, index, box=(BLOCK_M, config.block_k)),
             map_x_run=map_of_run(x_TH, index, config.run_box, map_a),
@@ -108,5 +116,6 @@ def up_projection(step: UpProjection[Tensor]) -> tuple[Tensor, Tensor]:
             a=a_PI,
             interleaved=int(interleaved),
             **gate_arguments(activation, layout, width),
+            **parts,
         )
     return z_PN, a_PI

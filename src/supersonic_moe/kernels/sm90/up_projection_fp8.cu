@@ -8,11 +8,6 @@
 
 constexpr Config CONFIG = CONFIG_OF_SPEC<Operand::E4M3>;
 constexpr Gate GATE{static_cast<Act>(ACTIVATION), INTERLEAVED};
-#ifdef ROW_BLOCKS
-#define SCHEDULE (RowBlocks<CONFIG>(begin_block, end_block, ROW_BLOCKS))
-#else
-#define SCHEDULE (AllTiles<CONFIG>{})
-#endif
 #ifndef SAVED_INT8
 #define SAVED_INT8 0
 #endif
@@ -27,7 +22,7 @@ extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
                       const i32 scale_w_k, const u16* b1, u8* z, float* scale_z, u8* a, float* scale_a, const i64 z_row_bytes,
                       const i64 a_row_bytes, const i64 scale_stride, const i32 saved, const i32 pow2, const i32 gate_base,
                       const i32 up_base, const float alpha, const float limit, const float up_offset,
-                      const i32* begin_block, const i32* end_block) {
+                      const i32* begin_block, const i32* end_block, const u32* arrived, const i32 parts) {
     const auto shared = shared_memory<CONFIG, SMEM_BYTES, Epilogue::STAGING_BYTES>();
     const RaggedGemm gemm{offsets, index, &map_x_run, experts, width, blocks_k};
     const auto produce = [&](u32) {

@@ -19,14 +19,13 @@ Cost
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import torch
 
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
-from supersonic_moe.kernels.interface import Quantized, RowBlocks, UpProjection
+from supersonic_moe.kernels.interface import Arrivals, Quantized, UpProjection
 from supersonic_moe.kernels.sm90.gates import (
     ALL_KINDS,
     INT8,
@@ -53,7 +52,7 @@ from supersonic_moe.kernels.sm90.operands import (
     map_of_scales,
     map_of_stored_rows,
 )
-from supersonic_moe.kernels.sm90.row_blocks import IN_PARTS, launches
+from supersonic_moe.kernels.sm90.row_blocks import ALL_TILES, IN_PARTS, arrivals
 from supersonic_moe.kernels.sm90.unfused import UNFUSED_FP8
 from supersonic_moe.quantization.block_format import BLOCK, blocks, empty_e4m3, empty_saved, empty_scales
 
@@ -86,16 +85,17 @@ def _kernel(config: GemmConfig, kind: int, interleaved: bool, in_parts: bool = F
 
 
 def up_projection_fp8(
-    step: UpProjection[Quantized], recipe: Fp8Recipe, parts: Sequence[RowBlocks] = ()
+    step: UpProjection[Quantized], recipe: Fp8Recipe, arriving: Arrivals | None = None
 ) -> tuple[Quantized, Quantized]:
     """(Z as backward will see it, A): see ``Fp8Experts``. Activations outside ``fused_in_fp8`` take the composed form,
-    and so do halves of Z that do not start at a scale block. Gathered SwiGLU has parts, but for Z in int8.
+    and so do halves of Z that do not start at a scale block. Rows may arrive meanwhile with gathered SwiGLU, but for Z
+    in int8.
     """
-    return up_projection_fp8_into(step, recipe, None, parts)
+    return up_projection_fp8_into(step, recipe, None, arriving)
 
 
 def up_projection_fp8_into(
-    step: UpProjection[Quantized], recipe: Fp8Recipe, a: Quantized | None, parts: Sequence[RowBlocks] = ()
+    step: UpProjection[Quantized], recipe: Fp8Recipe, a: Quantized | None, arriving: Arrivals | None = None
 ) -> tuple[Quantized, Quantized]:
     """``a``: memory for A as ``empty_e4m3`` and ``empty_scales(..., tma=True)`` lay it out; the composed form does not
     write to it.
@@ -106,7 +106,7 @@ def up_projection_fp8_into(
     rows, width = x.num_rows, n1 // 2
     interleaved, int8 = layout is INTERLEAVED, save and recipe.save_preactivation == "int8"
     if not fused_in_fp8(activation, int8) or not (interleaved or width % BLOCK == 0):
-        return UNFUSED_FP8.up_projection_fp8(step, recipe, parts)
+        return UNFUSED_FP8.up_projection_fp8(step, recipe, arriving)
     saved = FORMS[recipe.save_preactivation] if save else NOTHING
     if int8:
         z_PN, z_scale = empty_saved(xq_TH, rows, n1)
@@ -121,11 +121,11 @@ def up_projection_fp8_into(
     if rows == 0:
         return z, a
     config, kind = choose(n1, index is not None, staging_bytes=STAGING_BYTES), kind_of(activation)
-    parts = launches(parts, index is not None and kind == SWIGLU and not int8)
-    kernel = _kernel(config, kind, interleaved, parts[0].begin_E is not None, int8)
+    parts = arrivals(arriving, index is not None and kind == SWIGLU and not int8)
     with on_device(xq_TH):
         map_a = map_of_stored_rows(a_PI)
-        arguments = dict(
+        _kernel(config, kind, interleaved, parts is not ALL_TILES, int8).launch(
+            config.grid(xq_TH.get_device()),
             map_x=map_of_rows(xq_TH, index, box=(BLOCK_M, config.block_k)),
             map_x_run=map_of_run(xq_TH, index, config.run_box, map_a),
             map_scale_x=map_of_scales(x_scale, index, map_a),
@@ -145,8 +145,6 @@ def up_projection_fp8_into(
             saved=saved,
             pow2=int(recipe.pow2),
             **gate_arguments(activation, layout, width),
+            **parts,
         )
-        for begin_E, end_E, before, _ in parts:
-            before()
-            kernel.launch(config.grid(xq_TH.get_device()), begin_block=begin_E, end_block=end_E, **arguments)
     return z, a

@@ -14,6 +14,7 @@ from supersonic_moe.kernels.triton.activation import activation_forward as activ
 from supersonic_moe.kernels.triton.aux_loss import switch_loss_backward as switch_loss_backward
 from supersonic_moe.kernels.triton.aux_loss import switch_loss_forward as switch_loss_forward
 from supersonic_moe.kernels.triton.bias_gradient import segment_sum as segment_sum
+from supersonic_moe.kernels.triton.departures import departures_everywhere as departures_everywhere
 from supersonic_moe.kernels.triton.gather_rows import gather_rows as gather_rows
 from supersonic_moe.kernels.triton.gather_sum import gather_sum as gather_sum
 from supersonic_moe.kernels.triton.grouped_mm import grouped_mm as grouped_mm
@@ -28,6 +29,7 @@ from supersonic_moe.kernels.triton.quantize import quantize_weights as quantize_
 from supersonic_moe.kernels.triton.quantize_saved import quantize_saved as quantize_saved
 from supersonic_moe.kernels.triton.router import route_backward as route_backward
 from supersonic_moe.kernels.triton.router import route_forward as route_forward
+from supersonic_moe.kernels.triton.row_parts import row_parts as row_parts
 from supersonic_moe.kernels.triton.score_gradient import row_dot as row_dot
 from supersonic_moe.kernels.triton.token_rounding import token_rounding_backward as token_rounding_backward
 from supersonic_moe.kernels.triton.token_rounding import token_rounding_forward as token_rounding_forward

@@ -15,12 +15,14 @@ FLOPs: 2·P·K·N. Roofline on H200: 614-671 TFLOP/s sustained of a power-limite
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from supersonic_moe.kernels.interface import NEW, Into, Rows
+from supersonic_moe.kernels.interface import NEW, Into, RowBlocks, Rows
 from supersonic_moe.kernels.triton.gather_rows import rows_of
 from supersonic_moe.kernels.triton.grouped_gemm import contract_rows, multiply_rows
 from supersonic_moe.kernels.triton.launch import launch
@@ -42,11 +44,17 @@ def _zero_empty_experts_kernel(out_ptr, expert_offsets_ptr, MN: tl.constexpr, BL
         block += tl.num_programs(1)
 
 
-def grouped_mm(a: Rows[Tensor], b_EKN: Tensor, expert_offsets: Tensor) -> Tensor:
+def grouped_mm(a: Rows[Tensor], b_EKN: Tensor, expert_offsets: Tensor, parts: Sequence[RowBlocks] = ()) -> Tensor:
     """(P, N): rows of expert e are a[rows] @ b[e]; dead rows are undefined. ``b`` may be a transposed view. Rows that
-    come through an index are copied first.
+    come through an index are copied first. All ``parts`` at once.
     """
-    a_PK = rows_of(a)
+    d_PN = _product(rows_of(a), b_EKN, expert_offsets)
+    for part in parts:
+        part.after(d_PN)
+    return d_PN
+
+
+def _product(a_PK: Tensor, b_EKN: Tensor, expert_offsets: Tensor) -> Tensor:
     if a_PK.dtype is torch.float16:
         return multiply_rows(a_PK, b_EKN, expert_offsets)
     if a_PK.shape[0] == 0:

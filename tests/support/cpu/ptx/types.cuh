@@ -1,5 +1,5 @@
-// Device code on a CPU: the names of CUDA C++ that the routing kernels use, for g++. A thread of a block is a fiber that runs until it
-// waits for others of its warp or block; blocks run one after the other. Stands in for ptx/types.cuh of the kernels.
+// Device code on a CPU: the names of CUDA C++ that kernels use, for g++. A thread of a block is a fiber that runs until it waits for others
+// of its warp or block; blocks run one after the other, or each in a thread of its own. Stands in for ptx/types.cuh of the kernels.
 #pragma once
 #include <ucontext.h>
 
@@ -18,17 +18,24 @@ using i32 = int;
 using i64 = long long;
 
 #define DEVICE inline
+#ifndef __shared__
 #define __shared__ static
+#endif
+#define __align__(bytes) __attribute__((aligned(bytes)))
 
 struct float4 { float x, y, z, w; };
 struct uint4 { u32 x, y, z, w; };
 struct int4 { i32 x, y, z, w; };
 struct int2 { i32 x, y; };
+struct float2 { float x, y; };
+struct uint2 { u32 x, y; };
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline int4 make_int4(i32 x, i32 y, i32 z, i32 w) { return {x, y, z, w}; }
 inline int2 make_int2(i32 x, i32 y) { return {x, y}; }
-template <class T> T min(T a, T b) { return a < b ? a : b; }
-template <class T> T max(T a, T b) { return a > b ? a : b; }
+template <class A, class B> auto min(A a, B b) { return a < b ? a : b; }
+template <class A, class B> auto max(A a, B b) { return a > b ? a : b; }
 
 // ---- fibers ----
 
@@ -44,12 +51,12 @@ struct Warp {
     u64 passed;
 };
 
-inline std::vector<Fiber> fibers(512);
-inline std::array<Warp, 16> warps;
-inline std::function<void()> body;
-inline ucontext_t finished;
-inline u32 running, threads, block_arrived;
-inline u64 block_passed;
+inline thread_local std::vector<Fiber> fibers(512);
+inline thread_local std::array<Warp, 16> warps;
+inline thread_local std::function<void()> body;
+inline thread_local ucontext_t finished;
+inline thread_local u32 running, threads, block_arrived;
+inline thread_local u64 block_passed;
 
 inline void next_fiber() {
     const u32 from = running;
@@ -79,8 +86,12 @@ template <class F> void run_block(u32 count, F f) {
 
 struct ThreadIdx { operator u32() const { return running; } };
 inline struct { ThreadIdx x; } threadIdx;
-inline struct { u32 x; } blockIdx, gridDim, blockDim;
+struct Index { u32 x; };
+inline thread_local Index blockIdx;
+inline Index gridDim, blockDim;
 inline u32 lane_index() { return running % 32; }
+inline u32 warp_index() { return running / 32; }
+inline bool elect_one() { return lane_index() == 0; }
 
 // What each lane of this thread's warp brings.
 template <class T> std::array<T, 32> of_warp(T value) {
@@ -130,6 +141,13 @@ inline u32 __float_as_uint(float v) { return bits_of<u32>(v); }
 inline i32 __float_as_int(float v) { return bits_of<i32>(v); }
 inline float bf16_low(u32 packed) { return __uint_as_float(packed << 16); }
 inline float bf16_high(u32 packed) { return __uint_as_float(packed & 0xffff0000u); }
+inline u32 bf16_bits(float v) {
+    const u32 bits = __float_as_uint(v);
+    return v != v ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline u32 pack_bf16(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline i32 __popc(u32 v) { return __builtin_popcount(v); }
 inline i32 __clz(i32 v) { return v == 0 ? 32 : __builtin_clz(v); }
 inline i32 __ffs(u32 v) { return __builtin_ffs(v); }

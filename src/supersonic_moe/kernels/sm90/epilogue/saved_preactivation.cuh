@@ -150,10 +150,10 @@ struct LoadSavedSlots {
 
 // All tiles of this block: K blocks, Z, and a lap of the ring for the epilogue. A tile has the chunks of each `Span` of activations that
 // has one of its own; those past the width load as zeros.
-template <i32 Span, Config C, SavedFormat S>
+template <i32 Span, Config C, SavedFormat S, typename Schedule = AllTiles<C>>
 DEVICE void load_tiles_with_saved(const SharedMemory<C>& shared, const SavedSlots<C, S>& slots, const RaggedGemm& gemm,
                                   const TensorMap* map_do, const TensorMap* map_w, const Scales<ColumnBlocksOf>& scales,
-                                  const LoadSavedSlots<C, S>& saved) {
+                                  const LoadSavedSlots<C, S>& saved, const Schedule schedule = {}) {
     u32 lap = 0;  // of the slots
     const auto load_tail = [&](Ring<C>& ring, const WorkTile& tile, u32 loader) {
         const auto load_lap = [&](u32 first) {
@@ -173,5 +173,5 @@ DEVICE void load_tiles_with_saved(const SharedMemory<C>& shared, const SavedSlot
         offer_stages(shared, ring, C.stages, loader);
         if constexpr (slots_of<C, S> < chunks<C>) load_lap(slots_of<C, S>);
     };
-    load_ragged_rows<C.block_n>(shared, gemm, map_do, scales, LoadOwnWeight{map_w}, load_tail);
+    load_ragged_rows<C.block_n>(shared, gemm, map_do, scales, LoadOwnWeight{map_w}, load_tail, ReadyAtStart{}, schedule);
 }

@@ -69,6 +69,7 @@ struct FoundTile {
     WorkTile tile;
     bool own_columns;  // no other block of the cluster has the same
     bool found;
+    i32 part;  // round of the schedule
 };
 
 // `load_tail` behind a tile's K blocks, as the loader calls it: `load_tail(ring, tile, warp)`, by all warps that load; they wait for each
@@ -109,6 +110,7 @@ DEVICE void load_ragged_rows(const SharedMemory<C>& shared, const RaggedGemm& ge
         const i32 row = tiles.begin + m * rows + (found.own_columns ? 0 : rank * static_cast<i32>(C.block_m));
         const i32 column = C.share_a ? (n * static_cast<i32>(C.cluster) + rank) * TileColumns : (tiles.split ? n + rank : n) * TileColumns;
         found.tile = {row, tiles.end, column, tiles.expert, gemm.blocks_k};
+        found.part = tiles.part;
         return found;
     };
     // Row of A's matrix that line `line` of a tile reads; past the expert's end, its last.
@@ -119,6 +121,7 @@ DEVICE void load_ragged_rows(const SharedMemory<C>& shared, const RaggedGemm& ge
     const u32 box_line = first_line + lane_index() % C.box_rows(), scale_line = warp * (C.block_m / 4) + lane_index() % (C.block_m / 4);
 
     Ring<C> ring;
+    i32 part = 0;  // whose rows are there
     FoundTile now = find();
     if (now.found) {
         ready.wait(now.tile);
@@ -126,6 +129,9 @@ DEVICE void load_ragged_rows(const SharedMemory<C>& shared, const RaggedGemm& ge
         TileScales<C, Ready, AllScales> tile_scales(scales, now.tile, scale_row);
         while (true) {
             const WorkTile tile = now.tile;
+            if constexpr (Schedule::CLIPS) {
+                if (now.part != part) schedule.wait_for(part = now.part);
+            }
             // Blocks with the same columns load a part of B each, for all of them; one that has its columns for itself loads every part.
             const u32 first_part = now.own_columns ? 0 : static_cast<u32>(rank), parts = now.own_columns ? C.cluster : 1;
             const u16 sharers = static_cast<u16>(now.own_columns ? 1 << rank : (1 << C.cluster) - 1);

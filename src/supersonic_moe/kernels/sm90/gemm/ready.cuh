@@ -10,8 +10,7 @@ struct ReadyAtStart {
 };
 
 // Rows arrive while the kernel runs: `arrived[b]` counts those of block b of `block_rows` rows, and whoever writes them adds to it with
-// release; a tile waits until `expected[b]` are there. All lanes wait, so that each may then read A, its scales and its index by
-// ordinary loads, or issue TMA, which reads through the async proxy: hence the fence.
+// release; a tile waits until `expected[b]` are there.
 struct ReadyByCount {
     static constexpr bool WAITS = true;
     const u32* arrived;
@@ -19,18 +18,7 @@ struct ReadyByCount {
     i32 block_rows;
     DEVICE void wait(const WorkTile& tile) const {
         const i32 block = tile.row / block_rows;
-        asm volatile(
-            "{\n"
-            ".reg .pred p;\n"
-            ".reg .u32 seen;\n"
-            ".reg .u64 start, now;\n"
-            RETRY_UNTIL_TIMEOUT("ld.acquire.sys.global.u32 seen, [%0];\n"
-                                "setp.ge.u32 p, seen, %1;\n")
-            "fence.proxy.async.global;\n"
-            "}\n"
-            :
-            : "l"(arrived + block), "r"(expected[block]), "l"(WAIT_TIMEOUT_NS)
-            : "memory");
+        wait_for_word(arrived + block, expected[block]);
     }
 };
 

@@ -5,6 +5,7 @@
 // from L2. Only the loading warps walk; they tell the math warps what they loaded (work_tile.cuh).
 #pragma once
 #include "gemm/work_tile.cuh"
+#include "ptx/barrier.cuh"
 
 // Grouped order of a grid of `blocks_m` x `blocks_n` tiles.
 template <i32 GroupM>
@@ -41,20 +42,26 @@ struct AllTiles {
     DEVICE i32 next(i32 index) const { return index + gridDim.x / C.cluster; }
 };
 
-// Of each expert only the blocks [begin_block[e], end_block[e]) of `block_rows` rows, a multiple of what a cluster takes. Launches over
-// disjoint ranges, of tokens that arrive one after the other, write the same bits as one launch over all. In a ragged contraction
-// they add up, in the order of the launches.
+// Of each expert the blocks [begin_block[e], end_block[e]) of `block_rows` rows, a multiple of what a cluster takes, in `parts` rounds over
+// the experts, each with limits of its own. Rounds that have each block once write the bits of AllTiles, in one launch or in several.
+// Rows of A may come while the kernel runs: those of round p > 0 are there once arrived[p] is not zero (null: all are there). In a ragged
+// contraction there is one round, and launches add up in their order.
 template <Config C>
 struct RowBlocks : AllTiles<C> {
     static constexpr bool CLIPS = true;
-    const i32 *begin_block, *end_block;  // (experts)
-    i32 block_rows;
-    DEVICE RowBlocks(const i32* begin_block_, const i32* end_block_, i32 block_rows_)
-        : begin_block(begin_block_), end_block(end_block_), block_rows(block_rows_) {}
-    DEVICE void clip(i32 expert, i32& begin, i32& end) const {
+    const i32 *begin_block, *end_block;  // (parts, experts)
+    const u32* arrived;                  // (parts)
+    i32 parts, block_rows;
+    DEVICE RowBlocks(const i32* begin_block_, const i32* end_block_, const u32* arrived_, i32 parts_, i32 block_rows_)
+        : begin_block(begin_block_), end_block(end_block_), arrived(arrived_), parts(parts_), block_rows(block_rows_) {}
+    DEVICE void clip(i32 at, i32& begin, i32& end) const {
         const i32 from = begin;
-        begin = min(end, from + begin_block[expert] * block_rows);
-        end = min(end, from + end_block[expert] * block_rows);
+        begin = min(end, from + begin_block[at] * block_rows);
+        end = min(end, from + end_block[at] * block_rows);
+    }
+    // All lanes, before a warp loads A of the first tile of a round.
+    DEVICE void wait_for(i32 part) const {
+        if (part > 0 && arrived != nullptr) wait_for_word(arrived + part, 1);
     }
 };
 
@@ -86,7 +93,7 @@ struct RaggedRows {
     bool split = false;
 
     Schedule schedule;
-    i32 whole_end = 0;  // of the expert, where the schedule clips it
+    i32 whole_end = 0, part = 0;  // end of the expert, and round, where the schedule clips it
 
     DEVICE RaggedRows(const i32* offsets_, i32 experts_, i32 columns, Schedule schedule_)
         : offsets(offsets_), experts(experts_), blocks_n((columns + BlockN - 1) / BlockN), pairs_n(columns / (2 * BlockN)),
@@ -96,7 +103,27 @@ struct RaggedRows {
         clip();
     }
     DEVICE void clip() {
-        if constexpr (Schedule::CLIPS) whole_end = end, schedule.clip(expert, begin, end);
+        if constexpr (Schedule::CLIPS) whole_end = end, schedule.clip(part * experts + expert, begin, end);
+    }
+    // False past the last expert, of the last round.
+    DEVICE bool to_next_expert() {
+        if (++expert == experts) {
+            if constexpr (!Schedule::CLIPS) return false;
+            if (!next_round()) return false;
+        } else {
+            begin = Schedule::CLIPS ? whole_end : end;
+        }
+        end = offsets[expert + 1];
+        clip();
+        return true;
+    }
+    DEVICE bool next_round() {
+        if constexpr (Schedule::CLIPS) {
+            if (++part == schedule.parts) return false;
+        }
+        expert = 0;
+        begin = offsets[0];
+        return true;
     }
 
     // False past the last tile; else m and n, in blocks, of number `index` inside the current expert. Of a split tile, n is the first of
@@ -113,10 +140,7 @@ struct RaggedRows {
                 return true;
             }
             first_tile += tiles;
-            if (++expert == experts) return false;
-            begin = Schedule::CLIPS ? whole_end : end;
-            end = offsets[expert + 1];
-            clip();
+            if (!to_next_expert()) return false;
         }
     }
 };

@@ -191,6 +191,26 @@ DEVICE void register_dealloc() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Count));
 }
 
+// ---- words in global memory ----
+
+// Until a word is at least `least`; whoever writes it does so after the data, with release at system scope or in the order of a stream.
+// All lanes wait, so that each may then read the data by ordinary loads, or issue TMA, which reads through the async proxy: hence the
+// fence. Traps after WAIT_TIMEOUT_NS.
+DEVICE void wait_for_word(const u32* word, u32 least) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        ".reg .u32 seen;\n"
+        ".reg .u64 start, now;\n"
+        RETRY_UNTIL_TIMEOUT("ld.acquire.sys.global.u32 seen, [%0];\n"
+                            "setp.ge.u32 p, seen, %1;\n")
+        "fence.proxy.async.global;\n"
+        "}\n"
+        :
+        : "l"(word), "r"(least), "l"(WAIT_TIMEOUT_NS)
+        : "memory");
+}
+
 // ---- programmatic dependent launch (KernelSpec.pdl) ----
 
 // Wait until the kernels this one depends on have finished and their writes are visible; before it, read nothing of theirs.

@@ -90,33 +90,31 @@ DEVICE ExpertScan scan_experts(RowShared& shared, u32 rows, u32 num_local) {
 
 // What the kernels behind the router read.
 struct RowTables {
-    i32* offsets;    // (E + 1): rows [offsets[e], offsets[e + 1]) of expert e for the tile kernels, all zero where they are streamed; may be null
-    int4* items;     // header {items, rows of the largest, padded rows, streamed?}, then {expert, first row, rows, which << 16 | of} of each
+    i32* offsets;    // (E + 1): rows [offsets[e], offsets[e + 1]) of expert e for the tile kernels; null where rows are streamed
+    int4* items;     // where they are: header {items, rows of the largest, padded rows, 0}, then {expert, first row, rows, which << 16 | of} of each
     i32* row_slot;   // slot of each row; -1 in the rows between two experts
     i32* row_token;  // token of each row, for the tile kernels; may be null
     int2* row_out;   // with row_token: {token, weight} of a row that is its token's only one, else {-1, 1}
     i32* slot_row;   // row of each slot, -1 for none
-    i32 stream_rows;  // the most rows that are streamed, padding not counted
-    i32* received;    // (routed): the rows of each routed expert are added; may be null
+    i32* received;   // (routed): the rows of each routed expert are added; may be null
     i32 routed;
 
-    DEVICE bool streams(const ExpertScan& scan) const { return scan.total.rows <= static_cast<u32>(stream_rows); }
+    DEVICE bool streamed() const { return offsets == nullptr; }
 };
 
 // Thread e writes the entries of expert e. Returns the first of its rows.
 DEVICE u32 store_experts(const RowTables& tables, u32 num_local, const ExpertScan& scan, u32 rows, bool stores) {
     const u32 e = threadIdx.x;
-    const bool streamed = tables.streams(scan);
-    const u32 first = streamed ? scan.before.padded : scan.before.rows;
+    const u32 first = tables.streamed() ? scan.before.padded : scan.before.rows;
     if (!stores) return first;
-    if (e == 0) {
-        tables.items[0] = make_int4(streamed ? scan.total.items : 0, min(scan.largest, item_rows), scan.total.padded, streamed);
-        if (tables.offsets) tables.offsets[num_local] = streamed ? 0 : scan.total.rows;
-    }
-    if (e >= num_local) return first;
-    if (tables.offsets) tables.offsets[e] = streamed ? 0 : first;
     if (tables.received && e < static_cast<u32>(tables.routed)) tables.received[e] += static_cast<i32>(rows);
-    if (!streamed) return first;
+    if (!tables.streamed()) {
+        if (e < num_local) tables.offsets[e] = first;
+        if (e == 0) tables.offsets[num_local] = scan.total.rows;
+        return first;
+    }
+    if (e == 0) tables.items[0] = make_int4(scan.total.items, min(scan.largest, item_rows), scan.total.padded, 0);
+    if (e >= num_local) return first;
     int4* item = tables.items + 1 + scan.before.items;
     const u32 of = (rows + item_rows - 1) / item_rows;
     for (u32 i = 0; i < of; ++i)

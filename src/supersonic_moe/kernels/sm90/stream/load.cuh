@@ -7,9 +7,8 @@ struct WeightMaps {
     const TensorMap *w13, *w2;
 };
 
-// One thread. Takes tiles from the counter, tells the other warps, and loads a K block of the tile into each stage. Weights of W2 are
-// loaded before what they multiply is there, as far as the ring goes. The next tile is asked for while this one is loaded: the answer takes as
-// long as a K block.
+// One thread. Takes strips from the counter, tells the other warps, and loads a K block of a tile into each stage. Weights of W2 are
+// loaded before what they multiply is there, as far as the ring goes. The next strip is asked for at the first K block and looked up half way.
 DEVICE void load_weights(const Block& block, const Problem& p, const Geometry& g, const WeightMaps& routed, const WeightMaps& shared) {
     const u64 read_once = evict_first(), read_again = evict_normal();
     const u32 bytes = g.tile_rows * LINE_BYTES;
@@ -21,17 +20,20 @@ DEVICE void load_weights(const Block& block, const Problem& p, const Geometry& g
         mbarrier_arrive(block.queue_full(queue.at));
         queue.advance(QUEUE);
     };
-    Tile tile = block.find_tile(p, g, blockIdx.x);  // the counter hands out what is behind the first of each block
+    Tile tile = block.find_strip(p, g, blockIdx.x);  // the counter hands out what is behind the first of each block
     announce(tile);
     while (tile.product != 0) {
         const bool first_product = tile.product == 1, own = tile.expert >= p.routed;
         const TensorMap* const map = first_product ? (own ? shared.w13 : routed.w13) : (own ? shared.w2 : routed.w2);
         const i32 expert = own ? 0 : tile.expert;
-        const i32 row = tile.index * (first_product ? g.tile_rows / 16 : g.tile_rows);
-        const u32 blocks = first_product ? p.blocks_hidden() : p.blocks_inter();
+        const u32 blocks = first_product ? p.blocks_hidden() : p.blocks_inter(), steps = tile.count * blocks;
         const u64 policy = tile.shares ? read_again : read_once;
-        const u32 ask = add_relaxed(p.next_tile(), 1) + gridDim.x;
-        for (u32 k = 0; k < blocks; ++k) {
+        const u32 ask = add_relaxed(p.next_strip(), 1) + gridDim.x;
+        Tile next = {};
+        i32 row = tile.index * (first_product ? g.tile_rows / 16 : g.tile_rows);
+        u32 k = 0;
+        for (u32 step = 0; step < steps; ++step) {
+            if (step == steps / 2) next = block.find_strip(p, g, ask);
             const u32 full = block.weights(ring.at), stage = block.ring + ring.at * g.stage_bytes;
             mbarrier_wait(block.empty(ring.at), ring.phase ^ 1);
             if (before_waiting > 0) {
@@ -47,29 +49,36 @@ DEVICE void load_weights(const Block& block, const Problem& p, const Geometry& g
                 tma_load_once(stage, map, full, policy, k * LINE_BYTES, row, expert);
             }
             ring.advance(g.stages);
+            if (++k == blocks) k = 0, row += g.tile_rows;
         }
-        tile = block.find_tile(p, g, ask);
+        tile = next;
         announce(tile);
     }
 }
 
-// Where the scales of a tile's weights are: of row r and of row r + 8 of each 16, a K block after the other.
+// Where the scales of a strip's weights are: of row r and of row r + 8 of each 16, a K block after the other.
 struct WeightScales {
-    const float *upper, *lower;
+    const float *upper, *lower;  // of the first rows of W2, or of the tile's in W13
+    u32 blocks, tile_rows, index;
 
-    DEVICE WeightScales(const Problem& p, const Geometry& g, const Tile& tile) {
+    DEVICE WeightScales(const Problem& p, const Geometry& g, const Tile& tile) : tile_rows(g.tile_rows), index(tile.index) {
         const bool own = tile.expert >= p.routed;
         const i64 expert = own ? 0 : tile.expert;
         if (tile.product == 1) {
-            const u32 blocks = p.blocks_hidden(), channel = tile.index * (g.tile_rows / 2);
+            blocks = p.blocks_hidden();
+            const u32 channel = tile.index * (g.tile_rows / 2);
             const u32 lines = p.interleaved ? (2 * p.inter + 127) / 128 : 2 * p.blocks_inter();
             const u32 line = p.interleaved ? 2 * channel / 128 : channel / 128;
             upper = (own ? p.shared_w13_scale : p.w13_scale) + (expert * lines + line) * blocks;
             lower = p.interleaved ? upper : upper + p.blocks_inter() * blocks;
         } else {
-            const u32 blocks = p.blocks_inter();
-            upper = lower = (own ? p.shared_w2_scale : p.w2_scale) + (expert * p.blocks_hidden() + tile.index * g.tile_rows / 128) * blocks;
+            blocks = p.blocks_inter();
+            upper = lower = (own ? p.shared_w2_scale : p.w2_scale) + expert * p.blocks_hidden() * blocks;
         }
+    }
+    // Of the strip's K block `step`, tile by tile.
+    DEVICE u32 at(const Tile& tile, u32 step) const {
+        return tile.product == 1 ? step : (index + step / blocks) * tile_rows / 128 * blocks + step % blocks;
     }
 };
 
@@ -83,14 +92,18 @@ DEVICE void load_tokens(const Block& block, const Problem& p, const Geometry& g)
         const Tile tile = block.read_tile(queue);
         if (tile.product == 0) return;
         const bool first_product = tile.product == 1;
-        const u32 blocks = first_product ? p.blocks_hidden() : p.blocks_inter();
         const WeightScales scales(p, g, tile);
         const Planes rows = {first_product ? p.x_rows.codes : p.c_rows.codes, first_product ? p.x_rows.scales : p.c_rows.scales, p.x_rows.rows};
         const u32 columns = columns_for(tile.rows);
+        const u32 steps = tile.count * scales.blocks;
         float upper = 0.0f, lower = 0.0f;
-        for (u32 k = 0; k < blocks; ++k) {
-            if (k % 32 == 0 && k + lane < blocks) upper = __ldg(scales.upper + k + lane), lower = __ldg(scales.lower + k + lane);
-            if (k == 0) {
+        u32 k = 0;
+        for (u32 step = 0; step < steps; ++step) {
+            if (step % 32 == 0 && step + lane < steps) {
+                const u32 at = scales.at(tile, step + lane);
+                upper = __ldg(scales.upper + at), lower = __ldg(scales.lower + at);
+            }
+            if (step == 0) {
                 if (!first_product) {
                     wait_for_count(p.ready(tile.item), p.blocks_inter());
                 } else if (tile.item != seen) {
@@ -101,7 +114,7 @@ DEVICE void load_tokens(const Block& block, const Problem& p, const Geometry& g)
             }
             const u32 full = block.tokens(ring.at);
             mbarrier_wait(block.empty(ring.at), ring.phase ^ 1);
-            const float of_upper = __shfl_sync(0xffffffffu, upper, k % 32), of_lower = __shfl_sync(0xffffffffu, lower, k % 32);
+            const float of_upper = __shfl_sync(0xffffffffu, upper, step % 32), of_lower = __shfl_sync(0xffffffffu, lower, step % 32);
             if (elect_one()) {
                 block.side.weight_scales[ring.at][0] = of_upper, block.side.weight_scales[ring.at][1] = of_lower;
                 mbarrier_arrive_expect_tx(full, columns * (LINE_BYTES + 4));
@@ -110,6 +123,7 @@ DEVICE void load_tokens(const Block& block, const Problem& p, const Geometry& g)
             }
             __syncwarp();
             ring.advance(g.stages);
+            if (++k == scales.blocks) k = 0;
         }
     }
 }

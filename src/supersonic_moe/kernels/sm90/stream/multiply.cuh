@@ -158,10 +158,15 @@ DEVICE void quantize_block(const Problem& p, const Tile& tile, u32 channel, u32 
     }
 }
 
-// The 32 channels of this warpgroup are in c. Whichever warpgroup of the grid completes a block of 128 quantises it and counts it as ready.
-DEVICE void finish_channels(const Block& block, const Problem& p, const Tile& tile, const MathGroup& group, u32 channel) {
+// The 32 channels of this warpgroup are in c. Whichever warpgroup of the grid completes a block of 128 quantises it and counts it as ready;
+// where rows are direct, these 32 are counted.
+DEVICE void finish_channels(const Block& block, const Problem& p, const Geometry& g, const Tile& tile, const MathGroup& group, u32 channel) {
     const u32 of_block = channel / BLOCK_CHANNELS, first = of_block * BLOCK_CHANNELS;
     group.sync();
+    if (g.direct) {
+        if (threadIdx.x % 128 == 0) add_release(p.ready(tile.item), 1);
+        return;
+    }
     if (threadIdx.x % 128 == 0) {
         const u32 expected = min(BLOCK_CHANNELS, p.inter - first) / GROUP_CHANNELS;
         block.side.last[group.index] = add_acquire_release(p.arrivals(tile.item, of_block), 1) + 1 == expected;
@@ -193,28 +198,31 @@ DEVICE void compute_tile(const Block& block, const Problem& p, const Geometry& g
             float* const at = y + static_cast<i64>(n) * p.hidden;
             at[0] = upper, at[8] = lower;
         });
-        group.sync();
-        if (threadIdx.x % 128 == 0) add_release(p.stored(column / BLOCK_CHANNELS), 1);
     }
 }
 
-DEVICE void compute_tiles(const Block& block, const Problem& p, const Geometry& g, u32 index) {
+// Returns how many strips of W2 this warpgroup has computed.
+DEVICE u32 compute_strips(const Block& block, const Problem& p, const Geometry& g, u32 index) {
     const MathGroup group = {index, g.narrow() ? 2u : 1u};
-    if (index >= g.tile_rows / 64) return;
+    u32 strips = 0;
+    if (index >= g.tile_rows / 64) return strips;
     Cursor ring, queue;
     while (true) {
-        const Tile tile = block.read_tile(queue, group.arrivals);
-        if (tile.product == 0) return;
-        switch (columns_for(tile.rows)) {
-            case 8: compute_tile<8>(block, p, g, group, ring, tile); break;
-            case 16: compute_tile<16>(block, p, g, group, ring, tile); break;
-            case 24: compute_tile<24>(block, p, g, group, ring, tile); break;
-            case 32: compute_tile<32>(block, p, g, group, ring, tile); break;
-            case 48: compute_tile<48>(block, p, g, group, ring, tile); break;
-            case 64: compute_tile<64>(block, p, g, group, ring, tile); break;
-            case 96: compute_tile<96>(block, p, g, group, ring, tile); break;
-            default: compute_tile<128>(block, p, g, group, ring, tile); break;
+        Tile tile = block.read_tile(queue, g.direct ? 1 : group.arrivals);
+        if (tile.product == 0) return strips;
+        for (const u32 end = tile.index + tile.count; tile.index < end; ++tile.index) {
+            switch (columns_for(tile.rows)) {
+                case 8: compute_tile<8>(block, p, g, group, ring, tile); break;
+                case 16: compute_tile<16>(block, p, g, group, ring, tile); break;
+                case 24: compute_tile<24>(block, p, g, group, ring, tile); break;
+                case 32: compute_tile<32>(block, p, g, group, ring, tile); break;
+                case 48: compute_tile<48>(block, p, g, group, ring, tile); break;
+                case 64: compute_tile<64>(block, p, g, group, ring, tile); break;
+                case 96: compute_tile<96>(block, p, g, group, ring, tile); break;
+                default: compute_tile<128>(block, p, g, group, ring, tile); break;
+            }
+            if (tile.product == 1) finish_channels(block, p, g, tile, group, group.first_channel(g, tile));
         }
-        if (tile.product == 1) finish_channels(block, p, tile, group, group.first_channel(g, tile));
+        strips += tile.product == 2;
     }
 }

@@ -1,8 +1,8 @@
 // What the streaming kernel computes, in tiles, and how its blocks share shared memory. See stream_experts.py.
 //
 // An item is up to 128 rows of an expert, as the routing kernels list them. A tile is `tile_rows` rows of a weight times all rows of an
-// item: first W13 of all items, then W2 of all items, numbered in this order, taken from a counter; items of one expert take turns, so that
-// its weights come from DRAM once. A tile of W13 is for tile_rows / 2 channels: each 16 lines of it are 8 rows of one half of W13 and the 8 rows of the other half for the same channels.
+// item. A strip is one tile of W13 or so many tiles of W2, one below the other, that they are about as long. Strips are numbered, first W13
+// of all items, then W2 of all items, and taken from a counter; items of one expert take turns, so that its weights come from DRAM once. A tile of W13 is for tile_rows / 2 channels: each 16 lines of it are 8 rows of one half of W13 and the 8 rows of the other half for the same channels.
 #pragma once
 #include "ptx/copy.cuh"
 #include "ptx/memory.cuh"
@@ -15,12 +15,18 @@ constexpr u32 GROUP_CHANNELS = 32;      // of a warpgroup's 64 rows of W13
 constexpr u32 GATHER_BLOCKS = 16;       // K blocks of x that a warp gathers at a time: eight lanes a block, 16 elements a lane, four times
 constexpr u32 GATHER_ROWS = 64;         // rows of x that are waited for together
 constexpr u32 MAX_STAGES = 24;
-constexpr u32 QUEUE = 4;       // tiles known ahead
+constexpr u32 QUEUE = 4;       // strips known ahead
 constexpr u32 KNOWN_ITEMS = 64;  // in shared memory; what is behind them is read from global memory
 constexpr u32 RING_BYTES = 216 * 1024;
 // Weights that a block has asked for and not got, at most. 33 KB would keep DRAM busy (4.4 TB/s for a microsecond, by 132); a full ring of
 // requests is no faster and makes everything else wait 6 us behind them.
 constexpr u32 BYTES_ON_THE_WAY = 64 * 1024;
+
+// Of W2 in a strip, if all multiprocessors have two: what is behind a new one (the counter, its item, whether c is there, scales) is some
+// microseconds away, as long as 16 K blocks take.
+constexpr u32 STRIP_BLOCKS = 16;
+
+constexpr u32 DIRECT_ROWS = 4;  // of an item, at most, where narrow tiles get them without a gather: stream/feed.cuh
 
 constexpr u32 MATH_WARPS = 8, WEIGHT_WARP = 8, TOKEN_WARP = 9;
 constexpr u32 STREAM_THREADS = 32 * 10;
@@ -64,14 +70,12 @@ struct Problem {
     DEVICE i32 shared() const { return shared_expert; }  // slots of a token that are no choice of the router
     DEVICE u32 blocks_hidden() const { return hidden / LINE_BYTES; }
     DEVICE u32 blocks_inter() const { return (inter + LINE_BYTES - 1) / LINE_BYTES; }
-    // Counters, all zero at the start: the next tile; warpgroups that have stored their part of a block of columns of y; blocks of c of each
-    // item that are ready; arrivals at each of these blocks; parts of each 64 rows of x that are gathered.
-    DEVICE u32* next_tile() const { return counters; }
-    DEVICE u32* stored(u32 block) const { return counters + 4 + block; }
-    DEVICE u32* ready(u32 item) const { return counters + 4 + blocks_hidden() + item; }
-    DEVICE u32* arrivals(u32 item, u32 block) const {
-        return counters + 4 + blocks_hidden() + max_items + item * blocks_inter() + block;
-    }
+    // Counters, all zero at the start: the next strip; strips of W2 whose y is stored; blocks of c of each item that are ready; arrivals at
+    // each of these blocks; parts of each 64 rows of x that are gathered.
+    DEVICE u32* next_strip() const { return counters; }
+    DEVICE u32* stored() const { return counters + 1; }
+    DEVICE u32* ready(u32 item) const { return counters + 4 + item; }
+    DEVICE u32* arrivals(u32 item, u32 block) const { return counters + 4 + max_items + item * blocks_inter() + block; }
     DEVICE u32* gathered(u32 group) const { return arrivals(max_items, 0) + group; }
     // Of a row of x; a warp gathers one at a time.
     DEVICE u32 gather_parts() const { return (blocks_hidden() + GATHER_BLOCKS - 1) / GATHER_BLOCKS; }
@@ -86,31 +90,37 @@ DEVICE u32 columns_for(u32 rows) {
 // Known once the router is done, the same in every thread.
 struct Geometry {
     u32 items, padded_rows, tile_rows, tiles1, tiles2;  // tiles of an item in W13 and in W2
+    u32 strip, strips2;                                 // tiles in a strip of W2, strips of an item in W2
     u32 stage_bytes, stages, token_scale_bytes;
-    bool streamed;  // else the tile kernels have the rows, and nothing is to be done
+    bool direct;  // rows go from x and c into stages: stream/feed.cuh
 
     DEVICE Geometry(const Problem& p, const int4& header) {
-        items = header.x, padded_rows = header.z, streamed = header.w != 0;
+        items = header.x, padded_rows = header.z;
         // With few tiles, smaller ones fill the multiprocessors better; with many, larger ones stream better (docs/log.md).
         tile_rows = items * (p.inter / 64) * 2 <= gridDim.x * 3 ? NARROW : WIDE;
+        direct = narrow() && header.y <= static_cast<i32>(DIRECT_ROWS);
         tiles1 = 2 * p.inter / tile_rows;
         tiles2 = p.hidden / tile_rows;
+        strip = max(1, min(STRIP_BLOCKS / p.blocks_inter(), items * tiles2 / (2 * gridDim.x)));
+        strips2 = (tiles2 + strip - 1) / strip;
         const u32 columns = columns_for(max(header.y, 1));
         stage_bytes = (tile_rows + columns) * LINE_BYTES;
         token_scale_bytes = columns * 4;
         stages = min(MAX_STAGES, RING_BYTES / (stage_bytes + token_scale_bytes));
     }
     DEVICE bool narrow() const { return tile_rows == NARROW; }
-    DEVICE u32 tiles() const { return items * (tiles1 + tiles2); }
+    DEVICE u32 strips() const { return items * (tiles1 + strips2); }
     DEVICE u32 stages_on_the_way() const { return min(stages, BYTES_ON_THE_WAY / (tile_rows * LINE_BYTES)); }
     DEVICE u32 token_tile() const { return tile_rows * LINE_BYTES; }  // behind the weights of a stage
     // Of the tokens in a stage, behind all stages.
     DEVICE u32 token_scales(u32 stage) const { return stages * stage_bytes + stage * token_scale_bytes; }
 };
 
+// A tile and those below it that are taken with it.
 struct Tile {
     u32 product;  // 1: W13, 2: W2, 0: no tile is left
     u32 index;    // of the item's
+    u32 count;
     u32 item;
     i32 expert, row, rows;
     bool shares;  // its weights with the tiles next to it, of other rows of the same expert
@@ -175,19 +185,20 @@ struct Block {
         __syncthreads();
     }
 
-    DEVICE Tile find_tile(const Problem& p, const Geometry& g, u32 number) const {
-        if (number >= g.tiles()) return {};
+    DEVICE Tile find_strip(const Problem& p, const Geometry& g, u32 number) const {
+        if (number >= g.strips()) return {};
         const bool second = number >= g.items * g.tiles1;
-        const u32 inside = second ? number - g.items * g.tiles1 : number, each = second ? g.tiles2 : g.tiles1;
+        const u32 inside = second ? number - g.items * g.tiles1 : number, each = second ? g.strips2 : g.tiles1;
         u32 item = inside / each, index = inside % each;
         int4 rows = item_at(p, item);
         const u32 which = static_cast<u32>(rows.w) >> 16, of = rows.w & 0xffff;
         if (of > 1) {
-            const u32 first = item - which, number_in_expert = inside - first * each;
-            item = first + number_in_expert % of, index = number_in_expert / of;
+            const u32 first_item = item - which, number_in_expert = inside - first_item * each;
+            item = first_item + number_in_expert % of, index = number_in_expert / of;
             rows = item_at(p, item);
         }
-        return {second ? 2u : 1u, index, item, rows.x, rows.y, rows.z, of > 1};
+        const u32 first = second ? index * g.strip : index;
+        return {second ? 2u : 1u, first, second ? min(g.strip, g.tiles2 - first) : 1, item, rows.x, rows.y, rows.z, of > 1};
     }
 
     DEVICE int4 item_at(const Problem& p, u32 item) const { return item < KNOWN_ITEMS ? side.items[1 + item] : p.items[1 + item]; }

@@ -1,0 +1,89 @@
+"""What a call of ``MegaMoE`` costs, for docs/expert-parallel.md: published times, ours at one rank, a model of more.
+
+    model of R ranks = ours at one rank with as many rows + travel + LAUNCHES_US
+
+Travel is ``transport="gather"`` by copies (``parallel/traffic.py``) at ``COPIES`` bytes a second, not hidden behind
+products. Published are the whole fused call and DeepEP's two exchanges around DeepGEMM's products on 8 H200s (DeepGEMM,
+pull request 360). What was not measured is a dash.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from supersonic_moe.bench.markdown import markdown, origin
+from supersonic_moe.bench.mega_cases import DEEP_GEMM, SHAPES, TOKENS, MegaShape
+from supersonic_moe.bench.report import Row, short
+from supersonic_moe.parallel.traffic import traffic
+
+NAME = "mega-world1"
+COPIES = 346e9  # bytes a second of copy engines between two H200s, the slower of two measurements
+LAUNCHES_US = 100  # dispatch and combine of the composed form: 35 to 40 launches of 2 to 4 µs
+RANKS = (4, 8)
+PUBLISHED = {
+    "flash": ((241, 251, 327, 347, 593, 1818, 3605), (333, 351, 399, 477, 688, 2141, 4059)),
+    "pro": ((748, 821, 1040, 1104, 1702, 4989, 10123), (884, 980, 1065, 1171, 1626, 4628, 8926)),
+    "mimo-2.5": ((245, 254, 332, 482, 742, 2323, 4795), (340, 367, 430, 564, 873, 2766, 5331)),
+    "mimo-2.5-pro": ((476, 509, 660, 700, 1260, 3715, 7773), (588, 635, 731, 864, 1335, 4113, 7996)),
+}
+"""µs at ``TOKENS`` a rank: the fused call, DeepEP."""
+NOT_RUN = f"""\
+Not measured with the kernels of this commit yet. On an H200, with `sgl-deep-gemm` on the path:
+
+```bash
+supersonic-moe bench mega --json {NAME}.json --png {NAME}.png
+supersonic-moe bench mega --peers none --min-ms 0 --timeline {NAME}-timeline.png
+```"""
+
+
+def travel_us(shape: MegaShape, tokens: int, ranks: int) -> float:
+    """There and back, with as many experts on each rank."""
+    sent = traffic(tokens, shape.hidden, ranks * shape.local, shape.rule.top_k, ranks, "fp8", places=tokens)
+    return (sent.dispatch + sent.combine) / COPIES * 1e6
+
+
+def page(content: dict[str, Any] | None, timeline: str | None) -> str:
+    """Of a results file, if there is one, and of a figure by its place as docs/ sees it."""
+    rows = [Row(**row) for row in content["rows"]] if content else []
+    head = ["8 H200s, published, and ours", "tokens a rank", "fused", "DeepEP", "ours, 1 rank", "of floor"]
+    head += ["vs DeepGEMM, 1 rank", *(f"{ranks} ranks (model)" for ranks in RANKS)]
+    lines = [_line(rows, shape, tokens, at) for shape in SHAPES.values() for at, tokens in enumerate(TOKENS)]
+    sections = [f"{origin(content)}." if content else NOT_RUN, markdown(head, lines)]
+    if errors := _errors(rows):
+        sections.append(markdown(["numbers of one sign", "calc_diff", "DeepGEMM's", "worst row", "DeepGEMM's"], errors))
+    if timeline is not None:
+        sections.append(f"![kernels of a call]({timeline})")
+    return "\n\n".join(sections)
+
+
+def _line(rows: list[Row], shape: MegaShape, tokens: int, at: int) -> list[str]:
+    case = f"{shape.name}_T{tokens}_uniform"
+    ours, of_floor = (_found(rows, case, metric) for metric in ("replay_us", "of_floor"))
+    beside = _found(rows, case, "replay_us", DEEP_GEMM)
+    cells = [f"`{shape.name}`", str(tokens), *(str(times[at]) for times in PUBLISHED[shape.name])]
+    cells.append(short(ours.value) if ours else "–")
+    cells.append(f"{of_floor.value:.0%}" if of_floor else "–")
+    cells.append(f"{beside.ratio:.2f}×" if beside and beside.ratio is not None else "–")
+    for ranks in RANKS:
+        more = travel_us(shape, tokens, ranks) + LAUNCHES_US
+        cells.append(f"{ours.value + more:,.0f}" if ours else f"+ {more:,.0f}")
+    return cells
+
+
+def _errors(rows: list[Row]) -> list[list[str]]:
+    lines = []
+    for case in dict.fromkeys(row.case for row in rows if "-positive" in row.case):
+        cells = [f"`{case}`"]
+        for metric in ("calc_diff", "worst_row"):
+            ours, peer = _found(rows, case, metric), _found(rows, case, metric, DEEP_GEMM)
+            cells += [
+                short(ours.value) if ours else "–",
+                short(peer.peer_value) if peer and peer.peer_value is not None else "–",
+            ]
+        lines.append(cells)
+    return lines
+
+
+def _found(rows: list[Row], case: str, metric: str, peer: str | None = None) -> Row | None:
+    """A row of this case and metric, beside ``peer`` if there is to be one."""
+    return next((r for r in rows if (r.case, r.metric) == (case, metric) and peer in (None, r.peer)), None)

@@ -1,0 +1,102 @@
+"""The kernels of decode against fp64 loops over slots. Weights of experts that are not hit hold NaN; so do fresh
+outputs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from oracle import rel_fro
+from poison import poisoned_allocations  # noqa: F401
+
+from supersonic_moe.config.activation import Activation, GateUpLayout, as_activation
+from supersonic_moe.kernels.interface import Gate
+from supersonic_moe.kernels.reference.activation import activation_forward
+from supersonic_moe.kernels.triton.decode import decode
+
+GATE_UP, UP_GATE, INTERLEAVED = GateUpLayout.GATE_UP, GateUpLayout.UP_GATE, GateUpLayout.INTERLEAVED
+SWIGLU = as_activation("swiglu")
+
+
+class Case(NamedTuple):
+    ids: list[list[int]]
+    experts: int
+    gate: Gate
+    dtype: torch.dtype = torch.bfloat16
+    turned: bool = False
+    biased: bool = False
+
+
+HOT = [[1, t % 3 - 1] for t in range(19)]
+"""Expert 1 has more rows than are multiplied at a time; 2 has none, and a third of the second choices nobody."""
+CASES = {
+    "one token": Case([[5, 0, 6, 3]], 8, Gate(SWIGLU, GATE_UP)),
+    "fewer slots than experts": Case([[5, 0], [7, 5], [2**40, 5], [-1, 0]], 16, Gate(SWIGLU, UP_GATE), biased=True),
+    "more slots than experts": Case(HOT, 3, Gate(as_activation("geglu_tanh"), INTERLEAVED), torch.float16, biased=True),
+    "a token that names an expert twice": Case([[4, 4, 2], [4, 2, 4]], 9, Gate(as_activation("reglu"), GATE_UP)),
+    "gpt-oss": Case(HOT[:6], 32, Gate(Activation.gpt_oss(limit=0.8), INTERLEAVED), turned=True, biased=True),
+    "relu^2, turned": Case([[3, 1], [1, 0]], 5, Gate(as_activation("relu_sq"), GATE_UP), torch.float16, turned=True),
+    "more slots than are looked at at a time": Case([[1, -1], *[[-1, 5]] * 140, [1, 2]], 3, Gate(SWIGLU, GATE_UP)),
+}
+
+
+def operands(case: Case, device: torch.device, hidden: int = 200, width: int = 72) -> tuple[Tensor, ...]:
+    """x, ids, scores, w1, b1, w2, b2"""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device) / shape[-1] ** 0.5
+
+    ids = torch.tensor(case.ids, device=device)
+    num_experts, fan = case.experts, case.gate.activation.fan
+    w1, w2 = normal(num_experts, fan * width, hidden), normal(num_experts, hidden, width)
+    cold = [e for e in range(num_experts) if e not in ids]
+    w1[cold], w2[cold] = torch.nan, torch.nan
+    if case.turned:
+        w1, w2 = w1.mT.contiguous().mT, w2.mT.contiguous().mT
+    x, scores = torch.randn(len(ids), hidden, device=device), torch.randn(ids.shape, device=device)
+    b1, b2 = normal(num_experts, fan * width), normal(num_experts, hidden)
+    x, w1, b1, w2, b2 = (t.to(case.dtype) for t in (x, w1, b1, w2, b2))
+    return x, ids, scores.to(case.dtype), w1, b1 if case.biased else None, w2, b2 if case.biased else None
+
+
+def exact(x: Tensor, ids: Tensor, scores: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, gate: Gate) -> Tensor:
+    """In fp64, slot by slot."""
+    out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    for t, chosen in enumerate(ids.tolist()):
+        for j, e in enumerate(chosen):
+            if 0 <= e < w1.shape[0]:
+                z = w1[e].double() @ x[t].double() + (0 if b1 is None else b1[e].double())
+                a = activation_forward(z[None], None, z.new_zeros(1, dtype=torch.int32), gate)[0]
+                y = w2[e].double() @ a + (0 if b2 is None else b2[e].double())
+                out[t] += scores[t, j].double() * y
+    return out
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_decode(name: str, device: torch.device) -> None:
+    case = CASES[name]
+    given = operands(case, device)
+    got = decode(*given, case.gate)
+    assert got.dtype is case.dtype
+    bound = 8e-3 if case.dtype is torch.bfloat16 else 8e-4  # two roundings; the interpreter truncates to bf16
+    assert rel_fro(got.cpu(), exact(*given, case.gate).cpu()) < bound
+
+
+def test_a_token_does_not_depend_on_the_others(device: torch.device) -> None:
+    case = CASES["gpt-oss"]
+    x, ids, scores, *weights = operands(case, device)
+    together = decode(x, ids, scores, *weights, case.gate)
+    alone = [decode(x[t : t + 1], ids[t : t + 1], scores[t : t + 1], *weights, case.gate) for t in range(len(x))]
+    assert torch.equal(torch.cat(alone), together)
+
+
+def test_no_tokens(device: torch.device) -> None:
+    case = CASES["one token"]
+    x, ids, scores, *weights = operands(case, device)
+    assert decode(x[:0], ids[:0], scores[:0], *weights, case.gate).shape == (0, x.shape[1])
+    assert not decode(x, ids[:, :0], scores[:, :0], *weights, case.gate).any()
