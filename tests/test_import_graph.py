@@ -39,6 +39,7 @@ LAYERS = (
     "training",
     "inference",
     "grouped",
+    "passed",
     "functional",
     "parallel.watch",
     "parallel.collectives",

@@ -24,7 +24,7 @@ from typing import NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from supersonic_moe import checks
+from supersonic_moe import checks, passed
 from supersonic_moe.autocast import autocast_dtype
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe
@@ -149,12 +149,14 @@ def run_layer(
     """:func:`moe_layer`, for a router's weight or for any router, x (T, H) -> logits (T, E)."""
     if selection.token_mask_T is not None:
         x_TH = selection.without_padding(x_TH)
-    experts = checked_experts(x_TH, w1, w2, Options.read(options))
+    read = Options.read(options)
+    if isinstance(router_or_logits, RouterWeight) and router_or_logits.dtype is None:
+        layer = _in_one(x_TH, router_or_logits.weight_EH, w1, w2, selection, read)
+        if layer is not None:
+            return layer
+    experts = checked_experts(x_TH, w1, w2, read)
     k, policy, bias, step, *_ = selection
     num_experts, backend = w1.shape[0], experts.options.backend
-    if isinstance(router_or_logits, RouterWeight) and _in_one(experts, router_or_logits, selection):
-        _check_router_weight(experts.x, router_or_logits.weight_EH, num_experts, None)
-        return LayerOutput(*experts.run_all(router_or_logits.weight_EH, selection))
     logits_TE, x_for_experts = router_logits(x_TH, experts.x, router_or_logits, num_experts)
     if experts.options.validate:
         checks.finite_logits(logits_TE)
@@ -172,6 +174,30 @@ def run_layer(
         return LayerOutput(experts.run_few(ids_TK, scores_TK), logits_TE, counts_E, ids_TK)
     plan = plan_from_topk(ids_TK, num_experts)
     return LayerOutput(experts.run(x_for_experts, scores_TK, plan), logits_TE, plan.expert_counts, ids_TK)
+
+
+def _in_one(
+    x_TH: Tensor, router_weight_EH: Tensor, w1: Tensor, w2: Tensor, selection: Selection, options: Options
+) -> LayerOutput | None:
+    """:func:`run_layer` by ``training/layer.py``; None where the call is none for it."""
+    k, policy, bias, _, mask_T, with_loss = selection
+    if mask_T is not None or not isinstance(policy, TopKRouter) or type(k) is not int:
+        return None
+    tensors = (x_TH, router_weight_EH, w1, w2, options.b1, options.b2, bias)
+    key = passed.key_of(tensors, options, k, policy)
+    if key is None:
+        return None
+    if not passed.has_passed(key):
+        experts = checked_experts(x_TH, w1, w2, options)
+        if small_batch.suits(experts.x, w1, w2, k, options):
+            return None
+        _check_router_weight(experts.x, router_weight_EH, w1.shape[0], None)
+        check_choice(experts.x, w1.shape[0], k, policy, bias)
+        if experts.x is x_TH:
+            passed.remember(key)
+        x_TH = experts.x
+    choice = whole.Choice(bias, k, *encode(policy, k), "auto", with_loss)
+    return LayerOutput(*whole.run_layer(x_TH, router_weight_EH, choice, Weight(w1, w1), Weight(w2, w2), options))
 
 
 def router_logits(
@@ -206,7 +232,12 @@ def topk_experts(
     Ids outside [0, E) are skipped (masked, not multiplied by zero): -1, or the sentinel E of expert parallelism.
     Options: :class:`ExpertOptions`.
     """
-    experts = checked_experts(x_TH, w1, w2, Options.read(options))
+    read = Options.read(options)
+    key = passed.key_of((x_TH, topk_ids_TK, topk_scores_TK, w1, w2, read.b1, read.b2), read)
+    if key is not None and passed.has_passed(key):
+        weights = Weight(w1, w1), read.b1, Weight(w2, w2), read.b2
+        return whole.run_ids(x_TH, topk_ids_TK, topk_scores_TK, *weights, read)
+    experts = checked_experts(x_TH, w1, w2, read)
     validate = experts.options.validate
     checks.ids("topk_ids", topk_ids_TK, 2)
     checks.size("topk_ids", "one row per token,", topk_ids_TK.shape[0], x_TH.shape[0], "the rows of x")
@@ -218,7 +249,11 @@ def topk_experts(
             checks.valid_topk_ids(topk_ids_TK, w1.shape[0])
         return experts.run_few(topk_ids_TK, topk_scores_TK)
     if not validate and whole.suits(experts.x, experts.options.backend):
-        return experts.run_ids(topk_ids_TK, topk_scores_TK)
+        checks.index_count("routed rows", topk_ids_TK.numel())
+        if key is not None and experts.x is x_TH:
+            passed.remember(key)
+        operands = experts.w1, experts.b1, experts.w2, experts.b2
+        return whole.run_ids(experts.x, topk_ids_TK, topk_scores_TK, *operands, experts.options)
     plan = plan_from_topk(topk_ids_TK, w1.shape[0], validate=validate)
     return experts.run(experts.x, topk_scores_TK, plan)
 
@@ -330,39 +365,9 @@ class CheckedExperts(NamedTuple):
             scores_S = scores_S.to(dtype)
         return run_experts(x, scores_S, self.w1, self.b1, self.w2, self.b2, plan, self.options)
 
-    def run_all(self, router_weight_EH: Tensor, selection: Selection) -> whole.Found:
-        """With the router, for a call that is one for it."""
-        k, policy, bias, *_ = selection
-        assert isinstance(policy, TopKRouter)
-        check_choice(self.x, self.w1.value.shape[0], k, policy, bias)
-        choice = whole.Choice(bias, k, (*encode(policy, k), "auto"), selection.with_loss)
-        return whole.run_layer(
-            self.x, router_weight_EH, choice, self.w1, self.w2, self.options._replace(b1=self.b1, b2=self.b2)
-        )
-
-    def run_ids(self, ids_TK: Tensor, scores_TK: Tensor) -> Tensor:
-        """With a plan for ids that have been checked."""
-        checks.index_count("routed rows", ids_TK.numel())
-        return whole.run_ids(self.x, ids_TK, scores_TK, self.w1, self.b1, self.w2, self.b2, self.options)
-
     def run_few(self, ids_TK: Tensor, scores_TK: Tensor) -> Tensor:
         """Inference in FP8 with few rows an expert: nothing is sorted or saved."""
         return small_batch.run(self.x, ids_TK, scores_TK, self.w1, self.w2, self.options)
-
-
-def _in_one(experts: CheckedExperts, router: RouterWeight, selection: Selection) -> bool:
-    """Whether a call with a plain router is one for :meth:`CheckedExperts.run_all`."""
-    x, w1, _, w2, _, options = experts
-    return (
-        whole.suits(x, options.backend)
-        and router.dtype is None
-        and router.weight_EH.dtype is x.dtype
-        and selection.token_mask_T is None
-        and isinstance(selection.router, TopKRouter)
-        and not options.validate
-        and autocast_dtype(x) is None
-        and not small_batch.suits(x, w1.value, w2.value, selection.num_experts_per_tok, options)
-    )
 
 
 def checked_experts(x: Tensor, w1: Tensor, w2: Tensor, options: Options) -> CheckedExperts:

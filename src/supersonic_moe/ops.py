@@ -16,7 +16,7 @@ from torch import Tensor
 from supersonic_moe.jit import tape
 from supersonic_moe.private_api import dispatch_modes, profiled, transforms_active
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str})
+PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str})
 
 
 def caller(op: Callable[..., Any], kernel: Callable[..., Any], *, differentiable: bool = True) -> Callable[..., Any]:
@@ -51,4 +51,4 @@ def unobserved(*args: Any) -> bool:
     """
     if torch.compiler.is_compiling() or dispatch_modes() or transforms_active() or profiled():
         return False
-    return _PLAIN.issuperset(map(type, args)) and (args[0].is_cuda or args[0].is_cpu)
+    return PLAIN.issuperset(map(type, args)) and (args[0].is_cuda or args[0].is_cpu)

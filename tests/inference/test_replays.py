@@ -74,10 +74,12 @@ class Entry:
             rule = {"n_group": 1, "topk_group": 1, "top_k": CHOICES}
             return lambda: moe_fp8_ds_routed(logits, bias, x, x_scale, *weights, 0, 1.0, **rule, **given)
         x = self.elsewhere(torch.randn(tokens, HIDDEN).bfloat16())
+        weighted = self.name == "weight_on_input"
+        ids = c.ids[:, :1].contiguous() if weighted else c.ids
         weights_TK, ids, places = (
-            self.elsewhere(t, behind) for t in (torch.rand(tokens, CHOICES), c.ids, torch.arange(4).int() % LOCAL)
+            self.elsewhere(t, behind) for t in (torch.rand(ids.shape), ids, torch.arange(4).int() % LOCAL)
         )
-        given |= {"shared_expert": self.shared, "expert_map": places}
+        given |= {"shared_expert": self.shared, "expert_map": places, "apply_router_weight_on_input": weighted}
         return lambda: moe_fp8_topk(x, c.w13, c.w2, c.w13_scale, c.w2_scale, weights_TK, ids, **given)
 
 
@@ -88,7 +90,7 @@ def launched(machine: Machine, call: Callable[[], Tensor]) -> list[Launch]:
 
 
 @pytest.mark.parametrize("tokens", [FEW, MANY])
-@pytest.mark.parametrize("name", ["ds_routed", "topk"])
+@pytest.mark.parametrize("name", ["ds_routed", "topk", "weight_on_input"])
 def test_a_call_made_before(name: str, tokens: int, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = Entry(name, tokens)
     for _ in range(2):

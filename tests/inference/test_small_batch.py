@@ -90,7 +90,7 @@ def test_sizes_that_it_suits(on_hopper: None) -> None:
         return small_batch.suits(torch.empty(tokens, hidden, **meta), w1, w2, choices, options)
 
     assert suits(1) and suits(60) and not suits(61) and not suits(0)  # 30 rows an expert
-    assert suits(2, inter=128) and not suits(3, inter=128)  # 1 row
+    assert suits(12, inter=128) and not suits(13, inter=128)  # 6 rows
     assert not suits(4, hidden=192) and not suits(4, inter=192)
     assert suits(4, experts=512) and not suits(4, experts=513)
     assert suits(4, choices=16) and not suits(4, choices=17)

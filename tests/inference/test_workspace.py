@@ -25,7 +25,7 @@ def test_the_counters_fit(tokens: int, choices: int, local: int, inter: int) -> 
     streamed = workspace.streamed_rows(tokens * choices, inter, local)
     items, planes = route_rows.max_items(local, streamed), stream_experts.plane_rows(streamed, local)
     at = workspace.regions(tokens, choices, 7168, inter, local)
-    words = stream_experts.num_counters(items, planes, inter)
+    words = stream_experts.num_counters(items, planes, 7168, inter)
     assert 4 * words <= at.offsets - at.counters < 4 * words + workspace.ALIGNMENT
 
 
@@ -60,6 +60,6 @@ def test_what_is_streamed() -> None:
         """Rows an expert."""
         return max(n for n in range(600) if workspace.streams(n * 32, share * n * 32, inter, 32))
 
-    assert [most(inter, 1.0) for inter in (256, 512, 2048)] == [1, 30, 30]
+    assert [most(inter, 1.0) for inter in (256, 512, 2048)] == [6, 30, 30]
     assert most(2048, 0.5) == 60 and most(2048, 0.05) == most(256, 0.001) == 256  # bounds of rows that go elsewhere
     assert most(192, 1.0) == 599  # which tile kernels cannot take

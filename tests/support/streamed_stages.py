@@ -60,9 +60,9 @@ def stream(case: Case, *, limit: float | None = None, pow2: bool = False) -> Str
         row_out=None,
         slot_row=poison(tokens, choices),
         weights=nan(tokens, choices),
-        counters=poison(num_counters(items, planes, inter)),
+        counters=poison(num_counters(items, planes, hidden, inter)),
         counts=poison(132, num_local),
-        counter_words=num_counters(items, planes, inter),
+        counter_words=num_counters(items, planes, hidden, inter),
         max_items=items,
     )
     scratch = Scratch(

@@ -19,7 +19,10 @@ from pretended_gpu import Launch, Machine, pretend_hopper
 
 import supersonic_moe as sm
 from supersonic_moe import ops
+from supersonic_moe.config.activation import Activation, GateUpLayout
+from supersonic_moe.inference import decode
 from supersonic_moe.jit import tape
+from supersonic_moe.kernels.interface import Gate
 from supersonic_moe.training import layer as layer_in_one
 from supersonic_moe.training import ops as training_ops
 
@@ -145,3 +148,28 @@ def test_a_tape_launches_what_a_run_launches(
         assert tape.play is play and len(played) > 8
         compare(machine.launches, played)
         machine.alive.append(x)
+
+
+def test_decode_is_played(machine: Machine) -> None:
+    """Weights as gpt-oss stores them, seen anew in each call."""
+    w1, w2 = torch.randn(E, H, 2 * I).bfloat16(), torch.randn(E, I, H).bfloat16()
+    b1, b2, ids = torch.randn(E, 2 * I).bfloat16(), torch.randn(E, H).bfloat16(), torch.randint(E, (3, K))
+    gate = Gate(Activation.gpt_oss(), GateUpLayout.INTERLEAVED)
+
+    def step(x: Tensor, scores: Tensor) -> None:
+        with torch.no_grad():
+            decode.run(decode.Operands(x, ids, scores, w1.mT, b1, w2.mT, b2), gate)
+
+    for _ in range(3):
+        given = torch.randn(3, H).bfloat16(), torch.rand(3, K)
+        step(*given)
+    assert not any(kept is tape._NEVER for kept in tape.state.tapes.values())
+    machine.launches.clear()
+    step(*given)
+    played = machine.launches.copy()
+    machine.launches.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tape, "play", machine.run)
+        step(*given)
+    assert len(played) == 1 + 3
+    compare(machine.launches, played)

@@ -184,7 +184,7 @@ def _launch(call: Call, workspace: Tensor) -> None:
 
 def _tables(call: Call, base: int, tiles: bool) -> RowTables:
     at, local = regions(*call.sizes), call.choices.num_local
-    inter = call.layer.experts.w2.shape[2]
+    hidden, inter = call.layer.experts.w2.shape[1:]
     items = max_items(local, call.streamed)
     return RowTables(
         offsets=base + at.offsets if tiles else None,
@@ -196,7 +196,7 @@ def _tables(call: Call, base: int, tiles: bool) -> RowTables:
         weights=base + at.weights,
         counters=base + at.counters,
         counts=base + at.counts,
-        counter_words=0 if tiles else num_counters(items, plane_rows(call.streamed, local), inter),
+        counter_words=0 if tiles else num_counters(items, plane_rows(call.streamed, local), hidden, inter),
         max_items=items,
         received=call.received,
     )

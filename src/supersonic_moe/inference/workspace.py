@@ -7,7 +7,7 @@ P = R' + 7 min(R', E_local) + 24 of them padded:
 
 | region | bytes |
 |---|---|
-| counters and items | 32 + P / 16, and 20 + 4 ceil(I / 128) for each item |
+| counters and items | 32 + 4 H / 128 + P / 16, and 20 + 4 ceil(I / 128) for each item |
 | tables of experts | 1060 E_local |
 | row -> slot, row -> token and weight, slot -> row, slot -> weight | 24 R |
 | streaming kernel: x of each row | P H (1 + 4/128) |
@@ -80,10 +80,10 @@ def workspace_bytes(num_tokens: int, top_k: int, hidden: int, intermediate: int,
 
 def few_rows(intermediate: int) -> int:
     """F: rows of an expert, on average, up to which streaming them is faster than tiles of 128 rows. They cost the same
-    at 24 (H 7168, I 3072; H 2048, I 768) to 45 rows (H 4096, I 2048) on an H200. With I 256 a tile of W2 is two K
-    blocks, of which the streaming kernel hides less; tiles were faster from 2 rows on.
+    at 24 rows (H 7168, I 3072), 28 (H 2048, I 768), 40 (H 4096, I 2048) and 6 (H 7168, I 256) on an H200. With I 256,
+    y in fp32, written and read, is as many bytes as W2 at 32 rows.
     """
-    return 30 if intermediate >= 512 else 1
+    return 30 if intermediate >= 512 else 6
 
 
 def streams(rows: int, expected: float, intermediate: int, num_local: int) -> bool:
@@ -115,7 +115,7 @@ def regions(num_tokens: int, top_k: int, hidden: int, intermediate: int, num_loc
     many = 0 if streams(rows, rows, intermediate, num_local) else rows
     common = _starts(
         0,
-        4 * (4 + items * (1 + blocks(intermediate)) + -(-padded // GATHER_ROWS)),
+        4 * (4 + blocks(hidden) + items * (1 + blocks(intermediate)) + -(-padded // GATHER_ROWS)),
         4 * (num_local + 1),
         16 * (items + 1),
         4 * COUNTING_BLOCKS * num_local,

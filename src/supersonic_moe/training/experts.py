@@ -88,7 +88,7 @@ class Bf16Call(NamedTuple):
         x, _, w1, b1, w2, b2 = operands
         tensors, others = BF16_SAVED.split(z, x, row_scores, w1, b1, w2, b2, self.plan, self.static)
         in_plain_torch = self.static.backend == "reference" or not x.is_cuda
-        return _Kept(tensors, others, _backward_in_bf16, in_plain_torch and self.parameters is None)
+        return _Kept(tensors, others, backward_in_bf16, in_plain_torch and self.parameters is None)
 
 
 class Fp8Call(NamedTuple):
@@ -116,29 +116,29 @@ class Fp8Call(NamedTuple):
         call = self.plan, self.static, self.numerics
         tensors, others = FP8_SAVED.split(z_PN, x, row_scores, b1, b2, *call, is_turned(w1), is_turned(w2))
         if self.w1.transposed is None:
-            again = functools.partial(_backward_in_fp8_quantizing_again, self.numerics, self.static.backend)
+            again = functools.partial(backward_in_fp8_quantizing_again, self.numerics, self.static.backend)
             return _Kept((w1, w2, *tensors), others, again)
         weights = FP8_WEIGHTS.flat(*Fp8Weights.of(self.w1, self.w2, self.numerics))
-        return _Kept((*weights, *tensors), others, _backward_in_fp8)
+        return _Kept((*weights, *tensors), others, backward_in_fp8)
 
 
-def _backward_in_bf16(tensors: Sequence[Any], others: Sequence[Any], incoming: Sequence[Any]) -> Sequence[Tensor]:
+def backward_in_bf16(tensors: Sequence[Any], others: Sequence[Any], incoming: Sequence[Any]) -> Sequence[Tensor]:
     grads: Sequence[Tensor] = experts_backward(*tensors, *others, *incoming)
     return grads
 
 
-def _backward_in_fp8(tensors: Sequence[Any], others: Sequence[Any], incoming: Sequence[Any]) -> Sequence[Tensor]:
+def backward_in_fp8(tensors: Sequence[Any], others: Sequence[Any], incoming: Sequence[Any]) -> Sequence[Tensor]:
     grads: Sequence[Tensor] = experts_fp8_backward(*tensors, *others, *incoming)
     return grads
 
 
-def _backward_in_fp8_quantizing_again(
+def backward_in_fp8_quantizing_again(
     numerics: Numerics, backend: str, tensors: Sequence[Any], others: Sequence[Any], incoming: Sequence[Any]
 ) -> Sequence[Tensor]:
     w1, w2, *tensors = tensors
     q1, q2 = quantized([w1, w2], numerics.scale, backend)
     weights = FP8_WEIGHTS.flat(*Fp8Weights.of(q1, q2, numerics))
-    return _backward_in_fp8((*weights, *tensors), others, incoming)
+    return backward_in_fp8((*weights, *tensors), others, incoming)
 
 
 _named_saved = on_flat(lambda saved: saved, BF16_SAVED)
@@ -203,7 +203,7 @@ class Experts(torch.autograd.Function):
         if dout is None:
             return (None,) * 7
         *needs, _call = ctx.needs_input_grad
-        grads = gradients(ctx, dout, Inputs(*needs))[0]
+        grads = gradients(ctx, dout, Inputs(*needs))
         if torch.is_grad_enabled() and not ctx.twice:  # create_graph
             grads = differentiable_once(grads, (dout, *ctx.saved_tensors))
         return *grads, None
@@ -232,21 +232,29 @@ def remember(ctx: Any, call: Bf16Call | Fp8Call, operands: Sequence[Any], output
     return tensors
 
 
-def gradients(ctx: Any, dout: Tensor, needs: Inputs[bool]) -> tuple[list[Tensor | None], Sequence[Any]]:
-    """Those that ``needs`` asks for, and what ``ctx`` has saved after the tensors of :func:`remember`. ``ctx``: of a
-    function whose first inputs have the places of :class:`Inputs`.
+def gradients(
+    ctx: Any, dout: Tensor, needs: Inputs[bool], run: Callable[..., Sequence[Tensor]] | None = None
+) -> list[Tensor | None]:
+    """Those that ``needs`` asks for.
+
+    Args:
+        ctx: of a function whose first inputs have the places of :class:`Inputs`.
+        run: does the work, instead of the backward op, with its arguments and what ``ctx`` has saved after the tensors
+            of :func:`remember`.
     """
     targets, main = _NO_TARGETS, _NO_BUFFERS
     if ctx.parameters is not None:
         needs, targets = targets_of(ctx.parameters, needs, ctx)
         main = targets.of_kernels()
     saved = ctx.saved_tensors  # may recompute forward, so look for what is missing first
-    tensors, further = saved[: ctx.kept], saved[ctx.kept :]
+    tensors = saved[: ctx.kept]
     incoming = INCOMING.flat(dout.contiguous(), needs, main)
     grads: list[Tensor | None]
     try:
         if ctx.twice and torch.is_grad_enabled():  # create_graph
             grads = [*_differentiable_backward(*tensors, *ctx.others, *incoming)]
+        elif run is not None:
+            grads = [*run(tensors, ctx.others, incoming, saved[ctx.kept :])]
         else:
             grads = [*ctx.run_backward(tensors, ctx.others, incoming)]
     except RuntimeError as error:
@@ -256,7 +264,7 @@ def gradients(ctx: Any, dout: Tensor, needs: Inputs[bool]) -> tuple[list[Tensor 
         for at, target, parameter in zip((2, 4), targets, ctx.parameters, strict=True):
             if target is not None:
                 grads[at] = target.finish(parameter, dout.dtype)
-    return [g if need else None for g, need in zip(grads, needs, strict=True)], further
+    return [g if need else None for g, need in zip(grads, needs, strict=True)]
 
 
 def differentiable_once(grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:

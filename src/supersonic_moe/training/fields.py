@@ -1,6 +1,6 @@
 """Argument lists of ops, written once: a NamedTuple becomes schema text, a flat list, and a NamedTuple again.
 
-``torch.library`` ops take flat lists of tensors, bools, strings and floats. Two lists of thirty, kept in step by hand
+``torch.library`` ops take flat lists of tensors, bools, strings and numbers. Two lists of thirty, kept in step by hand
 at five places, are where a swapped pair of arguments hides. So each list is a NamedTuple, whose fields may be
 NamedTuples, and :class:`Fields` derives the rest from its annotations:
 
@@ -25,7 +25,7 @@ from typing import Annotated, Any, Generic, NamedTuple, ParamSpec, TypeVar, get_
 
 from torch import Tensor
 
-_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", str: "str", float: "float"}
+_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "SymInt", str: "str", float: "float"}
 
 P = ParamSpec("P")
 N = TypeVar("N")

@@ -6,13 +6,14 @@
 
     FromIds    forward     plan, experts           backward    experts
 
-One function of autograd each, where the parts are up to four; what stands in a line is one tape (``jit/tape.py``). What
+One function of autograd each, where the parts are up to four, and one tape each way (``jit/tape.py``). What
 runs and what is kept are those of the parts, to the bit: ``routing/topk.py``, ``routing/plan.py``,
 ``training/experts.py``, ``training/router_linear.py``.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -33,6 +34,8 @@ from supersonic_moe.training.arguments import Inputs, Plan, Weight
 from supersonic_moe.training.experts import (
     Bf16Call,
     Fp8Call,
+    backward_in_bf16,
+    backward_in_fp8,
     call_of,
     differentiable_once,
     gradients,
@@ -40,7 +43,18 @@ from supersonic_moe.training.experts import (
     remember,
 )
 from supersonic_moe.training.fields import Fields, on_flat
-from supersonic_moe.training.ops import BF16_FORWARD, FP8_FORWARD, experts_forward, experts_fp8_forward
+from supersonic_moe.training.ops import (
+    BF16_FORWARD,
+    BF16_SAVED,
+    FP8_FORWARD,
+    FP8_SAVED,
+    FP8_WEIGHTS,
+    INCOMING,
+    experts_backward,
+    experts_forward,
+    experts_fp8_backward,
+    experts_fp8_forward,
+)
 from supersonic_moe.training.options import Options
 
 Grads: TypeAlias = tuple[Tensor | None, ...]
@@ -51,16 +65,23 @@ class Choice(NamedTuple):
 
     correction_bias: Tensor | None
     k: int
-    config: tuple[Any, ...]
-    """``topk.encode`` and a backend."""
+    kind: str
+    renormalize: bool
+    num_groups: int
+    topk_groups: int
+    scaling_factor: float
+    routing_backend: str
     with_loss: bool
     """Whether the Switch loss is wanted."""
 
     @property
+    def config(self) -> tuple[Any, ...]:
+        return self[2:8]
+
+    @property
     def of_loss(self) -> tuple[str, bool]:
         """Arguments of the ops of the loss: a backend, and whether probabilities come from sigmoids."""
-        kind, *_, backend = self.config
-        return backend, kind == SigmoidGroupedTopK.kind
+        return self.routing_backend, self.kind == SigmoidGroupedTopK.kind
 
 
 class Found(NamedTuple):
@@ -90,10 +111,8 @@ def run_layer(x_TH: Tensor, router_EH: Tensor, choice: Choice, w1: Weight, w2: W
     if is_recorded(operands, options):
         return Found(*apply(Layer, *operands, choice, call))
     with torch.no_grad():
-        logits_TE, scores_TK, ids_TK = _choose(x_TH, router_EH, *choice[:2], *choice.config)
-        out_TH, counts_E = _forward_of_ids(call, ids_TK, (x_TH, scores_TK, *operands[2:]), save=False)
-        loss = switch_loss_forward(logits_TE, counts_E, *choice.of_loss) if choice.with_loss else None
-    return Found(out_TH, logits_TE, counts_E, ids_TK, loss)
+        out, counts, logits, _, ids, *loss = _forward_of_logits(call, choice, operands, save=False)
+    return Found(out, logits, counts, ids, loss[0] if loss else None)
 
 
 def run_ids(
@@ -118,15 +137,15 @@ class Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
-        x, router, *weights, choice, call = args
-        ctx.choice = choice
-        logits, scores, ids = _choose(x, router, *choice[:2], *choice.config)
-        out, kept, counts = _forward(ctx, (x, scores, *weights), ids, call)
-        loss = switch_loss_forward(logits, counts, *choice.of_loss) if choice.with_loss else None
+        x, router, *weights, ctx.choice, call = args
+        found = _forward_of_logits(call, ctx.choice, args[:6], save=True)
+        own = 4 if ctx.choice.with_loss else 3
+        logits, scores, ids, *loss = found[-own:]
+        out, kept, counts = _kept(ctx, (x, scores, *weights), found[:-own], call)
         ctx.save_for_backward(*kept, x, router, logits, scores, ids, counts)
-        constant = [t for t in (logits, loss) if t is not None and not (x.requires_grad or router.requires_grad)]
+        constant = () if x.requires_grad or router.requires_grad else (logits, *loss)
         ctx.mark_non_differentiable(counts, ids, *constant)
-        return out, logits, counts, ids, loss
+        return out, logits, counts, ids, loss[0] if loss else None
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlogits: Tensor | None, *more: Tensor | None) -> Grads:
@@ -138,13 +157,20 @@ class Layer(torch.autograd.Function):
             with torch.no_grad():
                 once = Layer.backward(ctx, dout, dlogits, *more)[:6]
             return *differentiable_once(once, (dout, dlogits, dloss, *ctx.saved_tensors)), None, None
-        routes = needs.x or needs.scores
-        grads, (x, router, *chosen) = gradients(ctx, dout, needs._replace(scores=routes))
-        if routes:
-            dx, dscores = grads[:2]
-            asked = dx, dlogits, dloss, needs.scores
-            drouter = _router_backward(dscores, *chosen, x, router, *asked, *ctx.choice.config)
-            grads[1] = drouter if needs.scores else None
+        if not (needs.x or needs.scores):
+            return *gradients(ctx, dout, needs), None, None
+
+        def run(tensors: Any, others: Any, incoming: Any, chosen: Any) -> Sequence[Tensor]:
+            asked = dlogits, dloss, needs.x, needs.scores, *ctx.choice[2:8]
+            together = _TOGETHER.get(ctx.run_backward)
+            if together is not None:
+                return together(*chosen, *asked, *tensors, *others, *incoming)
+            dx, dscores, *dweights = ctx.run_backward(tensors, others, incoming)
+            return dx, _router_backward(dscores, dx, *chosen, *asked), *dweights
+
+        grads = gradients(ctx, dout, needs._replace(scores=True), run)
+        if not needs.scores:
+            grads[1] = None
         return *grads, None, None
 
 
@@ -169,7 +195,7 @@ class FromIds(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         *operands, (ids,), call = args
-        out, kept, _ = _forward(ctx, operands, ids, call)
+        out, kept, _ = _kept(ctx, operands, _forward_of_ids(call, ids, operands, save=True), call)
         ctx.save_for_backward(*kept)
         ctx.shape = ids.shape
         return out
@@ -179,24 +205,24 @@ class FromIds(torch.autograd.Function):
         if dout is None:
             return (None,) * 8
         *needed, _ids, _call = ctx.needs_input_grad
-        (dx, dscores, *dweights), _ = gradients(ctx, dout, Inputs(*needed))
+        dx, dscores, *dweights = gradients(ctx, dout, Inputs(*needed))
         grads: Sequence[Tensor | None] = (dx, None if dscores is None else dscores.view(ctx.shape), *dweights)
         if torch.is_grad_enabled():  # create_graph
             grads = differentiable_once(grads, (dout, *ctx.saved_tensors))
         return *grads, None, None
 
 
-def _forward(
-    ctx: Any, operands: Sequence[Any], ids: Tensor, call: Bf16Call | Fp8Call
+def _kept(
+    ctx: Any, operands: Sequence[Any], found: Sequence[Tensor], call: Bf16Call | Fp8Call
 ) -> tuple[Tensor, Sequence[Any], Tensor]:
-    """(output, what to save, counts)."""
+    """(output, what to save, counts). ``found``: of :func:`_forward_of_ids`."""
     ctx.set_materialize_grads(False)
-    *output, offsets, gather, scatter, row_expert, reverse, counts = _forward_of_ids(call, ids, operands, save=True)
+    *output, offsets, gather, scatter, row_expert, reverse, counts = found
     plan = Plan(offsets, gather, scatter, row_expert, reverse, reverse, None, False)
     return output[0], remember(ctx, call._replace(plan=plan), operands, output), counts
 
 
-# ---- tapes -----------------------------------------------------------------------------------------------------------
+# ---- tapes: forward --------------------------------------------------------------------------------------------------
 
 _NO_PLAN: Any = tuple.__new__(Plan, (*[None] * 7, False))
 
@@ -205,7 +231,12 @@ class _Ids(NamedTuple):
     ids: Tensor
 
 
-def _of_ids(fields: Fields[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
+class _Router(NamedTuple):
+    router: Tensor
+    choice: Choice
+
+
+def _of_ids(fields: Fields[..., Any], forward: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
     """``forward`` of ``fields`` with ids (T, K) in front and a plan that is made of them. Gives what ``forward`` gives
     and the plan; where nothing is saved, output and counts.
     """
@@ -221,47 +252,132 @@ def _of_ids(fields: Fields[..., Any], forward: Callable[..., Any]) -> Callable[.
         output = forward(*fields.flat(*call))
         return (*output, *plan) if call.save else (output[0], counts)
 
-    flat = on_flat(run, Fields(_Ids), fields)
-    return caller(flat, flat)
+    return run
 
 
-_bf16_of_ids, _fp8_of_ids = _of_ids(BF16_FORWARD, experts_forward), _of_ids(FP8_FORWARD, experts_fp8_forward)
+def _of_logits(run: Callable[..., Any], product: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
+    """``run`` of :func:`_of_ids` with the router in front. Gives logits, scores, ids and the loss as well."""
+
+    def run_all(given: _Router, call: Any) -> tuple[Tensor, ...]:
+        choice = given.choice
+        logits = product(call.x, given.router)
+        scores, ids = route_forward(logits, *choice[:8])
+        found = run(_Ids(ids), call._replace(scores=scores))
+        if choice.with_loss:
+            return *found, logits, scores, ids, switch_loss_forward(logits, found[-1], *choice.of_loss)
+        return *found, logits, scores, ids
+
+    return run_all
+
+
+def _product(x: Tensor, router: Tensor) -> Tensor:
+    """As a tape can hold it. For who looks at ops it is ``F.linear``: selective checkpointing keeps no tensor that is
+    written to.
+    """
+    return torch.mm(x, router.t(), out=x.new_empty(x.shape[0], router.shape[0]))
+
+
+def _callers(fields: Fields[..., Any], forward: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """From ids on, and from the router on."""
+    run = _of_ids(fields, forward)
+    of_ids = on_flat(run, Fields(_Ids), fields)
+    plain, observed = (on_flat(_of_logits(run, p), Fields(_Router), fields) for p in (_product, F.linear))
+    return caller(of_ids, of_ids), caller(observed, plain)
+
+
+_BF16_CALLERS, _FP8_CALLERS = _callers(BF16_FORWARD, experts_forward), _callers(FP8_FORWARD, experts_fp8_forward)
 
 
 def _forward_of_ids(call: Bf16Call | Fp8Call, ids: Tensor, operands: Sequence[Any], save: bool) -> tuple[Tensor, ...]:
-    run, (x, scores, w1, b1, w2, b2) = _bf16_of_ids if isinstance(call, Bf16Call) else _fp8_of_ids, operands
+    run, _ = _BF16_CALLERS if isinstance(call, Bf16Call) else _FP8_CALLERS
+    x, scores, w1, b1, w2, b2 = operands
     found: tuple[Tensor, ...] = run(ids, *call.arguments((x, scores, w1, b1, w2, b2), save))
     return found
 
 
-def _route(x: Tensor, router: Tensor, bias: Tensor | None, k: int, *config: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(logits, scores, ids)."""
-    logits = torch.mm(x, router.t(), out=x.new_empty(x.shape[0], router.shape[0]))  # which a tape can hold
-    return logits, *route_forward(logits, bias, k, *config)
+def _forward_of_logits(
+    call: Bf16Call | Fp8Call, choice: Choice, operands: Sequence[Any], save: bool
+) -> tuple[Tensor, ...]:
+    """``operands``: with the router in the place of scores."""
+    _, run = _BF16_CALLERS if isinstance(call, Bf16Call) else _FP8_CALLERS
+    x, router, w1, b1, w2, b2 = operands
+    no_scores: Any = None
+    found: tuple[Tensor, ...] = run(router, *choice, *call.arguments((x, no_scores, w1, b1, w2, b2), save))
+    return found
 
 
-def _route_observed(x: Tensor, router: Tensor, *choice: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for who looks at ops: selective checkpointing keeps no tensor that is written to."""
-    logits = F.linear(x, router)
-    return logits, *route_forward(logits, *choice)
+# ---- tapes: backward -------------------------------------------------------------------------------------------------
 
 
-def _route_back(
-    dscores_S: Tensor, logits: Tensor, scores: Tensor, ids: Tensor, counts: Tensor, x: Tensor, router: Tensor,
-    dx: Tensor | None, dlogits: Tensor | None, dloss: Tensor | None, wanted: bool, kind: str, *config: Any,
-) -> Tensor:  # fmt: skip
-    """The router's gradient, if it is ``wanted``; ``dx``, where there is one, gets the router's share added. Sums of
-    ``dlogits`` are rounded in the order in which autograd would make them.
+class _Saved(NamedTuple):
+    """What a layer saves beside what its experts save."""
+
+    tokens: Tensor
+    router: Tensor
+    logits: Tensor
+    scores: Tensor
+    ids: Tensor
+    counts: Tensor
+
+
+class _Asked(NamedTuple):
+    dlogits: Tensor | None
+    dloss: Tensor | None
+    of_x: bool
+    of_router: bool
+    kind: str
+    renormalize: bool
+    num_groups: int
+    topk_groups: int
+    scaling_factor: float
+    routing_backend: str
+
+
+def _route_back(dscores_S: Tensor, dx: Tensor, saved: _Saved, asked: _Asked) -> Tensor:
+    """The router's gradient, if it is asked for; ``dx``, if that is, gets the router's share added. Sums of ``dlogits``
+    are rounded in the order in which autograd would make them.
     """
-    total = route_backward(dscores_S.view(ids.shape), logits, scores, ids, kind, *config)
+    x, router, logits, scores, ids, counts = saved
+    dlogits, dloss, of_x, of_router, *config = asked
+    total = route_backward(dscores_S.view(ids.shape), logits, scores, ids, *config)
     if dloss is not None:
-        of_loss = switch_loss_backward(dloss, logits, counts, config[-1], kind == SigmoidGroupedTopK.kind)
+        sigmoid = asked.kind == SigmoidGroupedTopK.kind
+        of_loss = switch_loss_backward(dloss, logits, counts, asked.routing_backend, sigmoid)
         dlogits = of_loss if dlogits is None else torch.add(dlogits, of_loss, out=of_loss)
     if dlogits is not None:
         torch.add(dlogits, total, out=total)
-    if dx is not None:
+    if of_x:
         torch.addmm(dx, total, router, out=dx)
-    return torch.mm(total.t(), x, out=router.new_empty(router.shape)) if wanted else total
+    return torch.mm(total.t(), x, out=router.new_empty(router.shape)) if of_router else total
 
 
-_choose, _router_backward = caller(_route_observed, _route), caller(_route_back, _route_back)
+def _and_router(backward: Callable[..., Any], *fields: Fields[..., Any]) -> Callable[..., Any]:
+    """``backward`` of the experts, whose arguments are ``fields``, and then that of the router."""
+
+    def run(saved: _Saved, asked: _Asked, *arguments: Any) -> tuple[Tensor, ...]:
+        flat = itertools.chain.from_iterable(f.flat(*given) for f, given in zip(fields, arguments, strict=True))
+        dx, dscores, *dweights = backward(*flat)
+        return dx, _route_back(dscores, dx, saved, asked), *dweights
+
+    together = on_flat(run, Fields(_Saved), Fields(_Asked), *fields)
+    return caller(together, together)
+
+
+class _Experts(NamedTuple):
+    """What the router's backward needs of that of the experts."""
+
+    dscores: Tensor
+    dx: Tensor
+
+
+def _after_experts(experts: _Experts, saved: _Saved, asked: _Asked) -> Tensor:
+    return _route_back(experts.dscores, experts.dx, saved, asked)
+
+
+_separate = on_flat(_after_experts, Fields(_Experts), Fields(_Saved), Fields(_Asked))
+_router_backward = caller(_separate, _separate)
+_TOGETHER: dict[Any, Callable[..., Sequence[Tensor]]] = {
+    backward_in_bf16: _and_router(experts_backward, BF16_SAVED, INCOMING),
+    backward_in_fp8: _and_router(experts_fp8_backward, FP8_WEIGHTS, FP8_SAVED, INCOMING),
+}
+"""Of each backward that is one op."""

@@ -23,10 +23,15 @@ CLASSES = decorated_classes()
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> list[int]:
-    """The tokens of each forward that takes the kernels; a CPU counts as a GPU."""
+def on_gpu(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """A CPU counts as a GPU."""
     if device.type == "cpu":
         monkeypatch.setattr(decode, "_on_gpu", lambda *_: True)
+
+
+@pytest.fixture
+def calls(on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens of each forward that takes the kernels."""
     seen, run = [], decode.run
 
     def counted(operands: decode.Operands, gate: Any) -> Tensor:
@@ -123,3 +128,36 @@ def test_flops_are_those_of_the_layer(calls: list[int], device: torch.device) ->
         with FlopCounterMode(display=False) as counted:
             assert torch.equal(decode.run(operands, gate), plain)
     assert counted.get_total_flops() == 6 * TOKENS * CHOICES * HIDDEN * WIDTH
+
+
+def test_compiled_forwards_take_the_same_way_in_one_graph(on_gpu: None, device: torch.device) -> None:
+    torch._dynamo.reset()
+    module, _ = made("GptOssExperts", device)
+    module.limit, module.alpha = 7.0, 1.702  # those of the library's model
+    module.config._experts_implementation = "supersonic"
+    x, ids, scores = (t.detach().to(device) for t in inputs(module, torch.bfloat16))
+    graphs: list[torch.fx.GraphModule] = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=count)
+    with torch.no_grad():
+        for tokens in (13, 7, 10):
+            given = [t[:tokens].clone() for t in (x, ids, scores)]
+            assert torch.equal(compiled(*given), module(*given))
+    (graph,) = graphs
+    assert "supersonic_moe.decode" in graph.code
+
+
+def test_an_exported_program_takes_any_number_of_tokens(on_gpu: None, device: torch.device) -> None:
+    module, forward = made("Qwen3MoeExperts", device)
+    module.config._experts_implementation = "supersonic"
+    x, ids, scores = (t.detach().to(device) for t in inputs(module, torch.bfloat16))
+    tokens = torch.export.Dim("tokens", min=2, max=65536)
+    with torch.no_grad():
+        program = torch.export.export(module, (x, ids, scores), dynamic_shapes=({0: tokens}, {0: tokens}, {0: tokens}))
+        module.train()  # takes the layer's way
+        assert torch.equal(program.module()(x, ids, scores), forward())
+    assert "supersonic_moe.decode" not in program.graph_module.code

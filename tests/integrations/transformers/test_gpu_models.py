@@ -88,10 +88,12 @@ def in_graph(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
 DECODED = ["MixtralExperts", "GptOssExperts", "NemotronHExperts", "Gemma4TextExperts", "Qwen3MoeExperts"]
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["layer", "decode"])
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("name", DECODED)
-def test_decode_never_waits_and_fits_a_cuda_graph(name: str, batch: int) -> None:
-    experts = random_experts(decorated_classes()[name], torch.bfloat16).to(CUDA)
+def test_decode_never_waits_and_fits_a_cuda_graph(name: str, batch: int, training: bool) -> None:
+    """By the layer's own kernels, as in train mode, and by those of decode."""
+    experts = random_experts(decorated_classes()[name], torch.bfloat16).to(CUDA).train(training)
     experts.config._experts_implementation = "supersonic"
     x, ids, scores = (t.detach()[:batch].to(CUDA) for t in inputs(experts, torch.bfloat16))
 
@@ -100,9 +102,10 @@ def test_decode_never_waits_and_fits_a_cuda_graph(name: str, batch: int) -> None
             out: Tensor = experts(x, ids, scores)
         return out
 
-    call()
+    first = call()
     with no_host_waits():
-        call()
+        assert torch.equal(call(), first)
+    assert torch.equal(call(), first)  # played, where a tape can hold it
     graph, out = in_graph(call)
     x.copy_(torch.randn_like(x))
     ids.copy_((ids + 1) % 4)

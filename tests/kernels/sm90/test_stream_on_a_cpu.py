@@ -95,7 +95,7 @@ def run(
     order = as_layout(case.order)
     always = shared or Fp8Experts(case.w13[:1], case.w13_scale[:1], case.w2[:1], case.w2_scale[:1])
     _, strides = pairs(case.w13, order is GateUpLayout.INTERLEAVED)
-    counters = torch.zeros(num_counters(items, rows, inter), dtype=torch.int32)
+    counters = torch.zeros(num_counters(items, rows, hidden, inter), dtype=torch.int32)
     out, planes = nan(tokens, hidden).bfloat16(), nan_codes(blocks(hidden), rows, 128)
     scale_strides = (0, 0) if x_scale is None else x_scale.stride()
     arguments = (
@@ -123,11 +123,11 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 # tokens, hidden, I, experts, choices, blocks
 FEW_ROWS, NARROW, ONE_STRIP = (3, 512, 256, 3, 2, 8), (20, 512, 256, 3, 2, 8), (2, 256, 128, 4, 2, 2)
-STRIPS, MANY_ROWS = (4, 1152, 256, 6, 3, 2), (150, 256, 128, 2, 2, 2)
+STRIPS, NARROW_STRIPS, MANY_ROWS = (4, 1152, 256, 6, 3, 2), (3, 1152, 128, 3, 2, 4), (150, 256, 128, 2, 2, 2)
 
 
 @pytest.mark.parametrize("order", ["gate_up", "up_gate", "interleaved"])
-@pytest.mark.parametrize("sizes", [FEW_ROWS, NARROW, ONE_STRIP, STRIPS, MANY_ROWS])
+@pytest.mark.parametrize("sizes", [FEW_ROWS, NARROW, ONE_STRIP, STRIPS, NARROW_STRIPS, MANY_ROWS])
 def test_as_the_reference(sizes: tuple[int, ...], order: str, stream: Any) -> None:
     tokens, hidden, inter, local, choices, grid = sizes
     case = make_case(

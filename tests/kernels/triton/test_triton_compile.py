@@ -22,7 +22,7 @@ import pytest
 pytest.importorskip("triton")
 
 SRC = Path(__file__).parents[3] / "src"
-BATCH_SIZES = (1, 2, 16, 17, 300, 4096)
+BATCH_SIZES = (4096, 1, 2, 16, 17, 300)  # many tokens first: few leave out two kernels of a plan
 
 pytestmark = [
     pytest.mark.slow,

@@ -15,6 +15,7 @@ from oracle import rel_fro
 from poison import poisoned_allocations  # noqa: F401
 
 from supersonic_moe.config.activation import Activation, GateUpLayout, as_activation
+from supersonic_moe.functional import topk_experts
 from supersonic_moe.kernels.interface import Gate
 from supersonic_moe.kernels.reference.activation import activation_forward
 from supersonic_moe.kernels.triton.decode import decode
@@ -100,3 +101,18 @@ def test_no_tokens(device: torch.device) -> None:
     x, ids, scores, *weights = operands(case, device)
     assert decode(x[:0], ids[:0], scores[:0], *weights, case.gate).shape == (0, x.shape[1])
     assert not decode(x, ids[:, :0], scores[:, :0], *weights, case.gate).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 8, 64])
+@pytest.mark.parametrize("name", ["one token", "gpt-oss"])
+def test_decode_in_real_sizes(name: str, tokens: int) -> None:
+    """Qwen3-30B-A3B and gpt-oss-20b, beside the layer's own kernels."""
+    (hidden, width, num_experts, k) = {"one token": (2048, 768, 128, 8), "gpt-oss": (2880, 2880, 32, 4)}[name]
+    ids = torch.rand(tokens, num_experts).topk(k).indices.tolist()
+    case = CASES[name]._replace(ids=ids, experts=num_experts)
+    x, ids_TK, scores, w1, b1, w2, b2 = operands(case, torch.device("cuda"), hidden, width)
+    got = decode(x, ids_TK, scores, w1, b1, w2, b2, case.gate)
+    activation, layout = case.gate
+    layer = topk_experts(x, ids_TK, scores, w1, w2, b1=b1, b2=b2, activation=activation, layout=layout, inference=True)
+    assert rel_fro(got, layer) < 5e-3

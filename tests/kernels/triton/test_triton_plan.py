@@ -44,6 +44,14 @@ def oracle(
 
 
 def check(device: torch.device, slots: Slots) -> None:
+    """By one launch and by three, whichever takes so many slots."""
+    for alone in (-1, 2**12):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plan, "ALONE", alone)
+            check_one_way(device, slots)
+
+
+def check_one_way(device: torch.device, slots: Slots) -> None:
     ids, tokens, k, *sizes = slots
     on_device = slots._replace(ids=ids.to(device), tokens=None if tokens is None else tokens.to(device))
     got = build_plan(on_device)

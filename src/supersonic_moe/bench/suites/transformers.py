@@ -100,4 +100,6 @@ def _place(case: TransformersCase, training_tokens: int) -> int:
     """Where a case stands in the order: of a run that is stopped, what tells most is left, of every model."""
     if case.mode == "decode":
         return 1 if case.what == "layers" else 2
-    return 0 if case.what == "layers" and case.tokens == training_tokens else 3
+    if case.tokens == training_tokens:
+        return 0 if case.what == "layers" else 3
+    return 4

@@ -19,9 +19,9 @@ Tiles
 Waiting
     Rows of x are gathered while the first weights arrive. Where no item has more than 4 rows and tiles are narrow,
     blocks quantize x and c themselves, from where they are into the stages (stream/feed.cuh). Else the last warpgroup
-    to write its part of 128 channels of c quantizes them. W2 is loaded before c is there, only the loads of c wait. The
-    output is combined when all items have stored y. Nobody waits for a tile that no running block has taken, and no
-    wait is unbounded.
+    to write its part of 128 channels of c quantizes them. W2 is loaded before c is there, only the loads of c wait. 128
+    columns of the output are combined when all items have stored theirs. Nobody waits for a tile that no running block
+    has taken, and no wait is unbounded.
 Maths
     fp32 registers add up what wgmma sums over 128 of K. The order of operations on a row depends on that row alone, not
     on N, on the tile or on the block that takes it.
@@ -113,9 +113,9 @@ def plane_rows(rows: int, num_local: int) -> int:
     return padded_rows(rows, num_local) + COLUMNS_BEHIND
 
 
-def num_counters(items: int, planes: int, intermediate: int) -> int:
+def num_counters(items: int, planes: int, hidden: int, intermediate: int) -> int:
     """Words of ``Problem::counters`` (stream/work.cuh) for so many items and rows of a plane."""
-    return 4 + items * (1 + blocks(intermediate)) + -(-planes // GATHER_ROWS)
+    return 4 + blocks(hidden) + items * (1 + blocks(intermediate)) + -(-planes // GATHER_ROWS)
 
 
 @functools.cache

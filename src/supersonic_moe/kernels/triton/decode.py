@@ -7,8 +7,8 @@
 No rows are sorted and no plan is built: ids are so few that each program finds the slots of its expert itself. Programs
 own an expert and a block of columns of its weights; where there are fewer slots than experts, one is started for each
 slot, and leaves if an earlier slot has its expert. It multiplies up to BLOCK_M rows at a time in the tensor cores,
-which such tiles leave nearly idle. What counts is bytes in flight: STAGES - 1 tiles of weights a program, several
-programs an SM.
+which such tiles leave nearly idle. What counts is bytes in flight: all stages but one of a program, several programs an
+SM.
 
 Ids outside [0, E) own no row and are skipped. The sums of a row have one order, whatever other rows are there; no size
 that depends on the batch is a constant of a kernel.
@@ -33,9 +33,10 @@ from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.tiling import cdiv, column_block
 
 BLOCK_M = 16  # rows of a tensor instruction
-BLOCK_N, BLOCK_N_TURNED = 32, 64  # columns of weights: many programs; of turned ones pieces of 128 bytes
-BLOCK_K, STAGES = 128, 4  # pieces of 256 bytes, 8 KB of weights a stage
-BLOCK_S = 256  # slots looked at at a time; with 64 or 128 ptxas spills
+BLOCK_K = 64
+PLAIN = (64, 6)  # columns of weights and stages of 8 KB; 16 and 32 columns take longer at T 64
+TURNED = (128, 4)  # of weights stored (E, K, N): pieces of 256 bytes, stages of 16 KB; 64 columns take 5 % longer
+BLOCK_S = 256  # slots looked at at a time
 COMBINED_H = 512  # columns of the output a program
 
 
@@ -172,7 +173,7 @@ def _project(
     num_experts, columns, depth = w_ENK.shape
     stride_e, stride_n, stride_k = w_ENK.stride()
     num_slots, width = out_SW.shape
-    block_n = BLOCK_N if stride_k == 1 else BLOCK_N_TURNED
+    block_n, stages = PLAIN if stride_k == 1 else TURNED
     launch(
         _project_kernel,
         (min(num_slots, num_experts), cdiv(columns, block_n)),
@@ -180,5 +181,5 @@ def _project(
             x, w_ENK, bias_EN, ids_TK, out_SW, num_slots, num_experts, slots_per_row,
             stride_e, stride_n, stride_k, 0 if bias_EN is None else bias_EN.stride(0),
         ),
-        (depth, width, *activation, BLOCK_M, block_n, BLOCK_K, BLOCK_S, STAGES),
+        (depth, width, *activation, BLOCK_M, block_n, BLOCK_K, BLOCK_S, stages),
     )  # fmt: skip

@@ -1,9 +1,11 @@
-"""Routing metadata: a stable counting sort of slots by expert, in three launches and without a word to the host.
+"""Routing metadata: a stable counting sort of slots by expert, in three launches or one and without a word to the host.
 
     1 count   program c: histogram of the expert ids in its chunk of slots -> counts (C + 1, E)
     2 scan    a program for 8 experts: exclusive sum of counts over chunks, in place, and the totals, row C of counts
     3 place   program c: offsets from totals; row = offsets[e] + counts[c, e] + rank among the slots of e in the chunk,
               for each of its slots; then its share of the padding and dead rows
+
+Of at most ALONE slots each program of step 3 counts all by itself, which takes it less than two launches take.
 
 The result is unique (slot order inside an expert), so how slots are cut into chunks cannot show in it. Ranks inside a
 block of B slots come from a B x B comparison: B compares a slot, whatever E is (a one-hot cumulative sum costs E a
@@ -33,6 +35,7 @@ SCAN_E = 8  # experts of one scan program: 8 int32 counts are one 32-byte sector
 MAX_COUNTS = 1 << 17  # C * E where E allows: 512 KB of counts stay in L2
 MIN_CHUNKS = 256  # C may always reach this: two programs per SM
 MIN_PLACERS = 128  # programs of step 3 where rows allow: about one per SM to fill padding and dead rows
+ALONE = 1024  # slots that each program counts itself: 8 blocks at some 0.5 us, for two launches of 3 us; not tuned yet
 MAX_INDEX = 2**31 - 1
 
 
@@ -84,10 +87,33 @@ def _scan_kernel(counts_ptr, num_chunks, E, BLOCK_C: tl.constexpr, BLOCK_E: tl.c
 
 
 @triton.jit
-def _segments(totals_ptr, tile, E, BLOCK_E: tl.constexpr):
+def _counts(
+    ids_ptr, tokens_ptr, counts_ptr, chunk, num_slots, slots_per_token, num_tokens, slots_per_chunk, num_chunks, E,
+    BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Slots of every expert: in all, and in the chunks before this one. No chunks: counted here."""
+    if num_chunks == 0:
+        total = tl.zeros([BLOCK_E], dtype=tl.int32)
+        before = tl.zeros([BLOCK_E], dtype=tl.int32)
+        first = chunk * 0
+        while first < num_slots:
+            slot = first + tl.arange(0, BLOCK_S)
+            expert, _ = _load_experts(ids_ptr, tokens_ptr, slot, num_slots, slots_per_token, num_tokens, E)
+            found = tl.histogram(expert, BLOCK_E, mask=expert < E)
+            total += found
+            before += tl.where(first < chunk * slots_per_chunk, found, 0)
+            first += BLOCK_S
+    else:
+        e = tl.arange(0, BLOCK_E)
+        has_slots = chunk * slots_per_chunk < num_slots  # small batches get more programs than chunks, for the fills
+        total = tl.load(counts_ptr + num_chunks.to(tl.int64) * E + e, mask=e < E, other=0)
+        before = tl.load(counts_ptr + chunk * E + e, mask=(e < E) & has_slots, other=0)
+    return total, before
+
+
+@triton.jit
+def _segments(total, tile):
     """(first row, real rows, end of the padded segment) of every expert."""
-    e = tl.arange(0, BLOCK_E)
-    total = tl.load(totals_ptr + e, mask=e < E, other=0)
     padded = (total + tile - 1) // tile * tile
     end = tl.cumsum(padded, 0)
     return end - padded, total, end
@@ -106,8 +132,11 @@ def _place_kernel(
 ):  # fmt: skip
     chunk = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK_E)
-    totals_ptr = counts_ptr + num_chunks.to(tl.int64) * E
-    start, total, end = _segments(totals_ptr, tile, E, BLOCK_E)
+    total, before = _counts(
+        ids_ptr, tokens_ptr, counts_ptr, chunk, num_slots, slots_per_token, num_tokens, slots_per_chunk, num_chunks, E,
+        BLOCK_E, BLOCK_S,
+    )  # fmt: skip
+    start, total, end = _segments(total, tile)
     num_live = tl.minimum(tl.max(end, 0), capacity)
     if chunk == 0:
         tl.store(expert_offsets_ptr + e, tl.minimum(start, capacity), mask=e < E)
@@ -115,8 +144,7 @@ def _place_kernel(
         real = tl.minimum(start + total, capacity) - tl.minimum(start, capacity)
         tl.store(expert_counts_ptr + e, real, mask=e < E)
 
-    has_slots = chunk * slots_per_chunk < num_slots  # small batches get more programs than chunks, for the fills below
-    next_row = start + tl.load(counts_ptr + chunk * E + e, mask=(e < E) & has_slots, other=0)
+    next_row = start + before
     position = tl.arange(0, BLOCK_S)
     first = chunk * slots_per_chunk
     last = tl.minimum(first + slots_per_chunk, num_slots)
@@ -140,7 +168,7 @@ def _place_kernel(
         tile > 1
     ):  # expert e leaves the rows start + total .. end, fewer than `tile`: all programs share E * (tile - 1) candidates
         gaps = tile - 1
-        start, total, end = _segments(totals_ptr, tile, E, BLOCK_E)
+        start, total, end = _segments(total, tile)
         first = chunk * BLOCK_S
         while first < E * gaps:
             candidate = (first + position).to(tl.int32)
@@ -180,15 +208,17 @@ def build_plan(slots: Slots) -> PlanTensors:
     blocks = max(1, cdiv(num_slots, block_s))
     blocks_per_chunk = cdiv(blocks, max(MIN_CHUNKS, MAX_COUNTS // block_e))
     num_chunks = cdiv(blocks, blocks_per_chunk)
-    counts_CE = empty((num_chunks + 1) * num_experts)
     by_row = empty(capacity), empty(capacity), empty(capacity)
     plan = PlanTensors(empty(num_experts + 1), *by_row, empty(num_slots), empty(num_experts))
     counted = num_slots, max(1, slots_per_token), num_tokens, blocks_per_chunk * block_s
-    inputs, sizes, num_warps = (ids_S, slot_tokens_S, counts_CE), (block_e, block_s), block_s // 32
-    launch(_count_kernel, (num_chunks,), (*inputs, *counted, num_experts), sizes, num_warps=num_warps)
-    scanners = cdiv(num_experts, SCAN_E)
-    launch(_scan_kernel, (scanners,), (counts_CE, num_chunks, num_experts), (SCAN_C, SCAN_E), num_warps=8)
     placers = max(num_chunks, min(MIN_PLACERS, cdiv(capacity, block_s)))
+    num_chunks = 0 if num_slots <= ALONE else num_chunks
+    counts_CE = empty((num_chunks + 1) * num_experts) if num_chunks else plan.counts
+    inputs, sizes, num_warps = (ids_S, slot_tokens_S, counts_CE), (block_e, block_s), block_s // 32
+    if num_chunks:
+        launch(_count_kernel, (num_chunks,), (*inputs, *counted, num_experts), sizes, num_warps=num_warps)
+        scanners = cdiv(num_experts, SCAN_E)
+        launch(_scan_kernel, (scanners,), (counts_CE, num_chunks, num_experts), (SCAN_C, SCAN_E), num_warps=8)
     args = (*inputs, *plan, *counted, num_chunks, tile, capacity, num_experts)
     launch(_place_kernel, (placers,), args, sizes, num_warps=num_warps)
     return plan

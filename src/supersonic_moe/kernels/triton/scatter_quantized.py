@@ -83,7 +83,7 @@ def scatter_quantized(
     tokens, columns = x_TC.shape
     if tokens == 0:
         return
-    slots, panel = row_TS.shape[1], column_block(columns, 8 * block_format.BLOCK) // block_format.BLOCK
+    slots, panel = row_TS.shape[1], max(1, column_block(columns, 8 * block_format.BLOCK) // block_format.BLOCK)
     per_program = TILE // (panel * block_format.BLOCK)
     grid = cdiv(tokens, per_program) * cdiv(columns, panel * block_format.BLOCK)
     scale_strides = (0, 0) if scale_TB is None else scale_TB.stride()

@@ -80,20 +80,7 @@ struct Batches {
     DEVICE u32 tokens(u32 batch) const { return min(each, of_rank - inside(batch)); }
 };
 
-// Until y of all items is stored. A block tells of its `strips` once, at its end: a release while it stores more would take as long as four
-// K blocks. The last strips of all columns are those of the last item, so nobody could begin earlier.
-DEVICE void meet_all(const Problem& p, const Geometry& g, u32 strips) {
-    const auto sync = [] { named_barrier_sync(3, 32 * MATH_WARPS); };
-    sync();
-    if (threadIdx.x == 0) {
-        add_release(p.stored(), strips);
-        wait_for_count(p.stored(), g.items * g.strips2);
-    }
-    sync();
-}
-
-// `strips`: of W2 that this block has computed, in thread 0.
-DEVICE void combine_tokens(const Block& block, const Problem& p, const Geometry& g, u32 strips) {
+DEVICE void combine_tokens(const Block& block, const Problem& p, const Geometry& g) {
     const u32 columns = p.blocks_hidden(), warps = gridDim.x * MATH_WARPS;
     // As many tokens a batch as give each warp one, up to what a list holds.
     const u32 share = (static_cast<u64>(p.tokens) * columns + warps - 1) / warps;
@@ -107,12 +94,12 @@ DEVICE void combine_tokens(const Block& block, const Problem& p, const Geometry&
     };
     u64 unit = blockIdx.x + gridDim.x * (threadIdx.x / 32);
     Slots next = slots_of(unit);
-    meet_all(p, g, strips);
     for (; unit < units; unit += warps) {
         const u32 of_columns = unit % columns, column = of_columns * BLOCK_CHANNELS + 4 * lane_index();
         const u32 batch = unit / columns, tokens = batches.tokens(batch);
         const u32 rows = next.list(p, list);
         next = slots_of(unit + warps);
+        wait_for_count(p.stored(of_columns), 2 * g.items);
         add_rows(p, list, rows, tokens, p.y + column, p.of_tokens.out(batches.first(batch)) + column);
         __syncwarp();  // the next batch writes the list again
     }

@@ -28,8 +28,8 @@ DEVICE void stream_layer(const Problem& problem, const WeightMaps& wide, const W
         gather_rows(problem, geometry);
     }
     if (warp < MATH_WARPS) {
-        const u32 strips = compute_strips(block, problem, geometry, warp / 4);
-        combine_tokens(block, problem, geometry, strips);
+        compute_strips(block, problem, geometry, warp / 4);
+        combine_tokens(block, problem, geometry);
     } else if (warp == TOKEN_WARP) {
         load_tokens(block, problem, geometry);
     } else if (elect_one()) {

@@ -201,16 +201,15 @@ DEVICE void compute_tile(const Block& block, const Problem& p, const Geometry& g
     }
 }
 
-// Returns how many strips of W2 this warpgroup has computed.
-DEVICE u32 compute_strips(const Block& block, const Problem& p, const Geometry& g, u32 index) {
+DEVICE void compute_strips(const Block& block, const Problem& p, const Geometry& g, u32 index) {
     const MathGroup group = {index, g.narrow() ? 2u : 1u};
-    u32 strips = 0;
-    if (index >= g.tile_rows / 64) return strips;
+    if (index >= g.tile_rows / 64) return;
     Cursor ring, queue;
     while (true) {
         Tile tile = block.read_tile(queue, g.direct ? 1 : group.arrivals);
-        if (tile.product == 0) return strips;
-        for (const u32 end = tile.index + tile.count; tile.index < end; ++tile.index) {
+        if (tile.product == 0) return;
+        const u32 first = tile.index, end = first + tile.count;
+        for (; tile.index < end; ++tile.index) {
             switch (columns_for(tile.rows)) {
                 case 8: compute_tile<8>(block, p, g, group, ring, tile); break;
                 case 16: compute_tile<16>(block, p, g, group, ring, tile); break;
@@ -223,6 +222,10 @@ DEVICE u32 compute_strips(const Block& block, const Problem& p, const Geometry& 
             }
             if (tile.product == 1) finish_channels(block, p, g, tile, group, group.first_channel(g, tile));
         }
-        strips += tile.product == 2;
+        if (tile.product == 2) {
+            group.sync();
+            const u32 stored = first + threadIdx.x % 128;
+            if (stored < end) add_release(p.stored(stored * g.tile_rows / BLOCK_CHANNELS), 1);
+        }
     }
 }

@@ -22,8 +22,8 @@ constexpr u32 RING_BYTES = 216 * 1024;
 // requests is no faster and makes everything else wait 6 us behind them.
 constexpr u32 BYTES_ON_THE_WAY = 64 * 1024;
 
-// Of W2 in a strip, if all multiprocessors have two: what is behind a new one (the counter, its item, whether c is there, scales) is some
-// microseconds away, as long as 16 K blocks take.
+// Of W2 in a strip, if all multiprocessors have two: what comes with one (the counter, its item, whether c is there, scales, a release
+// behind y) takes some microseconds, as 16 K blocks do.
 constexpr u32 STRIP_BLOCKS = 16;
 
 constexpr u32 DIRECT_ROWS = 4;  // of an item, at most, where narrow tiles get them without a gather: stream/feed.cuh
@@ -70,12 +70,14 @@ struct Problem {
     DEVICE i32 shared() const { return shared_expert; }  // slots of a token that are no choice of the router
     DEVICE u32 blocks_hidden() const { return hidden / LINE_BYTES; }
     DEVICE u32 blocks_inter() const { return (inter + LINE_BYTES - 1) / LINE_BYTES; }
-    // Counters, all zero at the start: the next strip; strips of W2 whose y is stored; blocks of c of each item that are ready; arrivals at
-    // each of these blocks; parts of each 64 rows of x that are gathered.
+    // Counters, all zero at the start: the next strip; warpgroups that have stored their part of a block of columns of y; blocks of c of each
+    // item that are ready; arrivals at each of these blocks; parts of each 64 rows of x that are gathered.
     DEVICE u32* next_strip() const { return counters; }
-    DEVICE u32* stored() const { return counters + 1; }
-    DEVICE u32* ready(u32 item) const { return counters + 4 + item; }
-    DEVICE u32* arrivals(u32 item, u32 block) const { return counters + 4 + max_items + item * blocks_inter() + block; }
+    DEVICE u32* stored(u32 block) const { return counters + 4 + block; }
+    DEVICE u32* ready(u32 item) const { return counters + 4 + blocks_hidden() + item; }
+    DEVICE u32* arrivals(u32 item, u32 block) const {
+        return counters + 4 + blocks_hidden() + max_items + item * blocks_inter() + block;
+    }
     DEVICE u32* gathered(u32 group) const { return arrivals(max_items, 0) + group; }
     // Of a row of x; a warp gathers one at a time.
     DEVICE u32 gather_parts() const { return (blocks_hidden() + GATHER_BLOCKS - 1) / GATHER_BLOCKS; }
