@@ -382,6 +382,11 @@ class Quantizers(Protocol):
     def dequantize_rows(self, x: Quantized, out_RC: Tensor | None = None) -> Tensor:
         """(R, C) bf16 of rows with scales (R, C/128): code times scale in fp32, rounded once. Into ``out`` if given."""
 
+    def quantize_saved(self, z_RC: Tensor) -> Quantized:
+        """(R, C) int8 with the exponents of groups of 1 x 32, four in each word of (R, C/128) int32, stored transposed:
+        what backward sees of a pre-activation that is kept in int8.
+        """
+
     def quantize_weights(
         self, weights_ENK: Sequence[Tensor], pow2: bool = False
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -432,9 +437,9 @@ class Fp8Experts(Experts, Quantizers, Protocol):
     ) -> tuple[Quantized, Quantized]:
         """(Z as backward will see it, A = act(Z + b1) (P, I)). Of rows that arrive, codes alone: scales are there.
 
-        Z (P, N1) is without the bias: e4m3 with scales, or bf16 with none, (0, N1/128), after
-        ``recipe.save_preactivation``; (0, N1) bf16 if not ``save``, or if backward computes it again. All scales are
-        stored transposed.
+        Z (P, N1) is without the bias: e4m3 with scales, int8 with words of exponents (``quantize_saved``), or bf16 with
+        none, (0, N1/128), after ``recipe.save_preactivation``; (0, N1) bf16 if not ``save``, or if backward computes it
+        again. All scales are stored transposed.
         """
 
     def down_backward_fp8(

@@ -20,6 +20,7 @@ from supersonic_moe.kernels.triton import pad_segments as pad_segments
 from supersonic_moe.kernels.triton import pick as pick
 from supersonic_moe.kernels.triton import quantize_both_orders as quantize_both_orders
 from supersonic_moe.kernels.triton import quantize_rows as quantize_rows
+from supersonic_moe.kernels.triton import quantize_saved as quantize_saved
 from supersonic_moe.kernels.triton import quantize_weights as quantize_weights
 from supersonic_moe.kernels.triton import row_dot as row_dot
 from supersonic_moe.kernels.triton import segment_sum as segment_sum

@@ -27,6 +27,7 @@ from supersonic_moe.kernels.triton.quantize import quantize_both_orders as quant
 from supersonic_moe.kernels.triton.quantize import quantize_columns as quantize_columns
 from supersonic_moe.kernels.triton.quantize import quantize_rows as quantize_rows
 from supersonic_moe.kernels.triton.quantize import quantize_weights as quantize_weights
+from supersonic_moe.kernels.triton.quantize_saved import quantize_saved as quantize_saved
 from supersonic_moe.kernels.triton.router import route_backward as route_backward
 from supersonic_moe.kernels.triton.router import route_forward as route_forward
 from supersonic_moe.kernels.triton.row_parts import row_parts as row_parts
