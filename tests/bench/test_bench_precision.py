@@ -26,7 +26,7 @@ FEW = (Bf16Recipe(), Fp8Recipe(wgrad="bf16"), Fp8Recipe(wgrad="fp8", save_preact
 
 def test_recipes_are_all_combinations_once() -> None:
     fp8 = [recipe for recipe in RECIPES if isinstance(recipe, Fp8Recipe)]
-    assert len({recipe_name(recipe) for recipe in RECIPES}) == 14 and len(fp8) == 2 * 3 * 2 + 1
+    assert len({recipe_name(recipe) for recipe in RECIPES}) == 18 and len(fp8) == 2 * 4 * 2 + 1
     assert RECIPES[0] == Bf16Recipe() and Fp8Recipe() in fp8
 
 

@@ -21,9 +21,10 @@ from poison import poisoned_allocations  # noqa: F401
 
 from supersonic_moe.kernels.interface import Quantized
 from supersonic_moe.kernels.reference import quantize as reference
-from supersonic_moe.kernels.triton import pad_segments
+from supersonic_moe.kernels.triton import pad_segments, quantize_saved
 from supersonic_moe.kernels.triton import quantize as triton
-from supersonic_moe.quantization.block_format import BLOCK, E4M3, SMALLEST_AMAX, blocks, padded_capacity
+from supersonic_moe.kernels.triton.dequantize import dequantize_rows
+from supersonic_moe.quantization.block_format import BLOCK, E4M3, SMALLEST_AMAX, blocks, padded_capacity, saved_steps
 
 E4M3_MAX = 448.0
 EXAMPLES = settings(max_examples=15)
@@ -193,6 +194,10 @@ def test_rows(
     q, scale = got
     assert q.stride(0) % 16 == 0 and q.stride(1) == 1 and q.data_ptr() % 16 == 0
     assert scale.stride() == ((1, -(-r // 4) * 4) if tma else (blocks(c), 1))
+    out = x.new_empty(r, c + 8, dtype=torch.float32)[:, :c]  # exact there; the interpreter truncates to bf16
+    assert dequantize_rows(Quantized(*got), out) is out
+    assert torch.equal(out.nan_to_num(7), reference.dequantize(*got, torch.float32).nan_to_num(7))
+    assert dequantize_rows(Quantized(*got)).dtype is reference.dequantize_rows(Quantized(*got)).dtype is torch.bfloat16
 
 
 @POW2
@@ -296,6 +301,26 @@ def test_tiles(pow2: bool, device: torch.device, counts: list[int], c: int, seed
     if by_row.isfinite().all() and by_column.isfinite().all() and by_row.numel():
         limit = 448 * scale.double().amax() / 14  # half a step of the largest tile
         assert (by_row - by_column).abs().amax() <= limit
+
+
+@EXAMPLES
+@given(rows=st.integers(1, 40), c=SIDES, seed=st.integers(0, 999), bad=st.booleans())
+def test_saved(device: torch.device, rows: int, c: int, seed: int, bad: bool) -> None:
+    """int8 with a power of two for 32 columns: 127.5 steps or more are never needed, and 63.5 nearly always."""
+    z = sample(rows, c + 8, seed=seed, device=device)[:, :c]
+    z = hostile(z.contiguous()) if bad else z
+    got, want = quantize_saved(z), reference.quantize_saved(z)
+    assert_same_bytes((got.scale,), (want.scale,))
+    steps = saved_steps(got.scale, c)
+    finite = steps.isfinite()
+    assert torch.equal(got.q[finite], want.q[finite])
+    value = got.q.float() * steps
+    assert not value[~finite].isfinite().any(), "no group that is not finite ends as finite numbers"
+    assert ((value - z.float()).abs() <= steps / 2)[finite].all()
+    groups = torch.nn.functional.pad(torch.where(finite, z.float().abs(), 0), (0, -c % 32)).view(rows, -1, 32).amax(2)
+    codes = torch.nn.functional.pad(got.q.int().abs(), (0, -c % 32)).view(rows, -1, 32).amax(2)
+    assert (codes[groups > 1e-29] >= 63).all()
+    assert got.scale.stride(0) == 1 and got.scale.stride(1) % 4 == 0 and (rows == 1 or got.q.stride(0) % 16 == 0)
 
 
 @POW2

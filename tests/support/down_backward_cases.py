@@ -10,6 +10,8 @@ from supersonic_moe.kernels import reference
 from supersonic_moe.kernels.interface import DownBackward, Gate, Quantized, Rows
 from supersonic_moe.kernels.reference.quantize import dequantize
 from supersonic_moe.kernels.triton.quantize import quantize_blocks, quantize_rows
+from supersonic_moe.kernels.triton.quantize_saved import quantize_saved
+from supersonic_moe.quantization.block_format import saved_steps
 
 INTERLEAVED, GATE_UP, UP_GATE = GateUpLayout.INTERLEAVED, GateUpLayout.GATE_UP, GateUpLayout.UP_GATE
 # Depths below, at and between whole laps of three stages of 128; one block of columns, an even and an odd number of
@@ -24,7 +26,7 @@ ACTIVATIONS = {
 
 def step_of(
     offsets: torch.Tensor, dout: torch.Tensor, index: torch.Tensor | None, width: int, layout: GateUpLayout,
-    activation: Activation, saved_fp8: bool, bias: bool,
+    activation: Activation, saved_fp8: bool, bias: bool, int8: bool = False,
 ) -> tuple[DownBackward[Quantized], tuple]:  # fmt: skip
     """What ``down_backward_fp8`` takes; the fp64 result of the rows that experts own, and the norm of the products
     that dS sums: in one row they may cancel.
@@ -40,7 +42,11 @@ def step_of(
     scores = torch.randn(allocated, device=CUDA)
     unscored = torch.rand(allocated, device=CUDA) < 0.1
     scores[unscored], h[unscored] = 0, float("nan")
-    if saved_fp8:
+    if int8:
+        h, z_scale = quantize_saved(h)
+        exact_h = h.double() * saved_steps(z_scale, 2 * width).double()
+        z_scale[unscored] = -1  # exponents of infinity
+    elif saved_fp8:
         h, z_scale = quantize_rows(h, tma=True)
         exact_h = dequantize(h, z_scale)
         z_scale[unscored] = float("nan")

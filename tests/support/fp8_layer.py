@@ -44,9 +44,10 @@ from supersonic_moe.kernels.reference.quantize import (
     quantize_blocks,
     quantize_columns,
     quantize_rows,
+    quantize_saved,
 )
 from supersonic_moe.kernels.reference.reductions import row_dot, segment_sum
-from supersonic_moe.quantization.block_format import padded_capacity
+from supersonic_moe.quantization.block_format import padded_capacity, saved_steps
 from supersonic_moe.training.arguments import Inputs
 
 
@@ -75,6 +76,7 @@ def fp8_forward(call: Fp8Call) -> tuple[Tensor, Tensor]:
     out_TH = _sum_by_token(y_PH, _row_scores(scores_S, plan), b2_EH, plan)
     saved = {
         "fp8": lambda: _rows(z_PN, pow2, acc),
+        "int8": lambda: _saved(z_PN, acc),
         "bf16": lambda: z_PN.bfloat16().to(acc),
         "recompute": lambda: z_PN,
     }
@@ -128,6 +130,11 @@ def fp8_backward(dout_TH: Tensor, z_PN: Tensor, call: Fp8Call, tiled: Collection
 
 def _rows(x: Tensor, pow2: bool, dtype: torch.dtype) -> Tensor:
     return dequantize(*quantize_rows(x, pow2), dtype)
+
+
+def _saved(z: Tensor, dtype: torch.dtype) -> Tensor:
+    q, words = quantize_saved(z)
+    return q.to(dtype) * saved_steps(words, z.shape[1]).to(dtype)
 
 
 def _blocks(w: Tensor, pow2: bool, dtype: torch.dtype) -> Tensor:

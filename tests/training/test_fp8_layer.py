@@ -34,7 +34,7 @@ from supersonic_moe.training.options import Options
 RECIPES = [
     Fp8Recipe(save_preactivation=save, wgrad=wgrad, scale=scale, keep_transposed=keep)
     for (save, wgrad), (scale, keep) in zip(
-        itertools.product(("fp8", "bf16", "recompute"), ("bf16", "fp8")),
+        itertools.product(("fp8", "int8", "bf16", "recompute"), ("bf16", "fp8")),
         itertools.cycle([("fp32", True), ("fp32", False), ("pow2", False)]),
         strict=False,
     )
@@ -93,7 +93,10 @@ def lossless() -> Backend:
         assert b.scale.shape == (blocks(b.shape[0]), blocks(b.shape[1]))
         return reference.grouped_mm_wgrad(Rows(a.q.T), b.q.T, offsets, into)
 
-    quantizers = quantize_rows, quantize_columns, quantize_both_orders
+    def quantize_saved(z: Tensor) -> Quantized:
+        return quantize_rows(z)
+
+    quantizers = quantize_rows, quantize_saved, quantize_columns, quantize_both_orders
     composed = ComposedFp8(grouped_mm_fp8, reference.activation_forward, reference.activation_backward, *quantizers)
     same = "pick", "gather_sum", "row_dot", "segment_sum", "grouped_mm_wgrad", "pad_segments"
     fused = "up_projection_fp8", "down_backward_fp8", "down_backward_fp8_quantize"
@@ -271,6 +274,7 @@ def test_saved_bytes_equal_the_formula(recipe: Fp8Recipe, activation: str) -> No
     metadata = 4 * (experts + 1) + 4 * 4 * rows + 4 * rows  # offsets; gather, scatter, row_expert, reverse; scores
     saved = {
         "fp8": rows * padded(n1, 16) + 4 * blocks(n1) * padded(rows, 4),
+        "int8": rows * padded(n1, 16) + 4 * blocks(n1) * padded(rows, 4),
         "bf16": 2 * rows * n1,
         "recompute": 0,
     }[recipe.save_preactivation]

@@ -63,7 +63,7 @@ Backend = Annotated[
 RecipeName = Annotated[str, typer.Option("--recipe", help="Numbers that the experts multiply: bf16 or fp8.")]
 Saved = Annotated[
     str | None,
-    typer.Option("--save-preactivation", help="FP8: how the pre-activation is kept, as fp8, bf16 or recompute."),
+    typer.Option("--save-preactivation", help="FP8: how the pre-activation is kept, as fp8, int8, bf16 or recompute."),
 ]
 Wgrad = Annotated[str | None, typer.Option("--wgrad", help="FP8: weight gradients are multiplied in fp8 or bf16.")]
 Scale = Annotated[str | None, typer.Option("--scale", help="FP8: scales of blocks are fp32 or pow2.")]

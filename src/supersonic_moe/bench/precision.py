@@ -1,7 +1,7 @@
 """The precision suite: what every choice of the FP8 recipe costs in accuracy, and what it is worth in time and memory.
 
-The recipes are all combinations of weight gradients (fp8, bf16), saved pre-activation (fp8, bf16, recompute) and scales
-(fp32, powers of two), and one that quantizes the weights again in backward, beside our BF16 layer. Each runs the
+The recipes are all combinations of weight gradients (fp8, bf16), saved pre-activation (fp8, int8, bf16, recompute) and
+scales (fp32, powers of two), and one that quantizes the weights again in backward, beside our BF16 layer. Each runs the
 experts alone, on routing and scores that are given, so that the gradient of the scores can be looked at; time and
 memory are those of one forward + backward on Gaussian inputs.
 
@@ -42,7 +42,9 @@ RECIPES: tuple[Recipe, ...] = (
     Bf16Recipe(),
     *(
         Fp8Recipe(wgrad=wgrad, save_preactivation=saved, scale=scale)  # type: ignore[arg-type]
-        for wgrad, saved, scale in itertools.product(("bf16", "fp8"), ("fp8", "bf16", "recompute"), ("fp32", "pow2"))
+        for wgrad, saved, scale in itertools.product(
+            ("bf16", "fp8"), ("fp8", "int8", "bf16", "recompute"), ("fp32", "pow2")
+        )
     ),
     Fp8Recipe(keep_transposed=False),
 )

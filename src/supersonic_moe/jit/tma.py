@@ -28,6 +28,7 @@ _DTYPES = {
     torch.float32: "FLOAT32",
     torch.int32: "INT32",
     torch.uint8: "UINT8",
+    torch.int8: "UINT8",
     torch.float8_e4m3fn: "UINT8",
 }
 _SWIZZLES = {0: "NONE", 32: "32B", 64: "64B", 128: "128B"}

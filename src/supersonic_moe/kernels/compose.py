@@ -21,7 +21,7 @@ from supersonic_moe.kernels.interface import (
     Segments,
     UpProjection,
 )
-from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks
+from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks, saved_steps
 
 ActivationForward = Callable[[Tensor, Tensor | None, Tensor, Gate], Tensor]
 """(z (P, N1), b1 (E, N1), row_expert (P), gate) -> A = act(z + b1) (P, I)"""
@@ -59,6 +59,7 @@ class ComposedFp8:
     activation_forward: ActivationForward
     activation_backward: ActivationBackward
     quantize_rows: Callable[[Tensor, bool, bool], Quantized]
+    quantize_saved: Callable[[Tensor], Quantized]
     quantize_columns: Callable[[Tensor, Tensor, bool, bool], Quantized]
     quantize_both_orders: Callable[[Tensor, Tensor, bool], BothOrders]
 
@@ -71,6 +72,8 @@ class ComposedFp8:
         a = self.quantize_rows(a_PI, recipe.pow2, True)
         if step.save and recipe.save_preactivation == "fp8":
             return self.quantize_rows(z_PN, recipe.pow2, True), a
+        if step.save and recipe.save_preactivation == "int8":
+            return self.quantize_saved(z_PN), a
         kept = step.save and recipe.save_preactivation == "bf16"
         no_scale = z_PN.new_empty(0, blocks(z_PN.shape[1]), dtype=torch.float32)
         return Quantized(z_PN if kept else z_PN.new_empty(0, z_PN.shape[1]), no_scale), a
@@ -80,7 +83,7 @@ class ComposedFp8:
     ) -> tuple[Tensor, Tensor, Tensor]:
         _wait(arriving)
         da_PI = self.grouped_mm_fp8(step.dout, step.w2, step.expert_offsets)
-        z = _dequantize_rows(step.z) if step.z.q.dtype is E4M3 else step.z.q
+        z = _dequantized(step.z)
         dz_PN, as_PI, ds_P = self.activation_backward(z, step.b1, da_PI, step.row_scores, step.row_expert, step.gate)
         return dz_PN.to(da_PI.dtype), as_PI.to(da_PI.dtype), ds_P
 
@@ -98,6 +101,9 @@ def _wait(arriving: Arrivals | None) -> None:
         arriving.wait()
 
 
-def _dequantize_rows(x_RC: Quantized) -> Tensor:
-    """q · scale of the rows format in fp32."""
-    return x_RC.q.float() * x_RC.scale.repeat_interleave(BLOCK, 1)[:, : x_RC.shape[1]]
+def _dequantized(z_PN: Quantized) -> Tensor:
+    """fp32 of the rows format or of the saved one; bf16 as it is."""
+    (q, scale), columns = z_PN, z_PN.shape[1]
+    if q.dtype is torch.int8:
+        return q.float() * saved_steps(scale, columns)
+    return q.float() * scale.repeat_interleave(BLOCK, 1)[:, :columns] if q.dtype is E4M3 else q

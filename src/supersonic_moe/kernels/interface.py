@@ -64,10 +64,12 @@ class Arrivals(NamedTuple):
     begin_PE: Tensor
     """(parts, E) int32, in blocks: part p has the blocks [begin[p, e], end[p, e]) of expert e."""
     end_PE: Tensor
-    there_P: Tensor
-    """(parts,) int32, not 0 once the rows of the part are there. The first part is there when the product starts."""
+    there_P: Tensor | None
+    """(parts,) int32, not 0 once the rows of the part are there. The first part is there when the product starts. None:
+    all parts are, after ``wait``.
+    """
     wait: Callable[[], None]
-    """Makes the current stream wait for all parts: for what does not look at ``there``."""
+    """Makes the current stream wait for all parts: for what does not look at ``there``, or cannot."""
 
 
 class RowBlocks(NamedTuple):
@@ -344,10 +346,16 @@ class Experts(Protocol):
         """
 
     def gather_sum(
-        self, y_PH: Tensor, row_scale_P: Tensor | None, bias_EH: Tensor | None, row_expert_P: Tensor, tokens: TokenRows
+        self,
+        y_PH: Tensor,
+        row_scale_P: Tensor | None,
+        bias_EH: Tensor | None,
+        row_expert_P: Tensor,
+        tokens: TokenRows,
+        out: Tensor | None = None,
     ) -> Tensor:
         """(T, H): the sum over the token's rows, in order, of scale[row] · (y[row] + bias[expert of row]); 0 for a
-        token without rows.
+        token without rows. Into ``out`` if given.
         """
 
     def zero_dead_rows(self, y_PN: Tensor, expert_offsets: Tensor) -> None:
@@ -369,6 +377,14 @@ class Quantizers(Protocol):
     def quantize_rows(self, x_RC: Tensor, pow2: bool = False, tma: bool = False) -> Quantized:
         """(R, C) with scales (R, C/128). ``tma``: stored transposed, as the loads of rows without an index want them;
         rows that are read through an index want them row by row.
+        """
+
+    def dequantize_rows(self, x: Quantized, out_RC: Tensor | None = None) -> Tensor:
+        """(R, C) bf16 of rows with scales (R, C/128): code times scale in fp32, rounded once. Into ``out`` if given."""
+
+    def quantize_saved(self, z_RC: Tensor) -> Quantized:
+        """(R, C) int8 with the exponents of groups of 1 x 32, four in each word of (R, C/128) int32, stored transposed:
+        what backward sees of a pre-activation that is kept in int8.
         """
 
     def quantize_weights(
@@ -421,9 +437,9 @@ class Fp8Experts(Experts, Quantizers, Protocol):
     ) -> tuple[Quantized, Quantized]:
         """(Z as backward will see it, A = act(Z + b1) (P, I)). Of rows that arrive, codes alone: scales are there.
 
-        Z (P, N1) is without the bias: e4m3 with scales, or bf16 with none, (0, N1/128), after
-        ``recipe.save_preactivation``; (0, N1) bf16 if not ``save``, or if backward computes it again. All scales are
-        stored transposed.
+        Z (P, N1) is without the bias: e4m3 with scales, int8 with words of exponents (``quantize_saved``), or bf16 with
+        none, (0, N1/128), after ``recipe.save_preactivation``; (0, N1) bf16 if not ``save``, or if backward computes it
+        again. All scales are stored transposed.
         """
 
     def down_backward_fp8(

@@ -24,6 +24,7 @@ from supersonic_moe.perf_model.kernels import FP32_BYTES, quantizer_bytes
 from supersonic_moe.perf_model.roofline import INDEX_BYTES, LayerShape, Step, layer_steps
 
 SCALE = FP32_BYTES / 128  # bytes a scale adds to each of the 128 elements that share it
+KEPT = {"fp8": 1 + SCALE, "int8": 1 + SCALE, "bf16": 2.0, "recompute": 0.0}  # bytes of an element of Z
 
 
 def fp8_steps(shape: LayerShape, recipe: Fp8Recipe, *, gated: bool) -> list[Step]:
@@ -44,7 +45,7 @@ def fp8_steps(shape: LayerShape, recipe: Fp8Recipe, *, gated: bool) -> list[Step
 
     x_q, w1_q, w2_q = T * H * (1 + SCALE), hit * N1 * H, hit * H * I  # read
     a_q, routed_rows, index, scores = R * I * (1 + SCALE), 2 * R * H, i * R, i * R
-    saved = {"fp8": R * N1 * (1 + SCALE), "bf16": 2 * R * N1, "recompute": 0}[recipe.save_preactivation]
+    saved = R * N1 * KEPT[recipe.save_preactivation]
     seen = saved or 2 * R * N1  # by backward
 
     forward = [
@@ -116,8 +117,7 @@ def fp8_step_kernels(recipe: Fp8Recipe) -> dict[str, str]:
 def fp8_saved_bytes(shape: LayerShape, recipe: Fp8Recipe, *, gated: bool) -> tuple[int, int]:
     """Bytes that a training forward keeps: (activations: X in bf16 and the pre-activation; FP8 copies of weights)."""
     pre_activation = shape.rows * shape.intermediate * (2 if gated else 1)
-    kept = {"fp8": 1 + SCALE, "bf16": 2, "recompute": 0}[recipe.save_preactivation]
-    activations = 2 * shape.tokens * shape.hidden + round(kept * pre_activation)
+    activations = 2 * shape.tokens * shape.hidden + round(KEPT[recipe.save_preactivation] * pre_activation)
     fan, matrix = 2 if gated else 1, shape.experts * shape.hidden * shape.intermediate
     w1 = fan * matrix * (2 if recipe.save_preactivation == "recompute" else 1)  # recomputing reads W1 as it lies, too
     return activations, (w1 + matrix) if recipe.keep_transposed else 0

@@ -49,7 +49,7 @@ from supersonic_moe.kernels.interface import (
     Rows,
     UpProjection,
 )
-from supersonic_moe.quantization.block_format import E4M3, aligned_rows, padded_capacity, transposed_scales
+from supersonic_moe.quantization.block_format import aligned_rows, padded_capacity, transposed_scales
 from supersonic_moe.training.arguments import Fp8Forward, Fp8Output, Fp8Saved, Fp8Weights, Incoming, Inputs
 from supersonic_moe.training.bf16 import rounded, score_dtype
 
@@ -93,7 +93,7 @@ def backward(
     dx = dscores = dw1 = db1 = dw2 = db2 = None
 
     z = saved.z
-    if z.q.dtype is E4M3:
+    if z.q.dtype.itemsize == 1:
         z = Quantized(aligned_rows(z.q), transposed_scales(z.scale))
     elif weights.w1_q is not None:  # Z was not kept
         x = Rows(x_q or k.quantize_rows(saved.x, pow2, plan.identity), plan.read_index)

@@ -22,7 +22,7 @@ from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.kernels import interface, registry
 from supersonic_moe.kernels.alignment import aligned, empty_gradient, is_turned
 from supersonic_moe.ops import at_once, caller, unobserved
-from supersonic_moe.quantization.block_format import blocks, empty_e4m3, empty_scales
+from supersonic_moe.quantization.block_format import blocks, empty_e4m3, empty_saved, empty_scales
 from supersonic_moe.quantization.weight_cache import Fp8Weight, WeightCache
 from supersonic_moe.training import bf16, flops, fp8
 from supersonic_moe.training.arguments import (
@@ -122,6 +122,8 @@ def _fp8_forward_fake(call: Fp8Forward) -> tuple[Tensor, ...]:
     saved = call.numerics.save_preactivation
     if call.save and saved == "fp8":
         z_PN, z_scale = empty_e4m3(x, rows, n1), empty_scales(x, rows, blocks(n1), True)
+    elif call.save and saved == "int8":
+        z_PN, z_scale = empty_saved(x, rows, n1)
     else:
         z_PN = x.new_empty(rows if call.save and saved == "bf16" else 0, n1)
         z_scale = x.new_empty(0, blocks(n1), dtype=torch.float32)

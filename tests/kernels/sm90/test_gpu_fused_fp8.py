@@ -26,6 +26,17 @@ def test_sizes(
     check(counts, hidden, width, layout, ACTIVATIONS["swiglu"], gathered=gathered, saved_fp8=saved_fp8, bias=True)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("layout", GateUpLayout)
+@pytest.mark.parametrize(("hidden", "width"), [*SIZES, *RAGGED])
+@pytest.mark.parametrize("counts", GROUPS.values(), ids=GROUPS)
+def test_z_in_int8(
+    counts: list[int], hidden: int, width: int, layout: GateUpLayout, gathered: bool, bias: bool
+) -> None:
+    check(counts, hidden, width, layout, ACTIVATIONS["swiglu"], gathered=gathered, saved_fp8=True, bias=bias, int8=True)
+
+
 @pytest.mark.parametrize("saved_fp8", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("layout", GateUpLayout)
@@ -60,12 +71,12 @@ def test_scores_at_any_address() -> None:
 
 def check(
     counts: list[int], hidden: int, width: int, layout: GateUpLayout, activation: Activation, *, gathered: bool,
-    saved_fp8: bool, bias: bool,
+    saved_fp8: bool, bias: bool, int8: bool = False,
 ) -> None:  # fmt: skip
     """dH, s A and dS; rows of score 0 get exact zeros although H and its scales are NaN there."""
     offsets, dout, index = rows_case(counts, 3, hidden, gathered)
     rows = sum(counts)
-    step, want = step_of(offsets, dout, index, width, layout, activation, saved_fp8, bias)
+    step, want = step_of(offsets, dout, index, width, layout, activation, saved_fp8, bias, int8)
     dh, scaled, ds = down_backward_fp8(step)
     assert dh.dtype is scaled.dtype is torch.bfloat16
     zero = step.row_scores[:rows] == 0

@@ -32,6 +32,14 @@ def test_sizes(counts: list[int], hidden: int, width: int, gathered: bool, pow2:
     check(counts, hidden, width, ACTIVATIONS["swiglu"], gathered=gathered, bias=True, pow2=pow2)
 
 
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize(("hidden", "width"), [*SIZES, *RAGGED, *LONE_CHUNKS])
+@pytest.mark.parametrize("counts", GROUPS.values(), ids=GROUPS)
+def test_z_in_int8(counts: list[int], hidden: int, width: int, gathered: bool) -> None:
+    activation = ACTIVATIONS["swiglu"]
+    check(counts, hidden, width, activation, gathered=gathered, bias=gathered, pow2=False, int8=True)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
 @pytest.mark.parametrize(("gathered", "width"), [(False, 384), (True, 384), (True, 640)])
@@ -80,12 +88,13 @@ def segments_of(offsets: torch.Tensor, allocated: int) -> Segments:
 
 
 def check(
-    counts: list[int], hidden: int, width: int, activation: Activation, *, gathered: bool, bias: bool, pow2: bool
-) -> None:
+    counts: list[int], hidden: int, width: int, activation: Activation, *, gathered: bool, bias: bool, pow2: bool,
+    int8: bool = False,
+) -> None:  # fmt: skip
     offsets, dout, index = rows_case(counts, 3, hidden, gathered)
     rows, allocated = sum(counts), dout.shape[0] if index is None else index.shape[0]
     step, (want_dh, want_as, want_ds, products) = step_of(
-        offsets, dout, index, width, INTERLEAVED, activation, True, bias
+        offsets, dout, index, width, INTERLEAVED, activation, True, bias, int8
     )
     zero = step.row_scores[:rows] == 0
     segments = segments_of(offsets, allocated)

@@ -16,6 +16,7 @@ from supersonic_moe.kernels.reference.quantize import dequantize
 from supersonic_moe.kernels.reference.quantize import quantize_rows as rounded
 from supersonic_moe.kernels.sm90.up_projection_fp8 import up_projection_fp8
 from supersonic_moe.kernels.triton.quantize import quantize_blocks, quantize_rows
+from supersonic_moe.quantization.block_format import saved_steps
 
 pytestmark = pytest.mark.gpu
 
@@ -26,7 +27,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("saved", ["fp8", "bf16", "recompute"])
+@pytest.mark.parametrize("saved", ["fp8", "int8", "bf16", "recompute"])
 @pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize(("hidden", "width", "layout"), CASES)
 @pytest.mark.parametrize("counts", GROUPS.values(), ids=GROUPS)
@@ -70,6 +71,8 @@ def check(
     close(a[:rows], a_scale[:rows], want_a, recipe.pow2)
     if recipe.save_preactivation == "fp8":
         close(h[:rows], z_scale[:rows], want_h, recipe.pow2)
+    elif recipe.save_preactivation == "int8":
+        close_saved(h[:rows], z_scale[:rows], want_h)
     elif recipe.save_preactivation == "bf16":
         assert oracle.rel_fro(h[:rows], want_h) < 3e-3
     else:
@@ -80,6 +83,15 @@ def check(
     assert all(torch.equal(s[:rows].float(), t[:rows].float()) for s, t in zip(stored, again, strict=True))
     (unsaved, _), (other, _) = up_projection_fp8(step._replace(save=False), recipe)
     assert unsaved.shape == (0, 2 * width) and torch.equal(other[:rows].float(), a[:rows].float())
+
+
+def close_saved(q: torch.Tensor, words: torch.Tensor, want: torch.Tensor) -> None:
+    """The same for Z in int8: exponents and codes, but for those that the GEMM's own error moves."""
+    want_q, want_words = reference.quantize_saved(want.float())
+    assert (words == want_words).double().mean() > 0.9  # four exponents a word
+    value = q.double() * saved_steps(words, want.shape[1]).double()
+    assert oracle.rel_fro(value, want) < 0.01
+    assert oracle.rel_fro(value, want_q.double() * saved_steps(want_words, want.shape[1]).double()) < 0.006
 
 
 def close(q: torch.Tensor, scale: torch.Tensor, want: torch.Tensor, pow2: bool) -> None:

@@ -31,7 +31,7 @@ from supersonic_moe.kernels.interface import (
     UpProjection,
 )
 from supersonic_moe.kernels.sm90 import backend, gemm_config, registered_specs
-from supersonic_moe.quantization.block_format import blocks, empty_e4m3, empty_scales
+from supersonic_moe.quantization.block_format import E4M3, blocks, empty_e4m3, empty_scales
 
 E, H, I, T = 3, 264, 384, 40  # noqa: E741
 OFFSETS = torch.tensor([0, 700, 701, 701], dtype=torch.int32)
@@ -128,8 +128,11 @@ def test_fused_steps(gate: Gate, gathered: bool, launches: list[Any]) -> None:
         Fp8Recipe(),
         Fp8Recipe(save_preactivation="bf16", scale="pow2"),
         Fp8Recipe(save_preactivation="recompute"),
+        Fp8Recipe(save_preactivation="int8"),
     ):
         kept = recipe.save_preactivation
+        if kept == "int8" and gate.activation != as_activation("swiglu"):
+            continue  # composed
         up = UpProjection(c.fp8, c.w1_fp8, c.b1, *c.groups, gate, save=True)
         (z, z_scale), (a, a_scale) = backend.up_projection_fp8(up, recipe)
         check(
@@ -137,17 +140,21 @@ def test_fused_steps(gate: Gate, gathered: bool, launches: list[Any]) -> None:
             map_scale_x=a if gathered else c.x_fp8.scale,
             map_w=c.w1_fp8.q, map_z=a if kept == "recompute" else z, map_a=a, blocks_k=3, scale_x=c.x_fp8.scale,
             scale_x_row=c.x_fp8.scale.stride(0), b1=c.b1, z=None if kept == "recompute" else z,
-            scale_z=z_scale if kept == "fp8" else None, a=a, scale_a=a_scale, z_row_bytes=z.stride(0) * z.itemsize,
-            a_row_bytes=a.stride(0), scale_stride=a_scale.stride(1), pow2=int(recipe.pow2),
-            saved={"recompute": 0, "fp8": 1, "bf16": 2}[kept], **scales_w1, **numbers, **halves,
+            scale_z=z_scale if kept in ("fp8", "int8") else None, a=a, scale_a=a_scale,
+            z_row_bytes=z.stride(0) * z.itemsize, a_row_bytes=a.stride(0), scale_stride=a_scale.stride(1),
+            pow2=int(recipe.pow2), saved={"recompute": 0, "fp8": 1, "int8": 1, "bf16": 2}[kept],
+            **scales_w1, **numbers, **halves,
         )  # fmt: skip
+        int8 = kept == "int8"
+        assert dict(launches[-1][0].spec.constants).get("SAVED_INT8", 0) == int8
+        assert z.dtype is {"fp8": E4M3, "int8": torch.int8}.get(kept, torch.bfloat16)
         if kept == "recompute":
             continue
         down = DownBackward(c.fp8, c.w2_fp8, Quantized(z, z_scale), c.b1, c.scores, *c.groups, gate)
         common = {
             "map_do": c.x_fp8.q, "map_do_run": c.x_fp8.q if gathered else z,
             "map_scale_do": z if gathered else c.x_fp8.scale, "map_w": c.w2_fp8.q, "map_z": z,
-            "map_scale_z": z_scale if kept == "fp8" else z, "map_scores": c.scores, "scale_do": c.x_fp8.scale,
+            "map_scale_z": z_scale if kept in ("fp8", "int8") else z, "map_scores": c.scores, "scale_do": c.x_fp8.scale,
             "scale_do_row": c.x_fp8.scale.stride(0), "b1": c.b1, "rows_allocated": P, "blocks_k": 3,
         }  # fmt: skip
         dz, scaled, _ = backend.down_backward_fp8(down)
@@ -155,7 +162,8 @@ def test_fused_steps(gate: Gate, gathered: bool, launches: list[Any]) -> None:
             launches[-1], "down_backward_fp8", map_dz=dz, map_as=scaled, dz=dz, **{"as": scaled}, **common,
             **scales_w2, **numbers, **halves,
         )  # fmt: skip
-        if kept == "fp8" and gate.layout is GateUpLayout.INTERLEAVED:
+        assert dict(launches[-1][0].spec.constants).get("SAVED_INT8", 0) == int8
+        if kept in ("fp8", "int8") and gate.layout is GateUpLayout.INTERLEAVED:
             (rows, columns), tiles, _ = backend.down_backward_fp8_quantize(down, c.segments, True)
             check(
                 launches[-1], "down_backward_fp8_quantize", map_dz=rows.q, map_dz_transposed=columns.q,

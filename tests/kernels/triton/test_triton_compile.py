@@ -85,7 +85,7 @@ def main() -> None:
     from supersonic_moe.config.router import MODES, SigmoidGroupedTopK, SoftmaxAfterTopK, SoftmaxBeforeTopK
     from supersonic_moe.kernels import triton as kernels
     from supersonic_moe.kernels.interface import Gate, Into, KeptPairs, Rounding, Rows, Slots, Sources, TokenRows
-    from supersonic_moe.kernels.triton import pad_segments, quantize
+    from supersonic_moe.kernels.triton import pad_segments, quantize, quantize_saved
     from supersonic_moe.kernels.triton.decode import decode
     from supersonic_moe.kernels.triton.scatter_quantized import scatter_quantized
 
@@ -182,10 +182,12 @@ def main() -> None:
         index = torch.zeros(128 * t, dtype=i32)
         rows = quantize.quantize_rows(x, pow2)
         gathered = quantize.quantize_rows(x, pow2, tma=True)
+        kernels.dequantize_rows(rows)
         scatter_quantized(gathered, x, None, index.view(t, 128)[:, :8].contiguous(), 7, None, pow2)
         scatter_quantized(gathered, rows.q, rows.scale, index.view(t, 128)[:, :1].contiguous(), 1)
         quantize.quantize_blocks(w, pow2)
         quantize.quantize_weights((w, w.mT.contiguous()), pow2)
+        quantize_saved(x)
         quantize.quantize_columns(x, index, pow2)
         quantize.quantize_columns(x, index, pow2, tiled=True)
         quantize.quantize_both_orders(x, index, pow2)

@@ -22,6 +22,7 @@ from supersonic_moe.kernels.reference.inference import local_ids as local_ids
 from supersonic_moe.kernels.reference.inference import moe_fp8 as moe_fp8
 from supersonic_moe.kernels.reference.pick import pick as pick
 from supersonic_moe.kernels.reference.plan import build_plan as build_plan
+from supersonic_moe.kernels.reference.quantize import dequantize_rows as dequantize_rows
 from supersonic_moe.kernels.reference.quantize import grouped_mm_fp8 as grouped_mm_fp8
 from supersonic_moe.kernels.reference.quantize import grouped_mm_wgrad_fp8 as grouped_mm_wgrad_fp8
 from supersonic_moe.kernels.reference.quantize import pad_segments as pad_segments
@@ -29,6 +30,7 @@ from supersonic_moe.kernels.reference.quantize import quantize_blocks as quantiz
 from supersonic_moe.kernels.reference.quantize import quantize_both_orders as quantize_both_orders
 from supersonic_moe.kernels.reference.quantize import quantize_columns as quantize_columns
 from supersonic_moe.kernels.reference.quantize import quantize_rows as quantize_rows
+from supersonic_moe.kernels.reference.quantize import quantize_saved as quantize_saved
 from supersonic_moe.kernels.reference.quantize import quantize_weights as quantize_weights
 from supersonic_moe.kernels.reference.reductions import row_dot as row_dot
 from supersonic_moe.kernels.reference.reductions import segment_sum as segment_sum
@@ -41,9 +43,8 @@ from supersonic_moe.kernels.reference.token_rounding import token_rounding_forwa
 _composed = Composed(grouped_mm, activation_forward, activation_backward)
 up_projection, down_backward = _composed.up_projection, _composed.down_backward
 
-_composed_fp8 = ComposedFp8(
-    grouped_mm_fp8, activation_forward, activation_backward, quantize_rows, quantize_columns, quantize_both_orders
-)
+_quantizers = quantize_rows, quantize_saved, quantize_columns, quantize_both_orders
+_composed_fp8 = ComposedFp8(grouped_mm_fp8, activation_forward, activation_backward, *_quantizers)
 up_projection_fp8, down_backward_fp8 = _composed_fp8.up_projection_fp8, _composed_fp8.down_backward_fp8
 down_backward_fp8_quantize = _composed_fp8.down_backward_fp8_quantize
 

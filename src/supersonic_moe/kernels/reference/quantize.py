@@ -6,6 +6,7 @@ each expert, padded to blocks of 128).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,10 +19,12 @@ from supersonic_moe.kernels.reference.grouped_mm import grouped_mm, grouped_mm_w
 from supersonic_moe.quantization.block_format import (
     BLOCK,
     E4M3,
+    GROUP,
     INVERSE_MAX,
     SMALLEST_AMAX,
     blocks,
     empty_e4m3,
+    empty_saved,
     empty_scales,
 )
 
@@ -57,6 +60,12 @@ def _quantize(x: Tensor, rows: int, pow2: bool) -> Quantized:
     return Quantized((x.float() * _spread(1 / scale, x.shape)).to(E4M3), scale)
 
 
+def dequantize_rows(x: Quantized, out_RC: Tensor | None = None) -> Tensor:
+    """(R, C) bf16, into ``out`` if given."""
+    values_RC = dequantize(*x, torch.float32).bfloat16()
+    return values_RC if out_RC is None else out_RC.copy_(values_RC)
+
+
 def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """q * scale for each of the formats (fp64 holds the product exactly). The shape of ``scale`` says which dimensions
     come in blocks of 128.
@@ -72,6 +81,20 @@ def quantize_rows(x_RC: Tensor, pow2: bool = False, tma: bool = False) -> Quanti
     q_RC, scale_RB = _quantize(x_RC, 1, pow2)
     stored_RB = empty_scales(x_RC, x_RC.shape[0], blocks(x_RC.shape[1]), tma)
     return Quantized(empty_e4m3(x_RC, *x_RC.shape).copy_(q_RC), stored_RB.copy_(scale_RB))
+
+
+def quantize_saved(z_RC: Tensor) -> Quantized:
+    """(q (R, C) int8, words of exponents (R, C/128) int32): groups of 1 x 32, *saved* in ``block_format``."""
+    z, (rows, columns) = z_RC.float(), z_RC.shape
+    magnitude = torch.where(z.isnan(), math.inf, z.abs())
+    groups = F.pad(magnitude, (0, -columns % BLOCK)).view(rows, blocks(columns), BLOCK // GROUP, GROUP)
+    exponent = groups.amax(3).clamp(min=SMALLEST_AMAX).view(torch.int32).add(0x10000) >> 23
+    q_RC, words_RB = empty_saved(z_RC, rows, columns)
+    shifts = 8 * torch.arange(BLOCK // GROUP, device=z.device, dtype=torch.int32)
+    words_RB.copy_((exponent << shifts).sum(2, dtype=torch.int32))
+    inverse = (260 - exponent << 23).view(torch.float32).flatten(1).repeat_interleave(GROUP, 1)[:, :columns]
+    rounded = z * inverse + 1.5 * 2**23  # whose lowest byte is the code
+    return Quantized(q_RC.copy_(rounded.view(torch.int32).to(torch.int8)), words_RB)
 
 
 def quantize_blocks(w_ENK: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,10 @@
 
 constexpr Config CONFIG = CONFIG_OF_SPEC<Operand::E4M3>;
 constexpr Gate GATE{static_cast<Act>(ACTIVATION), INTERLEAVED};
-constexpr SavedFormat SAVED{SAVED_FP8, INTERLEAVED};
+#ifndef SAVED_INT8
+#define SAVED_INT8 0
+#endif
+constexpr SavedFormat SAVED{SAVED_FP8, INTERLEAVED, SAVED_INT8};
 using Epilogue = GatedBackwardScaled<CONFIG, GATE, SAVED>;
 
 extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)

@@ -7,8 +7,9 @@
 Layout (row-major; formats: ``quantization/block_format.py``)
     dO (T, H) e4m3 with row scales, through an index of P rows or as it lies, W2 transposed (E, I, H) with its scales in
     any strides: A and B of grouped_gemm_fp8.py. Z (P, 2I) as the up-projection saved it, in the column order of the
-    weight: e4m3 with scales stored transposed, or bf16. dZ (P, 2I) and sA (P, I) bf16, s (P) fp32. dS comes as a
-    partial sum of each block of 256 activations, (ceil(I / 256), P) fp32, added up in a fixed order.
+    weight: e4m3 with scales stored transposed, int8 with words of exponents, or bf16. dZ (P, 2I) and sA (P, I) bf16,
+    s (P) fp32. dS comes as a partial sum of each block of 256 activations, (ceil(I / 256), P) fp32, added up in a fixed
+    order.
 Tiles
     128 rows × 256 activations, main loop as in grouped_gemm_fp8.py. Z has shared memory of its own, dZ leaves through
     the ring, sA takes the place of Z (down_backward_fp8.cu).
@@ -34,7 +35,15 @@ from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
 from supersonic_moe.kernels.interface import Arrivals, DownBackward, Quantized
-from supersonic_moe.kernels.sm90.gates import ALL_KINDS, INTERLEAVED, KINDS, gate_arguments, kind_of
+from supersonic_moe.kernels.sm90.gates import (
+    ALL_KINDS,
+    INT8,
+    INTERLEAVED,
+    SWIGLU,
+    fused_in_fp8,
+    gate_arguments,
+    kind_of,
+)
 from supersonic_moe.kernels.sm90.gemm_config import (
     BLOCK_M,
     BLOCK_N,
@@ -57,7 +66,7 @@ from supersonic_moe.kernels.sm90.operands import (
 )
 from supersonic_moe.kernels.sm90.row_blocks import arrivals
 from supersonic_moe.kernels.sm90.unfused import UNFUSED_FP8
-from supersonic_moe.quantization.block_format import BLOCK, E4M3
+from supersonic_moe.quantization.block_format import BLOCK
 
 CHUNKS = 4  # of 64 activations, in a tile
 SCALE_BYTES = 640  # 132 scales or scores of a tile's rows, in whole lines of 128 bytes
@@ -69,36 +78,45 @@ def staging_bytes(interleaved: bool, saved_fp8: bool) -> int:
     return 4 * BUFFER_BYTES + vectors * SCALE_BYTES
 
 
-def spec_of(config: GemmConfig, kind: int, interleaved: bool, saved_fp8: bool, name: str, **parts: int) -> KernelSpec:
+def spec_of(config: GemmConfig, kind: int, interleaved: bool, saved_fp8: bool, name: str, **choice: int) -> KernelSpec:
     constants = {"ACTIVATION": kind, "INTERLEAVED": int(interleaved), "SAVED_FP8": int(saved_fp8)}
-    return config.spec(name, FP8_OPCODES, **constants, **parts)
+    return config.spec(name, FP8_OPCODES, **constants, **choice)
 
 
+SAVED: tuple[tuple[int, bool, dict[str, int]], ...] = (
+    *((kind, saved_fp8, {}) for kind in ALL_KINDS for saved_fp8 in (False, True)),
+    (SWIGLU, True, INT8),
+)
+"""(kind, whether Z has one byte an element, what else is chosen)"""
 SPECS = tuple(
     spec_of(
         fp8_form(cluster, gather, staging_bytes(interleaved, saved_fp8)),
-        *(kind, interleaved, saved_fp8, "down_backward_fp8"),
+        kind,
+        interleaved,
+        saved_fp8,
+        "down_backward_fp8",
+        **choice,
     )
-    for kind in ALL_KINDS
+    for kind, saved_fp8, choice in SAVED
     for interleaved in (False, True)
-    for saved_fp8 in (False, True)
     for gather, cluster in ((False, 1), (True, 1), (True, 2))
 )
 
 
 @functools.cache
-def _kernel(config: GemmConfig, kind: int, interleaved: bool, saved_fp8: bool) -> Kernel:
-    return Kernel(spec_of(config, kind, interleaved, saved_fp8, "down_backward_fp8"))
+def _kernel(config: GemmConfig, kind: int, interleaved: bool, saved_fp8: bool, int8: bool) -> Kernel:
+    return Kernel(spec_of(config, kind, interleaved, saved_fp8, "down_backward_fp8", **(INT8 if int8 else {})))
 
 
 def down_backward_fp8(step: DownBackward[Quantized], arriving: Arrivals | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """(dZ (P, N1), s · A (P, I), both bf16, dS (P) fp32). Activations outside ``KINDS``, and e4m3 Z whose halves are no
-    multiple of 128 wide, take the grouped GEMM and the activation pass instead.
+    """(dZ (P, N1), s · A (P, I), both bf16, dS (P) fp32). Activations outside ``fused_in_fp8``, and Z of one byte whose
+    halves are no multiple of 128 wide, take the grouped GEMM and the activation pass instead.
     """
     arrivals(arriving, False)
     dout, (w2, _), z, _, _, _, _, (activation, layout) = step
-    width, interleaved, saved_fp8 = w2.shape[1], layout is INTERLEAVED, z.q.dtype is E4M3
-    if activation.type not in KINDS or (saved_fp8 and not interleaved and width % BLOCK):
+    width, interleaved, saved_fp8 = w2.shape[1], layout is INTERLEAVED, z.q.dtype.itemsize == 1
+    int8 = z.q.dtype is torch.int8
+    if not fused_in_fp8(activation, int8) or (saved_fp8 and not interleaved and width % BLOCK):
         return UNFUSED_FP8.down_backward_fp8(step)
     rows = dout.num_rows
     dz_PN = z.q.new_empty(rows, 2 * width, dtype=torch.bfloat16)
@@ -109,7 +127,7 @@ def down_backward_fp8(step: DownBackward[Quantized], arriving: Arrivals | None =
     config = choose(width, dout.gather_index is not None, staging_bytes=staging_bytes(interleaved, saved_fp8))
     scores_P = loadable(step.row_scores)
     with on_device(w2):
-        _kernel(config, kind_of(activation), interleaved, saved_fp8).launch(
+        _kernel(config, kind_of(activation), interleaved, saved_fp8, int8).launch(
             config.grid(w2.get_device()),
             **common_arguments(step, scores_P, config),
             map_dz=map_of_halves(dz_PN, interleaved, rows=WARP_ROWS),
@@ -136,7 +154,7 @@ def common_arguments(step: DownBackward[Quantized], scores_P: Tensor, config: Ge
         "map_scale_do": map_of_scales(dout_scale, index, map_z),
         "map_w": tensor_map(w2, box=(1, BLOCK_N, config.block_k)),
         "map_z": map_z,
-        "map_scale_z": map_of_columns(z.scale) if z.q.dtype is E4M3 else map_z,
+        "map_scale_z": map_of_columns(z.scale) if z.q.dtype.itemsize == 1 else map_z,
         "map_scores": map_of_scores(scores_P, dout.num_rows),
         **fp8_product_of(index, expert_offsets, num_experts, width, hidden, b1_EN, w2_scale, config),
         "scale_do": dout_scale,
@@ -157,8 +175,8 @@ def map_of_scores(scores_P: Tensor, rows: int) -> TensorMap:
 
 
 def map_of_saved(z_PN: Tensor, interleaved: bool) -> TensorMap:
-    """Z in boxes of 64 activations: in e4m3 128 bytes a row, of both halves where there are two."""
-    if z_PN.dtype is not E4M3:
+    """Z in boxes of 64 activations: in e4m3 or int8 128 bytes a row, of both halves where there are two."""
+    if z_PN.dtype.itemsize > 1:
         return map_of_halves(z_PN, interleaved, rows=BLOCK_M)
     if interleaved:
         return tensor_map(z_PN, box=(BLOCK_M, 128))
@@ -167,7 +185,7 @@ def map_of_saved(z_PN: Tensor, interleaved: bool) -> TensorMap:
         z_PN.data_ptr(),
         box=(BLOCK_M, 2, 64),
         swizzle=64,
-        dtype=E4M3,
+        dtype=z_PN.dtype,
         shape=(rows, 2, columns // 2),
         strides=(z_PN.stride(0), columns // 2, 1),
     )

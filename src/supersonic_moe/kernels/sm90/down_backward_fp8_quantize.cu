@@ -5,7 +5,10 @@
 #include "gemm/spec.cuh"
 
 constexpr Config CONFIG = CONFIG_OF_SPEC<Operand::E4M3>;
-using Epilogue = GatedBackwardQuantized<CONFIG, Gate{static_cast<Act>(ACTIVATION), INTERLEAVED}>;
+#ifndef SAVED_INT8
+#define SAVED_INT8 0
+#endif
+using Epilogue = GatedBackwardQuantized<CONFIG, Gate{static_cast<Act>(ACTIVATION), INTERLEAVED}, SAVED_INT8>;
 static_assert(SAVED_FP8, "a slot is what one chunk stages");
 
 extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1) down_backward_fp8_quantize(

@@ -40,38 +40,47 @@ from supersonic_moe.kernels.sm90.down_backward_fp8 import (
     spec_of,
     staging_bytes,
 )
-from supersonic_moe.kernels.sm90.gates import ALL_KINDS, INTERLEAVED, KINDS, SWIGLU, constants_of, kind_of
+from supersonic_moe.kernels.sm90.gates import (
+    ALL_KINDS,
+    INT8,
+    INTERLEAVED,
+    SWIGLU,
+    constants_of,
+    fused_in_fp8,
+    kind_of,
+)
 from supersonic_moe.kernels.sm90.gemm_config import BLOCK_N, WARP_ROWS, GemmConfig, choose, fp8_form
 from supersonic_moe.kernels.sm90.operands import summed
 from supersonic_moe.kernels.sm90.row_blocks import ALL_TILES, IN_PARTS, arrivals
 from supersonic_moe.kernels.triton import quantize_both_orders, quantize_columns
-from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks, empty_e4m3, empty_scales
+from supersonic_moe.quantization.block_format import BLOCK, blocks, empty_e4m3, empty_scales
 
 NAME = "down_backward_fp8_quantize"
 STAGING_BYTES = staging_bytes(interleaved=True, saved_fp8=True) + 2 * 128 * 12 * 4  # twelve numbers of each math thread
 
 SPECS = tuple(
-    spec_of(fp8_form(cluster, gather, STAGING_BYTES), kind, True, True, NAME)
-    for kind in ALL_KINDS
+    spec_of(fp8_form(cluster, gather, STAGING_BYTES), kind, True, True, NAME, **choice)
+    for kind, choice in (*((kind, {}) for kind in ALL_KINDS), (SWIGLU, INT8))
     for gather, cluster in ((False, 1), (True, 1), (True, 2))
 ) + tuple(spec_of(fp8_form(cluster, True, STAGING_BYTES), SWIGLU, True, True, NAME, **IN_PARTS) for cluster in (1, 2))
 
 
 @functools.cache
-def _kernel(config: GemmConfig, kind: int, in_parts: bool = False) -> Kernel:
-    return Kernel(spec_of(config, kind, True, True, NAME, **(IN_PARTS if in_parts else {})))
+def _kernel(config: GemmConfig, kind: int, in_parts: bool = False, int8: bool = False) -> Kernel:
+    return Kernel(spec_of(config, kind, True, True, NAME, **(IN_PARTS if in_parts else INT8 if int8 else {})))
 
 
 def down_backward_fp8_quantize(
     step: DownBackward[Quantized], segments: Segments, pow2: bool, arriving: Arrivals | None = None
 ) -> tuple[BothOrders, Quantized, Tensor]:
-    """(dZ in both orders, s · A transposed (I, G), dS (P)). Only e4m3 Z with gate and up alternating is fused;
+    """(dZ in both orders, s · A transposed (I, G), dS (P)). Only Z of one byte with gate and up alternating is fused;
     everything else is composed of ``down_backward_fp8`` and the quantizers. Rows of dO may arrive meanwhile where they
-    are gathered, with SwiGLU.
+    are gathered, with SwiGLU and Z in e4m3.
     """
     dout, (w2, _), z, _, _, _, _, (activation, layout) = step
     like, rows, width, capacity = z.q, dout.num_rows, w2.shape[1], segments.row_index.shape[0]
-    if activation.type not in KINDS or layout is not INTERLEAVED or like.dtype is not E4M3 or rows == 0:
+    int8 = like.dtype is torch.int8
+    if not fused_in_fp8(activation, int8) or layout is not INTERLEAVED or like.dtype.itemsize > 1 or rows == 0:
         dz_PN, as_PI, ds_P = down_backward_fp8(step, arriving)
         as_IG = quantize_columns(as_PI, segments.row_index, pow2, tiled=True)
         return quantize_both_orders(dz_PN, segments.row_index, pow2), as_IG, ds_P
@@ -82,9 +91,9 @@ def down_backward_fp8_quantize(
     partial_ds_BP = like.new_empty(-(-width // BLOCK_N), rows, dtype=torch.float32)
     config = choose(width, dout.gather_index is not None, staging_bytes=STAGING_BYTES)
     kind, scores_P = kind_of(activation), loadable(step.row_scores)
-    parts = arrivals(arriving, dout.gather_index is not None and kind == SWIGLU)
+    parts = arrivals(arriving, dout.gather_index is not None and kind == SWIGLU and not int8)
     with on_device(w2):
-        _kernel(config, kind, parts is not ALL_TILES).launch(
+        _kernel(config, kind, parts is not ALL_TILES, int8).launch(
             config.grid(w2.get_device()),
             **common_arguments(step, scores_P, config),
             **constants_of(activation),

@@ -14,6 +14,9 @@ BF16_KINDS = {**KINDS, ActivationType.GEGLU_TANH: 4}  # in FP8 it is composed, b
 ALL_BF16_KINDS = (*ALL_KINDS, BF16_KINDS[ActivationType.GEGLU_TANH])
 OUTERMOST_H = ((SWIGLU, False), (CLAMPED_SWIGLU, True))
 """(kind, interleaved) that has BF16 kernels for w1 stored (E, H, 2I), w2 stored (E, I, H): [gate; up] and gpt-oss."""
+SWIGLU = KINDS[ActivationType.SWIGLU]
+INT8 = {"SAVED_INT8": 1}
+"""Constant of the FP8 kernels that store or read Z in int8; only SwiGLU has them, because each kind is 15 binaries."""
 UNGATED_KIND = ActivationType.RELU_SQ  # what the kernels without a gate compute, in BF16
 
 
@@ -31,6 +34,11 @@ def bf16_kind(activation: Activation, interleaved: bool, contiguous: bool) -> in
         return None
     kind = kind_of(activation)
     return kind if contiguous or (kind, interleaved) in OUTERMOST_H else None
+
+
+def fused_in_fp8(activation: Activation, int8: bool) -> bool:
+    """Whether the FP8 kernels compute it, with Z in int8 or not."""
+    return activation.type in KINDS and (not int8 or kind_of(activation) == SWIGLU)
 
 
 def gate_arguments(activation: Activation, layout: GateUpLayout, width: int) -> dict[str, int | float]:

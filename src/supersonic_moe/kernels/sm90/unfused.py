@@ -11,9 +11,9 @@ from supersonic_moe.kernels.triton import (
     quantize_both_orders,
     quantize_columns,
     quantize_rows,
+    quantize_saved,
 )
 
 UNFUSED = Composed(grouped_mm, activation_forward, activation_backward)
-UNFUSED_FP8 = ComposedFp8(
-    grouped_mm_fp8, activation_forward, activation_backward, quantize_rows, quantize_columns, quantize_both_orders
-)
+_QUANTIZERS = quantize_rows, quantize_saved, quantize_columns, quantize_both_orders
+UNFUSED_FP8 = ComposedFp8(grouped_mm_fp8, activation_forward, activation_backward, *_QUANTIZERS)

@@ -8,7 +8,10 @@
 
 constexpr Config CONFIG = CONFIG_OF_SPEC<Operand::E4M3>;
 constexpr Gate GATE{static_cast<Act>(ACTIVATION), INTERLEAVED};
-using Epilogue = GatedActivationQuantized<CONFIG, GATE>;
+#ifndef SAVED_INT8
+#define SAVED_INT8 0
+#endif
+using Epilogue = GatedActivationQuantized<CONFIG, GATE, SAVED_INT8>;
 
 extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
     up_projection_fp8(const __grid_constant__ TensorMap map_x, const __grid_constant__ TensorMap map_x_run,

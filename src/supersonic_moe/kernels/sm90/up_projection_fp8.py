@@ -4,8 +4,8 @@ b1), quantized where they are computed.
 Layout (row-major; formats: ``quantization/block_format.py``)
     X (T, H) e4m3 read through an index of P rows sorted by expert (-1: zeros), or (P, H) as it lies, with scales as in
     grouped_gemm_fp8.py. W1 (E, 2I, H) e4m3 with 128 × 128 scales, gate and up rows in any of the three orders. A (P, I)
-    e4m3. Z (P, 2I), for backward only, in the column order of the weight and without the bias: e4m3, or bf16. Scales
-    of A and Z are 1 × 128, stored K block by K block.
+    e4m3. Z (P, 2I), for backward only, in the column order of the weight and without the bias: e4m3, int8 (SwiGLU), or
+    bf16. Scales of A and Z are 1 × 128, stored K block by K block; in their place for int8, words of four exponents.
 Tiles
     128 rows × 128 activations: one scale block of A and two of Z a row. Main loop and gather as in grouped_gemm_fp8.py.
 Maths
@@ -26,7 +26,15 @@ from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.jit.launch import Kernel, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.kernels.interface import Arrivals, Quantized, UpProjection
-from supersonic_moe.kernels.sm90.gates import ALL_KINDS, INTERLEAVED, KINDS, SWIGLU, gate_arguments, kind_of
+from supersonic_moe.kernels.sm90.gates import (
+    ALL_KINDS,
+    INT8,
+    INTERLEAVED,
+    SWIGLU,
+    fused_in_fp8,
+    gate_arguments,
+    kind_of,
+)
 from supersonic_moe.kernels.sm90.gemm_config import (
     BLOCK_M,
     BUFFER_BYTES,
@@ -46,16 +54,16 @@ from supersonic_moe.kernels.sm90.operands import (
 )
 from supersonic_moe.kernels.sm90.row_blocks import ALL_TILES, IN_PARTS, arrivals
 from supersonic_moe.kernels.sm90.unfused import UNFUSED_FP8
-from supersonic_moe.quantization.block_format import BLOCK, blocks, empty_e4m3, empty_scales
+from supersonic_moe.quantization.block_format import BLOCK, blocks, empty_e4m3, empty_saved, empty_scales
 
 STAGING_BYTES = 5 * BUFFER_BYTES
-NOTHING, IN_FP8, IN_BF16 = 0, 1, 2  # what of Z the kernel stores
-FORMS = {"fp8": IN_FP8, "bf16": IN_BF16, "recompute": NOTHING}
+NOTHING, IN_FP8, IN_BF16 = 0, 1, 2  # what of Z the kernel stores; one byte is int8 where it is compiled for that
+FORMS = {"fp8": IN_FP8, "int8": IN_FP8, "bf16": IN_BF16, "recompute": NOTHING}
 OPCODES = ("QGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "F2FP.SATFINITE.E4M3")
 
 
-def _spec(config: GemmConfig, kind: int, interleaved: bool, **parts: int) -> KernelSpec:
-    return config.spec("up_projection_fp8", OPCODES, ACTIVATION=kind, INTERLEAVED=int(interleaved), **parts)
+def _spec(config: GemmConfig, kind: int, interleaved: bool, **choice: int) -> KernelSpec:
+    return config.spec("up_projection_fp8", OPCODES, ACTIVATION=kind, INTERLEAVED=int(interleaved), **choice)
 
 
 SPECS = tuple(
@@ -64,22 +72,24 @@ SPECS = tuple(
     for interleaved in (False, True)
     for gather, cluster in ((False, 1), (True, 1), (True, 2))
 ) + tuple(
-    _spec(fp8_form(cluster, True, STAGING_BYTES), SWIGLU, interleaved, **IN_PARTS)
+    _spec(fp8_form(cluster, gather, STAGING_BYTES), SWIGLU, interleaved, **choice)
+    for choice, forms in ((IN_PARTS, ((True, 1), (True, 2))), (INT8, ((False, 1), (True, 1), (True, 2))))
     for interleaved in (False, True)
-    for cluster in (1, 2)
+    for gather, cluster in forms
 )
 
 
 @functools.cache
-def _kernel(config: GemmConfig, kind: int, interleaved: bool, in_parts: bool = False) -> Kernel:
-    return Kernel(_spec(config, kind, interleaved, **(IN_PARTS if in_parts else {})))
+def _kernel(config: GemmConfig, kind: int, interleaved: bool, in_parts: bool = False, int8: bool = False) -> Kernel:
+    return Kernel(_spec(config, kind, interleaved, **(IN_PARTS if in_parts else INT8 if int8 else {})))
 
 
 def up_projection_fp8(
     step: UpProjection[Quantized], recipe: Fp8Recipe, arriving: Arrivals | None = None
 ) -> tuple[Quantized, Quantized]:
-    """(Z as backward will see it, A): see ``Fp8Experts``. Activations outside ``KINDS`` take the composed form, and so
-    do halves of Z that do not start at a scale block. Rows may arrive meanwhile with gathered SwiGLU.
+    """(Z as backward will see it, A): see ``Fp8Experts``. Activations outside ``fused_in_fp8`` take the composed form,
+    and so do halves of Z that do not start at a scale block. Rows may arrive meanwhile with gathered SwiGLU, but for Z
+    in int8.
     """
     return up_projection_fp8_into(step, recipe, None, arriving)
 
@@ -94,11 +104,13 @@ def up_projection_fp8_into(
     (xq_TH, x_scale), index = x
     num_experts, n1, hidden = w1.shape
     rows, width = x.num_rows, n1 // 2
-    interleaved = layout is INTERLEAVED
-    if activation.type not in KINDS or not (interleaved or width % BLOCK == 0):
+    interleaved, int8 = layout is INTERLEAVED, save and recipe.save_preactivation == "int8"
+    if not fused_in_fp8(activation, int8) or not (interleaved or width % BLOCK == 0):
         return UNFUSED_FP8.up_projection_fp8(step, recipe, arriving)
     saved = FORMS[recipe.save_preactivation] if save else NOTHING
-    if saved == IN_FP8:
+    if int8:
+        z_PN, z_scale = empty_saved(xq_TH, rows, n1)
+    elif saved == IN_FP8:
         z_PN, z_scale = empty_e4m3(xq_TH, rows, n1), empty_scales(xq_TH, rows, blocks(n1), tma=True)
     else:
         z_PN = xq_TH.new_empty(rows if saved == IN_BF16 else 0, n1, dtype=torch.bfloat16)
@@ -109,10 +121,10 @@ def up_projection_fp8_into(
     if rows == 0:
         return z, a
     config, kind = choose(n1, index is not None, staging_bytes=STAGING_BYTES), kind_of(activation)
-    parts = arrivals(arriving, index is not None and kind == SWIGLU)
+    parts = arrivals(arriving, index is not None and kind == SWIGLU and not int8)
     with on_device(xq_TH):
         map_a = map_of_stored_rows(a_PI)
-        _kernel(config, kind, interleaved, parts is not ALL_TILES).launch(
+        _kernel(config, kind, interleaved, parts is not ALL_TILES, int8).launch(
             config.grid(xq_TH.get_device()),
             map_x=map_of_rows(xq_TH, index, box=(BLOCK_M, config.block_k)),
             map_x_run=map_of_run(xq_TH, index, config.run_box, map_a),

@@ -15,6 +15,7 @@ from supersonic_moe.kernels.triton.aux_loss import switch_loss_backward as switc
 from supersonic_moe.kernels.triton.aux_loss import switch_loss_forward as switch_loss_forward
 from supersonic_moe.kernels.triton.bias_gradient import segment_sum as segment_sum
 from supersonic_moe.kernels.triton.departures import departures_everywhere as departures_everywhere
+from supersonic_moe.kernels.triton.dequantize import dequantize_rows as dequantize_rows
 from supersonic_moe.kernels.triton.gather_rows import gather_rows as gather_rows
 from supersonic_moe.kernels.triton.gather_sum import gather_sum as gather_sum
 from supersonic_moe.kernels.triton.grouped_mm import grouped_mm as grouped_mm
@@ -26,6 +27,7 @@ from supersonic_moe.kernels.triton.quantize import quantize_both_orders as quant
 from supersonic_moe.kernels.triton.quantize import quantize_columns as quantize_columns
 from supersonic_moe.kernels.triton.quantize import quantize_rows as quantize_rows
 from supersonic_moe.kernels.triton.quantize import quantize_weights as quantize_weights
+from supersonic_moe.kernels.triton.quantize_saved import quantize_saved as quantize_saved
 from supersonic_moe.kernels.triton.router import route_backward as route_backward
 from supersonic_moe.kernels.triton.router import route_forward as route_forward
 from supersonic_moe.kernels.triton.row_parts import row_parts as row_parts

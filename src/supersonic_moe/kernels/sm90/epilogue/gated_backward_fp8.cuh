@@ -77,14 +77,8 @@ struct GatedBackwardScaled {
                 pair.score[0] = load_scale(slots.scores() + row_offset), pair.score[1] = load_scale(slots.scores() + row_offset + 32);
                 padded = __any_sync(0xffffffffu, pair.score[0] == 0.0f || pair.score[1] == 0.0f);
             }
-            float scale_gate[2], scale_up[2];
-            if constexpr (SAVED.fp8) {
-#pragma unroll
-                for (u32 i = 0; i < 2; ++i) {
-                    scale_gate[i] = load_scale(slots.scales(slot, 0) + row_offset + i * 32);
-                    scale_up[i] = G.interleaved ? scale_gate[i] : load_scale(slots.scales(slot, 1) + row_offset + i * 32);
-                }
-            }
+            const u32 of_gate = slots.scales(slot, 0) + row_offset, of_up = G.interleaved ? of_gate : slots.scales(slot, 1) + row_offset;
+            const SavedScales<SAVED> scale_gate(of_gate, of_gate + 32), scale_up(of_up, of_up + 32);
             const u32 gate_at = gate_base > up_base ? LINE / 2 : 0;
             u32 as_words[4][4];
             PackedFragment saved = load_saved<C, SAVED>(buffer, line, 0, load_lane, gate_at);
@@ -93,19 +87,10 @@ struct GatedBackwardScaled {
                 float* d = acc + (LOOPS ? 0 : chunk * 32) + part * 8;
                 pin_four(d), pin_four(d + 4);
                 if (part == 2 && chunk > 0) give_back(chunk - 1);
-                GateUpFragment z = unpack_fragment<G>(saved, [](u32 word, float& low, float& high) {
-                    if constexpr (SAVED.fp8) {
-                        unpack_e4m3(word, low, high);
-                    } else {
-                        low = bf16_low(word), high = bf16_high(word);
-                    }
-                });
+                GateUpFragment z = unpack_fragment<G>(saved, unpack_saved<SAVED>);
                 if (part < 3) saved = load_saved<C, SAVED>(buffer, line, part + 1, load_lane, gate_at);
-                if constexpr (SAVED.fp8) {
-#pragma unroll
-                    for (u32 i = 0; i < 8; ++i)
-                        z.gate[i / 2][i % 2] *= scale_gate[i / 2 % 2], z.up[i / 2][i % 2] *= scale_up[i / 2 % 2];
-                }
+                const u32 scale_group = G.interleaved ? part : chunk % 2 * 2 + part / 2;
+                scale_gate.apply(z.gate, scale_group), scale_up.apply(z.up, scale_group);
                 bias.add(column + static_cast<i32>(part * 16 + load_lane % 4 * 2), z);
                 float scaled[4][2];
                 backward_fragment<G>(d, z, scaled, pair, constants);

@@ -81,9 +81,9 @@ DEVICE void unpark(u32 base, float* values) {
                      : "memory");
 }
 
-template <Config C, Gate G>
+template <Config C, Gate G, bool Int8 = false>
 struct GatedBackwardQuantized {
-    static constexpr SavedFormat SAVED{true, true};
+    static constexpr SavedFormat SAVED{true, true, Int8};
     static constexpr u32 CHUNKS = chunks<C>, SLOTS = slots_of<C, SAVED>, MAXIMA_BYTES = 2 * CHUNKS * C.math_warps() * 4;
     static_assert(G.interleaved, "a chunk is a tile of dZ where gate and up alternate; a slot is what one chunk stages");
     static_assert(C.share_a || C.cluster == 1, "every block of a cluster has rows: a block of positions belongs to an expert");
@@ -192,7 +192,7 @@ struct GatedBackwardQuantized {
                 }
             }
             const u32 scales = slots.scales(chunk, 0) + row_offset;
-            const float scale[2] = {load_scale(scales), load_scale(scales + 32)};
+            const SavedScales<SAVED> scale(scales, scales + 32);
 
             GateUpFragment z[4];
             float largest[2] = {0.0f, 0.0f}, largest_a = 0.0f;  // of dZ in the rows that this thread holds; of s * A
@@ -203,11 +203,9 @@ struct GatedBackwardQuantized {
                 pin_four(d), pin_four(d + 4);
                 if (part == 2 && !completes_pair) park<C>(parking, acc);  // s * A of parts 0 and 1
                 if (part == 2 && chunk > 0) give_back(chunk - 1);
-                z[part] = unpack_fragment<G>(saved, unpack_e4m3);
+                z[part] = unpack_fragment<G>(saved, unpack_saved<SAVED>);
                 if (part < 3) saved = load_saved<C, SAVED>(buffer, line, part + 1, lane, 0);
-#pragma unroll
-                for (u32 i = 0; i < 8; ++i)
-                    z[part].gate[i / 2][i % 2] *= scale[i / 2 % 2], z[part].up[i / 2][i % 2] *= scale[i / 2 % 2];
+                scale.apply(z[part].gate, part), scale.apply(z[part].up, part);
                 bias.add(column + static_cast<i32>(part * 16 + lane % 4 * 2), z[part]);
                 float a[4][2];
                 backward_fragment<G>(d, z[part], a, rows_held, constants);

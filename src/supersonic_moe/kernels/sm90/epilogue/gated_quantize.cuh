@@ -44,13 +44,28 @@ DEVICE void stage_e4m3(const float* d, const float (&inverse)[2], u32 start, u32
     }
 }
 
+// The same in int8, where the 16 columns are half of a group.
+DEVICE void stage_int8(const float* d, const float (&inverse)[2], u32 start, u32 chunk) {
+#pragma unroll
+    for (u32 i = 0; i < 8; i += 4) {
+        const u32 at = (start ^ chunk * 16) + i * 2;
+#pragma unroll
+        for (u32 row = 0; row < 2; ++row) {
+            const float* two = d + i + 2 * row;
+            const u32 codes = pack_int8(int8_code(two[0], inverse[row]), int8_code(two[1], inverse[row]));
+            store_shared(at + row * 8 * LINE, static_cast<u16>(codes));
+        }
+    }
+}
+
 // Gate and up of 16 activations, alternating: 32 columns, which are two chunks, from `matrices` on, a matrix_address.
-DEVICE void stage_e4m3_pairs(const float* gate, const float* up, const float (&inverse)[2], u32 matrices) {
+template <bool Int8>
+DEVICE void stage_pairs(const float* gate, const float* up, const float (&inverse)[2], u32 matrices) {
     u32 words[4];
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {  // rows r and r + 8, activations c and c + 1, then c + 8 and c + 9
         const float by = inverse[i % 2], *g = gate + i * 2, *u = up + i * 2;
-        words[i] = pack_four_e4m3(g[0] * by, u[0] * by, g[1] * by, u[1] * by);
+        words[i] = Int8 ? pack_four_int8(g[0], u[0], g[1], u[1], by) : pack_four_e4m3(g[0] * by, u[0] * by, g[1] * by, u[1] * by);
     }
     store_matrices(matrices, words);
 }
@@ -66,7 +81,7 @@ DEVICE void stage_bf16_pairs(float* gate, float* up, u32 start) {
     }
 }
 
-template <Config C, Gate G>
+template <Config C, Gate G, bool Int8 = false>  // Int8: Z with scales of 1 x 32, in place of e4m3
 struct GatedActivationQuantized {
     static constexpr u32 STAGING_BYTES = 5 * C.buffer_bytes();  // A, and Z in bf16
     static constexpr bool RUNS_WITHOUT_ROWS = false;
@@ -99,7 +114,41 @@ struct GatedActivationQuantized {
         tma_wait_read<0>();
         __syncwarp();
         float inverse_z[2][2];  // of two blocks of 128 columns
+        u32 exponents_z[2][2];  // in int8 instead, of two groups of 32 columns each: byte 2 * row + group
+        const auto scale_z_groups = [&] {
+#pragma unroll
+            for (u32 block = 0; block < 2; ++block) {
+#pragma unroll
+                for (u32 group = 0; group < 4; ++group) {
+                    const float* first = G.interleaved ? gate + block * 32 + group * 8 : acc + block * EACH + group * 16;
+                    const float* second = G.interleaved ? up + block * 32 + group * 8 : first + 8;
+                    float largest[2] = {0.0f, 0.0f};
+#pragma unroll
+                    for (u32 i = 0; i < 8; ++i) {
+                        float& of_row = largest[i / 2 % 2];
+                        of_row = larger_or_nan(larger_or_nan(of_row, first[i]), second[i]);
+                    }
+                    const u32 both = group_exponents(largest[0], largest[1]);
+                    u32& pair = exponents_z[block][group / 2];
+                    pair = group % 2 == 0 ? both : pair | both << 8;
+                }
+                const i32 base = G.interleaved ? 2 * tile.column + static_cast<i32>(block) * 128
+                                               : tile.column + (block == 0 ? gate_base : up_base);
+#pragma unroll
+                for (u32 i = 0; i < 2; ++i) {
+                    u32 word;
+                    const u32(&pairs)[2] = exponents_z[block];
+                    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(pairs[0]), "r"(pairs[1]), "r"(i == 0 ? 0x5410 : 0x7632));
+                    const i32 at = static_cast<i32>(lane / 4 + 8 * i);
+                    if (lane % 4 == 0 && at < rows && base < 2 * width) scale_z[base / 128 * scale_stride + row + at] = __uint_as_float(word);
+                }
+            }
+        };
+        const auto inverse_of_group = [&](u32 block, u32 group, u32 row_of_two) {
+            return inverse_of_exponent(exponents_z[block][group / 2] >> (16 * row_of_two + 8 * (group % 2)) & 0xff);
+        };
         const auto scale_z_blocks = [&] {
+            if constexpr (Int8) return scale_z_groups();
 #pragma unroll
             for (u32 block = 0; block < 2; ++block) {
                 const float* first = G.interleaved ? gate + block * 32 : acc + block * EACH;
@@ -115,8 +164,18 @@ struct GatedActivationQuantized {
         const u32 z_matrices = matrix_address(shared.staging() + C.buffer_bytes(), line, 0, lane);
         const u32 z_start = chunk_start(buffers_of_z, lane, 2);
         const auto stage_fp8_z = [&](u32 i) {  // of eight accumulators of gate and of up
-            if constexpr (G.interleaved) {
-                stage_e4m3_pairs(gate + i, up + i, inverse_z[i / 32], (z_matrices ^ i % 32 * 4) + i / 32 * C.buffer_bytes());
+            const u32 to = (z_matrices ^ i % 32 * 4) + i / 32 * C.buffer_bytes();
+            if constexpr (Int8 && G.interleaved) {
+                const float inverse[2] = {inverse_of_group(i / 32, i / 8 % 4, 0), inverse_of_group(i / 32, i / 8 % 4, 1)};
+                stage_pairs<true>(gate + i, up + i, inverse, to);
+            } else if constexpr (Int8) {
+#pragma unroll
+                for (u32 block = 0; block < 2; ++block) {
+                    const float inverse[2] = {inverse_of_group(block, i / 16, 0), inverse_of_group(block, i / 16, 1)};
+                    stage_int8((block == 0 ? gate : up) + i, inverse, z_start + block * C.buffer_bytes(), i / 8);
+                }
+            } else if constexpr (G.interleaved) {
+                stage_pairs<false>(gate + i, up + i, inverse_z[i / 32], to);
             } else {
                 stage_e4m3(gate + i, inverse_z[0], z_start, i / 8);
                 stage_e4m3(up + i, inverse_z[1], z_start + C.buffer_bytes(), i / 8);

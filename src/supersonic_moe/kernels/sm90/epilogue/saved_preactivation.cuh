@@ -5,12 +5,14 @@
 // stages are still to be multiplied.
 #pragma once
 #include "epilogue/activation_backward.cuh"
+#include "epilogue/quantize.cuh"
 #include "gemm/load_rows.cuh"
 #include "gemm/tiles_fp8.cuh"
 
 struct SavedFormat {  // how Z was kept for the backward
-    bool fp8;          // e4m3 with scales of 1 x 128, else bf16
-    bool interleaved;  // gate and up alternate
+    bool fp8;           // e4m3 with scales of 1 x 128, else bf16
+    bool interleaved;   // gate and up alternate
+    bool int8 = false;  // and fp8: codes are int8 instead, and what is a scale elsewhere are the exponents of four groups of 32 columns
 };
 template <Config C>
 constexpr u32 chunks = C.block_n / CHUNK;
@@ -63,7 +65,10 @@ DEVICE PackedFragment load_saved(u32 buffer, u32 line, u32 part, u32 lane, u32 g
     if constexpr (S.interleaved) {
         load_matrices(words.first, matrix_address(buffer, line, part, lane));
 #pragma unroll
-        for (u32 i = 0; i < 4; ++i) words.second[i] = words.first[i] >> 16;
+        for (u32 i = 0; i < 4; ++i) {
+            if constexpr (S.int8) words.first[i] ^= INT8_SIGNS;
+            words.second[i] = words.first[i] >> 16;
+        }
     } else {
         const u32 at = buffer + (line + lane / 4) * LINE + (part ^ lane / 4 % 4) * 16 + lane % 4 * 2;
 #pragma unroll
@@ -71,9 +76,44 @@ DEVICE PackedFragment load_saved(u32 buffer, u32 line, u32 part, u32 lane, u32 g
             const u32 from = at + i % 2 * 8 * LINE + i / 2 * 8;
             asm volatile("ld.shared.u16 %0, [%1];" : "=r"(words.first[i]) : "r"(from + gate_at) : "memory");
             asm volatile("ld.shared.u16 %0, [%1];" : "=r"(words.second[i]) : "r"(from + LINE / 2 - gate_at) : "memory");
+            if constexpr (S.int8) words.first[i] ^= INT8_SIGNS, words.second[i] ^= INT8_SIGNS;
         }
     }
     return words;
+}
+
+// How a thread's part of Z becomes numbers, of rows r and r + 8 of a chunk. `words`: what stands for the scales of its columns.
+template <SavedFormat S>
+struct SavedScales {
+    u32 words[2];
+    DEVICE SavedScales(u32 first, u32 second) {  // shared addresses
+        if constexpr (S.fp8) words[0] = __float_as_uint(load_scale(first)), words[1] = __float_as_uint(load_scale(second));
+    }
+    // Eight numbers z[column pair][..], as unpack gave them, of the 32 columns of `group`, a number from 0 to 3.
+    DEVICE void apply(float (&z)[4][2], u32 group) const {
+        if constexpr (!S.fp8) return;
+        float step[2], offset[2];
+#pragma unroll
+        for (u32 i = 0; i < 2; ++i) {
+            step[i] = S.int8 ? step_of_exponent(words[i] >> 8 * group & 0xff) : __uint_as_float(words[i]);
+            offset[i] = -INT8_OFFSET * step[i];
+        }
+#pragma unroll
+        for (u32 i = 0; i < 8; ++i) {
+            float& number = z[i / 2][i % 2];
+            number = S.int8 ? __fmaf_rn(number, step[i / 2 % 2], offset[i / 2 % 2]) : number * step[i / 2 % 2];
+        }
+    }
+};
+template <SavedFormat S>
+DEVICE void unpack_saved(u32 word, float& low, float& high) {
+    if constexpr (!S.fp8) {
+        low = bf16_low(word), high = bf16_high(word);
+    } else if constexpr (S.int8) {
+        unpack_int8(word, low, high);
+    } else {
+        unpack_e4m3(word, low, high);
+    }
 }
 
 // Z, its scales and the rows' scores, as the loading warpgroup reads them.

@@ -37,8 +37,8 @@ struct DepthScales {
     }
 };
 
-// Loads all tiles of this block: the K blocks of its expert, or one stage with nothing but a work tile. The next tile's offsets, sources
-// and first scales are read while the current one is loaded: each of these reads takes as long as a K block.
+// Loads all tiles of this block: the K blocks of its expert, or one stage with nothing but a work tile. The next tile's offsets are read
+// while the current one is loaded, its sources and first scales behind that: each of these reads takes as long as a K block.
 template <Config C, typename Schedule = AllTiles<C>>
 DEVICE void load_scaled_depth(const SharedMemory<C>& shared, const ScaledDepthGemm& gemm, const TensorMap* map_a,
                               const TensorMap* map_scale_a, const TensorMap* map_b, const bool adds, const Schedule schedule = {}) {
@@ -65,17 +65,16 @@ DEVICE void load_scaled_depth(const SharedMemory<C>& shared, const ScaledDepthGe
         const i32 block = min(first + static_cast<i32>(lane_index()), end - 1);
         return gemm.source == nullptr || first >= end ? block : __ldg(gemm.source + block);
     };
+    const auto first_sources = [&](const DepthTile& of) { return sources(of.first_k, of.first_k + of.tile.blocks_k); };
     Ring<C> ring;
     DepthTile now = find();
     DepthScales scales(gemm, now);
-    i32 mine = sources(now.first_k, now.first_k + now.tile.blocks_k), next = mine;
+    i32 mine = first_sources(now), source = __shfl_sync(0xffffffffu, mine, 0);
     while (now.found) {
         const WorkTile tile = now.tile;
         const i32 first_k = now.first_k, stages = max(tile.blocks_k, 1);
         for (i32 block = 0; block < stages; ++block, ring.advance()) {
             const u32 full = shared.full(ring.stage);
-            const i32 source = __shfl_sync(0xffffffffu, mine, block % 32);
-            if (block % 32 == 31) mine = sources(first_k + block + 1, first_k + stages);
             mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
             if (elect_one()) {
                 write_work_tile(shared.work_tile(ring.stage), tile);
@@ -91,9 +90,12 @@ DEVICE void load_scaled_depth(const SharedMemory<C>& shared, const ScaledDepthGe
                 }
             }
             if (block + 1 < stages) scales.advance(gemm);
-            if (block == 0) now = find(), next = sources(now.first_k, now.first_k + now.tile.blocks_k);
+            if (block == 0) now = find();
+            if (block % 32 == 31) mine = sources(first_k + block + 1, first_k + stages);
+            source = __shfl_sync(0xffffffffu, mine, (block + 1) % 32);
         }
-        scales = DepthScales(gemm, now), mine = next;
+        scales = DepthScales(gemm, now), mine = first_sources(now);
+        source = __shfl_sync(0xffffffffu, mine, 0);
     }
     announce_end(shared, ring, 0);
 }
