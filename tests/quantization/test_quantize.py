@@ -23,6 +23,7 @@ from supersonic_moe.kernels.interface import Quantized
 from supersonic_moe.kernels.reference import quantize as reference
 from supersonic_moe.kernels.triton import pad_segments, quantize_saved
 from supersonic_moe.kernels.triton import quantize as triton
+from supersonic_moe.kernels.triton.dequantize import dequantize_rows
 from supersonic_moe.quantization.block_format import BLOCK, E4M3, SMALLEST_AMAX, blocks, padded_capacity, saved_steps
 
 E4M3_MAX = 448.0
@@ -193,6 +194,10 @@ def test_rows(
     q, scale = got
     assert q.stride(0) % 16 == 0 and q.stride(1) == 1 and q.data_ptr() % 16 == 0
     assert scale.stride() == ((1, -(-r // 4) * 4) if tma else (blocks(c), 1))
+    out = x.new_empty(r, c + 8, dtype=torch.float32)[:, :c]  # exact there; the interpreter truncates to bf16
+    assert dequantize_rows(Quantized(*got), out) is out
+    assert torch.equal(out.nan_to_num(7), reference.dequantize(*got, torch.float32).nan_to_num(7))
+    assert dequantize_rows(Quantized(*got)).dtype is reference.dequantize_rows(Quantized(*got)).dtype is torch.bfloat16
 
 
 @POW2

@@ -115,7 +115,7 @@ class SharedBlocks:
         blocks: Any = found
         if not block.is_cuda:
             return Memory(blocks, ThreadFlags(blocks, rank, limit_s), None)  # type: ignore[arg-type]
-        return Memory(blocks, CarefulFlags(blocks, rank, limit_s, self.meeting), None)
+        return Memory(blocks, CarefulFlags(blocks, rank, limit_s, self.meeting), None, apart=False)
 
 
 class CarefulFlags(ExchangeFlags):

@@ -161,6 +161,7 @@ def test_every_op_is_checked():
     defined = {s.name.split("::")[1] for s in torch._C._jit_get_all_schemas() if s.name.startswith("supersonic_moe::")}
     elsewhere = {"moe_fp8_ds_routed", "moe_fp8_topk"}  # tests/inference
     elsewhere |= {"grouped_linear_forward", "grouped_linear_backward"}  # tests/api/test_grouped_linear.py
+    elsewhere |= {"decode"}  # tests/integrations/transformers/test_decode.py
     assert defined - elsewhere == {name.split("-")[0] for name in CASES}
 
 

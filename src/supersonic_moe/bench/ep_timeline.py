@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from supersonic_moe.bench.spans import Marks
 from supersonic_moe.bench.timing import Call
 from supersonic_moe.parallel.collectives import Collectives
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
 WARM, RUNS = 10, 20  # the same on every rank: all of them make the same calls
 COLOURS = dict(zip(PHASES, ("#0b6e4f", "#5c6bc0", "#c8553d", "#b8860b"), strict=True))
 _METHODS = [(kind, name) for kind in (Copies, Collectives) for name in ("gather", "exchange")]
-_METHODS += [(Copies, name) for name in ("pull", "push")]  # of exchanges in parts
+_BESIDE = ("pull", "push")  # parts of exchanges, on the stream beside
+_METHODS += [(Copies, name) for name in _BESIDE]
 
 
 class Exchange(NamedTuple):
@@ -71,7 +74,8 @@ def _recorded(mark: Callable[[], Any]) -> Iterator[list[tuple[str, Any, Any]]]:
         def call(*args: Any) -> Any:
             before = mark()
             result = method(*args)
-            found.append((next(arg for arg in args if isinstance(arg, str)), before, mark()))
+            with torch.cuda.stream(args[0].stream if method.__name__ in _BESIDE else None):
+                found.append((next(arg for arg in args if isinstance(arg, str)), before, mark()))
             return result
 
         return call

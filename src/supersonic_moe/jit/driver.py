@@ -1,5 +1,6 @@
 """The few conventions that all calls into the CUDA driver share. Importing this needs no driver; calling does."""
 
+import ctypes
 import functools
 import importlib
 from typing import Any
@@ -46,3 +47,27 @@ def make_context_current(device: int) -> None:
         ordinal = call(f"finding cuda:{device}", driver.cuDeviceGet, device)
         context = call(f"opening cuda:{device}", driver.cuDevicePrimaryCtxRetain, ordinal)
         call(f"selecting cuda:{device}", driver.cuCtxSetCurrent, context)
+
+
+def copy_bytes(to: int, source: int, count: int, stream: int | None) -> None:
+    """Between any two addresses that a GPU reaches, in the order of a ``stream`` of the current device. None: memory of
+    the host, at once. What the addresses belong to has to live until then.
+    """
+    if not count:
+        return
+    if stream is None:
+        ctypes.memmove(to, source, count)
+        return
+    (result,) = binding().cuMemcpyAsync(to, source, count, stream)
+    if result != 0:
+        raise LaunchError(f"copying {count} bytes failed: {error_text(result)}")
+
+
+def fill_bytes(to: int, value: int, count: int, stream: int | None) -> None:
+    """``count`` bytes of ``value``, as ``copy_bytes`` does it."""
+    if not count:
+        return
+    if stream is None:
+        ctypes.memset(to, value, count)
+        return
+    call(f"filling {count} bytes", binding().cuMemsetD8Async, to, value, count, stream)

@@ -64,10 +64,12 @@ class Arrivals(NamedTuple):
     begin_PE: Tensor
     """(parts, E) int32, in blocks: part p has the blocks [begin[p, e], end[p, e]) of expert e."""
     end_PE: Tensor
-    there_P: Tensor
-    """(parts,) int32, not 0 once the rows of the part are there. The first part is there when the product starts."""
+    there_P: Tensor | None
+    """(parts,) int32, not 0 once the rows of the part are there. The first part is there when the product starts. None:
+    all parts are, after ``wait``.
+    """
     wait: Callable[[], None]
-    """Makes the current stream wait for all parts: for what does not look at ``there``."""
+    """Makes the current stream wait for all parts: for what does not look at ``there``, or cannot."""
 
 
 class RowBlocks(NamedTuple):
@@ -344,10 +346,16 @@ class Experts(Protocol):
         """
 
     def gather_sum(
-        self, y_PH: Tensor, row_scale_P: Tensor | None, bias_EH: Tensor | None, row_expert_P: Tensor, tokens: TokenRows
+        self,
+        y_PH: Tensor,
+        row_scale_P: Tensor | None,
+        bias_EH: Tensor | None,
+        row_expert_P: Tensor,
+        tokens: TokenRows,
+        out: Tensor | None = None,
     ) -> Tensor:
         """(T, H): the sum over the token's rows, in order, of scale[row] · (y[row] + bias[expert of row]); 0 for a
-        token without rows.
+        token without rows. Into ``out`` if given.
         """
 
     def zero_dead_rows(self, y_PN: Tensor, expert_offsets: Tensor) -> None:
@@ -370,6 +378,9 @@ class Quantizers(Protocol):
         """(R, C) with scales (R, C/128). ``tma``: stored transposed, as the loads of rows without an index want them;
         rows that are read through an index want them row by row.
         """
+
+    def dequantize_rows(self, x: Quantized, out_RC: Tensor | None = None) -> Tensor:
+        """(R, C) bf16 of rows with scales (R, C/128): code times scale in fp32, rounded once. Into ``out`` if given."""
 
     def quantize_saved(self, z_RC: Tensor) -> Quantized:
         """(R, C) int8 with the exponents of groups of 1 x 32, four in each word of (R, C/128) int32, stored transposed:

@@ -1,16 +1,17 @@
 """Experts whose tokens come and go beside their products, in parts of the row blocks (``ranges.py``).
 
     this stream     up-projection: own, after, before    down(before) sum   down(after) sum   down(own) sum     total
-    beside it          after come   before come                  before leave       after leave      own
+    beside it          after come   before come                  before leave       after leave
 
     this stream     down backward: own, after, before    dx sum    dW2    dW1    total
     beside it          dO of after  dO of before                   dx leaves
 
 What comes is waited for inside a product, by the warps that load it: one launch, whose tiles of own rows come first.
-What leaves has been summed by token, so the down-projection is a launch for each part. Beside products there are
-nothing but copies, which need no multiprocessor; what waits for another rank does so between them. Choices come first,
-in one message, because the plan is made of them. The parts have the tiles of one launch, and the sums are those of each
-token, so not one bit differs.
+What leaves has been summed by token, so the down-projection is a launch for each part; own sums are written to where
+they are added up. Beside products there are nothing but copies, which need no multiprocessor, and which are enqueued
+before what waits for them; what waits for another rank does so between products. Choices come first, in one message,
+because the plan is made of them. The parts have the tiles of one launch, and the sums are those of each token, so not
+one bit differs.
 """
 
 from __future__ import annotations
@@ -52,10 +53,10 @@ class Way(NamedTuple):
             return None
         places = trip.token_S.shape[0] // ranks
         enough = places * top_k >= ranges.LEAST_ROWS * trip.experts_here
-        fits = copies.takes(padded(rows_TC[:0]), places) and copies.takes(sums[:0], places)
+        fits = all(copies.takes(rows[:0], places, at_once=True) for rows in (padded(rows_TC[:0]), sums))
         return cls(copies, trip, places) if enough and fits else None
 
-    def arrive(self, rows_TC: Tensor, phase: str) -> tuple[Tensor, Tensor]:
+    def arrive(self, rows_TC: Tensor, phase: str) -> tuple[Tensor, Tensor | None]:
         """(rows (U, C) that are on their way, parts that are there (parts,))."""
         parts = ranges.sources_of(self.copies.rank, self.trip.copy_TR.shape[1])
         rows_UC, there_P = self.copies.gather_in_parts(padded(rows_TC), self.places, parts, self.trip.call, phase)
@@ -64,7 +65,7 @@ class Way(NamedTuple):
     def parts(self, plan: Plan) -> ranges.Parts:
         return ranges.parts_of(plan, self.copies.rank, self.trip.copy_TR.shape[1], self.places)
 
-    def arrivals(self, parts: ranges.Parts, there_P: Tensor) -> Arrivals:
+    def arrivals(self, parts: ranges.Parts, there_P: Tensor | None) -> Arrivals:
         return Arrivals(parts.begin_PE, parts.end_PE, there_P, self.copies.join)
 
     def sums(
@@ -90,7 +91,10 @@ class Way(NamedTuple):
 
             def summed(y_PH: Tensor) -> None:
                 rows = TokenRows(rows_UK[here].reshape(-1), None, rows_UK.shape[1], count)
-                home.send(k.gather_sum(y_PH, row_scores_P, b2, plan.row_expert, rows), sources)
+                own = home.own() if at == 0 else None
+                sums = k.gather_sum(y_PH, row_scores_P, b2, plan.row_expert, rows, own)
+                if own is None:
+                    home.send(sums, sources)
 
             return RowBlocks(parts.begin_PE[at], parts.end_PE[at], summed)
 
@@ -118,7 +122,7 @@ class WayBack:
             return
         ranks = trip.copy_TR.shape[1]
         places = trip.token_S.shape[0] // ranks
-        if copies.takes(dx_UH, places):
+        if copies.takes(dx_UH, places, at_once=True):
             self._home = copies.departure(places, dx_UH.shape[1], dx_UH.dtype, trip.call, "backward combine")
             self._home.send(dx_UH, range(ranks))
 

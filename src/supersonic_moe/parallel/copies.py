@@ -14,15 +14,18 @@ Bytes through NVLink, each way: (R - 1)·M rows. Beside them M rows are copied w
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from supersonic_moe.jit.driver import copy_bytes, fill_bytes
+from supersonic_moe.jit.launch import on_device
 from supersonic_moe.parallel.collectives import Collectives
 from supersonic_moe.parallel.symmetric import HEAD, Memory
 from supersonic_moe.parallel.watch import PHASES, Watch, carried
+from supersonic_moe.private_api import raw_stream
 
 ALIGNMENT = 1024
 """Bytes at multiples of which banks start."""
@@ -49,7 +52,9 @@ class Departure:
     """
 
     def __init__(self, copies: Copies, places: int, columns: int, dtype: torch.dtype, call: int, phase: str) -> None:
-        self._copies, self._places, self._like = copies, places, torch.empty(0, columns, dtype=dtype)
+        self._copies, self._rows, self._columns, self._dtype = copies, copies.ranks * places, columns, dtype
+        self._row_bytes = columns * dtype.itemsize
+        self._share = places * self._row_bytes
         self._at = call, phase
         self._leaving: list[Tensor] = []
         with copies.inside(*self._at):
@@ -57,10 +62,15 @@ class Departure:
 
     def send(self, rows: Tensor, targets: Sequence[int]) -> None:
         """M rows for each of the ``targets``, one after the other."""
-        copies, leaving = self._copies, rows.contiguous().view(torch.uint8).view(len(targets), -1)
-        self._leaving.append(leaving)  # which the other stream reads
-        with copies.inside(*self._at), copies.aside():
-            copies.push(self._bank, targets, leaving, *self._at)
+        rows = rows.contiguous()
+        self._leaving.append(rows)  # which the other stream reads
+        with self._copies.inside(*self._at):
+            self._copies.push(self._bank, targets, rows.data_ptr(), self._share, *self._at)
+
+    def own(self) -> Tensor:
+        """(M, C): the place of what this rank has for itself."""
+        rows, rank = self._rows // self._copies.ranks, self._copies.rank
+        return self._copies.rows_in_bank(self._rows, self._columns, self._dtype)[rank * rows : (rank + 1) * rows]
 
     def arrived(self) -> Tensor:
         """(R·M, C): what all ranks have sent here, in order of ranks, in a bank: read it before the next exchange."""
@@ -68,12 +78,14 @@ class Departure:
         copies.join()
         self._leaving.clear()
         with copies.inside(*self._at):
-            copies.meet(self._like.shape[1] * self._like.element_size(), *self._at)
-        return _as_rows(self._bank[copies.rank], len(self._bank) * self._places, self._like)
+            copies.meet(self._row_bytes, *self._at)
+        return copies.rows_in_bank(self._rows, self._columns, self._dtype)
 
 
 class Copies:
     """What :class:`Collectives` does, for rows that fit and lie on the GPU; others go through ``collectives``.
+
+    Banks are addresses: a copy costs the host one call of the driver.
 
     Args:
         memory: of two banks of ``bank`` bytes, from ``bank_of(...)``.
@@ -84,142 +96,143 @@ class Copies:
         self, memory: Memory, rank: int, places: int, row_bytes: int, bank: int, watch: Watch, collectives: Collectives
     ) -> None:
         self.memory, self.rank, self.watch, self._collectives = memory, rank, watch, collectives
-        self._places, self._row_bytes, self._device = places, row_bytes, memory.blocks[rank].device
-        starts = HEAD, HEAD + bank
-        self._banks = [[block[start : start + bank] for block in memory.blocks] for start in starts]
+        self.ranks = len(memory.blocks)
+        self._places, self._row_bytes, self._bank_bytes = places, row_bytes, bank
+        self._mine, self._device = memory.blocks[rank], memory.blocks[rank].device
+        self._starts = HEAD, HEAD + bank
+        self._banks = [[block.data_ptr() + start for block in memory.blocks] for start in self._starts]
         self._bank = 0
-        self._aside: Any = None
         self._joined = True
         on_gpu = self._device.type == "cuda"
+        self.stream: Any = None
+        """Of copies beside products; None on a CPU."""
+        self._events = list[Any]()
+        if on_gpu:
+            self.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            self._events = [torch.cuda.Event(), torch.cuda.Event()]  # type: ignore[no-untyped-call]
         self._one = torch.ones(1, dtype=torch.int32, pin_memory=on_gpu)
         """Copied behind rows to say that they are there: a copy from the host needs no multiprocessor either."""
-        if on_gpu:
-            self._aside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        ranks = len(memory.blocks)
-        self._order = [(rank + i) % ranks for i in range(ranks)]
+        self._order = [(rank + i) % self.ranks for i in range(self.ranks)]
         """Every rank copies from or to another one first, so that no GPU has to serve all."""
+
+    # ---- exchanges ---------------------------------------------------------------------------------------------------
 
     def gather(self, rows_TC: Tensor, places: int, empty: int, call: int, phase: str) -> Tensor:
         """``Collectives.gather``"""
         if not self.takes(rows_TC, places):
             return self._collectives.gather(rows_TC, places, empty, call, phase)
-        rows, columns = rows_TC.shape
-        row_bytes = columns * rows_TC.element_size()
-        rows_UC = rows_TC.new_empty(len(self._order) * places, columns)
-        arriving = rows_UC.view(torch.uint8).view(len(self._order), -1)
+        rows_TC = rows_TC.contiguous()
+        row_bytes = rows_TC.shape[1] * rows_TC.element_size()
+        rows_UC = rows_TC.new_empty(self.ranks * places, rows_TC.shape[1])
+        arriving, stream = rows_UC.data_ptr(), self._current()
         with self.inside(call, phase):
             for share in self._shares(places, row_bytes):
                 bank = self.bank(call, phase)
-                leaving = rows_TC[share]
-                mine_MC = _as_rows(bank[self.rank], share.stop - share.start, rows_TC)
-                mine_MC[: len(leaving)].copy_(leaving)
-                if rows < share.stop:
-                    mine_MC[len(leaving) :].fill_(empty)
+                self._put(bank[self.rank], rows_TC, share, empty, stream)
                 self.meet(row_bytes, call, phase)
-                of_rank = slice(share.start * row_bytes, share.stop * row_bytes)
+                size = (share.stop - share.start) * row_bytes
                 for source in self._order:
-                    part = arriving[source][of_rank]
-                    part.copy_(bank[source][: part.numel()])
+                    copy_bytes(arriving + (source * places + share.start) * row_bytes, bank[source], size, stream)
         return rows_UC
 
     def exchange(
         self, rows_SC: Tensor, call: int, phase: str, sent: Sequence[int] | None, received: Sequence[int] | None
     ) -> Tensor:
         """``Collectives.exchange`` of equal shares. The result may lie in a bank: read it before the next exchange."""
-        places = rows_SC.shape[0] // len(self._order)
+        rows, columns = rows_SC.shape
+        places = rows // self.ranks
         if sent is not None or received is not None or not self.takes(rows_SC, places):
             return self._collectives.exchange(rows_SC, call, phase, sent, received)
-        row_bytes = rows_SC.shape[1] * rows_SC.element_size()
-        leaving = rows_SC.contiguous().view(torch.uint8).view(len(self._order), -1)
+        rows_SC, row_bytes = rows_SC.contiguous(), columns * rows_SC.element_size()
+        leaving, stream = rows_SC.data_ptr(), self._current()
+        shares = self._shares(places, row_bytes)
+        arrived = torch.empty_like(rows_SC) if len(shares) > 1 else None
         with self.inside(call, phase):
-            if len(shares := self._shares(places, row_bytes)) == 1:
-                return _as_rows(self._swap(leaving, row_bytes, call, phase), rows_SC.shape[0], rows_SC)
-            arrived = torch.empty_like(leaving)
             for share in shares:
-                of_rank = slice(share.start * row_bytes, share.stop * row_bytes)
-                came = self._swap(leaving[:, of_rank], row_bytes, call, phase).view(len(self._order), -1)
-                for source in self._order:
-                    arrived[source][of_rank].copy_(came[source])
-        return arrived.view(rows_SC.dtype).view(rows_SC.shape)
+                bank, size = self.bank(call, phase), (share.stop - share.start) * row_bytes
+                for target in self._order:
+                    at = leaving + (target * places + share.start) * row_bytes
+                    copy_bytes(bank[target] + self.rank * size, at, size, stream)
+                self.meet(row_bytes, call, phase)
+                if arrived is not None:
+                    for source in range(self.ranks):
+                        at = arrived.data_ptr() + (source * places + share.start) * row_bytes
+                        copy_bytes(at, bank[self.rank] + source * size, size, stream)
+        return self.rows_in_bank(rows, columns, rows_SC.dtype) if arrived is None else arrived
 
-    def _swap(self, leaving: Tensor, row_bytes: int, call: int, phase: str) -> Tensor:
-        """(R, bytes) of which each rank gets one; what all have for this one, in its bank."""
-        bank, size = self.bank(call, phase), leaving.shape[1]
-        for target in self._order:
-            bank[target][self.rank * size : (self.rank + 1) * size].copy_(leaving[target])
-        self.meet(row_bytes, call, phase)
-        return bank[self.rank][: leaving.numel()]
-
-    def _shares(self, places: int, row_bytes: int) -> list[slice]:
-        return shares(places, row_bytes, len(self._order), self._banks[0][self.rank].numel())
+    # ---- beside products ---------------------------------------------------------------------------------------------
 
     def gather_in_parts(
         self, rows_TC: Tensor, places: int, parts: Sequence[Sequence[int]], call: int, phase: str
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """``gather`` whose rows come beside what the current stream does, part by part, each of some source ranks: the
         first is this one, whose rows are there at once. The second result, (parts,) int32, has a 1 where a part has
-        come; ``join`` waits for all. No other exchange before that.
+        come; ``join`` waits for all. None: nobody may wait for it on the GPU, because copies might need the
+        multiprocessors that whoever waits holds. No other exchange before ``join``.
         """
-        rows, row_bytes = rows_TC.shape[0], rows_TC.shape[1] * rows_TC.element_size()
-        rows_UC = rows_TC.new_empty(len(self._order) * places, rows_TC.shape[1])
+        rows_TC = rows_TC.contiguous()
+        row_bytes = rows_TC.shape[1] * rows_TC.element_size()
+        rows_UC = rows_TC.new_empty(self.ranks * places, rows_TC.shape[1])
         there_P = torch.zeros(len(parts), dtype=torch.int32, device=rows_TC.device)
+        arriving, share, stream = rows_UC.data_ptr(), places * row_bytes, self._current()
         with self.inside(call, phase):
             bank = self.bank(call, phase)
-            for mine_MC in (_as_rows(bank[self.rank], places, rows_TC), rows_UC[self.rank * places :][:places]):
-                mine_MC[:rows].copy_(rows_TC)
-                mine_MC[rows:].fill_(0)
+            for to in (bank[self.rank], arriving + self.rank * share):
+                self._put(to, rows_TC, slice(places), 0, stream)
             self.meet(row_bytes, call, phase)
-            arriving = rows_UC.view(torch.uint8).view(len(self._order), -1)
-            with self.aside():
-                for part, sources in enumerate(parts[1:], 1):
-                    self.pull(bank, sources, arriving, call, phase)
-                    there_P[part : part + 1].copy_(self._one, non_blocking=True)
-        return rows_UC, there_P
+            for part, sources in enumerate(parts[1:], 1):
+                self.pull(bank, sources, arriving, share, there_P.data_ptr() + 4 * part, call, phase)
+        return rows_UC, there_P if self.memory.apart else None
 
-    def pull(self, bank: list[Tensor], sources: Sequence[int], arriving: Tensor, call: int, phase: str) -> None:
+    def pull(
+        self, bank: list[int], sources: Sequence[int], arriving: int, share: int, there: int, call: int, phase: str
+    ) -> None:
         """A part of ``gather_in_parts``, on the stream beside."""
+        stream = self._beside()
         for source in sources:
-            arriving[source].copy_(bank[source][: arriving.shape[1]])
+            copy_bytes(arriving + source * share, bank[source], share, stream)
+        copy_bytes(there, self._one.data_ptr(), 4, stream)
 
-    def push(self, bank: list[Tensor], targets: Sequence[int], leaving: Tensor, call: int, phase: str) -> None:
-        """A part of a :class:`Departure`, on the stream beside: (targets, bytes)."""
-        start = self.rank * leaving.shape[1]
+    def push(self, bank: list[int], targets: Sequence[int], leaving: int, share: int, call: int, phase: str) -> None:
+        """A part of a :class:`Departure`, on the stream beside."""
+        stream = self._beside()
         for target in self._order[1:] + self._order[:1]:  # own rows have the shortest way
             if target in targets:
-                part = leaving[targets.index(target)]
-                bank[target][start : start + leaving.shape[1]].copy_(part)
+                copy_bytes(bank[target] + self.rank * share, leaving + targets.index(target) * share, share, stream)
 
     def departure(self, places: int, columns: int, dtype: torch.dtype, call: int, phase: str) -> Departure:
         """An ``exchange`` whose rows leave part by part, beside what the current stream does."""
         return Departure(self, places, columns, dtype, call, phase)
 
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Copies inside run on a stream of their own, after what the current one has; ``join`` ends it, or the next
-        exchange does. Copy engines need no multiprocessor, so products hide them. Kernels belong elsewhere: they would
-        wait until a product leaves a multiprocessor free.
-        """
-        if self._aside is None:
-            yield
-            return
-        self._aside.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._aside):
-            yield
-        self._joined = False
-
     def join(self) -> None:
-        """The current stream waits for what runs aside."""
-        if self._aside is not None and not self._joined:
+        """The current stream waits for what has been copied beside it."""
+        if self.stream is not None and not self._joined:
             self._joined = True
-            torch.cuda.current_stream(self._device).wait_stream(self._aside)
+            self._events[1].record(self.stream)
+            self._events[1].wait(torch.cuda.current_stream(self._device))
 
-    def takes(self, rows: Tensor, places: int) -> bool:
-        """Whether copies carry such rows."""
-        fits = 0 < places <= self._places and rows.shape[1] * rows.element_size() <= self._row_bytes
-        return fits and rows.device == self._device
+    def _beside(self) -> int | None:
+        """The stream beside, after what the current one has; ``join`` ends it, or the next exchange does. Copy engines
+        need no multiprocessor, so products hide them. Kernels belong elsewhere: they would wait until a product leaves
+        a multiprocessor free.
+        """
+        if self.stream is None:
+            return None
+        self._joined = False
+        self._events[0].record(torch.cuda.current_stream(self._device))
+        self._events[0].wait(self.stream)
+        return int(self.stream.cuda_stream)
 
-    def bank(self, call: int, phase: str) -> list[Tensor]:
-        """The bank of this exchange, of each rank."""
+    # ---- their parts -------------------------------------------------------------------------------------------------
+
+    def takes(self, rows: Tensor, places: int, *, at_once: bool = False) -> bool:
+        """Whether copies carry such rows. ``at_once``: in one exchange."""
+        row_bytes = rows.shape[1] * rows.element_size()
+        fits = 0 < places <= self._places and 0 < row_bytes <= self._row_bytes and rows.device == self._device
+        return fits and (not at_once or self.ranks * places * row_bytes <= self._bank_bytes)
+
+    def bank(self, call: int, phase: str) -> list[int]:
+        """Address of the bank of this exchange, of each rank."""
         self.join()  # nothing is left there but for an error, or where nobody looked
         self._bank ^= 1
         self.memory.flags.begin(self._bank, call, PHASES.index(phase))
@@ -228,17 +241,32 @@ class Copies:
     def meet(self, row_bytes: int, call: int, phase: str) -> None:
         self.memory.flags.meet(carried(phase, row_bytes), call, PHASES.index(phase))
 
+    def rows_in_bank(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """The first rows of the bank of this exchange, here."""
+        start = self._starts[self._bank]
+        return self._mine[start : start + rows * columns * dtype.itemsize].view(dtype).view(rows, columns)
+
     @contextmanager
     def inside(self, call: int, phase: str) -> Iterator[None]:
         self.watch.enter(call, phase)
         try:
-            yield
+            with on_device(self._mine) if self.stream is not None else nullcontext():
+                yield
         except RuntimeError as error:  # after a trap every call fails, and says little
             self.watch.explain(error)
             raise
         self.watch.leave()
 
+    def _put(self, to: int, rows_TC: Tensor, share: slice, empty: int, stream: int | None) -> None:
+        """The rows of a share, and behind the last one bytes of ``empty``, 0 or -1."""
+        row_bytes = rows_TC.shape[1] * rows_TC.element_size()
+        start = share.start or 0
+        rows = min(max(len(rows_TC) - start, 0), share.stop - start)
+        copy_bytes(to, rows_TC.data_ptr() + start * row_bytes, rows * row_bytes, stream)
+        fill_bytes(to + rows * row_bytes, empty & 0xFF, (share.stop - start - rows) * row_bytes, stream)
 
-def _as_rows(bank: Tensor, rows: int, like: Tensor) -> Tensor:
-    columns = like.shape[1]
-    return bank[: rows * columns * like.element_size()].view(like.dtype).view(rows, columns)
+    def _shares(self, places: int, row_bytes: int) -> list[slice]:
+        return shares(places, row_bytes, self.ranks, self._bank_bytes)
+
+    def _current(self) -> int | None:
+        return None if self.stream is None else raw_stream(self.stream.device_index)

@@ -33,10 +33,9 @@ from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.kernels import registry
 from supersonic_moe.kernels.alignment import aligned, is_turned
 from supersonic_moe.kernels.interface import Fp8Experts, Quantized, Rows, UpProjection
-from supersonic_moe.kernels.reference.quantize import dequantize
 from supersonic_moe.parallel import beside, ranges
 from supersonic_moe.parallel.trip import Trip
-from supersonic_moe.quantization.block_format import BLOCK, E4M3, aligned_rows
+from supersonic_moe.quantization.block_format import E4M3, aligned_rows
 from supersonic_moe.routing.plan import plan_from_topk
 from supersonic_moe.training import fp8
 from supersonic_moe.training.arguments import (
@@ -152,11 +151,10 @@ class _Experts(torch.autograd.Function):
         weights, saved = _named(*tensors, *ctx.others)
         if not call.way.keeps:
             saved = saved._replace(x=_codes(trip, "backward dispatch", saved.x))
-        dout_q, dout, arriving = _dout_received(
-            trip, ctx.beside, k.quantize_rows(dout_TH.contiguous(), call.numerics.scale == "pow2")
-        )
+        home = k.quantize_rows(dout_TH.contiguous(), call.numerics.scale == "pow2")
+        dout_q, dout, arriving = _dout_received(k, trip, ctx.beside, home)
         x_q = Quantized(aligned_rows(saved.x), x_scale)
-        saved = aligned(saved._replace(x=_dense(x_q) if needs.w1 else saved.x), k.ALIGNMENT, "b1")
+        saved = aligned(saved._replace(x=k.dequantize_rows(x_q) if needs.w1 else saved.x), k.ALIGNMENT, "b1")
         incoming = Incoming(dout, needs, main)
         with torch.no_grad(), without_autocast(dout_TH):
             way = beside.WayBack(trip)
@@ -214,7 +212,7 @@ def _forward(
 
 
 def _forward_beside(
-    k: Fp8Experts, call: Fp8Forward, x_q: Quantized, how: _Beside, there_P: Tensor
+    k: Fp8Experts, call: Fp8Forward, x_q: Quantized, how: _Beside, there_P: Tensor | None
 ) -> tuple[Tensor, Tensor, Quantized]:
     """(out (T, H), scores of the rows (P,), Z): ``training.fp8.forward``, and what it gives brought home."""
     plan, offsets, way, parts = call.plan, call.plan.expert_offsets, how.way, how.parts
@@ -227,30 +225,24 @@ def _forward_beside(
     return out_TH, s_P, z
 
 
-def _dout_received(trip: Trip, how: _Beside | None, home: Quantized) -> tuple[Quantized, Tensor, fp8.Arriving | None]:
+def _dout_received(
+    k: Fp8Experts, trip: Trip, how: _Beside | None, home: Quantized
+) -> tuple[Quantized, Tensor, fp8.Arriving | None]:
     """(codes and scales, the same in bfloat16 (U, H), how they come if not all are there)."""
     phase, scale = "backward dispatch", home.scale.contiguous()
     if how is None:
         dout_q = Quantized(_codes(trip, phase, home.q), trip.send(phase, scale))
-        return dout_q, _dense(dout_q), None
+        return dout_q, k.dequantize_rows(dout_q), None
     scale_UB = trip.send(phase, scale)
     bytes_UH, there_P = how.way.arrive(home.q.view(torch.uint8), phase)
     dout_q = Quantized(bytes_UH.view(E4M3), scale_UB)
     dout_UH = torch.empty_like(bytes_UH, dtype=torch.bfloat16)
-    return dout_q, dout_UH, fp8.Arriving(how.way.arrivals(how.parts, there_P), lambda: _dense(dout_q, dout_UH))
+    return (
+        dout_q,
+        dout_UH,
+        fp8.Arriving(how.way.arrivals(how.parts, there_P), lambda: k.dequantize_rows(dout_q, dout_UH)),
+    )
 
 
 def _codes(trip: Trip, phase: str, codes_TH: Tensor) -> Tensor:
     return trip.send(phase, beside.padded(codes_TH.view(torch.uint8))).view(E4M3)[:, : codes_TH.shape[1]]
-
-
-def _dense(rows: Quantized, out: Tensor | None = None) -> Tensor:
-    """(U, H) bfloat16: products in fp32, rounded once."""
-    codes_UH, scale_UB = rows
-    if out is None:
-        out = torch.empty_like(codes_UH, dtype=torch.bfloat16)
-    if codes_UH.shape[1] % BLOCK:
-        return out.copy_(dequantize(codes_UH, scale_UB, torch.float32))
-    blocks_UB = out.copy_(codes_UH).view(*scale_UB.shape, BLOCK)
-    torch.mul(blocks_UB, scale_UB[:, :, None], out=blocks_UB)
-    return out

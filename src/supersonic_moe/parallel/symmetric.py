@@ -29,6 +29,10 @@ class Memory(NamedTuple):
     flags: ExchangeFlags
     owner: Any
     """What has to live as long as the blocks are used."""
+    apart: bool = True
+    """Each block is of another GPU, so that copy engines carry what goes from one to another. Copies within a GPU need
+    its multiprocessors.
+    """
 
 
 class _Owner:

@@ -103,7 +103,8 @@ class Trip(NamedTuple):
     def of_choices(self, values_SK: Tensor) -> Tensor:
         """(T, K): the value of each choice, from the copy that carried it; 0 where there is none."""
         k = values_SK.shape[1]
-        index_TK = torch.where(self.copy_TK >= 0, self.copy_TK * k + torch.arange(k, device=values_SK.device), -1)
+        choice_K = torch.arange(k, device=values_SK.device, dtype=torch.int32)
+        index_TK = torch.add(choice_K, self.copy_TK, alpha=k)  # less than 0 where there is no copy
         pick = registry.kernels(registry.choose(values_SK.device).name).experts.pick  # of any dtype, as routing is
         return pick(values_SK.view(-1), index_TK.view(-1).to(torch.int32)).view_as(index_TK)
 

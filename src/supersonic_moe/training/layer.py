@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from supersonic_moe.autograd import apply
 from supersonic_moe.config.router import SigmoidGroupedTopK
-from supersonic_moe.kernels.interface import Slots
+from supersonic_moe.kernels.interface import PlanTensors, Slots
 from supersonic_moe.kernels.reference.aux_loss import switch_loss_backward as plain_loss_backward
 from supersonic_moe.ops import caller
 from supersonic_moe.private_api import in_forward_mode, transforms_active
@@ -76,6 +76,7 @@ class Choice(NamedTuple):
 
     @property
     def config(self) -> tuple[Any, ...]:
+        """Of ``route_backward``."""
         return self[2:8]
 
     @property
@@ -161,7 +162,7 @@ class Layer(torch.autograd.Function):
             return *gradients(ctx, dout, needs), None, None
 
         def run(tensors: Any, others: Any, incoming: Any, chosen: Any) -> Sequence[Tensor]:
-            asked = dlogits, dloss, needs.x, needs.scores, *ctx.choice[2:8]
+            asked = dlogits, dloss, needs.x, needs.scores, *ctx.choice.config
             together = _TOGETHER.get(ctx.run_backward)
             if together is not None:
                 return together(*chosen, *asked, *tensors, *others, *incoming)
@@ -217,14 +218,19 @@ def _kept(
 ) -> tuple[Tensor, Sequence[Any], Tensor]:
     """(output, what to save, counts). ``found``: of :func:`_forward_of_ids`."""
     ctx.set_materialize_grads(False)
-    *output, offsets, gather, scatter, row_expert, reverse, counts = found
-    plan = Plan(offsets, gather, scatter, row_expert, reverse, reverse, None, False)
-    return output[0], remember(ctx, call._replace(plan=plan), operands, output), counts
+    output, plan = found[:-6], PlanTensors(*found[-6:])
+    return output[0], remember(ctx, call._replace(plan=_plan(plan)), operands, output), plan.counts
 
 
 # ---- tapes: forward --------------------------------------------------------------------------------------------------
 
 _NO_PLAN: Any = tuple.__new__(Plan, (*[None] * 7, False))
+
+
+def _plan(made: PlanTensors) -> Plan:
+    """Every token has as many slots as any other."""
+    offsets, gather, scatter, row_expert, reverse, _ = made
+    return Plan(offsets, gather, scatter, row_expert, reverse, token_rows=reverse, token_offsets=None, identity=False)
 
 
 class _Ids(NamedTuple):
@@ -244,13 +250,9 @@ def _of_ids(fields: Fields[..., Any], forward: Callable[..., Any]) -> Callable[.
     def run(given: _Ids, call: Any) -> tuple[Tensor, ...]:
         tokens, k = given.ids.shape
         slots = Slots(given.ids.reshape(-1), None, k, tokens, call.w1.shape[0], 1, tokens * k)
-        offsets, gather, scatter, row_expert, reverse, counts = plan = build(slots)
-        call = call._replace(
-            scores=call.scores.reshape(-1),
-            plan=Plan(offsets, gather, scatter, row_expert, reverse, reverse, None, False),
-        )
-        output = forward(*fields.flat(*call))
-        return (*output, *plan) if call.save else (output[0], counts)
+        plan = build(slots)
+        output = forward(*fields.flat(*call._replace(scores=call.scores.reshape(-1), plan=_plan(plan))))
+        return (*output, *plan) if call.save else (output[0], plan.counts)
 
     return run
 

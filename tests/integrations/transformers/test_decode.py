@@ -11,12 +11,14 @@ import pytest
 import torch
 from oracle import rel_fro
 from torch import Tensor, nn
+from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 from transformers_experts import CHOICES, HIDDEN, TOKENS, WIDTH, decorated_classes, inputs, random_experts
 
 import supersonic_moe.integrations.transformers  # noqa: F401  registers our names
 from supersonic_moe.inference import decode
 from supersonic_moe.integrations.transformers.gates import gate_of
+from supersonic_moe.training.arguments import Static
 
 pytest.importorskip("triton")
 CLASSES = decorated_classes()
@@ -128,6 +130,19 @@ def test_flops_are_those_of_the_layer(calls: list[int], device: torch.device) ->
         with FlopCounterMode(display=False) as counted:
             assert torch.equal(decode.run(operands, gate), plain)
     assert counted.get_total_flops() == 6 * TOKENS * CHOICES * HIDDEN * WIDTH
+
+
+def test_opcheck(calls: list[int], device: torch.device) -> None:
+    module, _ = made("GptOssExperts", device)
+    x, ids, scores = (t.detach().to(device) for t in inputs(module, torch.bfloat16))
+    w1, w2 = (w.detach().mT for w in (module.gate_up_proj, module.down_proj))
+    operands = decode.Operands(
+        x, ids, scores, w1, module.gate_up_proj_bias.detach(), w2, module.down_proj_bias.detach()
+    )
+    gate = gate_of(module)
+    assert gate is not None and decode.suits(operands, gate)
+    static = Static.of(gate.activation, gate.layout, "auto")
+    opcheck(torch.ops.supersonic_moe.decode.default, tuple(decode._CALL.flat(operands, static)))
 
 
 def test_compiled_forwards_take_the_same_way_in_one_graph(on_gpu: None, device: torch.device) -> None:

@@ -51,23 +51,25 @@ def offsets_and_blocks() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def late(x: torch.Tensor, token_block: torch.Tensor, cuts: list[int]) -> tuple[torch.Tensor, Arrivals]:
-    """NaN instead of x, but in the first part; each other one is copied by another stream while the product runs and
-    waits for it, 0.2 ms after the one before.
+    """NaN instead of x, but in the first part; others are copied one after the other by another stream, from 0.2 ms on,
+    while the product runs and waits.
     """
     order, here = order_of(cuts), torch.full_like(x.view(torch.uint8), 0xFF)
     source = x.view(torch.uint8)
+    # From the host: copies within a GPU need multiprocessors, and the product that waits holds them all.
     wholes = [torch.where(((token_block >= b) & (token_block < e))[:, None], source, here) for b, e in order]
     for whole in wholes:  # what is there when a part has come
         here = torch.where(whole != 0xFF, whole, here)
         whole.copy_(here)
-    arriving, there_P = wholes[0].clone(), torch.zeros(len(order), dtype=torch.int32, device=CUDA)
+    arriving, wholes = wholes[0].clone(), [whole.cpu().pin_memory() for whole in wholes]
+    there_P = torch.zeros(len(order), dtype=torch.int32, device=CUDA)
     aside, one = torch.cuda.Stream(), torch.ones(1, dtype=torch.int32, pin_memory=True)
     aside.wait_stream(torch.cuda.current_stream())
     torch.cuda.synchronize()
     with torch.cuda.stream(aside):
+        torch.cuda._sleep(400_000)  # a kernel: only before the product holds all multiprocessors
         for part in range(1, len(order)):
-            torch.cuda._sleep(400_000)
-            arriving.copy_(wholes[part])
+            arriving.copy_(wholes[part], non_blocking=True)
             there_P[part : part + 1].copy_(one, non_blocking=True)
 
     def whole_wait() -> None:

@@ -183,6 +183,7 @@ def main() -> None:
         index = torch.zeros(128 * t, dtype=i32)
         rows = quantize.quantize_rows(x, pow2)
         gathered = quantize.quantize_rows(x, pow2, tma=True)
+        kernels.dequantize_rows(rows)
         scatter_quantized(gathered, x, None, index.view(t, 128)[:, :8].contiguous(), 7, None, pow2)
         scatter_quantized(gathered, rows.q, rows.scale, index.view(t, 128)[:, :1].contiguous(), 1)
         quantize.quantize_blocks(w, pow2)

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import activations as library
+from transformers.integrations.finegrained_fp8 import FP8Experts
 
 from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout
 from supersonic_moe.kernels.interface import Gate
@@ -101,12 +102,11 @@ def gate_of(experts: nn.Module) -> Gate | None:
     kind: Any = type(experts)
     act: Any = getattr(experts, "act_fn", None)
     inner = _type_of(act) if isinstance(act, nn.Module) else act
-    branch = ""
-    if hasattr(experts, "swiglu_alpha") and hasattr(experts, "limit"):  # FP8Experts, among others
-        branch = "alpha" if experts.swiglu_alpha is not None else "limit" if experts.limit is not None else ""
-    function = None
+    function, branch = None, ""
     if experts.has_gate:
         function = CHANGED if "_apply_gate" in experts.__dict__ else kind._apply_gate
+        if function is FP8Experts._apply_gate:
+            branch = "alpha" if experts.swiglu_alpha is not None else "limit" if experts.limit is not None else ""
     rule = RULES.get(_rule(kind, function, inner, branch))
     if not isinstance(rule, OwnGate):
         return rule

@@ -23,10 +23,15 @@ def rows_of(a: Rows[Tensor]) -> Tensor:
 
 
 def gather_sum(
-    y_PH: Tensor, row_scale_P: Tensor | None, bias_EH: Tensor | None, row_expert_P: Tensor, tokens: TokenRows
+    y_PH: Tensor,
+    row_scale_P: Tensor | None,
+    bias_EH: Tensor | None,
+    row_expert_P: Tensor,
+    tokens: TokenRows,
+    out: Tensor | None = None,
 ) -> Tensor:
     """(T, H): out[t] = sum over the token's rows r >= 0, in order, of scale[r] * (y[r] + bias[expert of r]). Tokens
-    without rows get 0.
+    without rows get 0. Into ``out`` if given.
     """
     slots = torch.arange(tokens.rows.shape[0], device=y_PH.device)
     if tokens.offsets is None:
@@ -40,7 +45,8 @@ def gather_sum(
         values = values + bias_EH.to(values.dtype)[row_expert_P[rows].long()]
     if row_scale_P is not None:
         values = values * row_scale_P.to(values.dtype)[rows, None]
-    return add_rows(values, token_S[real], tokens.num_tokens).to(y_PH.dtype)
+    sums_TH = add_rows(values, token_S[real], tokens.num_tokens).to(y_PH.dtype)
+    return sums_TH if out is None else out.copy_(sums_TH)
 
 
 def zero_dead_rows(y_PN: Tensor, expert_offsets: Tensor) -> None:

@@ -60,6 +60,12 @@ def _quantize(x: Tensor, rows: int, pow2: bool) -> Quantized:
     return Quantized((x.float() * _spread(1 / scale, x.shape)).to(E4M3), scale)
 
 
+def dequantize_rows(x: Quantized, out_RC: Tensor | None = None) -> Tensor:
+    """(R, C) bf16, into ``out`` if given."""
+    values_RC = dequantize(*x, torch.float32).bfloat16()
+    return values_RC if out_RC is None else out_RC.copy_(values_RC)
+
+
 def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """q * scale for each of the formats (fp64 holds the product exactly). The shape of ``scale`` says which dimensions
     come in blocks of 128.

@@ -14,6 +14,7 @@ from supersonic_moe.kernels.sm90.grouped_wgrad_fp8 import grouped_mm_wgrad_fp8 a
 from supersonic_moe.kernels.sm90.quantize_columns import quantize_columns as quantize_columns
 from supersonic_moe.kernels.sm90.up_projection import up_projection as up_projection
 from supersonic_moe.kernels.sm90.up_projection_fp8 import up_projection_fp8 as up_projection_fp8
+from supersonic_moe.kernels.triton import dequantize_rows as dequantize_rows
 from supersonic_moe.kernels.triton import gather_sum as gather_sum
 from supersonic_moe.kernels.triton import pad_segments as pad_segments
 from supersonic_moe.kernels.triton import pick as pick

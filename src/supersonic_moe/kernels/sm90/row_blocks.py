@@ -24,10 +24,11 @@ def arrivals(arriving: Arrivals | None, possible: bool) -> dict[str, Any]:
     """
     if arriving is None:
         return ALL_TILES
+    begin_PE, end_PE, there_P, wait = arriving
+    if there_P is None or not possible:
+        wait()
     if not possible:
-        arriving.wait()
         return ALL_TILES
-    begin_PE, end_PE, there_P, _ = arriving
     return {"begin_block": begin_PE, "end_block": end_PE, "arrived": there_P, "parts": begin_PE.shape[0]}
 
 

@@ -15,6 +15,7 @@ from supersonic_moe.kernels.triton.aux_loss import switch_loss_backward as switc
 from supersonic_moe.kernels.triton.aux_loss import switch_loss_forward as switch_loss_forward
 from supersonic_moe.kernels.triton.bias_gradient import segment_sum as segment_sum
 from supersonic_moe.kernels.triton.departures import departures_everywhere as departures_everywhere
+from supersonic_moe.kernels.triton.dequantize import dequantize_rows as dequantize_rows
 from supersonic_moe.kernels.triton.gather_rows import gather_rows as gather_rows
 from supersonic_moe.kernels.triton.gather_sum import gather_sum as gather_sum
 from supersonic_moe.kernels.triton.grouped_mm import grouped_mm as grouped_mm

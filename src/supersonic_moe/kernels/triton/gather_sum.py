@@ -57,12 +57,17 @@ def _gather_sum_kernel(
 
 
 def gather_sum(
-    y_PH: Tensor, row_scale_P: Tensor | None, bias_EH: Tensor | None, row_expert_P: Tensor, tokens: TokenRows
+    y_PH: Tensor,
+    row_scale_P: Tensor | None,
+    bias_EH: Tensor | None,
+    row_expert_P: Tensor,
+    tokens: TokenRows,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """(T, H) in the dtype of y."""
+    """(T, H) in the dtype of y, into ``out`` if given."""
     rows_S, offsets_T1, each, num_tokens = tokens
     columns = y_PH.shape[1]
-    out_TH = y_PH.new_empty(num_tokens, columns)
+    out_TH = y_PH.new_empty(num_tokens, columns) if out is None else out
     if out_TH.numel() == 0:
         return out_TH
     if rows_S.numel() == 0:
