@@ -10,7 +10,7 @@ from inference_oracle import Case
 from torch import Tensor
 
 from supersonic_moe.config.activation import as_layout
-from supersonic_moe.kernels.reference import local_ids, quantize_rows
+from supersonic_moe.kernels.reference import local_ids
 from supersonic_moe.kernels.reference.inference import Fp8Experts, Stages, expert_rows
 from supersonic_moe.kernels.reference.quantize import dequantize
 from supersonic_moe.kernels.sm90.route_rows import Choices, RowTables, max_items, padded_rows, place_topk
@@ -90,8 +90,6 @@ def stream(case: Case, *, limit: float | None = None, pow2: bool = False) -> Str
     for by_row in (scratch.c, scratch.y, scratch.c_scale.T, unswizzled(scratch.c_codes, inter).float()):
         assert by_row[unused].isnan().all(), "a row that nobody has was written"
     c, y, scale, q = (t[used] for t in (scratch.c, scratch.y, scratch.c_scale.T, unswizzled(scratch.c_codes, inter)))
-    if scale.isnan().all():  # few rows: codes go straight into shared memory
-        q, scale = quantize_rows(c, pow2)
     multiplied = dequantize(q, scale, torch.float32)
     expert = local_ids(ids, num_local).flatten()[expected.slot_P]
     own = torch.zeros_like(y)

@@ -89,9 +89,14 @@ def close_saved(q: torch.Tensor, words: torch.Tensor, want: torch.Tensor) -> Non
     """The same for Z in int8: exponents and codes, but for those that the GEMM's own error moves."""
     want_q, want_words = reference.quantize_saved(want.float())
     assert (words == want_words).double().mean() > 0.9  # four exponents a word
-    value = q.double() * saved_steps(words, want.shape[1]).double()
-    assert oracle.rel_fro(value, want) < 0.01
-    assert oracle.rel_fro(value, want_q.double() * saved_steps(want_words, want.shape[1]).double()) < 0.006
+    value, want_value = (
+        codes.double() * saved_steps(steps, want.shape[1]).double()
+        for codes, steps in ((q, words), (want_q, want_words))
+    )
+    assert (
+        oracle.rel_fro(value, want) < 1.02 * oracle.rel_fro(want_value, want) < 0.0115
+    )  # 0.0075 to 0.011, as maxima lie
+    assert oracle.rel_fro(value, want_value) < 0.006
 
 
 def close(q: torch.Tensor, scale: torch.Tensor, want: torch.Tensor, pow2: bool) -> None:

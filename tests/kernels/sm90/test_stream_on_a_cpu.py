@@ -73,10 +73,8 @@ def tables_of(slots_TC: Tensor, num_local: int) -> Tables:
 def run(
     stream: Any, case: Case, x: Tensor, x_scale: Tensor | None, grid: int, shared: Fp8Experts | None = None,
     limit: float = math.inf, pow2: bool = False, x_weight: Tensor | None = None,
-) -> tuple[Tensor, bool]:  # fmt: skip
-    """The output, with scratch that starts as NaN, and whether rows were gathered into planes. All experts of ``case``
-    are local.
-    """
+) -> Tensor:  # fmt: skip
+    """The output, with scratch that starts as NaN. All experts of ``case`` are local."""
     (tokens, hidden), (local, _, inter) = x.shape, case.w2.shape
     ids, weights = case.ids, case.weights
     if shared is not None:
@@ -96,18 +94,18 @@ def run(
     always = shared or Fp8Experts(case.w13[:1], case.w13_scale[:1], case.w2[:1], case.w2_scale[:1])
     _, strides = pairs(case.w13, order is GateUpLayout.INTERLEAVED)
     counters = torch.zeros(num_counters(items, rows, hidden, inter), dtype=torch.int32)
-    out, planes = nan(tokens, hidden).bfloat16(), nan_codes(blocks(hidden), rows, 128)
+    out = nan(tokens, hidden).bfloat16()
     scale_strides = (0, 0) if x_scale is None else x_scale.stride()
     arguments = (
         grid, case.w13, case.w2, always.w13, always.w2, torch.tensor(strides), *tables, weights, tokens, ids.shape[1],
         int(shared is not None), hidden, inter, local, int(order is GateUpLayout.INTERLEAVED),
         int(order is not GateUpLayout.UP_GATE), x, int(x.dtype is torch.bfloat16), x_scale, *scale_strides, x_weight,
-        case.w13_scale, case.w2_scale, always.w13_scale, always.w2_scale, rows, planes,
+        case.w13_scale, case.w2_scale, always.w13_scale, always.w2_scale, rows, nan_codes(blocks(hidden), rows, 128),
         nan(blocks(hidden), rows), nan(rows, inter), nan_codes(blocks(inter), rows, 128), nan(blocks(inter), rows),
         nan(rows, hidden), out, counters, items, limit, int(pow2),
     )  # fmt: skip
     stream(*(argument(value) for value in arguments))
-    return out, bool(planes.ne(0x7F).any())
+    return out
 
 
 def argument(value: Any) -> Any:
@@ -136,7 +134,7 @@ def test_as_the_reference(sizes: tuple[int, ...], order: str, stream: Any) -> No
     )  # fmt: skip
     case.ids[case.ids == local] = -1
     experts = Fp8Experts(case.w13, case.w13_scale, case.w2, case.w2_scale)
-    got, _ = run(stream, case, case.x, case.x_scale, grid)
+    got = run(stream, case, case.x, case.x_scale, grid)
     want = moe_fp8(case.x, case.x_scale, experts, case.weights, local_ids(case.ids, local), order=as_layout(order))
     assert relative_error(got, want) <= 0.003
 
@@ -144,9 +142,7 @@ def test_as_the_reference(sizes: tuple[int, ...], order: str, stream: Any) -> No
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
 @pytest.mark.parametrize(("inter", "grid"), [(256, 11), (192, 8), (128, 6)])
 def test_a_token_alone_and_in_a_batch(inter: int, grid: int, dtype: torch.dtype, stream: Any) -> None:
-    """The same bits: alone rows go from x and c into the stages, in the batch through planes; with a shared expert, a
-    clamp and a weight of x.
-    """
+    """The same bits, with a shared expert, a clamp and a weight of x."""
     case = make_case("realistic", tokens=40, hidden=640, inter=inter, local=3, choices=2, num_experts=4)
     case.ids[case.ids == 3] = -1
     extra = make_case("realistic", tokens=1, hidden=640, inter=inter, local=1, seed=3)
@@ -155,11 +151,10 @@ def test_a_token_alone_and_in_a_batch(inter: int, grid: int, dtype: torch.dtype,
     x_scale = case.x_scale if dtype is torch.float8_e4m3fn else None
     options: dict[str, Any] = {"grid": grid, "shared": shared, "limit": 0.5, "pow2": True}
     x_weight = torch.rand(40)
-    whole, gathered = run(stream, case, x, x_scale, x_weight=x_weight, **options)
-    assert gathered
+    whole = run(stream, case, x, x_scale, x_weight=x_weight, **options)
     for first, end in ((0, 1), (5, 7), (17, 21)):
         part = slice(first, end)
         few = replace(case, ids=case.ids[part], weights=case.weights[part])
         scale = None if x_scale is None else x_scale[part]
-        got, gathered = run(stream, few, x[part], scale, x_weight=x_weight[part].clone(), **options)
-        assert torch.equal(got, whole[part]) and not gathered
+        got = run(stream, few, x[part], scale, x_weight=x_weight[part].clone(), **options)
+        assert torch.equal(got, whole[part])

@@ -17,11 +17,10 @@ Tiles
     is read through a five-dimensional map, (expert, I / 8, half, 8 rows, H): each 16 rows of a tile are 8 gate rows and
     their 8 up rows, so that both of a channel are in one thread, whatever the order of rows in memory.
 Waiting
-    Rows of x are gathered while the first weights arrive. Where no item has more than 4 rows and tiles are narrow,
-    blocks quantize x and c themselves, from where they are into the stages (stream/feed.cuh). Else the last warpgroup
-    to write its part of 128 channels of c quantizes them. W2 is loaded before c is there, only the loads of c wait. 128
-    columns of the output are combined when all items have stored theirs. Nobody waits for a tile that no running block
-    has taken, and no wait is unbounded.
+    Rows of x are gathered while the first weights arrive. The last warpgroup to write its part of 128 channels of c
+    quantizes them; W2 is loaded before c is there, only the loads of c wait. 128 columns of the output are combined
+    when all items have stored theirs. Nobody waits for a tile that no running block has taken, and no wait is
+    unbounded.
 Maths
     fp32 registers add up what wgmma sums over 128 of K. The order of operations on a row depends on that row alone, not
     on N, on the tile or on the block that takes it.

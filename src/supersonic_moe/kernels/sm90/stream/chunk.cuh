@@ -1,12 +1,15 @@
-// A chunk: 16 elements of a row of x or c, of which eight lanes that share a scale have one each.
+// A chunk of x: 16 elements, of which eight lanes that share a scale have one each.
 #pragma once
 #include "epilogue/quantize.cuh"
 
 DEVICE uint4 load_chunk(const void* address) { return __ldg(static_cast<const uint4*>(address)); }
 
 // Codes of 16 elements; `scale` is that of the eight lanes' 128 elements.
-DEVICE uint4 quantize_chunk(const float (&v)[16], bool pow2, float& scale) {
-    float largest = 0.0f;
+DEVICE uint4 quantize_chunk(const uint4& first, const uint4& second, bool pow2, float& scale) {
+    const u32 words[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
+    float v[16], largest = 0.0f;
+#pragma unroll
+    for (u32 i = 0; i < 8; ++i) v[2 * i] = bf16_low(words[i]), v[2 * i + 1] = bf16_high(words[i]);
 #pragma unroll
     for (u32 i = 0; i < 16; ++i) largest = fmaxf(largest, fabsf(v[i]));
 #pragma unroll
@@ -18,13 +21,4 @@ DEVICE uint4 quantize_chunk(const float (&v)[16], bool pow2, float& scale) {
     for (u32 i = 0; i < 4; ++i)
         codes[i] = pack_four_e4m3(v[4 * i] * inverse, v[4 * i + 1] * inverse, v[4 * i + 2] * inverse, v[4 * i + 3] * inverse);
     return make_uint4(codes[0], codes[1], codes[2], codes[3]);
-}
-
-// The same of 16 bf16.
-DEVICE uint4 quantize_chunk(const uint4& first, const uint4& second, bool pow2, float& scale) {
-    const u32 words[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
-    float v[16];
-#pragma unroll
-    for (u32 i = 0; i < 8; ++i) v[2 * i] = bf16_low(words[i]), v[2 * i + 1] = bf16_high(words[i]);
-    return quantize_chunk(v, pow2, scale);
 }

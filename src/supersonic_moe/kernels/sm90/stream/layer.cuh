@@ -1,7 +1,8 @@
 // The streaming kernel: what its warps do, one after the other. See stream_experts.py.
 #pragma once
 #include "stream/combine.cuh"
-#include "stream/feed.cuh"
+#include "stream/gather.cuh"
+#include "stream/load.cuh"
 #include "stream/multiply.cuh"
 
 static_assert(SMEM_BYTES == RING_BYTES + sizeof(Side), "the host reserves another number of bytes than stream/work.cuh asks for");
@@ -21,13 +22,8 @@ DEVICE void stream_layer(const Problem& problem, const WeightMaps& wide, const W
     dependency_wait();
     block.read_items(problem);
     const Geometry geometry(problem, block.side.items[0]);
-    if (geometry.direct) {
-        if (warp / 4 == 1) feed_rows(block, problem, geometry, warp % 4);
-        if (warp == TOKEN_WARP) return feed_rows(block, problem, geometry, FEEDERS - 1);
-    } else if (warp < MATH_WARPS) {
-        gather_rows(problem, geometry);
-    }
     if (warp < MATH_WARPS) {
+        gather_rows(problem, geometry);
         compute_strips(block, problem, geometry, warp / 4);
         combine_tokens(block, problem, geometry);
     } else if (warp == TOKEN_WARP) {

@@ -158,15 +158,10 @@ DEVICE void quantize_block(const Problem& p, const Tile& tile, u32 channel, u32 
     }
 }
 
-// The 32 channels of this warpgroup are in c. Whichever warpgroup of the grid completes a block of 128 quantises it and counts it as ready;
-// where rows are direct, these 32 are counted.
-DEVICE void finish_channels(const Block& block, const Problem& p, const Geometry& g, const Tile& tile, const MathGroup& group, u32 channel) {
+// The 32 channels of this warpgroup are in c. Whichever warpgroup of the grid completes a block of 128 quantises it and counts it as ready.
+DEVICE void finish_channels(const Block& block, const Problem& p, const Tile& tile, const MathGroup& group, u32 channel) {
     const u32 of_block = channel / BLOCK_CHANNELS, first = of_block * BLOCK_CHANNELS;
     group.sync();
-    if (g.direct) {
-        if (threadIdx.x % 128 == 0) add_release(p.ready(tile.item), 1);
-        return;
-    }
     if (threadIdx.x % 128 == 0) {
         const u32 expected = min(BLOCK_CHANNELS, p.inter - first) / GROUP_CHANNELS;
         block.side.last[group.index] = add_acquire_release(p.arrivals(tile.item, of_block), 1) + 1 == expected;
@@ -206,7 +201,7 @@ DEVICE void compute_strips(const Block& block, const Problem& p, const Geometry&
     if (index >= g.tile_rows / 64) return;
     Cursor ring, queue;
     while (true) {
-        Tile tile = block.read_tile(queue, g.direct ? 1 : group.arrivals);
+        Tile tile = block.read_tile(queue, group.arrivals);
         if (tile.product == 0) return;
         const u32 first = tile.index, end = first + tile.count;
         for (; tile.index < end; ++tile.index) {
@@ -220,7 +215,7 @@ DEVICE void compute_strips(const Block& block, const Problem& p, const Geometry&
                 case 96: compute_tile<96>(block, p, g, group, ring, tile); break;
                 default: compute_tile<128>(block, p, g, group, ring, tile); break;
             }
-            if (tile.product == 1) finish_channels(block, p, g, tile, group, group.first_channel(g, tile));
+            if (tile.product == 1) finish_channels(block, p, tile, group, group.first_channel(g, tile));
         }
         if (tile.product == 2) {
             group.sync();

@@ -26,8 +26,6 @@ constexpr u32 BYTES_ON_THE_WAY = 64 * 1024;
 // behind y) takes some microseconds, as 16 K blocks do.
 constexpr u32 STRIP_BLOCKS = 16;
 
-constexpr u32 DIRECT_ROWS = 4;  // of an item, at most, where narrow tiles get them without a gather: stream/feed.cuh
-
 constexpr u32 MATH_WARPS = 8, WEIGHT_WARP = 8, TOKEN_WARP = 9;
 constexpr u32 STREAM_THREADS = 32 * 10;
 constexpr u32 QUEUE_READERS = 1 + MATH_WARPS;
@@ -94,13 +92,11 @@ struct Geometry {
     u32 items, padded_rows, tile_rows, tiles1, tiles2;  // tiles of an item in W13 and in W2
     u32 strip, strips2;                                 // tiles in a strip of W2, strips of an item in W2
     u32 stage_bytes, stages, token_scale_bytes;
-    bool direct;  // rows go from x and c into stages: stream/feed.cuh
 
     DEVICE Geometry(const Problem& p, const int4& header) {
         items = header.x, padded_rows = header.z;
         // With few tiles, smaller ones fill the multiprocessors better; with many, larger ones stream better (docs/log.md).
         tile_rows = items * (p.inter / 64) * 2 <= gridDim.x * 3 ? NARROW : WIDE;
-        direct = narrow() && header.y <= static_cast<i32>(DIRECT_ROWS);
         tiles1 = 2 * p.inter / tile_rows;
         tiles2 = p.hidden / tile_rows;
         strip = max(1, min(STRIP_BLOCKS / p.blocks_inter(), items * tiles2 / (2 * gridDim.x)));
