@@ -105,7 +105,7 @@ def gate_of(experts: nn.Module) -> Gate | None:
     function, branch = None, ""
     if experts.has_gate:
         function = CHANGED if "_apply_gate" in experts.__dict__ else kind._apply_gate
-        if function is FP8Experts._apply_gate:
+        if isinstance(experts, FP8Experts):
             branch = "alpha" if experts.swiglu_alpha is not None else "limit" if experts.limit is not None else ""
     rule = RULES.get(_rule(kind, function, inner, branch))
     if not isinstance(rule, OwnGate):
