@@ -104,8 +104,8 @@ def test_decode_never_waits_and_fits_a_cuda_graph(name: str, batch: int, trainin
 
     first = call()
     with no_host_waits():
-        assert torch.equal(call(), first)
-    assert torch.equal(call(), first)  # played, where a tape can hold it
+        again = call(), call()  # recorded, then played, where a tape can hold it
+    assert all(torch.equal(out, first) for out in again)
     graph, out = in_graph(call)
     x.copy_(torch.randn_like(x))
     ids.copy_((ids + 1) % 4)
