@@ -17,14 +17,19 @@ from torch import Tensor
 pytest.importorskip("cuda.bindings.nvrtc")
 
 from supersonic_moe.config.activation import GateUpLayout
+from supersonic_moe.inference import workspace
 from supersonic_moe.kernels.reference import local_ids
 from supersonic_moe.kernels.reference.inference import Fp8Experts, moe_fp8
 from supersonic_moe.parallel import MegaMoE, mega_deep_gemm
 
 HIDDEN, INTER, EXPERTS, CHOICES = 512, 2048, 8, 4  # in shorter rows of c a code that turns over may cost a row 0.03
-STREAMED = 128 * EXPERTS // CHOICES  # tokens up to which a row's bits do not depend on the other tokens
+STREAMED = workspace.few_rows(INTER) * EXPERTS // CHOICES  # tokens up to which rows are streamed; more go through tiles
 SIZES = {"hidden": HIDDEN, "inter": INTER, "local": EXPERTS, "num_experts": EXPERTS, "choices": CHOICES}
-CALLS = [((7, 1), 0.0, None), ((0, 40), 0.3, 10.0), ((64, 30), 0.7, 1.0), ((1, 0), 1.0, None), ((0, 0), 0.0, None)]
+CALLS = {
+    "streamed": (8, [((7, 1), 0.0, None), ((0, 8), 0.3, 10.0), ((8, 8), 0.7, 1.0), ((1, 0), 1.0, None)]),
+    "in tiles": (400, [((64, 1), 0.0, None), ((0, 60), 0.3, 10.0), ((130, 60), 0.7, 1.0), ((0, 0), 0.0, None)]),
+}
+"""Of two ranks, by what the operator does with their rows: the most tokens of a rank, and calls."""
 
 
 def alone(tokens: int, kind: str = "contest", masked: float = 0.0, seed: int = 0) -> Case:
@@ -93,15 +98,18 @@ def test_two_instances_take_turns() -> None:
 
 
 @pytest.mark.gpu
-def test_a_thousand_random_launches() -> None:
-    case, mega, draw = alone(STREAMED, masked=0.3), layer(STREAMED), random.Random(0)
+@pytest.mark.parametrize(("least", "most"), [(1, STREAMED), (STREAMED + 1, 4 * STREAMED)], ids=["streamed", "in tiles"])
+def test_a_thousand_random_launches(least: int, most: int) -> None:
+    """Any tokens of a batch, as many as the same kernels take."""
+    case, mega, draw = alone(most, masked=0.3), layer(most), random.Random(0)
     whole = cases.call(mega, case)
     other = torch.zeros((), dtype=torch.bool, device="cuda")
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(1000):
-        first = draw.randrange(STREAMED)
-        rows = slice(first, draw.randint(first, STREAMED))
+        tokens = draw.randint(least, most)
+        first = draw.randint(0, most - tokens)
+        rows = slice(first, first + tokens)
         other |= (cases.call(mega, case, rows) != whole[rows]).any()
     assert not bool(other)
     assert time.perf_counter() - start < 20
@@ -147,8 +155,22 @@ OVER = [
 
 @pytest.mark.parametrize("over", OVER)
 @pytest.mark.parametrize("transport", ["gather", "all_to_all"])
-def test_ranks_together_have_the_bits_of_one_process(over: dict, transport: str) -> None:
-    assert run_ranks(2, cases.same_as_one_process, CALLS, transport, **over) == [[], []]
+@pytest.mark.parametrize("rows", CALLS)
+def test_ranks_together_have_the_bits_of_one_process(rows: str, transport: str, over: dict) -> None:
+    most, calls = CALLS[rows]
+    assert run_ranks(2, cases.same_as_one_process, calls, transport, most, **over) == [[], []]
+
+
+@pytest.mark.parametrize("rows", CALLS)
+def test_one_process_and_each_rank_take_the_same_kernels(rows: str) -> None:
+    """In the calls above, with both transports: those of streamed rows and of tiles round differently."""
+    (most, calls), here = CALLS[rows], cases.E // 2
+    for number, (tokens, masked, _) in enumerate(calls):
+        ids = cases.case_of(sum(tokens), masked=masked, seed=number).ids
+        arrived = [int(((ids >= first) & (ids < first + here)).any(1).sum()) for first in (0, here)]
+        for count in (2 * most, *filter(None, (sum(tokens), *arrived))):  # places of gather; of one process; all_to_all
+            at_most = count * cases.K
+            assert workspace.streams(at_most, at_most / 2, cases.I, here) == (rows == "streamed")
 
 
 @pytest.mark.multigpu

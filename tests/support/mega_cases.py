@@ -1,7 +1,7 @@
 """What tests of ``MegaMoE`` run, on one rank and on several. Every rank knows the tokens of all of them.
 
 The expectation is exact: an output is the sum, in order of ranks and rounded once, of what the operator gives for the
-experts of one rank alone.
+experts of one rank alone. On a GPU this needs sizes at which both stream rows, or both take tiles.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ def _late(phase: str, limit_s: float) -> str:
     experts = slice(rank * own, (rank + 1) * own)
     for _ in range(2):
         call(layer, case, experts=experts)
-    layer.check()
+    # without a check(), which waits for the whole GPU, so for a rank that waits in the third call for this one
     if rank == 1:
         _before[phase] = lambda: time.sleep(2.5 * limit_s)
 
@@ -287,9 +287,11 @@ def _start(size: int, gpu: bool, careful: int) -> None:
     FewRows.run, ThreadFlags.tell = run_late, tell_late  # type: ignore[method-assign]
     rank_tokens.post_tokens, rank_tokens.sum_parts = post, sum_late
     if gpu:
+        from supersonic_moe.inference import sm90
         from supersonic_moe.kernels.sm90 import stream_experts
 
         on_a_gpu()
+        sm90.streams = lambda *sizes: True  # one process too, so that bits compare: tiles round otherwise
         CarefulFlags.CAREFUL = careful
         share = torch.cuda.get_device_properties(0).multi_processor_count // (size + 1)
         stream_experts.multiprocessors = rank_tokens.multiprocessors = lambda device: share
