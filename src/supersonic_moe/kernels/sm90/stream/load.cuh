@@ -8,7 +8,8 @@ struct WeightMaps {
 };
 
 // One thread. Takes strips from the counter, tells the other warps, and loads a K block of a tile into each stage. Weights of W2 are
-// loaded before what they multiply is there, as far as the ring goes. The next strip is asked for at the first K block and looked up half way.
+// loaded before what they multiply is there, as far as the ring goes. The next strip is asked for while this one is loaded: the answer takes as
+// long as some K blocks, and nothing is loaded while it is waited for, so it is looked up behind the last.
 DEVICE void load_weights(const Block& block, const Problem& p, const Geometry& g, const WeightMaps& routed, const WeightMaps& shared) {
     const u64 read_once = evict_first(), read_again = evict_normal();
     const u32 bytes = g.tile_rows * LINE_BYTES;
@@ -29,11 +30,9 @@ DEVICE void load_weights(const Block& block, const Problem& p, const Geometry& g
         const u32 blocks = first_product ? p.blocks_hidden() : p.blocks_inter(), steps = tile.count * blocks;
         const u64 policy = tile.shares ? read_again : read_once;
         const u32 ask = add_relaxed(p.next_strip(), 1) + gridDim.x;
-        Tile next = {};
         i32 row = tile.index * (first_product ? g.tile_rows / 16 : g.tile_rows);
         u32 k = 0;
         for (u32 step = 0; step < steps; ++step) {
-            if (step == steps / 2) next = block.find_strip(p, g, ask);
             const u32 full = block.weights(ring.at), stage = block.ring + ring.at * g.stage_bytes;
             mbarrier_wait(block.empty(ring.at), ring.phase ^ 1);
             if (before_waiting > 0) {
@@ -51,7 +50,7 @@ DEVICE void load_weights(const Block& block, const Problem& p, const Geometry& g
             ring.advance(g.stages);
             if (++k == blocks) k = 0, row += g.tile_rows;
         }
-        tile = next;
+        tile = block.find_strip(p, g, ask);
         announce(tile);
     }
 }
