@@ -56,14 +56,13 @@ class Departure:
         self._row_bytes = columns * dtype.itemsize
         self._share = places * self._row_bytes
         self._at = call, phase
-        self._leaving: list[Tensor] = []
         with copies.inside(*self._at):
             self._bank = copies.bank(*self._at)
 
     def send(self, rows: Tensor, targets: Sequence[int]) -> None:
         """M rows for each of the ``targets``, one after the other."""
         rows = rows.contiguous()
-        self._leaving.append(rows)  # which the other stream reads
+        self._copies.hold(rows)
         with self._copies.inside(*self._at):
             self._copies.push(self._bank, targets, rows.data_ptr(), self._share, *self._at)
 
@@ -76,7 +75,6 @@ class Departure:
         """(R·M, C): what all ranks have sent here, in order of ranks, in a bank: read it before the next exchange."""
         copies = self._copies
         copies.join()
-        self._leaving.clear()
         with copies.inside(*self._at):
             copies.meet(self._row_bytes, *self._at)
         return copies.rows_in_bank(self._rows, self._columns, self._dtype)
@@ -102,12 +100,17 @@ class Copies:
         self._starts = HEAD, HEAD + bank
         self._banks = [[block.data_ptr() + start for block in memory.blocks] for start in self._starts]
         self._bank = 0
-        self._joined = True
-        on_gpu = self._device.type == "cuda"
+        self._held: list[Tensor | None] = []
+        """What copies beside products read and write, until ``join``: the allocator knows nothing of their stream, and
+        would give freed memory to the current one while they still run.
+        """
+        self._on_gpu = on_gpu = self._device.type == "cuda"
         self.stream: Any = None
-        """Of copies beside products; None on a CPU."""
+        """Of copies beside products; None where they run on the current one: on a CPU, and between ranks of one GPU,
+        whose copies need the multiprocessors that products hold.
+        """
         self._events = list[Any]()
-        if on_gpu:
+        if on_gpu and memory.apart:
             self.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             self._events = [torch.cuda.Event(), torch.cuda.Event()]  # type: ignore[no-untyped-call]
         self._one = torch.ones(1, dtype=torch.int32, pin_memory=on_gpu)
@@ -167,31 +170,42 @@ class Copies:
     ) -> tuple[Tensor, Tensor | None]:
         """``gather`` whose rows come beside what the current stream does, part by part, each of some source ranks: the
         first is this one, whose rows are there at once. The second result, (parts,) int32, has a 1 where a part has
-        come; ``join`` waits for all. None: nobody may wait for it on the GPU, because copies might need the
-        multiprocessors that whoever waits holds. No other exchange before ``join``.
+        come; ``join`` waits for all. None: the current stream has all of them. No other exchange before ``join``.
         """
         rows_TC = rows_TC.contiguous()
         row_bytes = rows_TC.shape[1] * rows_TC.element_size()
         rows_UC = rows_TC.new_empty(self.ranks * places, rows_TC.shape[1])
-        there_P = torch.zeros(len(parts), dtype=torch.int32, device=rows_TC.device)
+        there_P = None
+        if self.memory.apart:
+            there_P = torch.zeros(len(parts), dtype=torch.int32, device=rows_TC.device)
         arriving, share, stream = rows_UC.data_ptr(), places * row_bytes, self._current()
         with self.inside(call, phase):
             bank = self.bank(call, phase)
             for to in (bank[self.rank], arriving + self.rank * share):
                 self._put(to, rows_TC, slice(places), 0, stream)
             self.meet(row_bytes, call, phase)
+            self.hold(rows_UC, there_P)
             for part, sources in enumerate(parts[1:], 1):
-                self.pull(bank, sources, arriving, share, there_P.data_ptr() + 4 * part, call, phase)
-        return rows_UC, there_P if self.memory.apart else None
+                there = None if there_P is None else there_P.data_ptr() + 4 * part
+                self.pull(bank, sources, arriving, share, there, call, phase)
+        return rows_UC, there_P
 
     def pull(
-        self, bank: list[int], sources: Sequence[int], arriving: int, share: int, there: int, call: int, phase: str
+        self,
+        bank: list[int],
+        sources: Sequence[int],
+        arriving: int,
+        share: int,
+        there: int | None,
+        call: int,
+        phase: str,
     ) -> None:
-        """A part of ``gather_in_parts``, on the stream beside."""
+        """A part of ``gather_in_parts``, on the stream beside; ``there`` is the address of its word, if it has one."""
         stream = self._beside()
         for source in sources:
             copy_bytes(arriving + source * share, bank[source], share, stream)
-        copy_bytes(there, self._one.data_ptr(), 4, stream)
+        if there is not None:
+            copy_bytes(there, self._one.data_ptr(), 4, stream)
 
     def push(self, bank: list[int], targets: Sequence[int], leaving: int, share: int, call: int, phase: str) -> None:
         """A part of a :class:`Departure`, on the stream beside."""
@@ -204,12 +218,18 @@ class Copies:
         """An ``exchange`` whose rows leave part by part, beside what the current stream does."""
         return Departure(self, places, columns, dtype, call, phase)
 
+    def hold(self, *tensors: Tensor | None) -> None:
+        """They live until ``join``."""
+        self._held += tensors
+
     def join(self) -> None:
         """The current stream waits for what has been copied beside it."""
-        if self.stream is not None and not self._joined:
-            self._joined = True
+        if not self._held:
+            return
+        if self.stream is not None:
             self._events[1].record(self.stream)
             self._events[1].wait(torch.cuda.current_stream(self._device))
+        self._held.clear()
 
     def _beside(self) -> int | None:
         """The stream beside, after what the current one has; ``join`` ends it, or the next exchange does. Copy engines
@@ -217,8 +237,7 @@ class Copies:
         a multiprocessor free.
         """
         if self.stream is None:
-            return None
-        self._joined = False
+            return self._current()
         self._events[0].record(torch.cuda.current_stream(self._device))
         self._events[0].wait(self.stream)
         return int(self.stream.cuda_stream)
@@ -250,7 +269,7 @@ class Copies:
     def inside(self, call: int, phase: str) -> Iterator[None]:
         self.watch.enter(call, phase)
         try:
-            with on_device(self._mine) if self.stream is not None else nullcontext():
+            with on_device(self._mine) if self._on_gpu else nullcontext():
                 yield
         except RuntimeError as error:  # after a trap every call fails, and says little
             self.watch.explain(error)
@@ -269,4 +288,4 @@ class Copies:
         return shares(places, row_bytes, self.ranks, self._bank_bytes)
 
     def _current(self) -> int | None:
-        return None if self.stream is None else raw_stream(self.stream.device_index)
+        return raw_stream(self._device.index) if self._on_gpu else None

@@ -31,7 +31,7 @@ class Memory(NamedTuple):
     """What has to live as long as the blocks are used."""
     apart: bool = True
     """Each block is of another GPU, so that copy engines carry what goes from one to another. Copies within a GPU need
-    its multiprocessors.
+    its multiprocessors: there nothing is copied beside products, and no product waits for rows.
     """
 
 
