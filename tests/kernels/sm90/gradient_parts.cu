@@ -12,6 +12,7 @@
 struct Policies {
     const i32 *begin_block, *end_block;
     i32* counter;
+    const u32* arrived;
 };
 
 // Rows of A, transposed, times rows of B.

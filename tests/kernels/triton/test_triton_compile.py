@@ -61,6 +61,7 @@ def test_rows_move_in_16_byte_accesses(compiled: list[dict[str, Any]]) -> None:
         "score_gradient",
         "bias_gradient",
         "quantize",
+        "dequantize",
         "quantize_saved",
         "scatter_quantized",
     }
