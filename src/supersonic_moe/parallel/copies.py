@@ -64,7 +64,7 @@ class Departure:
         rows = rows.contiguous()
         self._copies.hold(rows)
         with self._copies.inside(*self._at):
-            self._copies.push(self._bank, targets, rows.data_ptr(), self._share, *self._at)
+            self._copies.push(self._bank, targets, rows.data_ptr(), self._share)
 
     def own(self) -> Tensor:
         """(M, C): the place of what this rank has for itself."""
@@ -187,19 +187,10 @@ class Copies:
             self.hold(rows_UC, there_P)
             for part, sources in enumerate(parts[1:], 1):
                 there = None if there_P is None else there_P.data_ptr() + 4 * part
-                self.pull(bank, sources, arriving, share, there, call, phase)
+                self.pull(bank, sources, arriving, share, there)
         return rows_UC, there_P
 
-    def pull(
-        self,
-        bank: list[int],
-        sources: Sequence[int],
-        arriving: int,
-        share: int,
-        there: int | None,
-        call: int,
-        phase: str,
-    ) -> None:
+    def pull(self, bank: list[int], sources: Sequence[int], arriving: int, share: int, there: int | None) -> None:
         """A part of ``gather_in_parts``, on the stream beside; ``there`` is the address of its word, if it has one."""
         stream = self._beside()
         for source in sources:
@@ -207,7 +198,7 @@ class Copies:
         if there is not None:
             copy_bytes(there, self._one.data_ptr(), 4, stream)
 
-    def push(self, bank: list[int], targets: Sequence[int], leaving: int, share: int, call: int, phase: str) -> None:
+    def push(self, bank: list[int], targets: Sequence[int], leaving: int, share: int) -> None:
         """A part of a :class:`Departure`, on the stream beside."""
         stream = self._beside()
         for target in self._order[1:] + self._order[:1]:  # own rows have the shortest way
