@@ -247,13 +247,17 @@ def test_result_over_the_input() -> None:
 
 
 def test_host_time_of_a_call_made_before() -> None:
+    """The best of five times forty: other processes want the cores, too."""
     call = Call(1)
     call()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for _ in range(200):
-        call()
-    assert (time.perf_counter() - begin) / 200 <= 60e-6  # 25 us where nothing else runs
+    times = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(40):
+            call()
+        times.append((time.perf_counter() - begin) / 40)
+    assert min(times) <= 60e-6  # 25 us where nothing else runs
     torch.cuda.synchronize()
 
 
