@@ -33,7 +33,7 @@ def same_bits(calls: Sequence[Sequence[int]], fp8: bool) -> list[str]:
 
 
 def in_a_graph(fp8: bool) -> list[str]:
-    """Words that products wait for are written inside the graph, too."""
+    """A step captured and replayed: rows come before products there, and leave beside them."""
     ep, options = _layer(fp8)
     tokens = [MAX_TOKENS] * dist.get_world_size()
     return cases.replayed(ep, [cases.here(_inputs(seed, tokens), tokens) for seed in range(3)], **options)
