@@ -46,6 +46,18 @@ def warps(elements: int) -> int:
 
 
 @triton.jit
+def rows_and_blocks(C: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """(rows (ROWS,), blocks (1, BLOCKS), their columns (1, BLOCKS, BLOCK)) of a program that owns ROWS rows of BLOCKS
+    blocks of BLOCK columns, where programs are counted along the C columns first.
+    """
+    PANELS: tl.constexpr = (C + BLOCKS * BLOCK - 1) // (BLOCKS * BLOCK)
+    pid = tl.program_id(0)
+    row = (pid // PANELS).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    block = (pid % PANELS) * BLOCKS + tl.arange(0, BLOCKS)[None, :]
+    return row, block, block[:, :, None] * BLOCK + tl.arange(0, BLOCK)[None, None, :]
+
+
+@triton.jit
 def expert_chunks(expert_offsets_ptr, E, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr):
     """(expert, its chunks of CHUNK rows, chunks of the experts before it), vectors of BLOCK_E lanes."""
     expert = tl.arange(0, BLOCK_E)
