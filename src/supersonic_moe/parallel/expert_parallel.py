@@ -92,6 +92,11 @@ class ExpertParallel:
 
     _names = "ExpertParallel", "max_tokens"
     """What the user made, and its limit of tokens."""
+    _arguments: tuple[str, ...] = (
+        "num_experts", "top_k", "hidden", "max_tokens", "capacity", "transport", "wire", "keep_received", "channels",
+        "timeout_s",
+    )  # fmt: skip
+    """What all ranks must have in common."""
 
     def __init__(
         self,
@@ -162,7 +167,7 @@ class ExpertParallel:
 
     def _agree(self) -> str:
         """A name that this object has on all ranks, after they have compared their arguments."""
-        arguments = {name: getattr(self, name) for name in _ARGUMENTS}
+        arguments = {name: getattr(self, name) for name in self._arguments}
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, (uuid.uuid4().hex, arguments), group=self.group)
         for rank, (_, theirs) in enumerate(found):
@@ -463,12 +468,6 @@ class ExpertParallel:
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
-
-_ARGUMENTS = (
-    "num_experts", "top_k", "hidden", "max_tokens", "capacity", "transport", "wire", "keep_received", "channels",
-    "timeout_s",
-)  # fmt: skip
-"""What all ranks must have in common."""
 
 
 def _local(weight: Tensor) -> Tensor:
