@@ -16,7 +16,7 @@ from mega_cases import E, H, calc_diff, worst_row
 from ranks import end_ranks, run_ranks
 from virtual_ranks import ON
 
-from supersonic_moe.inference import moe_fp8_topk
+from supersonic_moe.inference import moe_fp8_topk, workspace
 from supersonic_moe.kernels.reference.quantize import quantize_rows
 from supersonic_moe.parallel import MegaMoE
 from supersonic_moe.parallel.copies import bank_of, shares
@@ -217,6 +217,9 @@ def test_explain_says_whether_anything_is_copied() -> None:
     (said,) = run_ranks(1, cases.explanations, 2)
     for copied, unasked, few in said:
         assert "way: composed of dispatch in e4m3" in copied and "way: composed" in unasked and "way: direct" in few
+        assert "kernels on Hopper: tiles, in every call; rows are streamed up to max_tokens_per_rank = 240" in copied
+        assert "kernels on Hopper: rows are streamed" in unasked and "kernels on" not in few
+        assert [workspace.streams(2 * 6 * most, 6 * most, 3072, 48) for most in (240, 241)] == [True, False]
         gib = re.search(
             r"GiB for a call of 8192 tokens on every rank, beside (0\.\d+) GiB that all ranks reach", copied
         )

@@ -20,6 +20,7 @@ that is the same number as before it: the block w·c has the scale w·s, and w·
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -33,7 +34,7 @@ from supersonic_moe.config.activation import GateUpLayout, as_layout, check_limi
 from supersonic_moe.inference.operands import INTERMEDIATE_MULTIPLE, check_experts, check_x, output
 from supersonic_moe.inference.ops import on_sm90
 from supersonic_moe.inference.topk import activation_scales, check_choices, check_received, moe_fp8_topk
-from supersonic_moe.inference.workspace import workspace_bytes
+from supersonic_moe.inference.workspace import streams, workspace_bytes
 from supersonic_moe.kernels import registry
 from supersonic_moe.kernels.interface import Quantized
 from supersonic_moe.kernels.reference.inference import Fp8Experts
@@ -128,7 +129,8 @@ class MegaMoE:
         hidden: H, a multiple of 128. intermediate: I, a multiple of 64. top_k: K.
         transport: how tokens travel between ranks, as in :class:`ExpertParallel`: ``"gather"`` sends all of them to
             all ranks and never waits for the host, so a call can be captured in a CUDA graph; ``"all_to_all"`` sends
-            what is needed, and the host waits once in each call.
+            what is needed, and the host waits once in each call. With ``"gather"`` max_tokens_per_rank decides what
+            travels and which kernels run, not the tokens of a call: have an object of its own for small batches.
         direct: with ``"gather"``, between GPUs that reach each other's memory, kernels write tokens and partial outputs
             to where other ranks read them, and nothing is copied; elsewhere tokens travel as without. For few rows:
             max_tokens_per_rank · K · R² ≤ 128 · E. Experimental: tests of it pass on a CPU, not all of them on GPUs.
@@ -308,6 +310,8 @@ class MegaMoE:
                     "back in bf16; nothing is sent while products run"
                 )
                 needed += received * (hidden + 4 * blocks(hidden) + 8 * self.top_k + 4 * hidden)
+                if self.transport == "gather":
+                    lines.append(f"kernels on Hopper: {self._kernels()}")
             said = self._ranks.explain().splitlines()
             lines += [line for line in said if line.startswith(("transport", "places", "limit"))]
             lines.append(
@@ -319,6 +323,18 @@ class MegaMoE:
             memory += f", beside {symmetric / 2**30:.3g} GiB that all ranks reach"
         lines.append(memory)
         return "\n".join(lines)
+
+    def _kernels(self) -> str:
+        """Which ones the places of all ranks take, however few tokens a call brings."""
+        most, per_token = self.max_tokens_per_rank, self.size * self.top_k
+
+        def tiles(places: int) -> bool:
+            return not streams(places * per_token, places * self.top_k, self.intermediate, self.experts_here)
+
+        if not tiles(most):
+            return "rows are streamed, in every call"
+        streamed = bisect_left(range(most), True, key=tiles) - 1
+        return f"tiles, in every call; rows are streamed up to max_tokens_per_rank = {streamed}"
 
     def warm_up(self) -> None:
         """With other ranks: compile every CUDA kernel of the package, then wait for them as long as their group allows.
