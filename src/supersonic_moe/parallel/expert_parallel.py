@@ -41,7 +41,7 @@ from supersonic_moe.parallel import exact_wire, fp8_wire
 from supersonic_moe.parallel.channel import Channel, Sizes
 from supersonic_moe.parallel.collectives import group_of
 from supersonic_moe.parallel.departures import Departures
-from supersonic_moe.parallel.traffic import described
+from supersonic_moe.parallel.traffic import Load
 from supersonic_moe.parallel.transport import TRANSPORTS
 from supersonic_moe.parallel.trip import Combine, Dispatch, Dispatched, Trip
 from supersonic_moe.private_api import replace_saved
@@ -393,7 +393,7 @@ class ExpertParallel:
             f"transport: {self.transport}, {self._channel.how}",
             f"wire: {self.wire}, x and gradients of outputs {fp8_wire.DTYPES[self.wire]}",
             f"places: {places}",
-            described(*sizes, self.wire, places=fixed, again=not self.keep_received),
+            str(Load(*sizes, self.wire, fixed, again=not self.keep_received)),
             f"limit of a wait: {self.timeout_s:g} s",
         ]
         if self.channels > 1:

@@ -43,7 +43,7 @@ from supersonic_moe.parallel.collectives import group_of
 from supersonic_moe.parallel.copies import Copies
 from supersonic_moe.parallel.expert_parallel import ExpertParallel
 from supersonic_moe.parallel.few_rows import FewRows, Given
-from supersonic_moe.parallel.traffic import traffic
+from supersonic_moe.parallel.traffic import Load
 from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks
 
 TRANSPORTS = ("gather", "all_to_all")
@@ -297,7 +297,7 @@ class MegaMoE:
             lines.append("way: one rank runs inference.moe_fp8_topk, and nothing travels")
         else:
             sizes = (tokens, hidden, self.num_experts, self.top_k, ranks)
-            sent = traffic(*sizes, "fp8", places=tokens if self.transport == "gather" else None)
+            sent = Load(*sizes, "fp8", tokens if self.transport == "gather" else None).sent
             if self._ranks.few is not None:
                 lines.append(
                     "way: direct, since ranks reach each other's memory: tokens are written in e4m3 to "

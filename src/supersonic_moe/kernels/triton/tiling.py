@@ -40,6 +40,15 @@ def column_block(columns: int, limit: int) -> int:
     return min(limit, next_power_of_2(columns))
 
 
+@functools.cache
+def whole_rows(columns: int, elements: int, most: int) -> tuple[int, int]:
+    """(rows, columns as a power of two) of a program that holds whole rows: ``most`` at most, and about so many
+    elements.
+    """
+    padded = next_power_of_2(columns)
+    return min(most, max(1, elements // padded)), padded
+
+
 def warps(elements: int) -> int:
     """Warps for a tile, at 16 elements a thread: two 16-byte accesses in bf16."""
     return max(1, min(8, elements // (32 * 16)))
