@@ -59,14 +59,17 @@ _UNSUPPORTED = {
 """What torch's own errors contain, and what they mean for a user of this package."""
 
 
-def refuse_second_derivatives(why: str, grads: Sequence[Tensor], inputs: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
+def refuse_second_derivatives(
+    why: str, grads: Sequence[Tensor | None], inputs: Iterable[Tensor | None]
+) -> list[Tensor | None]:
     """``grads``, which no graph connects to the ``inputs`` that they depend on, in such a way that whoever
     differentiates them gets the RuntimeError ``why``, and not the derivative of a constant. ``once_differentiable``
     does not help: it raises on a path to copies of the inputs, which autograd does not take to the inputs themselves.
     """
     roots = [t for t in inputs if t is not None and t.requires_grad]
-    handed_on: tuple[Tensor, ...] = apply(_Once, why, len(grads), *grads, *roots)
-    return handed_on
+    given = [g for g in grads if g is not None]
+    handed_on = iter(apply(_Once, why, len(given), *given, *roots))
+    return [None if g is None else next(handed_on) for g in grads]
 
 
 class _Once(torch.autograd.Function):

@@ -174,6 +174,6 @@ def test_one_process_and_each_rank_take_the_same_kernels(rows: str) -> None:
 
 
 @pytest.mark.multigpu
-@pytest.mark.parametrize("most", [cases.MOST, cases.few_tokens(2)])
-def test_a_call_of_two_ranks_is_captured_in_a_graph(most: int) -> None:
-    assert run_ranks(2, cases.in_a_graph, most, backend="nccl") == [[], []]
+@pytest.mark.parametrize(("most", "direct"), [(cases.MOST, False), (cases.few_tokens(2), True)])
+def test_a_call_of_two_ranks_is_captured_in_a_graph(most: int, direct: bool) -> None:
+    assert run_ranks(2, cases.in_a_graph, most, direct, backend="nccl") == [[], []]

@@ -16,7 +16,7 @@ from mega_cases import E, H, calc_diff, worst_row
 from ranks import end_ranks, run_ranks
 from virtual_ranks import ON
 
-from supersonic_moe.inference import moe_fp8_topk
+from supersonic_moe.inference import moe_fp8_topk, workspace
 from supersonic_moe.kernels.reference.quantize import quantize_rows
 from supersonic_moe.parallel import MegaMoE
 from supersonic_moe.parallel.copies import bank_of, shares
@@ -105,6 +105,8 @@ CONSTRUCTED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_experts": 8.0}, TypeError, "num_experts must be a positive integer"),
     ({"group": "world"}, TypeError, "needs a process group of torch.distributed or a DeviceMesh; got str"),
     ({"transport": "pigeon"}, ValueError, "transport must be one of 'gather', 'all_to_all'; got 'pigeon'"),
+    ({"direct": 1}, TypeError, "direct must be True or False"),
+    ({"direct": True, "transport": "all_to_all"}, ValueError, "direct=True needs a place .*; got 'all_to_all'"),
     ({"timeout_s": 0}, ValueError, "timeout_s must be finite and at least 0.01; got 0"),
 ]
 CALLED: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -210,16 +212,14 @@ def test_few_rows_are_read_and_written_where_they_lie(ranks: int, gpu: bool) -> 
     assert found == [[]] * ranks
 
 
-def test_everything_is_copied_unless_few_rows_are_on() -> None:
-    (said,) = run_ranks(1, cases.explanations, 2, False)
-    assert all("way: composed of dispatch in e4m3" in each for both in said for each in both)
-
-
 def test_explain_says_whether_anything_is_copied() -> None:
     """And how much memory ranks reach: at 8192 tokens of the largest published shape, 2 ranks."""
-    (said,) = run_ranks(1, cases.explanations, 2, True)
-    for copied, few in said:
-        assert "way: composed of dispatch in e4m3" in copied and "way: experts have few rows" in few
+    (said,) = run_ranks(1, cases.explanations, 2)
+    for copied, unasked, few in said:
+        assert "way: composed of dispatch in e4m3" in copied and "way: composed" in unasked and "way: direct" in few
+        assert "kernels on Hopper: tiles, in every call; rows are streamed up to max_tokens_per_rank = 240" in copied
+        assert "kernels on Hopper: rows are streamed" in unasked and "kernels on" not in few
+        assert [workspace.streams(2 * 6 * most, 6 * most, 3072, 48) for most in (240, 241)] == [True, False]
         gib = re.search(
             r"GiB for a call of 8192 tokens on every rank, beside (0\.\d+) GiB that all ranks reach", copied
         )
@@ -255,11 +255,13 @@ def test_bf16_tokens_are_quantized_at_home(pow2: bool) -> None:
 
 @pytest.mark.parametrize("transport", ["gather", "all_to_all"])
 def test_mistakes_of_all_ranks_and_of_one(transport: str) -> None:
-    for common, unequal, error in run_ranks(2, cases.mistakes, transport):
+    for common, (unequal, ways, many), error in run_ranks(2, cases.mistakes, transport):
         limit, scale, pow2, out, none = common
         assert "swiglu_limit must be a positive finite number" in limit and "needs x_scale; got None" in scale
         assert "pow2_scales must be True or False" in pow2 and "out must have the shape of x" in out
         assert none == "no error"
         assert re.match(r"ValueError: .*max_tokens is (4 on rank 0 and 5 on rank 1|5 on rank 1 and 4)", unequal)
+        assert re.match(r"ValueError: .*direct is (False on rank 0 and True on rank 1|True on rank 1 and False)", ways)
+        assert "direct=True needs few rows: max_tokens_per_rank must not exceed 85 with 2 ranks, 8 experts" in many
         assert "must not have more than max_tokens_per_rank = 4 tokens in a call" in error and "5" in error
         assert "Make the MegaMoE with a larger max_tokens_per_rank" in error

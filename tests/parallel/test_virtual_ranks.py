@@ -55,6 +55,10 @@ def test_exact_rows_that_travel_beside_products_have_the_bits_of_one_process(siz
     assert alone(cases.exact_in_parts, size, gpu, calls) == [[]] * size
 
 
+def test_gradients_over_an_exact_wire_reach_main_grad_and_exist_once() -> None:
+    assert alone(cases.exact_ends, 2) == [[], []]
+
+
 @pytest.mark.parametrize("gpu", ON)
 def test_random_calls_with_random_delays_repeat_to_the_bit(gpu: bool) -> None:
     assert alone(cases.random_calls, 4, gpu, 60) is True

@@ -23,7 +23,7 @@ from virtual_ranks import CarefulFlags, ThreadFlags, on_a_gpu, run_virtual, time
 
 from supersonic_moe.inference import moe_fp8_topk
 from supersonic_moe.kernels.sm90 import rank_tokens
-from supersonic_moe.parallel import MegaMoE, few_rows
+from supersonic_moe.parallel import MegaMoE
 from supersonic_moe.parallel import mega as parallel_mega
 from supersonic_moe.parallel.few_rows import FewRows
 
@@ -94,12 +94,14 @@ Call = tuple[tuple[int, ...], float, float | None]
 """Tokens of each rank, share of masked choices, clamp."""
 
 
-def same_as_one_process(calls: Sequence[Call], transport: str, most: int = MOST, times: int = 1) -> list[str]:
+def same_as_one_process(
+    calls: Sequence[Call], transport: str, most: int = MOST, direct: bool = False, times: int = 1
+) -> list[str]:
     """Where the outputs or counts of this rank differ. Two instances take turns; e4m3 and bf16 do. ``times``: the same
     again, launch by launch, when all that it needs is loaded.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
-    sizes = {"transport": transport, "max_tokens_per_rank": most, "timeout_s": 60.0}
+    sizes = {"transport": transport, "max_tokens_per_rank": most, "direct": direct, "timeout_s": 60.0}
     layers = [mega(dist.group.WORLD, **sizes) for _ in range(2)]
     own, wrong = slice(rank * E // size, (rank + 1) * E // size), []
     for number, (tokens, masked, limit) in times * [*enumerate(calls)]:
@@ -166,14 +168,9 @@ def few_tokens(size: int) -> int:
 
 
 def without_copies(size: int, gpu: bool, calls: Sequence[Call]) -> list[list[str]]:
-    """``over_copies`` with objects of so few tokens that ``few_rows.py`` does it."""
+    """``over_copies`` with direct objects, of as many tokens as these may have."""
     _start(size, gpu, careful=len(calls) + 1)  # two launches a call that wait, of two objects that take turns
-    return run_virtual(size, _without_copies, calls, few_tokens(size), times_on(gpu))
-
-
-def _without_copies(calls: Sequence[Call], most: int, times: int) -> list[str]:
-    assert few_rows.has_few_rows(dist.get_world_size(), most, K, E // dist.get_world_size())
-    return same_as_one_process(calls, "gather", most, times)
+    return run_virtual(size, same_as_one_process, calls, "gather", few_tokens(size), True, times_on(gpu))
 
 
 def random_launches(size: int, gpu: bool, count: int) -> list[list[int]]:
@@ -187,7 +184,7 @@ def _random_launches(count: int) -> list[int]:
     most, own = few_tokens(size), slice(rank * E // size, (rank + 1) * E // size)
     case = case_of(most * size, masked=0.3)
     case = on_gpu(case) if ranks.device().type == "cuda" else case
-    layer = mega(dist.group.WORLD, max_tokens_per_rank=most, timeout_s=30.0)
+    layer = mega(dist.group.WORLD, max_tokens_per_rank=most, direct=True, timeout_s=30.0)
     assert layer._ranks is not None and layer._ranks.few is not None
     out, launched = torch.zeros(count, most, H, device=case.x.device).bfloat16(), []
     for number in range(count):
@@ -209,14 +206,14 @@ def _random_launches(count: int) -> list[int]:
     return wrong
 
 
-def explanations(size: int, on: bool) -> list[tuple[str, str]]:
-    """With 8192 tokens of the largest published shape, and with 64."""
-    few_rows.ON = on
+def explanations(size: int) -> list[tuple[str, str, str]]:
+    """With 8192 tokens of the largest published shape, with 64, and with 64 directly."""
     sizes = {"num_experts": 48 * size, "hidden": 7168, "intermediate": 3072, "top_k": 6}
 
-    def of_rank() -> tuple[str, str]:
-        layers = [mega(dist.group.WORLD, **sizes, max_tokens_per_rank=most) for most in (8192, 64)]
-        return layers[0].explain(), layers[1].explain()
+    def of_rank() -> tuple[str, ...]:
+        ways = ((8192, False), (64, False), (64, True))
+        layers = [mega(dist.group.WORLD, **sizes, max_tokens_per_rank=most, direct=direct) for most, direct in ways]
+        return tuple(layer.explain() for layer in layers)
 
     return run_virtual(size, of_rank)
 
@@ -229,7 +226,8 @@ def with_a_late_rank(size: int, gpu: bool, phase: str, limit_s: float) -> list[s
 
 def _late(phase: str, limit_s: float) -> str:
     rank, size = dist.get_rank(), dist.get_world_size()
-    layer, own = mega(dist.group.WORLD, max_tokens_per_rank=few_tokens(size), timeout_s=limit_s), E // size
+    own = E // size
+    layer = mega(dist.group.WORLD, max_tokens_per_rank=few_tokens(size), direct=True, timeout_s=limit_s)
     assert layer._ranks is not None and layer._ranks.few is not None
     case = case_of(3, seed=rank)
     case = on_gpu(case) if ranks.device().type == "cuda" else case
@@ -255,7 +253,6 @@ def _start(size: int, gpu: bool, careful: int) -> None:
     """Where a test makes rank 1 late. On a GPU, ranks share its multiprocessors: a kernel that waits must leave some to
     those that it waits for.
     """
-    few_rows.ON = True
     run, tell, posts, sums = FewRows.run, ThreadFlags.tell, rank_tokens.post_tokens, rank_tokens.sum_parts
 
     def late(phase: str) -> None:
@@ -297,12 +294,17 @@ def _start(size: int, gpu: bool, careful: int) -> None:
         stream_experts.multiprocessors = rank_tokens.multiprocessors = lambda device: share
 
 
-def mistakes(transport: str) -> tuple[list[str], str, str]:
-    """Mistakes of all ranks in one call, which harm nothing; then rank 1 has another limit, then too many tokens. What
-    this rank is told.
+def mistakes(transport: str) -> tuple[list[str], list[str], str]:
+    """Mistakes of all ranks in one call, which harm nothing; then rank 1 has another limit, or asks for another way,
+    then too many tokens. What this rank is told.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
-    unequal = error_of(lambda: mega(dist.group.WORLD, max_tokens_per_rank=4 + rank))
+    changes: list[dict[str, Any]] = [
+        {"max_tokens_per_rank": 4 + rank},
+        {"max_tokens_per_rank": 4, "direct": rank == 1},
+        {"max_tokens_per_rank": 1 + few_tokens(size), "direct": True},
+    ]
+    refused = [error_of(lambda change=change: mega(dist.group.WORLD, **change)) for change in changes]
     layer = mega(dist.group.WORLD, transport=transport, max_tokens_per_rank=4, timeout_s=3.0)
     own, case = slice(rank * E // size, (rank + 1) * E // size), case_of(3)
     wrong: list[dict[str, Any]] = [
@@ -311,14 +313,14 @@ def mistakes(transport: str) -> tuple[list[str], str, str]:
     common = [error_of(lambda options=options: call(layer, case, **{"experts": own, **options})) for options in wrong]
     error = error_of(lambda: call(layer, case_of(5 if rank else 2), experts=own))
     time.sleep(4 if rank and transport == "gather" else 0)  # until the other, who waits, has asked what is wrong
-    return common, unequal, error
+    return common, refused, error
 
 
-def in_a_graph(most: int) -> list[str]:
+def in_a_graph(most: int, direct: bool) -> list[str]:
     """A captured call of this rank, replayed with other contents, against the call itself."""
-    few_rows.ON = True
     rank, size = dist.get_rank(), dist.get_world_size()
-    layer, own = mega(dist.group.WORLD, max_tokens_per_rank=most), slice(rank * E // size, (rank + 1) * E // size)
+    own = slice(rank * E // size, (rank + 1) * E // size)
+    layer = mega(dist.group.WORLD, max_tokens_per_rank=most, direct=direct)
     case = on_gpu(case_of(33, seed=rank))
     call(layer, case, experts=own)
     torch.cuda.synchronize()

@@ -266,15 +266,27 @@ def over_an_fp8_wire(
     with torch.no_grad():
         if not torch.equal(fp8.experts(given.x, given.ids, given.scores, given.w1, given.w2, recipe=recipe), got.out):
             found.append("inference differs")
+    return found + _ends_of_backward(fp8, given, got, "do not exist over an FP8 wire", recipe=recipe)
+
+
+def ends_over_an_exact_wire(way: dict[str, Any]) -> list[str]:
+    tokens = [9, 40, 0, 3][: dist.get_world_size()]
+    ep, given = make(**way), here(inputs(tokens, torch.bfloat16), tokens)
+    return _ends_of_backward(ep, given, run(ep, given), "of the experts do not exist across ranks")
+
+
+def _ends_of_backward(ep: ExpertParallel, given: Inputs, got: Results, refusal: str, **options: Any) -> list[str]:
+    """Second derivatives are refused, and weight gradients, those of ``got``, added to ``main_grad``."""
+    found = []
     x, w1 = leaf(given.x), leaf(given.w1)
-    out = fp8.experts(x, given.ids, given.scores, w1, given.w2, recipe=recipe)
+    out = ep.experts(x, given.ids, given.scores, w1, given.w2, **options)
     (dx,) = torch.autograd.grad(out.float().sum(), x, create_graph=True)
-    if "do not exist over an FP8 wire" not in error_of(lambda: torch.autograd.grad(dx.float().sum(), w1)):
+    if refusal not in error_of(lambda: torch.autograd.grad(dx.float().sum(), w1)):
         found.append("second derivatives are not refused")
     buffers = [w.clone().requires_grad_() for w in (given.w1, given.w2)]
     for buffer in buffers:
         buffer.main_grad = torch.ones_like(buffer, dtype=torch.float32)  # type: ignore[attr-defined]
-    out = fp8.experts(given.x, given.ids, given.scores, *buffers, recipe=recipe, accumulate_into_main_grad=True)
+    out = ep.experts(given.x, given.ids, given.scores, *buffers, **options, accumulate_into_main_grad=True)
     out.backward(given.dout)
     for name, buffer in zip(("dw1", "dw2"), buffers, strict=True):
         if buffer.grad is not None or rel_fro(buffer.main_grad - 1, getattr(got, name)) > 0.01:  # type: ignore[attr-defined]

@@ -32,6 +32,19 @@ RULES = {
 }
 
 
+def put_special(logits: Tensor) -> None:
+    """Into the first eight tokens: equal logits, and such as are no numbers."""
+    experts = logits.shape[1]
+    logits[0] = 0
+    logits[1] = math.nan
+    logits[2, ::2] = math.nan
+    logits[3] = -0.0
+    logits[4, 5:] = math.nan
+    logits[5, 3], logits[5, 9] = math.inf, -math.inf
+    logits[6] = torch.arange(experts, device=logits.device) / 64  # the best side by side, all in one lane
+    logits[7] = -logits[6]
+
+
 def empty_tables(tokens: int, choices: Choices, device: str = "cuda", *, streamed: bool) -> RowTables:
     """Tables full of what nobody may rely on."""
 

@@ -49,6 +49,14 @@ def exact_in_parts(size: int, gpu: bool, calls: Sequence[tuple]) -> list[list[st
     return found
 
 
+def exact_ends(size: int) -> list[list[str]]:
+    """What becomes of gradients of rows that travel beside products."""
+    with _beside() as ways:
+        found = run_virtual(size, cases.ends_over_an_exact_wire, GATHER)
+    assert (0, "backward dispatch") in ways, ways
+    return found
+
+
 @contextmanager
 def _beside() -> Iterator[set[tuple[int, str]]]:
     """However few rows there are: (rank, phase) of those that came beside a product."""

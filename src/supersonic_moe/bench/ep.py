@@ -31,7 +31,7 @@ from supersonic_moe.bench.timing import Call, Clock, Missing, NoResultError, Sli
 from supersonic_moe.config.recipe import Fp8Recipe, Recipe
 from supersonic_moe.kernels import registry
 from supersonic_moe.parallel import ExpertParallel
-from supersonic_moe.parallel.traffic import traffic
+from supersonic_moe.parallel.traffic import Load
 from supersonic_moe.perf_model import LayerShape, layer_flops
 
 ONE_GPU = "one-gpu"
@@ -131,7 +131,7 @@ def _run(shape: LayerShape, config: EpConfig, ranks: dist.ProcessGroup, progress
         result.metrics[name]["host_us"] = _host_us(contender.fwd_bwd, config.device)
     if size > 1:
         sizes = (shape.tokens, shape.hidden, ep.num_experts, shape.top_k, size)
-        sent = traffic(*sizes, wire, places=shape.tokens if ep.transport == "gather" else None)
+        sent = Load(*sizes, wire, shape.tokens if ep.transport == "gather" else None).sent
         result.metrics[OURS]["sent_bytes"] = sum(sent)
         progress("finding out when rows travel")
         result.timeline = timeline(contenders[OURS].fwd_bwd, marks_for(config.device))

@@ -14,7 +14,7 @@ from typing import Any
 from supersonic_moe.bench.markdown import markdown, origin
 from supersonic_moe.bench.mega_cases import DEEP_GEMM, SHAPES, TOKENS, MegaShape
 from supersonic_moe.bench.report import Row, short
-from supersonic_moe.parallel.traffic import traffic
+from supersonic_moe.parallel.traffic import Load
 
 NAME = "mega-world1"
 COPIES = 346e9  # bytes a second of copy engines between two H200s, the slower of two measurements
@@ -38,7 +38,7 @@ supersonic-moe bench mega --peers none --min-ms 0 --timeline {NAME}-timeline.png
 
 def travel_us(shape: MegaShape, tokens: int, ranks: int) -> float:
     """There and back, with as many experts on each rank."""
-    sent = traffic(tokens, shape.hidden, ranks * shape.local, shape.rule.top_k, ranks, "fp8", places=tokens)
+    sent = Load(tokens, shape.hidden, ranks * shape.local, shape.rule.top_k, ranks, "fp8", places=tokens).sent
     return (sent.dispatch + sent.combine) / COPIES * 1e6
 
 

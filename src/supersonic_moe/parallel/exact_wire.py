@@ -100,18 +100,11 @@ class _Experts(torch.autograd.Function):
             incoming = Incoming(dout_UH, needs, targets.of_kernels())
             found = bf16.backward(k, saved, incoming, way.arrivals(ctx.parts, there_P), back.leave)
             dx, dscores = back.arrived(found.x, found.scores)
-        dw1, dw2 = found.w1, found.w2
-        if targets.w1 is not None:
-            dw1 = targets.w1.finish(ctx.parameters[0], dout_TH.dtype)
-        if targets.w2 is not None:
-            dw2 = targets.w2.finish(ctx.parameters[1], dout_TH.dtype)
-        grads = [
-            g if need else None for g, need in zip((dx, dscores, dw1, found.b1, dw2, found.b2), needs, strict=True)
-        ]
+        grads: list[Tensor | None] = [*found._replace(x=dx, scores=dscores)]
+        targets.finish(grads, ctx.parameters, dout_TH.dtype)
+        grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
         if torch.is_grad_enabled():  # create_graph
-            given = [g for g in grads if g is not None]
-            once = iter(refuse_second_derivatives(_ONCE, given, (dout_TH, *ctx.saved_tensors, *ctx.parameters)))
-            grads = [None if g is None else next(once) for g in grads]
+            grads = refuse_second_derivatives(_ONCE, grads, (dout_TH, *ctx.saved_tensors, *ctx.parameters))
         return *grads, None, None, None
 
 

@@ -41,7 +41,7 @@ from supersonic_moe.parallel import exact_wire, fp8_wire
 from supersonic_moe.parallel.channel import Channel, Sizes
 from supersonic_moe.parallel.collectives import group_of
 from supersonic_moe.parallel.departures import Departures
-from supersonic_moe.parallel.traffic import described
+from supersonic_moe.parallel.traffic import Load
 from supersonic_moe.parallel.transport import TRANSPORTS
 from supersonic_moe.parallel.trip import Combine, Dispatch, Dispatched, Trip
 from supersonic_moe.private_api import replace_saved
@@ -92,6 +92,11 @@ class ExpertParallel:
 
     _names = "ExpertParallel", "max_tokens"
     """What the user made, and its limit of tokens."""
+    _arguments: tuple[str, ...] = (
+        "num_experts", "top_k", "hidden", "max_tokens", "capacity", "transport", "wire", "keep_received", "channels",
+        "timeout_s",
+    )  # fmt: skip
+    """What all ranks must have in common."""
 
     def __init__(
         self,
@@ -162,7 +167,7 @@ class ExpertParallel:
 
     def _agree(self) -> str:
         """A name that this object has on all ranks, after they have compared their arguments."""
-        arguments = {name: getattr(self, name) for name in _ARGUMENTS}
+        arguments = {name: getattr(self, name) for name in self._arguments}
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, (uuid.uuid4().hex, arguments), group=self.group)
         for rank, (_, theirs) in enumerate(found):
@@ -388,7 +393,7 @@ class ExpertParallel:
             f"transport: {self.transport}, {self._channel.how}",
             f"wire: {self.wire}, x and gradients of outputs {fp8_wire.DTYPES[self.wire]}",
             f"places: {places}",
-            described(*sizes, self.wire, places=fixed, again=not self.keep_received),
+            str(Load(*sizes, self.wire, fixed, again=not self.keep_received)),
             f"limit of a wait: {self.timeout_s:g} s",
         ]
         if self.channels > 1:
@@ -463,12 +468,6 @@ class ExpertParallel:
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
-
-_ARGUMENTS = (
-    "num_experts", "top_k", "hidden", "max_tokens", "capacity", "transport", "wire", "keep_received", "channels",
-    "timeout_s",
-)  # fmt: skip
-"""What all ranks must have in common."""
 
 
 def _local(weight: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""A serving call whose experts have few rows, between ranks that reach each other's memory: nothing is copied.
+"""A serving call whose experts have few rows, between ranks that reach each other's memory: nothing is copied. A user
+asks for it by ``MegaMoE(direct=True)``, because on a GPU the tests of late ranks have not passed yet.
 
 Each rank writes its tokens to where the streaming kernels of the others read them, and these write what they make of
 them to where it is summed: no message is packed, sent or unpacked around the operator. Which kernel does what, what a
@@ -33,8 +34,6 @@ from supersonic_moe.parallel.symmetric import HEAD
 from supersonic_moe.parallel.watch import PHASES
 from supersonic_moe.quantization.block_format import E4M3, blocks
 
-ON = False
-"""Whether calls come here at all. Not before the tests marked ``gpu`` of late ranks have passed on a GPU."""
 FEW_ROWS = 128
 """Of an expert, on average, if all rows came to one rank. Tiles are 1.1 times faster at half as many, but what copies
 need around them takes longer."""
@@ -56,9 +55,9 @@ class Given(NamedTuple):
     received: Tensor | None
 
 
-def has_few_rows(ranks: int, places: int, top_k: int, experts_here: int) -> bool:
-    """Whether calls of such sizes come here: all rows of one are streamed, however tokens choose."""
-    return ON and ranks * places * top_k <= FEW_ROWS * experts_here
+def most_places(ranks: int, top_k: int, experts_here: int) -> int:
+    """M, at most: all rows of a call are streamed, however tokens choose."""
+    return FEW_ROWS * experts_here // (ranks * top_k)
 
 
 def row_bytes(ranks: int, places: int, hidden: int, top_k: int) -> int:

@@ -159,17 +159,12 @@ class _Experts(torch.autograd.Function):
         with torch.no_grad(), without_autocast(dout_TH):
             way = beside.WayBack(trip)
             found = fp8.backward(k, weights, saved, incoming, x_q, dout_q, arriving, way.leave)
-            dx, dscores, dw1, db1, dw2, db2 = found
-            dx, dscores = way.arrived(dx, dscores)
-        if targets.w1 is not None:
-            dw1 = targets.w1.finish(parameters[0], dout.dtype)
-        if targets.w2 is not None:
-            dw2 = targets.w2.finish(parameters[1], dout.dtype)
-        grads = [g if need else None for g, need in zip((dx, dscores, dw1, db1, dw2, db2), needs, strict=True)]
+            dx, dscores = way.arrived(found.x, found.scores)
+        grads: list[Tensor | None] = [*found._replace(x=dx, scores=dscores)]
+        targets.finish(grads, parameters, dout.dtype)
+        grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
         if torch.is_grad_enabled():  # create_graph
-            given = [g for g in grads if g is not None]
-            once = iter(refuse_second_derivatives(_ONCE, given, (dout_TH, *tensors, *parameters)))
-            grads = [None if g is None else next(once) for g in grads]
+            grads = refuse_second_derivatives(_ONCE, grads, (dout_TH, *tensors, *parameters))
         return *grads, None, None, None
 
 

@@ -8,8 +8,8 @@ Rank r of R holds the experts [r·E/R, (r+1)·E/R). T tokens here, U received, K
     home     combine    the parts of a token, added in order of ranks, rounded once   (U, H) -> (T, H)
 
 With one rank nothing travels, and a call is ``moe_fp8_topk``. With more, this is the composed form: the collectives of
-:class:`ExpertParallel` around the operator. It is right, and nothing is sent while products run. Where ranks reach each
-other's memory and experts have few rows, dispatch and combine are loads and stores of the operator's own kernel
+:class:`ExpertParallel` around the operator. It is right, and nothing is sent while products run. With ``direct=True``,
+between ranks that reach each other's memory, dispatch and combine are loads and stores of the operator's own kernel
 (``few_rows.py``).
 
 **Weights before or after the down-projection.** The operator multiplies a token's weight w after it. With fp32 scales
@@ -20,6 +20,7 @@ that is the same number as before it: the block w·c has the scale w·s, and w·
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -33,7 +34,7 @@ from supersonic_moe.config.activation import GateUpLayout, as_layout, check_limi
 from supersonic_moe.inference.operands import INTERMEDIATE_MULTIPLE, check_experts, check_x, output
 from supersonic_moe.inference.ops import on_sm90
 from supersonic_moe.inference.topk import activation_scales, check_choices, check_received, moe_fp8_topk
-from supersonic_moe.inference.workspace import workspace_bytes
+from supersonic_moe.inference.workspace import streams, workspace_bytes
 from supersonic_moe.kernels import registry
 from supersonic_moe.kernels.interface import Quantized
 from supersonic_moe.kernels.reference.inference import Fp8Experts
@@ -42,7 +43,7 @@ from supersonic_moe.parallel.collectives import group_of
 from supersonic_moe.parallel.copies import Copies
 from supersonic_moe.parallel.expert_parallel import ExpertParallel
 from supersonic_moe.parallel.few_rows import FewRows, Given
-from supersonic_moe.parallel.traffic import traffic
+from supersonic_moe.parallel.traffic import Load
 from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks
 
 TRANSPORTS = ("gather", "all_to_all")
@@ -66,12 +67,14 @@ class _Exchange(ExpertParallel):
     """The collectives of a serving call: rows in e4m3 there, partial outputs back, no autograd."""
 
     _names = "MegaMoE", "max_tokens_per_rank"
+    _arguments = (*ExpertParallel._arguments, "direct")
 
-    def __init__(self, group: dist.ProcessGroup | DeviceMesh, **arguments: Any) -> None:
+    def __init__(self, group: dist.ProcessGroup | DeviceMesh, direct: bool, **arguments: Any) -> None:
+        self.direct = direct
         super().__init__(group, **arguments)
         self.few: FewRows | None = None
         """Calls without copies, where they are possible."""
-        if isinstance(copies := self._channel.ranks, Copies) and self._has_few_rows():
+        if isinstance(copies := self._channel.ranks, Copies) and direct:
             sizes = (self.num_experts, self.max_tokens, self.top_k)
             self.few = FewRows(copies, self.rank, self.size, *sizes)
 
@@ -81,17 +84,14 @@ class _Exchange(ExpertParallel):
         copies = self._channel.ranks
         return copies.memory.blocks[self.rank].numel() if isinstance(copies, Copies) else 0
 
-    def _has_few_rows(self) -> bool:
-        return few_rows.has_few_rows(self.size, self.max_tokens, self.top_k, self.experts_here)
-
     def row_bytes(self) -> int:
         least = super().row_bytes()
-        if not self._has_few_rows():
+        if not self.direct:
             return least
         return max(least, few_rows.row_bytes(self.size, self.max_tokens, self.hidden, self.top_k))
 
     def largest_bank(self) -> int | None:
-        return None if self._has_few_rows() else LARGEST_BANK
+        return None if self.direct else LARGEST_BANK
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def in_place(self, given: Given, out_TH: Tensor, accumulate: bool) -> None:
@@ -129,7 +129,11 @@ class MegaMoE:
         hidden: H, a multiple of 128. intermediate: I, a multiple of 64. top_k: K.
         transport: how tokens travel between ranks, as in :class:`ExpertParallel`: ``"gather"`` sends all of them to
             all ranks and never waits for the host, so a call can be captured in a CUDA graph; ``"all_to_all"`` sends
-            what is needed, and the host waits once in each call.
+            what is needed, and the host waits once in each call. With ``"gather"`` max_tokens_per_rank decides what
+            travels and which kernels run, not the tokens of a call: have an object of its own for small batches.
+        direct: with ``"gather"``, between GPUs that reach each other's memory, kernels write tokens and partial outputs
+            to where other ranks read them, and nothing is copied; elsewhere tokens travel as without. For few rows:
+            max_tokens_per_rank · K · R² ≤ 128 · E. Experimental: tests of it pass on a CPU, not all of them on GPUs.
         timeout_s: longest wait for another rank. Then :class:`ExpertParallelError` says who is missing.
     """
 
@@ -143,6 +147,7 @@ class MegaMoE:
         max_tokens_per_rank: int,
         *,
         transport: Literal["gather", "all_to_all"] = "gather",
+        direct: bool = False,
         timeout_s: float = 300.0,
     ) -> None:
         for name, value in (("num_experts", num_experts), ("max_tokens_per_rank", max_tokens_per_rank)):
@@ -159,12 +164,16 @@ class MegaMoE:
             raise ValueError(
                 f"transport must be one of {', '.join(map(repr, TRANSPORTS))}; got {checks.short(transport)}."
             )
+        ranks = 1 if group is None else dist.get_world_size(group_of(group))
+        checks.flag("direct", direct)
+        if direct:
+            _check_direct(ranks, num_experts, top_k, max_tokens_per_rank, transport)
         self.num_experts, self.hidden, self.intermediate, self.top_k = num_experts, hidden, intermediate, top_k
         self.max_tokens_per_rank, self.transport = max_tokens_per_rank, transport
         self._ranks: _Exchange | None = None
-        if group is not None and dist.get_world_size(group_of(group)) > 1:
+        if group is not None and ranks > 1:
             self._ranks = _Exchange(
-                group, num_experts=num_experts, top_k=top_k, hidden=hidden, max_tokens=max_tokens_per_rank,
+                group, direct, num_experts=num_experts, top_k=top_k, hidden=hidden, max_tokens=max_tokens_per_rank,
                 transport=transport, timeout_s=timeout_s,
             )  # fmt: skip
         self.rank = 0 if self._ranks is None else self._ranks.rank
@@ -288,10 +297,10 @@ class MegaMoE:
             lines.append("way: one rank runs inference.moe_fp8_topk, and nothing travels")
         else:
             sizes = (tokens, hidden, self.num_experts, self.top_k, ranks)
-            sent = traffic(*sizes, "fp8", places=tokens if self.transport == "gather" else None)
+            sent = Load(*sizes, "fp8", tokens if self.transport == "gather" else None).sent
             if self._ranks.few is not None:
                 lines.append(
-                    "way: experts have few rows and ranks reach each other's memory: tokens are written in e4m3 to "
+                    "way: direct, since ranks reach each other's memory: tokens are written in e4m3 to "
                     "where the streaming kernel of inference.moe_fp8_topk reads them, and partial outputs in bf16 to "
                     "where they are summed; nothing is copied"
                 )
@@ -301,6 +310,8 @@ class MegaMoE:
                     "back in bf16; nothing is sent while products run"
                 )
                 needed += received * (hidden + 4 * blocks(hidden) + 8 * self.top_k + 4 * hidden)
+                if self.transport == "gather":
+                    lines.append(f"kernels on Hopper: {self._kernels()}")
             said = self._ranks.explain().splitlines()
             lines += [line for line in said if line.startswith(("transport", "places", "limit"))]
             lines.append(
@@ -312,6 +323,18 @@ class MegaMoE:
             memory += f", beside {symmetric / 2**30:.3g} GiB that all ranks reach"
         lines.append(memory)
         return "\n".join(lines)
+
+    def _kernels(self) -> str:
+        """Which ones the places of all ranks take, however few tokens a call brings."""
+        most, per_token = self.max_tokens_per_rank, self.size * self.top_k
+
+        def tiles(places: int) -> bool:
+            return not streams(places * per_token, places * self.top_k, self.intermediate, self.experts_here)
+
+        if not tiles(most):
+            return "rows are streamed, in every call"
+        streamed = bisect_left(range(most), True, key=tiles) - 1
+        return f"tiles, in every call; rows are streamed up to max_tokens_per_rank = {streamed}"
 
     def warm_up(self) -> None:
         """With other ranks: compile every CUDA kernel of the package, then wait for them as long as their group allows.
@@ -349,3 +372,18 @@ class MegaMoE:
                 f"a rank must not have more than max_tokens_per_rank = {most} tokens in a call; got {x.shape[0]}. Make "
                 "the MegaMoE with a larger max_tokens_per_rank."
             )
+
+
+def _check_direct(ranks: int, num_experts: int, top_k: int, places: int, transport: str) -> None:
+    """Sizes and transport with which ``direct=True`` can be."""
+    if transport != "gather":
+        raise ValueError(
+            f'direct=True needs a place for each token on every rank, as transport="gather" has; got {transport!r}. '
+            "Leave transport out, or direct."
+        )
+    most = few_rows.most_places(ranks, top_k, num_experts // ranks)
+    if ranks > 1 and places > most:
+        raise ValueError(
+            f"direct=True needs few rows: max_tokens_per_rank must not exceed {most} with {ranks} ranks, "
+            f"{num_experts} experts and top_k = {top_k}; got {places}. Lower max_tokens_per_rank, or leave direct out."
+        )

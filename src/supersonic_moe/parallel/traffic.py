@@ -27,45 +27,42 @@ class Traffic(NamedTuple):
     """Partial gradients of x, and of scores."""
 
 
-def traffic(
-    tokens: int,
-    hidden: int,
-    num_experts: int,
-    top_k: int,
-    ranks: int,
-    wire: str,
-    *,
-    places: int | None = None,
-    again: bool = False,
-) -> Traffic:
-    """For BF16 layers, or with ``wire="fp8"`` FP8 layers; ``places``: so many rows go to each rank, needed or not;
-    ``again``: x is sent once more in backward.
-    """
-    each = tokens * share_of_ranks(num_experts, top_k, ranks) if places is None else places
-    copies = (ranks - 1) * each
-    row = hidden + 4 * blocks(hidden) if wire == "fp8" else 2 * hidden
-    x_again = (hidden if wire == "fp8" else 2 * hidden) if again else 0
-    return Traffic(
-        copies * (row + 8 * top_k), copies * 2 * hidden, copies * (row + x_again), copies * (2 * hidden + 4 * top_k)
-    )
+class Load(NamedTuple):
+    """A call of a layer with T tokens on each of R ranks."""
 
+    tokens: int
+    hidden: int
+    num_experts: int
+    top_k: int
+    ranks: int
+    wire: str
+    """``"fp8"`` for FP8 layers whose rows travel so; else BF16."""
+    places: int | None = None
+    """So many rows go to each rank, needed or not."""
+    again: bool = False
+    """x is sent once more in backward."""
 
-def described(
-    tokens: int,
-    hidden: int,
-    num_experts: int,
-    top_k: int,
-    ranks: int,
-    wire: str,
-    *,
-    places: int | None = None,
-    again: bool = False,
-) -> str:
-    sent = traffic(tokens, hidden, num_experts, top_k, ranks, wire, places=places, again=again)
-    there, back = (f"{n / 1e6:.3g}" for n in sent[2:])
-    share = share_of_ranks(num_experts, top_k, ranks)
-    return (
-        f"for {tokens} tokens, of which each rank needs {share:.1%}, a rank sends, in MB,\n"
-        f"  forward   x, ids, scores {sent.dispatch / 1e6:.3g}, partial outputs {sent.combine / 1e6:.3g}\n"
-        f"  backward  {'dout and x again' if again else 'dout'} {there}, partial dx and dscores {back}"
-    )
+    @property
+    def share(self) -> float:
+        """Of the tokens of a rank that another one needs."""
+        return share_of_ranks(self.num_experts, self.top_k, self.ranks)
+
+    @property
+    def sent(self) -> Traffic:
+        copies = (self.ranks - 1) * (self.tokens * self.share if self.places is None else self.places)
+        x = self.hidden if self.wire == "fp8" else 2 * self.hidden
+        row = x + 4 * blocks(self.hidden) if self.wire == "fp8" else x
+        return Traffic(
+            copies * (row + 8 * self.top_k),
+            copies * 2 * self.hidden,
+            copies * (row + (x if self.again else 0)),
+            copies * (2 * self.hidden + 4 * self.top_k),
+        )
+
+    def __str__(self) -> str:
+        dispatch, combine, there, back = (f"{n / 1e6:.3g}" for n in self.sent)
+        return (
+            f"for {self.tokens} tokens, of which each rank needs {self.share:.1%}, a rank sends, in MB,\n"
+            f"  forward   x, ids, scores {dispatch}, partial outputs {combine}\n"
+            f"  backward  {'dout and x again' if self.again else 'dout'} {there}, partial dx and dscores {back}"
+        )

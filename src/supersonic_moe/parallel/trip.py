@@ -147,11 +147,10 @@ class Dispatch(torch.autograd.Function):
         with torch.no_grad():
             dx = trip.summed(trip.back("backward combine", dx_UH)) if needs[0] else None
             dscores = trip.of_choices(trip.back("backward combine", dscores_UK)) if needs[1] else None
-        grads = [g for g in (dx, dscores) if g is not None]
+        grads = [dx, dscores]
         if torch.is_grad_enabled():  # create_graph
-            grads = [*refuse_second_derivatives(_ONCE, grads, (dx_UH, dscores_UK))]
-        given = iter(grads)
-        return *[next(given) if need else None for need in needs], None, None
+            grads = refuse_second_derivatives(_ONCE, grads, (dx_UH, dscores_UK))
+        return *grads, None, None
 
 
 class Combine(torch.autograd.Function):
@@ -168,7 +167,7 @@ class Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout_TH: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
-            grads: Sequence[Tensor] = (ctx.trip.send("backward dispatch", dout_TH),)
+            grads: Sequence[Tensor | None] = (ctx.trip.send("backward dispatch", dout_TH),)
         if torch.is_grad_enabled():  # create_graph
             grads = refuse_second_derivatives(_ONCE, grads, (dout_TH,))
         return *grads, None

@@ -261,15 +261,12 @@ def gradients(
         refuse_what_is_not_supported(error)
         raise
     if ctx.parameters is not None:
-        for at, target, parameter in zip((2, 4), targets, ctx.parameters, strict=True):
-            if target is not None:
-                grads[at] = target.finish(parameter, dout.dtype)
+        targets.finish(grads, ctx.parameters, dout.dtype)
     return [g if need else None for g, need in zip(grads, needs, strict=True)]
 
 
 def differentiable_once(grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
-    handed_on = iter(refuse_second_derivatives(_ONCE, [g for g in grads if g is not None], inputs))
-    return [None if g is None else next(handed_on) for g in grads]
+    return refuse_second_derivatives(_ONCE, grads, inputs)
 
 
 # ---- entry -----------------------------------------------------------------------------------------------------------

@@ -115,6 +115,14 @@ class Targets(NamedTuple):
         (w1, overwrite_w1), (w2, overwrite_w2) = _for_kernels(self.w1), _for_kernels(self.w2)
         return MainGrads(w1, w2, overwrite_w1, overwrite_w2)
 
+    def finish(self, grads: list[Tensor | None], parameters: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
+        """After the kernels. ``grads``, in the order of :class:`Inputs`, get what autograd gets instead of dW1 and dW2
+        where these went elsewhere.
+        """
+        for at, target, parameter in zip((2, 4), self, parameters, strict=True):
+            if target is not None:
+                grads[at] = target.finish(parameter, dtype)
+
 
 def targets_of(parameters: tuple[Tensor, Tensor], needs: Inputs[bool], ctx: Any) -> tuple[Inputs[bool], Targets]:
     """(what the pass that runs asks for, where dW1 and dW2 go).

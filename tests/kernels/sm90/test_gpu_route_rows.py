@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from supersonic_moe.kernels.reference import local_ids, route_grouped
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
-from routed_rows import RULES, check_rows, empty_tables, local_experts
+from routed_rows import RULES, check_rows, empty_tables, local_experts, put_special
 
 from supersonic_moe.jit.launch import Launch
 from supersonic_moe.kernels.sm90.route_rows import Choices, place_topk, route_rows
@@ -67,14 +66,7 @@ def test_ties_and_nan(tokens: int) -> None:
     rule = GroupedRouting(num_experts=256)
     choices = Choices(256, 256, 0, 8, shared=False)
     logits = torch.randint(-2, 3, (tokens, 256), device="cuda").float()  # mostly ties
-    logits[0] = 0
-    logits[1] = math.nan
-    logits[2, ::2] = math.nan
-    logits[3] = -0.0
-    logits[4, 5:] = math.nan
-    logits[5, 3], logits[5, 9] = math.inf, -math.inf
-    logits[6] = torch.arange(256, device="cuda") / 64  # the best side by side, all in one lane
-    logits[7] = -logits[6]
+    put_special(logits)
     logits[8] = torch.arange(256, device="cuda") % 32 / 16  # the same in every group
     tables = empty_tables(tokens, choices, streamed=True)
     run(route_rows(logits, None, rule, choices, tables))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import re
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ from torch import Tensor
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
-from routed_rows import RULES, check_rows, empty_tables, local_experts
+from routed_rows import RULES, check_rows, empty_tables, local_experts, put_special
 
 from supersonic_moe.config.grouped_routing import GroupedRouting
 from supersonic_moe.jit.launch import Launch
@@ -49,14 +48,7 @@ def compiled_for_a_cpu(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def logits_of(tokens: int, experts: int) -> Tensor:
     """Equal ones among them, and none that one ulp of a score would put in another order; then special ones."""
     logits = torch.randint(0, 48, (tokens, experts), generator=torch.Generator().manual_seed(0)) / 8
-    logits[0] = 0
-    logits[1] = math.nan
-    logits[2, ::2] = math.nan
-    logits[3] = -0.0
-    logits[4, 5:] = math.nan
-    logits[5, 3], logits[5, 9] = math.inf, -math.inf
-    logits[6] = torch.arange(experts) / 64
-    logits[7] = -logits[6]
+    put_special(logits)
     logits[8] = 100 * logits[8] - 300  # beyond what exp can take
     return logits
 

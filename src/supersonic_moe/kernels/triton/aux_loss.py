@@ -19,7 +19,7 @@ from torch import Tensor
 
 from supersonic_moe.config.router import SUM_EPS
 from supersonic_moe.kernels.triton.launch import launch
-from supersonic_moe.kernels.triton.tiling import cdiv, next_power_of_2, warps
+from supersonic_moe.kernels.triton.tiling import cdiv, warps, whole_rows
 
 TILE = 2048  # logits of one program, 16 for each of 128 threads
 MAX_TOKENS = 64  # of one program
@@ -89,18 +89,12 @@ def _backward_kernel(
     )
 
 
-def _tile(num_experts: int) -> tuple[int, int]:
-    """(tokens, columns) of one program."""
-    block_e = next_power_of_2(num_experts)
-    return min(MAX_TOKENS, max(1, TILE // block_e)), block_e
-
-
 def switch_loss_forward(logits_TE: Tensor, counts_E: Tensor, sigmoid: bool = False) -> Tensor:
     """() fp32."""
     num_tokens, num_experts = logits_TE.shape
     if num_tokens == 0:
         return logits_TE.new_zeros((), dtype=torch.float32)
-    tokens, block_e = _tile(num_experts)
+    tokens, block_e = whole_rows(num_experts, TILE, MAX_TOKENS)
     programs = cdiv(num_tokens, tokens)
     partial = logits_TE.new_empty(programs, dtype=torch.float32)
     launch(
@@ -119,7 +113,7 @@ def switch_loss_backward(dloss: Tensor, logits_TE: Tensor, counts_E: Tensor, sig
     dlogits_TE = logits_TE.new_empty(num_tokens, num_experts)
     if num_tokens == 0:
         return dlogits_TE
-    tokens, block_e = _tile(num_experts)
+    tokens, block_e = whole_rows(num_experts, TILE, MAX_TOKENS)
     launch(
         _backward_kernel,
         (cdiv(num_tokens, tokens),),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from supersonic_moe.kernels.interface import Quantized
 from supersonic_moe.kernels.triton.launch import launch
-from supersonic_moe.kernels.triton.tiling import cdiv, column_block
+from supersonic_moe.kernels.triton.tiling import cdiv, column_block, rows_and_blocks
 from supersonic_moe.quantization import block_format
 from supersonic_moe.quantization.block_format import blocks
 
@@ -26,11 +26,8 @@ def _dequantize_kernel(
     q_ptr, scale_ptr, out_ptr, num_rows, q_stride, scale_row_stride, scale_block_stride, out_stride,
     C: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    PANELS: tl.constexpr = (C + BLOCKS * BLOCK - 1) // (BLOCKS * BLOCK)
-    pid = tl.program_id(0)
-    row = (pid // PANELS).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    block = (pid % PANELS) * BLOCKS + tl.arange(0, BLOCKS)[None, :]
-    column = block[:, :, None] * BLOCK + tl.arange(0, BLOCK)[None, None, :]
+    row, block, column = rows_and_blocks(C, ROWS, BLOCKS, BLOCK)
+    row = row[:, None]
     mask = (row < num_rows)[:, :, None] & (column < C)
     q = tl.load(q_ptr + (row * q_stride)[:, :, None] + column, mask=mask)
     scale_ptrs = scale_ptr + row * scale_row_stride + block.to(tl.int64) * scale_block_stride

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from supersonic_moe.kernels.interface import BothOrders, Quantized
 from supersonic_moe.kernels.triton.launch import launch
-from supersonic_moe.kernels.triton.tiling import cdiv, column_block
+from supersonic_moe.kernels.triton.tiling import cdiv, column_block, rows_and_blocks
 from supersonic_moe.quantization import block_format
 from supersonic_moe.quantization.block_format import blocks, empty_e4m3, empty_scales
 
@@ -171,11 +171,8 @@ def _rows_kernel(
     x_ptr, q_ptr, scale_ptr, num_rows, x_stride, q_stride, scale_row_stride, scale_block_stride,
     C: tl.constexpr, POW2: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    PANELS: tl.constexpr = (C + BLOCKS * BLOCK - 1) // (BLOCKS * BLOCK)
-    pid = tl.program_id(0)
-    row = (pid // PANELS).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    block = (pid % PANELS) * BLOCKS + tl.arange(0, BLOCKS)[None, :]
-    column = block[:, :, None] * BLOCK + tl.arange(0, BLOCK)[None, None, :]
+    row, block, column = rows_and_blocks(C, ROWS, BLOCKS, BLOCK)
+    row = row[:, None]
     mask = (row < num_rows)[:, :, None] & (column < C)
     x = tl.load(x_ptr + (row * x_stride)[:, :, None] + column, mask=mask, other=0.0).to(tl.float32)
     scale, inverse = _block_scale(tl.max(tl.abs(x), 2), POW2)

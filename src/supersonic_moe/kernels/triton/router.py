@@ -33,7 +33,7 @@ from torch import Tensor
 
 from supersonic_moe.config.router import SUM_EPS, SigmoidGroupedTopK, SoftmaxBeforeTopK, TopKRouter
 from supersonic_moe.kernels.triton.launch import launch
-from supersonic_moe.kernels.triton.tiling import cdiv, next_power_of_2, warps
+from supersonic_moe.kernels.triton.tiling import cdiv, next_power_of_2, warps, whole_rows
 
 TILE = 2048  # logits of one program: 16 for each of 128 threads, 16 tokens at E = 128
 MAX_TOKENS = 64  # per program at small E
@@ -210,8 +210,7 @@ def route_forward(
     if isinstance(router, SigmoidGroupedTopK) and router.topk_groups < router.num_groups:
         groups, topk_groups = router.num_groups, router.topk_groups
     block_g, block_m = next_power_of_2(groups), next_power_of_2(num_experts // groups)
-    width = block_g * block_m
-    tokens = min(MAX_TOKENS, max(1, TILE // width))
+    tokens, width = whole_rows(block_g * block_m, TILE, MAX_TOKENS)
     launch(
         _forward_kernel,
         (cdiv(num_tokens, tokens),),
@@ -231,8 +230,7 @@ def route_backward(
     dlogits_TE = logits_TE.new_empty(num_tokens, num_experts)
     if num_tokens == 0:
         return dlogits_TE
-    block_e = next_power_of_2(num_experts)
-    tokens = min(MAX_TOKENS, max(1, TILE // block_e))
+    tokens, block_e = whole_rows(num_experts, TILE, MAX_TOKENS)
     k = ids_TK.shape[1]
     launch(
         _backward_kernel,

@@ -22,7 +22,7 @@ from torch import Tensor
 from supersonic_moe.kernels.interface import Quantized
 from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.quantize import BLOCK, _block_scale, _e4m3
-from supersonic_moe.kernels.triton.tiling import cdiv, column_block, next_power_of_2
+from supersonic_moe.kernels.triton.tiling import cdiv, column_block, next_power_of_2, rows_and_blocks
 from supersonic_moe.quantization import block_format
 
 TILE = 4096  # elements of a program: 32 a thread, and two programs a multiprocessor at 256 tokens of 4096
@@ -34,11 +34,7 @@ def _scatter_kernel(
     C: tl.constexpr, SLOTS: tl.constexpr, USED: tl.constexpr, POW2: tl.constexpr, TOKENS: tl.constexpr,
     BLOCKS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    PANELS: tl.constexpr = (C + BLOCKS * BLOCK - 1) // (BLOCKS * BLOCK)
-    pid = tl.program_id(0)
-    token = (pid // PANELS).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    block = (pid % PANELS) * BLOCKS + tl.arange(0, BLOCKS)[None, :]
-    column = block[:, :, None] * BLOCK + tl.arange(0, BLOCK)[None, None, :]
+    token, block, column = rows_and_blocks(C, TOKENS, BLOCKS, BLOCK)
     slot = tl.arange(0, LANES)[None, :]
     rows = tl.load(row_ptr + token[:, None] * SLOTS + slot, mask=(token < tokens)[:, None] & (slot < USED), other=-1)
     wanted = tl.max(rows, 1) >= 0

@@ -40,9 +40,30 @@ def column_block(columns: int, limit: int) -> int:
     return min(limit, next_power_of_2(columns))
 
 
+@functools.cache
+def whole_rows(columns: int, elements: int, most: int) -> tuple[int, int]:
+    """(rows, columns as a power of two) of a program that holds whole rows: ``most`` at most, and about so many
+    elements.
+    """
+    padded = next_power_of_2(columns)
+    return min(most, max(1, elements // padded)), padded
+
+
 def warps(elements: int) -> int:
     """Warps for a tile, at 16 elements a thread: two 16-byte accesses in bf16."""
     return max(1, min(8, elements // (32 * 16)))
+
+
+@triton.jit
+def rows_and_blocks(C: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """(rows (ROWS,), blocks (1, BLOCKS), their columns (1, BLOCKS, BLOCK)) of a program that owns ROWS rows of BLOCKS
+    blocks of BLOCK columns, where programs are counted along the C columns first.
+    """
+    PANELS: tl.constexpr = (C + BLOCKS * BLOCK - 1) // (BLOCKS * BLOCK)
+    pid = tl.program_id(0)
+    row = (pid // PANELS).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    block = (pid % PANELS) * BLOCKS + tl.arange(0, BLOCKS)[None, :]
+    return row, block, block[:, :, None] * BLOCK + tl.arange(0, BLOCK)[None, None, :]
 
 
 @triton.jit

@@ -31,7 +31,7 @@ from supersonic_moe.config.router import SUM_EPS
 from supersonic_moe.kernels.interface import KeptPairs, Rounding
 from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.select_tokens import CHOSEN, EXTRA, ROW_MULTIPLE, select
-from supersonic_moe.kernels.triton.tiling import cdiv, next_power_of_2
+from supersonic_moe.kernels.triton.tiling import cdiv, next_power_of_2, whole_rows
 
 TILE = 4096  # (token, expert) pairs of one program: 16 tokens, or 64 bytes of a key row, at E = 256
 MAX_TOKENS = ROW_MULTIPLE  # per program at small E
@@ -233,7 +233,7 @@ def ranking_keys(logits_TE: Tensor, scores_TK: Tensor, ids_TK: Tensor, scale: fl
     k = ids_TK.shape[1]
     row_blocks = cdiv(num_tokens, MAX_TOKENS)
     keys_EN = logits_TE.new_empty(num_experts, row_blocks * MAX_TOKENS, dtype=torch.int32)
-    tokens, block_e = _block(num_experts)
+    tokens, block_e = whole_rows(num_experts, TILE, MAX_TOKENS)
     launch(
         _keys_kernel,
         (row_blocks * MAX_TOKENS // tokens,),
@@ -259,7 +259,7 @@ def token_rounding_forward(
     keys_EN = ranking_keys(logits_TE, scores_TK, ids_TK, scale)
     threshold_E, last_E, counts_E = select(keys_EN, num_tokens, mode, tile, seed, step)
     row_blocks = cdiv(num_tokens, MAX_TOKENS)
-    tokens, block_e = _block(num_experts)
+    tokens, block_e = whole_rows(num_experts, TILE, MAX_TOKENS)
     blocks = cdiv(num_tokens, tokens)
     blocks_per_chunk = cdiv(blocks, MAX_CHUNKS)
     num_chunks = cdiv(blocks, blocks_per_chunk)
@@ -280,7 +280,7 @@ def token_rounding_backward(dscores_C: Tensor, logits_TE: Tensor, kept: KeptPair
     dlogits_TE = logits_TE.new_empty(num_tokens, num_experts)
     if num_tokens == 0:
         return dlogits_TE
-    tokens, block_e = _block(num_experts)
+    tokens, block_e = whole_rows(num_experts, TILE, MAX_TOKENS)
     launch(
         _backward_kernel,
         (cdiv(num_tokens, tokens),),
@@ -289,9 +289,3 @@ def token_rounding_backward(dscores_C: Tensor, logits_TE: Tensor, kept: KeptPair
         num_warps=WARPS,
     )
     return dlogits_TE
-
-
-def _block(num_experts: int) -> tuple[int, int]:
-    """(tokens, columns) of a program that holds whole rows."""
-    block_e = next_power_of_2(num_experts)
-    return min(MAX_TOKENS, max(1, TILE // block_e)), block_e
