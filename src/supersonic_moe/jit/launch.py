@@ -48,10 +48,11 @@ class Kernel:
     that is missing or unknown.
     """
 
-    def __init__(self, spec: KernelSpec) -> None:
+    def __init__(self, spec: KernelSpec, cubin: Cubin | None = None, parameters: Signature | None = None) -> None:
+        """`cubin` and `parameters`: of a kernel that is there already, and that nothing here could compile."""
         self.spec = spec
-        self.signature = signature.parse(source_of(spec), spec.name)
-        self._cubin: Cubin | None = None
+        self.signature = parameters or signature.parse(source_of(spec), spec.name)
+        self._cubin = cubin
         self._handle: Any = None
         self._load_lock = threading.Lock()
         self._threads = _ThreadSlots()

@@ -14,6 +14,8 @@ count as of a variant's first call.
 Tensors are passed on as addresses: of a tensor Triton's launcher would ask the address once more, and the driver
 whether it can be reached.
 
+Variants that the package carries compiled are not asked of Triton at all (``shipped.py``).
+
 Launches report to ``jit/tape.py``, which plays them again. A tool that begins to listen to Triton's launches after a
 call was recorded does not hear what is played (``without_tapes`` stops that).
 
@@ -31,11 +33,12 @@ from torch import Tensor
 from triton import knobs
 
 from supersonic_moe.jit.tape import state
+from supersonic_moe.kernels.triton import shipped
 from supersonic_moe.private_api import current_device, raw_stream
 
 KNOWN = ("3.6", "3.7", "3.8", "3.9")
 _LAUNCHER_IS_KNOWN = ".".join(triton.__version__.split(".")[:2]) in KNOWN
-_LAUNCHERS: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
+_LAUNCHERS: dict[tuple[Any, ...], tuple[Any, Any, Any] | shipped.Carried] = {}
 
 
 def launch(
@@ -74,15 +77,23 @@ def launch(
     key = tuple(signs)
     launcher = _LAUNCHERS.get(key)
     hooks = knobs.runtime
-    if launcher is None or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:  # a tool listens to launches
+    listening = hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls  # a tool, to launches
+    if launcher is None and not listening:
+        launcher = shipped.find(kernel, args, constants, num_warps, device)
+        if launcher is not None:
+            _LAUNCHERS[key] = launcher
+    if launcher is None or listening:
         compiled = kernel[grid](*args, *constants, num_warps=num_warps)
         if state.recorder is not None:
             state.recorder.refuse()
         if _LAUNCHER_IS_KNOWN and compiled is not None:  # None: interpreted
             _LAUNCHERS[key] = compiled.run, compiled.function, compiled.packed_metadata
         return
-    run, function, metadata = launcher
     x, y, z = (*grid, 1, 1)[:3]
+    if isinstance(launcher, shipped.Carried):
+        launcher.launch((x, y, z), passed)
+        return
+    run, function, metadata = launcher
     run(x, y, z, raw_stream(device), function, metadata, None, None, None, *passed, *constants)
     recorder = state.recorder
     if recorder is not None:
