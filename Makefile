@@ -72,12 +72,13 @@ docs: $(RUN_READY) ## write the generated tables of README.md and docs/ from ben
 	@$(PY) -m supersonic_moe.bench.readme
 	@$(PY) -m supersonic_moe.cli.reference
 
-wheel: $(TEST_READY) ## build dist/*.whl with every CUDA kernel compiled in it
+wheel: $(TEST_READY) ## build dist/*.whl with compiled kernels: all in CUDA, and those in Triton of published models
 	@$(PY) -m supersonic_moe.cli.ship
+	@PYTHONPATH="$$PYTHONPATH:tests/support" $(PY) -m shipped_layers
 	@$(PY) -m pip wheel . --no-deps --quiet --wheel-dir dist && ls -lh dist/*.whl
 
 clean: ## remove .venv, caches, build and demo output
-	rm -rf $(VENV) demo-out dist build src/supersonic_moe/kernels/sm90/cubins .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-out dist build src/supersonic_moe/kernels/*/cubins .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- set-up: one stamp for each set of dependencies -------------------------------------------------------------------

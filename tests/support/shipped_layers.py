@@ -13,7 +13,7 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -87,14 +87,19 @@ class Noting(Machine):
         self.noted: dict[Noted, None] = {}
 
     def get(self, key: Any) -> Any:
-        fn, _, num_warps, constants, *signs = key
-        args = tuple([_argument(sign) for sign in signs])
-        self.noted[Noted(fn.__module__.rpartition(".")[2], fn.__name__, args, constants, num_warps)] = None
+        self.noted[noted_of(key)] = None
         return super().get(key)
 
 
+def noted_of(key: Any) -> Noted:
+    """``key``: of ``kernels/triton/launch.py``."""
+    fn, _, num_warps, constants, *signs = key
+    args = tuple([_argument(sign) for sign in signs])
+    return Noted(fn.__module__.rpartition(".")[2], fn.__name__, args, constants, num_warps)
+
+
 def _argument(sign: Any) -> Any:
-    """One that has this sign in a key of ``kernels/triton/launch.py``."""
+    """One that has this sign."""
     if sign is None or sign is float:
         return None if sign is None else 0.5
     if isinstance(sign[0], torch.dtype):
@@ -147,7 +152,7 @@ def _use(layer: Layer, recipe: sm.Fp8Recipe | None, machine: Machine) -> None:
 
 
 def _decode(layer: Layer) -> None:
-    """As the backend of Transformers does it: gate and up in halves; in gpt-oss interleaved, with biases, stored turned."""
+    """As Transformers stores the weights: gate and up in halves; in gpt-oss interleaved, with biases, and turned."""
     hidden, width = layer.hidden, 2 * layer.intermediate
 
     def memory(*shape: int) -> torch.Tensor:
@@ -166,6 +171,9 @@ def _decode(layer: Layer) -> None:
         operands = decode.Operands(memory(1, hidden), ids, scores, w1, biases[0], w2, biases[1])
         with torch.no_grad():
             decode.run(operands, Gate(layer.activation, order))
+
+
+_PTX = {"pointer": "u64", "i32": "u32", "i64": "u64", "fp32": "f32"}
 
 
 class Made(NamedTuple):
@@ -191,6 +199,7 @@ def made(noted: Noted) -> Made:
             return GPUTarget("cuda", 90, 32)
 
     triton.runtime.driver.set_active(Hopper())
+    triton.knobs.compilation.disable_line_info = True
     kernel = getattr(importlib.import_module(f"supersonic_moe.kernels.triton.{noted.file}"), noted.kernel)
     args = [MockTensor(arg, (1,)) if isinstance(arg, torch.dtype) else arg for arg in noted.args]
     compiled = kernel.warmup(*args, *noted.constants, grid=(1,), num_warps=noted.num_warps)
@@ -198,35 +207,37 @@ def made(noted: Noted) -> Made:
     assert (meta.num_ctas, meta.launch_pdl, meta.launch_cooperative_grid) == (1, False, False)
     assert meta.global_scratch_size == meta.profile_scratch_size == 0
     kinds = [(i, "pointer" if kind.startswith("*") else kind) for i, kind in enumerate(types) if kind != "constexpr"]
-    assert all(kind in shipped.KINDS for _, kind in kinds)
-    (declared,) = re.findall(r"\.entry \w+\(([^)]*)\)", compiled.asm["ptx"])
+    declared = re.findall(r"\.param \.(\w+)", re.findall(r"\.entry \w+\(([^)]*)\)", compiled.asm["ptx"])[0])
+    assert declared[: len(kinds)] == [_PTX[kind] for _, kind in kinds], (kinds, declared)
+    assert set(declared[len(kinds) :]) <= {"u64"}
     image = compiled.asm["cubin"]
     entry = shipped.Entry(
         f"{hashlib.sha256(image).hexdigest()[:24]}.cubin", meta.name, 32 * meta.num_warps, meta.shared, kinds,
-        scratch=declared.count(".param") - len(kinds),
+        scratch=len(declared) - len(kinds),
     )  # fmt: skip
     shape = [torch.empty(0, dtype=arg) if isinstance(arg, torch.dtype) else arg for arg in noted.args]
     return Made(shipped.variant(kernel, shape, noted.constants, noted.num_warps), entry, image)
 
 
-def write(all_made: list[Made], folder: Path) -> int:
-    """Into ``folder``, and nothing else; returns their bytes."""
+def compile_into(folder: Path, noted: Iterable[Noted]) -> int:
+    """All of ``noted`` and nothing else; returns the number of variants."""
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        all_made = list(pool.map(made, dict.fromkeys(noted), chunksize=4))
     folder.mkdir(exist_ok=True)
     for old in folder.iterdir():
         old.unlink()
     for _, entry, image in all_made:
         (folder / entry.file).write_bytes(image)
     index = {"digest": shipped.digest(), "variants": {variant: entry for variant, entry, _ in all_made}}
-    (folder / shipped.INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
-    return sum(file.stat().st_size for file in folder.iterdir())
+    (folder / shipped.INDEX).write_text(json.dumps(index, sort_keys=True) + "\n")
+    return len(index["variants"])
 
 
 def main() -> int:
-    noted = list(dict.fromkeys(n for layer in LAYERS.values() for n in launches_of(layer)))
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        all_made = list(pool.map(made, noted, chunksize=4))
-    size = write(all_made, Path(str(shipped.FOLDER)))
-    print(f"{len(all_made)} Triton kernels of {len(LAYERS)} layers, {size / 1e6:.1f} MB, in {shipped.FOLDER}")
+    folder = Path(str(shipped.FOLDER))
+    count = compile_into(folder, (noted for layer in LAYERS.values() for noted in launches_of(layer)))
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"{count} Triton kernels of {len(LAYERS)} layers, {size / 1e6:.1f} MB, in {folder}")
     return 0
 
 

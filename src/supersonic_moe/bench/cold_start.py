@@ -1,7 +1,7 @@
 """The cold-start suite: what the first forward + backward of a layer costs a new process.
 
     cold    empty caches: every CUDA and Triton kernel that the layer needs is compiled; "shipped" where the package
-            holds compiled CUDA kernels (`make wheel`)
+            holds compiled kernels (`make wheel`)
     warm    the next process, with the caches that the cold one left behind
 
 Both are repeated in fresh directories, and each metric is the median over the repeats. ``first_call_s`` counts from the

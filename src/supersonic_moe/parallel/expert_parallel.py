@@ -23,7 +23,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal, NoReturn, Unpack
+from typing import Any, ClassVar, Literal, NoReturn, Unpack
 
 import torch
 import torch.distributed as dist
@@ -92,7 +92,7 @@ class ExpertParallel:
 
     _names = "ExpertParallel", "max_tokens"
     """What the user made, and its limit of tokens."""
-    _arguments: tuple[str, ...] = (
+    compared: ClassVar[tuple[str, ...]] = (
         "num_experts", "top_k", "hidden", "max_tokens", "capacity", "transport", "wire", "keep_received", "channels",
         "timeout_s",
     )  # fmt: skip
@@ -167,7 +167,7 @@ class ExpertParallel:
 
     def _agree(self) -> str:
         """A name that this object has on all ranks, after they have compared their arguments."""
-        arguments = {name: getattr(self, name) for name in self._arguments}
+        arguments = {name: getattr(self, name) for name in self.compared}
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, (uuid.uuid4().hex, arguments), group=self.group)
         for rank, (_, theirs) in enumerate(found):

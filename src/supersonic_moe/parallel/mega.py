@@ -67,7 +67,7 @@ class _Exchange(ExpertParallel):
     """The collectives of a serving call: rows in e4m3 there, partial outputs back, no autograd."""
 
     _names = "MegaMoE", "max_tokens_per_rank"
-    _arguments = (*ExpertParallel._arguments, "direct")
+    compared = (*ExpertParallel.compared, "direct")
 
     def __init__(self, group: dist.ProcessGroup | DeviceMesh, direct: bool, **arguments: Any) -> None:
         self.direct = direct

@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from supersonic_moe.kernels.triton import launch as launch_module
+from supersonic_moe.kernels.triton import shipped
 from supersonic_moe.kernels.triton.launch import launch
 
 DEVICES = (0, 1)
@@ -130,6 +131,18 @@ def test_repeated_launches_run_the_variant_that_triton_would_choose(kernel: JITF
             assert ours[:2] == tritons[:2] == ((3, 2, 1), 100)
             assert tritons[4] == (*args, *constants)
             assert ours[4] == tuple(t.data_ptr() if isinstance(t, torch.Tensor) else t for t in tritons[4])
+
+    check()
+
+
+def test_what_a_wheel_carries_is_named_by_all_that_triton_looks_at(kernel: JITFunction[Any]) -> None:
+    @settings(max_examples=300)
+    @given(st.lists(calls, min_size=2, max_size=8))
+    def check(batch: list[Any]) -> None:
+        found: dict[str, Variant] = {}
+        for args, constants, num_warps in batch:
+            chosen = kernel[(1,)](*args, *constants, num_warps=num_warps)
+            assert found.setdefault(shipped.variant(kernel, args, constants, num_warps), chosen) is chosen
 
     check()
 

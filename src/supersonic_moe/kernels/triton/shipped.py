@@ -6,8 +6,8 @@
 
 ``make wheel`` puts them there for the layers of published models (``tests/support/shipped_layers.py``); a checkout has
 none. The index holds a digest of every Python file of the package, since a kernel follows from constants anywhere in
-it: after an edit nothing here counts any more. Other variants, other GPUs than sm_90 and whatever the driver refuses are
-Triton's to compile, as is everything where a tool listens to Triton's launches.
+it: after an edit nothing here counts any more. Other variants, other GPUs than those of compute capability 9.0 and
+whatever the driver refuses are Triton's to compile, as is everything where a tool listens to Triton's launches.
 
 What is carried is launched as CUDA kernels are (``jit/launch.py``): without Triton's launcher, which is a C extension
 that Triton compiles for each kind of arguments.
