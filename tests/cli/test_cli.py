@@ -21,6 +21,7 @@ from supersonic_moe.bench import options
 from supersonic_moe.bench.shapes import LAYER_SETS
 from supersonic_moe.cli import explain, health, warmup
 from supersonic_moe.config.recipe import Bf16Recipe, Fp8Recipe
+from supersonic_moe.jit import cache
 from supersonic_moe.jit.build import BuildResult
 from supersonic_moe.jit.cache import CACHE_DIR_VARIABLE, Cubin, CubinCache, default_cache
 from supersonic_moe.jit.nvrtc import CompileError, CompileReport, KernelResources
@@ -329,6 +330,26 @@ def test_doctor_tells_what_is_wrong(monkeypatch: pytest.MonkeyPatch, kernel_cach
     kernel_cache.directory.rmdir()
     kernel_cache.directory.write_text("a file where the directory should be")
     assert health.kernel_cache().status == "warn" and CACHE_DIR_VARIABLE in health.kernel_cache().fix
+
+
+def test_doctor_tells_what_the_package_carries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shipped = pytest.importorskip("supersonic_moe.kernels.triton.shipped")
+    for owner, name, folder in ((shipped, "FOLDER", "triton"), (cache, "SHIPPED_CUBINS", "cuda")):
+        monkeypatch.setattr(owner, name, tmp_path / folder)
+    shipped.index.cache_clear()
+    assert health.compiled_kernels().found == "none in the package: each is compiled at its first use"
+
+    for folder in ("triton", "cuda"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "cuda" / "some.cubin").write_bytes(b"")
+    for digest, status in ((shipped.digest(), "ok"), ("of other sources", "warn")):
+        index = {"digest": digest, "variants": {name: ["f", "g", 32, 0, [], 0] for name in ("a", "b")}}
+        (tmp_path / "triton" / shipped.INDEX).write_text(json.dumps(index))
+        shipped.index.cache_clear()
+        assert health.compiled_kernels().status == status
+        if status == "ok":
+            assert health.compiled_kernels().found == "in the package: 1 in CUDA, 2 in Triton"
+    shipped.index.cache_clear()
 
 
 def test_doctor_on_a_mocked_gpu_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ def all_checks() -> list[Callable[[], Check]]:
     checks += [environment, triton, nvrtc, cuda_bindings, symmetric_memory]
     if len(gpus()) > 1:
         checks.append(peer_access)
-    checks += [kernel_cache, self_test]
+    checks += [compiled_kernels, kernel_cache, self_test]
     if hopper():
         checks.append(launch_overhead)
     return checks
@@ -259,6 +259,23 @@ def symmetric_memory() -> Check:
 
 
 # ---- kernels -------------------------------------------------------------------------------------------------------
+
+
+def compiled_kernels() -> Check:
+    """What ``make wheel`` put into the package."""
+    from supersonic_moe.jit.cache import SHIPPED_CUBINS
+
+    counts = {"CUDA": len([*SHIPPED_CUBINS.iterdir()]) if SHIPPED_CUBINS.is_dir() else 0}
+    if importlib.util.find_spec("triton"):
+        from supersonic_moe.kernels.triton import shipped
+
+        counts["Triton"] = len(shipped.index())
+        if shipped.FOLDER.is_dir() and not shipped.index():
+            fix = "`make wheel` compiles them again; in an installation, reinstall supersonic-moe"
+            return Check("compiled kernels", "warn", "those in Triton are of other sources than this package", fix)
+    if not any(counts.values()):
+        return Check("compiled kernels", "ok", "none in the package: each is compiled at its first use")
+    return Check("compiled kernels", "ok", "in the package: " + ", ".join(f"{n} in {k}" for k, n in counts.items()))
 
 
 def kernel_cache() -> Check:

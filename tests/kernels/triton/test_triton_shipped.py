@@ -68,9 +68,9 @@ def a_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machi
     monkeypatch.setattr(KERNEL, "asked", 0)
     (tmp_path / "code.cubin").write_bytes(b"machine code")
     write_index(shipped.digest())
-    shipped._index.cache_clear()
+    shipped.index.cache_clear()
     yield machine
-    shipped._index.cache_clear()
+    shipped.index.cache_clear()
 
 
 def write_index(digest: str) -> None:
@@ -114,7 +114,7 @@ def test_what_may_not_fit_is_triton_s(machine: Machine, monkeypatch: pytest.Monk
     def asked() -> bool:
         before = KERNEL.asked
         monkeypatch.setattr(launch_module, "_LAUNCHERS", {})
-        shipped._index.cache_clear()
+        shipped.index.cache_clear()
         launch(KERNEL, (1,), ARGS, CONSTANTS, num_warps=2)
         return KERNEL.asked > before
 

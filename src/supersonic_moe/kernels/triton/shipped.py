@@ -104,10 +104,10 @@ def find(
     kernel: Any, args: Sequence[Argument], constants: Sequence[Any], num_warps: int, device: int
 ) -> Carried | None:
     """The carried variant of this call on ``device``, loaded; None where Triton has to compile it."""
-    index = _index()
-    if not index or not hasattr(kernel, "params"):  # Triton's interpreter has none
+    known = index()
+    if not known or not hasattr(kernel, "params"):  # Triton's interpreter has none
         return None
-    entry = index.get(variant(kernel, args, constants, num_warps))
+    entry = known.get(variant(kernel, args, constants, num_warps))
     if entry is None or torch.cuda.get_device_capability(device) != (9, 0):
         return None
     try:
@@ -118,11 +118,12 @@ def find(
 
 
 @functools.cache
-def _index() -> dict[str, Entry]:
+def index() -> dict[str, Entry]:
+    """Of all variants that are here and of these sources."""
     try:
-        index = json.loads((FOLDER / INDEX).read_text())
-        if index["digest"] == digest():
-            return {name: Entry(*entry) for name, entry in index["variants"].items()}
+        found = json.loads((FOLDER / INDEX).read_text())
+        if found["digest"] == digest():
+            return {name: Entry(*entry) for name, entry in found["variants"].items()}
         log.info("compiled Triton kernels in %s are older than the package's sources", FOLDER)
     except FileNotFoundError:
         pass
