@@ -20,6 +20,7 @@ from supersonic_moe.config.grouped_routing import GroupedRouting
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.inference.workspace import (
     ALIGNMENT,
+    pairs,
     regions,
     scale_rows,
     streamed_rows,
@@ -98,10 +99,19 @@ class Call(NamedTuple):
     @property
     def tiles(self) -> bool:
         """Whether the tile kernels get the rows; else they are streamed."""
-        choices, rows = self.choices, self.rows
+        return not streams(self.rows, self.expected_rows, self.layer.experts.w2.shape[2], self.choices.num_local)
+
+    @property
+    def expected_rows(self) -> float:
+        """If all experts are chosen alike."""
+        choices = self.choices
         here = 1.0 if choices.num_experts == UNKNOWN else choices.routed / choices.num_experts
-        expected = self.x.shape[0] * (choices.top_k * here + choices.shared)
-        return not streams(rows, expected, self.layer.experts.w2.shape[2], choices.num_local)
+        return self.x.shape[0] * (choices.top_k * here + choices.shared)
+
+    @property
+    def pairs(self) -> bool:
+        """Whether tiles of an expert's rows are multiplied two at a time."""
+        return pairs(self.expected_rows, self.choices.num_local)
 
 
 def ds_routed(
@@ -233,7 +243,7 @@ def _multiply_tiles(call: Call, tables: RowTables, workspace: Tensor) -> None:
     ) -> Quantized:
         w13 = Quantized(experts.w13, experts.w13_scale)
         step = UpProjection(rows, w13, None, offsets, token_P, gate, save=False)
-        return up_projection_fp8_into(step, recipe, into)[1]
+        return up_projection_fp8_into(step, recipe, into, pairs=into is not None and call.pairs)[1]
 
     def quantized(codes: int, scales: int, columns: int) -> Quantized:
         scale_BP = _view(workspace, scales, torch.float32, blocks(columns), scale_rows(call.rows))
@@ -249,7 +259,7 @@ def _multiply_tiles(call: Call, tables: RowTables, workspace: Tensor) -> None:
     c = activations(layer.experts, Rows(rows), offsets[: routed + 1], c)
     w2 = Quantized(layer.experts.w2, layer.experts.w2_scale)
     assert tables.row_out is not None
-    down_projection_fp8(c, w2, offsets[: routed + 1], tables.row_out, y_PH, call.out)
+    down_projection_fp8(c, w2, offsets[: routed + 1], tables.row_out, y_PH, call.out, call.pairs)
     y_shared_TH = None
     if layer.shared is not None:
         x_T = quantize_rows(x, layer.pow2) if call.x_scale is None else Quantized(x, call.x_scale.contiguous())

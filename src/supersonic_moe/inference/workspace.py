@@ -96,6 +96,18 @@ def streams(rows: int, expected: float, intermediate: int, num_local: int) -> bo
     return rows <= STREAMED_ROWS * num_local and expected <= few_rows(intermediate) * num_local
 
 
+PAIRED_ROWS = (0, 0)
+"""From how many rows of an expert, on average, and below how many two blocks of 128 of them share what they load of its
+weight: with fewer most have one block, with many more products are bound by power. None: not measured (docs/log.md).
+"""
+
+
+def pairs(expected: float, num_local: int) -> bool:
+    """Whether tiles of a call with so many rows, if all experts are chosen alike, are multiplied two at a time."""
+    fewest, most = PAIRED_ROWS
+    return fewest * num_local <= expected < most * num_local
+
+
 def streamed_rows(rows: int, intermediate: int, num_local: int) -> int:
     """R': as many of ``rows`` as the streaming kernel may get."""
     return rows if intermediate % BLOCK else min(rows, STREAMED_ROWS * num_local)

@@ -17,9 +17,10 @@ from supersonic_moe.kernels.triton.quantize import quantize_blocks, quantize_row
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize(("depth", "columns"), [(128, 128), (384, 640), (2048, 1152)])
 @pytest.mark.parametrize("counts", GROUPS.values(), ids=GROUPS)
-def test_rows_go_where_the_table_says(counts: list[int], depth: int, columns: int) -> None:
+def test_rows_go_where_the_table_says(counts: list[int], depth: int, columns: int, pairs: bool) -> None:
     offsets, (a,) = case(counts, 0, depth)
     rows = sum(counts)
     b, _, b_scale = quantize_blocks(torch.randn(len(counts), columns, depth, device=CUDA, dtype=torch.bfloat16))
@@ -33,7 +34,7 @@ def test_rows_go_where_the_table_says(counts: list[int], depth: int, columns: in
     out = torch.full((rows + 5, columns), untouched, device=CUDA, dtype=torch.bfloat16)
 
     y = torch.empty(a.shape[0], columns, device=CUDA, dtype=torch.bfloat16)
-    down_projection_fp8(c, w, offsets, table, y, out)
+    down_projection_fp8(c, w, offsets, table, y, out, pairs)
     at, apart = tokens[alone].long(), ~alone
     plain = grouped_mm_fp8(Rows(c), w, offsets)[:rows]
     assert torch.equal(y[:rows][apart], plain[apart]), "rows of y have the bits of the grouped GEMM"
@@ -44,5 +45,5 @@ def test_rows_go_where_the_table_says(counts: list[int], depth: int, columns: in
     others[at] = False
     assert out[others].eq(untouched).all()
     again = torch.full_like(out, untouched)
-    down_projection_fp8(c, w, offsets, table, y, again)
+    down_projection_fp8(c, w, offsets, table, y, again, pairs)
     assert torch.equal(out, again)

@@ -14,7 +14,7 @@ from supersonic_moe.kernels import reference
 from supersonic_moe.kernels.interface import Gate, Quantized, Rows, UpProjection
 from supersonic_moe.kernels.reference.quantize import dequantize
 from supersonic_moe.kernels.reference.quantize import quantize_rows as rounded
-from supersonic_moe.kernels.sm90.up_projection_fp8 import up_projection_fp8
+from supersonic_moe.kernels.sm90.up_projection_fp8 import up_projection_fp8, up_projection_fp8_into
 from supersonic_moe.kernels.triton.quantize import quantize_blocks, quantize_rows
 from supersonic_moe.quantization.block_format import saved_steps
 
@@ -83,6 +83,8 @@ def check(
     assert all(torch.equal(s[:rows].float(), t[:rows].float()) for s, t in zip(stored, again, strict=True))
     (unsaved, _), (other, _) = up_projection_fp8(step._replace(save=False), recipe)
     assert unsaved.shape == (0, 2 * width) and torch.equal(other[:rows].float(), a[:rows].float())
+    paired, paired_scale = up_projection_fp8_into(step._replace(save=False), recipe, None, pairs=True)[1]
+    assert torch.equal(paired[:rows].float(), a[:rows].float()) and torch.equal(paired_scale[:rows], a_scale[:rows])
 
 
 def close_saved(q: torch.Tensor, words: torch.Tensor, want: torch.Tensor) -> None:

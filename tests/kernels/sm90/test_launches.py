@@ -31,6 +31,8 @@ from supersonic_moe.kernels.interface import (
     UpProjection,
 )
 from supersonic_moe.kernels.sm90 import backend, gemm_config, registered_specs
+from supersonic_moe.kernels.sm90.down_projection_fp8 import down_projection_fp8
+from supersonic_moe.kernels.sm90.up_projection_fp8 import up_projection_fp8_into
 from supersonic_moe.quantization.block_format import E4M3, blocks, empty_e4m3, empty_scales
 
 E, H, I, T = 3, 264, 384, 40  # noqa: E741
@@ -378,3 +380,19 @@ def test_forms_describe_themselves() -> None:
         str(choose(3072, gather=False, rows=999, depth=5000)) == "128 x 384 x 64 in 3 stages, pairs of blocks share B"
     )
     assert str(choose(512, gather=True, staging_bytes=1)) == "128 x 256 x 128 in 3 stages, pairs of blocks share A"
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_pairs_of_row_blocks_load_half_of_a_weight_each(pairs: bool, launches: list[Any]) -> None:
+    """Of W1 part 0 is gates and part 1 ups, as without pairs; of W2 each block has 128 columns."""
+    case, gate = Case(gathered=False), Gate(as_activation("swiglu"), GateUpLayout.GATE_UP)
+    step = UpProjection(case.fp8, case.w1_fp8, None, *case.groups, gate, save=False)
+    _, a = up_projection_fp8_into(step, Fp8Recipe(), None, pairs=pairs)
+    w2 = Quantized(e4m3(E, H, I), torch.zeros(E, 3, 3))
+    down_projection_fp8(a, w2, OFFSETS, 1024, bf16(P, H), bf16(T, H), pairs)
+    found = [(kernel.spec.name, kernel.spec.cluster, grid[0]) for kernel, grid, _ in launches]
+    blocks_of = (2, 130) if pairs else (1, 131)
+    assert found == [("up_projection_fp8", *blocks_of), ("down_projection_fp8", *blocks_of)]
+    assert launches[0][2]["map_w"].box == (1, 1, 128, 128)
+    assert launches[1][2]["map_b"].box == (1, 128 if pairs else 256, 128)
+    assert all(kernel.spec in registered_specs() for kernel, _, _ in launches)

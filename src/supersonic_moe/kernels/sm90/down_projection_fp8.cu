@@ -17,7 +17,14 @@ extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
     const RaggedGemm gemm{offsets, nullptr, nullptr, experts, columns, blocks_k};
     const auto produce = [&](u32) {
         const Scales<ColumnBlocksOf> scales{&map_scale_a, nullptr, 0, scale_b, scale_b_expert, scale_b_column, scale_b_k, {columns}};
-        load_ragged_rows<CONFIG.block_n>(shared, gemm, &map_a, scales, LoadOwnWeight{&map_b}, NoTail{});
+        const auto load_b = [&] {
+            if constexpr (CONFIG.cluster > 1 && !CONFIG.share_a) {
+                return LoadWeight<CONFIG, false>{&map_b};
+            } else {
+                return LoadOwnWeight{&map_b};
+            }
+        }();
+        load_ragged_rows<CONFIG.block_n>(shared, gemm, &map_a, scales, load_b, NoTail{});
     };
     run_roles(shared, produce, [&](u32 warp) {
         const Epilogue epilogue{shared, {row_out, y, out, row_bytes, columns}, blocks_k, warp};

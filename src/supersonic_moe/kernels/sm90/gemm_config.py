@@ -1,8 +1,8 @@
 """In which form a GEMM is compiled: the host's side of gemm/config.cuh, and the only place that chooses.
 
 A block computes 128 x ``block_n`` of D, or as many activations as fit into that, K block by K block of 128 bytes, with
-a ring of stages that one warpgroup fills and two multiply. A cluster of two shares half of what it loads: columns of B
-in bf16, gathered rows of A in FP8. Why these sizes: docs/design.md, "Hopper", and docs/log.md.
+a ring of stages that one warpgroup fills and two multiply. A cluster of two shares half of what it loads: columns of B,
+or rows of A that are gathered in FP8. Why these sizes: docs/design.md, "Hopper", and docs/log.md.
 """
 
 from __future__ import annotations
@@ -60,7 +60,12 @@ class GemmConfig:
     @property
     def share_a(self) -> bool:
         """Whether a cluster shares rows of A instead of columns of B."""
-        return self.fp8 and self.cluster > 1
+        return self.fp8 and self.gather and self.cluster > 1
+
+    @property
+    def rows_of_b(self) -> int:
+        """Of a box of B: what a block loads of it at once."""
+        return self.block_n // (1 if self.share_a else self.cluster)
 
     @property
     def smem_bytes(self) -> int:

@@ -91,7 +91,7 @@ def scaled_weight(b_ENK: Quantized, config: GemmConfig) -> dict[str, Any]:
     num_experts, columns, depth = b.shape
     scale_b_expert, scale_b_column, scale_b_k = scale.stride()
     return {
-        "map_b": tensor_map(b, box=(1, BLOCK_N, config.block_k)), "experts": num_experts, "columns": columns,
+        "map_b": tensor_map(b, box=(1, config.rows_of_b, config.block_k)), "experts": num_experts, "columns": columns,
         "blocks_k": -(-depth // config.block_k), "scale_b": scale, "scale_b_expert": scale_b_expert,
         "scale_b_column": scale_b_column, "scale_b_k": scale_b_k,
     }  # fmt: skip

@@ -28,8 +28,14 @@ extern "C" __global__ void __launch_bounds__(CONFIG.threads(), 1)
     const auto produce = [&](u32) {
         const Scales<GateAndUpBlocks<GATE.interleaved>> scales{&map_scale_x,  scale_x,        scale_x_row, scale_w,
                                                                scale_w_expert, scale_w_column, scale_w_k,   {width, gate_base, up_base}};
-        load_ragged_rows<Epilogue::WIDTH>(shared, gemm, &map_x, scales, LoadOwnGateAndUp<CONFIG>{&map_w, gate_base, up_base}, NoTail{},
-                                          ReadyAtStart{}, SCHEDULE);
+        const auto load_b = [&] {
+            if constexpr (CONFIG.cluster > 1 && !CONFIG.share_a) {
+                return LoadGateAndUp<CONFIG>{&map_w, gate_base};
+            } else {
+                return LoadOwnGateAndUp<CONFIG>{&map_w, gate_base, up_base};
+            }
+        }();
+        load_ragged_rows<Epilogue::WIDTH>(shared, gemm, &map_x, scales, load_b, NoTail{}, ReadyAtStart{}, SCHEDULE);
     };
     run_roles(shared, produce, [&](u32 warp) {
         const Epilogue epilogue{shared, &map_z, &map_a, b1, z, scale_z, a, scale_a, z_row_bytes, a_row_bytes, scale_stride, saved, pow2,

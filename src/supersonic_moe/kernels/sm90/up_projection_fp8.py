@@ -73,7 +73,11 @@ SPECS = tuple(
     for gather, cluster in ((False, 1), (True, 1), (True, 2))
 ) + tuple(
     _spec(fp8_form(cluster, gather, STAGING_BYTES), SWIGLU, interleaved, **choice)
-    for choice, forms in ((IN_PARTS, ((True, 1), (True, 2))), (INT8, ((False, 1), (True, 1), (True, 2))))
+    for choice, forms in (
+        ({}, ((False, 2),)),
+        (IN_PARTS, ((True, 1), (True, 2))),
+        (INT8, ((False, 1), (True, 1), (True, 2))),
+    )
     for interleaved in (False, True)
     for gather, cluster in forms
 )
@@ -95,10 +99,14 @@ def up_projection_fp8(
 
 
 def up_projection_fp8_into(
-    step: UpProjection[Quantized], recipe: Fp8Recipe, a: Quantized | None, arriving: Arrivals | None = None
+    step: UpProjection[Quantized],
+    recipe: Fp8Recipe,
+    a: Quantized | None,
+    arriving: Arrivals | None = None,
+    pairs: bool = False,
 ) -> tuple[Quantized, Quantized]:
     """``a``: memory for A as ``empty_e4m3`` and ``empty_scales(..., tma=True)`` lay it out; the composed form does not
-    write to it.
+    write to it. ``pairs``: as in ``down_projection_fp8``, for SwiGLU of rows that lie in order.
     """
     x, (w1, w1_scale), b1_EN, expert_offsets, _, (activation, layout), save = step
     (xq_TH, x_scale), index = x
@@ -121,6 +129,8 @@ def up_projection_fp8_into(
     if rows == 0:
         return z, a
     config, kind = choose(n1, index is not None, staging_bytes=STAGING_BYTES), kind_of(activation)
+    if pairs and index is None and kind == SWIGLU:
+        config = fp8_form(2, False, STAGING_BYTES)
     parts = arrivals(arriving, index is not None and kind == SWIGLU and not int8)
     with on_device(xq_TH):
         map_a = map_of_stored_rows(a_PI)
