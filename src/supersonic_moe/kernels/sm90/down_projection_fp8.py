@@ -8,8 +8,9 @@ Layout
     tokens have one row, and their y is neither written nor read again.
 Tiles
     As grouped_gemm_fp8.py, without an index; with ``pairs``, two blocks of rows of an expert are in flight side by side
-    and load half of W2's columns each, for both: 64 KB for two tiles and 128 of K in place of 96. Rows leave by ordinary stores of 128 bytes, since TMA stores only
-    neighbouring rows: 64 store instructions of a warp for its 16 rows of 256 columns.
+    and load half of W2's columns each, for both: 64 KB for two tiles and 128 of K in place of 96. Rows leave by
+    ordinary stores of 128 bytes, since TMA stores only neighbouring rows: 64 store instructions of a warp for its 16
+    rows of 256 columns.
 Cost
     2·P·H·I FLOP. Bytes: P·I + E·H·I + 2·P·H.
 """
