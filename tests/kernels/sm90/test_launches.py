@@ -384,7 +384,9 @@ def test_forms_describe_themselves() -> None:
 
 @pytest.mark.parametrize("pairs", [False, True])
 def test_pairs_of_row_blocks_load_half_of_a_weight_each(pairs: bool, launches: list[Any]) -> None:
-    """Of W1 part 0 is gates and part 1 ups, as without pairs; of W2 each block has 128 columns."""
+    """Of W1 part 0 is gates and part 1 ups, as without pairs; of W2 each block has 128 columns, of rows that both have
+    each 64.
+    """
     case, gate = Case(gathered=False), Gate(as_activation("swiglu"), GateUpLayout.GATE_UP)
     step = UpProjection(case.fp8, case.w1_fp8, None, *case.groups, gate, save=False)
     _, a = up_projection_fp8_into(step, Fp8Recipe(), None, pairs=pairs)
@@ -394,5 +396,6 @@ def test_pairs_of_row_blocks_load_half_of_a_weight_each(pairs: bool, launches: l
     blocks_of = (2, 130) if pairs else (1, 131)
     assert found == [("up_projection_fp8", *blocks_of), ("down_projection_fp8", *blocks_of)]
     assert launches[0][2]["map_w"].box == (1, 1, 128, 128)
+    assert launches[0][2]["map_x"].box == launches[1][2]["map_a"].box == (64 if pairs else 128, 128)
     assert launches[1][2]["map_b"].box == (1, 128 if pairs else 256, 128)
     assert all(kernel.spec in registered_specs() for kernel, _, _ in launches)

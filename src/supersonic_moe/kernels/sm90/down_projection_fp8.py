@@ -8,7 +8,8 @@ Layout
     tokens have one row, and their y is neither written nor read again.
 Tiles
     As grouped_gemm_fp8.py, without an index; with ``pairs``, two blocks of rows of an expert are in flight side by side
-    and load half of W2's columns each, for both: 64 KB for two tiles and 128 of K in place of 96. Rows leave by
+    and load half of W2's columns each, for both: 64 KB for two tiles and 128 of K in place of 96. The last block of an
+    odd number is multiplied by two columns of tiles at a time, which share its rows: 80 KB. Rows leave by
     ordinary stores of 128 bytes, since TMA stores only neighbouring rows: 64 store instructions of a warp for its 16
     rows of 256 columns.
 Cost
@@ -49,7 +50,7 @@ def down_projection_fp8(
     with on_device(y_PH):
         _kernel(pairs).launch(
             form.grid(y_PH.get_device()),
-            map_a=map_of_rows(c.q, None, box=(BLOCK_M, form.block_k)),
+            map_a=map_of_rows(c.q, None, box=(form.rows_of_a, form.block_k)),
             map_scale_a=map_of_columns(c.scale),
             **scaled_weight(w2_EHI, form),
             offsets=expert_offsets,

@@ -63,6 +63,11 @@ class GemmConfig:
         return self.fp8 and self.gather and self.cluster > 1
 
     @property
+    def rows_of_a(self) -> int:
+        """Of a box of A as it lies."""
+        return BLOCK_M // self.cluster if self.fp8 and not self.gather else BLOCK_M
+
+    @property
     def rows_of_b(self) -> int:
         """Of a box of B: what a block loads of it at once."""
         return self.block_n // (1 if self.share_a else self.cluster)

@@ -36,7 +36,6 @@ from supersonic_moe.kernels.sm90.gates import (
     kind_of,
 )
 from supersonic_moe.kernels.sm90.gemm_config import (
-    BLOCK_M,
     BUFFER_BYTES,
     WARP_ROWS,
     GemmConfig,
@@ -136,7 +135,7 @@ def up_projection_fp8_into(
         map_a = map_of_stored_rows(a_PI)
         _kernel(config, kind, interleaved, parts is not ALL_TILES, int8).launch(
             config.grid(xq_TH.get_device()),
-            map_x=map_of_rows(xq_TH, index, box=(BLOCK_M, config.block_k)),
+            map_x=map_of_rows(xq_TH, index, box=(config.rows_of_a, config.block_k)),
             map_x_run=map_of_run(xq_TH, index, config.run_box, map_a),
             map_scale_x=map_of_scales(x_scale, index, map_a),
             map_w=map_of_gate_and_up(w1, interleaved, width),

@@ -49,6 +49,23 @@ DEVICE void load_gathered(u32 lines, const TensorMap* map, u32 full, i32 k, i32 
     }
 }
 
+// Rows of A as they lie, by one thread. In e4m3 a box has half of a tile's where two blocks share B: if both have the same rows, each
+// loads one half for both.
+template <Config C>
+DEVICE void load_rows_of_a(u32 tile_a, const TensorMap* map, u32 full, i32 k, i32 row, i32 rank, bool same_rows) {
+    if constexpr (C.scaled() && C.cluster == 2) {
+        constexpr i32 half = C.block_m / 2;
+        if (same_rows) {
+            tma_load_multicast(tile_a + rank * (C.bytes_a() / 2), map, full, 3, k, row + rank * half);
+        } else {
+            tma_load(tile_a, map, full, k, row);
+            tma_load(tile_a + C.bytes_a() / 2, map, full, k, row + half);
+        }
+    } else {
+        tma_load(tile_a, map, full, k, row);
+    }
+}
+
 // The GEMM as the loading warps see it.
 struct RaggedGemm {
     const i32* offsets;        // (experts + 1): first row of each expert
@@ -135,6 +152,7 @@ DEVICE void load_ragged_rows(const SharedMemory<C>& shared, const RaggedGemm& ge
             // Blocks with the same columns load a part of B each, for all of them; one that has its columns for itself loads every part.
             const u32 first_part = now.own_columns ? 0 : static_cast<u32>(rank), parts = now.own_columns ? C.cluster : 1;
             const u16 sharers = static_cast<u16>(now.own_columns ? 1 << rank : (1 << C.cluster) - 1);
+            const bool same_rows = now.own_columns;  // as the other block of the cluster
             const bool has_rows = tile.row + static_cast<i32>(first_line) < tile.row_end;
             bool is_run = false;
             if constexpr (C.gather) {
@@ -161,7 +179,7 @@ DEVICE void load_ragged_rows(const SharedMemory<C>& shared, const RaggedGemm& ge
                     mbarrier_arrive_expect_tx(full, bytes_of_a<C>(tile) + C.bytes_b() + scale_bytes);
                     if constexpr (!C.gather) {
                         if constexpr (C.scaled()) tma_load(shared.scale_a(ring.stage), scales.map_a, full, tile.row / 4 * 4, block);
-                        tma_load(tile_a, map_a, full, k, tile.row);
+                        load_rows_of_a<C>(tile_a, map_a, full, k, tile.row, rank, same_rows);
                     }
 #pragma unroll 1
                     for (u32 part = first_part; part < first_part + parts; ++part)
