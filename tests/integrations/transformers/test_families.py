@@ -107,6 +107,7 @@ def test_lora_on_experts(family: str) -> None:
     names = ["up_proj", "down_proj"] if family == "nemotron_h" else ["gate_up_proj", "down_proj"]
     config = peft.LoraConfig(r=2, target_modules=[], target_parameters=[f"experts.{name}" for name in names])
     model = peft.get_peft_model(model_of(family), config)
+    assert len(served(model)) > 0 and all(layer.served for layer in served(model))  # inside PEFT's wrappers
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first, and then A gets no gradient
             torch.nn.init.normal_(parameter, std=0.1)

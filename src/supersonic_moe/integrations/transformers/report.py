@@ -53,8 +53,8 @@ def served(model: nn.Module) -> Report:
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that the library decorates, what else is called ``experts``, and classes named MoE that hold neither
-    (JetMoe); of nested ones the outermost.
+    """Modules that the library decorates, inside wrappers too (PEFT's for adapters on weights), what else is called
+    ``experts``, and classes named MoE that hold neither (JetMoe); of nested ones the outermost.
     """
     found = ""
     for name, module in model.named_modules():
@@ -65,7 +65,9 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _are_experts(name: str, module: nn.Module) -> bool:
-    return _is_decorated(module) or name.rpartition(".")[2] == "experts"
+    if _is_decorated(module):
+        return True
+    return name.rpartition(".")[2] == "experts" and not any(map(_is_decorated, module.modules()))
 
 
 def _is_moe_without(module: nn.Module) -> bool:
