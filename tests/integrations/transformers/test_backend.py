@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -86,6 +88,20 @@ def test_versions(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixt
     for _ in range(2):
         register("mine")
     assert [r.message for r in caplog.records if "5.18.0 is newer" in r.message] == [caplog.records[0].message]
+
+
+@pytest.mark.parametrize("version", ["4.57.1", None])
+def test_a_library_without_our_modules_is_refused_in_a_sentence(
+    version: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = "supersonic_moe.integrations.transformers"
+    for name in [name for name in sys.modules if name.startswith(ours)]:
+        monkeypatch.delitem(sys.modules, name)
+    missing = "transformers" if version is None else "transformers.integrations.finegrained_fp8"
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ImportError, match=rf"needs Transformers 5\.17 or newer; got {version or 'none'} \(import of"):
+        importlib.import_module(ours)
 
 
 # ---- gates that nobody knows -----------------------------------------------------------------------------------------
