@@ -61,6 +61,7 @@ def grouped_linear(
         TypeError, ValueError: a wrong dtype, shape or device, with the fix.
     """
     recipe = as_recipe(recipe)
+    checks.flag("gather", gather)
     checks.tensor("x", x, 2, "(T, C)" if gather else "(P, C)")
     checks.strided("x", x)
     checks.tensor("w", w, 3, "(E, N, C)")
@@ -101,6 +102,11 @@ def _plan(offsets_or_plan: Tensor | RoutingPlan, x: Tensor, w: Tensor, gather: b
         raise TypeError(
             "gather=True needs a RoutingPlan, which says what token a row reads; got "
             f"{checks.describe(offsets_or_plan)}. Make one with plan_from_topk, or pass rows that are sorted by expert."
+        )
+    if not isinstance(offsets_or_plan, Tensor):
+        raise TypeError(
+            "offsets_or_plan must be the cumulative ends of the experts, an int32 tensor (E,), or a RoutingPlan; got "
+            f"{checks.describe(offsets_or_plan)}. Use torch.tensor(ends, dtype=torch.int32, device=x.device)."
         )
     checks.ids("offsets", offsets_or_plan, 1)
     checks.size("offsets", "length", offsets_or_plan.shape[0], num_experts, "one cumulative end for each expert of w")
