@@ -167,6 +167,14 @@ def test_no_gradient_on_any_device() -> None:
     assert not out.requires_grad
 
 
+def test_autocast_changes_nothing() -> None:
+    """Kernels do not know it; the definition's products must not get its dtype on a CPU."""
+    case, x = make_case(tokens=5), torch.randn(5, 256).bfloat16()
+    want = call(case), call(case, x=x, x_scale=None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(call(case), want[0]) and torch.equal(call(case, x=x, x_scale=None), want[1])
+
+
 def test_under_the_compiler() -> None:
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     for tokens in (13, 11, 17):  # the second number of tokens makes it a symbol
