@@ -27,6 +27,7 @@ from supersonic_moe.config.recipe import Fp8Recipe, Recipe, as_recipe
 from supersonic_moe.kernels import registry
 from supersonic_moe.kernels.alignment import aligned, empty_gradient, is_turned, weight_gradient
 from supersonic_moe.kernels.interface import Experts, Fp8Experts, Into, Quantized, Rows, TokenRows
+from supersonic_moe.private_api import in_forward_mode
 from supersonic_moe.quantization.block_format import padded_capacity
 from supersonic_moe.routing.plan import plan_from_offsets
 from supersonic_moe.training import ops  # noqa: F401  defines torch.ops.supersonic_moe.quantize_weights
@@ -82,7 +83,8 @@ def grouped_linear(
     else:
         numerics, copies = None, ()
     call = _Call(Plan.of(plan), gather, numerics, tuple(copies))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, bias)):
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, bias))
+    if recorded or in_forward_mode():  # which ``apply`` refuses
         y: Tensor = apply(GroupedLinear, x, w, bias, call)
         return y
     with torch.no_grad():
