@@ -157,6 +157,18 @@ def test_an_unknown_gate_is_right_and_named_once(kind: str, caplog: pytest.LogCa
     assert len(warnings) == 1 and type(module).__name__ in warnings[0]
 
 
+@pytest.mark.parametrize("kind", ["known", "an activation of PyTorch"])
+def test_weights_of_other_shapes_than_the_ids_are_refused(kind: str) -> None:
+    """Turned, they have as many numbers."""
+    module = experts_of(kind)
+    x, ids, scores = inputs(module)
+    module.config._experts_implementation = "supersonic"
+    with pytest.raises(ValueError, match="must have the shape of top"):
+        module(x, ids, scores.T)
+    with pytest.raises(ValueError, match=r"topk_ids must have 2 dimensions \(T, K\)"):
+        module(x, ids[:, 0], scores[:, 0])
+
+
 # ---- ids and dtypes --------------------------------------------------------------------------------------------------
 
 
