@@ -27,6 +27,7 @@ from supersonic_moe.config.recipe import Fp8Recipe, Recipe, as_recipe
 from supersonic_moe.kernels import registry
 from supersonic_moe.kernels.alignment import aligned, empty_gradient, is_turned, weight_gradient
 from supersonic_moe.kernels.interface import Experts, Fp8Experts, Into, Quantized, Rows, TokenRows
+from supersonic_moe.private_api import in_forward_mode
 from supersonic_moe.quantization.block_format import padded_capacity
 from supersonic_moe.routing.plan import plan_from_offsets
 from supersonic_moe.training import ops  # noqa: F401  defines torch.ops.supersonic_moe.quantize_weights
@@ -61,6 +62,7 @@ def grouped_linear(
         TypeError, ValueError: a wrong dtype, shape or device, with the fix.
     """
     recipe = as_recipe(recipe)
+    checks.flag("gather", gather)
     checks.tensor("x", x, 2, "(T, C)" if gather else "(P, C)")
     checks.strided("x", x)
     checks.tensor("w", w, 3, "(E, N, C)")
@@ -81,7 +83,8 @@ def grouped_linear(
     else:
         numerics, copies = None, ()
     call = _Call(Plan.of(plan), gather, numerics, tuple(copies))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, bias)):
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, bias))
+    if recorded or in_forward_mode():  # which ``apply`` refuses
         y: Tensor = apply(GroupedLinear, x, w, bias, call)
         return y
     with torch.no_grad():
@@ -101,6 +104,11 @@ def _plan(offsets_or_plan: Tensor | RoutingPlan, x: Tensor, w: Tensor, gather: b
         raise TypeError(
             "gather=True needs a RoutingPlan, which says what token a row reads; got "
             f"{checks.describe(offsets_or_plan)}. Make one with plan_from_topk, or pass rows that are sorted by expert."
+        )
+    if not isinstance(offsets_or_plan, Tensor):
+        raise TypeError(
+            "offsets_or_plan must be the cumulative ends of the experts, an int32 tensor (E,), or a RoutingPlan; got "
+            f"{checks.describe(offsets_or_plan)}. Use torch.tensor(ends, dtype=torch.int32, device=x.device)."
         )
     checks.ids("offsets", offsets_or_plan, 1)
     checks.size("offsets", "length", offsets_or_plan.shape[0], num_experts, "one cumulative end for each expert of w")

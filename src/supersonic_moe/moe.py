@@ -42,8 +42,8 @@ class KernelBackendMoE(Enum):
 
 def _backend(value: KernelBackendMoE) -> str:
     if not isinstance(value, KernelBackendMoE):
-        choices = ", ".join(KernelBackendMoE.__members__)
-        raise ValueError(f"unknown kernel_backend_moe {value!r}; choose one of {choices} of KernelBackendMoE.")
+        choices = ", ".join(f"KernelBackendMoE.{name}" for name in KernelBackendMoE.__members__)
+        raise ValueError(f"unknown kernel_backend_moe {value!r}; choose one of {choices}.")
     return value.value
 
 

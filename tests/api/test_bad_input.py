@@ -191,7 +191,7 @@ BAD = [
     ("module size not an integer", lambda: moe(intermediate_size=4.0), TypeError, "intermediate_size must be a positive integer"),
     ("module input width", lambda: moe()(X[:, :-1]), ValueError, "hidden_states must have last dimension 8"),
     ("module input not a tensor", lambda: moe()(None), TypeError, "hidden_states must be a tensor"),
-    ("module backend", lambda: moe()(X, kernel_backend_moe="scattermoe"), ValueError, "unknown kernel_backend_moe 'scattermoe'; choose one of auto"),
+    ("module backend", lambda: moe()(X, kernel_backend_moe="scattermoe"), ValueError, "unknown kernel_backend_moe 'scattermoe'; choose one of KernelBackendMoE.auto"),
     # what only device data can show
     ("validate: NaN logits", nan_logits, ValueError, r"router logits must not be NaN; got nan at index \(0, 0\)"),
     ("validate: repeated id", lambda: topk(topk_ids_TK=IDS * 0 + 1, validate=True), ValueError, "must not name an expert twice; got 1"),

@@ -196,6 +196,12 @@ X, W = torch.zeros(6, C), torch.zeros(E, N, C)
 OFFSETS = torch.tensor([1, 2, 3, 6])
 BAD = {
     "gather without a plan": (lambda: sm.grouped_linear(X, W, OFFSETS, gather=True), TypeError, "needs a RoutingPlan"),
+    "a word for gather": (
+        lambda: sm.grouped_linear(X, W, sm.plan_from_topk(torch.zeros(6, 2, dtype=torch.int64), E), gather="no"),
+        TypeError,
+        "gather must be True or False",
+    ),
+    "offsets in a list": (lambda: sm.grouped_linear(X, W, [1, 2, 3, 6]), TypeError, r"tensor \(E,\), or a RoutingPlan"),
     "offsets of other experts": (lambda: sm.grouped_linear(X, W, OFFSETS[1:]), ValueError, "length 4"),
     "another width": (lambda: sm.grouped_linear(X[:, 1:].contiguous(), W, OFFSETS), ValueError, "last dimension 15"),
     "another bias": (lambda: sm.grouped_linear(X, W, OFFSETS, bias=W[:, :, 0].T), ValueError, "one bias for each row"),

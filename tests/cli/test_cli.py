@@ -77,6 +77,8 @@ def test_version() -> None:
         (["bench", "layer", "--peers", "torch_loop,magic"], "unknown peer 'magic'"),
         (["bench", "layer", "--backend", "abacus"], "unknown backend 'abacus'"),
         (["bench", "layer", "--skew", "-1"], "'--skew'"),
+        (["bench", "layer", "--png", "chart.txt"], "a chart is a file in .png, .svg, .pdf; got chart.txt"),
+        (["bench", "layer", "--json", "."], "cannot write to .: it is a folder"),
         (["warmup", "--compile-only", "--shape", SHAPE], "--compile-only runs nothing"),
         (["warmup", "--compile-only", "--scale", "pow2"], "Add --recipe fp8"),
         (["warmup", "--workers", "0"], "'--workers'"),

@@ -170,6 +170,13 @@ def test_the_same_bits_in_every_call_and_under_the_compiler() -> None:
         assert torch.equal(compiled(case, logits, bias), call(case, logits, bias))
 
 
+def test_autocast_changes_nothing() -> None:
+    given = routed_case(tokens=5)
+    want = call(*given)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(call(*given), want)
+
+
 def test_op_and_its_fake_agree() -> None:
     case, logits, bias = routed_case(4)
     torch.library.opcheck(

@@ -167,11 +167,22 @@ def test_no_gradient_on_any_device() -> None:
     assert not out.requires_grad
 
 
+def test_autocast_changes_nothing() -> None:
+    """Kernels do not know it; the definition's products must not get its dtype on a CPU."""
+    case, x = make_case(tokens=5), torch.randn(5, 256).bfloat16()
+    want = call(case), call(case, x=x, x_scale=None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(call(case), want[0]) and torch.equal(call(case, x=x, x_scale=None), want[1])
+
+
+@pytest.mark.filterwarnings("error:Dynamo detected a call to")
 def test_under_the_compiler() -> None:
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    scratch = torch.empty(workspace_bytes(17, 3, 256, 128, 5), dtype=torch.uint8)
     for tokens in (13, 11, 17):  # the second number of tokens makes it a symbol
         case = make_case(tokens=tokens)
-        assert torch.equal(compiled(case), call(case))
+        for workspace in (None, scratch):
+            assert torch.equal(compiled(case, workspace=workspace), call(case))
     case = make_case(tokens=13)
     torch.library.opcheck(
         torch.ops.supersonic_moe.moe_fp8_topk.default,

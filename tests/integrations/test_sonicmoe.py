@@ -175,3 +175,28 @@ def test_ungated_and_names() -> None:
     assert sonicmoe.is_glu("geglu") and not sonicmoe.enums.is_glu(TheirActivationType.RELU_SQ)
     assert sonicmoe.MoE is sm.MoE and sonicmoe.ActivationType is sm.ActivationType
     assert sonicmoe.KernelBackendMoE.sonicmoe is sm.KernelBackendMoE.auto
+
+
+X, W1, W2 = torch.zeros(4, 16), torch.zeros(16, 16, 5), torch.zeros(16, 8, 5)
+BAD = {
+    "expert first": ({"w1": W1.permute(2, 0, 1), "w2": W2.permute(2, 0, 1)}, ValueError, r"w\.permute\(1, 2, 0\)"),
+    "one expert": ({"w1": W1[:, :, 0]}, ValueError, r"w1 must have 3 dimensions \(2I, H, E\)"),
+    "no w2": ({"w2": None}, TypeError, r"w2 must be a torch\.Tensor of shape \(H, I, E\)"),
+    "no x": ({"x": None}, TypeError, r"x must be a torch\.Tensor"),
+    "no activation": ({"activation_type": None}, TypeError, "activation_type must be an ActivationType or its name"),
+    "constants": ({"activation_type": sm.Activation.gpt_oss()}, TypeError, "goes to topk_experts"),
+    "another name": ({"activation_type": "SWISH"}, ValueError, "unknown activation 'SWISH'; choose one of swiglu"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_in_a_sentence(name: str) -> None:
+    changes, error, message = BAD[name]
+    given = {"x": X, "w1": W1, "b1": None, "w2": W2, "b2": None, **changes}
+    index = torch.zeros(4, dtype=torch.int32)
+    with pytest.raises(error, match=message):
+        sonicmoe.moe_TC_softmax_topk_layer(router_w=torch.zeros(5, 16), K=2, **given)
+    with pytest.raises(error, match=message):
+        sonicmoe.moe_general_routing_inputs(
+            router_scores=torch.ones(4), token_indices=index, expert_indices=index, E=5, **given
+        )

@@ -75,6 +75,9 @@ def test_forward_mode_is_refused(mode: str, trained: bool) -> None:
     moe = sm.MoE(E, K, H, I, "swiglu", False, 0.5).double()
     with pytest.raises(NotImplementedError, match=r"(forward-mode derivatives are|torch\.func\.vmap is) not supported"):
         FORWARD_MODE[mode](lambda x: moe(x)[0], tokens())
+    w, ends = torch.randn(E, I, H, dtype=torch.float64, requires_grad=trained), torch.arange(1, E + 1)
+    with pytest.raises(NotImplementedError, match=r"(forward-mode derivatives are|torch\.func\.vmap is) not supported"):
+        FORWARD_MODE[mode](lambda x: sm.grouped_linear(x, w, ends), tokens())
 
 
 def test_vmap_is_right_or_refused() -> None:

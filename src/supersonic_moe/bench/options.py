@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("bfloat16", "float16", "float32")
+CHARTS = (".png", ".svg", ".pdf")
 
 
 def why_not_writable(folder: Path) -> str | None:
@@ -43,7 +44,16 @@ def writable_folder(folder: Path) -> Path:
 
 def _writable_file(path: Path | None) -> Path | None:
     if path is not None:
+        if path.is_dir():
+            raise typer.BadParameter(f"cannot write to {path}: it is a folder. Add the name of a file.")
         writable_folder(path.parent)
+    return path
+
+
+def _writable_chart(path: Path | None) -> Path | None:
+    path = _writable_file(path)
+    if path is not None and path.suffix not in CHARTS:
+        raise typer.BadParameter(f"a chart is a file in {', '.join(CHARTS)}; got {path}. Change its ending.")
     return path
 
 
@@ -69,7 +79,7 @@ Wgrad = Annotated[str | None, typer.Option("--wgrad", help="FP8: weight gradient
 Scale = Annotated[str | None, typer.Option("--scale", help="FP8: scales of blocks are fp32 or pow2.")]
 
 Json = Annotated[Path | None, typer.Option(help="Write every number here.", callback=_writable_file)]
-Png = Annotated[Path | None, typer.Option(help="Write a chart here.", callback=_writable_file)]
+Png = Annotated[Path | None, typer.Option(help="Write a chart here.", callback=_writable_chart)]
 Markdown = Annotated[Path | None, typer.Option(help="Write the table here, as a page.", callback=_writable_file)]
 MinMs = Annotated[float, typer.Option(min=0, help="Timed work of each contender, milliseconds.")]
 WarmMs = Annotated[float, typer.Option(min=0, help="Load before anything is timed, milliseconds.")]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from supersonic_moe.autocast import without_autocast
 from supersonic_moe.config.activation import GateUpLayout
 from supersonic_moe.config.grouped_routing import GroupedRouting, Scoring
 from supersonic_moe.kernels import reference, registry
@@ -133,7 +134,7 @@ def _run(arguments: Arguments, out: Tensor, workspace: Tensor | None) -> None:
 
         sm90.run(arguments.call(out), workspace)
     else:
-        with torch.no_grad():  # kernels record no gradient either
+        with torch.no_grad(), without_autocast(arguments.x):  # kernels record no gradient either
             out.copy_(arguments.reference())
 
 

@@ -75,7 +75,8 @@ def workspace_bytes(num_tokens: int, top_k: int, hidden: int, intermediate: int,
     """
     checks.non_negative("num_tokens", num_tokens)
     checks.positive_sizes(top_k=top_k, hidden=hidden, intermediate=intermediate, num_local_experts=num_local_experts)
-    return regions(num_tokens, top_k, hidden, intermediate, num_local_experts).end
+    of = regions.__wrapped__ if torch.compiler.is_compiling() else regions  # the compiler warns of caches
+    return of(num_tokens, top_k, hidden, intermediate, num_local_experts).end
 
 
 def few_rows(intermediate: int) -> int:

@@ -22,6 +22,7 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
+from supersonic_moe import checks
 from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout
 from supersonic_moe.config.router import SoftmaxAfterTopK, SoftmaxBeforeTopK, TopKRouter
 from supersonic_moe.functional import experts_from_plan, moe_layer
@@ -66,14 +67,15 @@ def moe_TC_softmax_topk_layer(
         is_softmax_over_topk: softmax of the K chosen logits; False: the K largest of the softmax of all.
         norm_topk_probs: divide these K by their sum; without effect on a softmax of the chosen logits.
     """
+    w1, w2 = _expert_first(w1, w2)
     router: TopKRouter = SoftmaxAfterTopK()
     if not is_softmax_over_topk:
         router = SoftmaxBeforeTopK(renormalize=norm_topk_probs)
     out, logits, counts = moe_layer(
         x,
         router_w,
-        w1.permute(2, 0, 1),
-        w2.permute(2, 0, 1),
+        w1,
+        w2,
         K,
         router=router,
         b1=b1,
@@ -103,13 +105,15 @@ def moe_general_routing_inputs(
     """(output (T, H), rows of each expert (E,) int32) of (token, expert, score) triples: three tensors of one length,
     any number of experts a token. ``E`` is ignored, as in SonicMoE: w2 has it.
     """
-    plan = plan_from_triples(token_indices, expert_indices, x.shape[0], w2.shape[2])
+    w1, w2 = _expert_first(w1, w2)
+    checks.tensor("x", x, 2, "(T, H)")
+    plan = plan_from_triples(token_indices, expert_indices, x.shape[0], w2.shape[0])
     out = experts_from_plan(
         x,
         router_scores,
         plan,
-        w1.permute(2, 0, 1),
-        w2.permute(2, 0, 1),
+        w1,
+        w2,
         b1=b1,
         b2=b2,
         activation=_activation(activation_type),
@@ -119,9 +123,27 @@ def moe_general_routing_inputs(
     return out, plan.expert_counts
 
 
+def _expert_first(w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+    """(E, N1, H) and (E, H, I)"""
+    checks.tensor("w1", w1, 3, "(2I, H, E)")
+    checks.tensor("w2", w2, 3, "(H, I, E)")
+    if w1.shape[2] != w2.shape[2]:
+        raise ValueError(
+            f"w1 (2I, H, E) and w2 (H, I, E) must have as many experts, their last dimension; got {tuple(w1.shape)} "
+            f"and {tuple(w2.shape)}. Pass weights with the expert first as w.permute(1, 2, 0)."
+        )
+    return w1.permute(2, 0, 1), w2.permute(2, 0, 1)
+
+
 def _activation(value: ActivationType | str) -> Activation:
     """Of a name, or of either package's ``ActivationType``."""
-    return Activation(ActivationType(value if isinstance(value, str) else value.value))
+    name = value if isinstance(value, str) else getattr(value, "value", None)
+    if not isinstance(name, str):
+        raise TypeError(
+            f"activation_type must be an ActivationType or its name; got {checks.describe(value)}. Use "
+            "ActivationType.SWIGLU; an Activation with constants goes to topk_experts or moe_layer."
+        )
+    return Activation(checks.member("activation", name, ActivationType))
 
 
 def _layout(concat: bool) -> GateUpLayout:

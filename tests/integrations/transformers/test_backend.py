@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,6 +90,20 @@ def test_versions(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixt
     assert [r.message for r in caplog.records if "5.18.0 is newer" in r.message] == [caplog.records[0].message]
 
 
+@pytest.mark.parametrize("version", ["4.57.1", None])
+def test_a_library_without_our_modules_is_refused_in_a_sentence(
+    version: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = "supersonic_moe.integrations.transformers"
+    for name in [name for name in sys.modules if name.startswith(ours)]:
+        monkeypatch.delitem(sys.modules, name)
+    missing = "transformers" if version is None else "transformers.integrations.finegrained_fp8"
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ImportError, match=rf"needs Transformers 5\.17 or newer; got {version or 'none'} \(import of"):
+        importlib.import_module(ours)
+
+
 # ---- gates that nobody knows -----------------------------------------------------------------------------------------
 
 
@@ -139,6 +155,18 @@ def test_an_unknown_gate_is_right_and_named_once(kind: str, caplog: pytest.LogCa
     assert max(rel_fro(ours[leaf], wanted[leaf]) for leaf in wanted) < 1e-13
     warnings = [r.getMessage() for r in caplog.records if "is not known to supersonic-moe" in r.getMessage()]
     assert len(warnings) == 1 and type(module).__name__ in warnings[0]
+
+
+@pytest.mark.parametrize("kind", ["known", "an activation of PyTorch"])
+def test_weights_of_other_shapes_than_the_ids_are_refused(kind: str) -> None:
+    """Turned, they have as many numbers."""
+    module = experts_of(kind)
+    x, ids, scores = inputs(module)
+    module.config._experts_implementation = "supersonic"
+    with pytest.raises(ValueError, match="must have the shape of top"):
+        module(x, ids, scores.T)
+    with pytest.raises(ValueError, match=r"topk_ids must have 2 dimensions \(T, K\)"):
+        module(x, ids[:, 0], scores[:, 0])
 
 
 # ---- ids and dtypes --------------------------------------------------------------------------------------------------

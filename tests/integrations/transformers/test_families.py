@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers_models import FAMILIES, model_of, tokens, with_gradients
 
 from supersonic_moe.integrations.transformers import served
+from supersonic_moe.kernels import registry
 
 
 def far_apart(ours: dict[str, Tensor], wanted: dict[str, Tensor], bound: float) -> dict[str, float]:
@@ -107,6 +108,7 @@ def test_lora_on_experts(family: str) -> None:
     names = ["up_proj", "down_proj"] if family == "nemotron_h" else ["gate_up_proj", "down_proj"]
     config = peft.LoraConfig(r=2, target_modules=[], target_parameters=[f"experts.{name}" for name in names])
     model = peft.get_peft_model(model_of(family), config)
+    assert len(served(model)) > 0 and all(layer.served for layer in served(model))  # inside PEFT's wrappers
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first, and then A gets no gradient
             torch.nn.init.normal_(parameter, std=0.1)
@@ -151,6 +153,23 @@ def test_the_report_names_experts_that_are_not_called_so() -> None:
     assert [(layer.experts, layer.served) for layer in served(model)] == [("JetMoeMoE", False), ("JetMoeMoA", False)]
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module; got str"):
         served("a name")  # type: ignore[arg-type]
+
+
+def test_the_report_names_what_fp8_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("mixtral")
+    model.set_experts_implementation("supersonic_fp8")
+    assert [layer.why for layer in served(model.bfloat16())] == ["", ""]
+    (line, _) = served(model.float())
+    with pytest.raises(TypeError, match="needs bfloat16"):
+        model(tokens())
+    assert line.why == "under torch.autocast to bfloat16 only, for its weights are float32"
+
+    def refuses(*_: Any, **__: Any) -> None:
+        raise ValueError("Fp8Recipe cannot run on cuda:0")
+
+    monkeypatch.setattr(registry, "choose_fp8", refuses)
+    (line, _) = served(model)
+    assert not line.served and "nothing, it is refused; Fp8Recipe cannot run" in str(line)
 
 
 def test_the_report_names_what_is_not_served() -> None:

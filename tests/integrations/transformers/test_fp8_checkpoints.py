@@ -96,6 +96,7 @@ def test_the_operator_runs_with_the_modules_scales_and_limit(
 
 SLOW = {
     "alpha": ({"swiglu_alpha": 1.702, "swiglu_limit": 3.0}, "its gate is not SwiGLU"),
+    "up + 1": ({"swiglu_alpha": 1.0, "swiglu_limit": 3.0}, "its gate is not SwiGLU"),
     "gelu": ({"hidden_act": "gelu"}, "its gate is not SwiGLU"),
     "mish": ({"hidden_act": "mish"}, "its gate is not SwiGLU"),
     "no gate": ({"has_gate": False, "hidden_act": "relu2"}, "its experts have no gate"),
@@ -118,6 +119,29 @@ def test_what_the_operator_cannot_do_is_dequantized_and_said(case: str, caplog: 
     assert [why in record.getMessage() for record in caplog.records if "dequantized" in record.getMessage()] == [True]
     (line,) = served(module)
     assert line.served and "dequantized" in line.by and why in line.why
+
+
+@pytest.mark.parametrize("intermediate", [64, 96, 128])
+def test_gate_and_up_are_dequantized_by_scales_of_their_own(intermediate: int) -> None:
+    """A checkpoint has two weights with blocks of their own, of which the library joins codes and scales."""
+    module: Any = experts(moe_intermediate_size=intermediate)
+    scale_E2B = module.gate_up_proj_scale_inv
+    assert scale_E2B.shape[1] == 2
+    halves = zip(module.gate_up_proj.chunk(2, 1), scale_E2B.chunk(2, 1), strict=True)
+    want = torch.cat([w.double() * scale.double().repeat_interleave(128, 2) for w, scale in halves], 1)
+    w1, *_ = fp8.dequantized(module, torch.float64)
+    torch.testing.assert_close(w1, want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("act", ["silu", "mish"])
+def test_inputs_in_any_strides(act: str) -> None:
+    module = experts(hidden_act=act)
+    x, ids, scores = inputs()
+    turned = [t.t().contiguous().t() for t in (x, ids, scores)]
+    with torch.no_grad():
+        assert torch.equal(module(*turned), module(x, ids, scores))
+        rows = x[:1].expand(T, H)
+        assert torch.equal(module(rows, ids, scores), module(rows.contiguous(), ids, scores))
 
 
 def test_gradients_of_hidden_states_pass_through_frozen_experts() -> None:

@@ -16,9 +16,19 @@ hidden states (T, H), expert ids (T, K) int64 where ids outside [0, E) are skipp
 returns the weighted sum (T, H) in the dtype of the hidden states. Written for, and tested with, Transformers 5.17.
 """
 
+import sys
+
 from supersonic_moe.config.recipe import Fp8Recipe
-from supersonic_moe.integrations.transformers.backend import register
-from supersonic_moe.integrations.transformers.report import Served, served
+
+try:
+    from supersonic_moe.integrations.transformers.backend import register
+    from supersonic_moe.integrations.transformers.report import Served, served
+except ImportError as error:  # an older version lacks modules, before register() could say so
+    found = getattr(sys.modules.get("transformers"), "__version__", "none")
+    raise ImportError(
+        f"supersonic_moe.integrations.transformers needs Transformers 5.17 or newer; got {found} ({error}). Run pip "
+        "install -U 'transformers>=5.17'."
+    ) from error
 
 __all__ = ["Served", "register", "served"]
 

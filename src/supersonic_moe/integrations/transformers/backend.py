@@ -146,9 +146,10 @@ def run_with_own_gate(
 ) -> Tensor:
     """The module's gate as PyTorch between two grouped products; sums in fp32."""
     w1, b1, w2, b2 = weights
-    num_tokens, k = ids.shape
     plan = plan_from_topk(ids, w1.shape[0])
-    z_PN = grouped_linear(x, w1, plan, bias=b1, gather=True, recipe=recipe)
+    checks.same_shape("top_k_index", ids, "top_k_weights", scores)
+    num_tokens, k = ids.shape
+    z_PN = grouped_linear(x.contiguous(), w1, plan, bias=b1, gather=True, recipe=recipe)
     module: Any = experts
     a_PI = (module._apply_gate(z_PN) if module.has_gate else module.act_fn(z_PN)).to(z_PN.dtype)
     y_PH = grouped_linear(a_PI, w2, plan, bias=b2, recipe=recipe)

@@ -55,7 +55,10 @@ def obstacle(experts: nn.Module) -> str | None:
     if (tuple(s1.shape[1:]), tuple(s2.shape[1:])) != wanted or tuple(module.block_size or ()) != (BLOCK, BLOCK):
         return f"its scales are not those of blocks of {BLOCK} x {BLOCK} of gate, up and down"
     gate = gate_of(experts)
-    if gate is None or gate.activation.type is not ActivationType.SWIGLU or gate.activation.alpha != 1.0:
+    if gate is None:
+        return "its gate is not SwiGLU"
+    act = gate.activation
+    if (act.type, act.alpha, act.up_offset) != (ActivationType.SWIGLU, 1.0, 0.0):
         return "its gate is not SwiGLU"
     return None
 
@@ -77,13 +80,13 @@ def run_operator(experts: nn.Module, hidden_states: Tensor, ids: Tensor, scores:
     assert gate is not None
     (w1, s1), (w2, s2) = _projections(experts)
     return moe_fp8_topk(
-        hidden_states,
+        hidden_states.contiguous(),
         w1.detach(),
         w2.detach(),
         s1.detach().float(),
         s2.detach().float(),
-        scores.float(),
-        ids,
+        scores.float().contiguous(),
+        ids.contiguous(),
         gate_up_order=GateUpLayout.GATE_UP,
         swiglu_limit=gate.activation.limit,
         pow2_scales=s1.dtype is not torch.float32,
@@ -92,8 +95,11 @@ def run_operator(experts: nn.Module, hidden_states: Tensor, ids: Tensor, scores:
 
 def dequantized(experts: nn.Module, dtype: torch.dtype) -> Weights:
     """Weights without gradient, in ``dtype``."""
-    block_size = getattr(experts, "block_size", None)
-    w1, w2 = (_dequantize(w.detach(), scale.detach(), block_size, dtype) for w, scale in _projections(experts))
+    block_size, halves = getattr(experts, "block_size", None), 2 if experts.has_gate else 1
+    w1, w2 = (
+        _dequantize(w.detach(), scale.detach(), block_size, dtype, parts)
+        for (w, scale), parts in zip(_projections(experts), (halves, 1), strict=True)
+    )
     return Weights(w1, None, w2, None)
 
 
@@ -108,7 +114,8 @@ def _projections(experts: nn.Module) -> list[tuple[Tensor, Tensor]]:
     return [(getattr(experts, name), getattr(experts, f"{name}_scale_inv")) for name in names]
 
 
-def _dequantize(w_ENK: Tensor, scale: Tensor, block_size: Any, dtype: torch.dtype) -> Tensor:
+def _dequantize(w_ENK: Tensor, scale: Tensor, block_size: Any, dtype: torch.dtype, parts: int) -> Tensor:
+    """``parts``: gate and up come from two weights of a checkpoint, each with blocks of its own."""
     if w_ENK.element_size() > 1:
         return w_ENK.to(dtype)
     if w_ENK.dtype is not E4M3:
@@ -116,9 +123,12 @@ def _dequantize(w_ENK: Tensor, scale: Tensor, block_size: Any, dtype: torch.dtyp
             f"experts of an FP8 checkpoint must be {_short(E4M3)}; got {_short(w_ENK.dtype)} (FP4?). Use "
             "experts_implementation='eager', or load the model with dequantize=True."
         )
-    (_, n, k), (_, rows, columns) = w_ENK.shape, scale.shape
+    (_, n, k), (num_experts, rows, columns) = w_ENK.shape, scale.shape
     block_n, block_k = block_size or (-(-n // rows), -(-k // columns))
-    by_row = scale.float().repeat_interleave(block_n, 1)[:, :n]
+    if rows != parts * -(-n // (parts * block_n)):  # as few rows of scales as of one weight
+        parts = 1
+    by_part = scale.float().reshape(num_experts, parts, -1, columns)
+    by_row = by_part.repeat_interleave(block_n, 2)[:, :, : n // parts].flatten(1, 2)
     return (w_ENK.float() * by_row.repeat_interleave(block_k, 2)[:, :, :k]).to(dtype)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from supersonic_moe import checks
@@ -53,8 +54,8 @@ def served(model: nn.Module) -> Report:
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that the library decorates, what else is called ``experts``, and classes named MoE that hold neither
-    (JetMoe); of nested ones the outermost.
+    """Modules that the library decorates, inside wrappers too (PEFT's for adapters on weights), what else is called
+    ``experts``, and classes named MoE that hold neither (JetMoe); of nested ones the outermost.
     """
     found = ""
     for name, module in model.named_modules():
@@ -65,7 +66,9 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _are_experts(name: str, module: nn.Module) -> bool:
-    return _is_decorated(module) or name.rpartition(".")[2] == "experts"
+    if _is_decorated(module):
+        return True
+    return name.rpartition(".")[2] == "experts" and not any(map(_is_decorated, module.modules()))
 
 
 def _is_moe_without(module: nn.Module) -> bool:
@@ -98,12 +101,17 @@ def _served_by_the_layer(name: str, kind: str, module: Any, recipe: Recipe) -> S
     in_fp8, where, why = isinstance(recipe, Fp8Recipe), "", ""
     if w1.device.type != "meta":
         _, hidden, intermediate = w2.shape
-        if in_fp8:
-            choice = registry.choose_fp8(w1.device, hidden=hidden, intermediate=intermediate)
-        else:
-            choice = registry.choose(w1.device, w1.dtype, hidden=hidden, intermediate=intermediate)
+        try:
+            if in_fp8:
+                choice = registry.choose_fp8(w1.device, hidden=hidden, intermediate=intermediate)
+            else:
+                choice = registry.choose(w1.device, w1.dtype, hidden=hidden, intermediate=intermediate)
+        except ValueError as error:
+            return Served(name, kind, False, "nothing, it is refused", str(error))
         where = f" on backend {choice.name!r}"
         why = choice.reason if choice.name == "reference" and w1.device.type != "cpu" else ""
+    if in_fp8 and w1.dtype is not torch.bfloat16:
+        why = f"under torch.autocast to bfloat16 only, for its weights are {str(w1.dtype).removeprefix('torch.')}"
     numerics = " in FP8" if in_fp8 else ""
     gate = gate_of(module)
     if gate is None:
