@@ -31,7 +31,8 @@ from transformers_experts import (
 )
 
 import supersonic_moe as sm
-from supersonic_moe.integrations.transformers import backend, gates, register
+from supersonic_moe.integrations.transformers import backend, constant_weights, gates, held_weights, register
+from supersonic_moe.quantization.weight_cache import WeightCache
 
 CLASSES = decorated_classes()
 
@@ -273,6 +274,43 @@ def test_fp8_recipe(kind: str) -> None:
     wanted, ours = (outputs_and_gradients(module, name, *given) for name in ("supersonic", "supersonic_fp8"))
     errors = {leaf: rel_fro(ours[leaf], wanted[leaf]) for leaf in wanted}
     assert all(0.01 < error < 0.12 for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("name", ["MixtralExperts", "GptOssExperts"])
+def test_micro_batches_share_quantized_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = [0]
+
+    def counted(cache: WeightCache, weights: Any, options: Any, quantize: Any) -> Any:
+        def count(indices: Any) -> Any:
+            counts[0] += len(indices)
+            return quantize(indices)
+
+        return get(cache, weights, options, count)
+
+    get = WeightCache.get
+    monkeypatch.setattr(WeightCache, "get", counted)
+    module = random_experts(CLASSES[name], torch.bfloat16)
+    given = inputs(module, torch.bfloat16)
+    wanted = outputs_and_gradients(module, "supersonic_fp8", *given)
+    model, counts[0] = nn.ModuleList([module]), 0
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    with constant_weights(model):
+        for _ in range(2):
+            with constant_weights(model):
+                ours = outputs_and_gradients(module, "supersonic_fp8", *given)
+            assert counts[0] == 2 and all(torch.equal(ours[leaf], wanted[leaf]) for leaf in wanted)
+        module.down_proj.grad = torch.ones_like(module.down_proj)
+        optimizer.step()
+        changed = outputs_and_gradients(module, "supersonic_fp8", *given)["out"]
+        assert counts[0] == 4 and not torch.equal(changed, wanted["out"])
+    assert not held_weights._CACHES and held_weights.cache_of(module) is None
+    assert torch.equal(outputs_and_gradients(module, "supersonic_fp8", *given)["out"], changed)
+
+
+def test_who_has_no_experts_to_hold_is_told() -> None:
+    for model, error in ((nn.Linear(2, 2), ValueError), ("a name", TypeError)):
+        with pytest.raises(error, match="constant_weights needs a"), constant_weights(model):  # type: ignore[arg-type]
+            pass
 
 
 # ---- around it -------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from supersonic_moe.config.recipe import Fp8Recipe
 
 try:
     from supersonic_moe.integrations.transformers.backend import register
+    from supersonic_moe.integrations.transformers.held_weights import constant_weights
     from supersonic_moe.integrations.transformers.report import Served, served
 except ImportError as error:  # an older version lacks modules, before register() could say so
     found = getattr(sys.modules.get("transformers"), "__version__", "none")
@@ -30,7 +31,7 @@ except ImportError as error:  # an older version lacks modules, before register(
         "install -U 'transformers>=5.17'."
     ) from error
 
-__all__ = ["Served", "register", "served"]
+__all__ = ["Served", "constant_weights", "register", "served"]
 
 register("supersonic")
 register("supersonic_fp8", recipe=Fp8Recipe())

@@ -20,6 +20,7 @@ from supersonic_moe.grouped import grouped_linear
 from supersonic_moe.inference import decode
 from supersonic_moe.integrations.transformers import fp8
 from supersonic_moe.integrations.transformers.gates import class_name, gate_of
+from supersonic_moe.integrations.transformers.held_weights import cache_of
 from supersonic_moe.integrations.transformers.weights import Weights, weights_of
 from supersonic_moe.routing.plan import plan_from_topk
 
@@ -137,8 +138,9 @@ def run(experts: nn.Module, x: Tensor, ids: Tensor, scores: Tensor, weights: Wei
         if decode.suits(operands, gate):
             return decode.run(operands, gate)
     return topk_experts(
-        x, ids, scores, w1, w2, b1=b1, b2=b2, activation=gate.activation, layout=gate.layout, recipe=recipe
-    )
+        x, ids, scores, w1, w2, b1=b1, b2=b2, activation=gate.activation, layout=gate.layout, recipe=recipe,
+        weight_cache=cache_of(experts),
+    )  # fmt: skip
 
 
 def run_with_own_gate(

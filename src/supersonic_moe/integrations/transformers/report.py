@@ -13,6 +13,7 @@ from supersonic_moe.config.recipe import Fp8Recipe, Recipe
 from supersonic_moe.integrations.transformers import fp8
 from supersonic_moe.integrations.transformers.backend import recipe_of
 from supersonic_moe.integrations.transformers.gates import gate_of
+from supersonic_moe.integrations.transformers.held_weights import is_decorated
 from supersonic_moe.integrations.transformers.weights import weights_of
 from supersonic_moe.kernels import registry
 
@@ -66,22 +67,18 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _are_experts(name: str, module: nn.Module) -> bool:
-    if _is_decorated(module):
+    if is_decorated(module):
         return True
-    return name.rpartition(".")[2] == "experts" and not any(map(_is_decorated, module.modules()))
+    return name.rpartition(".")[2] == "experts" and not any(map(is_decorated, module.modules()))
 
 
 def _is_moe_without(module: nn.Module) -> bool:
     return type(module).__name__.endswith("MoE") and not any(_are_experts(*part) for part in module.named_modules())
 
 
-def _is_decorated(module: nn.Module) -> bool:
-    return hasattr(module, "is_concatenated") and hasattr(module, "has_gate")
-
-
 def _served(name: str, module: Any) -> Served:
     kind = type(module).__name__
-    if not _is_decorated(module):
+    if not is_decorated(module):
         why = f"the library does not let a backend compute {kind}"
         return Served(name, kind, False, "the library's own forward", why)
     implementation = module.config._experts_implementation
