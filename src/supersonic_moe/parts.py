@@ -6,11 +6,14 @@ class. The call of an ``Experts`` hands out its weight and bias; the call of the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from supersonic_moe import checks
+from supersonic_moe.autograd import apply
 from supersonic_moe.private_api import member_of, runs_hooks
 from supersonic_moe.training.router_linear import linear_in
 
@@ -69,6 +72,8 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.first = first
+        self.gradient_divisor = 1
+        """What gradients of weight and bias are divided by, as ``parallel.shard_experts`` explains."""
         self.num_experts, self.in_features, self.out_features, self.std = num_experts, in_features, out_features, std
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype))
         self.bias = (
@@ -88,11 +93,36 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(weight, bias). ``hidden_states`` is there for wrappers that expect an input."""
-        return member_of(self, "weight"), member_of(self, "bias")
+        weight, bias = member_of(self, "weight"), member_of(self, "bias")
+        if self.gradient_divisor == 1 or not torch.is_grad_enabled():
+            return weight, bias
+        return _divided(weight, self.gradient_divisor), None if bias is None else _divided(bias, self.gradient_divisor)
 
     def extra_repr(self) -> str:
         sizes = f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, bias={self.bias is not None}"
+
+
+class _Divided(torch.autograd.Function):
+    """``apply(weight, divisor)`` -> the weight, whose gradient is divided."""
+
+    @staticmethod
+    def forward(weight: Tensor, divisor: int) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.divisor = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient / ctx.divisor, None
+
+
+def _divided(weight: Any, divisor: int) -> Tensor:
+    """Of a DTensor the part that is here."""
+    local: Tensor = apply(_Divided, weight.to_local() if hasattr(weight, "to_local") else weight, divisor)
+    return local
 
 
 def reset(part: nn.Module) -> None:
