@@ -270,7 +270,7 @@ class Watch:
     def _sentence(self, mine: Activity, error: Exception | None, seconds: float, late: bool) -> str:
         what = f"waited {seconds:.3g} s" if late else f"failed after {seconds:.3g} s"
         others = self._about_all(mine, [rank for rank in range(self.size) if rank != self.rank], late)
-        others = others or "All ranks are there: the network between them is slow or broken."
+        others = others or "All ranks are there now: one came late, or the network between them is slow or broken."
         sentences = [f"{self.what}: rank {self.rank} {what} {mine}.", others]
         if late:
             sentences.append(_LIMIT)
