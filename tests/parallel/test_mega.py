@@ -263,3 +263,10 @@ def test_mistakes_of_all_ranks_and_of_one(transport: str) -> None:
         assert re.match(r"ValueError: .*max_tokens is (4 on rank 0 and 5 on rank 1|5 on rank 1 and 4)", unequal)
         assert "must not have more than max_tokens_per_rank = 4 tokens in a call" in error and "5" in error
         assert "Make the MegaMoE with a larger max_tokens_per_rank" in error
+
+
+@pytest.mark.parametrize(("how", "error"), [("accumulate", "got out=None"), ("deep_gemm", "y must be a contiguous")])
+def test_who_waits_hears_what_one_rank_alone_has_refused(how: str, error: str) -> None:
+    first, second = run_ranks(2, cases.refused_by_one, how)
+    assert error in second
+    assert f"Rank 1 has refused this call: {second}" in first, first

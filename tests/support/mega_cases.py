@@ -23,7 +23,7 @@ from virtual_ranks import CarefulFlags, ThreadFlags, on_a_gpu, run_virtual, time
 
 from supersonic_moe.inference import moe_fp8_topk
 from supersonic_moe.kernels.sm90 import rank_tokens
-from supersonic_moe.parallel import MegaMoE, few_rows
+from supersonic_moe.parallel import MegaMoE, few_rows, mega_deep_gemm
 from supersonic_moe.parallel import mega as parallel_mega
 from supersonic_moe.parallel.few_rows import FewRows
 
@@ -312,6 +312,22 @@ def mistakes(transport: str) -> tuple[list[str], str, str]:
     error = error_of(lambda: call(layer, case_of(5 if rank else 2), experts=own))
     time.sleep(4 if rank and transport == "gather" else 0)  # until the other, who waits, has asked what is wrong
     return common, unequal, error
+
+
+def refused_by_one(how: str) -> str:
+    """What the other rank hears, and this one says, where rank 1 alone makes a mistake."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    own, case = slice(rank * E // size, (rank + 1) * E // size), case_of(3)
+    if how == "deep_gemm":
+        buffer = mega_deep_gemm.get_symm_buffer_for_mega_moe(dist.group.WORLD, E, 8, K, H, I)
+        pairs = (case.w13[own], case.w13_scale[own]), (case.w2[own], case.w2_scale[own])
+        weights, y = mega_deep_gemm.transform_weights_for_mega_moe(*pairs), torch.zeros(3, H).bfloat16()
+        error = error_of(lambda: mega_deep_gemm.fp8_mega_moe(y.float() if rank else y, *weights, buffer))
+    else:
+        layer = mega(dist.group.WORLD, max_tokens_per_rank=4, timeout_s=20.0)
+        error = error_of(lambda: call(layer, case, experts=own, accumulate=bool(rank)))
+    time.sleep(4 if rank else 0)  # until the other, who waits, has asked what is wrong
+    return error
 
 
 def in_a_graph(most: int) -> list[str]:
