@@ -47,7 +47,22 @@ def _layer(ep: ExpertParallel, given: cases.Inputs) -> Call:
     return lambda wrong: layer(given.x[:, 1:] if wrong else given.x)
 
 
-MISTAKES = {"experts": _experts, "between": _between, "dispatch": _dispatch, "combine": _combine, "layer": _layer}
+def _unsupported(ep: ExpertParallel, given: cases.Inputs) -> Call:
+    """What a layer says under a transform of torch.func, for instance."""
+
+    def call(wrong: bool) -> None:
+        with ep.call():
+            if wrong:
+                raise NotImplementedError("transforms are not supported; got one.")
+            cases.run(ep, given)
+
+    return call
+
+
+MISTAKES = {
+    "experts": _experts, "between": _between, "dispatch": _dispatch, "combine": _combine, "layer": _layer,
+    "unsupported": _unsupported,
+}  # fmt: skip
 WAYS = {"dispatch": {"transport": "gather"}, "between": {"transport": "gather"}, "combine": {"capacity": 64}}
 
 

@@ -230,15 +230,16 @@ class Watch:
 
     @contextmanager
     def telling(self, call: int) -> Iterator[None]:
-        """Tells the others if this rank cannot go on, for want of memory for instance. ValueError and TypeError are of
-        arguments, and the rank that raises them refuses this ``call`` alone: where all ranks do, all may go on.
+        """Tells the others if this rank cannot go on, for want of memory for instance. ValueError, TypeError and
+        NotImplementedError are of arguments, and the rank that raises them refuses this ``call`` alone: where all ranks
+        do, all may go on.
         """
         self._everywhere = False
         try:
             yield
         except (ExpertParallelError, END_OF_RECOMPUTATION):
             raise
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, NotImplementedError) as error:
             if not self._everywhere:
                 self.refuse(call, error)
             raise
