@@ -110,6 +110,6 @@ def in_two_threads(count: int, way: dict[str, Any]) -> list[str]:
         thread.start()
     for thread in threads:
         thread.join()
-    found.append(cases.error_of(lambda: ep.channel(2).__enter__()))
+    found += [cases.error_of(lambda n=n: ep.channel(n).__enter__()) for n in (2, "0")]
     ep.close()
     return sorted(found)

@@ -183,7 +183,7 @@ class ExpertParallel:
         that wait for each other. Those of two have no buffer in common: two micro-batches, or two layers side by side,
         may be in flight on streams of their own. Still every rank makes the same calls in the same order.
         """
-        if not 0 <= number < self.channels:
+        if not isinstance(number, int) or not 0 <= number < self.channels:
             raise ValueError(
                 f"a channel must be at least 0 and less than channels = {self.channels} of the ExpertParallel; got "
                 f"{checks.short(number)}. Make it with more channels."
