@@ -65,6 +65,11 @@ def test_an_fp8_wire_carries_what_the_experts_would_make(
     assert run_ranks(2, cases.over_an_fp8_wire, tokens, recipe, positive, hidden, way) == [[], []]
 
 
+@pytest.mark.parametrize("tokens", [(9, 4), (5, 0), (0, 0)])
+def test_experts_of_ones_own_between_dispatch_and_combine(tokens: tuple[int, int]) -> None:
+    assert run_ranks(2, cases.with_experts_of_ones_own, tokens) == [True, True]
+
+
 @pytest.mark.parametrize(
     ("router", "recompute", "masked"),
     [

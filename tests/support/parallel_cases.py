@@ -282,6 +282,17 @@ def over_an_fp8_wire(
     return found
 
 
+def with_experts_of_ones_own(tokens: Sequence[int]) -> bool:
+    """Whether gradients are right where a rank adds the scores to x, so that all of them are expanded numbers."""
+    given, ep = here(inputs(tokens, torch.float64), tokens), make()
+    x, scores = leaf(given.x), leaf(given.scores)
+    got = ep.dispatch(x, given.ids, scores)
+    ep.combine(got.x + got.scores.sum(1, keepdim=True), got.handle).sum().backward()
+    ep.close()
+    copies = [len(set(ids)) for ids in (given.ids // ep.experts_here).tolist()]
+    return x.grad[:, 0].tolist() == copies and bool((scores.grad == H).all())
+
+
 def in_a_graph(way: dict[str, Any]) -> list[str]:
     """Forward and backward captured, and replayed with other tokens and routing, against eager calls."""
     ep, tokens = make(**way), [64] * dist.get_world_size()
