@@ -111,6 +111,9 @@ def train(how: str) -> float:
         model.set_gradient_divide_factor(ranks)
         model.set_force_sum_reduction_for_comms(True)  # gloo has no average
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    if how == "ddp, clipped":  # in groups of their own, loops of optimizers take both kinds
+        others = [p for p in model.parameters() if p not in set(experts)]
+        optimizer = torch.optim.SGD([{"params": experts}, {"params": others}], lr=0.2, foreach=True)
     for step in range(STEPS):
         x, y = batch(step, dist.get_rank())
         (forward(x) - y).square().mean().backward()
