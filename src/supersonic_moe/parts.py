@@ -83,11 +83,11 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        generator = None
-        if self.first is not None and not self.weight.is_meta:
-            seed = int(torch.randint(2**62, (), device="cpu")) + self.first
-            generator = torch.Generator(self.weight.device).manual_seed(seed)
-        self.weight.normal_(0, self.std, generator=generator)
+        generator, weight = None, _local(self.weight) if self.first is not None else self.weight
+        if self.first is not None and not weight.is_meta:
+            seed = int(torch.randint(2**62, (), device="cpu")) + self.first + _part_of(self.weight)
+            generator = torch.Generator(weight.device).manual_seed(seed)
+        weight.normal_(0, self.std, generator=generator)
         if self.bias is not None:
             self.bias.zero_()
 
@@ -119,10 +119,23 @@ class _Divided(torch.autograd.Function):
         return gradient / ctx.divisor, None
 
 
-def _divided(weight: Any, divisor: int) -> Tensor:
-    """Of a DTensor the part that is here."""
-    local: Tensor = apply(_Divided, weight.to_local() if hasattr(weight, "to_local") else weight, divisor)
+def _divided(weight: Tensor, divisor: int) -> Tensor:
+    divided: Tensor = apply(_Divided, _local(weight), divisor)
+    return divided
+
+
+def _local(weight: Any) -> Tensor:
+    """Of a DTensor the part that is here. As a whole it would draw alike on ranks that are seeded alike."""
+    local: Tensor = weight.to_local() if hasattr(weight, "to_local") else weight
     return local
+
+
+def _part_of(weight: Any) -> int:
+    """Which part of the experts of a rank is here, where FSDP2 has sharded what ``parallel.shard_experts`` had."""
+    if not hasattr(weight, "to_local"):
+        return 0
+    *others, _ranks = zip(weight.device_mesh.get_coordinate(), weight.placements, strict=True)
+    return sum(at for at, placement in others if not placement.is_replicate())
 
 
 def reset(part: nn.Module) -> None:

@@ -172,6 +172,26 @@ def divisions() -> dict[str, float]:
     return found
 
 
+def drawn() -> tuple[bool, float]:
+    """On ranks that are seeded alike: whether sharded experts are drawn as others are, and a sum of what is drawn for
+    those that FSDP2 shards, too.
+    """
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "ep"))
+    ep = ExpertParallel(mesh["ep"], num_experts=E, top_k=K, hidden=H, max_tokens=64, timeout_s=60)
+    plain, sharded = Model(ep), Model(ep)
+    shard_experts(sharded, mesh["ep"])
+
+    def draw(model: nn.Module) -> Tensor:
+        torch.manual_seed(3)
+        model.moe.reset_parameters()
+        weight = model.moe.c_fc.weight.detach()
+        return weight.to_local().clone() if isinstance(weight, DTensor) else weight
+
+    same = torch.equal(draw(plain), draw(sharded))
+    ep.close()
+    return same, float(draw(fully_shard(sharded, mesh=mesh["copies"])).sum())
+
+
 def save(folder: Path) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("ep",))
     model, _ = spread_model(mesh, 1)
