@@ -35,6 +35,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--check", action="store_true", help="train one process as well, and compare the losses")
     arguments = parser.parse_args()
+    if "RANK" not in os.environ:
+        parser.error("torchrun starts the processes; see above")
 
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")

@@ -31,7 +31,9 @@ def errors_of_groups() -> list[str]:
 
 
 def errors_of_meshes() -> list[str]:
-    """A group in the place of a mesh; meshes of other dimensions, in another order; and the right one."""
+    """A group in the place of a mesh; meshes of other dimensions, in another order; the right one; then a layer whose
+    experts lie in another module.
+    """
     size = dist.get_world_size()
     model = layer(ep := cases.make())
     meshes = (
@@ -41,6 +43,8 @@ def errors_of_meshes() -> list[str]:
         init_device_mesh("cpu", (size,)),
     )
     found = [cases.error_of(lambda mesh=mesh: shard_experts(model, mesh)) for mesh in meshes]
+    model.c_fc = torch.nn.Sequential(model.c_fc)
+    found.append(cases.error_of(lambda: shard_experts(model, meshes[-1])))
     ep.close()
     return found
 

@@ -58,8 +58,8 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, *, gradient_divisor: int =
             experts = getattr(layer, projection)
             if not hasattr(experts, "gradient_divisor"):
                 raise TypeError(
-                    f"{path}.{projection} must be what the MoE was made with; got {type(experts).__name__}. Shard "
-                    "experts before anything replaces it."
+                    f"{'.'.join(filter(None, (path, projection)))} must be what the MoE was made with; got "
+                    f"{type(experts).__name__}. Shard experts before anything replaces it."
                 )
             for name, parameter in list(experts.named_parameters(recurse=False)):
                 if not isinstance(parameter, DTensor):
