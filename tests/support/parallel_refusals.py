@@ -76,3 +76,13 @@ def one_after_all(mistake: str, limit_s: float) -> str:
     told = cases.timed_error_of(lambda: call(dist.get_rank() == 1))
     time.sleep(4 if dist.get_rank() == 1 else 0)  # its silence would end waits, too
     return told
+
+
+def one_goes_on() -> str:
+    """What a rank raises in its next call where rank 1 has refused one before, and calls again at once."""
+    ep, tokens = cases.make(timeout_s=20.0), [5] * dist.get_world_size()
+    call = _layer(ep, cases.here(cases.inputs(tokens, torch.float32), tokens))
+    call(False)
+    if dist.get_rank() == 1:
+        cases.error_of(lambda: call(True))
+    return cases.error_of(lambda: call(False))

@@ -134,9 +134,10 @@ class Channel:
         """Every rank hears the same, so all of them raise or none."""
         for rank, (call, signature, tokens, *_) in enumerate(told):
             if (call, signature) != mine[:2]:
+                why = self.watch.ahead((call, mine[0])) or "Run the same layers and steps on every rank."
                 raise ExpertParallelError(
                     f"ranks must make the same calls; rank {self.rank} is in {_described(*mine[:2])}, rank {rank} in "
-                    f"{_described(call, signature)}. Run the same layers and steps on every rank."
+                    f"{_described(call, signature)}. {why}"
                 )
             if tokens > self._sizes.max_tokens:
                 raise self._too_many(f"rank {rank} has {tokens}")

@@ -295,6 +295,11 @@ class Watch:
             return ""
         return f"Rank {told[0]}{_REFUSED}{told[1]}"
 
+    def ahead(self, calls: tuple[int, int]) -> str:
+        """Why ranks may be in these different calls, or nothing."""
+        told = self._reports.refused(min(calls)) if calls[0] != calls[1] else None
+        return "" if told is None else f"Rank {told[0]} has refused call {min(calls)}: {told[1]}"
+
     def _about_peer(self, mine: Activity, found: Failure) -> str:
         if found.why == OTHER_CALL:
             return "Run the same layers and steps on every rank."
