@@ -50,11 +50,12 @@ def errors_of_meshes() -> list[str]:
 
 
 def errors_of_handles() -> list[str]:
-    """What dispatch returned in the place of its handle, no handle; and the right one."""
+    """What dispatch returned in the place of its handle, no handle, the right one; then a sparse x."""
     ep = cases.make()
     ids = torch.arange(cases.K).expand(3, cases.K)
     got = ep.dispatch(torch.ones(3, cases.H), ids, torch.ones(3, cases.K))
     found = [cases.error_of(lambda h=h: ep.combine(got.x, h)) for h in (got, None, got.handle)]
+    found.append(cases.error_of(lambda: ep.dispatch(got.x.to_sparse(), ids, torch.ones(3, cases.K))))
     ep.close()
     return found
 

@@ -448,6 +448,7 @@ class ExpertParallel:
     def _checked_x(self, x_TH: Tensor) -> Tensor:
         """x in the dtype of the computation."""
         checks.tensor("x", x_TH, 2, "(T, H)")
+        checks.strided("x", x_TH)
         checks.floating("x", x_TH)
         checks.size("x", "hidden size (last dimension)", x_TH.shape[1], self.hidden, "hidden of the ExpertParallel")
         return x_TH.to(autocast_dtype(x_TH) or x_TH.dtype)
