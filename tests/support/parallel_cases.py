@@ -283,10 +283,12 @@ def over_an_fp8_wire(
 
 
 def with_experts_of_ones_own(tokens: Sequence[int]) -> bool:
-    """Whether gradients are right where a rank adds the scores to x, so that all of them are expanded numbers."""
+    """Whether gradients are right where a rank adds the scores to x, so that all of them are expanded numbers.
+    Ids lie by choice, then token.
+    """
     given, ep = here(inputs(tokens, torch.float64), tokens), make()
     x, scores = leaf(given.x), leaf(given.scores)
-    got = ep.dispatch(x, given.ids, scores)
+    got = ep.dispatch(x, given.ids.t().contiguous().t(), scores)
     ep.combine(got.x + got.scores.sum(1, keepdim=True), got.handle).sum().backward()
     ep.close()
     copies = [len(set(ids)) for ids in (given.ids // ep.experts_here).tolist()]

@@ -91,7 +91,7 @@ class Channel:
         self.watch.refuse(self.calls, error)
 
     def departures(self, ids_TK: Tensor) -> Departures:
-        experts, most = self._sizes.num_experts, self._sizes.max_tokens
+        ids_TK, experts, most = ids_TK.contiguous(), self._sizes.num_experts, self._sizes.max_tokens
         if self.transport != "gather":
             return departures(ids_TK, experts, self.size)
         self.check_tokens(ids_TK.shape[0])
