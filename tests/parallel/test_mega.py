@@ -246,8 +246,8 @@ def test_a_late_rank_is_named_by_who_waits_for_its_rows(ranks: int, phase: str, 
 
 @pytest.mark.parametrize("pow2", [False, True])
 def test_bf16_tokens_are_quantized_at_home(pow2: bool) -> None:
-    for equal, said in run_ranks(2, cases.bf16_over_ranks, pow2):
-        assert equal
+    for equal, said, closed in run_ranks(2, cases.bf16_over_ranks, pow2):
+        assert equal and closed.endswith("is closed; make a new MegaMoE.")
         # 400 tokens to one rank: 256 codes, 2 scales, 3 ids and weights there; 256 bf16 numbers back
         assert "transport: gather" in said and "limit of a wait: 60 s" in said
         assert "a rank sends, in MB: 0.115 there, 0.205 back" in said

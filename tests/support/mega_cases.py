@@ -143,18 +143,22 @@ def over_small_copies(size: int, calls: Sequence[Call], largest_bank: int) -> tu
     return over_copies(size, calls), run_virtual(size, lambda: mega(dist.group.WORLD).explain())
 
 
-def bf16_over_ranks(pow2: bool) -> tuple[bool, str]:
-    """Whether x in bf16 is quantized at home, to the codes that the operator makes of it; and what ``explain`` says."""
+def bf16_over_ranks(pow2: bool) -> tuple[bool, str, str]:
+    """Whether x in bf16 is quantized at home, to the codes that the operator makes of it; what ``explain`` says, and a
+    call after ``close``.
+    """
     rank, size = dist.get_rank(), dist.get_world_size()
     case = case_of(9 * size)
     x = torch.randn(9 * size, H, generator=torch.Generator().manual_seed(3)).bfloat16()
     rows, own = slice(9 * rank, 9 * rank + 9), slice(rank * E // size, (rank + 1) * E // size)
     layer = mega(dist.group.WORLD, timeout_s=60.0)
-    got = call(layer, case, rows, own, x=x[rows], x_scale=None, pow2_scales=pow2)
+    given = {"x": x[rows], "x_scale": None, "pow2_scales": pow2}
+    got = call(layer, case, rows, own, **given)
     said = layer.explain()
     layer.close()
+    closed = error_of(lambda: call(layer, case, rows, own, **given))
     case.x, case.x_scale = x, None
-    return torch.equal(got, parts(case, size, pow2_scales=pow2)[rows]), said
+    return torch.equal(got, parts(case, size, pow2_scales=pow2)[rows]), said, closed
 
 
 # ---- few rows: nothing is copied -------------------------------------------------------------------------------------

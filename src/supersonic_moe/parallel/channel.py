@@ -58,7 +58,9 @@ class Channel:
         if number:
             what = f"channel {number} of {what}"
             group = _again(group)
-        self.watch = Watch(what, self.rank, self.size, default_store(f"{key}/{number}"), sizes.timeout_s)
+        self.watch = Watch(
+            what, self.rank, self.size, default_store(f"{key}/{number}"), sizes.timeout_s, sizes.names[0]
+        )
         self._collectives = Collectives(group, self.watch)
         wanted = {"num_experts": sizes.num_experts, "top_k": sizes.top_k}
         largest = {"places": sizes.max_tokens, "row_bytes": sizes.row_bytes}
