@@ -209,9 +209,15 @@ def replace_saved(out: Tensor, saved: Tensor, again: Callable[[], Tensor]) -> No
     """
     for kept in getattr(out.grad_fn, "_raw_saved_tensors", ()):
         tensor = getattr(kept, "data", None)
-        if isinstance(tensor, Tensor) and tensor.data_ptr() == saved.data_ptr() and tensor.shape == saved.shape:
+        if isinstance(tensor, Tensor) and _is_same(tensor, saved):
             with suppress(RuntimeError):  # hooks that keep the tensor as it is: torch takes one pair
                 kept.register_hooks(lambda _: None, lambda _: again())
+
+
+def _is_same(tensor: Tensor, other: Tensor) -> bool:
+    """Not by addresses: without elements, all tensors are at address 0."""
+    same = tensor.untyped_storage() is other.untyped_storage()
+    return same and (tensor.storage_offset(), tensor.shape) == (other.storage_offset(), other.shape)
 
 
 class _Never(Exception):
