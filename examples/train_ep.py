@@ -37,6 +37,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.steps < 1:
         parser.error(f"--steps must be at least 1, got {arguments.steps}")
+    if "RANK" not in os.environ:
+        parser.error("torchrun starts the processes; see above")
 
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")

@@ -49,6 +49,7 @@ def tensor(name: str, t: object, rank: int, shape: object) -> None:
         _of_this_process(name, t, shape)
     assert isinstance(t, Tensor)
     if t.dim() != rank:
+        strided(name, t)  # a nested tensor has no shape to describe
         raise ValueError(f"{name} must have {rank} dimensions {shape}; got {describe(t)}. Reshape it before the call.")
 
 

@@ -6,11 +6,14 @@ class. The call of an ``Experts`` hands out its weight and bias; the call of the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from supersonic_moe import checks
+from supersonic_moe.autograd import apply
 from supersonic_moe.private_api import member_of, runs_hooks
 from supersonic_moe.training.router_linear import linear_in
 
@@ -69,6 +72,8 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.first = first
+        self.gradient_divisor = 1
+        """What gradients of weight and bias are divided by, as ``parallel.shard_experts`` explains."""
         self.num_experts, self.in_features, self.out_features, self.std = num_experts, in_features, out_features, std
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype))
         self.bias = (
@@ -78,21 +83,59 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        generator = None
-        if self.first is not None and not self.weight.is_meta:
-            seed = int(torch.randint(2**62, (), device="cpu")) + self.first
-            generator = torch.Generator(self.weight.device).manual_seed(seed)
-        self.weight.normal_(0, self.std, generator=generator)
+        generator, weight = None, _local(self.weight) if self.first is not None else self.weight
+        if self.first is not None and not weight.is_meta:
+            seed = int(torch.randint(2**62, (), device="cpu")) + self.first + _part_of(self.weight)
+            generator = torch.Generator(weight.device).manual_seed(seed)
+        weight.normal_(0, self.std, generator=generator)
         if self.bias is not None:
             self.bias.zero_()
 
     def forward(self, hidden_states: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(weight, bias). ``hidden_states`` is there for wrappers that expect an input."""
-        return member_of(self, "weight"), member_of(self, "bias")
+        weight, bias = member_of(self, "weight"), member_of(self, "bias")
+        if self.gradient_divisor == 1 or not torch.is_grad_enabled():
+            return weight, bias
+        return _divided(weight, self.gradient_divisor), None if bias is None else _divided(bias, self.gradient_divisor)
 
     def extra_repr(self) -> str:
         sizes = f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, bias={self.bias is not None}"
+
+
+class _Divided(torch.autograd.Function):
+    """``apply(weight, divisor)`` -> the weight, whose gradient is divided."""
+
+    @staticmethod
+    def forward(weight: Tensor, divisor: int) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.divisor = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient / ctx.divisor, None
+
+
+def _divided(weight: Tensor, divisor: int) -> Tensor:
+    divided: Tensor = apply(_Divided, _local(weight), divisor)
+    return divided
+
+
+def _local(weight: Any) -> Tensor:
+    """Of a DTensor the part that is here. As a whole it would draw alike on ranks that are seeded alike."""
+    local: Tensor = weight.to_local() if hasattr(weight, "to_local") else weight
+    return local
+
+
+def _part_of(weight: Any) -> int:
+    """Which part of the experts of a rank is here, where FSDP2 has sharded what ``parallel.shard_experts`` had."""
+    if not hasattr(weight, "to_local"):
+        return 0
+    *others, _ranks = zip(weight.device_mesh.get_coordinate(), weight.placements, strict=True)
+    return sum(at for at, placement in others if not placement.is_replicate())
 
 
 def reset(part: nn.Module) -> None:

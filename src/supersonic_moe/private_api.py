@@ -12,6 +12,7 @@ import importlib
 import itertools
 import operator
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -204,12 +205,19 @@ def versions_of(tensors: Sequence[Tensor]) -> list[int]:
 def replace_saved(out: Tensor, saved: Tensor, again: Callable[[], Tensor]) -> None:
     """The function that made ``out`` keeps its operand ``saved`` for backward no longer, which calls ``again`` for it.
     Nothing happens where torch does not say what a function keeps, or where other hooks on what it keeps are active:
-    activation checkpointing keeps nothing already.
+    activation checkpointing keeps nothing already, and its second forward needs what it keeps at once.
     """
     for kept in getattr(out.grad_fn, "_raw_saved_tensors", ()):
         tensor = getattr(kept, "data", None)
-        if isinstance(tensor, Tensor) and tensor.data_ptr() == saved.data_ptr() and tensor.shape == saved.shape:
-            kept.register_hooks(lambda _: None, lambda _: again())
+        if isinstance(tensor, Tensor) and _is_same(tensor, saved):
+            with suppress(RuntimeError):  # hooks that keep the tensor as it is: torch takes one pair
+                kept.register_hooks(lambda _: None, lambda _: again())
+
+
+def _is_same(tensor: Tensor, other: Tensor) -> bool:
+    """Not by addresses: without elements, all tensors are at address 0."""
+    same = tensor.untyped_storage() is other.untyped_storage()
+    return same and (tensor.storage_offset(), tensor.shape) == (other.storage_offset(), other.shape)
 
 
 class _Never(Exception):

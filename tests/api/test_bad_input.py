@@ -91,6 +91,7 @@ BAD = [
     ("rows sparse", lambda: sm.grouped_linear(X.to_sparse(), W1, OFFS), TypeError, "x must be a dense tensor"),
     ("x sparse in the module", lambda: moe()(X.to_sparse()), TypeError, "hidden_states must be a dense tensor"),
     ("x jagged in the module", lambda: moe()(torch.nested.nested_tensor([X, X[:2]], layout=torch.jagged)), TypeError, r"got a nested tensor.*x\.values\(\)"),
+    ("x nested", lambda: topk(x_TH=torch.nested.nested_tensor([X, X])), TypeError, r"x must be a dense tensor; got a nested tensor"),
     ("x hidden size", lambda: layer(x_TH=X[:, :-1].contiguous()), ValueError, "last dimension of x"),
     # weights
     ("w1 rank", lambda: layer(w1=W1[0]), ValueError, "w1 must have 3 dimensions"),

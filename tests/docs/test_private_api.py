@@ -213,10 +213,17 @@ def test_what_a_node_keeps_is_made_again_where_torch_shows_it() -> None:
     y.sum().backward()
     assert x.grad is not None and x.grad.tolist() == [0, 60, 120, 180]
     private_api.replace_saved(SimpleNamespace(grad_fn=object()), x, lambda: x)  # type: ignore[arg-type]
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (t,), lambda kept: kept[0]):
-        z = Square.apply(x, 3.0)
-    private_api.replace_saved(z, x, lambda: 10 * x)
-    assert torch.autograd.grad(z.sum(), x)[0].tolist() == [0, 6, 12, 18]
+    for pack, unpack in ((lambda t: (t,), lambda kept: kept[0]), (lambda t: t, lambda t: t)):
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            z = Square.apply(x, 3.0)
+        private_api.replace_saved(z, x, lambda: 10 * x)
+        assert torch.autograd.grad(z.sum(), x)[0].tolist() == [0, 6, 12, 18]
+    kept = [SimpleNamespace(data=torch.empty(0), hooks=[]) for _ in range(2)]  # both at address 0
+    for one in kept:
+        one.register_hooks = lambda *pair, one=one: one.hooks.append(pair)
+    node = SimpleNamespace(grad_fn=SimpleNamespace(_raw_saved_tensors=kept))
+    private_api.replace_saved(node, kept[1].data, lambda: x)  # type: ignore[arg-type]
+    assert [len(one.hooks) for one in kept] == [0, 1]
 
 
 class Unversioned:

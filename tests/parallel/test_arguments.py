@@ -14,15 +14,17 @@ def test_arguments_of_the_wrong_kind_say_what_belongs_there() -> None:
         assert re.match(r"TypeError: expert_parallel must be a parallel\.ExpertParallel; got .*ProcessGroup", group)
         assert re.match(r"TypeError: expert_parallel must be a parallel\.ExpertParallel; got 2\. Make one", number)
         assert re.match(r"ValueError: .*this process is not one of them", outside)
-        group, dimensions, order, right = meshes
+        group, dimensions, order, right, replaced = meshes
         assert re.match(r"TypeError: mesh must be a DeviceMesh; got ProcessGroup", group)
         assert re.match(r"ValueError: mesh must have ranks \[0, 1\] .*; got \[\[0\], \[1\]\]", dimensions)
         assert re.match(r"ValueError: mesh must have ranks \[0, 1\] .*; got \[1, 0\]", order)
         assert right == "no error"
-        whole, nothing, right = handles
+        assert re.match(r"TypeError: c_fc must be what the MoE was made with; got Sequential", replaced)
+        whole, nothing, right, sparse = handles
         assert re.match(r"TypeError: handle must be the \.handle of what dispatch\(\) returned; got Dispatched", whole)
         assert re.match(r"TypeError: handle must be .*; got NoneType", nothing)
         assert right == "no error"
+        assert re.match(r"TypeError: x must be a dense tensor; got a sparse_coo tensor", sparse)
         dtype, experts, right = routers
         assert re.match(r"TypeError: router_weight and x must have one dtype; got float64", dtype)
         assert re.match(r"ValueError: the router's output must have shape \(3, 8\) .*; got \(3, 9\)", experts)

@@ -16,6 +16,16 @@ def test_training_is_that_of_one_process(how: str, ranks: int) -> None:
     assert max(run_ranks(ranks, training.train, how)) < 1e-12
 
 
+def test_gradients_of_experts_are_divided_whatever_becomes_of_the_weights() -> None:
+    for found in run_ranks(2, training.divisions):
+        assert found == pytest.approx(dict.fromkeys(found, 2.0), rel=1e-6), found
+
+
+def test_no_two_ranks_draw_the_same_experts() -> None:
+    same, sums = zip(*run_ranks(4, training.drawn), strict=True)
+    assert all(same) and len(set(sums)) == 4
+
+
 @pytest.mark.parametrize(("saved", "loaded"), [(2, 4), (4, 1)])
 def test_a_checkpoint_loads_on_another_number_of_ranks(saved: int, loaded: int, tmp_path: Path) -> None:
     run_ranks(saved, training.save, tmp_path)

@@ -47,18 +47,27 @@ def test_fp8_experts_have_the_bits_of_one_process(recipe: Fp8Recipe) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "positive", "hidden", "way"),
+    ("tokens", "recipe", "positive", "hidden", "way"),
     [
-        (Fp8Recipe(scale="pow2"), False, 256, {}),
-        (Fp8Recipe(scale="pow2", save_preactivation="recompute", keep_transposed=False), True, 136, {"capacity": 700}),
-        (Fp8Recipe(wgrad="bf16", save_preactivation="bf16"), True, 256, {"transport": "gather"}),
+        ((700, 531), Fp8Recipe(scale="pow2"), False, 256, {}),
+        (
+            (700, 531), Fp8Recipe(scale="pow2", save_preactivation="recompute", keep_transposed=False), True, 136,
+            {"capacity": 700},
+        ),
+        ((700, 531), Fp8Recipe(wgrad="bf16", save_preactivation="bf16"), True, 256, {"transport": "gather"}),
+        ((0, 0), Fp8Recipe(scale="pow2"), False, 256, {}),
     ],
-    ids=["plain", "recomputed", "bf16 weight gradients"],
-)
+    ids=["plain", "recomputed", "bf16 weight gradients", "nothing arrives"],
+)  # fmt: skip
 def test_an_fp8_wire_carries_what_the_experts_would_make(
-    recipe: Fp8Recipe, positive: bool, hidden: int, way: dict
+    tokens: tuple[int, int], recipe: Fp8Recipe, positive: bool, hidden: int, way: dict
 ) -> None:
-    assert run_ranks(2, cases.over_an_fp8_wire, (700, 531), recipe, positive, hidden, way) == [[], []]
+    assert run_ranks(2, cases.over_an_fp8_wire, tokens, recipe, positive, hidden, way) == [[], []]
+
+
+@pytest.mark.parametrize("tokens", [(9, 4), (5, 0), (0, 0)])
+def test_experts_of_ones_own_between_dispatch_and_combine(tokens: tuple[int, int]) -> None:
+    assert run_ranks(2, cases.with_experts_of_ones_own, tokens) == [True, True]
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,14 @@ def test_a_call_that_one_rank_refuses_ends_at_once_and_one_that_all_refuse_ends_
     assert second.result.split(": ", 1)[1] in first.result, "the sentence of rank 1 is in that of rank 0"
 
 
+def test_a_rank_that_goes_on_after_a_refused_call_is_found_in_another_one() -> None:
+    for error in run_ranks(2, refusals.one_goes_on):
+        assert re.match(r"ExpertParallelError: ranks must make the same calls; rank [01] is in call [23] ", error), (
+            error
+        )
+        assert "Rank 1 has refused call 2: ValueError: hidden_states must have last dimension" in error
+
+
 @pytest.mark.parametrize("order", ["close, destroy", "destroy, close", "destroy, drop", "drop", "exit"])
 def test_leaving_in_any_order_is_quiet(order: str) -> None:
     assert end_ranks(2, cases.teardown, order) == [(order, "", 0, "")] * 2

@@ -246,8 +246,8 @@ def test_a_late_rank_is_named_by_who_waits_for_its_rows(ranks: int, phase: str, 
 
 @pytest.mark.parametrize("pow2", [False, True])
 def test_bf16_tokens_are_quantized_at_home(pow2: bool) -> None:
-    for equal, said in run_ranks(2, cases.bf16_over_ranks, pow2):
-        assert equal
+    for equal, said, closed in run_ranks(2, cases.bf16_over_ranks, pow2):
+        assert equal and closed.endswith("is closed; make a new MegaMoE.")
         # 400 tokens to one rank: 256 codes, 2 scales, 3 ids and weights there; 256 bf16 numbers back
         assert "transport: gather" in said and "limit of a wait: 60 s" in said
         assert "a rank sends, in MB: 0.115 there, 0.205 back" in said
@@ -265,3 +265,10 @@ def test_mistakes_of_all_ranks_and_of_one(transport: str) -> None:
         assert "direct=True needs few rows: max_tokens_per_rank must not exceed 85 with 2 ranks, 8 experts" in many
         assert "must not have more than max_tokens_per_rank = 4 tokens in a call" in error and "5" in error
         assert "Make the MegaMoE with a larger max_tokens_per_rank" in error
+
+
+@pytest.mark.parametrize(("how", "error"), [("accumulate", "got out=None"), ("deep_gemm", "y must be a contiguous")])
+def test_who_waits_hears_what_one_rank_alone_has_refused(how: str, error: str) -> None:
+    first, second = run_ranks(2, cases.refused_by_one, how)
+    assert error in second
+    assert f"Rank 1 has refused this call: {second}" in first, first

@@ -23,7 +23,7 @@ from virtual_ranks import CarefulFlags, ThreadFlags, on_a_gpu, run_virtual, time
 
 from supersonic_moe.inference import moe_fp8_topk
 from supersonic_moe.kernels.sm90 import rank_tokens
-from supersonic_moe.parallel import MegaMoE
+from supersonic_moe.parallel import MegaMoE, mega_deep_gemm
 from supersonic_moe.parallel import mega as parallel_mega
 from supersonic_moe.parallel.few_rows import FewRows
 
@@ -145,18 +145,22 @@ def over_small_copies(size: int, calls: Sequence[Call], largest_bank: int) -> tu
     return over_copies(size, calls), run_virtual(size, lambda: mega(dist.group.WORLD).explain())
 
 
-def bf16_over_ranks(pow2: bool) -> tuple[bool, str]:
-    """Whether x in bf16 is quantized at home, to the codes that the operator makes of it; and what ``explain`` says."""
+def bf16_over_ranks(pow2: bool) -> tuple[bool, str, str]:
+    """Whether x in bf16 is quantized at home, to the codes that the operator makes of it; what ``explain`` says, and a
+    call after ``close``.
+    """
     rank, size = dist.get_rank(), dist.get_world_size()
     case = case_of(9 * size)
     x = torch.randn(9 * size, H, generator=torch.Generator().manual_seed(3)).bfloat16()
     rows, own = slice(9 * rank, 9 * rank + 9), slice(rank * E // size, (rank + 1) * E // size)
     layer = mega(dist.group.WORLD, timeout_s=60.0)
-    got = call(layer, case, rows, own, x=x[rows], x_scale=None, pow2_scales=pow2)
+    given = {"x": x[rows], "x_scale": None, "pow2_scales": pow2}
+    got = call(layer, case, rows, own, **given)
     said = layer.explain()
     layer.close()
+    closed = error_of(lambda: call(layer, case, rows, own, **given))
     case.x, case.x_scale = x, None
-    return torch.equal(got, parts(case, size, pow2_scales=pow2)[rows]), said
+    return torch.equal(got, parts(case, size, pow2_scales=pow2)[rows]), said, closed
 
 
 # ---- few rows: nothing is copied -------------------------------------------------------------------------------------
@@ -314,6 +318,22 @@ def mistakes(transport: str) -> tuple[list[str], list[str], str]:
     error = error_of(lambda: call(layer, case_of(5 if rank else 2), experts=own))
     time.sleep(4 if rank and transport == "gather" else 0)  # until the other, who waits, has asked what is wrong
     return common, refused, error
+
+
+def refused_by_one(how: str) -> str:
+    """What the other rank hears, and this one says, where rank 1 alone makes a mistake."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    own, case = slice(rank * E // size, (rank + 1) * E // size), case_of(3)
+    if how == "deep_gemm":
+        buffer = mega_deep_gemm.get_symm_buffer_for_mega_moe(dist.group.WORLD, E, 8, K, H, I)
+        pairs = (case.w13[own], case.w13_scale[own]), (case.w2[own], case.w2_scale[own])
+        weights, y = mega_deep_gemm.transform_weights_for_mega_moe(*pairs), torch.zeros(3, H).bfloat16()
+        error = error_of(lambda: mega_deep_gemm.fp8_mega_moe(y.float() if rank else y, *weights, buffer))
+    else:
+        layer = mega(dist.group.WORLD, max_tokens_per_rank=4, timeout_s=20.0)
+        error = error_of(lambda: call(layer, case, experts=own, accumulate=bool(rank)))
+    time.sleep(4 if rank else 0)  # until the other, who waits, has asked what is wrong
+    return error
 
 
 def in_a_graph(most: int, direct: bool) -> list[str]:

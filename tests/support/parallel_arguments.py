@@ -31,7 +31,9 @@ def errors_of_groups() -> list[str]:
 
 
 def errors_of_meshes() -> list[str]:
-    """A group in the place of a mesh; meshes of other dimensions, in another order; and the right one."""
+    """A group in the place of a mesh; meshes of other dimensions, in another order; the right one; then a layer whose
+    experts lie in another module.
+    """
     size = dist.get_world_size()
     model = layer(ep := cases.make())
     meshes = (
@@ -41,16 +43,19 @@ def errors_of_meshes() -> list[str]:
         init_device_mesh("cpu", (size,)),
     )
     found = [cases.error_of(lambda mesh=mesh: shard_experts(model, mesh)) for mesh in meshes]
+    model.c_fc = torch.nn.Sequential(model.c_fc)
+    found.append(cases.error_of(lambda: shard_experts(model, meshes[-1])))
     ep.close()
     return found
 
 
 def errors_of_handles() -> list[str]:
-    """What dispatch returned in the place of its handle, no handle; and the right one."""
+    """What dispatch returned in the place of its handle, no handle, the right one; then a sparse x."""
     ep = cases.make()
     ids = torch.arange(cases.K).expand(3, cases.K)
     got = ep.dispatch(torch.ones(3, cases.H), ids, torch.ones(3, cases.K))
     found = [cases.error_of(lambda h=h: ep.combine(got.x, h)) for h in (got, None, got.handle)]
+    found.append(cases.error_of(lambda: ep.dispatch(got.x.to_sparse(), ids, torch.ones(3, cases.K))))
     ep.close()
     return found
 

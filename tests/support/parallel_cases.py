@@ -294,6 +294,19 @@ def _ends_of_backward(ep: ExpertParallel, given: Inputs, got: Results, refusal: 
     return found
 
 
+def with_experts_of_ones_own(tokens: Sequence[int]) -> bool:
+    """Whether gradients are right where a rank adds the scores to x, so that all of them are expanded numbers.
+    Ids lie by choice, then token.
+    """
+    given, ep = here(inputs(tokens, torch.float64), tokens), make()
+    x, scores = leaf(given.x), leaf(given.scores)
+    got = ep.dispatch(x, given.ids.t().contiguous().t(), scores)
+    ep.combine(got.x + got.scores.sum(1, keepdim=True), got.handle).sum().backward()
+    ep.close()
+    copies = [len(set(ids)) for ids in (given.ids // ep.experts_here).tolist()]
+    return x.grad[:, 0].tolist() == copies and bool((scores.grad == H).all())
+
+
 def in_a_graph(way: dict[str, Any]) -> list[str]:
     tokens = [64] * dist.get_world_size()
     sets = [here(inputs(tokens, torch.bfloat16, r), tokens) for r in ("random", "masked", "skewed")]

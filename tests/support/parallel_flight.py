@@ -12,7 +12,7 @@ from typing import Any
 import parallel_cases as cases
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from supersonic_moe import Fp8Recipe
 from supersonic_moe.parallel.trip import Trip
@@ -72,13 +72,16 @@ def explained() -> list[str]:
 
 
 def checkpointed(tokens: Sequence[int], way: dict[str, Any]) -> list[str]:
-    """Steps of the experts alone under activation checkpointing, which ends the second forward as soon as it can."""
+    """Steps of the experts alone under activation checkpointing, which ends the second forward as soon as it can, or
+    runs all of it, as where more follows in the block.
+    """
     given = cases.inputs(tokens, torch.float32)
     mine, want = cases.here(given, tokens), cases.one_process(given, 2)
     ep, found = cases.make(**way), list[str]()
-    for _ in range(2):
+    for early in (True, True, False):
         x, scores, w1, w2 = map(cases.leaf, (mine.x, mine.scores, mine.w1, mine.w2))
-        out = checkpoint(ep.experts, x, mine.ids, scores, w1, w2, use_reentrant=False)
+        with set_checkpoint_early_stop(early):
+            out = checkpoint(ep.experts, x, mine.ids, scores, w1, w2, use_reentrant=False)
         out.backward(mine.dout)
         got = cases.Results(out.detach(), x.grad, scores.grad, w1.grad, w2.grad, None, None)
         found += cases.differences(way, got, want, tokens)
@@ -107,6 +110,6 @@ def in_two_threads(count: int, way: dict[str, Any]) -> list[str]:
         thread.start()
     for thread in threads:
         thread.join()
-    found.append(cases.error_of(lambda: ep.channel(2).__enter__()))
+    found += [cases.error_of(lambda n=n: ep.channel(n).__enter__()) for n in (2, "0")]
     ep.close()
     return sorted(found)

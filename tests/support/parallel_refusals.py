@@ -47,7 +47,22 @@ def _layer(ep: ExpertParallel, given: cases.Inputs) -> Call:
     return lambda wrong: layer(given.x[:, 1:] if wrong else given.x)
 
 
-MISTAKES = {"experts": _experts, "between": _between, "dispatch": _dispatch, "combine": _combine, "layer": _layer}
+def _unsupported(ep: ExpertParallel, given: cases.Inputs) -> Call:
+    """What a layer says under a transform of torch.func, for instance."""
+
+    def call(wrong: bool) -> None:
+        with ep.call():
+            if wrong:
+                raise NotImplementedError("transforms are not supported; got one.")
+            cases.run(ep, given)
+
+    return call
+
+
+MISTAKES = {
+    "experts": _experts, "between": _between, "dispatch": _dispatch, "combine": _combine, "layer": _layer,
+    "unsupported": _unsupported,
+}  # fmt: skip
 WAYS = {"dispatch": {"transport": "gather"}, "between": {"transport": "gather"}, "combine": {"capacity": 64}}
 
 
@@ -61,3 +76,13 @@ def one_after_all(mistake: str, limit_s: float) -> str:
     told = cases.timed_error_of(lambda: call(dist.get_rank() == 1))
     time.sleep(4 if dist.get_rank() == 1 else 0)  # its silence would end waits, too
     return told
+
+
+def one_goes_on() -> str:
+    """What a rank raises in its next call where rank 1 has refused one before, and calls again at once."""
+    ep, tokens = cases.make(timeout_s=20.0), [5] * dist.get_world_size()
+    call = _layer(ep, cases.here(cases.inputs(tokens, torch.float32), tokens))
+    call(False)
+    if dist.get_rank() == 1:
+        cases.error_of(lambda: call(True))
+    return cases.error_of(lambda: call(False))

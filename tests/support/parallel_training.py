@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,9 @@ def train(how: str) -> float:
         model.set_gradient_divide_factor(ranks)
         model.set_force_sum_reduction_for_comms(True)  # gloo has no average
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    if how == "ddp, clipped":  # in groups of their own, loops of optimizers take both kinds
+        others = [p for p in model.parameters() if p not in set(experts)]
+        optimizer = torch.optim.SGD([{"params": experts}, {"params": others}], lr=0.2, foreach=True)
     for step in range(STEPS):
         x, y = batch(step, dist.get_rank())
         (forward(x) - y).square().mean().backward()
@@ -124,6 +128,68 @@ def train(how: str) -> float:
         return 0.0
     assert got.keys() == want.keys() and want["moe.c_fc.weight"].shape[0] == E
     return max(float((got[name] - want[name]).abs().max()) for name in want)
+
+
+def divisions() -> dict[str, float]:
+    """How much larger gradients of experts are without a divisor of 2, after what models go through."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("ep",))
+    x, y = batch(0, dist.get_rank())
+
+    def gradient(model: Model) -> Tensor:
+        model.zero_grad()
+        (model(x) - y).square().mean().backward()
+        grads = [p.grad.to_local() for p in model.parameters() if isinstance(p.grad, DTensor)]
+        assert len(grads) == 4
+        return torch.cat([g.flatten() for g in grads])
+
+    def loaded(model: Model) -> Model:
+        model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+        return model
+
+    def emptied(model: Model) -> Model:
+        state = copy.deepcopy(model.state_dict())
+        model.to("meta").to_empty(device="cpu").load_state_dict(state)
+        return model
+
+    def frozen(model: Model) -> Model:
+        bare = Model(model.moe.expert_parallel).double().requires_grad_(False)
+        shard_experts(bare, mesh, gradient_divisor=2)
+        bare.load_state_dict(model.state_dict())
+        return bare.requires_grad_(True)
+
+    want, found = gradient(spread_model(mesh, 1)[0]), {}
+    ways: dict[str, Any] = {
+        "as it is": lambda model: model,
+        "copied": copy.deepcopy,
+        "converted": lambda model: model.float().double(),
+        "assigned": loaded,
+        "emptied": emptied,
+        "frozen when sharded": frozen,
+    }
+    for name, way in ways.items():
+        got = gradient(way(spread_model(mesh, 2)[0]))
+        found[name] = float(want.norm() / got.norm())
+    return found
+
+
+def drawn() -> tuple[bool, float]:
+    """On ranks that are seeded alike: whether sharded experts are drawn as others are, and a sum of what is drawn for
+    those that FSDP2 shards, too.
+    """
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "ep"))
+    ep = ExpertParallel(mesh["ep"], num_experts=E, top_k=K, hidden=H, max_tokens=64, timeout_s=60)
+    plain, sharded = Model(ep), Model(ep)
+    shard_experts(sharded, mesh["ep"])
+
+    def draw(model: nn.Module) -> Tensor:
+        torch.manual_seed(3)
+        model.moe.reset_parameters()
+        weight = model.moe.c_fc.weight.detach()
+        return weight.to_local().clone() if isinstance(weight, DTensor) else weight
+
+    same = torch.equal(draw(plain), draw(sharded))
+    ep.close()
+    return same, float(draw(fully_shard(sharded, mesh=mesh["copies"])).sum())
 
 
 def save(folder: Path) -> None:

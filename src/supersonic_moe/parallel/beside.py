@@ -133,5 +133,6 @@ class WayBack:
         if dx_UH is not None:
             dx = trip.summed(trip.back("backward combine", dx_UH) if self._home is None else self._home.arrived())
         if dscores_S is not None:
-            dscores = trip.of_choices(trip.back("backward combine", dscores_S.view(trip.arrived, -1)))
+            dscores_UK = dscores_S.view(trip.arrived, trip.copy_TK.shape[1])
+            dscores = trip.of_choices(trip.back("backward combine", dscores_UK))
         return dx, dscores

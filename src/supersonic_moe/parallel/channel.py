@@ -58,7 +58,9 @@ class Channel:
         if number:
             what = f"channel {number} of {what}"
             group = _again(group)
-        self.watch = Watch(what, self.rank, self.size, default_store(f"{key}/{number}"), sizes.timeout_s)
+        self.watch = Watch(
+            what, self.rank, self.size, default_store(f"{key}/{number}"), sizes.timeout_s, sizes.names[0]
+        )
         self._collectives = Collectives(group, self.watch)
         wanted = {"num_experts": sizes.num_experts, "top_k": sizes.top_k}
         largest = {"places": sizes.max_tokens, "row_bytes": sizes.row_bytes}
@@ -91,7 +93,7 @@ class Channel:
         self.watch.refuse(self.calls, error)
 
     def departures(self, ids_TK: Tensor) -> Departures:
-        experts, most = self._sizes.num_experts, self._sizes.max_tokens
+        ids_TK, experts, most = ids_TK.contiguous(), self._sizes.num_experts, self._sizes.max_tokens
         if self.transport != "gather":
             return departures(ids_TK, experts, self.size)
         self.check_tokens(ids_TK.shape[0])
@@ -134,9 +136,10 @@ class Channel:
         """Every rank hears the same, so all of them raise or none."""
         for rank, (call, signature, tokens, *_) in enumerate(told):
             if (call, signature) != mine[:2]:
+                why = self.watch.ahead((call, mine[0])) or "Run the same layers and steps on every rank."
                 raise ExpertParallelError(
                     f"ranks must make the same calls; rank {self.rank} is in {_described(*mine[:2])}, rank {rank} in "
-                    f"{_described(call, signature)}. Run the same layers and steps on every rank."
+                    f"{_described(call, signature)}. {why}"
                 )
             if tokens > self._sizes.max_tokens:
                 raise self._too_many(f"rank {rank} has {tokens}")

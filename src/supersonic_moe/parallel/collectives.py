@@ -71,7 +71,15 @@ class Collectives:
 
 
 def _bytes(rows: Tensor) -> Tensor:
-    return rows.contiguous().view(torch.uint8)
+    return elements_as(torch.uint8, rows)
+
+
+def elements_as(dtype: torch.dtype, rows: Tensor) -> Tensor:
+    """``rows``, contiguous, as elements of another ``dtype``."""
+    rows = rows.contiguous()
+    if rows.stride(-1) != 1:  # no row, or one element: torch calls any strides contiguous, and then refuses the view
+        rows = rows.clone(memory_format=torch.contiguous_format)
+    return rows.view(dtype)
 
 
 def group_of(group: object) -> dist.ProcessGroup:

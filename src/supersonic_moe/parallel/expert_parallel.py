@@ -188,7 +188,7 @@ class ExpertParallel:
         that wait for each other. Those of two have no buffer in common: two micro-batches, or two layers side by side,
         may be in flight on streams of their own. Still every rank makes the same calls in the same order.
         """
-        if not 0 <= number < self.channels:
+        if not isinstance(number, int) or not 0 <= number < self.channels:
             raise ValueError(
                 f"a channel must be at least 0 and less than channels = {self.channels} of the ExpertParallel; got "
                 f"{checks.short(number)}. Make it with more channels."
@@ -453,6 +453,7 @@ class ExpertParallel:
     def _checked_x(self, x_TH: Tensor) -> Tensor:
         """x in the dtype of the computation."""
         checks.tensor("x", x_TH, 2, "(T, H)")
+        checks.strided("x", x_TH)
         checks.floating("x", x_TH)
         checks.size("x", "hidden size (last dimension)", x_TH.shape[1], self.hidden, "hidden of the ExpertParallel")
         return x_TH.to(autocast_dtype(x_TH) or x_TH.dtype)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -221,12 +222,8 @@ class MegaMoE:
             TypeError, ValueError: a wrong dtype, shape or setting, with the fix.
             ExpertParallelError: another rank is missing, or calls something else.
         """
-        if accumulate:
-            checks.flag("accumulate", accumulate)
-            if out is None:
-                raise ValueError("accumulate adds the result to out; got out=None. Pass out, or accumulate=False.")
-            output(out, x)
         if self._ranks is None:
+            _check_accumulate(accumulate, out, x)
             self._check_fit(x, w13, topk_ids, self.max_tokens_per_rank)
             result = moe_fp8_topk(
                 x, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, x_scale=x_scale, num_experts=self.num_experts,
@@ -235,6 +232,7 @@ class MegaMoE:
             )  # fmt: skip
             return out.add_(result) if accumulate and out is not None else result
         with self._ranks.call():
+            _check_accumulate(accumulate, out, x)
             self._check_fit(x, w13, topk_ids, math.inf)  # of too many tokens the exchange tells all ranks
             return self._over_ranks(
                 x, (w13, w2, w13_scale, w2_scale), topk_weights, topk_ids, as_layout(gate_up_order), x_scale,
@@ -283,6 +281,10 @@ class MegaMoE:
         if out is None:
             return summed
         return out.add_(summed) if accumulate else out.copy_(summed)
+
+    def call(self) -> AbstractContextManager[None]:
+        """Around a call: of what is refused inside the block the other ranks are told at once."""
+        return nullcontext() if self._ranks is None else self._ranks.call()
 
     # ---- life --------------------------------------------------------------------------------------------------------
 
@@ -387,3 +389,11 @@ def _check_direct(ranks: int, num_experts: int, top_k: int, places: int, transpo
             f"direct=True needs few rows: max_tokens_per_rank must not exceed {most} with {ranks} ranks, "
             f"{num_experts} experts and top_k = {top_k}; got {places}. Lower max_tokens_per_rank, or leave direct out."
         )
+
+
+def _check_accumulate(accumulate: bool, out: Tensor | None, x: Tensor) -> None:
+    if accumulate:
+        checks.flag("accumulate", accumulate)
+        if out is None:
+            raise ValueError("accumulate adds the result to out; got out=None. Pass out, or accumulate=False.")
+        output(out, x)

@@ -138,32 +138,39 @@ def fp8_mega_moe(
             "sym_buffer must come from get_symm_buffer_for_mega_moe of this module; got "
             f"{type(sym_buffer).__module__}.{type(sym_buffer).__name__}."
         )
+    if not hasattr(sym_buffer, "mega"):
+        raise ValueError("sym_buffer must not be destroyed before a call. Get another one.")
+    with sym_buffer.mega.call():
+        _check_call(y, l1_weights, l2_weights, sym_buffer.num_max_tokens_per_rank, recipe, activation)
+        limit = None if activation_clamp is None or activation_clamp == math.inf else activation_clamp
+        n = y.shape[0]
+        sym_buffer.mega(
+            sym_buffer.x[:n], l1_weights.codes, l2_weights.codes, l1_weights.scale, l2_weights.scale,
+            sym_buffer.topk_weights[:n], sym_buffer.topk_idx[:n], gate_up_order=GateUpLayout.GATE_UP,
+            x_scale=sym_buffer.x_sf[:n], swiglu_limit=limit, received_rows=cumulative_local_expert_recv_stats, out=y,
+        )  # fmt: skip
+
+
+def _check_call(
+    y: Tensor, l1_weights: Weights, l2_weights: Weights, rows: int, recipe: object, activation: str
+) -> None:
     for name, given in (("l1_weights", l1_weights), ("l2_weights", l2_weights)):
         if not isinstance(given, Weights):
             raise TypeError(
                 f"{name} must come from transform_weights_for_mega_moe_sm90 of this module: DeepGEMM's own look the "
                 f"same and have their rows in another order; got {type(given).__name__}."
             )
-    if not hasattr(sym_buffer, "mega"):
-        raise ValueError("sym_buffer must not be destroyed before a call. Get another one.")
     if not isinstance(recipe, tuple | list) or tuple(recipe) != RECIPE:
         raise ValueError(f"recipe must be {RECIPE}: scales for 128 columns and for 128 x 128 weights; got {recipe}.")
     _check_activation(activation)
     checks.tensor("y", y, 2, "(n, H)")
     if y.dtype is not torch.bfloat16 or not y.is_contiguous():
         raise ValueError(f"y must be a contiguous bfloat16 tensor; got {checks.describe(y)}, strides {y.stride()}.")
-    if y.shape[0] > sym_buffer.num_max_tokens_per_rank:
+    if y.shape[0] > rows:
         raise ValueError(
-            f"y must not have more rows than the buffer, {sym_buffer.num_max_tokens_per_rank}; got {y.shape[0]}. Make "
-            "a buffer with a larger num_max_tokens_per_rank."
+            f"y must not have more rows than the buffer, {rows}; got {y.shape[0]}. Make a buffer with a larger "
+            "num_max_tokens_per_rank."
         )
-    limit = None if activation_clamp is None or activation_clamp == math.inf else activation_clamp
-    n = y.shape[0]
-    sym_buffer.mega(
-        sym_buffer.x[:n], l1_weights.codes, l2_weights.codes, l1_weights.scale, l2_weights.scale,
-        sym_buffer.topk_weights[:n], sym_buffer.topk_idx[:n], gate_up_order=GateUpLayout.GATE_UP,
-        x_scale=sym_buffer.x_sf[:n], swiglu_limit=limit, received_rows=cumulative_local_expert_recv_stats, out=y,
-    )  # fmt: skip
 
 
 def _check_activation(activation: str) -> None:

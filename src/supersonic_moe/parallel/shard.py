@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -30,10 +30,12 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, *, gradient_divisor: int =
 
     Args:
         mesh: one dimension, the ranks of the layers' ExpertParallel in the same order.
-        gradient_divisor: what gradients of experts are divided by, when autograd has them. Those that go to
-            ``main_grad`` are not. Weights that are sharded already keep the divisor that they have.
+        gradient_divisor: what gradients of experts are divided by. ``c_fc`` and ``c_proj`` keep it, so copies of the
+            model divide, too, and what ``.to()`` or a checkpoint puts in the place of a weight. Layers whose weights
+            are sharded already keep what they have.
 
     Returns the new parameters. DDP of ``model`` will leave them alone; FSDP2 does if they are its ``ignored_params``.
+    Not for layers with ``accumulate_into_main_grad``, whose backward refuses DTensors.
     """
     checks.positive("gradient_divisor", gradient_divisor)
     layers = {name: m for name, m in model.named_modules() if getattr(m, "expert_parallel", None) is not None}
@@ -54,22 +56,21 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, *, gradient_divisor: int =
         checks.size("mesh", "ranks", mesh.mesh.tolist(), ranks, "those of the layer's ExpertParallel, in one dimension")
         for projection in ("c_fc", "c_proj"):
             experts = getattr(layer, projection)
+            if not hasattr(experts, "gradient_divisor"):
+                raise TypeError(
+                    f"{'.'.join(filter(None, (path, projection)))} must be what the MoE was made with; got "
+                    f"{type(experts).__name__}. Shard experts before anything replaces it."
+                )
             for name, parameter in list(experts.named_parameters(recurse=False)):
                 if not isinstance(parameter, DTensor):
-                    parameter = _whole(parameter, mesh, gradient_divisor)
+                    parameter = _whole(parameter, mesh)
                     setattr(experts, name, parameter)
+                    experts.gradient_divisor = gradient_divisor
                 sharded[".".join(filter(None, (path, projection, name)))] = parameter
     ignored_by_ddp(model, list(sharded))
     return list(sharded.values())
 
 
-def _whole(parameter: nn.Parameter, mesh: DeviceMesh, divisor: int) -> nn.Parameter:
+def _whole(parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
     whole = DTensor.from_local(parameter.detach(), mesh, [Shard(0)], run_check=False)
-    result = nn.Parameter(whole, requires_grad=parameter.requires_grad)
-    if divisor > 1 and result.requires_grad:
-
-        def divided(gradient: Tensor) -> Tensor:
-            return gradient / divisor
-
-        result.register_hook(divided)  # type: ignore[no-untyped-call]
-    return result
+    return nn.Parameter(whole, requires_grad=parameter.requires_grad)

@@ -20,7 +20,7 @@ from supersonic_moe.autograd import refuse_second_derivatives
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.kernels import registry
 from supersonic_moe.kernels.interface import TokenRows
-from supersonic_moe.parallel.collectives import Ranks
+from supersonic_moe.parallel.collectives import Ranks, elements_as
 from supersonic_moe.private_api import versions_of
 
 
@@ -66,7 +66,7 @@ class Trip(NamedTuple):
         """(ids (U, K) int32, scores (U, K), ``more`` (U, ·)...) in one message; elements are of 4 or 8 bytes. Ids of
         this rank are counted from 0, others lie outside [0, E/R).
         """
-        parts = [ids_TK, *(t.contiguous().view(torch.int32) for t in (scores_TK, *more))]
+        parts = [ids_TK, *(elements_as(torch.int32, t) for t in (scores_TK, *more))]
         message_UC = self.send(phase, torch.cat(parts, 1))
         ids_UK, *others = torch.split(message_UC, [t.shape[1] for t in parts], 1)
         copies = (t.clone(memory_format=torch.contiguous_format) for t in others)  # at aligned addresses

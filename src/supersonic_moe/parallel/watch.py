@@ -51,7 +51,6 @@ _FAILED = " has failed: "
 _REFUSED = " has refused this call: "
 _GONE = "gone"
 _REFUSING = "refused"
-_LIMIT = "ExpertParallel(timeout_s=...) sets the limit."
 _ROW_BITS = 29
 
 
@@ -99,10 +98,13 @@ class Watch:
         rank, size: of this process in the group.
         store: a ``torch.distributed.Store`` of this group alone, where ranks report; None: nothing is known of others.
         limit_s: seconds that a wait may last.
+        kind: what the user made, with this limit.
     """
 
-    def __init__(self, what: str, rank: int, size: int, store: Any, limit_s: float) -> None:
-        self.what, self.rank, self.size, self.limit_s = what, rank, size, limit_s
+    def __init__(
+        self, what: str, rank: int, size: int, store: Any, limit_s: float, kind: str = "ExpertParallel"
+    ) -> None:
+        self.what, self.rank, self.size, self.limit_s, self.kind = what, rank, size, limit_s, kind
         self.activity = Activity(0, "", False)
         self.failure: str | None = None
         """Why no further call can work."""
@@ -130,7 +132,7 @@ class Watch:
             self._end()
             if not done:
                 self._reports.tell("left", "")
-            self.failure = self.failure or f"{self.what} is closed; make a new ExpertParallel."
+            self.failure = self.failure or f"{self.what} is closed; make a new {self.kind}."
 
     def _is_done(self) -> bool:
         """Whether the device has done all that others may wait for, now or in a few seconds."""
@@ -230,15 +232,16 @@ class Watch:
 
     @contextmanager
     def telling(self, call: int) -> Iterator[None]:
-        """Tells the others if this rank cannot go on, for want of memory for instance. ValueError and TypeError are of
-        arguments, and the rank that raises them refuses this ``call`` alone: where all ranks do, all may go on.
+        """Tells the others if this rank cannot go on, for want of memory for instance. ValueError, TypeError and
+        NotImplementedError are of arguments, and the rank that raises them refuses this ``call`` alone: where all ranks
+        do, all may go on.
         """
         self._everywhere = False
         try:
             yield
         except (ExpertParallelError, END_OF_RECOMPUTATION):
             raise
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, NotImplementedError) as error:
             if not self._everywhere:
                 self.refuse(call, error)
             raise
@@ -270,13 +273,16 @@ class Watch:
     def _sentence(self, mine: Activity, error: Exception | None, seconds: float, late: bool) -> str:
         what = f"waited {seconds:.3g} s" if late else f"failed after {seconds:.3g} s"
         others = self._about_all(mine, [rank for rank in range(self.size) if rank != self.rank], late)
-        others = others or "All ranks are there: the network between them is slow or broken."
+        others = others or "All ranks are there now: one came late, or the network between them is slow or broken."
         sentences = [f"{self.what}: rank {self.rank} {what} {mine}.", others]
         if late:
-            sentences.append(_LIMIT)
+            sentences.append(self._limit())
         elif error is not None and _FAILED not in others and _REFUSED not in others:
             sentences.append(f"torch says: {str(error).splitlines()[0]}")
         return " ".join(sentences)
+
+    def _limit(self) -> str:
+        return f"{self.kind}(timeout_s=...) sets the limit."
 
     def _of_device(self, mine: Activity, found: Failure) -> str:
         start = f"{self.what}: rank {self.rank}"
@@ -294,13 +300,18 @@ class Watch:
             return ""
         return f"Rank {told[0]}{_REFUSED}{told[1]}"
 
+    def ahead(self, calls: tuple[int, int]) -> str:
+        """Why ranks may be in these different calls, or nothing."""
+        told = self._reports.refused(min(calls)) if calls[0] != calls[1] else None
+        return "" if told is None else f"Rank {told[0]} has refused call {min(calls)}: {told[1]}"
+
     def _about_peer(self, mine: Activity, found: Failure) -> str:
         if found.why == OTHER_CALL:
             return "Run the same layers and steps on every rank."
         if found.why == STOPPED:
             return self._refusal(mine.call) or self._failure_of(found.peer)
         about = self._about_all(mine, [found.peer], late=True) or "Its host has come as far: its GPU is busy, or stuck."
-        return f"{about} {_LIMIT}"
+        return f"{about} {self._limit()}"
 
     def _failure_of(self, rank: int) -> str:
         """Why ``rank`` has told others to stop. It may still be looking for its own reason."""
