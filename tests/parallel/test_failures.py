@@ -7,6 +7,7 @@ import re
 import forks
 import parallel_cases as cases
 import parallel_refusals as refusals
+import parallel_teardown
 import pytest
 from ranks import end_ranks, run_ranks
 
@@ -77,15 +78,15 @@ def test_a_rank_that_goes_on_after_a_refused_call_is_found_in_another_one() -> N
 
 @pytest.mark.parametrize("order", ["close, destroy", "destroy, close", "destroy, drop", "drop", "exit"])
 def test_leaving_in_any_order_is_quiet(order: str) -> None:
-    assert end_ranks(2, cases.teardown, order) == [(order, "", 0, "")] * 2
+    assert end_ranks(2, parallel_teardown.teardown, order) == [(order, "", 0, "")] * 2
 
 
 def test_the_thread_of_an_object_ends_with_it() -> None:
-    assert run_ranks(2, cases.threads_after_dropping) == [0, 0]
+    assert run_ranks(2, parallel_teardown.threads_after_dropping) == [0, 0]
 
 
 def test_an_interrupt_ends_every_rank() -> None:
-    for rank in end_ranks(2, cases.teardown, "interrupt", timeout_s=30):
+    for rank in end_ranks(2, parallel_teardown.teardown, "interrupt", timeout_s=30):
         assert rank.exit_code == 1 and "KeyboardInterrupt" in rank.error
 
 

@@ -8,11 +8,9 @@ the experts of one rank take part.
 from __future__ import annotations
 
 import functools
-import gc
 import os
 import random
 import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -482,31 +480,3 @@ def with_too_many_tokens_to_gather() -> str:
     error = error_of(lambda: run(ep, given))
     time.sleep(5 if dist.get_rank() == size - 1 else 0)
     return error
-
-
-def teardown(order: str) -> str:
-    """Leave in some ``order``."""
-    ep, tokens = make(), [3] * dist.get_world_size()
-    given = here(inputs(tokens, torch.float32), tokens)
-    run(ep, given)
-    if order == "close, destroy":
-        ep.close()
-        dist.destroy_process_group()
-    elif order == "destroy, close":
-        dist.destroy_process_group()
-        ep.close()
-    elif order == "destroy, drop":
-        dist.destroy_process_group()
-        del ep
-    elif order == "drop":
-        del ep
-    elif order == "interrupt":
-        raise KeyboardInterrupt
-    return order  # "exit": neither
-
-
-def threads_after_dropping() -> int:
-    ep = make()
-    del ep
-    gc.collect()
-    return sum("_look_after" in t.name for t in threading.enumerate())
