@@ -255,12 +255,13 @@ def test_bf16_tokens_are_quantized_at_home(pow2: bool) -> None:
 
 @pytest.mark.parametrize("transport", ["gather", "all_to_all"])
 def test_mistakes_of_all_ranks_and_of_one(transport: str) -> None:
-    for common, (unequal, ways, many), error in run_ranks(2, cases.mistakes, transport):
+    for common, (unequal, widths, ways, many), error in run_ranks(2, cases.mistakes, transport):
         limit, scale, pow2, out, none = common
         assert "swiglu_limit must be a positive finite number" in limit and "needs x_scale; got None" in scale
         assert "pow2_scales must be True or False" in pow2 and "out must have the shape of x" in out
         assert none == "no error"
         assert re.match(r"ValueError: .*max_tokens is (4 on rank 0 and 5 on rank 1|5 on rank 1 and 4)", unequal)
+        assert re.match(r"ValueError: .*intermediate is \d+ on rank [01] and \d+ on rank [01]", widths)
         assert re.match(r"ValueError: .*direct is (False on rank 0 and True on rank 1|True on rank 1 and False)", ways)
         assert "direct=True needs few rows: max_tokens_per_rank must not exceed 85 with 2 ranks, 8 experts" in many
         assert "must not have more than max_tokens_per_rank = 4 tokens in a call" in error and "5" in error

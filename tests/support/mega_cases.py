@@ -305,6 +305,7 @@ def mistakes(transport: str) -> tuple[list[str], list[str], str]:
     rank, size = dist.get_rank(), dist.get_world_size()
     changes: list[dict[str, Any]] = [
         {"max_tokens_per_rank": 4 + rank},
+        {"intermediate": I * (1 + rank)},
         {"max_tokens_per_rank": 4, "direct": rank == 1},
         {"max_tokens_per_rank": 1 + few_tokens(size), "direct": True},
     ]

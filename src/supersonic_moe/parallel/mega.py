@@ -68,10 +68,12 @@ class _Exchange(ExpertParallel):
     """The collectives of a serving call: rows in e4m3 there, partial outputs back, no autograd."""
 
     _names = "MegaMoE", "max_tokens_per_rank"
-    compared = (*ExpertParallel.compared, "direct")
+    compared = (*ExpertParallel.compared, "intermediate", "direct")
 
-    def __init__(self, group: dist.ProcessGroup | DeviceMesh, direct: bool, **arguments: Any) -> None:
-        self.direct = direct
+    def __init__(
+        self, group: dist.ProcessGroup | DeviceMesh, intermediate: int, direct: bool, **arguments: Any
+    ) -> None:
+        self.intermediate, self.direct = intermediate, direct
         super().__init__(group, **arguments)
         self.few: FewRows | None = None
         """Calls without copies, where they are possible."""
@@ -174,8 +176,8 @@ class MegaMoE:
         self._ranks: _Exchange | None = None
         if group is not None and ranks > 1:
             self._ranks = _Exchange(
-                group, direct, num_experts=num_experts, top_k=top_k, hidden=hidden, max_tokens=max_tokens_per_rank,
-                transport=transport, timeout_s=timeout_s,
+                group, intermediate, direct, num_experts=num_experts, top_k=top_k, hidden=hidden,
+                max_tokens=max_tokens_per_rank, transport=transport, timeout_s=timeout_s,
             )  # fmt: skip
         self.rank = 0 if self._ranks is None else self._ranks.rank
         self.size = 1 if self._ranks is None else self._ranks.size
