@@ -88,12 +88,12 @@ def test_the_table_lists_the_shipped_kernels_and_is_of_this_compiler() -> None:
 
 
 def test_what_is_compiled_again(tmp_path: Path) -> None:
-    """Another source, another promise; and of the rest about one in eight."""
+    """Another source, another promise; and of the rest about one in sixteen."""
     spec = write_kernel(tmp_path, 'extern "C" __global__ void k() {}', "k")
     specs = [replace(spec, constants=(("I", i),)) for i in range(160)]
     digests = {str(spec): sass_table.digest(spec) for spec in specs}
     again = sass_table.to_compile(specs, digests)
-    assert 5 < len(again) < 40
+    assert 2 < len(again) < 25
     kept = next(spec for spec in specs if spec not in again)
     assert sass_table.to_compile([replace(kept, opcodes=("HGMMA",))], digests)
     assert sass_table.to_compile([replace(kept, threads=2 * kept.threads)], digests)
