@@ -6,6 +6,8 @@ and names passed to ``import_module``. That a module runs the ``__init__`` of th
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -195,3 +197,14 @@ def test_a_circle_is_found(tmp_path: Path) -> None:
     graph = import_graph(build(tmp_path, HOUSE | {"walls/mortar.py": "def f():\n    from .brick import ground\n"}))
     ring = cycle(graph)
     assert ring[0] == ring[-1] and set(ring) == {"walls.brick", "walls.mortar"}
+
+
+def test_layers_and_kernels_do_not_import_the_compiler() -> None:
+    """Which takes torch two seconds, sympy among it."""
+    program = (
+        "import sys; from supersonic_moe import MoE, topk_experts, inference; import importlib.util\n"
+        "if importlib.util.find_spec('triton'): import supersonic_moe.kernels.triton\n"
+        "print([name for name in ('torch._dynamo', 'torch._inductor', 'sympy') if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

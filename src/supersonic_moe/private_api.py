@@ -13,12 +13,14 @@ import itertools
 import operator
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import Tensor, nn
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _raw_stream(device: int) -> int:
@@ -244,6 +246,14 @@ def exporting() -> bool:
     where torch does not say.
     """
     return bool(getattr(torch.compiler, "_is_exporting_flag", False))
+
+
+def constant_when_compiled(function: Function) -> Function:
+    """As ``torch.compiler.assume_constant_result`` leaves ``function``: marked. The public name imports the compiler
+    for that, two seconds of a process that may never compile.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 _ALL_CALLS = nn.modules.module

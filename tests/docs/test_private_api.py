@@ -75,6 +75,17 @@ def test_private_names_are_in_one_place() -> None:
     assert not stray, f"use or extend supersonic_moe/private_api.py, which has a substitute for each name: {stray}"
 
 
+def _of_this_file(add: int) -> int:
+    with open(__file__) as file:  # what the compiler cannot trace
+        return file.fileno() * 0 + add
+
+
+def test_a_marked_function_is_called_by_the_compiler_and_not_traced() -> None:
+    marked = private_api.constant_when_compiled(_of_this_file)
+    compiled = torch.compile(lambda x: x * marked(3), backend="eager", fullgraph=True)
+    assert compiled(torch.ones(2)).tolist() == [3, 3]
+
+
 # ---- without the private names, the public way gives the same --------------------------------------------------------
 
 PRIVATE = {

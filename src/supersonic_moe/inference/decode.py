@@ -18,7 +18,7 @@ from supersonic_moe.config.activation import GateUpLayout
 from supersonic_moe.kernels import registry
 from supersonic_moe.kernels.interface import Gate
 from supersonic_moe.ops import caller
-from supersonic_moe.private_api import exporting
+from supersonic_moe.private_api import constant_when_compiled, exporting
 from supersonic_moe.training.arguments import Static
 from supersonic_moe.training.fields import Fields, on_flat
 
@@ -73,7 +73,7 @@ def suits(operands: Operands, gate: Gate) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_compiled
 def _on_gpu(device: torch.device, dtype: torch.dtype, hidden: int, intermediate: int) -> bool:
     if device.type != "cuda":
         return False
