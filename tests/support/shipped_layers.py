@@ -185,20 +185,10 @@ class Made(NamedTuple):
 def made(noted: Noted) -> Made:
     """Compiled by Triton for sm_90, with no GPU."""
     import triton
-    from triton.backends.compiler import GPUTarget
+    from offline_hopper import OfflineHopper
     from triton.runtime.jit import MockTensor
 
-    class Hopper:
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", 90, 32)
-
-    triton.runtime.driver.set_active(Hopper())
+    triton.runtime.driver.set_active(OfflineHopper())
     triton.knobs.compilation.disable_line_info = True
     kernel = getattr(importlib.import_module(f"supersonic_moe.kernels.triton.{noted.file}"), noted.kernel)
     args = [MockTensor(arg, (1,)) if isinstance(arg, torch.dtype) else arg for arg in noted.args]

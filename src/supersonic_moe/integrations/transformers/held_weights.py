@@ -10,15 +10,11 @@ import torch
 from torch import nn
 
 from supersonic_moe import checks
+from supersonic_moe.integrations.transformers.weights import is_decorated
 from supersonic_moe.quantization.weight_cache import WeightCache
 
 _CACHES: WeakKeyDictionary[nn.Module, WeightCache] = WeakKeyDictionary()
 """Of modules inside :func:`constant_weights`."""
-
-
-def is_decorated(module: nn.Module) -> bool:
-    """Whether the library lets a backend compute this module."""
-    return hasattr(module, "is_concatenated") and hasattr(module, "has_gate")
 
 
 @contextmanager

@@ -13,8 +13,7 @@ from supersonic_moe.config.recipe import Fp8Recipe, Recipe
 from supersonic_moe.integrations.transformers import fp8
 from supersonic_moe.integrations.transformers.backend import recipe_of
 from supersonic_moe.integrations.transformers.gates import gate_of
-from supersonic_moe.integrations.transformers.held_weights import is_decorated
-from supersonic_moe.integrations.transformers.weights import weights_of
+from supersonic_moe.integrations.transformers.weights import is_decorated, weights_of
 from supersonic_moe.kernels import registry
 
 

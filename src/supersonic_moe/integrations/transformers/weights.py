@@ -18,6 +18,11 @@ class Weights(NamedTuple):
     """(E, H)"""
 
 
+def is_decorated(module: nn.Module) -> bool:
+    """Whether the library lets a backend compute this module."""
+    return hasattr(module, "is_concatenated") and hasattr(module, "has_gate")
+
+
 def weights_of(experts: nn.Module) -> Weights:
     """Views of the module's parameters. Each is read once: an adapter (PEFT) builds a new tensor at every reading.
 
