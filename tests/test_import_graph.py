@@ -199,12 +199,22 @@ def test_a_circle_is_found(tmp_path: Path) -> None:
     assert ring[0] == ring[-1] and set(ring) == {"walls.brick", "walls.mortar"}
 
 
-def test_layers_and_kernels_do_not_import_the_compiler() -> None:
-    """Which takes torch two seconds, sympy among it."""
+@pytest.mark.parametrize(
+    ("imports", "too_heavy"),
+    [
+        ("from supersonic_moe import MoE, topk_experts, inference", ("torch._dynamo", "torch._inductor", "sympy")),
+        ("from supersonic_moe.integrations import mlp_node", ("torch._dynamo", "torch._inductor", "sympy")),
+        ("from supersonic_moe import parallel", ("torch._dynamo", "torch._inductor")),  # DTensor imports sympy
+    ],
+)
+def test_nothing_imports_the_compiler_before_it_is_used(imports: str, too_heavy: tuple[str, ...]) -> None:
+    """Which takes torch two seconds, sympy among it. A recorded call (the second of a kind) does not, either."""
     program = (
-        "import sys; from supersonic_moe import MoE, topk_experts, inference; import importlib.util\n"
+        f"import sys, torch, importlib.util; {imports}\n"
         "if importlib.util.find_spec('triton'): import supersonic_moe.kernels.triton\n"
-        "print([name for name in ('torch._dynamo', 'torch._inductor', 'sympy') if name in sys.modules])"
+        "from supersonic_moe.jit.tape import Recorder\n"
+        "with Recorder([]) as recorder:\n    torch.empty(1)\n"
+        f"print(len(recorder.made), [name for name in {too_heavy} if name in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+    assert run.stdout.strip() == "1 []"

@@ -8,6 +8,7 @@ of Triton are in ``kernels/triton/launch.py``, which takes them only from versio
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import operator
@@ -116,8 +117,12 @@ def _dispatch_mode() -> Any:
         return None
 
 
-DispatchMode: Any = _dispatch_mode()
-"""A class whose ``with`` block sees each operator of torch that runs on this thread; None where torch has none."""
+_mode = _dispatch_mode()
+_unmarked = {"_should_skip_dynamo": classmethod(lambda cls: False)}  # else the first operator imports the compiler
+DispatchMode: Any = _mode and type("DispatchMode", (_mode,), _unmarked)
+"""A class whose ``with`` block sees each operator of torch that runs on this thread; None where torch has none. Its
+``__torch_dispatch__`` is ``uncompiled``.
+"""
 
 _forward_ad = torch.autograd.forward_ad
 
@@ -254,6 +259,22 @@ def constant_when_compiled(function: Function) -> Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+_when_called: Callable[[Any], Any] = getattr(torch, "_disable_dynamo", torch.compiler.disable)
+
+
+def uncompiled(function: Function) -> Function:
+    """As ``torch.compiler.disable`` leaves ``function``: not traced. That imports the compiler, too; here whoever
+    compiles does.
+    """
+    disabled = _when_called(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return disabled(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 _ALL_CALLS = nn.modules.module

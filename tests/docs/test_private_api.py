@@ -106,7 +106,7 @@ PRIVATE = {
     torch.utils._python_dispatch: ("TorchDispatchMode",),
     torch.utils.checkpoint: ("_StopRecomputationError",),
     torch._C._dynamo.guards: ("_empty_strided_cuda",),
-    torch: ("_foreach_add_", "_foreach_copy_"),
+    torch: ("_foreach_add_", "_foreach_copy_", "_disable_dynamo"),
 }
 
 

@@ -97,9 +97,9 @@ def streams(rows: int, expected: float, intermediate: int, num_local: int) -> bo
     return rows <= STREAMED_ROWS * num_local and expected <= few_rows(intermediate) * num_local
 
 
-PAIRED_ROWS = (0, 0)
+PAIRED_ROWS = (104, 480)
 """From how many rows of an expert, on average, and below how many two blocks of 128 of them share what they load of its
-weight: with fewer most have one block, with many more products are bound by power. None: not measured (docs/log.md).
+weight: with fewer most have one block, with many more products are bound by power (docs/log.md has both sides).
 """
 
 

@@ -19,13 +19,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from supersonic_moe import checks
 from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout, as_activation, as_layout
 from supersonic_moe.config.recipe import Recipe, as_recipe
 from supersonic_moe.functional import experts_from_plan
+from supersonic_moe.private_api import uncompiled
 from supersonic_moe.routing.plan import plan_from_deepep
 from supersonic_moe.training.expert_store import ExpertStore, ExpertWeights, name_of
 
@@ -84,7 +84,7 @@ class SonicMoEMlpNode:
         sizes = (self.experts, self.n_experts, self.hidden_size, self.intermediate_size)
         return _rebuild, (sizes, {name: getattr(self, name) for name in options})
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # bookkeeping on the host, which a graph would freeze
+    @uncompiled  # bookkeeping on the host, which a graph would freeze
     def __call__(
         self,
         x_NH: Tensor,

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from supersonic_moe.private_api import DispatchMode, current_device, empty_strided
+from supersonic_moe.private_api import DispatchMode, current_device, empty_strided, uncompiled
 
 KEPT = 512  # kinds of calls of a thread; then all are forgotten
 KEPT_MAPS = 64  # addresses of one tensor map of a tape, 128 bytes each: layers that share the tape take turns
@@ -281,6 +281,7 @@ class Recorder(DispatchMode or object):  # type: ignore[misc]
         """Something happened that cannot be played."""
         self.possible = False
 
+    @uncompiled
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = op(*args, **kwargs)

@@ -44,7 +44,7 @@ from supersonic_moe.parallel.departures import Departures
 from supersonic_moe.parallel.traffic import Load
 from supersonic_moe.parallel.transport import TRANSPORTS
 from supersonic_moe.parallel.trip import Combine, Dispatch, Dispatched, Trip
-from supersonic_moe.private_api import replace_saved
+from supersonic_moe.private_api import replace_saved, uncompiled
 from supersonic_moe.quantization.block_format import blocks
 from supersonic_moe.routing.plan import plan_from_topk
 from supersonic_moe.training.options import ExpertOptions, Options, lists_options
@@ -274,7 +274,7 @@ class ExpertParallel:
             out_TH: Tensor = self._experts(x_TH, topk_ids_TK, topk_scores_TK, w1, w2, options)[0]
             return out_TH
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # sizes on the host, collectives, limits on waits
+    @uncompiled  # sizes on the host, collectives, limits on waits
     def _experts(
         self, x_TH: Tensor, ids_TK: Tensor, scores_TK: Tensor, w1: Tensor, w2: Tensor, options: ExpertOptions
     ) -> tuple[Tensor, Tensor]:
@@ -327,7 +327,7 @@ class ExpertParallel:
 
     # ---- its parts ---------------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def dispatch(self, x_TH: Tensor, topk_ids_TK: Tensor, topk_scores_TK: Tensor) -> Dispatched:
         """Send each token to the ranks of its experts; differentiable in x and scores.
 
@@ -348,7 +348,7 @@ class ExpertParallel:
             trip, rows, scores_TK = self._channel.start(x_TH, topk_scores_TK, found)
             return self._dispatched(x_TH, scores_TK, found.ids_TK, trip, rows)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def combine(self, part_UH: Tensor, handle: Trip | None) -> Tensor:
         """(T, H) in the dtype of ``part``: for each token of this rank the sum of what its ranks computed, in order of
         ranks. ``part_UH`` has a row for each received token.

@@ -45,6 +45,7 @@ from supersonic_moe.parallel.copies import Copies
 from supersonic_moe.parallel.expert_parallel import ExpertParallel
 from supersonic_moe.parallel.few_rows import FewRows, Given
 from supersonic_moe.parallel.traffic import Load
+from supersonic_moe.private_api import uncompiled
 from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks
 
 TRANSPORTS = ("gather", "all_to_all")
@@ -96,7 +97,7 @@ class _Exchange(ExpertParallel):
     def largest_bank(self) -> int | None:
         return None if self.direct else LARGEST_BANK
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def in_place(self, given: Given, out_TH: Tensor, accumulate: bool) -> None:
         """Writes ``out``, or adds to it, by a call without copies."""
         assert self.few is not None
@@ -104,7 +105,7 @@ class _Exchange(ExpertParallel):
             self._channel.check_tokens(given.x_TH.shape[0])
             self.few.run(self._channel.calls, given, out_TH, accumulate=accumulate)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # sizes on the host, collectives, limits on waits
+    @uncompiled  # sizes on the host, collectives, limits on waits
     def there_and_back(
         self, x: Quantized, weights_TK: Tensor, ids_TK: Tensor, experts: Callable[[_Received], Tensor]
     ) -> Tensor:

@@ -96,7 +96,7 @@ def close_saved(q: torch.Tensor, words: torch.Tensor, want: torch.Tensor) -> Non
         for codes, steps in ((q, words), (want_q, want_words))
     )
     # of the format alone: 0.007 to 0.012, as maxima lie; in one row of 16 numbers up to 0.014
-    assert oracle.rel_fro(value, want) < 1.02 * oracle.rel_fro(want_value, want)
+    assert oracle.rel_fro(value, want) <= 1.02 * oracle.rel_fro(want_value, want)  # both 0 where Z is
     assert oracle.rel_fro(value, want_value) < 0.006
 
 

@@ -24,7 +24,7 @@ from transformers.integrations.finegrained_fp8 import FP8Experts
 
 from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout
 from supersonic_moe.kernels.interface import Gate
-from supersonic_moe.private_api import runs_hooks
+from supersonic_moe.private_api import constant_when_compiled, runs_hooks
 
 log = logging.getLogger("supersonic_moe")
 
@@ -139,7 +139,7 @@ def _name(function: Any) -> str:
     return f"{function.__module__}.{function.__qualname__.removesuffix('._apply_gate')}"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_compiled
 def _rule(experts: Any, gate: Any, inner: Any, branch: str) -> str:
     """A key of :data:`RULES`, or "". ``gate``: the function, None without one; ``branch``: of FP8_GATE. A constant to
     the compiler, which cannot trace the names of functions.
