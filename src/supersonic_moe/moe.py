@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from supersonic_moe.config.activation import Activation, ActivationType, GateUpL
 from supersonic_moe.config.recipe import Fp8Recipe, Recipe, as_recipe
 from supersonic_moe.config.router import SigmoidGroupedTopK, TokenRounding, TopKRouter, as_router, check_router
 from supersonic_moe.functional import RouterWeight, Selection, run_layer
-from supersonic_moe.parts import Experts, Router, is_plain_linear, reset, weights_of
+from supersonic_moe.parts import Experts, RankExperts, Router, is_plain_linear, reset, weights_of
 from supersonic_moe.private_api import exporting, in_backward, member_of, transforms_active
 from supersonic_moe.quantization.weight_cache import WeightCache
 from supersonic_moe.routing.aux_loss import router_z_loss, switch_load_balancing_loss
@@ -140,7 +141,8 @@ class MoE(nn.Module):
         self.router_dtype = router_dtype
         self.validate = validate
         self.expert_parallel = expert_parallel
-        experts_here, first = num_experts, None
+        experts_here = num_experts
+        experts: Callable[..., Experts] = Experts
         if expert_parallel is not None:
             from supersonic_moe.parallel.expert_parallel import ExpertParallel  # only those who have one need it
 
@@ -152,12 +154,13 @@ class MoE(nn.Module):
                 )
             expert_parallel.check_layer(num_experts, num_experts_per_tok, hidden_size, self.routing)
             experts_here = expert_parallel.experts_here
-            first = expert_parallel.first_expert if expert_parallel.size > 1 else None
+            if expert_parallel.size > 1:
+                experts = partial(RankExperts, expert_parallel.first_expert, expert_parallel.others)
 
         self.router = Router(hidden_size, num_experts, std, router_dtype, device, dtype)
         fan_in = self.activation.fan * intermediate_size
-        self.c_fc = Experts(experts_here, hidden_size, fan_in, add_bias, std, device, dtype, first)
-        self.c_proj = Experts(experts_here, intermediate_size, hidden_size, add_bias, std, device, dtype, first)
+        self.c_fc = experts(experts_here, hidden_size, fan_in, add_bias, std, device, dtype)
+        self.c_proj = experts(experts_here, intermediate_size, hidden_size, add_bias, std, device, dtype)
         base = self.routing.base if isinstance(self.routing, TokenRounding) else self.routing
         # No buffers: DistributedDataParallel would overwrite the counts of every rank by those of the first.
         self.expert_counts = torch.zeros(num_experts, dtype=torch.int32, device=device)

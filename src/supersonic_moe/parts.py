@@ -7,14 +7,16 @@ class. The call of an ``Experts`` hands out its weight and bias; the call of the
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from supersonic_moe import checks
 from supersonic_moe.autograd import apply
-from supersonic_moe.private_api import member_of, runs_hooks
+from supersonic_moe.private_api import active_ddp, member_of, runs_hooks
 from supersonic_moe.training.router_linear import linear_in
 
 
@@ -55,8 +57,7 @@ class Router(nn.Linear):
 
 class Experts(nn.Module):
     """Weights of all experts for one projection: weight (E, out_features, in_features), bias (E, out_features). A call
-    returns both, and multiplies nothing. With ``first``, those of one rank: ``num_experts`` of them from expert
-    ``first`` on, drawn from a sequence of their own, because ranks are often seeded alike.
+    returns both, and multiplies nothing.
     """
 
     def __init__(
@@ -68,10 +69,8 @@ class Experts(nn.Module):
         std: float,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
-        first: int | None = None,
     ) -> None:
         super().__init__()
-        self.first = first
         self.gradient_divisor = 1
         """What gradients of weight and bias are divided by, as ``parallel.shard_experts`` explains."""
         self.num_experts, self.in_features, self.out_features, self.std = num_experts, in_features, out_features, std
@@ -83,13 +82,12 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        generator, weight = None, _local(self.weight) if self.first is not None else self.weight
-        if self.first is not None and not weight.is_meta:
-            seed = int(torch.randint(2**62, (), device="cpu")) + self.first + _part_of(self.weight)
-            generator = torch.Generator(weight.device).manual_seed(seed)
-        weight.normal_(0, self.std, generator=generator)
+        self._draw()
         if self.bias is not None:
             self.bias.zero_()
+
+    def _draw(self) -> None:
+        self.weight.normal_(0, self.std)
 
     def forward(self, hidden_states: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(weight, bias). ``hidden_states`` is there for wrappers that expect an input."""
@@ -101,6 +99,65 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         sizes = f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, bias={self.bias is not None}"
+
+
+_passed: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
+"""Of each DistributedDataParallel, the experts that it leaves alone."""
+
+
+class RankExperts(Experts):
+    """Those of one rank of several: ``num_experts`` of them from expert ``first`` on, drawn from a sequence of their
+    own, because ranks are often seeded alike.
+
+    Data parallelism over ``others``, ranks of the default group that hold other experts, would take all of them for
+    copies and mix them. DTensors that ``parallel.shard_experts`` makes of them are safe from that.
+
+    Raises:
+        RuntimeError: when ``fully_shard`` or a tensor-parallel plan replaces a weight, or in the first forward inside
+            of DistributedDataParallel.
+    """
+
+    def __init__(self, first: int, others: frozenset[int], *sizes: Any, **options: Any) -> None:
+        self.first, self.others = first, others  # first, because the constructor draws
+        super().__init__(*sizes, **options)
+
+    def _draw(self) -> None:  # a DTensor as a whole would draw alike on ranks that are seeded alike
+        weight, generator = _local(self.weight), None
+        if not weight.is_meta:
+            seed = int(torch.randint(2**62, (), device="cpu")) + self.first + _part_of(self.weight)
+            generator = torch.Generator(weight.device).manual_seed(seed)
+        weight.normal_(0, self.std, generator=generator)
+
+    def forward(self, hidden_states: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        data_parallel = None if torch.compiler.is_compiling() else active_ddp()
+        if data_parallel is not None:
+            self._check_left_alone(data_parallel)
+        return super().forward(hidden_states)
+
+    def _check_left_alone(self, data_parallel: Any) -> None:
+        passed = _passed.setdefault(data_parallel, WeakSet())
+        if self in passed:
+            return
+        shared = self.others.intersection(dist.get_process_group_ranks(data_parallel.process_group))
+        own, left_alone = set(self.parameters(recurse=False)), data_parallel.parameters_to_ignore
+        if shared and any(p in own and n not in left_alone for n, p in data_parallel.module.named_parameters()):
+            raise self._mixed("DistributedDataParallel", shared)
+        passed.add(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias") and hasattr(value, "device_mesh"):
+            shared = self.others.intersection(value.device_mesh.mesh.flatten().tolist())
+            if shared and not hasattr(self._parameters.get(name), "device_mesh"):
+                raise self._mixed("sharding by fully_shard or a plan", shared)
+        super().__setattr__(name, value)
+
+    def _mixed(self, what: str, shared: frozenset[int]) -> RuntimeError:
+        own = f"experts {self.first} to {self.first + self.num_experts - 1}"
+        return RuntimeError(
+            f"{what} takes {own} of this rank for copies of those of ranks {sorted(shared)}, which hold other experts, "
+            "and mixes them. Call parallel.shard_experts(model, mesh) before it; for fully_shard, pass what it returns "
+            "as ignored_params."
+        )
 
 
 class _Divided(torch.autograd.Function):
@@ -125,7 +182,7 @@ def _divided(weight: Tensor, divisor: int) -> Tensor:
 
 
 def _local(weight: Any) -> Tensor:
-    """Of a DTensor the part that is here. As a whole it would draw alike on ranks that are seeded alike."""
+    """Of a DTensor the part that is here."""
     local: Tensor = weight.to_local() if hasattr(weight, "to_local") else weight
     return local
 

@@ -177,6 +177,11 @@ def symmetric_views(block: Tensor, group: dist.ProcessGroup) -> tuple[list[Tenso
     return [handle.get_buffer(rank, shape, torch.uint8) for rank in range(dist.get_world_size(group))], handle
 
 
+def active_ddp() -> Any:
+    """The DistributedDataParallel whose forward runs on this thread; None without one, or where torch does not say."""
+    return getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+
+
 def ignored_by_ddp(module: nn.Module, names: list[str]) -> None:
     """DistributedDataParallel of ``module`` will leave the parameters of these ``names`` alone. There is no public way;
     without this name it would refuse or average them.

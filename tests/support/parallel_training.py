@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from parallel_cases import E, H, I, K
+from parallel_cases import E, H, I, K, error_of
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -128,6 +128,31 @@ def train(how: str) -> float:
         return 0.0
     assert got.keys() == want.keys() and want["moe.c_fc.weight"].shape[0] == E
     return max(float((got[name] - want[name]).abs().max()) for name in want)
+
+
+def plain_experts_in(how: str) -> str:
+    """What a rank raises whose experts are no DTensors, in data parallelism over both ranks or over itself."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("ep",))
+    ep = ExpertParallel(mesh, num_experts=E, top_k=K, hidden=H, max_tokens=64, timeout_s=60)
+    model = Model(ep).double()
+    before = model.moe.c_fc.weight.detach().clone()
+
+    def step() -> None:
+        forward: nn.Module = model
+        if how == "ddp":
+            forward = DistributedDataParallel(model)
+        elif how == "ddp, each its own":
+            groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+            forward = DistributedDataParallel(model, process_group=groups[dist.get_rank()])
+        else:
+            fully_shard(model, mesh=mesh)
+        for _ in range(2):
+            forward(batch(0, dist.get_rank())[0]).sum().backward()
+        assert torch.equal(before, model.moe.c_fc.weight)
+
+    found = error_of(step)
+    ep.close()
+    return found
 
 
 def divisions() -> dict[str, float]:

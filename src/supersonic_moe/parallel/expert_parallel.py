@@ -146,6 +146,8 @@ class ExpertParallel:
         self.experts_here = num_experts // self.size
         """E / R"""
         self.first_expert = self.rank * self.experts_here
+        self.others = frozenset(dist.get_process_group_ranks(self.group)) - {dist.get_rank()}
+        """Ranks of the default group that hold other experts."""
         self._all, self._taken = list[Channel](), _Taken()
         if self.size > 1:
             key = self._agree()

@@ -64,7 +64,7 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, *, gradient_divisor: int =
             for name, parameter in list(experts.named_parameters(recurse=False)):
                 if not isinstance(parameter, DTensor):
                     parameter = _whole(parameter, mesh)
-                    setattr(experts, name, parameter)
+                    experts.register_parameter(name, parameter)
                     experts.gradient_divisor = gradient_divisor
                 sharded[".".join(filter(None, (path, projection, name)))] = parameter
     ignored_by_ddp(model, list(sharded))
