@@ -124,8 +124,18 @@ def test_pages_quote_a_library_only_where_it_ran_in_the_same_file(tmp_path: Path
         "| `T1` | 1,000 | 1,100 | 1.100 (1.090–1.110) | 1,000 | 1,050 | 1.050 (1.040–1.060) |",
         "| `T2` | – | – | – | 1,000 | 1,200 | 1.200 (1.190–1.210) |",
         "| geometric mean |  |  | 1.10× (1 of 2) |  |  | 1.12× |",
+        "SonicMoE takes less time in no case.",
     ]
     head, _, line = readme.headline(tmp_path).splitlines()[:3]
     assert head == "| layer | BF16, µs | TFLOP/s | vs torch | vs SonicMoE | FP8, µs | TFLOP/s | vs our BF16 |"
     assert line == "| T1 | 1,000 | – | 1.80× | 1.05× | 1,000 | – | 1.50× |"
     assert "*vs SonicMoE*: its layer, in BF16, in the same process. BF16: GPU" in readme.headline(tmp_path)
+
+    slower: Rows = {
+        ("T1", "fwd_us", "sonicmoe"): (0.98, (0.97, 0.99)),
+        ("T2", "fwd_us", "sonicmoe"): (1.0, (0.99, 1.01)),
+    }
+    write(tmp_path / "layer-bf16.json", USUAL | slower)
+    assert readme.performance(tmp_path).endswith(
+        "SonicMoE takes less time: forward at `T1`. Not told apart, for 1 is in the interval: forward at `T2`."
+    )

@@ -209,4 +209,12 @@ def test_the_page_says_what_was_measured_and_what_is_a_model(tmp_path: Path) -> 
     assert line == f"| `flash` | 64 | 251 | 351 | 200 | 50% | 1.25× | {model[0]} | {model[1]} |"
     assert "| `pro` | 64 | 821 | 980 | – | – | – | + 112 | + 128 |" in text
     assert "| `flash-positive_T1024_uniform` | 1e-05 | 1e-05 | 0.01 | 0.07 |" in text
+    reached = "1.10× up to 256 tokens, 1.25× up to 1024 and 1.35× beyond, is reached in"
+    assert f"The goal beside DeepGEMM on one rank, {reached} 1 of 1 rows." in text.splitlines()
+    assert (
+        "The model of 8 ranks takes longer than the published fused call in 1 of 1 rows, and longer than DeepEP in 0."
+    ) in text.splitlines()
+    missed = [asdict(row) for row in report.rows(result_of(SHAPES["flash"], 64, 240, 250))]
+    path.write_text(json.dumps(about | {"rows": missed}))
+    assert f"{reached} 0 of 1 rows, not by `flash` at 64 (1.04×)." in serving(tmp_path)
     assert "](../benchmarks/results/mega-world1-timeline.png)" in text and "Not measured" not in text

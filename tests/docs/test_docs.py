@@ -17,7 +17,7 @@ import torch
 import typer
 
 import supersonic_moe
-from supersonic_moe.bench import readme, report
+from supersonic_moe.bench import infer_page, readme, report
 from supersonic_moe.bench.report import METRICS, CaseResult
 from supersonic_moe.cli import reference
 from supersonic_moe.cli.app import app
@@ -322,17 +322,48 @@ def test_results_show_values_ratios_and_where_they_come_from(tmp_path: Path) -> 
     assert "](../benchmarks/layer-test.png)" in readme.results(folder, page)
 
 
+def test_cases_without_the_compared_metric_stand_in_a_table_of_their_own(tmp_path: Path) -> None:
+    whole = row("T1", "fwd_bwd_us", 2000.0, "one-gpu", 0.5)
+    parts = [row("T1_2-parts", metric, 400.0, "one-launch", 0.75) for metric in ("products_us", "fwd_spread")]
+    result_file(tmp_path, suite="ep", rows=[whole, *parts])
+    lines = [line for line in readme.results(tmp_path, tmp_path / "results.md").splitlines() if line][2:]
+    assert lines == [
+        "| case | forward + backward, µs | vs one-gpu |",
+        "| --- | ---: | ---: |",
+        "| `T1` | 2,000 | 0.50× |",
+        "| case | FP8 products, µs | vs one-launch |",
+        "| --- | ---: | ---: |",
+        "| `T1_2-parts` | 400 | 0.75× |",
+        "*vs*: forward + backward, µs (where a table lacks it: FP8 products, µs) of that peer over ours, "
+        "in the same run.",
+    ]
+
+
 def test_inference_names_the_fastest_of_the_others(tmp_path: Path) -> None:
-    assert readme.inference(tmp_path) == readme.NO_INFERENCE
+    assert readme.inference(tmp_path) == infer_page.NOT_RUN
     made = [
         CaseResult("T1", {"ours": {"hits": 4, "floor_us": 40.0, "replay_us": 50.0}, "a": {"replay_us": 75.0},
                           "b": {"replay_us": 60.0}}, {"c": "not installed"}),
+        CaseResult("T2", {"ours": {"replay_us": 100.0, "eager_us": 100.0}, "a": {"replay_us": 101.0},
+                          "b": {"replay_us": 300.0, "eager_us": 400.0}}),
+        CaseResult("T3", {"ours": {"replay_us": 100.0}, "a": {"replay_us": 90.0}, "b": {"replay_us": 95.0}}),
+        CaseResult("T4", {"ours": {"replay_us": 100.0}}, {"a": "I is 192", "b": "I is 192"}),
         CaseResult("fit", {"ours": {"fixed_us": 12.0, "hit_us": 10.5}, "a": {"fixed_us": 30.0, "hit_us": 10.75}}),
     ]  # fmt: skip
     rows = [asdict(row) for result in made for row in report.rows(result)]
     result_file(tmp_path, "infer-ds", suite="infer", rows=rows)
     text = readme.inference(tmp_path)
+    mean = (1.2 * 1.01 * 0.9) ** (1 / 3)
+    assert (
+        "In a CUDA graph, ours takes less time than every other in 2 of 3 cases (1 of them by less than 2 %), "
+        f"the geometric mean over the fastest of the others is {mean:.2f}×. Ahead of ours: a at `T3` (0.900×)."
+    ) in text.splitlines()
+    assert "Eager, ours takes less time than every other in 1 of 1 cases" in text
+    both = [f"{(1.5 * 1.01 * 0.9) ** (1 / 3):.2f}", f"{(1.2 * 3 * 0.95) ** (1 / 3):.2f}"]
+    assert f"| a | {both[0]}× (3 of 4) | 0.90 to 1.50 | missing | – |" in text
+    assert f"| b | {both[1]}× (3 of 4) | 0.95 to 3.00 | 4.00× | 4.00 to 4.00 |" in text
     assert "| `T1` | 4 | – | 40 | 50 | – | – | – | b | 1.20× |" in text
+    assert "| `T4` | – | – | – | 100 | – | – | – | – | – |" in text
     assert "| `fit` | 12.0 + 10.50 × hits | a: 30.0 + 10.75 |" in text
 
 
@@ -340,16 +371,18 @@ def test_backends_of_transformers_are_compared_and_who_is_ahead_is_named(tmp_pat
     assert readme.transformers(tmp_path) == readme.NO_TRANSFORMERS
     ours, theirs = {"infer_us": 50.0, "graph_us": 20.0}, {"infer_us": 45.0, "graph_us": 30.0}
     decode = CaseResult("m/layers/decode_T8", {"ours": ours, "b": theirs, "c": {"infer_us": 100.0}})
-    train = CaseResult(
-        "m/model/train_T512", {"ours": {"fwd_bwd_us": 9e3}, "ours-FP8": {"fwd_bwd_us": 8e3}}, {"c": "no"}
-    )
-    for name, result in (("layers", decode), ("model", train)):
-        rows = [asdict(row) for row in report.rows(result)]
+    train = [
+        CaseResult(at, {"ours": {"fwd_bwd_us": 9e3}, "ours-FP8": {"fwd_bwd_us": 8e3}}, {"c": "no"})
+        for at in ("m/model/train_T2048", "n/model/train_T512", "m/model/train_T512", "m/model/train_T8192")
+    ]
+    for name, results in (("layers", [decode]), ("model", train)):
+        rows = [asdict(row) for result in results for row in report.rows(result)]
         result_file(tmp_path, f"transformers-{name}", suite="transformers", rows=rows)
     text = readme.transformers(tmp_path)
     assert "| model | ours, µs | vs b | vs c | in a graph: ours, µs | vs b |" in text
     assert "| m, T 8 | 50 | 0.90× | 2.00× | 20 | 1.50× |" in text
-    assert "| m, T 512 | 9,000 | 0.89× |" in text
+    steps = [line for line in text.splitlines() if line.endswith("| 9,000 | 0.89× |")]
+    assert [line.split(" | ")[0] for line in steps] == ["| m, T 512", "| m, T 2048", "| m, T 8192", "| n, T 512"]
     assert text.endswith("Ahead of ours: b at `m/layers/decode_T8` (0.90×).")
 
 
@@ -377,8 +410,12 @@ def test_the_headline_joins_both_precisions_and_compares_within_a_run_only(tmp_p
     assert line == "| T1 | 3,000 | 600 | 1.50× | 2,000 | 900 | 1.60× |"
     assert "2026-11-21" in sources and "2026-11-22" in sources
     assert sources.endswith(
-        "Grouped GEMMs alone against DeepGEMM, geometric mean within one run: 1.00× in BF16 (2 shapes)."
+        "Grouped GEMMs alone against DeepGEMM, geometric mean within one run: 1.00× in BF16 (2 shapes, commit "
+        "`0123456789ab-dirty`, 2026-11-21)."
     )
+    replays = [row("T1", "replay_us", 50.0, peer, ratio) for peer, ratio in (("a", 1.5), ("b", 1.25))]
+    result_file(tmp_path, "infer-ds", suite="infer", rows=replays)
+    assert "in 1 of 1 cases of DeepSeek-V3's experts (geometric mean 1.25×)" in readme.headline(tmp_path)
 
 
 def test_put_replaces_the_block_and_nothing_else(tmp_path: Path) -> None:

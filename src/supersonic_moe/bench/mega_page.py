@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from supersonic_moe.bench.markdown import markdown, origin
-from supersonic_moe.bench.mega_cases import DEEP_GEMM, SHAPES, TOKENS, MegaShape
+from supersonic_moe.bench.mega_cases import DEEP_GEMM, SHAPES, TOKENS, MegaShape, must
 from supersonic_moe.bench.report import Row, short
 from supersonic_moe.parallel.traffic import Load
 
@@ -49,11 +49,13 @@ def page(content: dict[str, Any] | None, timeline: str | None) -> str:
     head += ["vs DeepGEMM, 1 rank", *(f"{ranks} ranks (model)" for ranks in RANKS)]
     lines = [_line(rows, shape, tokens, at) for shape in SHAPES.values() for at, tokens in enumerate(TOKENS)]
     sections = [f"{origin(content)}." if content else NOT_RUN, markdown(head, lines)]
+    if rows:
+        sections += [_goals(rows), _against_published(rows)]
     if errors := _errors(rows):
         sections.append(markdown(["numbers of one sign", "calc_diff", "DeepGEMM's", "worst row", "DeepGEMM's"], errors))
     if timeline is not None:
         sections.append(f"![kernels of a call]({timeline})")
-    return "\n\n".join(sections)
+    return "\n\n".join(filter(None, sections))
 
 
 def _line(rows: list[Row], shape: MegaShape, tokens: int, at: int) -> list[str]:
@@ -68,6 +70,33 @@ def _line(rows: list[Row], shape: MegaShape, tokens: int, at: int) -> list[str]:
         more = travel_us(shape, tokens, ranks) + LAUNCHES_US
         cells.append(f"{ours.value + more:,.0f}" if ours else f"+ {more:,.0f}")
     return cells
+
+
+def _goals(rows: list[Row]) -> str:
+    """Where ours is not as many times faster than DeepGEMM's kernel as it has to be."""
+    missed, measured = [], 0
+    for name, tokens in ((name, tokens) for name in SHAPES for tokens in TOKENS):
+        beside = _found(rows, f"{name}_T{tokens}_uniform", "replay_us", DEEP_GEMM)
+        if beside and beside.ratio is not None:
+            measured += 1
+            if beside.ratio < must(tokens):
+                missed.append(f"`{name}` at {tokens} ({beside.ratio:.2f}×)")
+    if not measured:
+        return ""
+    steps = f"{must(256):.2f}× up to 256 tokens, {must(1024):.2f}× up to 1024 and {must(1025):.2f}× beyond"
+    text = f"The goal beside DeepGEMM on one rank, {steps}, is reached in {measured - len(missed)} of {measured} rows"
+    return f"{text}, not by {'; '.join(missed)}." if missed else f"{text}."
+
+
+def _against_published(rows: list[Row]) -> str:
+    """In how many rows the model of the most ranks takes longer than what was published."""
+    ranks, longer, measured = RANKS[-1], [0, 0], 0
+    for shape, (at, tokens) in ((shape, place) for shape in SHAPES.values() for place in enumerate(TOKENS)):
+        if ours := _found(rows, f"{shape.name}_T{tokens}_uniform", "replay_us"):
+            model, measured = ours.value + travel_us(shape, tokens, ranks) + LAUNCHES_US, measured + 1
+            longer = [count + (model > times[at]) for count, times in zip(longer, PUBLISHED[shape.name], strict=True)]
+    text = f"The model of {ranks} ranks takes longer than the published fused call in {longer[0]} of {measured} rows"
+    return f"{text}, and longer than DeepEP in {longer[1]}."
 
 
 def _errors(rows: list[Row]) -> list[list[str]]:

@@ -4,15 +4,15 @@
     python -m supersonic_moe.bench.readme     in the repository, after a benchmark has written its file
 
 README.md gets one table: the layers, in BF16 and in FP8. docs/performance.md sets them beside other libraries, as far
-as those ran in the same process. docs/inference.md gets who is fastest at each batch of the inference operator,
-docs/expert-parallel.md what ``MegaMoE`` costs (``mega_page.py``), and docs/transformers.md the experts backends of
-Transformers, in words where another one takes less time.
+as those ran in the same process. docs/inference.md gets who is fastest at each batch of the inference operator
+(``infer_page.py``), docs/expert-parallel.md what ``MegaMoE`` costs (``mega_page.py``), and docs/transformers.md the
+experts backends of Transformers, in words where another one takes less time.
 docs/results.md gets every file of the suites in ``SUITES``: a line that says where its numbers come
 from, its figure if there is one, and a table. A table has a row for each case, a column for each headline metric of its
 suite, and a column for each peer: the compared metric of that peer over ours in the same run (above 1: ours is better).
-Cases that meet other peers (a weight gradient, a product alone) get a table of their own, so that a mean is over like
-and like. The format of the files is that of ``bench/report.py``. Files of ``UNSHOWN`` suites are left out: their
-figures stand in other pages.
+Cases that meet other peers or lack the compared metric (a weight gradient, products alone) get a table of their own, so
+that a mean is over like and like; the first metric with ratios takes the place of one that they lack. The format of the
+files is that of ``bench/report.py``. Files of ``UNSHOWN`` suites are left out: their figures stand in other pages.
 
 A block of generated text lies between two comments, ``<!-- name:begin -->`` and ``<!-- name:end -->``.
 """
@@ -27,10 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from supersonic_moe.bench import mega_page
-from supersonic_moe.bench.markdown import markdown as _markdown
-from supersonic_moe.bench.markdown import origin as _origin
-from supersonic_moe.bench.report import METRICS, Row, geomean, short
+from supersonic_moe.bench import infer_page, mega_page
+from supersonic_moe.bench.markdown import commit_and_day, markdown, mean, metric_label, number, origin, times
+from supersonic_moe.bench.report import Row
 
 RESULTS = Path("benchmarks/results")
 
@@ -55,21 +54,18 @@ SUITES = {
     "layer": Headline(
         ("fwd_us", "fwd_bwd_us", "held_us", "fwd_bwd_tflops", "mfu", "saved_bytes", "graph_us"), "fwd_bwd_us"
     ),
-    "infer": Headline(
-        ("hits", "replay_us", "floor_us", "gbps", "eager_us", "host_us", "fixed_us", "hit_us"), "replay_us"
-    ),
+    "infer": Headline(("hits", "replay_us", "floor_us", "gbps", "eager_us", "host_us"), "replay_us"),
     "gemm": Headline(("us", "tflops", "sm_mhz", "watts", "pj_per_flop", "rel_fro"), "us"),
     "breakdown": Headline(("us", "floor_us", "of_floor", "tflops"), "us"),
-    "ep": Headline(("fwd_us", "fwd_bwd_us", "fwd_bwd_tflops", "host_us", "sent_bytes"), "fwd_bwd_us"),
+    "ep": Headline(("fwd_us", "fwd_bwd_us", "fwd_bwd_tflops", "host_us", "sent_bytes", "products_us"), "fwd_bwd_us"),
     "mega": Headline(
         ("hits", "rows", "replay_us", "floor_us", "of_floor", "host_us", "calc_diff", "worst_row"), "replay_us"
     ),
-    "cold-start": Headline(("first_call_s", "call_s", "total_s", "import_s", "context_s"), "first_call_s"),
+    "cold-start": Headline(("first_call_s", "call_s", "again_s", "total_s", "import_s", "context_s"), "first_call_s"),
 }
 UNSHOWN = frozenset(
     {"kernels", "precision", "train", "transformers"}
 )  # docs/kernels.md, docs/fp8.md, docs/fp8-training.md and docs/transformers.md have them
-_METRICS = {metric.name: metric for metric in METRICS}
 
 
 # ---- blocks of generated text ----------------------------------------------------------------------------------------
@@ -114,14 +110,22 @@ def results(folder: Path, page: Path) -> str:
 
 def _section(path: Path, content: dict[str, Any], page: Path) -> str:
     shown = SUITES[content["suite"]]
-    sections = [f"### {path.stem}", f"{_origin(content)}. Measured by `{content['command']}`."]
+    sections = [f"### {path.stem}", f"{origin(content)}. Measured by `{content['command']}`."]
     figure = path.with_suffix(".png")
     if figure.is_file():
-        sections.append(f"![{path.stem}, as bars]({os.path.relpath(figure, page.parent)})")
+        sections.append(f"![{path.stem}, drawn]({os.path.relpath(figure, page.parent)})")
     rows = [Row(**row) for row in content["rows"]]
-    sections += _tables(rows, shown)
-    if any(row.peer for row in rows):
-        sections.append(f"*vs*: {_metric_label(shown.compared)} of that peer over ours, in the same run.")
+    compared: list[str] = []
+    for group in _groups(rows, shown):
+        by_peers = [
+            name for name in (shown.compared, *shown.columns) if any(r.metric == name and r.ratio for r in group)
+        ]
+        compared += by_peers[:1]
+        sections.append(_table(group, shown.columns, *by_peers[:1]))
+    if compared:
+        usual, *others = map(metric_label, dict.fromkeys(compared))
+        instead = f" (where a table lacks it: {'; '.join(others)})" if others else ""
+        sections.append(f"*vs*: {usual}{instead} of that peer over ours, in the same run.")
     return "\n\n".join(sections)
 
 
@@ -138,37 +142,42 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _tables(rows: list[Row], shown: Headline) -> list[str]:
+def _groups(rows: list[Row], shown: Headline) -> list[list[Row]]:
+    """The shown rows by what their cases have in common: the peers, and whether the compared metric is among theirs."""
     peers: dict[str, set[str | None]] = {}
+    with_compared = {row.case for row in rows if row.metric == shown.compared}
     for row in rows:
         peers.setdefault(row.case, set()).add(row.peer)
-    groups = dict.fromkeys(map(frozenset, peers.values()))
-    return [_table([row for row in rows if peers[row.case] == group], shown) for group in groups]
+    groups: dict[tuple[frozenset[str | None], bool], list[Row]] = {}
+    for row in rows:
+        if row.metric in shown.columns:
+            groups.setdefault((frozenset(peers[row.case]), row.case in with_compared), []).append(row)
+    return list(groups.values())
 
 
-def _table(rows: list[Row], shown: Headline) -> str:
+def _table(rows: list[Row], shown: tuple[str, ...], compared: str | None = None) -> str:
     values = {(row.case, row.metric): row.value for row in rows}
-    ratios = {(row.case, row.peer): row.ratio for row in rows if row.peer and row.metric == shown.compared}
+    ratios = {(row.case, row.peer): row.ratio for row in rows if row.peer and row.metric == compared}
     peers = sorted({peer for _, peer in ratios if peer})
-    columns = [name for name in shown.columns if any(metric == name for _, metric in values)]
-    cases = dict.fromkeys(row.case for row in rows if row.metric in columns)
+    columns = [name for name in shown if any(metric == name for _, metric in values)]
+    cases = dict.fromkeys(row.case for row in rows)
 
     lines = []
     for case in cases:
-        numbers = [_number(name, values.get((case, name))) for name in columns]
-        lines.append([f"`{case}`", *numbers, *(_times(ratios.get((case, peer))) for peer in peers)])
+        numbers = [number(name, values.get((case, name))) for name in columns]
+        lines.append([f"`{case}`", *numbers, *(times(ratios.get((case, peer))) for peer in peers)])
     if len(cases) > 1 and peers:
-        means = [_mean([ratios.get((case, peer)) for case in cases]) for peer in peers]
+        means = [mean([ratios.get((case, peer)) for case in cases]) for peer in peers]
         lines.append(["geometric mean", *[""] * len(columns), *means])
-    return _markdown(["case", *map(_metric_label, columns), *(f"vs {peer}" for peer in peers)], lines)
+    return markdown(["case", *map(metric_label, columns), *(f"vs {peer}" for peer in peers)], lines)
 
 
 # ---- README.md: the layers on one page -------------------------------------------------------------------------------
 
 
 def headline(folder: Path) -> str:
-    """One table of forward + backward of the layers in ``layer-bf16.json`` and ``layer-fp8.json``, and a line about the
-    grouped GEMMs alone; or how to measure them.
+    """One table of forward + backward of the layers in ``layer-bf16.json`` and ``layer-fp8.json``, and a line each for
+    the grouped GEMMs alone and the inference operator; or how to measure them.
     """
     paths = [folder / f"layer-{precision}.json" for precision in ("bf16", "fp8")]
     if not all(path.is_file() for path in paths):
@@ -184,17 +193,18 @@ def headline(folder: Path) -> str:
         for content, peers, suffix in contenders:
             rows = [row for row in content["rows"] if row["case"] == case + suffix]
             values = {row["metric"]: row["value"] for row in rows}
-            line += [_number(metric, values.get(metric)) for metric in ("fwd_bwd_us", "fwd_bwd_tflops")]
+            line += [number(metric, values.get(metric)) for metric in ("fwd_bwd_us", "fwd_bwd_tflops")]
             ratios = {row["peer"]: row["ratio"] for row in rows if row["metric"] == "fwd_bwd_us"}
-            line += [_times(ratios.get(peer)) for peer in peers]
+            line += [times(ratios.get(peer)) for peer in peers]
         lines.append(line)
     head = ["layer"]
     for precision, (_, peers, _) in zip(("BF16", "FP8"), contenders, strict=True):
         head += [f"{precision}, µs", "TFLOP/s", *(f"vs {_NAMES[peer]}" for peer in peers)]
-    sources = f"BF16: {_origin(bf16)}. FP8: {_origin(fp8)}."
+    sources = f"BF16: {origin(bf16)}. FP8: {origin(fp8)}."
     if any("sonicmoe" in peers for _, peers, _ in contenders):
         sources = f"*vs SonicMoE*: its layer, in BF16, in the same process. {sources}"
-    return "\n\n".join([_markdown(head, lines), " ".join([sources, *_grouped_gemms(folder)])])
+    sections = [markdown(head, lines), " ".join([sources, *_grouped_gemms(folder)])]
+    return "\n\n".join(sections + infer_page.in_short(_inference_files(folder)))
 
 
 def _grouped_gemms(folder: Path) -> list[str]:
@@ -202,14 +212,15 @@ def _grouped_gemms(folder: Path) -> list[str]:
     found = []
     for precision in ("bf16", "fp8"):
         path = folder / f"gemm-{precision}.json"
-        rows = read(path)["rows"] if path.is_file() else []
-        times = [
+        content = read(path) if path.is_file() else {"rows": []}
+        ratios = [
             row["ratio"]
-            for row in rows
+            for row in content["rows"]
             if (row["peer"], row["metric"]) == ("deep_gemm", "us") and not row["case"].endswith("_accumulate")
         ]
-        if times:
-            found.append(f"{_mean(times)} in {precision.upper()} ({len(times)} shapes)")
+        if ratios:
+            where = f"{len(ratios)} shapes, {commit_and_day(content)}"
+            found.append(f"{mean(ratios)} in {precision.upper()} ({where})")
     if not found:
         return []
     return [f"Grouped GEMMs alone against DeepGEMM, geometric mean within one run: {', '.join(found)}."]
@@ -242,7 +253,7 @@ def performance(folder: Path) -> str:
         path = folder / f"layer-{precision}.json"
         content = read(path) if path.is_file() else {"rows": []}
         for library in _measured_peers(content, LIBRARIES):
-            sections += [f"### {precision.upper()} beside {_NAMES[library]}", f"{_origin(content)}."]
+            sections += [f"### {precision.upper()} beside {_NAMES[library]}", f"{origin(content)}."]
             sections.append(_beside([Row(**row) for row in content["rows"]], library))
     return "\n\n".join(sections) or NO_LIBRARY
 
@@ -261,10 +272,23 @@ def _beside(rows: list[Row], library: str) -> str:
         for case in cases
     ]
     if len(cases) > 1:
-        means = (_mean([getattr(found.get((case, metric)), "ratio", None) for case in cases]) for metric in passes)
-        lines.append(["geometric mean", *(cell for mean in means for cell in ("", "", mean))])
+        means = (mean([getattr(found.get((case, metric)), "ratio", None) for case in cases]) for metric in passes)
+        lines.append(["geometric mean", *(cell for ratio in means for cell in ("", "", ratio))])
     heads = (cell for name in passes.values() for cell in (f"{name}: ours, µs", f"{_NAMES[library]}, µs", "ratio"))
-    return _markdown(["case", *heads], lines)
+    return "\n\n".join([markdown(["case", *heads], lines), _judged(list(found.values()), passes, _NAMES[library])])
+
+
+def _judged(rows: list[Row], passes: dict[str, str], library: str) -> str:
+    """Where the library takes less time, and where its interval does not say who does."""
+    behind: list[str] = []
+    unsure: list[str] = []
+    for row in rows:
+        if row.metric in passes and row.ratio is not None:
+            low, high = row.interval or (row.ratio, row.ratio)
+            if low <= 1:
+                (behind if high < 1 else unsure).append(f"{passes[row.metric]} at `{row.case}`")
+    text = f"{library} takes less time: {'; '.join(behind)}." if behind else f"{library} takes less time in no case."
+    return text + (f" Not told apart, for 1 is in the interval: {'; '.join(unsure)}." if unsure else "")
 
 
 _PASSES = {"fwd_us": "forward", "fwd_bwd_us": "forward + backward", "held_us": "the same, weights quantized before"}
@@ -276,62 +300,27 @@ def _both(row: Row | None, metric: str) -> tuple[str, str, str]:
         return "–", "–", "–"
     ends = f" ({row.interval[0]:.3f}–{row.interval[1]:.3f})" if row.interval else ""
     ratio = "missing" if row.ratio is None else f"{row.ratio:.3f}{ends}"
-    return _number(metric, row.value), _number(metric, row.peer_value), ratio
+    return number(metric, row.value), number(metric, row.peer_value), ratio
 
 
-# ---- docs/inference.md: who is fastest ------------------------------------------------------------------------------
-
-NO_INFERENCE = """\
-Not measured with the kernels of this commit yet. On an H200, with the peers of `bench/infer_peers.py` on the path:
-
-```bash
-supersonic-moe bench infer --json infer-ds.json --png infer-ds.png
-supersonic-moe bench infer --set models --json infer-models.json --png infer-models.png
-```"""
+# ---- docs/inference.md, docs/expert-parallel.md: pages of their own --------------------------------------------------
 
 
 def inference(folder: Path) -> str:
-    """A table of each file of the inference suite: ours, the floor, and the fastest of the others by name; then what a
-    small batch costs as fixed time and time an expert.
-    """
-    paths = [path for name in ("infer-ds", "infer-models") if (path := folder / f"{name}.json").is_file()]
-    sections = []
-    for path in paths:
-        content = read(path)
-        rows = [Row(**row) for row in content["rows"]]
-        sections += [f"{path.stem}: {_origin(content)}.", _fastest(rows), _fits(rows)]
-    return "\n\n".join(filter(None, sections)) or NO_INFERENCE
+    """Each file of the inference suite, ``infer_page.py``."""
+    return infer_page.page(_inference_files(folder))
 
 
-def _fastest(rows: list[Row]) -> str:
-    values = {(row.case, row.metric): row.value for row in rows}
-    lines = []
-    for case in dict.fromkeys(row.case for row in rows if row.metric == "replay_us"):
-        line = [f"`{case}`", *(_number(name, values.get((case, name))) for name in _INFERENCE)]
-        theirs = [row for row in rows if (row.case, row.metric) == (case, "replay_us") and row.peer_value is not None]
-        best = min(theirs, key=lambda row: row.peer_value or 0.0, default=None)
-        lines.append(line + ([str(best.peer), _times(best.ratio)] if best else ["–", "–"]))
-    return _markdown(["case", *map(_metric_label, _INFERENCE), "fastest of the others", "over ours"], lines)
+def _inference_files(folder: Path) -> dict[str, dict[str, Any]]:
+    paths = [folder / f"{name}.json" for name in infer_page.NAMES]
+    return {path.stem: read(path) for path in paths if path.is_file()}
 
 
-_INFERENCE = ("hits", "rows", "floor_us", "replay_us", "of_floor", "eager_us", "host_us")
-
-
-def _fits(rows: list[Row]) -> str:
-    """A line for each fit, ours first: ``fixed + slope`` of every contender."""
-    fixed = [row for row in rows if row.metric == "fixed_us"]
-    slopes = {(row.case, row.peer): row for row in rows if row.metric == "hit_us"}
-    lines = []
-    for case in dict.fromkeys(row.case for row in fixed):
-        of_case = [row for row in fixed if row.case == case]
-        own = f"{of_case[0].value:.1f} + {slopes[case, of_case[0].peer].value:.2f} × hits"
-        cells = [
-            f"{row.peer}: {row.peer_value:.1f} + {slopes[case, row.peer].peer_value:.2f}"
-            for row in of_case
-            if row.peer_value is not None
-        ]
-        lines.append([f"`{case}`", own, "; ".join(cells) or "–"])
-    return _markdown(["µs up to 80 tokens", "ours", "others"], lines) if lines else ""
+def _serving(root: Path) -> str:
+    path = root / RESULTS / f"{mega_page.NAME}.json"
+    figure = path.with_name(f"{mega_page.NAME}-timeline.png")
+    shown = os.path.relpath(figure, root / "docs") if figure.is_file() else None
+    return mega_page.page(read(path) if path.is_file() else None, shown)
 
 
 # ---- docs/transformers.md: experts backends --------------------------------------------------------------------------
@@ -359,7 +348,7 @@ def transformers(folder: Path) -> str:
     rows = [Row(**row) for content in contents for row in content["rows"]]
     if not rows:
         return NO_TRANSFORMERS
-    sections = [" ".join(dict.fromkeys(f"{_origin(content)}." for content in contents))]
+    sections = [" ".join(dict.fromkeys(f"{origin(content)}." for content in contents))]
     for kind, (title, metrics) in _KINDS.items():
         if of_kind := [row for row in rows if kind in row.case and row.metric in metrics]:
             sections += [f"**{title}**", _backends(of_kind, metrics)]
@@ -382,48 +371,20 @@ def _backends(rows: list[Row], metrics: tuple[str, ...]) -> str:
         peers = dict.fromkeys(row.peer for row in rows if row.metric == metric and row.ratio is not None)
         head += ["ours, µs" if metric != "graph_us" else "in a graph: ours, µs", *(f"vs {peer}" for peer in peers)]
         columns.append((metric, peers))
+    cases = {case: (case.partition("/")[0], int(case.rpartition("_T")[2])) for case in (row.case for row in rows)}
+    models = list(dict.fromkeys(model for model, _ in cases.values()))
     lines = []
-    for case in dict.fromkeys(row.case for row in rows):
-        model, _, tokens = case.partition("/")[0], *case.rpartition("_T")[1:]
+    for case, (model, tokens) in sorted(cases.items(), key=lambda item: (models.index(item[1][0]), item[1][1])):
         line = [f"{model}, T {tokens}"]
         for metric, peers in columns:
             of_case = [found.get((case, metric, peer)) for peer in peers]
-            line.append(_number(metric, next((row.value for row in of_case if row), None)))
+            line.append(number(metric, next((row.value for row in of_case if row), None)))
             line += [f"{row.ratio:.2f}×" if row and row.ratio is not None else "–" for row in of_case]
         lines.append(line)
-    return _markdown(head, lines)
-
-
-# ---- cells -----------------------------------------------------------------------------------------------------------
-
-
-def _metric_label(name: str) -> str:
-    return _METRICS[name].label.strip()
-
-
-def _number(name: str, value: float | None) -> str:
-    return "–" if value is None else short(value / _METRICS[name].shown_in)
-
-
-def _times(ratio: float | None) -> str:
-    return "missing" if ratio is None else f"{ratio:.2f}×"
-
-
-def _mean(ratios: list[float | None]) -> str:
-    """The geometric mean, and of how many cases where the peer lacks some."""
-    found = [ratio for ratio in ratios if ratio is not None]
-    share = f" ({len(found)} of {len(ratios)})" if found and len(found) < len(ratios) else ""
-    return _times(geomean(found) if found else None) + share
+    return markdown(head, lines)
 
 
 # ---- the pages -------------------------------------------------------------------------------------------------------
-
-
-def _serving(root: Path) -> str:
-    path = root / RESULTS / f"{mega_page.NAME}.json"
-    figure = path.with_name(f"{mega_page.NAME}-timeline.png")
-    shown = os.path.relpath(figure, root / "docs") if figure.is_file() else None
-    return mega_page.page(read(path) if path.is_file() else None, shown)
 
 
 @dataclass(frozen=True)
