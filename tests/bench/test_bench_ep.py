@@ -72,6 +72,15 @@ def test_two_ranks_take_the_same_decisions(tmp_path: Path) -> None:
     assert rows["sent_bytes"]["value"] == pytest.approx(32 * (1 - 12 / 56) * (4 * 2 * 32 + 8 * 2 + 4 * 2))
 
 
+@pytest.mark.multigpu
+@pytest.mark.parametrize(("recipe", "wire"), [("bf16", "exact"), ("fp8", "fp8")])
+def test_two_gpus_measure_one_case_after_another(recipe: str, wire: str) -> None:
+    shapes = ["--shape", "2048,512,256,4,4", "--shape", "1024,512,256,4,4", "--min-ms", "1", "--warm-ms", "1"]
+    args = (*shapes, "--recipe", recipe, "--wire", wire, "--transport", "gather")
+    for exit_code, output, _ in run_ranks(2, ep_bench.measured, *args, backend=None, gpu=True):
+        assert exit_code == 0 and "T2048_" in output and "T1024_" in output, output
+
+
 @pytest.mark.parametrize(
     ("where", "failing"),
     [("building", [1]), ("a call of ranks", [1]), ("a call of one", [1]), ("the timeline", [0, 1])],
