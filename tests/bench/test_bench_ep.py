@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
+from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import ep_bench
 import pytest
 import torch
-from command_line import outcome, run, words
-from ranks import run_ranks
+import virtual_cases
+from command_line import run, words
+from ranks import end_ranks, run_ranks
 
 from supersonic_moe import Fp8Recipe
 from supersonic_moe.bench import ep_parts
 from supersonic_moe.bench.ep_timeline import Exchange, timeline
 from supersonic_moe.bench.report import OURS
 from supersonic_moe.bench.spans import Marks
+from supersonic_moe.bench.suites.ep import Ep
 from supersonic_moe.kernels import registry
-from supersonic_moe.parallel.collectives import Collectives
+from supersonic_moe.parallel.watch import PHASES, Activity
 from supersonic_moe.perf_model import LayerShape
 
 QUICK = ["--shape", "32,32,16,4,2", "--min-ms", "1", "--warm-ms", "1", "--device", "cpu"]
@@ -53,14 +61,63 @@ def test_an_fp8_wire_needs_an_fp8_layer() -> None:
 
 def test_two_ranks_take_the_same_decisions(tmp_path: Path) -> None:
     file = tmp_path / "ep.json"
-    files = ["--json", str(file), "--png", str(tmp_path / "ep.png")]
-    for exit_code, output in run_ranks(2, outcome, "bench", "ep", *QUICK, *files, backend=None):
+    args = ["--shape", "8,32,16,2,1", "--json", str(file), "--png", str(tmp_path / "ep.png")]
+    for exit_code, output, groups in run_ranks(2, ep_bench.measured, *QUICK, *args, backend=None):
         assert exit_code == 0, output
+        assert groups == 1, "a second one would read in torchrun's store what the first one wrote there"
     assert (tmp_path / "ep.png").stat().st_size > 10_000
-    rows = {row["metric"]: row for row in json.loads(file.read_text())["rows"]}
-    assert rows["fwd_us"]["case"] == "T32_H32_I16_E4_K2_R2"
+    found = [row for row in json.loads(file.read_text())["rows"] if row["case"] == "T32_H32_I16_E4_K2_R2"]
+    rows = {row["metric"]: row for row in found}
     # E 8 on 2 ranks, K 2: p = 1 - (4 3) / (8 7); 32 p copies of 2 H bytes 4 times, ids and scores, their gradients
     assert rows["sent_bytes"]["value"] == pytest.approx(32 * (1 - 12 / 56) * (4 * 2 * 32 + 8 * 2 + 4 * 2))
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize(("recipe", "wire"), [("bf16", "exact"), ("fp8", "fp8")])
+def test_two_gpus_measure_one_case_after_another(recipe: str, wire: str) -> None:
+    shapes = ["--shape", "2048,512,256,4,4", "--shape", "1024,512,256,4,4", "--min-ms", "1", "--warm-ms", "1"]
+    args = (*shapes, "--recipe", recipe, "--wire", wire, "--transport", "gather")
+    for exit_code, output, _ in run_ranks(2, ep_bench.measured, *args, backend=None, gpu=True):
+        assert exit_code == 0 and "T2048_" in output and "T1024_" in output, output
+
+
+@pytest.mark.parametrize(
+    ("where", "failing"),
+    [("building", [1]), ("a call of ranks", [1]), ("a call of one", [1]), ("the timeline", [0, 1])],
+)
+def test_an_error_of_one_rank_or_of_all_ends_the_command_on_all(where: str, failing: list[int]) -> None:
+    """At once, and no rank goes on to the next case."""
+    args = (where, failing, *QUICK, "--shape", "48,32,16,4,2")
+    for rank, ended in enumerate(end_ranks(2, ep_bench.failing, *args, backend=None, timeout_s=60)):
+        assert ended.exit_code == 0, ended
+        exit_code, output = ended.result
+        assert exit_code == 1 and output.count("No result: T32_") == 1 and "T48_" not in output, output
+        if where == "the timeline":
+            assert re.search(r"StopIteration: no message \(ep_bench\.py:\d+\)", output), output
+        elif where == "a call of one":
+            said = "out of memory: no memory for this rank" if rank else "RuntimeError: another rank has failed"
+            assert f"R2, fwd: one-gpu: {said}" in output, output
+
+
+@pytest.mark.parametrize(
+    ("ranks", "given", "scale"),
+    [("1", {}, "fp32"), ("2", {}, "pow2"), ("2", {"wgrad": "bf16"}, "fp32"), ("2", {"wire": "exact"}, "fp32")],
+)
+def test_an_fp8_wire_takes_the_scales_that_it_needs(
+    ranks: str, given: dict[str, Any], scale: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    suite = Ep(**{"device": "cpu", "recipe": "fp8", "wire": "fp8", **given})
+    suite.cases()
+    assert isinstance(suite.numerics, Fp8Recipe) and suite.numerics.scale == scale
+    assert ("fp8 with scales of pow2" in suite.heading) == (scale == "pow2")
+
+
+def test_an_fp8_wire_between_ranks_refuses_other_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run("bench", "ep", *QUICK, "--recipe", "fp8", "--wire", "fp8", "--scale", "fp32")
+    assert result.exit_code == 2
+    assert "needs scales of pow2, or weight gradients in bf16; got scale fp32. Leave --scale out" in words(result)
 
 
 class Turns(Marks):
@@ -77,15 +134,35 @@ class Turns(Marks):
         return float(end - begin)
 
 
-def test_a_timeline_has_the_exchanges_of_a_call_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Collectives, "gather", lambda self, rows, places, empty, call, phase: rows)
-    monkeypatch.setattr(Collectives, "exchange", lambda self, rows, call, phase, sent, received: rows)
-    before, ranks = Collectives.gather, Collectives(None, None)  # type: ignore[arg-type]
+def test_a_timeline_has_the_exchanges_of_a_call_in_order() -> None:
+    class Exchanging:
+        watch = SimpleNamespace(activity=None)
+
+        def gather(self, call: int, phase: str) -> None:
+            self.watch.activity = Activity(call, phase, False)
+
+        exchange = gather
+
+    ranks: Any = Exchanging()
 
     def call() -> None:
-        ranks.gather(None, 4, 0, 1, "forward dispatch")  # type: ignore[arg-type]
-        ranks.exchange(None, 1, "forward combine", None, None)  # type: ignore[arg-type]
+        ranks.gather(1, "forward dispatch")
+        ranks.exchange(1, "forward combine")
 
-    found = timeline(call, Turns())
+    found = timeline(call, Turns(), ranks)
     assert found.exchanges == [Exchange("forward dispatch", 1, 2), Exchange("forward combine", 3, 4)]
-    assert found.end_us == 5 and Collectives.gather is before
+    assert found.end_us == 5 and vars(ranks) == {}
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_a_timeline_has_every_exchange_of_copies(in_parts: bool) -> None:
+    """Whole: x and choices, sums; dO, dx and dscores. In parts: what starts one, each part, and what waits for all."""
+    counts = {"forward dispatch": 2, "forward combine": 1, "backward dispatch": 1, "backward combine": 2}
+    if in_parts:  # two ranks have one part each for another; a departure starts, sends and arrives; dscores are whole
+        counts = {"forward dispatch": 3, "forward combine": 3, "backward dispatch": 2, "backward combine": 4}
+    (found,) = run_ranks(1, virtual_cases.timelines, 2, in_parts)
+    for rank in found:
+        assert Counter(exchange.phase for exchange in rank.exchanges) == counts
+        for phase, begin, end in rank.exchanges:
+            assert 0 < begin < end < rank.end_us, phase
+        assert [phase for phase, _ in groupby(rank.exchanges, lambda exchange: exchange.phase)] == list(PHASES)

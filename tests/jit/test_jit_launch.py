@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +23,8 @@ from supersonic_moe.jit import launch as launch_module
 from supersonic_moe.jit import tma as tma_module
 from supersonic_moe.jit.build import build
 from supersonic_moe.jit.cache import CubinCache, encode_entry, entry_name
-from supersonic_moe.jit.launch import on_device
-from supersonic_moe.jit.spec import resolve
+from supersonic_moe.jit.launch import kernel_of, on_device
+from supersonic_moe.jit.spec import KERNEL_ROOT, resolve
 
 
 @pytest.fixture
@@ -271,6 +275,33 @@ def test_a_tensor_map_is_encoded_once_with_dimensions_reversed(monkeypatch: pyte
     assert call == (9, 3, 1 << 20, dims[0], [*dims[1], 0], dims[2], dims[3], 0, 3, 3, 0)
     assert tensor_map(2 << 20, box=(1, 128, 32), swizzle=64, **(layout | {"shape": (5, 300, 32)}), l2_promotion=0)
     tma_module._cached.cache_clear()
+
+
+def test_threads_that_ask_at_once_get_one_kernel(spec: KernelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two would be loaded twice, the second time perhaps while the first one waits on the GPU."""
+    from supersonic_moe.kernels.sm90 import rank_tokens
+
+    make, threads = Kernel.__init__, 8
+
+    def slowly(self: Kernel, *args: Any) -> None:
+        time.sleep(0.02)
+        make(self, *args)
+
+    monkeypatch.setattr(Kernel, "__init__", slowly)
+    monkeypatch.setattr(launch_module, "_kernels", {})
+    rank_tokens._kernel.cache_clear()
+    for ask in (lambda: kernel_of(spec), lambda: rank_tokens._kernel("post_tokens")):
+        together = threading.Barrier(threads)
+        with ThreadPoolExecutor(threads) as pool:
+            asked = [pool.submit(lambda: (together.wait(), ask())[1]) for _ in range(threads)]  # noqa: B023
+        assert len({id(one.result()) for one in asked}) == 1
+    rank_tokens._kernel.cache_clear()  # of this test's own kernels
+
+
+def test_kernels_of_the_package_are_made_in_one_place() -> None:
+    files = [file for file in KERNEL_ROOT.iterdir() if file.name.endswith(".py")]
+    assert len(files) > 20
+    assert [file.name for file in files if re.search(r"\bKernel\(", file.read_text())] == []
 
 
 def test_an_empty_grid_launches_nothing_even_without_a_gpu(spec: KernelSpec) -> None:

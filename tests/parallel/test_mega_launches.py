@@ -4,7 +4,6 @@ several with few rows two more, and no copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,25 +21,19 @@ from recorded_launches import recorded_launches  # noqa: F401
 from supersonic_moe.config.activation import as_layout
 from supersonic_moe.inference import moe_fp8_topk, ops, sm90
 from supersonic_moe.kernels.reference.inference import Fp8Experts
-from supersonic_moe.kernels.sm90 import rank_tokens, route_rows, stream_experts
+from supersonic_moe.kernels.sm90 import rank_tokens, stream_experts
 from supersonic_moe.kernels.sm90.exchange_flags import ExchangeFlags
 from supersonic_moe.kernels.sm90.rank_tokens import Layout, RankTokens
 from supersonic_moe.parallel.few_rows import FewRows, Given
 
 
 @pytest.fixture(autouse=True)
-def as_on_hopper(monkeypatch: pytest.MonkeyPatch, launches: list[Any]) -> Iterator[None]:
+def as_on_hopper(monkeypatch: pytest.MonkeyPatch, launches: list[Any]) -> None:
     monkeypatch.setattr(ops, "on_sm90", lambda x: True)
     monkeypatch.setattr(sm90, "ALIGNMENT", 16)  # a CPU's buffers
     monkeypatch.setattr(sm90, "streams", lambda *sizes: True)
     monkeypatch.setattr(stream_experts, "multiprocessors", lambda device: 131)
     monkeypatch.setattr(rank_tokens, "multiprocessors", lambda device: 131)
-    modules = (route_rows, stream_experts, rank_tokens)
-    for module in modules:
-        module._kernel.cache_clear()
-    yield
-    for module in modules:
-        module._kernel.cache_clear()
 
 
 @pytest.mark.parametrize("tokens", [5, 200])

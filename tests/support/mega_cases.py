@@ -22,6 +22,7 @@ from torch import Tensor
 from virtual_ranks import CarefulFlags, ThreadFlags, on_a_gpu, run_virtual, times_on
 
 from supersonic_moe.inference import moe_fp8_topk
+from supersonic_moe.jit.launch import kernel_of
 from supersonic_moe.kernels.sm90 import rank_tokens
 from supersonic_moe.parallel import MegaMoE, mega_deep_gemm
 from supersonic_moe.parallel import mega as parallel_mega
@@ -296,6 +297,21 @@ def _start(size: int, gpu: bool, careful: int) -> None:
         CarefulFlags.CAREFUL = careful
         share = torch.cuda.get_device_properties(0).multi_processor_count // (size + 1)
         stream_experts.multiprocessors = rank_tokens.multiprocessors = lambda device: share
+        _load_what_waits()
+
+
+def _load_what_waits() -> None:
+    """The kernels that wait for other ranks, before there are ranks: loading may wait for the whole GPU, and so for a
+    rank that waits for the one that loads. ``cuFuncLoad``, because the driver would else do a part at the first launch.
+    """
+    from supersonic_moe.jit.driver import binding, call
+    from supersonic_moe.kernels.sm90 import stream_experts
+
+    for spec in (*rank_tokens.SPECS, stream_experts.SPECS[True]):
+        kernel = kernel_of(spec)
+        kernel.new_slots(0)
+        function = call(f"finding {spec} in the context", binding().cuKernelGetFunction, kernel._handle)
+        call(f"loading {spec}", binding().cuFuncLoad, function)
 
 
 def mistakes(transport: str) -> tuple[list[str], list[str], str]:

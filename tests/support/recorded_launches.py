@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from supersonic_moe.jit import Kernel, tma
+from supersonic_moe.jit import Kernel, launch, tma
 from supersonic_moe.kernels.sm90 import gemm_config
 
 
@@ -82,5 +82,8 @@ def recorded_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]
 def forget_kernels() -> None:
     """A kernel keeps its argument slots: these of a test are for nobody else."""
     for name, module in list(sys.modules.items()):
-        if name.startswith("supersonic_moe.kernels.sm90.") and hasattr(module, "_kernel"):
-            module._kernel.cache_clear()
+        if name.startswith("supersonic_moe.kernels.sm90."):
+            for factory in ("_kernel", "_kernels"):
+                if hasattr(module, factory):
+                    getattr(module, factory).cache_clear()
+    launch._kernels.clear()

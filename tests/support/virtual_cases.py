@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import parallel_cases as cases
@@ -13,6 +13,8 @@ import torch.distributed as dist
 from virtual_ranks import CarefulFlags, on_a_gpu, run_virtual, times_on
 
 from supersonic_moe import Fp8Recipe
+from supersonic_moe.bench.ep_timeline import Timeline, timeline
+from supersonic_moe.bench.spans import Marks
 from supersonic_moe.parallel import ranges
 from supersonic_moe.parallel.beside import Way
 from supersonic_moe.parallel.copies import Copies
@@ -82,6 +84,17 @@ def random_calls(size: int, gpu: bool, count: int) -> bool:
         if gpu:
             torch.cuda.synchronize()
     return all(cases.same_bits(one, other) for one, other in zip(*results, strict=True))
+
+
+def timelines(size: int, in_parts: bool) -> list[Timeline]:
+    """Of a forward and backward on each rank. ``in_parts``: with rows that travel beside products."""
+
+    def of_rank() -> Timeline:
+        ep, given = _after_one_call(30.0)
+        return timeline(lambda: cases.run(ep, given), Marks(), ep.ranks)
+
+    with _beside() if in_parts else nullcontext():
+        return run_virtual(size, of_rank)
 
 
 def explanations(size: int) -> list[str]:

@@ -21,8 +21,8 @@ To add a suite:
    :class:`~.timing.NoResultError` where we have no result ourselves, and let :func:`~.timing.measure` take the time.
 2. Say in a file of ``suites/`` how that becomes a command: a frozen dataclass that is a :class:`~.suite.Suite`. Its
    docstring is the help, its fields are the options, ``cases`` lists what to measure and ``run`` measures one;
-   ``metrics``, ``columns``, ``summary`` and ``figure`` are there to be replaced. No import of torch at the top, please:
-   ``--help`` would wait for it.
+   ``around``, ``metrics``, ``columns``, ``summary`` and ``figure`` are there to be replaced. No import of torch at
+   the top, please: ``--help`` would wait for it.
 3. Append the class to ``suites.SUITES``. That makes ``supersonic-moe bench NAME``, and ``bench all`` runs it too, once
    for each of its ``files``.
 4. Say in ``readme.py`` what the README shows of its files, if anything.

@@ -6,15 +6,18 @@ price of travel. With one rank nothing travels, and the ratio says what the code
 
     torchrun --nproc-per-node 2 --local-ranks-filter 0 -m supersonic_moe bench ep
 
-Ranks must make the same calls, so all of them take their decisions from the same times: the longest of all ranks.
+Ranks must make the same calls, so all of them take their decisions from the same times: the longest of all ranks. A
+contender that fails on one rank has failed on all. After any other error of one rank they may be in different calls, so
+a case without a result is the last one where there are several ranks; torchrun ends those that wait when one is gone.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -27,7 +30,17 @@ from supersonic_moe.bench.ep_timeline import Timeline, timeline
 from supersonic_moe.bench.layer import Contender
 from supersonic_moe.bench.report import OURS, CaseResult
 from supersonic_moe.bench.spans import marks_for
-from supersonic_moe.bench.timing import Call, Clock, Missing, NoResultError, Slice, clock_for, measure, required
+from supersonic_moe.bench.timing import (
+    Call,
+    Clock,
+    LastCaseError,
+    Missing,
+    NoResultError,
+    Slice,
+    clock_for,
+    measure,
+    required,
+)
 from supersonic_moe.config.recipe import Fp8Recipe, Recipe
 from supersonic_moe.kernels import registry
 from supersonic_moe.parallel import ExpertParallel
@@ -63,60 +76,98 @@ class EpConfig:
 
 
 class SlowestRank:
-    """A clock that shows every rank the times of the slowest one."""
+    """A clock that shows every rank the times of the slowest one. Where a rank fails, all of them raise.
 
-    def __init__(self, clock: Clock, device: torch.device) -> None:
-        self.clock, self.device = clock, device
+    ``group``: one of the host that nobody else uses, so that ranks meet in it whatever has become of their calls.
+    """
+
+    def __init__(self, clock: Clock, group: dist.ProcessGroup) -> None:
+        self.clock, self.group = clock, group
 
     def slice(self, call: Call, settle: int, calls: int) -> Slice:
-        own = self.clock.slice(call, settle, calls)
-        times = torch.tensor(own.times_us, dtype=torch.float64, device=self.device)
-        dist.all_reduce(times, dist.ReduceOp.MAX)
-        return Slice(times.tolist(), own.readings)
+        try:
+            own = self.clock.slice(call, settle, calls)
+        except Exception:
+            self._slowest([math.inf] * calls)
+            raise
+        times_us = self._slowest(own.times_us)
+        if math.inf in times_us:
+            raise RuntimeError("another rank has failed, and says why")
+        return Slice(times_us, own.readings)
+
+    def _slowest(self, times_us: list[float]) -> list[float]:
+        times = torch.tensor(times_us, dtype=torch.float64)
+        dist.all_reduce(times, dist.ReduceOp.MAX, group=self.group)
+        return times.tolist()
 
 
-@contextmanager
-def group(device: torch.device) -> Iterator[dist.ProcessGroup]:
-    """The ranks of torchrun, or one process alone."""
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if dist.is_torchelastic_launched():
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    assert dist.group.WORLD is not None
-    try:
-        yield dist.group.WORLD
-    finally:
+class Runner:
+    """Measures cases over the ranks of torchrun, or in one process alone."""
+
+    def __init__(self, config: EpConfig) -> None:
+        self.config = config
+        self.clock = clock_for(config.device)
+
+    @contextmanager
+    def over_ranks(self) -> Iterator[None]:
+        """What all cases run inside. One group is for all of them: the store of torchrun keeps what the ranks of an
+        earlier group wrote there, and NCCL would look for them where they no longer are. After an error of several
+        ranks none ends the group in order, which may wait for a rank that is elsewhere.
+        """
+        backend = "nccl" if self.config.device.type == "cuda" else "gloo"
+        if dist.is_torchelastic_launched():
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        several = dist.get_world_size() > 1
+        try:
+            if several:
+                self.clock = SlowestRank(self.clock, dist.new_group(backend="gloo"))
+            yield
+        except BaseException:
+            if not several:
+                dist.destroy_process_group()
+            raise
         dist.destroy_process_group()
 
+    def run(self, shape: LayerShape, progress: Callable[[str], None]) -> EpResult:
+        try:
+            return required(str(shape), partial(self._run, shape, progress))  # type: ignore[no-any-return]
+        except NoResultError as error:
+            if dist.get_world_size() == 1:
+                raise
+            raise LastCaseError(str(error)) from error
 
-def run_case(shape: LayerShape, config: EpConfig, progress: Callable[[str], None]) -> EpResult:
-    with group(config.device) as ranks:
-        return required(str(shape), partial(_run, shape, config, ranks, progress))  # type: ignore[no-any-return]
+    def _run(self, shape: LayerShape, progress: Callable[[str], None]) -> EpResult:
+        progress("building both layers")
+        config, size = self.config, dist.get_world_size()
+        wire = config.wire if size > 1 else "exact"
+        assert dist.group.WORLD is not None
+        ep = ExpertParallel(
+            dist.group.WORLD,
+            num_experts=size * shape.experts,
+            top_k=shape.top_k,
+            hidden=shape.hidden,
+            max_tokens=shape.tokens,
+            transport=config.transport,  # type: ignore[arg-type]
+            wire=wire,  # type: ignore[arg-type]
+        )
+        with closing(ep):
+            return _measured(shape, config, ep, self.clock, progress)
 
 
-def _run(shape: LayerShape, config: EpConfig, ranks: dist.ProcessGroup, progress: Callable[[str], None]) -> EpResult:
-    progress("building both layers")
-    size = dist.get_world_size(ranks)
-    wire = config.wire if size > 1 else "exact"
-    ep = ExpertParallel(
-        ranks,
-        num_experts=size * shape.experts,
-        top_k=shape.top_k,
-        hidden=shape.hidden,
-        max_tokens=shape.tokens,
-        transport=config.transport,  # type: ignore[arg-type]
-        wire=wire,  # type: ignore[arg-type]
-    )
+def _measured(
+    shape: LayerShape, config: EpConfig, ep: ExpertParallel, clock: Clock, progress: Callable[[str], None]
+) -> EpResult:
+    size = ep.size
     contenders = {OURS: _contender(shape, config, ep), ONE_GPU: _contender(shape, config, None)}
     odd = {
         "fp8": isinstance(config.recipe, Fp8Recipe),
         "gather": ep.transport == "gather",
-        "fp8-wire": wire == "fp8",
+        "fp8-wire": ep.wire == "fp8",
     }
     case = "_".join([f"{shape}_R{size}", *(name for name, on in odd.items() if on)])
     result = EpResult(case, {name: {} for name in contenders})
-    clock: Clock = SlowestRank(clock_for(config.device), config.device)
     for mode in ("fwd", "fwd_bwd"):
         progress(f"timing {mode}")
         calls = {name: getattr(contender, mode) for name, contender in contenders.items()}
@@ -131,16 +182,15 @@ def _run(shape: LayerShape, config: EpConfig, ranks: dist.ProcessGroup, progress
         result.metrics[name]["host_us"] = _host_us(contender.fwd_bwd, config.device)
     if size > 1:
         sizes = (shape.tokens, shape.hidden, ep.num_experts, shape.top_k, size)
-        sent = Load(*sizes, wire, shape.tokens if ep.transport == "gather" else None).sent
+        sent = Load(*sizes, ep.wire, shape.tokens if ep.transport == "gather" else None).sent
         result.metrics[OURS]["sent_bytes"] = sum(sent)
         progress("finding out when rows travel")
-        result.timeline = timeline(contenders[OURS].fwd_bwd, marks_for(config.device))
+        result.timeline = timeline(contenders[OURS].fwd_bwd, marks_for(config.device), ep.ranks)
     elif isinstance(config.recipe, Fp8Recipe) and _has_parts(shape, config):
         progress("timing products in parts")
         kernels = registry.fp8_kernels("sm90")
         times = {"warm_ms": config.warm_ms, "min_ms": config.min_ms}
         result.in_parts = run_parts(shape, kernels, config.recipe, config.device, **times)
-    ep.close()
     return result
 
 

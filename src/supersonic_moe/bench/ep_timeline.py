@@ -1,8 +1,11 @@
 """When the rows of a layer travel within one forward and backward of a rank, and the figure of it.
 
 Each exchange is bracketed with marks on the stream that it runs on (CUDA events; on a CPU, the clock): it begins when
-that stream reaches it, and ends when its rows are there, waits for other ranks included. What is not travel is
-products, sums and routing; an exchange that runs beside them is drawn over them.
+that stream reaches it, and ends when its rows are there, waits for other ranks included. One whose rows travel part by
+part beside products is several: what the stream of the products does for it at its start and its end, and each part on
+the stream beside. What is not travel is products, sums and routing; what runs beside them is drawn over them.
+
+Its phase is what the watch of the ranks, which every exchange tells, heard last.
 """
 
 from __future__ import annotations
@@ -17,9 +20,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from supersonic_moe.bench.spans import Marks
-from supersonic_moe.bench.timing import Call
-from supersonic_moe.parallel.collectives import Collectives
-from supersonic_moe.parallel.copies import Copies
+from supersonic_moe.bench.timing import Call, NoResultError, covered
+from supersonic_moe.parallel.collectives import Ranks
+from supersonic_moe.parallel.copies import Copies, Departure
 from supersonic_moe.parallel.watch import PHASES
 
 if TYPE_CHECKING:
@@ -27,9 +30,9 @@ if TYPE_CHECKING:
 
 WARM, RUNS = 10, 20  # the same on every rank: all of them make the same calls
 COLOURS = dict(zip(PHASES, ("#0b6e4f", "#5c6bc0", "#c8553d", "#b8860b"), strict=True))
-_METHODS = [(kind, name) for kind in (Copies, Collectives) for name in ("gather", "exchange")]
-_BESIDE = ("pull", "push")  # parts of exchanges, on the stream beside
-_METHODS += [(Copies, name) for name in _BESIDE]
+_EXCHANGES = ("gather", "exchange")
+_IN_PARTS = ("gather_in_parts", "departure")  # their start; of Copies, as is what follows
+_BESIDE = ("pull", "push")  # their parts, on the stream beside
 
 
 class Exchange(NamedTuple):
@@ -46,47 +49,56 @@ class Timeline:
     end_us: float
 
 
-def timeline(call: Call, marks: Marks) -> Timeline:
-    """Of ``call``, which is a forward and a backward over ranks."""
+def timeline(call: Call, marks: Marks, ranks: Ranks) -> Timeline:
+    """Of ``call``, which is a forward and a backward over ``ranks``."""
     runs = []
     for _ in range(WARM):
         call()
     for _ in range(RUNS):
-        with _recorded(marks.mark) as found:
+        with _recorded(ranks, marks.mark) as found:
             begin, _, end = marks.mark(), call(), marks.mark()
         runs.append((begin, found, end))
     marks.wait()
+    phases = [phase for phase, _, _ in runs[0][1]]
+    if any([phase for phase, _, _ in found] != phases for _, found, _ in runs):
+        raise NoResultError("two calls of the same layer exchanged different rows")
     exchanges = []
-    for number, (phase, _, _) in enumerate(runs[0][1]):
+    for number, phase in enumerate(phases):
         times = [[marks.us(begin, mark) for mark in found[number][1:]] for begin, found, _ in runs]
         exchanges.append(Exchange(phase, *(statistics.median(column) for column in zip(*times, strict=True))))
     return Timeline(exchanges, statistics.median(marks.us(begin, end) for begin, _, end in runs))
 
 
 @contextmanager
-def _recorded(mark: Callable[[], Any]) -> Iterator[list[tuple[str, Any, Any]]]:
-    """(phase, mark before, mark after) of every exchange inside the block."""
+def _recorded(ranks: Ranks, mark: Callable[[], Any]) -> Iterator[list[tuple[str, Any, Any]]]:
+    """(phase, mark before, mark after) of every exchange of ``ranks`` inside the block, as they end."""
     found: list[tuple[str, Any, Any]] = []
-    originals = {(kind, name): getattr(kind, name) for kind, name in _METHODS}
+    names = [*_EXCHANGES, *(_IN_PARTS + _BESIDE if isinstance(ranks, Copies) else ())]
 
     def bracketed(method: Any) -> Any:
         @wraps(method)
         def call(*args: Any) -> Any:
-            before = mark()
+            stream = getattr(ranks, "stream", None) if method.__name__ in _BESIDE else None
+            if stream is not None:  # which waits for that of the products first, as every part does
+                stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                before = mark()
             result = method(*args)
-            with torch.cuda.stream(args[0].stream if method.__name__ in _BESIDE else None):
-                found.append((next(arg for arg in args if isinstance(arg, str)), before, mark()))
+            with torch.cuda.stream(stream):
+                found.append((ranks.watch.activity.phase, before, mark()))
+            if isinstance(result, Departure):
+                vars(result)["arrived"] = bracketed(result.arrived)
             return result
 
         return call
 
-    for (kind, name), method in originals.items():
-        setattr(kind, name, bracketed(method))
+    for name in names:
+        vars(ranks)[name] = bracketed(getattr(ranks, name))
     try:
         yield found
     finally:
-        for (kind, name), method in originals.items():
-            setattr(kind, name, method)
+        for name in names:
+            del vars(ranks)[name]
 
 
 def draw(timelines: Sequence[tuple[str, Timeline]], title: str) -> Figure:
@@ -99,7 +111,7 @@ def draw(timelines: Sequence[tuple[str, Timeline]], title: str) -> Figure:
         axis.barh(place, found.end_us, height=0.4, color="#d9d9d9")
         for phase, begin, end in found.exchanges:
             axis.barh(place, end - begin, left=begin, height=0.7, color=COLOURS[phase], alpha=0.85)
-        travel = sum(end - begin for _, begin, end in found.exchanges)
+        travel = covered((begin, end) for _, begin, end in found.exchanges)
         text = f"{found.end_us:,.0f} µs, of which exchanges {travel:,.0f}"
         axis.annotate(text, (found.end_us, place), (5, 0), textcoords="offset points", va="center", fontsize=8)
     axis.set_yticks(range(len(timelines)), [case for case, _ in timelines], fontsize=8)

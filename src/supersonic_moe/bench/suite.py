@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -58,13 +59,17 @@ class Suite(ABC, Generic[Case, Result]):
     def method(self) -> str:
         """How, in a sentence."""
 
+    def around(self) -> AbstractContextManager[None]:
+        """What all cases run inside."""
+        return nullcontext()
+
     @abstractmethod
     def cases(self) -> Sequence[Case]:
         """What to measure. Raises ValueError for options that do not fit together, or not this machine."""
 
     @abstractmethod
     def run(self, case: Case, progress: Progress) -> Result:
-        """Measure one case. Raises NoResultError where we have no result ourselves."""
+        """Measure one case. Raises NoResultError where we have no result ourselves, LastCaseError if that ends all."""
 
     def metrics(self, results: Sequence[Result]) -> list[CaseResult]:
         """The cases of the file."""

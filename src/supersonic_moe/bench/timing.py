@@ -29,10 +29,12 @@ from __future__ import annotations
 import math
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -165,6 +167,10 @@ class NoResultError(RuntimeError):
     """What a case is about could not run itself, so there is nothing to report."""
 
 
+class LastCaseError(NoResultError):
+    """Nor can any case after it."""
+
+
 def measure(
     contenders: Mapping[str, Call],
     clock: Clock,
@@ -232,8 +238,11 @@ def attempt(action: Callable[[], Any]) -> Any:
         return action()
     except torch.OutOfMemoryError as error:
         return Missing(f"out of memory: {_first_sentence(error)}", out_of_memory=True)
+    except NoResultError as error:  # says what and why already
+        return Missing(str(error).rstrip("."))
     except Exception as error:  # a peer is anybody's code: a failed assertion or a missing compiler is a reason too
-        return Missing(f"{type(error).__name__}: {_first_sentence(error)}")
+        place = f" ({_place(error)})" if isinstance(error, _OF_PROGRAMMERS) or not str(error) else ""
+        return Missing(f"{type(error).__name__}: {_first_sentence(error)}{place}")
 
 
 def required(what: str, action: Callable[[], Any]) -> Any:
@@ -242,6 +251,16 @@ def required(what: str, action: Callable[[], Any]) -> Any:
     if isinstance(outcome, Missing):
         raise NoResultError(f"{what}: {outcome.reason}.")
     return outcome
+
+
+_OF_PROGRAMMERS = (AssertionError, AttributeError, LookupError, NameError, StopIteration)
+"""Errors whose message helps nobody who does not see the line."""
+
+
+def _place(error: BaseException) -> str:
+    """File and line that raised it."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}"
 
 
 def _first_sentence(error: BaseException) -> str:

@@ -38,10 +38,11 @@ def execute(suite: Suite[Case, Result], console: Console) -> bool:
         (suite.commit or report.tree_commit()) if suite.json else None
     )  # before the file that is written is a change
     results: list[Result] = []
-    for result in _measured(suite, cases, console):
-        results.append(result)
-        if suite.json:  # after each case, so that a run that is stopped leaves what it has measured
-            report.write_json(suite.json, report.document(suite.name, suite.metrics(results), suite.where, commit))
+    with suite.around():
+        for result in _measured(suite, cases, console):
+            results.append(result)
+            if suite.json:  # after each case, so that a run that is stopped leaves what it has measured
+                report.write_json(suite.json, report.document(suite.name, suite.metrics(results), suite.where, commit))
     if results:
         for renderable in suite.summary(results):
             console.print(renderable)
@@ -59,7 +60,7 @@ def _make_current(suite: Suite[Any, Any]) -> None:
 
 def _measured(suite: Suite[Case, Result], cases: Sequence[Case], console: Console) -> Iterator[Result]:
     """Every case, each shown as soon as it is measured; one that fails is explained and left out."""
-    from supersonic_moe.bench.timing import NoResultError
+    from supersonic_moe.bench.timing import LastCaseError, NoResultError
 
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
     with Progress(*columns, console=console, refresh_per_second=4, transient=True) as bar:
@@ -82,6 +83,8 @@ def _measured(suite: Suite[Case, Result], cases: Sequence[Case], console: Consol
                 yield result
             except NoResultError as error:
                 console.print(f"[red]No result:[/red] {escape(str(error))}", highlight=False)
+                if isinstance(error, LastCaseError):
+                    raise typer.Exit(1) from error
             console.print()
             bar.advance(task)
 

@@ -1,6 +1,6 @@
 """Load a cubin and launch its kernel through the CUDA driver, at a few microseconds of host time.
 
-    kernel = Kernel(spec)
+    kernel = kernel_of(spec)
     kernel.launch((132, 1, 1), map_x=tensor_map(x_TH, box=(128, 64)), out=out_TH, tokens=num_tokens)
 
 Arguments have the names of the parameters in the .cu file (`jit/signature.py`). The work of a launch is split by how
@@ -90,6 +90,23 @@ class Kernel:
             log.info("compiling %s, because the driver does not take the package's cubin: %s", self.spec, error)
             self._cubin = build(self.spec, shipped=False)
             return _load(self._cubin, self.spec, self.signature)
+
+
+_kernels: dict[KernelSpec, Kernel] = {}
+_kernels_lock = threading.Lock()
+
+
+def kernel_of(spec: KernelSpec) -> Kernel:
+    """The one kernel of `spec` in this process, however many threads ask for it at once.
+
+    Two would be two libraries, and the driver may wait for everything on the GPU before it loads the second: for ever
+    where ranks are threads, and the first kernel already waits there for the rank that loads. Callers keep what they
+    get (`functools.cache`), since looking up a spec costs more than a launch may.
+    """
+    with _kernels_lock:
+        if spec not in _kernels:
+            _kernels[spec] = Kernel(spec)
+        return _kernels[spec]
 
 
 class _ThreadSlots(threading.local):

@@ -39,7 +39,7 @@ from supersonic_moe.config.router import TokenRounding, TopKRouter
 from supersonic_moe.functional import LayerOutput, RouterWeight, Selection
 from supersonic_moe.parallel import exact_wire, fp8_wire
 from supersonic_moe.parallel.channel import Channel, Sizes
-from supersonic_moe.parallel.collectives import group_of
+from supersonic_moe.parallel.collectives import Ranks, group_of
 from supersonic_moe.parallel.departures import Departures
 from supersonic_moe.parallel.traffic import Load
 from supersonic_moe.parallel.transport import TRANSPORTS
@@ -205,6 +205,11 @@ class ExpertParallel:
     def _channel(self) -> Channel:
         """That of the next call of this thread; of more than one rank."""
         return self._all[self._taken.number]
+
+    @property
+    def ranks(self) -> Ranks:
+        """What carries the rows of the next call of this thread, for those who measure it; of more than one rank."""
+        return self._channel.ranks
 
     def call(self) -> AbstractContextManager[None]:
         """A call, of more than one rank: of what is refused inside the block, or fails, the others are told at once.

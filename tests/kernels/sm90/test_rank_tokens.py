@@ -46,7 +46,6 @@ def tokens_of_a_rank(monkeypatch: pytest.MonkeyPatch, launches: list[Any]) -> Ra
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *size, pin_memory=False, **kwargs: zeros(*size, **kwargs))
     monkeypatch.setattr(rank_tokens, "multiprocessors", lambda device: 131)
-    rank_tokens._kernel.cache_clear()
     blocks = [torch.zeros(1024, dtype=torch.uint8) for _ in range(4)]
     at = Layout(*(4096 + start for start in Layout.of(4, M, H, K)))
     return RankTokens(exchange_flags.ExchangeFlags(blocks, 1, 2.5), at, M, 7)

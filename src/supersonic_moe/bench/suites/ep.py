@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from supersonic_moe.perf_model import LayerShape
 if TYPE_CHECKING:
     import torch
 
-    from supersonic_moe.bench.ep import EpResult
+    from supersonic_moe.bench.ep import EpResult, Runner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +34,27 @@ class Ep(RecipeOptions, OfLayers["EpResult"], Timed[LayerShape, "EpResult"]):
     transport: Annotated[
         str, typer.Option(help="all_to_all sends tokens to ranks that need them, gather all to all.")
     ] = "auto"
-    wire: Annotated[str, typer.Option(help="How rows travel: exact, or fp8 for an FP8 layer.")] = "exact"
+    wire: Annotated[
+        str,
+        typer.Option(
+            help="How rows travel: exact, or fp8 for an FP8 layer, which takes --scale pow2 by itself where several "
+            "ranks need it."
+        ),
+    ] = "exact"
     png: options.Png = None
 
     def __post_init__(self) -> None:
         if os.environ.get("RANK", "0") != "0":
             for name in ("json", "png"):  # one rank writes the files
                 object.__setattr__(self, name, None)
+        if self._rounds_twice and self.scale is None:
+            object.__setattr__(self, "scale", "pow2")
+
+    @property
+    def _rounds_twice(self) -> bool:
+        """Whether weight gradients read what was rounded for the way, which needs scales that are powers of two."""
+        several = os.environ.get("WORLD_SIZE", "1") != "1"
+        return several and (self.recipe, self.wire) == ("fp8", "fp8") and self.wgrad != "bf16"
 
     @cached_property
     def where(self) -> torch.device:
@@ -51,9 +66,10 @@ class Ep(RecipeOptions, OfLayers["EpResult"], Timed[LayerShape, "EpResult"]):
 
     @property
     def heading(self) -> str:
-        ranks = os.environ.get("WORLD_SIZE", "1")
+        ranks, scales = os.environ.get("WORLD_SIZE", "1"), " with scales of pow2" if self.scale == "pow2" else ""
         return (
-            f"MoE layer over {ranks} rank(s), {self.machine}, {self.recipe}, against the plain layer of the same load"
+            f"MoE layer over {ranks} rank(s), {self.machine}, {self.recipe}{scales}, against the plain layer of the "
+            "same load"
         )
 
     def cases(self) -> Sequence[LayerShape]:
@@ -62,15 +78,27 @@ class Ep(RecipeOptions, OfLayers["EpResult"], Timed[LayerShape, "EpResult"]):
         if self.transport not in ("auto", "all_to_all", "gather"):
             raise ValueError(f"a transport is auto, all_to_all or gather; got {self.transport!r}.")
         if self.wire == "fp8" and self.recipe != "fp8":
-            raise ValueError(f"wire fp8 is for an FP8 layer; got recipe {self.recipe}. Add --recipe fp8 --scale pow2.")
+            raise ValueError(f"wire fp8 is for an FP8 layer; got recipe {self.recipe}. Add --recipe fp8.")
+        if self._rounds_twice and self.scale != "pow2":
+            raise ValueError(
+                f"wire fp8 between ranks needs scales of pow2, or weight gradients in bf16; got scale {self.scale}. "
+                "Leave --scale out, or add --wgrad bf16."
+            )
         return super().cases()
 
-    def run(self, case: LayerShape, progress: Progress) -> EpResult:
-        from supersonic_moe.bench.ep import EpConfig, run_case
+    @cached_property
+    def runner(self) -> Runner:
+        from supersonic_moe.bench.ep import EpConfig, Runner
 
         kind = options.dtype(None, self.where, self.numerics)
         travel = self.transport, self.wire
-        return run_case(case, EpConfig(self.where, kind, self.numerics, *travel, self.warm_ms, self.min_ms), progress)
+        return Runner(EpConfig(self.where, kind, self.numerics, *travel, self.warm_ms, self.min_ms))
+
+    def around(self) -> AbstractContextManager[None]:
+        return self.runner.over_ranks()
+
+    def run(self, case: LayerShape, progress: Progress) -> EpResult:
+        return self.runner.run(case, progress)
 
     def figure(self, results: Sequence[EpResult]) -> Sequence[Path]:
         timelines = [(result.case, result.timeline) for result in results if result.timeline is not None]

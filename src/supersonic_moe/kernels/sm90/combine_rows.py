@@ -16,7 +16,7 @@ import functools
 
 from torch import Tensor
 
-from supersonic_moe.jit.launch import Kernel, on_device
+from supersonic_moe.jit.launch import Kernel, kernel_of, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.kernels.sm90.gemm_config import multiprocessors
 from supersonic_moe.kernels.sm90.route_rows import RowTables
@@ -29,7 +29,7 @@ SPECS = (KernelSpec("combine_rows", "combine_rows.cu", threads=THREADS, opcodes=
 
 @functools.cache
 def _kernel() -> Kernel:
-    return Kernel(SPECS[0])
+    return kernel_of(SPECS[0])
 
 
 def combine_rows(

@@ -26,7 +26,7 @@ import functools
 import torch
 from torch import Tensor
 
-from supersonic_moe.jit.launch import Kernel, on_device
+from supersonic_moe.jit.launch import Kernel, kernel_of, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.interface import Arrivals, DownBackward
@@ -71,7 +71,7 @@ SPECS = tuple(
 
 @functools.cache
 def _kernel(config: GemmConfig, kind: int, interleaved: bool, i_contiguous: bool, in_parts: bool = False) -> Kernel:
-    return Kernel(_spec(config, kind, interleaved, i_contiguous, **(IN_PARTS if in_parts else {})))
+    return kernel_of(_spec(config, kind, interleaved, i_contiguous, **(IN_PARTS if in_parts else {})))
 
 
 def down_backward(step: DownBackward[Tensor], arriving: Arrivals | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from supersonic_moe.jit.launch import Kernel, on_device
+from supersonic_moe.jit.launch import Kernel, kernel_of, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
 from supersonic_moe.kernels.interface import Arrivals, DownBackward, Quantized
@@ -105,7 +105,7 @@ SPECS = tuple(
 
 @functools.cache
 def _kernel(config: GemmConfig, kind: int, interleaved: bool, saved_fp8: bool, int8: bool) -> Kernel:
-    return Kernel(spec_of(config, kind, interleaved, saved_fp8, "down_backward_fp8", **(INT8 if int8 else {})))
+    return kernel_of(spec_of(config, kind, interleaved, saved_fp8, "down_backward_fp8", **(INT8 if int8 else {})))
 
 
 def down_backward_fp8(step: DownBackward[Quantized], arriving: Arrivals | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,7 +30,7 @@ import functools
 import torch
 from torch import Tensor
 
-from supersonic_moe.jit.launch import Kernel, on_device
+from supersonic_moe.jit.launch import Kernel, kernel_of, on_device
 from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.interface import Arrivals, BothOrders, DownBackward, Quantized, Segments
 from supersonic_moe.kernels.sm90.down_backward_fp8 import (
@@ -67,7 +67,7 @@ SPECS = tuple(
 
 @functools.cache
 def _kernel(config: GemmConfig, kind: int, in_parts: bool = False, int8: bool = False) -> Kernel:
-    return Kernel(spec_of(config, kind, True, True, NAME, **(IN_PARTS if in_parts else INT8 if int8 else {})))
+    return kernel_of(spec_of(config, kind, True, True, NAME, **(IN_PARTS if in_parts else INT8 if int8 else {})))
 
 
 def down_backward_fp8_quantize(

@@ -22,7 +22,7 @@ import functools
 import torch
 from torch import Tensor
 
-from supersonic_moe.jit.launch import Kernel, on_device
+from supersonic_moe.jit.launch import Kernel, kernel_of, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.interface import DownBackward
@@ -39,7 +39,7 @@ SPECS = tuple(_spec(bf16_form(BLOCK_N, cluster, gather)) for gather in (False, T
 
 @functools.cache
 def _kernel(config: GemmConfig) -> Kernel:
-    return Kernel(_spec(config))
+    return kernel_of(_spec(config))
 
 
 def down_backward_ungated(step: DownBackward[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

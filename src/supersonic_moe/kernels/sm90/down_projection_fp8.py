@@ -22,7 +22,7 @@ import functools
 
 from torch import Tensor
 
-from supersonic_moe.jit.launch import Kernel, on_device
+from supersonic_moe.jit.launch import Kernel, kernel_of, on_device
 from supersonic_moe.kernels.interface import Quantized
 from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BUFFER_BYTES, fp8_form
 from supersonic_moe.kernels.sm90.operands import map_of_columns, map_of_rows, scaled_weight
@@ -35,7 +35,7 @@ SPECS = tuple(form.spec("down_projection_fp8", OPCODES) for form in (ONE, PAIR))
 
 @functools.cache
 def _kernel(pairs: bool) -> Kernel:
-    return Kernel(SPECS[pairs])
+    return kernel_of(SPECS[pairs])
 
 
 def down_projection_fp8(

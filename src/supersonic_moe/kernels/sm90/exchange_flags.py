@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from supersonic_moe.jit.launch import Kernel, on_device
+from supersonic_moe.jit.launch import Kernel, kernel_of, on_device
 from supersonic_moe.jit.spec import KernelSpec
 
 MAX_RANKS = 32
@@ -65,7 +65,7 @@ class Failure(NamedTuple):
 @functools.cache
 def _kernels() -> tuple[Kernel, Kernel]:
     begin, meet = SPECS
-    return Kernel(begin), Kernel(meet)
+    return kernel_of(begin), kernel_of(meet)
 
 
 class ExchangeFlags:

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from supersonic_moe.jit.launch import Kernel, on_device
+from supersonic_moe.jit.launch import Kernel, kernel_of, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.interface import RowBlocks, Rows
@@ -57,7 +57,7 @@ SPECS = tuple(
 
 @functools.cache
 def _kernel(config: GemmConfig, n_contiguous: bool, in_parts: bool = False) -> Kernel:
-    return Kernel(_spec(config, n_contiguous, **(IN_PARTS if in_parts else {})))
+    return kernel_of(_spec(config, n_contiguous, **(IN_PARTS if in_parts else {})))
 
 
 def grouped_mm(a: Rows[Tensor], b_EKN: Tensor, expert_offsets: Tensor, parts: Sequence[RowBlocks] = ()) -> Tensor:

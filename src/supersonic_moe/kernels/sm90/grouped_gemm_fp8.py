@@ -26,7 +26,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from supersonic_moe.jit.launch import Kernel, on_device
+from supersonic_moe.jit.launch import Kernel, kernel_of, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.kernels.interface import Quantized, RowBlocks, Rows
 from supersonic_moe.kernels.sm90.gemm_config import (
@@ -61,7 +61,7 @@ SPECS = (
 
 @functools.cache
 def _kernel(config: GemmConfig, in_parts: bool = False) -> Kernel:
-    return Kernel(_spec(config, **(IN_PARTS if in_parts else {})))
+    return kernel_of(_spec(config, **(IN_PARTS if in_parts else {})))
 
 
 def grouped_mm_fp8(

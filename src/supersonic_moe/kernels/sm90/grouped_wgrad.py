@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from supersonic_moe import checks
-from supersonic_moe.jit.launch import Kernel, on_device
+from supersonic_moe.jit.launch import Kernel, kernel_of, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
 from supersonic_moe.kernels.alignment import is_plain
@@ -62,7 +62,7 @@ SPECS = tuple(
 
 @functools.cache
 def _kernel(config: GemmConfig, fp32: bool) -> Kernel:
-    return Kernel(_spec(config, fp32))
+    return kernel_of(_spec(config, fp32))
 
 
 def gradient_buffer(into: Into, operand: Tensor, num_experts: int, m: int, n: int) -> Tensor:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from supersonic_moe import checks
-from supersonic_moe.jit.launch import Kernel, on_device
+from supersonic_moe.jit.launch import Kernel, kernel_of, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.alignment import is_plain
@@ -50,7 +50,7 @@ SPECS = tuple(_spec(fp8_form(1, False, STAGING_BYTES), fp32) for fp32 in (False,
 
 @functools.cache
 def _kernel(config: GemmConfig, fp32: bool) -> Kernel:
-    return Kernel(_spec(config, fp32))
+    return kernel_of(_spec(config, fp32))
 
 
 def _check(a_MG: Quantized, b_NG: Quantized) -> None:

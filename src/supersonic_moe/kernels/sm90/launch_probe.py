@@ -4,7 +4,6 @@ A layer of a mixture-of-experts model launches about twenty kernels forward and 
 the GPU, which works 50 to 300 µs on each. The aim is at most 8 µs a launch, a cached tensor map included.
 """
 
-import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from supersonic_moe.jit.launch import Kernel
+from supersonic_moe.jit.launch import kernel_of
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
 
@@ -32,15 +31,9 @@ class LaunchOverhead:
     map_lookup_us: float
 
 
-@functools.lru_cache(maxsize=1)
-def _kernels() -> tuple[Kernel, Kernel]:
-    plain, tma = SPECS
-    return Kernel(plain), Kernel(tma)
-
-
 def measure_launch_overhead(repeats: int = 200, batch: int = 20) -> LaunchOverhead:
     """Measure on the current device; each of `repeats` samples is `batch` launches into an empty queue."""
-    plain, tma = _kernels()
+    plain, tma = map(kernel_of, SPECS)
     x, grid = torch.empty(256, 256, dtype=torch.bfloat16, device="cuda"), (1, 1, 1)
 
     def launch_plain() -> None:

@@ -26,7 +26,7 @@ import functools
 import torch
 from torch import Tensor
 
-from supersonic_moe.jit.launch import Kernel, on_device
+from supersonic_moe.jit.launch import Kernel, kernel_of, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.kernels import triton
 from supersonic_moe.kernels.interface import Quantized
@@ -37,7 +37,7 @@ SPECS = (KernelSpec("quantize_columns", "quantize_columns.cu", threads=256, opco
 
 @functools.cache
 def _kernel() -> Kernel:
-    return Kernel(SPECS[0])
+    return kernel_of(SPECS[0])
 
 
 def quantize_columns(

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from supersonic_moe.jit.launch import Kernel, Launch
+from supersonic_moe.jit.launch import Kernel, Launch, kernel_of
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.kernels.sm90.exchange_flags import ExchangeFlags
 from supersonic_moe.kernels.sm90.gemm_config import multiprocessors
@@ -98,7 +98,7 @@ class RankTokens(NamedTuple):
 
 @functools.cache
 def _kernel(name: str) -> Kernel:
-    return Kernel(next(spec for spec in SPECS if spec.name == name))
+    return kernel_of(next(spec for spec in SPECS if spec.name == name))
 
 
 def post_tokens(

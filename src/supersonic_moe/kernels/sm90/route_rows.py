@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from supersonic_moe.config.grouped_routing import GroupedRouting, Scoring
-from supersonic_moe.jit.launch import Kernel, Launch
+from supersonic_moe.jit.launch import Kernel, Launch, kernel_of
 from supersonic_moe.jit.spec import KernelSpec
 
 THREADS = 512
@@ -135,7 +135,7 @@ class Choices(NamedTuple):
 @functools.cache
 def _kernel(name: str, values: int | None = None) -> Kernel:
     constants = () if values is None else (("VALUES", values),)
-    return Kernel(next(spec for spec in SPECS if spec.name == name and spec.constants == constants))
+    return kernel_of(next(spec for spec in SPECS if spec.name == name and spec.constants == constants))
 
 
 def route_rows(

@@ -18,13 +18,12 @@ Cost
     2·M·N·K = 67 MFLOP, (M + N)·K·(2 or 1) + 2·M·N = 640 or 384 KiB: microseconds. It measures nothing.
 """
 
-import functools
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from supersonic_moe.jit.launch import Kernel
+from supersonic_moe.jit.launch import kernel_of
 from supersonic_moe.jit.nvrtc import JitError
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
@@ -75,11 +74,6 @@ def self_test_spec(
 SPECS = (self_test_spec(torch.bfloat16), self_test_spec(torch.float8_e4m3fn))
 
 
-@functools.lru_cache(maxsize=64)
-def self_test_kernel(spec: KernelSpec) -> Kernel:
-    return Kernel(spec)
-
-
 def multiply(
     a_MK: Tensor, b_NK: Tensor, block_n: int = 128, a_mn_major: bool = False, b_mn_major: bool = False
 ) -> Tensor:
@@ -93,7 +87,7 @@ def multiply(
     map_b = _operand_map(b_NK, block_n, block_k, b_mn_major)
     map_c = tensor_map(c_MN, box=(64, 32), swizzle=64)
     tiles_m, tiles_n = -(-rows // BLOCK_M), -(-columns // block_n)
-    kernel = self_test_kernel(self_test_spec(dtype, block_n, a_mn_major, b_mn_major))
+    kernel = kernel_of(self_test_spec(dtype, block_n, a_mn_major, b_mn_major))
     kernel.launch(
         (BLOCKS, 1, 1),
         map_a=map_a,
@@ -122,7 +116,7 @@ def run_self_test(device: int | torch.device = 0) -> SelfTestResult:
                 return SelfTestResult(
                     False, f"the sm90 kernels need compute capability 9.0 (H100, H200), this GPU has {major}.{minor}"
                 )
-            reports = [self_test_kernel(spec).cubin for spec in SPECS]
+            reports = [kernel_of(spec).cubin for spec in SPECS]
             compile_s = sum(cubin.report.seconds for cubin in reports if cubin.origin == "compiled")
             errors = {
                 str(dtype).removeprefix("torch."): _error(dtype) for dtype in (torch.bfloat16, torch.float8_e4m3fn)

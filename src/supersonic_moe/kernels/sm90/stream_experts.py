@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from supersonic_moe.config.activation import GateUpLayout
-from supersonic_moe.jit.launch import Kernel, Launch
+from supersonic_moe.jit.launch import Kernel, Launch, kernel_of
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import TensorMap, tensor_map
 from supersonic_moe.kernels.reference.inference import Fp8Experts
@@ -119,7 +119,7 @@ def num_counters(items: int, planes: int, hidden: int, intermediate: int) -> int
 
 @functools.cache
 def _kernel(of_ranks: bool) -> Kernel:
-    return Kernel(SPECS[of_ranks])
+    return kernel_of(SPECS[of_ranks])
 
 
 def stream_experts(

@@ -23,7 +23,7 @@ import functools
 
 from torch import Tensor
 
-from supersonic_moe.jit.launch import Kernel, on_device
+from supersonic_moe.jit.launch import Kernel, kernel_of, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.kernels.interface import Arrivals, UpProjection
 from supersonic_moe.kernels.sm90.gates import (
@@ -72,7 +72,7 @@ SPECS = (
 
 @functools.cache
 def _kernel(config: GemmConfig, kind: int, order: int, in_parts: bool = False) -> Kernel:
-    return Kernel(_spec(config, kind, order, **(IN_PARTS if in_parts else {})))
+    return kernel_of(_spec(config, kind, order, **(IN_PARTS if in_parts else {})))
 
 
 def up_projection(step: UpProjection[Tensor], arriving: Arrivals | None = None) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ import functools
 import torch
 
 from supersonic_moe.config.recipe import Fp8Recipe
-from supersonic_moe.jit.launch import Kernel, on_device
+from supersonic_moe.jit.launch import Kernel, kernel_of, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.kernels.interface import Arrivals, Quantized, UpProjection
 from supersonic_moe.kernels.sm90.gates import (
@@ -84,7 +84,7 @@ SPECS = tuple(
 
 @functools.cache
 def _kernel(config: GemmConfig, kind: int, interleaved: bool, in_parts: bool = False, int8: bool = False) -> Kernel:
-    return Kernel(_spec(config, kind, interleaved, **(IN_PARTS if in_parts else INT8 if int8 else {})))
+    return kernel_of(_spec(config, kind, interleaved, **(IN_PARTS if in_parts else INT8 if int8 else {})))
 
 
 def up_projection_fp8(

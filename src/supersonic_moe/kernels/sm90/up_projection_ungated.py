@@ -20,7 +20,7 @@ import functools
 
 from torch import Tensor
 
-from supersonic_moe.jit.launch import Kernel, on_device
+from supersonic_moe.jit.launch import Kernel, kernel_of, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.interface import UpProjection
@@ -49,7 +49,7 @@ SPECS = tuple(
 
 @functools.cache
 def _kernel(config: GemmConfig) -> Kernel:
-    return Kernel(_spec(config))
+    return kernel_of(_spec(config))
 
 
 def up_projection_ungated(step: UpProjection[Tensor]) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from supersonic_moe.jit.launch import Kernel, on_device
+from supersonic_moe.jit.launch import Kernel, kernel_of, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.jit.tma import tensor_map
 from supersonic_moe.kernels.interface import Rows
@@ -35,7 +35,7 @@ SPECS = tuple(_spec(bf16_form(BLOCK_N, cluster, gather)) for cluster in (1, 2) f
 
 @functools.cache
 def _kernel(config: GemmConfig) -> Kernel:
-    return Kernel(_spec(config))
+    return kernel_of(_spec(config))
 
 
 def row_scaled_mm(a: Rows[Tensor], b_EKN: Tensor, scale_P: Tensor, expert_offsets: Tensor) -> Tensor:
