@@ -27,6 +27,7 @@ from supersonic_moe.kernels.compose import ComposedFp8
 from supersonic_moe.kernels.interface import Backend, BothOrders, Into, Quantized, Rows
 from supersonic_moe.kernels.reference.gather import gather_rows
 from supersonic_moe.quantization.block_format import blocks
+from supersonic_moe.training import fp8
 from supersonic_moe.training.arguments import Weight
 from supersonic_moe.training.experts import run_experts
 from supersonic_moe.training.options import Options
@@ -141,7 +142,8 @@ def rounding_at_stores(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return call
 
-    for name in ("grouped_mm", "activation_forward", "activation_backward", "gather_sum", "grouped_mm_wgrad"):
+    passes = "activation_forward", "activation_backward", "gather_sum"
+    for name in ("grouped_mm", "rows_to_sum", "grouped_mm_wgrad", *passes):
         monkeypatch.setattr(fp8_layer, name, rounded(getattr(fp8_layer, name)))
 
 
@@ -162,6 +164,26 @@ def test_bits_are_those_of_the_arithmetic(recipe: Fp8Recipe, inputs: Any, monkey
         expected = want[name].to(got[name].dtype)
         assert error(got[name], expected) < 2e-4, name
         assert (got[name] != expected).double().mean() < 0.01 or name == "ds"
+
+
+@pytest.mark.parametrize("inputs", [gaussian, outliers, all_positive], ids=lambda f: f.__name__)
+def test_bits_with_int8_rows(inputs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Y and dx of rows in int8: the same bits as those of the arithmetic, which is not what bf16 gives."""
+    layer = Layer(topk_plan(150, 6, 3), 200, 72, as_activation("swiglu"))
+    inputs(layer)
+    on_bf16_grid(layer)
+    in_bf16 = run(layer, Fp8Recipe())
+    monkeypatch.setattr(fp8, "INT8_ROWS", True)
+    got = run(layer, Fp8Recipe())
+    rounding_at_stores(monkeypatch)
+    monkeypatch.setattr(
+        fp8_layer, "rows_to_sum", lambda *a: fp8_layer.through_saved(reference.grouped_mm(*a), torch.float32)
+    )
+    want = layer.fp8(Fp8Recipe(), tiled=("a", "dz"))
+    for name in want:
+        assert error(got[name], want[name].to(got[name].dtype)) < 2e-4, name
+    assert all(torch.equal(got[n], in_bf16[n]) for n in ("ds", "dw1", "db1", "dw2", "db2"))
+    assert 0.003 < error(got["out"], in_bf16["out"]) < 0.009 and 0.003 < error(got["dx"], in_bf16["dx"]) < 0.009
 
 
 def test_columns_of_experts_with_the_same_tokens_are_written_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,10 +207,14 @@ def test_columns_of_experts_with_the_same_tokens_are_written_once(monkeypatch: p
 
 
 @pytest.mark.parametrize("inputs", [gaussian, outliers, all_positive], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("wgrad", ["fp8", "bf16"])
+@pytest.mark.parametrize(("wgrad", "int8_rows"), [("fp8", False), ("bf16", False), ("fp8", True)])
 @pytest.mark.parametrize(("hidden", "intermediate", "experts"), [(256, 256, 10), (200, 72, 10), (128, 64, 128)])
-def test_accuracy(inputs: Any, wgrad: str, hidden: int, intermediate: int, experts: int) -> None:
+def test_accuracy(
+    inputs: Any, wgrad: str, int8_rows: bool, hidden: int, intermediate: int, experts: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """The contract against the fp32 layer: T = 333, K = 8, two empty experts at least."""
+    monkeypatch.setattr(fp8, "INT8_ROWS", int8_rows)
     layer = Layer(topk_plan(num_experts=experts), hidden, intermediate, as_activation("swiglu"))
     inputs(layer)
     on_bf16_grid(layer)
@@ -196,6 +222,23 @@ def test_accuracy(inputs: Any, wgrad: str, hidden: int, intermediate: int, exper
     assert_contract(got, layer.exact())
     for empty in (4, experts - 1):
         assert not any(got[n][empty].any() for n in ("dw1", "db1", "dw2", "db2"))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_accuracy_with_int8_rows(biased: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same contract with columns that fill no tile, rows that fill no tile, and on a GPU."""
+    ids = torch.rand(700, 7).topk(3).indices
+    layer = on_bf16_grid(Layer(sm.plan_from_topk(ids, 9), 520, 392, as_activation("swiglu"), biased=biased))
+    want = layer.exact()
+    layer.plan = sm.plan_from_topk(ids.to(device), 9)
+    for name in ("x", "dout", "scores", "w1", "w2", *(("b1", "b2") if biased else ())):
+        setattr(layer, name, getattr(layer, name).to(device))
+    in_bf16 = run(layer)
+    monkeypatch.setattr(fp8, "INT8_ROWS", True)
+    got = run(layer)
+    assert_contract({n: t.cpu() for n, t in got.items()}, want)
+    for name in ("out", "dx"):
+        assert 0.003 < error(got[name], in_bf16[name]) < 0.009, name
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: f"{r.save_preactivation}-{r.wgrad}")
