@@ -55,7 +55,7 @@ from supersonic_moe.training.bf16 import rounded, score_dtype
 
 INT8_ROWS = False
 """Whether Y and dx~, which are written only to be summed, are int8 with a power of two for 32 columns instead of bf16:
-half of their bytes, for 0.5 % of a row in error. Off until it is measured. Parts of expert parallelism stay bf16.
+half of their bytes, for 0.8 % of a row in error. Off until it is measured. Parts of expert parallelism stay bf16.
 """
 
 

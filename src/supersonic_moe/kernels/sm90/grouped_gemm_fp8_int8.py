@@ -8,7 +8,7 @@ Tiles
     As grouped_gemm_fp8.py, without an index. Half of a tile leaves during each of the next one's first two products, so
     32 KB of staging are enough.
 Maths
-    As there, but for the rounding: from the fp32 sums to int8, 0.5 to 0.8 % of a row where bf16 has 0.17 and the
+    As there, but for the rounding: from the fp32 sums to int8, 0.8 % of a Gaussian row where bf16 has 0.17 and the
     product's operands 3.7 and more.
 Cost
     2·P·K·N FLOP. Bytes: P·K + E·K·N + (1 + 1/32)·P·N at least, where bf16 has 2·P·N; and as many are saved again where
