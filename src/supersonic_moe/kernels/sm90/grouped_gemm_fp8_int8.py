@@ -22,7 +22,7 @@ import functools
 import torch
 from torch import Tensor
 
-from supersonic_moe.jit.launch import Kernel, on_device
+from supersonic_moe.jit.launch import Kernel, kernel_of, on_device
 from supersonic_moe.kernels.interface import Quantized
 from supersonic_moe.kernels.sm90.gemm_config import BLOCK_M, BUFFER_BYTES, fp8_form
 from supersonic_moe.kernels.sm90.operands import map_of_rows, map_of_scales, map_of_stored_rows, scaled_weight
@@ -35,7 +35,7 @@ SPECS = (FORM.spec("grouped_gemm_fp8_int8", OPCODES),)
 
 @functools.cache
 def _kernel() -> Kernel:
-    return Kernel(SPECS[0])
+    return kernel_of(SPECS[0])
 
 
 def grouped_mm_fp8_int8(a_PK: Quantized, b_ENK: Quantized, expert_offsets: Tensor) -> Quantized:
