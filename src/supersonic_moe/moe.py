@@ -289,14 +289,16 @@ class MoE(nn.Module):
         total_E = self.counts_since_update if training else None
         if total_E is not None and total_E.device != counts_E.device:  # parameters came one by one, not by ``_apply``
             total_E = self.counts_since_update = _moved(total_E, counts_E.device)
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        if torch.compiler.is_compiling():
             if exporting():  # a program that changes what is no buffer cannot be saved, and nobody would read it
                 return
-            # A graph may set no attribute inside a checkpoint, and can change no tensor that inference mode made.
             if self.expert_counts.device != counts_E.device:
                 self.expert_counts = _moved(self.expert_counts, counts_E.device)
-            keep_counts(self.expert_counts, total_E, counts_E)
+            keep_counts(self.expert_counts, total_E, counts_E)  # a graph may set no attribute inside a checkpoint
             return
+        if torch.is_inference_mode_enabled():  # the tensors before are others', autograd's and callers'
+            with torch.inference_mode(False):  # and no compiled graph can change those that inference mode makes
+                counts_E = counts_E.clone()
         self.__dict__["expert_counts"] = counts_E  # ``self.expert_counts =`` would search all parameters first
         if total_E is not None:
             add_counts(total_E, counts_E)
