@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -136,6 +136,8 @@ class MoE(nn.Module):
         self.recipe = as_recipe(recipe)
         self.weight_cache = WeightCache()
         self._last_forward = LastForward()
+        self._before_blocks: list[list[Recipe]] = []
+        """For each open block of ``fp8_training``, oldest first: the recipe that its end brings back."""
         self.z_loss_weight = z_loss_weight
         self.accumulate_into_main_grad = accumulate_into_main_grad
         self.router_dtype = router_dtype
@@ -173,6 +175,9 @@ class MoE(nn.Module):
             self.register_load_state_dict_post_hook(_bias_in_fp32)  # type: ignore[no-untyped-call]
         else:
             self.correction_bias: Tensor | None = None
+        if self.activation.gated:
+            self.register_state_dict_post_hook(_say_layout)  # type: ignore[no-untyped-call]
+            self.register_load_state_dict_pre_hook(_check_layout)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -321,8 +326,8 @@ class MoE(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"num_experts={self.num_experts}, num_experts_per_tok={self.top_k}, hidden_size={self.hidden_size}, "
-            f"intermediate_size={self.intermediate_size}, activation={self.activation.type.value}, "
-            f"layout={self.layout.value}, router={self.routing}, recipe={self.recipe}"
+            f"intermediate_size={self.intermediate_size}, activation={as_activation(self.activation).type.value}, "
+            f"layout={as_layout(self.layout).value}, router={self.routing}, recipe={self.recipe}"
         )
 
 
@@ -337,6 +342,25 @@ def _bias_in_fp32(layer: nn.Module, _: object) -> None:
     assert isinstance(layer, MoE) and layer.correction_bias is not None
     if layer.correction_bias.dtype is not torch.float32:
         layer.correction_bias = layer.correction_bias.float()
+
+
+def _say_layout(layer: MoE, _: object, prefix: str, metadata: dict[str, Any]) -> None:
+    """How gate and up lie, beside the version that torch notes for each module of a ``state_dict``."""
+    metadata["layout"] = as_layout(layer.layout).value
+
+
+def _check_layout(
+    layer: MoE, _: object, prefix: str, metadata: dict[str, Any], strict: bool, missing: object, unexpected: object,
+    errors: list[str],
+) -> None:  # fmt: skip
+    """Rows in another order have the same shape, and nothing else would show that the layer computes something else."""
+    saved, own = metadata.get("layout"), as_layout(layer.layout).value
+    if saved not in (None, own):
+        errors.append(
+            f"{prefix}c_fc was saved by a layer with layout={saved!r}, and this one has layout={own!r}: gate and up "
+            f"would be mixed up. Make the layer with layout={saved!r}; or, where rows have been put in order since, "
+            "load dict(state_dict), which says nothing about them."
+        )
 
 
 def update_correction_bias(model: nn.Module, rate: float, *, group: ProcessGroup | None = None) -> None:
@@ -366,25 +390,38 @@ def update_correction_bias(model: nn.Module, rate: float, *, group: ProcessGroup
 @contextmanager
 def fp8_training(model: nn.Module, recipe: Fp8Recipe | None = None) -> Iterator[None]:
     """Every :class:`MoE` of ``model`` computes with ``recipe``, by default ``Fp8Recipe()``, inside the block; then each
-    has its own recipe again. Backward may run outside: a pass ends in the recipe that its forward had, also where
-    activation checkpointing computes it again (``training/recompute.py``).
+    has its own recipe again. Blocks may overlap, as in threads or generators: the latest that is open counts. Backward
+    may run outside: a pass ends in the recipe that its forward had, also where activation checkpointing computes it
+    again (``training/recompute.py``).
     """
     recipe = Fp8Recipe() if recipe is None else recipe
     if not isinstance(recipe, Fp8Recipe):
         raise TypeError(f"fp8_training needs an Fp8Recipe; got {type(recipe).__name__} ({recipe!r}).")
-    before = [(layer, layer.recipe, layer._last_forward.recipe) for layer in _layers(model, "fp8_training")]
+    layers = [(layer, [layer.recipe], layer._last_forward.recipe) for layer in _layers(model, "fp8_training")]
     recomputes = in_backward()  # a checkpointed function that holds this block
     try:
-        for layer, _, _ in before:
+        for layer, before, _ in layers:
+            layer._before_blocks.append(before)
             layer.recipe = recipe
             if recomputes:
                 layer._last_forward.recipe = recipe
         yield
     finally:
-        for layer, own, last in before:
-            layer.recipe = own
+        for layer, before, last in layers:
+            _end_block(layer, before)
             if recomputes:
                 layer._last_forward.recipe = last
+
+
+def _end_block(layer: MoE, before: list[Recipe]) -> None:
+    """The recipe before the block is back, or will be when the next later block that is open ends."""
+    blocks = layer._before_blocks
+    at = [block is before for block in blocks].index(True)
+    del blocks[at]
+    if at == len(blocks):
+        (layer.recipe,) = before
+    else:
+        blocks[at][:] = before
 
 
 @contextmanager
