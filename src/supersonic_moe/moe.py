@@ -230,9 +230,11 @@ class MoE(nn.Module):
         fused = is_plain_linear(router)
         if not torch.compiler.is_compiling():
             counts = not is_inference_mode and (training or torch.is_grad_enabled())
-            recipe, correction_bias, training = self._last_forward.settings(recipe, correction_bias, training, counts)
+            evaluates = not (counts or is_inference_mode or torch.is_inference_mode_enabled())
+            last = self._last_forward
+            recipe, correction_bias, training = last.settings(recipe, correction_bias, training, counts, evaluates)
             if isinstance(router, nn.Linear):
-                fused = self._last_forward.fuses(fused, counts)
+                fused = last.fuses(fused, self.training, counts)
         policy = self.routing
         rounding_step: Tensor | int = 0
         if isinstance(policy, TokenRounding):
@@ -397,20 +399,20 @@ def fp8_training(model: nn.Module, recipe: Fp8Recipe | None = None) -> Iterator[
     recipe = Fp8Recipe() if recipe is None else recipe
     if not isinstance(recipe, Fp8Recipe):
         raise TypeError(f"fp8_training needs an Fp8Recipe; got {type(recipe).__name__} ({recipe!r}).")
-    layers = [(layer, [layer.recipe], layer._last_forward.recipe) for layer in _layers(model, "fp8_training")]
+    layers = [(layer, [layer.recipe], layer._last_forward.block) for layer in _layers(model, "fp8_training")]
     recomputes = in_backward()  # a checkpointed function that holds this block
     try:
         for layer, before, _ in layers:
             layer._before_blocks.append(before)
             layer.recipe = recipe
             if recomputes:
-                layer._last_forward.recipe = recipe
+                layer._last_forward.block = recipe
         yield
     finally:
         for layer, before, last in layers:
             _end_block(layer, before)
             if recomputes:
-                layer._last_forward.recipe = last
+                layer._last_forward.block = last
 
 
 def _end_block(layer: MoE, before: list[Recipe]) -> None:

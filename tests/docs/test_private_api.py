@@ -95,6 +95,7 @@ PRIVATE = {
         "_are_functorch_transforms_active",
         "_will_engine_execute_node",
         "_current_graph_task_id",
+        "_current_autograd_node",
         "_len_torch_dispatch_stack",
         "_dispatch_tls_is_dispatch_key_included",
     ),
