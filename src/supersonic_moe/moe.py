@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from supersonic_moe import checks
 from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout, as_activation, as_layout
-from supersonic_moe.config.recipe import Fp8Recipe, Recipe, as_recipe
+from supersonic_moe.config.recipe import Bf16Recipe, Fp8Recipe, Recipe, as_recipe
 from supersonic_moe.config.router import SigmoidGroupedTopK, TokenRounding, TopKRouter, as_router, check_router
 from supersonic_moe.functional import RouterWeight, Selection, run_layer
 from supersonic_moe.parts import Experts, RankExperts, Router, is_plain_linear, reset, weights_of
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from supersonic_moe.parallel.expert_parallel import ExpertParallel
+
+
+_DEFAULT = Bf16Recipe()
 
 
 class KernelBackendMoE(Enum):
@@ -225,7 +228,7 @@ class MoE(nn.Module):
             if self.expert_parallel is not None:
                 self.expert_parallel.refuse_call(error)
             raise
-        recipe, correction_bias, training = self.recipe, self.correction_bias, self.training
+        recipe, correction_bias, training = self.recipe or _DEFAULT, self.correction_bias, self.training
         router = member_of(self, "router")
         fused = is_plain_linear(router)
         if not torch.compiler.is_compiling():

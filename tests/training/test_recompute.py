@@ -85,6 +85,17 @@ def test_a_pass_ends_in_the_recipe_of_its_forward(run: Run, between: Callable[[s
     assert not torch.equal(in_bf16[0], results[0][0]), "the next forward is in BF16 again"
 
 
+def test_the_recipe_of_a_forward_may_have_been_none(run: Run) -> None:
+    layer, results = moe(torch.bfloat16), []
+    for way in (PLAIN, run):
+        x = tokens(dtype=torch.bfloat16)
+        layer.recipe = None
+        out = way(layer, x)
+        layer.recipe = sm.Fp8Recipe()
+        results.append(gradients(layer, out, x))
+    assert_equal(*results)
+
+
 class TwoRecipes(nn.Module):
     """One layer, in FP8 and then in BF16, within what a checkpoint computes again."""
 
