@@ -180,7 +180,6 @@ class MoE(nn.Module):
             self.correction_bias: Tensor | None = None
         if self.activation.gated:
             self.register_state_dict_post_hook(_say_layout)  # type: ignore[no-untyped-call]
-            self.register_load_state_dict_pre_hook(_check_layout)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -328,6 +327,18 @@ class MoE(nn.Module):
             self.counts_since_update = _moved(self.counts_since_update, device)
         return self
 
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
+        """Refuses rows of another layout, which have the same shape and would compute something else."""
+        saved, own = metadata.get("layout"), as_layout(self.layout).value
+        if saved not in (None, own):
+            *_, errors = rest
+            errors.append(
+                f"{prefix}c_fc was saved by a layer with layout={saved!r}, and this one has layout={own!r}: gate and "
+                f"up would be mixed up. Make the layer with layout={saved!r}; or, where rows have been put in order "
+                "since, load dict(state_dict), which says nothing about them."
+            )
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
     def extra_repr(self) -> str:
         return (
             f"num_experts={self.num_experts}, num_experts_per_tok={self.top_k}, hidden_size={self.hidden_size}, "
@@ -352,20 +363,6 @@ def _bias_in_fp32(layer: nn.Module, _: object) -> None:
 def _say_layout(layer: MoE, _: object, prefix: str, metadata: dict[str, Any]) -> None:
     """How gate and up lie, beside the version that torch notes for each module of a ``state_dict``."""
     metadata["layout"] = as_layout(layer.layout).value
-
-
-def _check_layout(
-    layer: MoE, _: object, prefix: str, metadata: dict[str, Any], strict: bool, missing: object, unexpected: object,
-    errors: list[str],
-) -> None:  # fmt: skip
-    """Rows in another order have the same shape, and nothing else would show that the layer computes something else."""
-    saved, own = metadata.get("layout"), as_layout(layer.layout).value
-    if saved not in (None, own):
-        errors.append(
-            f"{prefix}c_fc was saved by a layer with layout={saved!r}, and this one has layout={own!r}: gate and up "
-            f"would be mixed up. Make the layer with layout={saved!r}; or, where rows have been put in order since, "
-            "load dict(state_dict), which says nothing about them."
-        )
 
 
 def update_correction_bias(model: nn.Module, rate: float, *, group: ProcessGroup | None = None) -> None:
