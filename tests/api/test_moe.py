@@ -145,6 +145,29 @@ def test_compile_fullgraph_with_changing_token_count(router):
             torch.testing.assert_close(got, want)
 
 
+def test_a_compiled_layer_is_not_taken_for_another_of_its_sizes():
+    """Layers that are compiled one by one share the compiler's cache, and differ in what no tensor shows."""
+    torch._dynamo.reset()
+    x, weights, seen = torch.randn(T, H), layer().state_dict(), []
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=20):
+        for options in (
+            dict(),
+            dict(activation="geglu"),
+            dict(activation="geglu_tanh"),
+            dict(activation=sm.Activation.swiglu_clamped(0.1)),
+            dict(activation=sm.Activation.swiglu_clamped(0.05)),
+            dict(layout="gate_up"),
+            dict(router="softmax_before_topk"),
+        ):
+            moe = layer(**options)
+            moe.load_state_dict(dict(weights))
+            want = moe(x)[0]
+            moe.compile(fullgraph=True, backend="eager")
+            assert torch.equal(moe(x)[0], want)
+            assert not any(torch.equal(want, other) for other in seen)
+            seen.append(want)
+
+
 @pytest.mark.parametrize("mode", ["NR-f", "SR-f"])
 def test_checkpointing_recomputes_the_same_routing(mode):
     """Sampled token rounding draws from torch's generator, whose state checkpointing restores."""
