@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from supersonic_moe import checks
 from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout, as_activation, as_layout
-from supersonic_moe.config.recipe import Fp8Recipe, Recipe, as_recipe
+from supersonic_moe.config.recipe import Bf16Recipe, Fp8Recipe, Recipe, as_recipe
 from supersonic_moe.config.router import SigmoidGroupedTopK, TokenRounding, TopKRouter, as_router, check_router
 from supersonic_moe.functional import RouterWeight, Selection, run_layer
 from supersonic_moe.parts import Experts, RankExperts, Router, is_plain_linear, reset, weights_of
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from supersonic_moe.parallel.expert_parallel import ExpertParallel
+
+
+_DEFAULT = Bf16Recipe()
 
 
 class KernelBackendMoE(Enum):
@@ -136,6 +139,8 @@ class MoE(nn.Module):
         self.recipe = as_recipe(recipe)
         self.weight_cache = WeightCache()
         self._last_forward = LastForward()
+        self._before_blocks: list[list[Recipe]] = []
+        """For each open block of ``fp8_training``, oldest first: the recipe that its end brings back."""
         self.z_loss_weight = z_loss_weight
         self.accumulate_into_main_grad = accumulate_into_main_grad
         self.router_dtype = router_dtype
@@ -173,6 +178,8 @@ class MoE(nn.Module):
             self.register_load_state_dict_post_hook(_bias_in_fp32)  # type: ignore[no-untyped-call]
         else:
             self.correction_bias: Tensor | None = None
+        if self.activation.gated:
+            self.register_state_dict_post_hook(_say_layout)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -220,14 +227,16 @@ class MoE(nn.Module):
             if self.expert_parallel is not None:
                 self.expert_parallel.refuse_call(error)
             raise
-        recipe, correction_bias, training = self.recipe, self.correction_bias, self.training
+        recipe, correction_bias, training = self.recipe or _DEFAULT, self.correction_bias, self.training
         router = member_of(self, "router")
         fused = is_plain_linear(router)
         if not torch.compiler.is_compiling():
             counts = not is_inference_mode and (training or torch.is_grad_enabled())
-            recipe, correction_bias, training = self._last_forward.settings(recipe, correction_bias, training, counts)
+            evaluates = not (counts or is_inference_mode or torch.is_inference_mode_enabled())
+            last = self._last_forward
+            recipe, correction_bias, training = last.settings(recipe, correction_bias, training, counts, evaluates)
             if isinstance(router, nn.Linear):
-                fused = self._last_forward.fuses(fused, counts)
+                fused = last.fuses(fused, self.training, counts)
         policy = self.routing
         rounding_step: Tensor | int = 0
         if isinstance(policy, TokenRounding):
@@ -289,14 +298,16 @@ class MoE(nn.Module):
         total_E = self.counts_since_update if training else None
         if total_E is not None and total_E.device != counts_E.device:  # parameters came one by one, not by ``_apply``
             total_E = self.counts_since_update = _moved(total_E, counts_E.device)
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        if torch.compiler.is_compiling():
             if exporting():  # a program that changes what is no buffer cannot be saved, and nobody would read it
                 return
-            # A graph may set no attribute inside a checkpoint, and can change no tensor that inference mode made.
             if self.expert_counts.device != counts_E.device:
                 self.expert_counts = _moved(self.expert_counts, counts_E.device)
-            keep_counts(self.expert_counts, total_E, counts_E)
+            keep_counts(self.expert_counts, total_E, counts_E)  # a graph may set no attribute inside a checkpoint
             return
+        if torch.is_inference_mode_enabled():  # the tensors before are others', autograd's and callers'
+            with torch.inference_mode(False):  # and no compiled graph can change those that inference mode makes
+                counts_E = counts_E.clone()
         self.__dict__["expert_counts"] = counts_E  # ``self.expert_counts =`` would search all parameters first
         if total_E is not None:
             add_counts(total_E, counts_E)
@@ -316,11 +327,23 @@ class MoE(nn.Module):
             self.counts_since_update = _moved(self.counts_since_update, device)
         return self
 
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
+        """Refuses rows of another layout, which have the same shape and would compute something else."""
+        saved, own = metadata.get("layout"), as_layout(self.layout).value
+        if saved not in (None, own):
+            *_, errors = rest
+            errors.append(
+                f"{prefix}c_fc was saved by a layer with layout={saved!r}, and this one has layout={own!r}: gate and "
+                f"up would be mixed up. Make the layer with layout={saved!r}; or, where rows have been put in order "
+                "since, load dict(state_dict), which says nothing about them."
+            )
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
     def extra_repr(self) -> str:
         return (
             f"num_experts={self.num_experts}, num_experts_per_tok={self.top_k}, hidden_size={self.hidden_size}, "
-            f"intermediate_size={self.intermediate_size}, activation={self.activation.type.value}, "
-            f"layout={self.layout.value}, router={self.routing}, recipe={self.recipe}"
+            f"intermediate_size={self.intermediate_size}, activation={as_activation(self.activation).type.value}, "
+            f"layout={as_layout(self.layout).value}, router={self.routing}, recipe={self.recipe}"
         )
 
 
@@ -335,6 +358,11 @@ def _bias_in_fp32(layer: nn.Module, _: object) -> None:
     assert isinstance(layer, MoE) and layer.correction_bias is not None
     if layer.correction_bias.dtype is not torch.float32:
         layer.correction_bias = layer.correction_bias.float()
+
+
+def _say_layout(layer: MoE, _: object, prefix: str, metadata: dict[str, Any]) -> None:
+    """How gate and up lie, beside the version that torch notes for each module of a ``state_dict``."""
+    metadata["layout"] = as_layout(layer.layout).value
 
 
 def update_correction_bias(model: nn.Module, rate: float, *, group: ProcessGroup | None = None) -> None:
@@ -364,25 +392,38 @@ def update_correction_bias(model: nn.Module, rate: float, *, group: ProcessGroup
 @contextmanager
 def fp8_training(model: nn.Module, recipe: Fp8Recipe | None = None) -> Iterator[None]:
     """Every :class:`MoE` of ``model`` computes with ``recipe``, by default ``Fp8Recipe()``, inside the block; then each
-    has its own recipe again. Backward may run outside: a pass ends in the recipe that its forward had, also where
-    activation checkpointing computes it again (``training/recompute.py``).
+    has its own recipe again. Blocks may overlap, as in threads or generators: the latest that is open counts. Backward
+    may run outside: a pass ends in the recipe that its forward had, also where activation checkpointing computes it
+    again (``training/recompute.py``).
     """
     recipe = Fp8Recipe() if recipe is None else recipe
     if not isinstance(recipe, Fp8Recipe):
         raise TypeError(f"fp8_training needs an Fp8Recipe; got {type(recipe).__name__} ({recipe!r}).")
-    before = [(layer, layer.recipe, layer._last_forward.recipe) for layer in _layers(model, "fp8_training")]
+    layers = [(layer, [layer.recipe], layer._last_forward.block) for layer in _layers(model, "fp8_training")]
     recomputes = in_backward()  # a checkpointed function that holds this block
     try:
-        for layer, _, _ in before:
+        for layer, before, _ in layers:
+            layer._before_blocks.append(before)
             layer.recipe = recipe
             if recomputes:
-                layer._last_forward.recipe = recipe
+                layer._last_forward.block = recipe
         yield
     finally:
-        for layer, own, last in before:
-            layer.recipe = own
+        for layer, before, last in layers:
+            _end_block(layer, before)
             if recomputes:
-                layer._last_forward.recipe = last
+                layer._last_forward.block = last
+
+
+def _end_block(layer: MoE, before: list[Recipe]) -> None:
+    """The recipe before the block is back, or will be when the next later block that is open ends."""
+    blocks = layer._before_blocks
+    at = [block is before for block in blocks].index(True)
+    del blocks[at]
+    if at == len(blocks):
+        (layer.recipe,) = before
+    else:
+        blocks[at][:] = before
 
 
 @contextmanager

@@ -251,6 +251,16 @@ def in_backward() -> bool:
     return bool(_graph_task() != -1)
 
 
+_node: Callable[[], Any] = getattr(torch._C, "_current_autograd_node", lambda: None)
+
+
+def in_checkpoint_function() -> bool:
+    """In a backward: whether it runs a forward again that ran without gradients, as reentrant checkpointing does in a
+    ``CheckpointFunction`` (torch's, Megatron's, DeepSpeed's). False where torch does not say.
+    """
+    return type(_node()).__name__ == "CheckpointFunctionBackward"
+
+
 def exporting() -> bool:
     """Whether ``torch.export`` is tracing. In torch 2.11 the public name is True under ``torch.compile`` too. False
     where torch does not say.

@@ -91,6 +91,20 @@ def test_counts_follow_parameters_that_came_one_by_one(evaluated, compiled):
     assert layer.expert_counts.tolist() == layer.counts_since_update.tolist() == chosen(layer, x).tolist()
 
 
+def test_an_evaluation_before_backward_leaves_the_counts_of_a_forward_alone():
+    """They are the caller's and autograd's, and are one tensor."""
+    layer = moe()
+    x = torch.randn(T, H)
+    out, aux_loss, routing = layer(x, return_routing=True)
+    wanted = routing.expert_counts.tolist(), torch.autograd.grad(out.sum() + aux_loss, layer.router.weight)[0]
+    out, aux_loss, routing = layer(x, return_routing=True)
+    with torch.inference_mode():
+        layer(torch.randn(1, H))
+    assert layer.expert_counts.sum() == K and not layer.expert_counts.is_inference()
+    assert routing.expert_counts.tolist() == wanted[0]
+    assert torch.equal(torch.autograd.grad(out.sum() + aux_loss, layer.router.weight)[0], wanted[1])
+
+
 def test_counts_hold_more_than_int32():
     layer = moe()
     layer.counts_since_update += 2**31

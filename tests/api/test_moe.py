@@ -145,6 +145,29 @@ def test_compile_fullgraph_with_changing_token_count(router):
             torch.testing.assert_close(got, want)
 
 
+def test_a_compiled_layer_is_not_taken_for_another_of_its_sizes():
+    """Layers that are compiled one by one share the compiler's cache, and differ in what no tensor shows."""
+    torch._dynamo.reset()
+    x, weights, seen = torch.randn(T, H), layer().state_dict(), []
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=20):
+        for options in (
+            dict(),
+            dict(activation="geglu"),
+            dict(activation="geglu_tanh"),
+            dict(activation=sm.Activation.swiglu_clamped(0.1)),
+            dict(activation=sm.Activation.swiglu_clamped(0.05)),
+            dict(layout="gate_up"),
+            dict(router="softmax_before_topk"),
+        ):
+            moe = layer(**options)
+            moe.load_state_dict(dict(weights))
+            want = moe(x)[0]
+            moe.compile(fullgraph=True, backend="eager")
+            assert torch.equal(moe(x)[0], want)
+            assert not any(torch.equal(want, other) for other in seen)
+            seen.append(want)
+
+
 @pytest.mark.parametrize("mode", ["NR-f", "SR-f"])
 def test_checkpointing_recomputes_the_same_routing(mode):
     """Sampled token rounding draws from torch's generator, whose state checkpointing restores."""
@@ -375,6 +398,10 @@ def test_print_shows_router_and_recipe():
         "logits_dtype=torch.float32",
     ):
         assert part in text
+    moe = layer()
+    moe.layout, moe.activation = "gate_up", "geglu"  # as in the constructor
+    moe(torch.randn(T, H))
+    assert "layout=gate_up" in repr(moe) and "activation=geglu" in repr(moe)
 
 
 def test_eval_mode_still_gives_gradients():
@@ -401,6 +428,26 @@ def test_higher_level_copies():
     x = torch.randn(T, H)
     assert torch.equal(moe(x)[0], twin(x)[0])
     assert "num_experts=4" in repr(moe)
+
+
+def test_a_checkpoint_whose_gate_and_up_lie_otherwise_is_refused():
+    """Its rows have the shape that the layer wants, and mean something else."""
+    saved, file = torch.nn.Sequential(layer(layout="gate_up")), io.BytesIO()
+    torch.save(saved.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file)
+    with pytest.raises(RuntimeError, match=r"0\.c_fc was saved by a layer with layout='gate_up'.*layout='interleaved'"):
+        torch.nn.Sequential(layer()).load_state_dict(state)
+    fits, other = torch.nn.Sequential(copy.deepcopy(saved[0])), torch.nn.Sequential(layer())
+    torch.nn.init.zeros_(fits[0].c_fc.weight)
+    fits.load_state_dict(state)
+    rows = state["0.c_fc.weight"].view(E, 2, I, H)
+    state["0.c_fc.weight"] = rows.transpose(1, 2).reshape(E, 2 * I, H)
+    other.load_state_dict(dict(state))
+    x = torch.randn(T, H)
+    want = saved(x)[0]
+    assert torch.equal(fits(x)[0], want)
+    torch.testing.assert_close(other(x)[0], want)
 
 
 def test_every_public_name_resolves_and_help_does_not_import_torch():

@@ -190,6 +190,21 @@ def test_another_weight_at_the_same_address_or_other_options_are_quantized() -> 
             assert len(calls) == expected
 
 
+def test_what_another_thread_drops_meanwhile_is_still_handed_out() -> None:
+    """An optimizer may step, or another block end, while a weight is quantized."""
+    cache, w = weight_cache.WeightCache(), [torch.zeros(2), torch.ones(2), torch.ones(2)]
+
+    def quantize(missing: Sequence[int]) -> list[weight_cache.Fp8Weight]:
+        if missing == [1]:
+            cache.invalidate()
+        return [weight_cache.Fp8Weight(w[0] + i, None, w[0]) for i in missing]
+
+    with cache.hold():
+        first, _ = cache.get(w[:2], (), quantize)
+        again, second = cache.get([w[0], w[2]], (), quantize)
+    assert again.q is first.q and second.q.tolist() == [1, 1]
+
+
 def test_nothing_keeps_a_cache_after_its_block() -> None:
     cache = weight_cache.WeightCache()
     held = weakref.ref(cache)

@@ -415,6 +415,22 @@ def test_switching_a_model() -> None:
     assert [m.recipe for m in layers] == before
 
 
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_blocks_that_overlap_end_in_any_order(order: tuple[int, ...]) -> None:
+    """Two threads, or generators that nobody closes."""
+    layer = moe(sm.Bf16Recipe())
+    recipes = [Fp8Recipe(), Fp8Recipe(scale="pow2"), Fp8Recipe()]
+    blocks = [sm.fp8_training(layer, recipe) for recipe in recipes]
+    for block in blocks:
+        block.__enter__()
+    is_open = [True] * 3
+    for i in order:
+        blocks[i].__exit__(None, None, None)
+        is_open[i] = False
+        want = [recipe for recipe, open_ in zip(recipes, is_open, strict=True) if open_] or [sm.Bf16Recipe()]
+        assert layer.recipe == want[-1]
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 

@@ -85,6 +85,17 @@ def test_a_pass_ends_in_the_recipe_of_its_forward(run: Run, between: Callable[[s
     assert not torch.equal(in_bf16[0], results[0][0]), "the next forward is in BF16 again"
 
 
+def test_the_recipe_of_a_forward_may_have_been_none(run: Run) -> None:
+    layer, results = moe(torch.bfloat16), []
+    for way in (PLAIN, run):
+        x = tokens(dtype=torch.bfloat16)
+        layer.recipe = None
+        out = way(layer, x)
+        layer.recipe = sm.Fp8Recipe()
+        results.append(gradients(layer, out, x))
+    assert_equal(*results)
+
+
 class TwoRecipes(nn.Module):
     """One layer, in FP8 and then in BF16, within what a checkpoint computes again."""
 
@@ -198,6 +209,55 @@ def test_a_layer_whose_mode_has_changed_is_recomputed_in_that_of_its_forward(run
     x = tokens()
     out = run(layer, x)
     assert not torch.equal(gradients(layer, out, x)[0], results[0][0]), "the next forward is in the new mode"
+
+
+def train_in_fp8(layer: sm.MoE) -> None:
+    with sm.fp8_training(layer):
+        layer(tokens(9, torch.bfloat16))
+
+
+def train_and_move(layer: sm.MoE) -> None:
+    layer(tokens(9, torch.bfloat16))
+    in_place(layer)
+
+
+def train_and_hook(layer: sm.MoE) -> None:
+    layer(tokens(9, torch.bfloat16))
+    layer.router.register_forward_hook(lambda module, args, out: 3 * out)
+
+
+@pytest.mark.parametrize(
+    ("router", "train"),
+    [
+        ("softmax_after_topk", train_in_fp8),
+        ("sigmoid_grouped_topk", train_and_move),
+        ("softmax_after_topk", train_and_hook),
+        (sm.TokenRounding(tile=8), train_in_fp8),
+    ],
+    ids=["recipe", "bias", "router", "mode"],
+)
+def test_in_evaluation_nothing_of_an_earlier_training_is_read(
+    run: Run, router: Any, train: Callable[..., None]
+) -> None:
+    """The first run of a reentrant checkpoint has no gradients, and looks like an evaluation that gets no backward."""
+    results = []
+    for way in (PLAIN, run):
+        layer = moe(torch.bfloat16, router=router)
+        train(layer)
+        x = tokens(dtype=torch.bfloat16)
+        results.append(gradients(layer, way(layer.eval(), x), x))
+    assert_equal(*results)
+
+
+def test_an_evaluation_before_backward_leaves_the_mode_of_a_training_forward() -> None:
+    layer, results = moe(router=sm.TokenRounding(tile=8)), []
+    for way in (PLAIN, KINDS["non-reentrant"]):
+        x = tokens()
+        out = way(layer.train(), x)
+        with torch.no_grad():
+            layer.eval()(tokens(9))
+        results.append(gradients(layer, out, x))
+    assert_equal(*results)
 
 
 def test_each_of_several_forwards_under_way_finds_its_own_draw(run: Run) -> None:

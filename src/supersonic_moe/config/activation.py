@@ -43,7 +43,8 @@ class GateUpLayout(StrEnum):
     UP_GATE = "up_gate"  # u0, u1, ..., g0, g1, ...
 
 
-_GATED = frozenset({ActivationType.SWIGLU, ActivationType.GEGLU, ActivationType.REGLU, ActivationType.GEGLU_TANH})
+_GATED = (ActivationType.SWIGLU, ActivationType.GEGLU, ActivationType.REGLU, ActivationType.GEGLU_TANH)
+"""No set: a compiled layer would not notice another type. torch 2.13 guards what is compared, not what is hashed."""
 
 
 @dataclass(frozen=True)

@@ -130,9 +130,10 @@ class WeightCache:
         ]
         made = dict(zip(missing, quantize(missing), strict=True)) if missing else {}
         for i, quantized in made.items():
+            entries[i] = entry = _Entry(owners[i], weakref.ref(storages[i]), signs[i], quantized)
             if type(quantized.q) is Tensor:  # a mode's own kind (fake tensors) is of no use once the mode has ended
-                self._entries[i] = _Entry(owners[i], weakref.ref(storages[i]), signs[i], quantized)
-        return [made[i] if i in made else self._entries[i].quantized for i in everything]
+                self._entries[i] = entry
+        return [entry.quantized for entry in entries if entry is not None]  # those found here: others may drop them
 
 
 def signs_of(weights: Sequence[Tensor]) -> tuple[list[Any], ...]:

@@ -35,7 +35,11 @@ def plan_from_topk(
         checks.valid_topk_ids(topk_ids_TK, num_experts)
     ids_S = topk_ids_TK.reshape(-1)
     most = _capacity(ids_S.shape[0], num_experts, tile)
-    capacity = most if capacity is None else capacity
+    if capacity is None:
+        capacity = most
+    else:
+        checks.non_negative("capacity", capacity)
+        checks.index_count("capacity", capacity)
     slots = Slots(ids_S, None, k, num_tokens, num_experts, tile, capacity)
     tensors = build(slots)
     return _plan(slots, tensors, tensors.reverse_index)
@@ -61,6 +65,7 @@ def plan_from_triples(
     checks.same_length("token_indices", token_indices_S, "expert_indices", expert_indices_S)
     checks.same_device("token_indices", token_indices_S, "expert_indices", expert_indices_S)
     checks.non_negative("num_tokens", num_tokens)
+    checks.index_count("tokens", num_tokens)
     _check_sizes(num_experts, tile)
     if validate:
         checks.valid_triples(token_indices_S, expert_indices_S, num_tokens, num_experts)

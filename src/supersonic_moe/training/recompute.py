@@ -12,6 +12,9 @@ forward read, and a forward inside backward reads that:
     mode      whether it was training
     step      the fresh draw if it is one of the last 64, which is what a restored generator gives; else the last one
 
+An evaluation in between is no such forward: in ``eval()`` and without gradients. But so is the first run of a reentrant
+checkpoint around a layer in ``eval()``, which may get a backward. It is told by who runs it again.
+
 With several forwards under way, as in a pipeline, the last one stands for all: change neither recipe, bias nor mode
 between the first of them and the last backward, and let the checkpoint keep the generator's state, as it does by
 default. What ``torch.compile`` has compiled reads recipe, bias and mode as they are.
@@ -25,7 +28,7 @@ import torch
 from torch import Tensor
 
 from supersonic_moe.config.recipe import Recipe
-from supersonic_moe.private_api import dispatch_modes, in_backward, versions_of
+from supersonic_moe.private_api import dispatch_modes, in_backward, in_checkpoint_function, versions_of
 
 STEPS = 64
 
@@ -34,8 +37,12 @@ class LastForward:
     """What the last forward of a layer read. Copies and pickles of the layer start without."""
 
     def __init__(self) -> None:
-        self.recipe: Recipe | None = None
-        """None before a forward. ``fp8_training`` inside backward sets it for the forwards within."""
+        self.block: Recipe | None = None
+        """That of ``fp8_training`` inside backward, for the forwards within."""
+        self._recipe: Recipe | None = None
+        """None before a forward."""
+        self._evaluated: Recipe | None = None
+        """The recipe of the last forward in ``eval()`` without gradients; None where there was none since."""
         self._training: bool | None = None
         self._fused: bool | None = None
         self._bias_E: Tensor | None = None
@@ -48,30 +55,40 @@ class LastForward:
         return LastForward, ()
 
     def settings(
-        self, recipe: Recipe, bias_E: Tensor | None, training: bool, counts: bool
+        self, recipe: Recipe, bias_E: Tensor | None, training: bool, counts: bool, evaluates: bool
     ) -> tuple[Recipe, Tensor | None, bool]:
         """What a forward is to read: what the layer has now; in backward, what the last forward read.
 
         Args:
             counts: this forward may get a backward, so remember what it reads.
+            evaluates: it may get one by reentrant checkpointing alone.
         """
         if in_backward():
-            return self.recipe or recipe, self._bias_then(bias_E), training if (was := self._training) is None else was
+            if self._of_evaluation(training):
+                return self.block or self._evaluated or recipe, bias_E, training
+            training = training if self._training is None else self._training
+            return self.block or self._recipe or recipe, self._bias_then(bias_E), training
         if counts:
-            self.recipe, self._training = recipe, training
+            self._recipe, self._training, self._evaluated = recipe, training, None
             if bias_E is not None and not bias_E.is_inference():  # such a tensor counts no changes
                 self._remember(bias_E)
+        elif evaluates:
+            self._evaluated = recipe
         return recipe, bias_E, training
 
-    def fuses(self, fused: bool, counts: bool) -> bool:
+    def fuses(self, fused: bool, training: bool, counts: bool) -> bool:
         """Whether the router's product is fused, which saves other tensors: in backward, as in the last forward. Hooks
         of all modules may have come since, those of a FLOP counter around backward for instance.
         """
         if in_backward():
-            return fused if self._fused is None else self._fused
+            return fused if self._fused is None or self._of_evaluation(training) else self._fused
         if counts:
             self._fused = fused
         return fused
+
+    def _of_evaluation(self, training: bool) -> bool:
+        """In backward: whether the forward that runs again was one in ``eval()`` without gradients."""
+        return self._evaluated is not None and not training and in_checkpoint_function()
 
     def step(self, drawn: Tensor) -> Tensor:
         """The step of token rounding for a forward that drew ``drawn``, (1,) int64."""
