@@ -333,7 +333,8 @@ def mistakes(transport: str) -> tuple[list[str], list[str], str]:
     ]  # fmt: skip
     common = [error_of(lambda options=options: call(layer, case, **{"experts": own, **options})) for options in wrong]
     error = error_of(lambda: call(layer, case_of(5 if rank else 2), experts=own))
-    time.sleep(4 if rank and transport == "gather" else 0)  # until the other, who waits, has asked what is wrong
+    if transport == "gather":
+        ranks.stay(rank == 1)  # until the other, who waits, has asked what is wrong
     return common, refused, error
 
 
@@ -349,7 +350,7 @@ def refused_by_one(how: str) -> str:
     else:
         layer = mega(dist.group.WORLD, max_tokens_per_rank=4, timeout_s=20.0)
         error = error_of(lambda: call(layer, case, experts=own, accumulate=bool(rank)))
-    time.sleep(4 if rank else 0)  # until the other, who waits, has asked what is wrong
+    ranks.stay(rank == 1)  # until the other, who waits, has asked what is wrong
     return error
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import parallel_cases as cases
+import ranks
 import torch
 import torch.distributed as dist
 
@@ -74,7 +74,7 @@ def one_after_all(mistake: str, limit_s: float) -> str:
     assert "got" in cases.error_of(lambda: call(True))
     call(False)
     told = cases.timed_error_of(lambda: call(dist.get_rank() == 1))
-    time.sleep(4 if dist.get_rank() == 1 else 0)  # its silence would end waits, too
+    ranks.stay(dist.get_rank() == 1)
     return told
 
 

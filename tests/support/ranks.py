@@ -24,12 +24,25 @@ import torch
 import torch.distributed as dist
 from forks import context
 
+from supersonic_moe.private_api import default_store
+
 _device = torch.device("cpu")
 
 
 def device() -> torch.device:
     """Where the tensors of this rank are."""
     return _device
+
+
+def stay(stays: bool, limit_s: float = 10.0) -> None:
+    """Where all ranks come, the one that ``stays`` until all others are here, too: its end would end their waits."""
+    store = default_store("tests of ranks")
+    if not stays:
+        store.add("here", 1)
+        return
+    end = time.monotonic() + limit_s
+    while store.add("here", 0) < dist.get_world_size() - 1 and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 class Ended(NamedTuple):
