@@ -178,7 +178,7 @@ def symmetric_views(block: Tensor, group: dist.ProcessGroup) -> tuple[list[Tenso
 
 
 def active_ddp() -> Any:
-    """The DistributedDataParallel whose forward runs on this thread; None without one, or where torch does not say."""
+    """The DistributedDataParallel whose forward runs, on any thread; None without one, or where torch does not say."""
     return getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
 
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from supersonic_moe.kernels.interface import Quantized, TokenRows
-from supersonic_moe.kernels.triton.gather_sum import MAX_UNROLL
+from supersonic_moe.kernels.triton.gather_sum import rows_in_flight
 from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.tiling import cdiv, column_block, warps
 from supersonic_moe.quantization import block_format
@@ -83,8 +83,6 @@ def gather_sum_int8(
         return out_TH
     if rows_S.numel() == 0:
         return out_TH.zero_()
-    rounds = max(1, cdiv(each, MAX_UNROLL))
-    unroll = MAX_UNROLL // 2 if offsets_T1 is not None else max(1, cdiv(each, rounds))
     block_h = max(block_format.BLOCK, column_block(columns, 2048))
     launch(
         _gather_sum_int8_kernel,
@@ -93,7 +91,7 @@ def gather_sum_int8(
             q_PH, words_PB, row_scale_P, bias_EH, row_expert_P, rows_S, offsets_T1, out_TH,
             q_PH.stride(0), words_PB.stride(0), 0 if bias_EH is None else bias_EH.stride(0),
         ),
-        (columns, each, unroll, block_h // block_format.BLOCK),
+        (columns, each, rows_in_flight(tokens), block_h // block_format.BLOCK),
         num_warps=warps(block_h),
     )  # fmt: skip
     return out_TH
