@@ -32,7 +32,7 @@ def few_rows(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> list[int]
         pytest.skip("FP8 needs a Hopper GPU")
     if device.type == "cpu":
         monkeypatch.setattr(small_batch, "_on_hopper", lambda x, inter, backend: True)
-    monkeypatch.setattr(small_batch, "streams", lambda rows, expected, inter, experts: rows <= 30 * experts)
+    monkeypatch.setattr(small_batch, "streams", lambda rows, expected, hidden, inter, experts: rows <= 30 * experts)
     calls, run = [], small_batch.run
 
     def counted(x: Tensor, *rest: Any) -> Tensor:
@@ -89,8 +89,8 @@ def test_sizes_that_it_suits(on_hopper: None) -> None:
         w1, w2 = torch.empty(experts, 2 * inter, hidden, **meta), torch.empty(experts, hidden, inter, **meta)
         return small_batch.suits(torch.empty(tokens, hidden, **meta), w1, w2, choices, options)
 
-    assert suits(1) and suits(60) and not suits(61) and not suits(0)  # 30 rows an expert
-    assert suits(12, inter=128) and not suits(13, inter=128)  # 6 rows
+    assert suits(1) and suits(128) and not suits(129) and not suits(0)  # 64 rows an expert
+    assert suits(709, hidden=7168, experts=256) and not suits(711, hidden=7168, experts=256)  # 8 rows
     assert not suits(4, hidden=192) and not suits(4, inter=192)
     assert suits(4, experts=512) and not suits(4, experts=513)
     assert suits(4, choices=16) and not suits(4, choices=17)

@@ -29,11 +29,11 @@ def test_the_counters_fit(tokens: int, choices: int, local: int, inter: int) -> 
     assert 4 * words <= at.offsets - at.counters < 4 * words + workspace.ALIGNMENT
 
 
-@pytest.mark.parametrize(("tokens", "inter"), [(30, 2048), (31, 2048), (14107, 2048), (14107, 192)])
+@pytest.mark.parametrize(("tokens", "inter"), [(64, 2048), (65, 2048), (14107, 2048), (14107, 192)])
 def test_tile_kernels_use_the_memory_of_the_streaming_kernel(tokens: int, inter: int) -> None:
     rows, hidden, local = 8 * tokens, 7168, 8
     at = workspace.regions(tokens, 8, hidden, inter, local)
-    many = 0 if workspace.streams(rows, rows, inter, local) else rows
+    many = 0 if workspace.streams(rows, rows, hidden, inter, local) else rows
     sizes = (2 * many * hidden, many * hidden // 32, many * inter, many * inter // 32)
     assert at.x_rows == at.tile_y
     starts = (at.tile_y, at.tile_x_scale, at.tile_c, at.tile_c_scale, at.end)
@@ -49,17 +49,20 @@ def test_the_workspace_never_shrinks_and_holds_either_way(inter: int) -> None:
     for tokens in range(1, 160):
         rows, at = 8 * tokens, workspace.regions(tokens, 8, 1024, inter, 4)
         for experts in (4, 16, 256):
-            if not workspace.streams(rows, rows * 4 / experts, inter, 4):
+            if not workspace.streams(rows, rows * 4 / experts, 1024, inter, 4):
                 assert at.tile_c_scale - at.tile_y >= rows * (2 * 1024 + inter)
             else:
                 assert at.tile_y + rows * 4 * (1024 + inter) <= at.end
 
 
 def test_what_is_streamed() -> None:
-    def most(inter: int, share: float) -> int:
+    def most(hidden: int, local: int, share: float = 1.0, inter: int = 2048) -> int:
         """Rows an expert."""
-        return max(n for n in range(600) if workspace.streams(n * 32, share * n * 32, inter, 32))
+        return max(n for n in range(600) if workspace.streams(n * local, share * n * local, hidden, inter, local))
 
-    assert [most(inter, 1.0) for inter in (256, 512, 2048)] == [6, 30, 30]
-    assert most(2048, 0.5) == 60 and most(2048, 0.05) == most(256, 0.001) == 256  # bounds of rows that go elsewhere
-    assert most(192, 1.0) == 599  # which tile kernels cannot take
+    assert [most(7168, local) for local in (8, 32, 256)] == [64, 32, 8]
+    assert [most(2048, local) for local in (8, 128, 512)] == [64, 23, 18]
+    assert (
+        most(7168, 32, 0.5) == 64 and most(7168, 32, 0.05) == most(7168, 32, 0.001, 256) == 256
+    )  # bounds of rows that go elsewhere
+    assert most(7168, 32, inter=192) == 599  # which tile kernels cannot take

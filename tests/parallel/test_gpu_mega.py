@@ -23,11 +23,13 @@ from supersonic_moe.kernels.reference.inference import Fp8Experts, moe_fp8
 from supersonic_moe.parallel import MegaMoE, mega_deep_gemm
 
 HIDDEN, INTER, EXPERTS, CHOICES = 512, 2048, 8, 4  # in shorter rows of c a code that turns over may cost a row 0.03
-STREAMED = workspace.few_rows(INTER) * EXPERTS // CHOICES  # tokens up to which rows are streamed; more go through tiles
+STREAMED = (
+    int(workspace.few_rows(HIDDEN, EXPERTS)) * EXPERTS // CHOICES
+)  # tokens up to which rows are streamed; more go through tiles
 SIZES = {"hidden": HIDDEN, "inter": INTER, "local": EXPERTS, "num_experts": EXPERTS, "choices": CHOICES}
 CALLS = {
     "streamed": (8, [((7, 1), 0.0, None), ((0, 8), 0.3, 10.0), ((8, 8), 0.7, 1.0), ((1, 0), 1.0, None)]),
-    "in tiles": (400, [((64, 1), 0.0, None), ((0, 60), 0.3, 10.0), ((130, 60), 0.7, 1.0), ((0, 0), 0.0, None)]),
+    "in tiles": (400, [((201, 1), 0.0, None), ((0, 260), 0.3, 10.0), ((400, 180), 0.7, 1.0), ((0, 0), 0.0, None)]),
 }
 """Of two ranks, by what the operator does with their rows: the most tokens of a rank, and calls."""
 
@@ -170,7 +172,7 @@ def test_one_process_and_each_rank_take_the_same_kernels(rows: str) -> None:
         arrived = [int(((ids >= first) & (ids < first + here)).any(1).sum()) for first in (0, here)]
         for count in (2 * most, *filter(None, (sum(tokens), *arrived))):  # places of gather; of one process; all_to_all
             at_most = count * cases.K
-            assert workspace.streams(at_most, at_most / 2, cases.I, here) == (rows == "streamed")
+            assert workspace.streams(at_most, at_most / 2, cases.H, cases.I, here) == (rows == "streamed")
 
 
 @pytest.mark.multigpu

@@ -99,7 +99,8 @@ class Call(NamedTuple):
     @property
     def tiles(self) -> bool:
         """Whether the tile kernels get the rows; else they are streamed."""
-        return not streams(self.rows, self.expected_rows, self.layer.experts.w2.shape[2], self.choices.num_local)
+        hidden, inter = self.layer.experts.w2.shape[1:]
+        return not streams(self.rows, self.expected_rows, hidden, inter, self.choices.num_local)
 
     @property
     def expected_rows(self) -> float:

@@ -34,7 +34,7 @@ def suits(x_TH: Tensor, w1: Tensor, w2: Tensor, choices: int, options: Options) 
     (tokens, hidden), (experts, inter), activation = x_TH.shape, w2.shape[::2], options.activation
     return (
         tokens > 0
-        and streams(tokens * choices, tokens * choices, inter, experts)
+        and streams(tokens * choices, tokens * choices, hidden, inter, experts)
         and choices <= MAX_TOP_K
         and experts <= MAX_LOCAL_EXPERTS
         and hidden % BLOCK == 0

@@ -2,7 +2,7 @@
 
 A serving stack allocates once, at its largest batch, and passes the buffer to every call: the size never falls when T
 grows. Rows are bounded by T * K because only the device knows how many choices have a local expert. With R = T * K,
-F = ``few_rows(I)``, R' = min(R, 256 * E_local) the rows that the streaming kernel may get, and
+F = ``few_rows(H, E_local)``, R' = min(R, 256 * E_local) the rows that the streaming kernel may get, and
 P = R' + 7 min(R', E_local) + 24 of them padded:
 
 | region | bytes |
@@ -79,22 +79,27 @@ def workspace_bytes(num_tokens: int, top_k: int, hidden: int, intermediate: int,
     return of(num_tokens, top_k, hidden, intermediate, num_local_experts).end
 
 
-def few_rows(intermediate: int) -> int:
-    """F: rows of an expert, on average, up to which streaming them is faster than tiles of 128 rows. They cost the same
-    at 24 rows (H 7168, I 3072), 28 (H 2048, I 768), 40 (H 4096, I 2048) and 6 (H 7168, I 256) on an H200. With I 256,
-    y in fp32, written and read, is as many bytes as W2 at 32 rows.
+MOST_FEW_ROWS = 64
+
+
+def few_rows(hidden: int, num_local: int) -> float:
+    """F: rows of an expert, on average, up to which streaming them is faster than tiles of 128 rows. Streaming costs
+    more for each row (y in fp32), tiles for each expert and for three launches. On an H200, with I from 128 to 3072,
+    both take the same time at 60 rows (16 experts, H 4096), 38 (32, 3072), 42 (32, 4096), 33 (32, 7168), 24 (48, 7168),
+    28 (128, 2048), 20 (128, 4096), 13 (160, 5120), 14 (256, 3072), 7 (256, 7168) and 20 (512, 2048); these terms come
+    within a fourth of each. More than ``MOST_FEW_ROWS`` were not measured.
     """
-    return 30 if intermediate >= 512 else 6
+    return min(MOST_FEW_ROWS, 35e3 / hidden + 880 / num_local)
 
 
-def streams(rows: int, expected: float, intermediate: int, num_local: int) -> bool:
+def streams(rows: int, expected: float, hidden: int, intermediate: int, num_local: int) -> bool:
     """Whether a call of up to ``rows`` rows, ``expected`` if all experts are chosen alike, is streamed. Sizes alone
     decide, so nothing is launched in vain. More rows than expected are streamed up to ``STREAMED_ROWS`` an expert at
     up to 1.5 times the time of tiles; fewer in tiles cost up to 1.1 times that of streaming.
     """
     if intermediate % BLOCK:
         return True
-    return rows <= STREAMED_ROWS * num_local and expected <= few_rows(intermediate) * num_local
+    return rows <= STREAMED_ROWS * num_local and expected <= few_rows(hidden, num_local) * num_local
 
 
 PAIRED_ROWS = (104, 480)
@@ -125,7 +130,7 @@ def regions(num_tokens: int, top_k: int, hidden: int, intermediate: int, num_loc
     streamed = streamed_rows(rows, intermediate, num_local)
     items = num_local + streamed // ITEM_ROWS
     padded = padding(streamed, num_local)
-    many = 0 if streams(rows, rows, intermediate, num_local) else rows
+    many = 0 if streams(rows, rows, hidden, intermediate, num_local) else rows
     common = _starts(
         0,
         4 * (4 + blocks(hidden) + items * (1 + blocks(intermediate)) + -(-padded // GATHER_ROWS)),

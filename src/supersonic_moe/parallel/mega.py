@@ -334,7 +334,8 @@ class MegaMoE:
         most, per_token = self.max_tokens_per_rank, self.size * self.top_k
 
         def tiles(places: int) -> bool:
-            return not streams(places * per_token, places * self.top_k, self.intermediate, self.experts_here)
+            rows, expected = places * per_token, places * self.top_k
+            return not streams(rows, expected, self.hidden, self.intermediate, self.experts_here)
 
         if not tiles(most):
             return "rows are streamed, in every call"

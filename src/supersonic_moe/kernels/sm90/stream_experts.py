@@ -13,14 +13,16 @@ Layout (row-major; formats: ``quantization/block_format.py``)
 Tiles
     Weights are the M operand of wgmma, an item's rows its N: 8, 16, 24, 32, 48, 64, 96 or 128. A tile is 128 weight
     rows, 64 where there are few tiles, times all rows of an item; K in blocks of 128, through a ring of 216 KB. Blocks
-    take strips from a counter: first W13 of all items, a tile each, then W2 of all items, up to 16 K blocks each. W13
-    is read through a five-dimensional map, (expert, I / 8, half, 8 rows, H): each 16 rows of a tile are 8 gate rows and
+    take strips from a counter: first W13 of all items, a tile each, then W2 of all items, up to 16 K blocks each. Of
+    wide tiles each of the two math warpgroups has a half. Narrow ones are so few that a counter would hand them out
+    unevenly: block b of B takes strips b, b + B, ..., and its warpgroups take turns, so that one multiplies while the
+    other stores its sums and tells of them. W13 is read through a five-dimensional map, (expert, I / 8, half, 8 rows, H): each 16 rows of a tile are 8 gate rows and
     their 8 up rows, so that both of a channel are in one thread, whatever the order of rows in memory.
 Waiting
     Rows of x are gathered while the first weights arrive. The last warpgroup to write its part of 128 channels of c
     quantizes them; W2 is loaded before c is there, only the loads of c wait. 128 columns of the output are combined
-    when all items have stored theirs. Nobody waits for a tile that no running block has taken, and no wait is
-    unbounded.
+    when all items have stored theirs. The grid is one block a multiprocessor, so every block that another waits for
+    runs; no wait is unbounded.
 Maths
     fp32 registers add up what wgmma sums over 128 of K. The order of operations on a row depends on that row alone, not
     on N, on the tile or on the block that takes it.

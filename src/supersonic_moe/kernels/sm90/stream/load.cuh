@@ -21,7 +21,8 @@ DEVICE void load_weights(const Block& block, const Problem& p, const Geometry& g
         mbarrier_arrive(block.queue_full(queue.at));
         queue.advance(QUEUE);
     };
-    Tile tile = block.find_strip(p, g, blockIdx.x);  // the counter hands out what is behind the first of each block
+    u32 number = blockIdx.x;  // the counter hands out what is behind the first of each block; narrow strips are dealt in turns
+    Tile tile = block.find_strip(p, g, number);
     announce(tile);
     while (tile.product != 0) {
         const bool first_product = tile.product == 1, own = tile.expert >= p.routed;
@@ -29,7 +30,7 @@ DEVICE void load_weights(const Block& block, const Problem& p, const Geometry& g
         const i32 expert = own ? 0 : tile.expert;
         const u32 blocks = first_product ? p.blocks_hidden() : p.blocks_inter(), steps = tile.count * blocks;
         const u64 policy = tile.shares ? read_again : read_once;
-        const u32 ask = add_relaxed(p.next_strip(), 1) + gridDim.x;
+        number = (g.narrow() ? number : add_relaxed(p.next_strip(), 1)) + gridDim.x;
         i32 row = tile.index * (first_product ? g.tile_rows / 16 : g.tile_rows);
         u32 k = 0;
         for (u32 step = 0; step < steps; ++step) {
@@ -50,7 +51,7 @@ DEVICE void load_weights(const Block& block, const Problem& p, const Geometry& g
             ring.advance(g.stages);
             if (++k == blocks) k = 0, row += g.tile_rows;
         }
-        tile = block.find_strip(p, g, ask);
+        tile = block.find_strip(p, g, number);
         announce(tile);
     }
 }
@@ -93,8 +94,10 @@ DEVICE void load_tokens(const Block& block, const Problem& p, const Geometry& g)
         const bool first_product = tile.product == 1;
         const WeightScales scales(p, g, tile);
         const Planes rows = {first_product ? p.x_rows.codes : p.c_rows.codes, first_product ? p.x_rows.scales : p.c_rows.scales, p.x_rows.rows};
-        const u32 columns = columns_for(tile.rows);
+        const u32 columns = columns_for(tile.rows), code_bytes = columns * LINE_BYTES, scale_bytes = columns * 4;
         const u32 steps = tile.count * scales.blocks;
+        const u8 *first_line = rows.line(tile.row, 0), *line = first_line;
+        const float *first_scale = rows.scale(tile.row, 0), *scale = first_scale;
         float upper = 0.0f, lower = 0.0f;
         u32 k = 0;
         for (u32 step = 0; step < steps; ++step) {
@@ -116,13 +119,14 @@ DEVICE void load_tokens(const Block& block, const Problem& p, const Geometry& g)
             const float of_upper = __shfl_sync(0xffffffffu, upper, step % 32), of_lower = __shfl_sync(0xffffffffu, lower, step % 32);
             if (elect_one()) {
                 block.side.weight_scales[ring.at][0] = of_upper, block.side.weight_scales[ring.at][1] = of_lower;
-                mbarrier_arrive_expect_tx(full, columns * (LINE_BYTES + 4));
-                bulk_load(block.ring + ring.at * g.stage_bytes + g.token_tile(), rows.line(tile.row, k), columns * LINE_BYTES, full);
-                bulk_load(block.ring + g.token_scales(ring.at), rows.scale(tile.row, k), columns * 4, full);
+                mbarrier_arrive_expect_tx(full, code_bytes + scale_bytes);
+                bulk_load(block.ring + ring.at * g.stage_bytes + g.token_tile(), line, code_bytes, full);
+                bulk_load(block.ring + g.token_scales(ring.at), scale, scale_bytes, full);
             }
             __syncwarp();
             ring.advance(g.stages);
-            if (++k == scales.blocks) k = 0;
+            line += rows.rows * LINE_BYTES, scale += rows.rows;
+            if (++k == scales.blocks) k = 0, line = first_line, scale = first_scale;
         }
     }
 }

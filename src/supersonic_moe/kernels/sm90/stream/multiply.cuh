@@ -11,12 +11,15 @@
 #include "ptx/wgmma.cuh"
 #include "stream/work.cuh"
 
-// One of the two math warpgroups; with narrow tiles there is one, whose warps arrive for both.
+// One of the two math warpgroups. They have a half of each wide tile; of narrow ones they take turns, a strip each, so that one finishes its
+// strip, or waits, while the other multiplies.
 struct MathGroup {
-    u32 index, arrivals;
+    u32 index;
+    bool takes_turns;
+    DEVICE u32 half() const { return takes_turns ? 0 : index; }
     DEVICE u32 warp() const { return threadIdx.x / 32 % 4; }
     DEVICE void sync() const { named_barrier_sync(1 + index, 128); }
-    DEVICE u32 first_channel(const Geometry& g, const Tile& tile) const { return tile.index * (g.tile_rows / 2) + index * GROUP_CHANNELS; }
+    DEVICE u32 first_channel(const Geometry& g, const Tile& tile) const { return tile.index * (g.tile_rows / 2) + half() * GROUP_CHANNELS; }
 };
 
 // Whether registers allow two products under way: a chain of four instructions and their promotion takes longer than a stage.
@@ -27,14 +30,13 @@ template <u32 N>
 struct RowProduct {
     const Block& block;
     const Geometry& g;
-    const MathGroup& group;
     float (&sum)[N / 2];
     u64 weights, rows;  // descriptors of the first stage; those of others follow every g.stage_bytes
 
     DEVICE RowProduct(const Block& block, const Geometry& g, const MathGroup& group, float (&sum)[N / 2])
-        : block(block), g(g), group(group), sum(sum) {
+        : block(block), g(g), sum(sum) {
         const u32 ring = __shfl_sync(0xffffffffu, block.ring, 0);
-        weights = k_major_descriptor(ring + group.index * (64 * LINE_BYTES));
+        weights = k_major_descriptor(ring + group.half() * (64 * LINE_BYTES));
         rows = k_major_descriptor(ring + g.token_tile());
     }
 
@@ -75,9 +77,7 @@ struct RowProduct {
             s[2] = __fmaf_rn(lower * scale.x, d[2], s[2]);
             s[3] = __fmaf_rn(lower * scale.y, d[3], s[3]);
         }
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(block.empty(ring.at), group.arrivals);
-        ring.advance(g.stages);
+        block.release_stage(ring, g.stages);
     }
 };
 
@@ -178,7 +178,7 @@ template <u32 N>
 DEVICE void compute_tile(const Block& block, const Problem& p, const Geometry& g, const MathGroup& group, Cursor& ring, const Tile& tile) {
     const u32 warp = group.warp(), lane = lane_index();
     float sum[N / 2];
-    multiply_rows<N>(sum, block, g, group, ring, tile.product == 1 ? p.blocks_hidden() : p.blocks_inter());
+    multiply_rows<N>(sum, block, g, group, ring, p.blocks_of(tile));
     if (tile.product == 1) {
         float* const c = p.c + static_cast<i64>(tile.row) * p.inter + group.first_channel(g, tile) + 8 * warp + lane / 4;
         const ActivationConstants constants = {1.0f, p.limit, 0.0f};
@@ -187,7 +187,7 @@ DEVICE void compute_tile(const Block& block, const Problem& p, const Geometry& g
             c[static_cast<i64>(n) * p.inter] = gated<Act::ClampedSwiGLU>(gate, up, constants);
         });
     } else {
-        const u32 column = tile.index * g.tile_rows + 64 * group.index;
+        const u32 column = tile.index * g.tile_rows + 64 * group.half();
         float* const y = p.y + static_cast<i64>(tile.row) * p.hidden + column + 16 * warp + lane / 4;
         for_each_row<N>(sum, tile.rows, [&](i32 n, float upper, float lower) {
             float* const at = y + static_cast<i64>(n) * p.hidden;
@@ -196,13 +196,25 @@ DEVICE void compute_tile(const Block& block, const Problem& p, const Geometry& g
     }
 }
 
+// The other warpgroup's. Both hand back every stage: a wait tells only two uses of a stage from each other.
+DEVICE void pass_strip(const Block& block, const Problem& p, const Geometry& g, Cursor& ring, const Tile& tile) {
+    const u32 steps = tile.count * p.blocks_of(tile);
+    for (u32 step = 0; step < steps; ++step) {
+        mbarrier_wait_both(block.weights(ring.at), block.tokens(ring.at), ring.phase);
+        block.release_stage(ring, g.stages);
+    }
+}
+
 DEVICE void compute_strips(const Block& block, const Problem& p, const Geometry& g, u32 index) {
-    const MathGroup group = {index, g.narrow() ? 2u : 1u};
-    if (index >= g.tile_rows / 64) return;
+    const MathGroup group = {index, g.narrow()};
     Cursor ring, queue;
-    while (true) {
-        Tile tile = block.read_tile(queue, group.arrivals);
+    for (u32 turn = 0;; ++turn) {
+        Tile tile = block.read_tile(queue);
         if (tile.product == 0) return;
+        if (group.takes_turns && turn % 2 != index) {
+            pass_strip(block, p, g, ring, tile);
+            continue;
+        }
         const u32 first = tile.index, end = first + tile.count;
         for (; tile.index < end; ++tile.index) {
             switch (columns_for(tile.rows)) {

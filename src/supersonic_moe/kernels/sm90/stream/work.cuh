@@ -2,7 +2,9 @@
 //
 // An item is up to 128 rows of an expert, as the routing kernels list them. A tile is `tile_rows` rows of a weight times all rows of an
 // item. A strip is one tile of W13 or so many tiles of W2, one below the other, that they are about as long. Strips are numbered, first W13
-// of all items, then W2 of all items, and taken from a counter; items of one expert take turns, so that its weights come from DRAM once. A tile of W13 is for tile_rows / 2 channels: each 16 lines of it are 8 rows of one half of W13 and the 8 rows of the other half for the same channels.
+// of all items, then W2 of all items, and taken from a counter or, where tiles are narrow, dealt in turns; items of one expert take turns,
+// so that its weights come from DRAM once. A tile of W13 is for tile_rows / 2 channels: each 16 lines of it are 8 rows of one half of W13 and
+// the 8 rows of the other half for the same channels.
 #pragma once
 #include "ptx/copy.cuh"
 #include "ptx/memory.cuh"
@@ -20,7 +22,8 @@ constexpr u32 KNOWN_ITEMS = 64;  // in shared memory; what is behind them is rea
 constexpr u32 RING_BYTES = 216 * 1024;
 // Weights that a block has asked for and not got, at most. 33 KB would keep DRAM busy (4.4 TB/s for a microsecond, by 132); a full ring of
 // requests is no faster and makes everything else wait 6 us behind them.
-constexpr u32 BYTES_ON_THE_WAY = 64 * 1024;
+// Narrow tiles leave less for others to wait behind.
+constexpr u32 BYTES_ON_THE_WAY = 64 * 1024, NARROW_BYTES_ON_THE_WAY = 40 * 1024;
 
 // Of W2 in a strip, if all multiprocessors have two: what comes with one (the counter, its item, whether c is there, scales, a release
 // behind y) takes some microseconds, as 16 K blocks do.
@@ -41,6 +44,16 @@ struct Planes {
     DEVICE float* scale(i64 row, u32 block) const { return scales + block * rows + row; }
     // Of 16-byte chunk `chunk` of a line.
     DEVICE u8* chunk(i64 row, u32 block, u32 chunk) const { return line(row, block) + (chunk ^ static_cast<u32>(row) % 8) * 16; }
+};
+
+// A tile and those below it that are taken with it.
+struct Tile {
+    u32 product;  // 1: W13, 2: W2, 0: no tile is left
+    u32 index;    // of the item's
+    u32 count;
+    u32 item;
+    i32 expert, row, rows;
+    bool shares;  // its weights with the tiles next to it, of other rows of the same expert
 };
 
 struct Problem {
@@ -68,6 +81,8 @@ struct Problem {
     DEVICE i32 shared() const { return shared_expert; }  // slots of a token that are no choice of the router
     DEVICE u32 blocks_hidden() const { return hidden / LINE_BYTES; }
     DEVICE u32 blocks_inter() const { return (inter + LINE_BYTES - 1) / LINE_BYTES; }
+    // K blocks of a tile.
+    DEVICE u32 blocks_of(const Tile& tile) const { return tile.product == 1 ? blocks_hidden() : blocks_inter(); }
     // Counters, all zero at the start: the next strip; warpgroups that have stored their part of a block of columns of y; blocks of c of each
     // item that are ready; arrivals at each of these blocks; parts of each 64 rows of x that are gathered.
     DEVICE u32* next_strip() const { return counters; }
@@ -108,20 +123,10 @@ struct Geometry {
     }
     DEVICE bool narrow() const { return tile_rows == NARROW; }
     DEVICE u32 strips() const { return items * (tiles1 + strips2); }
-    DEVICE u32 stages_on_the_way() const { return min(stages, BYTES_ON_THE_WAY / (tile_rows * LINE_BYTES)); }
+    DEVICE u32 stages_on_the_way() const { return min(stages, (narrow() ? NARROW_BYTES_ON_THE_WAY : BYTES_ON_THE_WAY) / (tile_rows * LINE_BYTES)); }
     DEVICE u32 token_tile() const { return tile_rows * LINE_BYTES; }  // behind the weights of a stage
     // Of the tokens in a stage, behind all stages.
     DEVICE u32 token_scales(u32 stage) const { return stages * stage_bytes + stage * token_scale_bytes; }
-};
-
-// A tile and those below it that are taken with it.
-struct Tile {
-    u32 product;  // 1: W13, 2: W2, 0: no tile is left
-    u32 index;    // of the item's
-    u32 count;
-    u32 item;
-    i32 expert, row, rows;
-    bool shares;  // its weights with the tiles next to it, of other rows of the same expert
 };
 
 // Places in a ring of `size`, which is not known at compile time.
@@ -201,12 +206,19 @@ struct Block {
 
     DEVICE int4 item_at(const Problem& p, u32 item) const { return item < KNOWN_ITEMS ? side.items[1 + item] : p.items[1 + item]; }
 
-    // All lanes of a warp; the entry is handed back, `arrivals` for this warp.
-    DEVICE Tile read_tile(Cursor& queue, u32 arrivals = 1) const {
+    // All lanes of a warp.
+    DEVICE void release_stage(Cursor& ring, u32 stages) const {
+        __syncwarp();
+        if (lane_index() == 0) mbarrier_arrive(empty(ring.at));
+        ring.advance(stages);
+    }
+
+    // All lanes of a warp; the entry is handed back.
+    DEVICE Tile read_tile(Cursor& queue) const {
         mbarrier_wait(queue_full(queue.at), queue.phase);
         const Tile tile = side.queue[queue.at];
         __syncwarp();
-        if (lane_index() == 0) mbarrier_arrive(queue_empty(queue.at), arrivals);
+        if (lane_index() == 0) mbarrier_arrive(queue_empty(queue.at));
         queue.advance(QUEUE);
         return tile;
     }
