@@ -72,11 +72,11 @@ def fp8_forward(call: Fp8Call) -> tuple[Tensor, Tensor]:
     x = Rows(_rows(x_TH, pow2, acc), plan.gather_index)
     z_PN = grouped_mm(x, _blocks(w1_ENH, pow2, acc).mT, plan.expert_offsets)
     a_PI = activation_forward(z_PN, b1_EN, plan.row_expert, gate)
-    y_PH = rows_to_sum(Rows(_rows(a_PI, pow2, acc)), _blocks(w2_EHI, pow2, acc).mT, plan.expert_offsets)
+    y_PH = grouped_mm(Rows(_rows(a_PI, pow2, acc)), _blocks(w2_EHI, pow2, acc).mT, plan.expert_offsets)
     out_TH = _sum_by_token(y_PH, _row_scores(scores_S, plan), b2_EH, plan)
     saved = {
         "fp8": lambda: _rows(z_PN, pow2, acc),
-        "int8": lambda: through_saved(z_PN, acc),
+        "int8": lambda: _saved(z_PN, acc),
         "bf16": lambda: z_PN.bfloat16().to(acc),
         "recompute": lambda: z_PN,
     }
@@ -117,7 +117,7 @@ def fp8_backward(dout_TH: Tensor, z_PN: Tensor, call: Fp8Call, tiled: Collection
             dequantize(*quantize_columns(t, index, pow2, name in tiled), acc).T for name, (t, index) in sources.items()
         )
     dout_G, as_G, dz_G, x_G = operands
-    dx_PH = rows_to_sum(Rows(dz_rows_PN), _blocks(w1_ENH, pow2, acc), plan.expert_offsets)
+    dx_PH = grouped_mm(Rows(dz_rows_PN), _blocks(w1_ENH, pow2, acc), plan.expert_offsets)
     return Inputs(
         x=_sum_by_token(dx_PH, None, None, plan),
         scores=gather_rows(ds_P[:, None], plan.reverse_index)[:, 0],
@@ -128,15 +128,11 @@ def fp8_backward(dout_TH: Tensor, z_PN: Tensor, call: Fp8Call, tiled: Collection
     )
 
 
-rows_to_sum = grouped_mm
-"""Y and dx of rows, which a test may give another format."""
-
-
 def _rows(x: Tensor, pow2: bool, dtype: torch.dtype) -> Tensor:
     return dequantize(*quantize_rows(x, pow2), dtype)
 
 
-def through_saved(z: Tensor, dtype: torch.dtype) -> Tensor:
+def _saved(z: Tensor, dtype: torch.dtype) -> Tensor:
     q, words = quantize_saved(z)
     return q.to(dtype) * saved_steps(words, z.shape[1]).to(dtype)
 

@@ -26,7 +26,6 @@ from supersonic_moe.kernels.sm90.down_backward_fp8_quantize import down_backward
 from supersonic_moe.kernels.sm90.exchange_flags import ExchangeFlags
 from supersonic_moe.kernels.sm90.grouped_gemm import grouped_mm
 from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import grouped_mm_fp8
-from supersonic_moe.kernels.sm90.grouped_gemm_fp8_int8 import grouped_mm_fp8_int8
 from supersonic_moe.kernels.sm90.grouped_wgrad import grouped_mm_wgrad
 from supersonic_moe.kernels.sm90.grouped_wgrad_fp8 import grouped_mm_wgrad_fp8
 from supersonic_moe.kernels.sm90.quantize_columns import quantize_columns
@@ -62,8 +61,6 @@ def kernels(counts: list[int]) -> None:
         rows_bf16, rows_fp8 = Rows(x, gather), Rows(quantize_rows(x, tma=gather is None), gather)
         grouped_mm_fp8(rows_fp8, Quantized(w1_q, w1_scale), offsets)
         grouped_mm_fp8(rows_fp8, Quantized(w1_q[:, :200], w1_scale), offsets)  # one block of columns
-        if gather is None:
-            grouped_mm_fp8_int8(rows_fp8.x, Quantized(w1_q, w1_scale), offsets)
         for layout in (GateUpLayout.INTERLEAVED, GateUpLayout.UP_GATE):
             gate = Gate(swiglu, layout)
             z, a = up_projection(UpProjection(rows_bf16, w1, b1, offsets, row_expert, gate, save=True))

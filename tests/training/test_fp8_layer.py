@@ -27,7 +27,6 @@ from supersonic_moe.kernels.compose import ComposedFp8
 from supersonic_moe.kernels.interface import Backend, BothOrders, Into, Quantized, Rows
 from supersonic_moe.kernels.reference.gather import gather_rows
 from supersonic_moe.quantization.block_format import blocks
-from supersonic_moe.training import fp8
 from supersonic_moe.training.arguments import Weight
 from supersonic_moe.training.experts import run_experts
 from supersonic_moe.training.options import Options
@@ -87,12 +86,6 @@ def lossless() -> Backend:
         assert b.scale.shape == (b.shape[0], blocks(b.shape[1]), blocks(b.shape[2]))
         return reference.grouped_mm(Rows(a.x.q, a.gather_index), b.q.mT, offsets)
 
-    def grouped_mm_fp8_int8(a: Quantized, b: Quantized, offsets: Tensor) -> Quantized:
-        return Quantized(grouped_mm_fp8(Rows(a), b, offsets), a.q.new_ones(len(a.q), blocks(b.shape[1])))
-
-    def gather_sum_int8(y: Quantized, *args: Any) -> Tensor:
-        return reference.gather_sum(y.q, *args)
-
     def grouped_mm_wgrad_fp8(
         a: Quantized, b: Quantized, offsets: Tensor, into: Into, source: Tensor | None = None
     ) -> Tensor:
@@ -107,8 +100,7 @@ def lossless() -> Backend:
     composed = ComposedFp8(grouped_mm_fp8, reference.activation_forward, reference.activation_backward, *quantizers)
     same = "pick", "gather_sum", "row_dot", "segment_sum", "grouped_mm_wgrad", "pad_segments"
     fused = "up_projection_fp8", "down_backward_fp8", "down_backward_fp8_quantize"
-    products = grouped_mm_fp8, grouped_mm_fp8_int8, gather_sum_int8, grouped_mm_wgrad_fp8
-    own = {f.__name__: f for f in (*quantizers, quantize_weights, *products)}
+    own = {f.__name__: f for f in (*quantizers, quantize_weights, grouped_mm_fp8, grouped_mm_wgrad_fp8)}
     own |= {name: getattr(reference, name) for name in same} | {name: getattr(composed, name) for name in fused}
     fp8: Any = SimpleNamespace(**own, ALIGNMENT=1)
     return replace(registry.kernels("reference"), fp8=fp8)
@@ -120,14 +112,13 @@ ACTIVATIONS = [*(as_activation(a) for a in ActivationType), Activation.gpt_oss()
 @pytest.mark.parametrize("routing", plans())
 @pytest.mark.parametrize("case", range(len(ACTIVATIONS) * 3))
 def test_dataflow_is_that_of_the_exact_layer(case: int, routing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All activations and layouts, with recipes, biases and formats of rows dealt out among them."""
+    """All activations and layouts, with recipes and biases dealt out among them."""
     activation, layout = ACTIVATIONS[case // 3], list(GateUpLayout)[case % 3]
     recipe, biased = RECIPES[(case + len(routing)) % len(RECIPES)], bool((case + len(routing)) % 4)
     layer = Layer(plans()[routing], 24, 16, activation, layout, biased, torch.float64)
     want = layer.exact()
     backend = lossless()
     monkeypatch.setattr(registry, "kernels", lambda name: backend)
-    monkeypatch.setattr(fp8, "INT8_ROWS", case % 2 == 1)
     got = run(layer, recipe, torch.float64)
     assert got.keys() == want.keys()
     for name in want:
@@ -138,9 +129,7 @@ def test_dataflow_is_that_of_the_exact_layer(case: int, routing: str, monkeypatc
 
 
 def rounding_at_stores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The arithmetic of the FP8 layer, with bf16 wherever the layer stores bf16, and rows that are only summed in int8
-    if it stores those so.
-    """
+    """The arithmetic of the FP8 layer, with bf16 wherever the layer stores bf16."""
 
     def rounded(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -152,30 +141,19 @@ def rounding_at_stores(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return call
 
-    def in_int8(*args: Any) -> Tensor:
-        return fp8_layer.through_saved(reference.grouped_mm(*args), torch.float32)
-
-    monkeypatch.setattr(fp8_layer, "rows_to_sum", in_int8 if fp8.INT8_ROWS else rounded(reference.grouped_mm))
     for name in ("grouped_mm", "activation_forward", "activation_backward", "gather_sum", "grouped_mm_wgrad"):
         monkeypatch.setattr(fp8_layer, name, rounded(getattr(fp8_layer, name)))
 
 
 @pytest.mark.parametrize("inputs", [gaussian, outliers, all_positive], ids=lambda f: f.__name__)
-@pytest.mark.parametrize(
-    ("recipe", "int8_rows"),
-    [*((recipe, False) for recipe in RECIPES), (Fp8Recipe(), True)],
-    ids=lambda r: f"{r.save_preactivation}-{r.wgrad}-{r.scale}" if isinstance(r, Fp8Recipe) else None,
-)
-def test_bits_are_those_of_the_arithmetic(
-    recipe: Fp8Recipe, int8_rows: bool, inputs: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: f"{r.save_preactivation}-{r.wgrad}-{r.scale}")
+def test_bits_are_those_of_the_arithmetic(recipe: Fp8Recipe, inputs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Partial blocks, empty experts. Both sides sum in fp32, in different orders at most, so a few results round the
     other way: 2^-8 of themselves in bf16, and one that is quantized again by up to 2^-3.
     """
     layer = Layer(topk_plan(150, 6, 3), 200, 72, as_activation("swiglu"))
     inputs(layer)
     on_bf16_grid(layer)
-    monkeypatch.setattr(fp8, "INT8_ROWS", int8_rows)
     got = run(layer, recipe)
     rounding_at_stores(monkeypatch)
     want = layer.fp8(recipe, tiled=("a", "dz"))
@@ -207,14 +185,10 @@ def test_columns_of_experts_with_the_same_tokens_are_written_once(monkeypatch: p
 
 
 @pytest.mark.parametrize("inputs", [gaussian, outliers, all_positive], ids=lambda f: f.__name__)
-@pytest.mark.parametrize(("wgrad", "int8_rows"), [("fp8", False), ("bf16", False), ("fp8", True)])
+@pytest.mark.parametrize("wgrad", ["fp8", "bf16"])
 @pytest.mark.parametrize(("hidden", "intermediate", "experts"), [(256, 256, 10), (200, 72, 10), (128, 64, 128)])
-def test_accuracy(
-    inputs: Any, wgrad: str, int8_rows: bool, hidden: int, intermediate: int, experts: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_accuracy(inputs: Any, wgrad: str, hidden: int, intermediate: int, experts: int) -> None:
     """The contract against the fp32 layer: T = 333, K = 8, two empty experts at least."""
-    monkeypatch.setattr(fp8, "INT8_ROWS", int8_rows)
     layer = Layer(topk_plan(num_experts=experts), hidden, intermediate, as_activation("swiglu"))
     inputs(layer)
     on_bf16_grid(layer)
@@ -222,27 +196,6 @@ def test_accuracy(
     assert_contract(got, layer.exact())
     for empty in (4, experts - 1):
         assert not any(got[n][empty].any() for n in ("dw1", "db1", "dw2", "db2"))
-
-
-@pytest.mark.parametrize("biased", [False, True])
-def test_accuracy_with_int8_rows(biased: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same contract with columns that fill no tile, rows that fill no tile, and on a GPU."""
-    ids = torch.rand(700, 7).topk(3).indices
-    layer = on_bf16_grid(Layer(sm.plan_from_topk(ids, 9), 520, 392, as_activation("swiglu"), biased=biased))
-    want = layer.exact()
-    layer.plan = sm.plan_from_topk(ids.to(device), 9)
-    for name in ("x", "dout", "scores", "w1", "w2", *(("b1", "b2") if biased else ())):
-        setattr(layer, name, getattr(layer, name).to(device))
-    got = []
-    for on in (False, True):
-        monkeypatch.setattr(fp8, "INT8_ROWS", on)
-        got.append({name: t.cpu() for name, t in run(layer).items()})
-    assert_contract(got[1], want)
-    for name in want:
-        if name in ("out", "dx"):
-            assert 0.003 < error(got[1][name], got[0][name]) < 0.01, name
-        else:
-            assert torch.equal(got[1][name], got[0][name]), name
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: f"{r.save_preactivation}-{r.wgrad}")

@@ -419,21 +419,6 @@ class Fp8Experts(Experts, Quantizers, Protocol):
     ) -> Tensor:
         """(P, N) bf16: a[row] · b[expert of row]ᵀ. ``parts`` as in ``grouped_mm``."""
 
-    def grouped_mm_fp8_int8(self, a_PK: Quantized, b_ENK: Quantized, expert_offsets: Tensor) -> Quantized:
-        """The same of rows as they lie, rounded from fp32 to int8 as ``quantize_saved`` does, but with words (P, N/128)
-        row by row: for ``gather_sum_int8``.
-        """
-
-    def gather_sum_int8(
-        self,
-        y_PH: Quantized,
-        row_scale_P: Tensor | None,
-        bias_EH: Tensor | None,
-        row_expert_P: Tensor,
-        tokens: TokenRows,
-    ) -> Tensor:
-        """(T, H) bf16: ``gather_sum`` of what ``grouped_mm_fp8_int8`` gives."""
-
     def grouped_mm_wgrad_fp8(
         self,
         a_MG: Quantized,

@@ -30,7 +30,7 @@ Blocks, with B = ceil(C / 128) and the last block of a dimension partial:
 | rows | (R, C) | (R, B): 1 x 128 along C | activations and their gradients |
 | blocks | (E, N, K), and its transpose (E, K, N) | (E, N/128, K/128): 128 x 128, shared | weights |
 | columns | (C, G): transposed, tokens contiguous | (C, G/128): 1 x 128 along tokens | operands of weight gradients |
-| saved | (R, C) int8 | (R, B) words: 1 x 32, powers of two | what backward reads of Z; rows that are only summed |
+| saved | (R, C) int8 | (R, B) words: 1 x 32, powers of two | what backward reads of Z |
 | tiles | (C, G), and (R, C) as it lay | (C/128, G/128): 128 x 128, shared | the same, one scale for both uses |
 
 A pre-activation that is saved for backward is no operand of a product, so it may have another format, *saved*: int8

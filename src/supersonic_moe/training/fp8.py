@@ -50,13 +50,8 @@ from supersonic_moe.kernels.interface import (
     UpProjection,
 )
 from supersonic_moe.quantization.block_format import aligned_rows, padded_capacity, transposed_scales
-from supersonic_moe.training.arguments import Fp8Forward, Fp8Output, Fp8Saved, Fp8Weights, Incoming, Inputs, Plan
+from supersonic_moe.training.arguments import Fp8Forward, Fp8Output, Fp8Saved, Fp8Weights, Incoming, Inputs
 from supersonic_moe.training.bf16 import rounded, score_dtype
-
-INT8_ROWS = False
-"""Whether Y and dx~, which are written only to be summed, are int8 with a power of two for 32 columns instead of bf16:
-half of their bytes, for 0.8 % of a row in error. Off until it is measured. Parts of expert parallelism stay bf16.
-"""
 
 
 def forward(k: Fp8Experts, call: Fp8Forward, x_q: Quantized | None = None) -> Fp8Output:
@@ -65,10 +60,10 @@ def forward(k: Fp8Experts, call: Fp8Forward, x_q: Quantized | None = None) -> Fp
     x = Rows(x_q or k.quantize_rows(call.x, recipe.pow2, plan.identity), plan.read_index)
     up = UpProjection(x, call.w1, call.b1, plan.expert_offsets, plan.row_expert, call.static.gate(), call.save)
     z, a = k.up_projection_fp8(up, recipe)
-    y_PH = _rows_to_sum(k, a, call.w2, plan)
+    y_PH = k.grouped_mm_fp8(Rows(a), call.w2, plan.expert_offsets)
     del up, x, a
     s_P = k.pick(call.scores, plan.scatter_index, score_dtype(call.x.dtype))
-    out_TH = _summed(k, y_PH, s_P, call.b2, plan, call.x.shape[0])
+    out_TH = k.gather_sum(y_PH, s_P, call.b2, plan.row_expert, plan.rows_of_tokens(call.x.shape[0]))
     return Fp8Output(out_TH, s_P, z)
 
 
@@ -143,23 +138,8 @@ def backward(
 
 def _dx(k: Fp8Experts, dz_rows: Any, weights: Fp8Weights, saved: Fp8Saved) -> Tensor:
     plan = saved.plan
-    return _summed(k, _rows_to_sum(k, dz_rows, weights.w1_t, plan), None, None, plan, saved.x.shape[0])
-
-
-# ---- rows that are written only to be summed: Y and dx~ --------------------------------------------------------------
-
-
-def _rows_to_sum(k: Fp8Experts, a: Quantized, weight: Quantized, plan: Plan) -> Tensor | Quantized:
-    if INT8_ROWS:
-        return k.grouped_mm_fp8_int8(a, weight, plan.expert_offsets)
-    return k.grouped_mm_fp8(Rows(a), weight, plan.expert_offsets)
-
-
-def _summed(
-    k: Fp8Experts, y_PH: Tensor | Quantized, s_P: Tensor | None, bias: Tensor | None, plan: Plan, tokens: int
-) -> Tensor:
-    gather_sum: Callable[..., Tensor] = k.gather_sum_int8 if isinstance(y_PH, Quantized) else k.gather_sum
-    return gather_sum(y_PH, s_P, bias, plan.row_expert, plan.rows_of_tokens(tokens))
+    dx_PH = k.grouped_mm_fp8(Rows(dz_rows), weights.w1_t, plan.expert_offsets)
+    return k.gather_sum(dx_PH, None, None, plan.row_expert, plan.rows_of_tokens(saved.x.shape[0]))
 
 
 # ---- weight gradients, in three ways ---------------------------------------------------------------------------------

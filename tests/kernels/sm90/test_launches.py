@@ -239,15 +239,6 @@ def test_products(gathered: bool, launches: list[Any]) -> None:
         scale_a_row=c.x_fp8.scale.stride(0), scale_b=c.w1_fp8.scale, scale_b_expert=18, scale_b_column=3, scale_b_k=1,
         d=d, d_row_bytes=4 * I, **ragged,
     )  # fmt: skip
-    if not gathered:
-        in_int8 = backend.grouped_mm_fp8_int8(c.x_fp8, Quantized(c.w1_fp8.q[:, :392], c.w1_fp8.scale[:, :4]), OFFSETS)
-        assert in_int8.shape == (P, 392) and in_int8.q.dtype is torch.int8 and in_int8.scale.dtype is torch.int32
-        check(
-            launches[-1], "grouped_gemm_fp8_int8", map_a=c.x_fp8.q, map_scale_a=c.x_fp8.scale, map_b=c.w1_fp8.q,
-            map_d=in_int8.q, offsets=OFFSETS, experts=E, columns=392, blocks_k=3, scale_b=c.w1_fp8.scale,
-            scale_b_expert=18, scale_b_column=3, scale_b_k=1, d=in_int8.q, d_row_bytes=400, words=in_int8.scale,
-            words_row=4,
-        )  # fmt: skip
     for transposed, output in itertools.product((False, True), range(3)):
         shape = (E, 2 * I, H) if transposed else (E, H, 2 * I)
         given = {0: None, 1: torch.zeros(shape), 2: torch.zeros(shape)}[output]

@@ -58,7 +58,6 @@ def test_rows_move_in_16_byte_accesses(compiled: list[dict[str, Any]]) -> None:
     modules = {
         "gather_rows",
         "gather_sum",
-        "gather_sum_int8",
         "activation",
         "score_gradient",
         "bias_gradient",
@@ -88,21 +87,10 @@ def main() -> None:
     from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout, as_activation
     from supersonic_moe.config.router import MODES, SigmoidGroupedTopK, SoftmaxAfterTopK, SoftmaxBeforeTopK
     from supersonic_moe.kernels import triton as kernels
-    from supersonic_moe.kernels.interface import (
-        Gate,
-        Into,
-        KeptPairs,
-        Quantized,
-        Rounding,
-        Rows,
-        Slots,
-        Sources,
-        TokenRows,
-    )
+    from supersonic_moe.kernels.interface import Gate, Into, KeptPairs, Rounding, Rows, Slots, Sources, TokenRows
     from supersonic_moe.kernels.triton import pad_segments, quantize, quantize_saved
     from supersonic_moe.kernels.triton.decode import decode
     from supersonic_moe.kernels.triton.scatter_quantized import scatter_quantized
-    from supersonic_moe.quantization.block_format import blocks
 
     case = ""
     seen: set[str] = set()
@@ -192,9 +180,7 @@ def main() -> None:
         scatter_quantized(gathered, rows.q, rows.scale, index.view(t, 128)[:, :1].contiguous(), 1)
         quantize.quantize_blocks(w, pow2)
         quantize.quantize_weights((w, w.mT.contiguous()), pow2)
-        in_int8 = Quantized(quantize_saved(x).q, torch.zeros(t, blocks(h), dtype=i32))
-        for each, offsets in ((8, None), (0, torch.zeros(t + 1, dtype=i32))):
-            kernels.gather_sum_int8(in_int8, torch.zeros(t), x, index, TokenRows(index, offsets, each, t))
+        quantize_saved(x)
         quantize.quantize_columns(x, index, pow2)
         quantize.quantize_columns(x, index, pow2, tiled=True)
         quantize.quantize_both_orders(x, index, pow2)

@@ -24,7 +24,7 @@ from supersonic_moe.kernels import triton as kernels
 from supersonic_moe.kernels.interface import Gate, Quantized, Rows, TokenRows
 from supersonic_moe.kernels.triton import bias_gradient
 from supersonic_moe.kernels.triton.scatter_quantized import scatter_quantized
-from supersonic_moe.quantization.block_format import empty_scales, saved_steps
+from supersonic_moe.quantization.block_format import empty_scales
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -113,49 +113,6 @@ def test_gather_sum_of_any_number_of_rows(device: torch.device) -> None:
         ),
     )
     assert_rounded(got, gather_sum_oracle(y, scale, None, owner, rows_of), scale=10)
-
-
-@pytest.mark.parametrize(("k", "width"), [(1, 40), (8, 200), (10, 2056)])  # tails of a group, a block, a program
-@pytest.mark.parametrize("full", [False, True], ids=["plain", "scale and bias"])
-def test_gather_sum_int8(k: int, width: int, full: bool, device: torch.device) -> None:
-    num_tokens, owner = 5, owners_of([20, 0, 30], 0, device)
-    y = torch.randn(50, width, device=device) * 4.0 ** torch.randint(-20, 20, (50, 1), device=device)
-    y[:9] = 0
-    q, words = reference.quantize_saved(y)
-    values = q.double() * saved_steps(words, width).double()
-    token_rows = torch.randperm(50)[: num_tokens * k].int()
-    token_rows[k : 2 * k] = -1
-    token_rows[-1] = -1
-    unread = torch.ones(50, dtype=torch.bool)
-    unread[token_rows[token_rows >= 0].long()] = False
-    words = words.contiguous()
-    words[unread.to(device)] = -1  # steps of infinity
-    scale = torch.randn(50, device=device) if full else None
-    bias = torch.randn(3, width, device=device).bfloat16() if full else None
-    starts = torch.arange(0, num_tokens * k + 1, k, dtype=torch.int32, device=device)
-    rows_of = [[r for r in token_rows[t * k : (t + 1) * k].tolist() if r >= 0] for t in range(num_tokens)]
-    want = gather_sum_oracle(values, scale, bias, owner, rows_of)
-    size = gather_sum_oracle(values.abs(), None if scale is None else scale.abs(), None, owner, rows_of)
-    for tokens in (
-        TokenRows(token_rows.to(device), None, k, num_tokens),
-        TokenRows(token_rows.to(device), starts, 0, num_tokens),
-    ):
-        got = kernels.gather_sum_int8(Quantized(q, words), scale, bias, owner, tokens)
-        assert got.dtype is torch.bfloat16 and not got[1].any()
-        error = (got.double().cpu() - want).abs()
-        assert (error <= 2**-7 * want.abs() + 4e-6 * (size + 1)).all()  # the interpreter truncates to bfloat16
-
-
-@pytest.mark.filterwarnings("ignore:invalid value")  # infinity less infinity
-def test_gather_sum_int8_keeps_what_is_not_finite(device: torch.device) -> None:
-    y = torch.ones(2, 256, device=device)
-    y[0, 5], y[1, 200] = math.nan, math.inf
-    q, words = reference.quantize_saved(y)
-    index = torch.arange(2, dtype=torch.int32, device=device)
-    got = kernels.gather_sum_int8(Quantized(q, words.contiguous()), None, None, index, TokenRows(index, None, 1, 2))
-    bad = torch.zeros(2, 256, dtype=torch.bool)
-    bad[0, :32] = bad[1, 192:224] = True
-    assert torch.equal(~got.isfinite().cpu(), bad) and (got.cpu()[~bad] == 1).all()
 
 
 @pytest.mark.parametrize(("counts", "dead"), [([3, 0, 5], 4), ([0, 0], 7), ([6], 0)], ids=str)
@@ -368,9 +325,6 @@ def test_no_rows(device: torch.device) -> None:
     assert kernels.gather_rows(nothing, index).shape == (0, 16)
     assert kernels.gather_sum(nothing, scores, None, index, TokenRows(index, None, 2, 0)).shape == (0, 16)
     assert not kernels.gather_sum(nothing, scores, None, index, TokenRows(index, None, 0, 3)).any()
-    in_int8 = Quantized(nothing.to(torch.int8), torch.empty(0, 1, dtype=torch.int32, device=device))
-    assert kernels.gather_sum_int8(in_int8, scores, None, index, TokenRows(index, None, 2, 0)).shape == (0, 16)
-    assert not kernels.gather_sum_int8(in_int8, scores, None, index, TokenRows(index, None, 0, 3)).any()
     gate = Gate(as_activation("swiglu"), GateUpLayout.INTERLEAVED)
     assert kernels.activation_forward(nothing, None, index, gate).shape == (0, 8)
     dh, scaled, ds = kernels.activation_backward(nothing, None, nothing[:, :8], scores, index, gate)

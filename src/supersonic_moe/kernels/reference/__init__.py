@@ -23,9 +23,7 @@ from supersonic_moe.kernels.reference.inference import moe_fp8 as moe_fp8
 from supersonic_moe.kernels.reference.pick import pick as pick
 from supersonic_moe.kernels.reference.plan import build_plan as build_plan
 from supersonic_moe.kernels.reference.quantize import dequantize_rows as dequantize_rows
-from supersonic_moe.kernels.reference.quantize import gather_sum_int8 as gather_sum_int8
 from supersonic_moe.kernels.reference.quantize import grouped_mm_fp8 as grouped_mm_fp8
-from supersonic_moe.kernels.reference.quantize import grouped_mm_fp8_int8 as grouped_mm_fp8_int8
 from supersonic_moe.kernels.reference.quantize import grouped_mm_wgrad_fp8 as grouped_mm_wgrad_fp8
 from supersonic_moe.kernels.reference.quantize import pad_segments as pad_segments
 from supersonic_moe.kernels.reference.quantize import quantize_blocks as quantize_blocks

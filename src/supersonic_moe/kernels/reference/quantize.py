@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from supersonic_moe.kernels.interface import NEW, BothOrders, Into, Quantized, RowBlocks, Rows, Segments, TokenRows
-from supersonic_moe.kernels.reference.gather import gather_rows, gather_sum
+from supersonic_moe.kernels.interface import NEW, BothOrders, Into, Quantized, RowBlocks, Rows, Segments
+from supersonic_moe.kernels.reference.gather import gather_rows
 from supersonic_moe.kernels.reference.grouped_mm import grouped_mm, grouped_mm_wgrad
 from supersonic_moe.quantization.block_format import (
     BLOCK,
@@ -26,7 +26,6 @@ from supersonic_moe.quantization.block_format import (
     empty_e4m3,
     empty_saved,
     empty_scales,
-    saved_steps,
 )
 
 # ---- one block -------------------------------------------------------------------------------------------------------
@@ -164,21 +163,6 @@ def grouped_mm_fp8(
     for part in parts:
         part.after(d_PN)
     return d_PN
-
-
-def grouped_mm_fp8_int8(a_PK: Quantized, b_ENK: Quantized, expert_offsets: Tensor) -> Quantized:
-    """(q (P, N) int8, words (P, N/128) int32, row by row) of the same product in fp32; dead rows give no number."""
-    exact = Rows(dequantize(*a_PK, torch.float32))
-    q, words = quantize_saved(grouped_mm(exact, dequantize(*b_ENK, torch.float32).mT, expert_offsets))
-    return Quantized(q, words.contiguous())
-
-
-def gather_sum_int8(
-    y_PH: Quantized, row_scale_P: Tensor | None, bias_EH: Tensor | None, row_expert_P: Tensor, tokens: TokenRows
-) -> Tensor:
-    """(T, H) bf16: ``gather_sum`` of codes times steps."""
-    values_PH = y_PH.q.float() * saved_steps(y_PH.scale, y_PH.shape[1])
-    return gather_sum(values_PH, row_scale_P, bias_EH, row_expert_P, tokens).bfloat16()
 
 
 def grouped_mm_wgrad_fp8(

@@ -9,7 +9,6 @@ from supersonic_moe.kernels.sm90.down_backward_fp8_quantize import (
 )
 from supersonic_moe.kernels.sm90.grouped_gemm import grouped_mm as grouped_mm
 from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import grouped_mm_fp8 as grouped_mm_fp8
-from supersonic_moe.kernels.sm90.grouped_gemm_fp8_int8 import grouped_mm_fp8_int8 as grouped_mm_fp8_int8
 from supersonic_moe.kernels.sm90.grouped_wgrad import grouped_mm_wgrad as grouped_mm_wgrad
 from supersonic_moe.kernels.sm90.grouped_wgrad_fp8 import grouped_mm_wgrad_fp8 as grouped_mm_wgrad_fp8
 from supersonic_moe.kernels.sm90.quantize_columns import quantize_columns as quantize_columns
@@ -17,7 +16,6 @@ from supersonic_moe.kernels.sm90.up_projection import up_projection as up_projec
 from supersonic_moe.kernels.sm90.up_projection_fp8 import up_projection_fp8 as up_projection_fp8
 from supersonic_moe.kernels.triton import dequantize_rows as dequantize_rows
 from supersonic_moe.kernels.triton import gather_sum as gather_sum
-from supersonic_moe.kernels.triton import gather_sum_int8 as gather_sum_int8
 from supersonic_moe.kernels.triton import pad_segments as pad_segments
 from supersonic_moe.kernels.triton import pick as pick
 from supersonic_moe.kernels.triton import quantize_both_orders as quantize_both_orders

@@ -18,7 +18,6 @@ from supersonic_moe.kernels.triton.departures import departures_everywhere as de
 from supersonic_moe.kernels.triton.dequantize import dequantize_rows as dequantize_rows
 from supersonic_moe.kernels.triton.gather_rows import gather_rows as gather_rows
 from supersonic_moe.kernels.triton.gather_sum import gather_sum as gather_sum
-from supersonic_moe.kernels.triton.gather_sum_int8 import gather_sum_int8 as gather_sum_int8
 from supersonic_moe.kernels.triton.grouped_mm import grouped_mm as grouped_mm
 from supersonic_moe.kernels.triton.grouped_mm import grouped_mm_wgrad as grouped_mm_wgrad
 from supersonic_moe.kernels.triton.pad_segments import pad_segments as pad_segments

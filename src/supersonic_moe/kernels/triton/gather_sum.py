@@ -56,14 +56,6 @@ def _gather_sum_kernel(
     tl.store(out_ptr + token * H + column, total.to(out_ptr.dtype.element_ty), mask=in_columns)
 
 
-def rows_in_flight(tokens: TokenRows) -> int:
-    """UNROLL: as many rows of a token as leave no last round of few."""
-    if tokens.offsets is not None:
-        return MAX_UNROLL // 2
-    rounds = max(1, cdiv(tokens.each, MAX_UNROLL))
-    return max(1, cdiv(tokens.each, rounds))
-
-
 def gather_sum(
     y_PH: Tensor,
     row_scale_P: Tensor | None,
@@ -80,6 +72,8 @@ def gather_sum(
         return out_TH
     if rows_S.numel() == 0:
         return out_TH.zero_()
+    rounds = max(1, cdiv(each, MAX_UNROLL))
+    unroll = MAX_UNROLL // 2 if offsets_T1 is not None else max(1, cdiv(each, rounds))
     block_h = column_block(columns, 2048)
     launch(
         _gather_sum_kernel,
@@ -88,7 +82,7 @@ def gather_sum(
             y_PH, row_scale_P, bias_EH, row_expert_P, rows_S, offsets_T1, out_TH,
             y_PH.stride(0), 0 if bias_EH is None else bias_EH.stride(0),
         ),
-        (columns, each, rows_in_flight(tokens), block_h),
+        (columns, each, unroll, block_h),
         num_warps=warps(block_h),
     )  # fmt: skip
     return out_TH
