@@ -217,9 +217,9 @@ def test_explain_says_whether_anything_is_copied() -> None:
     (said,) = run_ranks(1, cases.explanations, 2)
     for copied, unasked, few in said:
         assert "way: composed of dispatch in e4m3" in copied and "way: composed" in unasked and "way: direct" in few
-        assert "kernels on Hopper: tiles, in every call; rows are streamed up to max_tokens_per_rank = 185" in copied
+        assert "kernels on Hopper: tiles, in every call; rows are streamed up to max_tokens_per_rank = 139" in copied
         assert "kernels on Hopper: rows are streamed" in unasked and "kernels on" not in few
-        assert [workspace.streams(2 * 6 * most, 6 * most, 7168, 3072, 48) for most in (185, 186)] == [True, False]
+        assert [workspace.streams(2 * 6 * most, 6 * most, 7168, 3072, 48) for most in (139, 140)] == [True, False]
         gib = re.search(
             r"GiB for a call of 8192 tokens on every rank, beside (0\.\d+) GiB that all ranks reach", copied
         )

@@ -83,13 +83,15 @@ MOST_FEW_ROWS = 64
 
 
 def few_rows(hidden: int, num_local: int) -> float:
-    """F: rows of an expert, on average, up to which streaming them is faster than tiles of 128 rows. Streaming costs
-    more for each row (y in fp32), tiles for each expert and for three launches. On an H200, with I from 128 to 3072,
-    both take the same time at 60 rows (16 experts, H 4096), 38 (32, 3072), 42 (32, 4096), 33 (32, 7168), 24 (48, 7168),
-    28 (128, 2048), 20 (128, 4096), 13 (160, 5120), 14 (256, 3072), 7 (256, 7168) and 20 (512, 2048); these terms come
-    within a fourth of each. More than ``MOST_FEW_ROWS`` were not measured.
+    """F: rows of an expert, on average, up to which they are streamed rather than multiplied in tiles of 128 rows.
+    Streaming costs more for each row (y in fp32), tiles for each expert and for three launches. On an H200, with I from
+    128 to 3072, both take the same time at 60 rows (16 experts, H 4096), 38 (32, 3072), 42 (32, 4096), 33 (32, 7168),
+    24 (48, 7168), 28 (128, 2048), 20 (128, 4096), 13 (160, 5120), 14 (256, 3072), 7 (256, 7168) and 20 (512, 2048):
+    880 / E + 35000 / H, within a fourth. F is three quarters of that, because routing is seldom uniform: with a skewed
+    batch of 28 rows (32, 7168) streaming takes 1.17 times as long as tiles, with a uniform one 0.98 times. More rows
+    than ``MOST_FEW_ROWS`` were not measured.
     """
-    return min(MOST_FEW_ROWS, 35e3 / hidden + 880 / num_local)
+    return min(MOST_FEW_ROWS, 26e3 / hidden + 660 / num_local)
 
 
 def streams(rows: int, expected: float, hidden: int, intermediate: int, num_local: int) -> bool:

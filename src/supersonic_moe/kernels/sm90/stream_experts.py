@@ -16,8 +16,9 @@ Tiles
     take strips from a counter: first W13 of all items, a tile each, then W2 of all items, up to 16 K blocks each. Of
     wide tiles each of the two math warpgroups has a half. Narrow ones are so few that a counter would hand them out
     unevenly: block b of B takes strips b, b + B, ..., and its warpgroups take turns, so that one multiplies while the
-    other stores its sums and tells of them. W13 is read through a five-dimensional map, (expert, I / 8, half, 8 rows, H): each 16 rows of a tile are 8 gate rows and
-    their 8 up rows, so that both of a channel are in one thread, whatever the order of rows in memory.
+    other stores its sums and tells of them. W13 is read through a five-dimensional map, (expert, I / 8, half, 8 rows,
+    H): each 16 rows of a tile are 8 gate rows and their 8 up rows, so that both of a channel are in one thread,
+    whatever the order of rows in memory.
 Waiting
     Rows of x are gathered while the first weights arrive. The last warpgroup to write its part of 128 channels of c
     quantizes them; W2 is loaded before c is there, only the loads of c wait. 128 columns of the output are combined
