@@ -119,6 +119,6 @@ def draw(timelines: Sequence[tuple[str, Timeline]], title: str) -> Figure:
     axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)
     handles = [axis.barh(0, 0, color=colour, label=phase) for phase, colour in COLOURS.items()]
-    axis.legend(handles=handles, loc="lower right", fontsize=8, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
     axis.set_title(title, loc="left", fontsize=10)
     return figure
