@@ -88,7 +88,7 @@ def test_unknown_options_are_refused() -> None:
         ("--shape", "small", "a shape is one of flash, pro"),
         ("--tokens", "0", "tokens must be at least 1; got 0"),
         ("--tokens", "5", "a CPU runs three tiny cases of its own. Leave --shape and --tokens out"),
-        ("--peers", "nobody", "peers are moe_fp8_topk,deep_gemm_fused or none"),
+        ("--peers", "nobody", "peers are moe_fp8_topk,direct,deep_gemm_fused or none"),
     ):
         result = run("bench", "mega", *QUICK, option, given)
         assert result.exit_code == 2 and said in words(result)
@@ -97,7 +97,7 @@ def test_unknown_options_are_refused() -> None:
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_the_peer_computes_the_same(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deep_gemm", deep_gemm_stand_in.module())
-    monkeypatch.setattr(infer_peers, "_alone", lambda: None)
+    monkeypatch.setattr(infer_peers, "_group", lambda: None)
     made = work(tokens)
     expected, checked = infer.reference(made, requantize=True)
     got = mega.deep_gemm(made)()[checked].float()
