@@ -21,7 +21,7 @@ from torch import Tensor
 from supersonic_moe.bench import infer, infer_peers
 from supersonic_moe.bench.infer_cases import InferCase, Workload
 from supersonic_moe.bench.infer_parts import Call, new_out
-from supersonic_moe.bench.mega_cases import DEEP_GEMM, OPERATOR, MegaShape
+from supersonic_moe.bench.mega_cases import DEEP_GEMM, DIRECT, OPERATOR, MegaShape
 from supersonic_moe.bench.mega_timeline import Span, spans_of
 from supersonic_moe.bench.report import OURS, Metrics
 from supersonic_moe.bench.timing import Missing
@@ -101,9 +101,10 @@ class Runner(infer.Runner):
 
     def _errors(self, name: str, got: Tensor, expected: Tensor) -> Metrics:
         difference, row = calc_diff(got, expected), worst_row(got, expected)
-        if not difference <= (DIFFERENCE if name == OURS else PEER_DIFFERENCE):
+        ours = name in (OURS, DIRECT)
+        if not difference <= (DIFFERENCE if ours else PEER_DIFFERENCE):
             raise ArithmeticError(f"wrong result: its calc_diff is {difference:.2g}")
-        if name == OURS and not row <= WORST_ROW:
+        if ours and not row <= WORST_ROW:
             raise ArithmeticError(f"wrong result: a row is off by {row:.2g}, over the limit of {WORST_ROW:g}")
         return {"calc_diff": difference, "worst_row": row}
 
