@@ -200,7 +200,7 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sgl_kernel", sgl_kernel)
     kernels = SimpleNamespace(invoke_fused_moe_kernel=invoke, tl=SimpleNamespace(bfloat16=None))
     monkeypatch.setattr(infer_triton, "fused_moe_kernels", lambda: kernels)
-    monkeypatch.setattr(infer_peers, "_alone", lambda: None)
+    monkeypatch.setattr(infer_peers, "_group", lambda: None)
     monkeypatch.setattr(infer_peers, "MASKED_TOKENS", 16)  # 17 tokens are contiguous rows
     monkeypatch.setattr(infer_triton, "_products_us", lambda work, config, clock: float(config.block_m))
 

@@ -28,7 +28,7 @@ from supersonic_moe.bench import (
 from supersonic_moe.bench.infer import InferResult
 from supersonic_moe.bench.infer_cases import InferCase, random_experts, workload
 from supersonic_moe.bench.infer_parts import Call
-from supersonic_moe.bench.mega_cases import DEEP_GEMM, OPERATOR, SHAPES, cases_of, must
+from supersonic_moe.bench.mega_cases import DEEP_GEMM, DIRECT, OPERATOR, SHAPES, cases_of, must
 from supersonic_moe.bench.mega_timeline import spans_of
 from supersonic_moe.bench.report import OURS
 from supersonic_moe.bench.timing import NoResultError
@@ -88,7 +88,7 @@ def test_unknown_options_are_refused() -> None:
         ("--shape", "small", "a shape is one of flash, pro"),
         ("--tokens", "0", "tokens must be at least 1; got 0"),
         ("--tokens", "5", "a CPU runs three tiny cases of its own. Leave --shape and --tokens out"),
-        ("--peers", "nobody", "peers are moe_fp8_topk,deep_gemm_fused or none"),
+        ("--peers", "nobody", "peers are moe_fp8_topk,direct,deep_gemm_fused or none"),
     ):
         result = run("bench", "mega", *QUICK, option, given)
         assert result.exit_code == 2 and said in words(result)
@@ -97,7 +97,7 @@ def test_unknown_options_are_refused() -> None:
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_the_peer_computes_the_same(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deep_gemm", deep_gemm_stand_in.module())
-    monkeypatch.setattr(infer_peers, "_alone", lambda: None)
+    monkeypatch.setattr(infer_peers, "_group", lambda: None)
     made = work(tokens)
     expected, checked = infer.reference(made, requantize=True)
     got = mega.deep_gemm(made)()[checked].float()
@@ -123,12 +123,14 @@ def test_errors_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         return build
 
     everywhere = slice(None)
-    contenders = {OURS: mega.ours, "near": off(1.1, everywhere), "far": off(1.3, everywhere)}
+    near = off(1.1, everywhere)
+    contenders = {OURS: mega.ours, "near": near, "far": off(1.3, everywhere), DIRECT: near}
     monkeypatch.setattr(runner, "_contenders", lambda: contenders)
     result = runner.run(InferCase(TINY, 9), lambda _: None)
     assert result.metrics["near"]["calc_diff"] == pytest.approx(0.0045, rel=0.1)
     assert result.metrics["near"]["worst_row"] == pytest.approx(0.1, rel=0.1)
     assert "its calc_diff is 0.03" in result.missing["far"]
+    assert "its calc_diff is 0.0045" in result.missing[DIRECT]  # the other way of ours
     for wrong, said in ((off(1.1, everywhere), "calc_diff is"), (off(1.05, slice(4, 5)), "a row is off by")):
         contenders[OURS] = wrong
         with pytest.raises(NoResultError, match=said):

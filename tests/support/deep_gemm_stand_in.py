@@ -21,6 +21,7 @@ class Buffer:
     """A symmetric buffer of one rank."""
 
     def __init__(self, group: object, experts: int, tokens: int, top_k: int, hidden: int, inter: int) -> None:
+        self.experts = experts
         self.x = torch.zeros(tokens + 3, hidden, dtype=torch.uint8).view(torch.float8_e4m3fn)
         self.x_sf = torch.zeros(tokens + 3, hidden // 128)
         self.topk_idx = torch.zeros(tokens + 3, top_k, dtype=torch.int64)

@@ -3,7 +3,8 @@
     suite.py     what a suite is; options.py: options that several commands share
     suites/      a command of ``supersonic-moe bench`` each: its options, its cases, what it prints, writes and draws
     layer.py  gemm.py  kernels.py  breakdown.py  precision.py  cold_start.py and first_call.py    measured
-    train.py  infer.py  ep.py  mega.py  transformers.py                                           measured, too
+    train.py  infer.py  ep.py  mega.py  mega_ranks.py  transformers.py                            measured, too
+    ranks.py                                                                                      several ranks at once
     timing.py  spans.py  sensor.py                                                                clocks and sensors
     peers.py  layer_peers.py  gemm_bf16.py  gemm_fp8.py                                           who takes part
     infer_peers.py  infer_triton.py  infer_parts.py                                               likewise

@@ -6,14 +6,13 @@ price of travel. With one rank nothing travels, and the ratio says what the code
 
     torchrun --nproc-per-node 2 --local-ranks-filter 0 -m supersonic_moe bench ep
 
-Ranks must make the same calls, so all of them take their decisions from the same times: the longest of all ranks. A
-contender that fails on one rank has failed on all. After any other error of one rank they may be in different calls, so
-a case without a result is the last one where there are several ranks; torchrun ends those that wait when one is gone.
+Times are those of the slowest rank (``ranks.py``). After any error of one rank but that of a contender's call they may
+be in different calls, so a case without a result is the last one where there are several ranks; torchrun ends those
+that wait when one is gone.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from supersonic_moe import MoE
 from supersonic_moe.bench.ep_parts import run_parts
 from supersonic_moe.bench.ep_timeline import Timeline, timeline
 from supersonic_moe.bench.layer import Contender
+from supersonic_moe.bench.ranks import SlowestRank, group_of_ranks
 from supersonic_moe.bench.report import OURS, CaseResult
 from supersonic_moe.bench.spans import marks_for
 from supersonic_moe.bench.timing import (
@@ -36,7 +36,6 @@ from supersonic_moe.bench.timing import (
     LastCaseError,
     Missing,
     NoResultError,
-    Slice,
     clock_for,
     measure,
     required,
@@ -75,32 +74,6 @@ class EpConfig:
     min_ms: float
 
 
-class SlowestRank:
-    """A clock that shows every rank the times of the slowest one. Where a rank fails, all of them raise.
-
-    ``group``: one of the host that nobody else uses, so that ranks meet in it whatever has become of their calls.
-    """
-
-    def __init__(self, clock: Clock, group: dist.ProcessGroup) -> None:
-        self.clock, self.group = clock, group
-
-    def slice(self, call: Call, settle: int, calls: int) -> Slice:
-        try:
-            own = self.clock.slice(call, settle, calls)
-        except Exception:
-            self._slowest([math.inf] * calls)
-            raise
-        times_us = self._slowest(own.times_us)
-        if math.inf in times_us:
-            raise RuntimeError("another rank has failed, and says why")
-        return Slice(times_us, own.readings)
-
-    def _slowest(self, times_us: list[float]) -> list[float]:
-        times = torch.tensor(times_us, dtype=torch.float64)
-        dist.all_reduce(times, dist.ReduceOp.MAX, group=self.group)
-        return times.tolist()
-
-
 class Runner:
     """Measures cases over the ranks of torchrun, or in one process alone."""
 
@@ -110,25 +83,11 @@ class Runner:
 
     @contextmanager
     def over_ranks(self) -> Iterator[None]:
-        """What all cases run inside. One group is for all of them: the store of torchrun keeps what the ranks of an
-        earlier group wrote there, and NCCL would look for them where they no longer are. After an error of several
-        ranks none ends the group in order, which may wait for a rank that is elsewhere.
-        """
-        backend = "nccl" if self.config.device.type == "cuda" else "gloo"
-        if dist.is_torchelastic_launched():
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-        several = dist.get_world_size() > 1
-        try:
-            if several:
-                self.clock = SlowestRank(self.clock, dist.new_group(backend="gloo"))
+        """What all cases run inside."""
+        with group_of_ranks(self.config.device) as host:
+            if host is not None:
+                self.clock = SlowestRank(self.clock, host)
             yield
-        except BaseException:
-            if not several:
-                dist.destroy_process_group()
-            raise
-        dist.destroy_process_group()
 
     def run(self, shape: LayerShape, progress: Callable[[str], None]) -> EpResult:
         try:

@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from supersonic_moe.bench import infer_parts, infer_peers
 from supersonic_moe.bench.infer_cases import InferCase, InferShape, Workload, random_experts, workload
 from supersonic_moe.bench.infer_parts import Call
 from supersonic_moe.bench.report import OURS, CaseResult, Metrics
-from supersonic_moe.bench.timing import Missing, NoResultError, attempt, clock_for, measure
+from supersonic_moe.bench.timing import Clock, Missing, NoResultError, attempt, clock_for, measure
 from supersonic_moe.config.activation import GateUpLayout
 from supersonic_moe.kernels.reference.inference import Fp8Experts, moe_fp8
 
@@ -69,7 +70,7 @@ class Runner:
         calls: dict[str, Call] = {}
         for name, build in self._contenders().items():
             progress(f"checking {name}")
-            found = attempt(lambda: self._checked(name, build(work), expected, checked))  # noqa: B023
+            found = self._attempt(lambda: self._checked(name, build(work), expected, checked))  # noqa: B023
             if isinstance(found, Missing):
                 if name == OURS:
                     raise NoResultError(f"{case}: {found.reason}.")
@@ -125,13 +126,19 @@ class Runner:
         known = infer_peers.PEERS if self.device.type == "cuda" else {}
         return {OURS: infer_parts.ours} | {name: known[name] for name in self.peers if name in known}
 
+    def _attempt(self, action: Callable[[], Any]) -> Any:
+        return attempt(action)
+
+    def clock(self) -> Clock:
+        return clock_for(self.device, cold_l2=True)
+
     def timed(self, calls: Mapping[str, Call]) -> dict[str, Metrics | Missing]:
         """Of each contender: replayed, eager, and the host's time."""
-        clock = clock_for(self.device, cold_l2=True)
+        clock = self.clock()
         found: dict[str, Metrics | Missing] = {}
         replays: dict[str, Callable[[], object]] = {}
         for name, call in calls.items():
-            replay = attempt(lambda: _replay(call, self.device))  # noqa: B023
+            replay = self._attempt(lambda: _replay(call, self.device))  # noqa: B023
             if isinstance(replay, Missing):
                 found[name] = replay
             else:

@@ -184,8 +184,9 @@ class Workload:
         return sum(self.counts)
 
 
-def workload(case: InferCase, experts: Fp8Experts, device: torch.device) -> Workload:
-    torch.manual_seed(case.tokens)
+def workload(case: InferCase, experts: Fp8Experts, device: torch.device, seed: int = 0) -> Workload:
+    """``seed``: other tokens with each."""
+    torch.manual_seed(case.tokens + 1_000_003 * seed)
     shape, rule = case.shape, case.shape.rule
     popularity = torch.randn(rule.num_experts, device=device) * SKEW * (case.routing == "skewed")
     bias = torch.zeros(rule.num_experts, device=device)

@@ -43,8 +43,8 @@ CUTLASS_WORKSPACE = 90000  # bytes, as SGLang allocates it
 # ---- DeepGEMM --------------------------------------------------------------------------------------------------------
 
 
-def mega_moe(work: Workload) -> tuple[Any, Call]:
-    """Its symmetric buffer, with x in it, and the launch that reads it."""
+def mega_moe(work: Workload, ranks: int = 1) -> tuple[Any, Call]:
+    """Its symmetric buffer, with x in it, and the launch that reads it. ``ranks`` have as many experts each."""
     deep_gemm, (experts, shape) = importlib.import_module("deep_gemm"), (work.experts, work.case.shape)
     whole_blocks(work)
     halves = (t.view(shape.local, 2, -1, t.shape[-1]) for t in (experts.w13.view(torch.uint8), experts.w13_scale))
@@ -54,7 +54,7 @@ def mega_moe(work: Workload) -> tuple[Any, Call]:
     )
     tokens, top_k = work.case.tokens, shape.rule.top_k
     buffer = deep_gemm.get_symm_buffer_for_sm90_mega_moe(
-        _alone(), shape.local, tokens, top_k, shape.hidden, shape.inter
+        _group(), ranks * shape.local, tokens, top_k, shape.hidden, shape.inter
     )
     buffer.x[:tokens].copy_(work.x)
     buffer.x_sf[:tokens].copy_(work.x_scale.t())
@@ -80,8 +80,8 @@ def deep_gemm_fused(work: Workload) -> Call:
     return run
 
 
-def _alone() -> dist.ProcessGroup:
-    """The process group of this process and nobody else."""
+def _group() -> dist.ProcessGroup:
+    """The process group of all ranks; where there is none yet, of this process and nobody else."""
     if not dist.is_initialized():
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

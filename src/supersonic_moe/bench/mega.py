@@ -5,8 +5,9 @@ Ids and weights are given, x is e4m3 with its scales and lies where a contender 
     moe_fp8_topk      our operator without ``MegaMoE`` around it: what the class costs, on the device and on the host
     deep_gemm_fused   ``fp8_mega_moe`` of SGLang's build of DeepGEMM (``infer_peers.py``)
 
-Cases are in ``mega_cases.py``. Everything is as in the inference suite (``infer.py``) but for the check: ``calc_diff``
-and the worst row against the reference in fp32 that quantizes between the products, as all contenders do.
+Cases are in ``mega_cases.py``; ``mega_ranks.py`` has what differs with several ranks. Everything is as in the inference
+suite (``infer.py``) but for the check: ``calc_diff`` and the worst row against the reference in fp32 that quantizes
+between the products, as all contenders do.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from supersonic_moe.bench import infer, infer_peers
 from supersonic_moe.bench.infer_cases import InferCase, Workload
 from supersonic_moe.bench.infer_parts import Call, new_out
-from supersonic_moe.bench.mega_cases import DEEP_GEMM, OPERATOR, MegaShape
+from supersonic_moe.bench.mega_cases import DEEP_GEMM, DIRECT, OPERATOR, MegaShape
 from supersonic_moe.bench.mega_timeline import Span, spans_of
 from supersonic_moe.bench.report import OURS, Metrics
 from supersonic_moe.bench.timing import Missing
@@ -36,14 +37,14 @@ PEER_DIFFERENCE = 0.01  # the bound of DeepGEMM's own tests
 
 def ours(work: Workload) -> Call:
     shape, top_k = work.case.shape, work.case.shape.rule.top_k
-    return _call(work, MegaMoE(None, shape.local, shape.hidden, shape.inter, top_k, max(1, work.case.tokens)))
+    return call_of(work, MegaMoE(None, shape.local, shape.hidden, shape.inter, top_k, max(1, work.case.tokens)))
 
 
 def operator(work: Workload) -> Call:
-    return _call(work, moe_fp8_topk)
+    return call_of(work, moe_fp8_topk)
 
 
-def _call(work: Workload, function: Callable[..., Tensor]) -> Call:
+def call_of(work: Workload, function: Callable[..., Tensor]) -> Call:
     experts, out, x_scale = work.experts, new_out(work), work.x_scale.t().contiguous()
 
     def run() -> Tensor:
@@ -55,8 +56,8 @@ def _call(work: Workload, function: Callable[..., Tensor]) -> Call:
     return run
 
 
-def deep_gemm(work: Workload) -> Call:
-    buffer, launch = infer_peers.mega_moe(work)
+def deep_gemm(work: Workload, ranks: int = 1) -> Call:
+    buffer, launch = infer_peers.mega_moe(work, ranks)
     tokens = work.case.tokens
     buffer.topk_idx[:tokens].copy_(work.ids)
     buffer.topk_weights[:tokens].copy_(work.weights)
@@ -92,8 +93,7 @@ class Runner(infer.Runner):
         work = super().workload_of(case)
         assert isinstance(case.shape, MegaShape)
         if case.shape.positive:
-            for tensor in (work.x, work.x_scale, *work.experts):
-                _drop_signs(tensor)
+            drop_signs(work.x, work.x_scale, *work.experts)
         return work
 
     def _reference(self, work: Workload) -> tuple[Tensor, Tensor]:
@@ -101,18 +101,20 @@ class Runner(infer.Runner):
 
     def _errors(self, name: str, got: Tensor, expected: Tensor) -> Metrics:
         difference, row = calc_diff(got, expected), worst_row(got, expected)
-        if not difference <= (DIFFERENCE if name == OURS else PEER_DIFFERENCE):
+        ours = name in (OURS, DIRECT)
+        if not difference <= (DIFFERENCE if ours else PEER_DIFFERENCE):
             raise ArithmeticError(f"wrong result: its calc_diff is {difference:.2g}")
-        if name == OURS and not row <= WORST_ROW:
+        if ours and not row <= WORST_ROW:
             raise ArithmeticError(f"wrong result: a row is off by {row:.2g}, over the limit of {WORST_ROW:g}")
         return {"calc_diff": difference, "worst_row": row}
 
 
-def _drop_signs(t: Tensor) -> None:
-    if t.dtype is torch.float32:
-        t.abs_()
-    else:
-        t.view(torch.uint8).bitwise_and_(0x7F)
+def drop_signs(*tensors: Tensor) -> None:
+    for t in tensors:
+        if t.dtype is torch.float32:
+            t.abs_()
+        else:
+            t.view(torch.uint8).bitwise_and_(0x7F)
 
 
 def calc_diff(got: Tensor, expected: Tensor) -> float:

@@ -3,8 +3,8 @@
     model of R ranks = ours at one rank with as many rows + travel + LAUNCHES_US
 
 Travel is ``transport="gather"`` by copies (``parallel/traffic.py``) at ``COPIES`` bytes a second, not hidden behind
-products. Published are the whole fused call and DeepEP's two exchanges around DeepGEMM's products on 8 H200s (DeepGEMM,
-pull request 360). What was not measured is a dash.
+products. Two ranks have a table of what was measured (``on_two``). Published are the whole fused call and DeepEP's two
+exchanges around DeepGEMM's products on 8 H200s (DeepGEMM, pull request 360). What was not measured is a dash.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from __future__ import annotations
 from typing import Any
 
 from supersonic_moe.bench.markdown import markdown, origin
-from supersonic_moe.bench.mega_cases import DEEP_GEMM, SHAPES, TOKENS, MegaShape, must
+from supersonic_moe.bench.mega_cases import DEEP_GEMM, DIRECT, SHAPES, TOKENS, MegaShape, at_most_us, must
 from supersonic_moe.bench.report import Row, short
 from supersonic_moe.parallel.traffic import Load
 
-NAME = "mega-world1"
+NAME, ON_TWO = "mega-world1", "mega-2gpu"
 COPIES = 346e9  # bytes a second of copy engines between two H200s, the slower of two measurements
 LAUNCHES_US = 100  # dispatch and combine of the composed form: 35 to 40 launches of 2 to 4 µs
 RANKS = (4, 8)
@@ -56,6 +56,38 @@ def page(content: dict[str, Any] | None, timeline: str | None) -> str:
     if timeline is not None:
         sections.append(f"![kernels of a call]({timeline})")
     return "\n\n".join(filter(None, sections))
+
+
+def on_two(content: dict[str, Any] | None) -> str:
+    """Of a results file of two ranks; nothing without one. Each row is held against its bars by the better of ours."""
+    rows = [Row(**row) for row in content["rows"]] if content else []
+    lines, met, ahead, beside = [], 0, 0, 0
+    for name, tokens in ((f"{name}-R2", tokens) for name in SHAPES for tokens in TOKENS):
+        case, at_most = f"{name}_T{tokens}_uniform", at_most_us(name, tokens)
+        ours, of_floor = (_found(rows, case, metric) for metric in ("replay_us", "of_floor"))
+        if ours is None or of_floor is None or at_most is None:
+            continue
+        direct, peer = (_peer_value(rows, case, who) for who in (DIRECT, DEEP_GEMM))
+        best = min(ours.value, direct or ours.value)
+        met += best <= at_most
+        beside += peer is not None
+        ahead += peer is not None and peer / best >= must(tokens, 2)
+        cells = [f"`{name}`", str(tokens), short(ours.value), short(direct) if direct else "–", str(at_most)]
+        cells += [f"{of_floor.value:.0%}", short(peer) if peer else "–", f"{peer / best:.2f}×" if peer else "–"]
+        lines.append(cells)
+    if content is None or not lines:
+        return ""
+    head = ["2 ranks, µs", "tokens a rank", "`MegaMoE`", "`direct=True`", "at most", "of floor", "DeepGEMM", "ratio"]
+    text = f"The better of both ways takes no longer than it may in {met} of {len(lines)} rows"
+    if beside:
+        steps = f"{must(256, 2):.2f}× up to 256 tokens, {must(512, 2):.2f}× up to 512 and {must(513, 2):.2f}× beyond"
+        text += f". Beside DeepGEMM on two ranks, {steps}, it reaches the goal in {ahead} of {beside}"
+    return "\n\n".join([f"Two GPUs, {origin(content)}.", markdown(head, lines), f"{text}."])
+
+
+def _peer_value(rows: list[Row], case: str, peer: str) -> float | None:
+    found = _found(rows, case, "replay_us", peer)
+    return None if found is None else found.peer_value
 
 
 def _line(rows: list[Row], shape: MegaShape, tokens: int, at: int) -> list[str]:

@@ -317,10 +317,11 @@ def _inference_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _serving(root: Path) -> str:
-    path = root / RESULTS / f"{mega_page.NAME}.json"
-    figure = path.with_name(f"{mega_page.NAME}-timeline.png")
+    one, two = (root / RESULTS / f"{name}.json" for name in (mega_page.NAME, mega_page.ON_TWO))
+    figure = one.with_name(f"{mega_page.NAME}-timeline.png")
     shown = os.path.relpath(figure, root / "docs") if figure.is_file() else None
-    return mega_page.page(read(path) if path.is_file() else None, shown)
+    of_one = mega_page.page(read(one) if one.is_file() else None, shown)
+    return "\n\n".join(filter(None, [of_one, mega_page.on_two(read(two) if two.is_file() else None)]))
 
 
 # ---- docs/transformers.md: experts backends --------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -106,6 +107,32 @@ class Timed(Suite[Case, Result]):
             f"Medians ± half the spread of the middle 80 %, of at least {self.min_ms:g} ms each, interleaved, "
             f"after {self.warm_ms:g} ms of load. {self.note}".rstrip()
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverRanks(Suite[Case, Result]):
+    """Runs in one process, or in each of those that torchrun starts: on a GPU each, and the first one writes."""
+
+    def __post_init__(self) -> None:
+        if self.rank:
+            for name in ("json", "png"):
+                object.__setattr__(self, name, None)
+
+    @property
+    def rank(self) -> int:
+        return int(os.environ.get("RANK", "0"))
+
+    @property
+    def ranks(self) -> int:
+        return int(os.environ.get("WORLD_SIZE", "1"))
+
+    @cached_property
+    def where(self) -> torch.device:
+        import torch
+
+        rank = os.environ.get("LOCAL_RANK")
+        on_gpu = rank is not None and self.device is None and torch.cuda.is_available()
+        return options.device(f"cuda:{rank}" if on_gpu else self.device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -236,13 +236,18 @@ def attempt(action: Callable[[], Any]) -> Any:
     """What ``action`` returns, or :class:`Missing` if the contender cannot do it: out of memory, not installed, ..."""
     try:
         return action()
-    except torch.OutOfMemoryError as error:
-        return Missing(f"out of memory: {_first_sentence(error)}", out_of_memory=True)
-    except NoResultError as error:  # says what and why already
-        return Missing(str(error).rstrip("."))
     except Exception as error:  # a peer is anybody's code: a failed assertion or a missing compiler is a reason too
-        place = f" ({_place(error)})" if isinstance(error, _OF_PROGRAMMERS) or not str(error) else ""
-        return Missing(f"{type(error).__name__}: {_first_sentence(error)}{place}")
+        return missing(error)
+
+
+def missing(error: Exception) -> Missing:
+    """Because of that error."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return Missing(f"out of memory: {_first_sentence(error)}", out_of_memory=True)
+    if isinstance(error, NoResultError):  # says what and why already
+        return Missing(str(error).rstrip("."))
+    place = f" ({_place(error)})" if isinstance(error, _OF_PROGRAMMERS) or not str(error) else ""
+    return Missing(f"{type(error).__name__}: {_first_sentence(error)}{place}")
 
 
 def required(what: str, action: Callable[[], Any]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,17 +13,15 @@ import typer
 
 from supersonic_moe.bench import options
 from supersonic_moe.bench.shapes import LAYER_SHAPES
-from supersonic_moe.bench.suite import OfLayers, Progress, RecipeOptions, Timed
+from supersonic_moe.bench.suite import OfLayers, OverRanks, Progress, RecipeOptions, Timed
 from supersonic_moe.perf_model import LayerShape
 
 if TYPE_CHECKING:
-    import torch
-
     from supersonic_moe.bench.ep import EpResult, Runner
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ep(RecipeOptions, OfLayers["EpResult"], Timed[LayerShape, "EpResult"]):
+class Ep(RecipeOptions, OfLayers["EpResult"], Timed[LayerShape, "EpResult"], OverRanks[LayerShape, "EpResult"]):
     """Expert parallelism, alone or under torchrun, against the layer of one GPU with the same load."""
 
     name = "ep"
@@ -44,32 +41,21 @@ class Ep(RecipeOptions, OfLayers["EpResult"], Timed[LayerShape, "EpResult"]):
     png: options.Png = None
 
     def __post_init__(self) -> None:
-        if os.environ.get("RANK", "0") != "0":
-            for name in ("json", "png"):  # one rank writes the files
-                object.__setattr__(self, name, None)
+        super().__post_init__()
         if self._rounds_twice and self.scale is None:
             object.__setattr__(self, "scale", "pow2")
 
     @property
     def _rounds_twice(self) -> bool:
         """Whether weight gradients read what was rounded for the way, which needs scales that are powers of two."""
-        several = os.environ.get("WORLD_SIZE", "1") != "1"
-        return several and (self.recipe, self.wire) == ("fp8", "fp8") and self.wgrad != "bf16"
-
-    @cached_property
-    def where(self) -> torch.device:
-        import torch
-
-        rank = os.environ.get("LOCAL_RANK")
-        on_gpu = rank is not None and self.device is None and torch.cuda.is_available()
-        return options.device(f"cuda:{rank}" if on_gpu else self.device)
+        return self.ranks > 1 and (self.recipe, self.wire) == ("fp8", "fp8") and self.wgrad != "bf16"
 
     @property
     def heading(self) -> str:
-        ranks, scales = os.environ.get("WORLD_SIZE", "1"), " with scales of pow2" if self.scale == "pow2" else ""
+        scales = " with scales of pow2" if self.scale == "pow2" else ""
         return (
-            f"MoE layer over {ranks} rank(s), {self.machine}, {self.recipe}{scales}, against the plain layer of the "
-            "same load"
+            f"MoE layer over {self.ranks} rank(s), {self.machine}, {self.recipe}{scales}, against the plain layer of "
+            "the same load"
         )
 
     def cases(self) -> Sequence[LayerShape]:
