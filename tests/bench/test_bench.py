@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,11 +87,21 @@ def test_medians_warm_up_and_interleaving() -> None:
     assert isinstance(a, Timing) and isinstance(b, Timing)
     assert a.us == pytest.approx(10_000) and b.us == pytest.approx(2_000) and a.spread == pytest.approx(0, abs=1e-9)
     assert a.calls * a.us >= 400e3 * (1 - 1e-9) and b.calls * b.us >= 400e3 * (1 - 1e-9)
-    # a probe of two calls each, 150 ms of warm-up each, then four rounds of 150 ms untimed + 100 ms, rotating
+    # a probe of two calls each, 150 ms of warm-up each, then four rounds of 150 ms untimed + 100 ms, in turns
     assert it.log[4:].startswith("a" * 15 + "b" * 75)
     timed = it.log[4 + 15 + 75 :]
     a_slice, b_slice = "a" * 25, "b" * 125
-    assert timed == a_slice + b_slice + b_slice + a_slice + a_slice + b_slice + b_slice + a_slice
+    assert timed == a_slice + b_slice + b_slice + a_slice + b_slice + a_slice + a_slice + b_slice
+
+
+@pytest.mark.parametrize("names", ["a", "ab", "abc", "abcdef"])
+def test_everyone_runs_behind_neighbours_on_either_side(names: str) -> None:
+    """In as many rounds forwards as backwards, and is the first as often as the others."""
+    rounds = ["".join(timing.in_turns(names, n)) for n in range(2 * len(names))]
+    assert all(sorted(order) == list(names) for order in rounds)
+    assert sorted(order[0] for order in rounds) == sorted(2 * names)
+    behind = Counter(pair for order in rounds for pair in itertools.pairwise(order))
+    assert all(behind[one, other] == behind[other, one] for one, other in behind)
 
 
 def test_who_is_far_slower_gets_the_call_of_the_probe() -> None:

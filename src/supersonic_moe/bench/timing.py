@@ -6,7 +6,8 @@ Under load an H200 sits at its 700 W cap: a matrix product that runs at 760-780 
 
 1. warms up under the contenders' own load for at least ``warm_ms``,
 2. times at least ``min_ms`` of each contender, in ``ROUNDS`` or more slices interleaved with the others', in
-   rotating order: slices of one round make a pair (:func:`paired`),
+   rotating order, forwards and backwards in turn (:func:`in_turns`), so that nobody always runs behind a contender that
+   leaves the chip cool: slices of one round make a pair (:func:`paired`),
 3. runs every slice for half of ``warm_ms`` untimed first, while clock and power settle from the neighbour's level to
    its own: after a contender that leaves the chip cool, boost lasts for about 60 ms,
 4. reports medians with the 10th and 90th percentile, and the SM clock and board power while the slice was running,
@@ -30,7 +31,7 @@ import math
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -215,14 +216,22 @@ def measure(
     slices: dict[str, list[Slice]] = {name: [] for name in running}
     done = 0
     while done < rounds or any(_timed_us(s) < min_ms * 1e3 * (1 - 1e-6) for s in slices.values()):
-        turn = done % len(running)
-        for name in running[turn:] + running[:turn]:
+        for name in in_turns(running, done):
             calls = estimate_calls(min_ms * 1e3 / rounds, estimate_us[name])
             settle = estimate_calls(SETTLE * warm_ms * 1e3, estimate_us[name])
             slices[name].append(clock.slice(contenders[name], settle, calls))
         done += 1
     results |= {name: summarise(of) for name, of in slices.items()}
     return {name: results[name] for name in contenders}
+
+
+def in_turns(names: Sequence[str], round_number: int) -> list[str]:
+    """The order of a round: of two contenders AB, BA, BA, AB; of more, whoever ran behind another runs before it in the
+    next round.
+    """
+    turn = round_number // 2 % len(names)
+    order = [*names[turn:], *names[:turn]]
+    return order[::-1] if round_number % 2 else order
 
 
 def _far_slower(estimate_us: Mapping[str, float], beside: str | None) -> list[str]:
