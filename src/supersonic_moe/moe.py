@@ -279,7 +279,7 @@ class MoE(nn.Module):
                 f"from a {type(router).__name__}. Compute them in it, as supersonic_moe.Router(..., logits_dtype=...) "
                 "does, or set moe.router_dtype = None."
             )
-        self._count(counts_E, self.training and not is_inference_mode)
+        self._count(counts_E, self.training and not is_inference_mode, return_routing or torch.is_grad_enabled())
         output = out_TH if flat else out_TH.view(hidden_states.shape)
         aux_loss = None
         if not is_inference_mode:
@@ -292,7 +292,8 @@ class MoE(nn.Module):
             return output, aux_loss, RouterOutput(logits_TE, ids_TK, counts_E)
         return output, aux_loss
 
-    def _count(self, counts_E: Tensor, training: bool) -> None:
+    def _count(self, counts_E: Tensor, training: bool, shared: bool) -> None:
+        """``shared``: autograd or the caller has the tensor, too, and a compiled forward writes into the one kept here."""
         if not torch.compiler.is_compiling() and transforms_active():  # whose tensors are of no use once it has ended
             return
         total_E = self.counts_since_update if training else None
@@ -308,6 +309,8 @@ class MoE(nn.Module):
         if torch.is_inference_mode_enabled():  # the tensors before are others', autograd's and callers'
             with torch.inference_mode(False):  # and no compiled graph can change those that inference mode makes
                 counts_E = counts_E.clone()
+        elif shared:
+            counts_E = counts_E.clone()
         self.__dict__["expert_counts"] = counts_E  # ``self.expert_counts =`` would search all parameters first
         if total_E is not None:
             add_counts(total_E, counts_E)

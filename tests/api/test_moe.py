@@ -92,6 +92,17 @@ def test_aux_loss_is_switch_plus_weighted_z_loss():
     assert grad.abs().max() > 0
 
 
+def test_a_compiled_forward_leaves_counts_of_an_earlier_one_alone():
+    moe, x, y = layer(), torch.randn(T, H), torch.randn(T, H)
+    _, aux, routing = moe(x, return_routing=True)
+    counts, (want,) = routing.expert_counts.clone(), torch.autograd.grad(aux, moe.router.weight, retain_graph=True)
+    _, another = moe(x)
+    torch.compile(moe, backend="aot_eager")(y)
+    assert moe.expert_counts.ne(counts).any() and torch.equal(routing.expert_counts, counts)
+    for loss in (aux, another):
+        assert torch.equal(torch.autograd.grad(loss, moe.router.weight)[0], want)
+
+
 def test_router_learns_through_the_scores():
     moe, x = layer(), torch.randn(T, H)
     out, _ = moe(x)
