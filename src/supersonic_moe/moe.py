@@ -293,7 +293,7 @@ class MoE(nn.Module):
         return output, aux_loss
 
     def _count(self, counts_E: Tensor, training: bool, shared: bool) -> None:
-        """``shared``: autograd or the caller has the tensor, too, and a compiled forward writes into the one kept here."""
+        """``shared``: autograd or the caller has the tensor, and a compiled forward writes into the one kept here."""
         if not torch.compiler.is_compiling() and transforms_active():  # whose tensors are of no use once it has ended
             return
         total_E = self.counts_since_update if training else None

@@ -7,6 +7,7 @@ are handed, and a tensor map is a number for the address that it was made of.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 pytest.importorskip("cuda.bindings.driver")
@@ -150,6 +153,39 @@ def test_an_address_inside_of_a_tensor_moves_with_it(machine: Machine, tmp_path:
         got = play(through_the_middle, (x,))
         torch.testing.assert_close(got, torch.cat([10 * x[32:48], 6 * x[16:32]])[4:])
     assert len(runs) == 2
+
+
+def test_what_is_used_at_different_times_shares_room(machine: Machine, tmp_path: Path) -> None:
+    function = Function(tmp_path)
+
+    def chain(x: Tensor) -> Tensor:
+        for _ in range(6):
+            y = torch.empty_like(x)
+            function.launch(x, y, None, 2.0)
+            x = y
+        return y
+
+    x = torch.randn(256)
+    for _ in range(5):
+        torch.testing.assert_close(play(chain, (x,)), 64 * x)
+    (chained,) = [t for t in tape.state.tapes.values() if t is not None]
+    assert chained._workspace == 2 * 4 * 256
+
+
+@given(st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 9), st.integers(0, 9)), max_size=20))
+def test_pieces_in_use_at_one_time_do_not_overlap(drawn: list[tuple[int, int, int]]) -> None:
+    pieces = [(size, min(a, b), max(a, b)) for size, a, b in drawn]
+    starts, end = tape.arranged(pieces)
+    rounded = [-(-size // 512) * 512 for size, _, _ in pieces]
+    for step in range(10):
+        there = sorted(
+            (start, start + size)
+            for (size, first, last), start in zip(pieces, starts, strict=True)
+            if first <= step <= last
+        )
+        assert all(one[1] <= other[0] for one, other in itertools.pairwise(there))
+    assert all(start % 512 == 0 and start + size <= end for (size, *_), start in zip(pieces, starts, strict=True))
+    assert end <= sum(rounded)
 
 
 def test_results_of_two_plays_are_two(machine: Machine, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What is launched from a tape is what would be launched without: kernels, grids, numbers, and one address wherever the
-run has one address. No GPU: launches are written down, for tensors of a CPU that pose as those of a device.
+run has one address; what a tape is done with may have made room for what comes later. No GPU: launches are written down,
+for tensors of a CPU that pose as those of a device.
 """
 
 from __future__ import annotations
@@ -89,18 +90,25 @@ def compare(run: list[Launch], played: list[Launch]) -> None:
     """Only tensors of an op are kept alive until here. Outside, two launches may have one address for two tensors."""
     assert len(run) == len(played)
     there: dict[int, int] = {}
-    back: dict[int, int] = {}
+    owner: dict[int, int] = {}
+    gone: set[int] = set()
     inside = False
     for ours, its in zip(run, played, strict=True):
         if ours in (OP, OUTSIDE):
             inside = ours is OP
         if ours is OP or not inside:
-            there, back = {0: 0}, {0: 0}
+            there, owner, gone = {0: 0}, {0: 0}, set()
         assert ours[:2] == its[:2] and len(ours) == len(its)
+        together: dict[int, int] = {}
         for a, b in zip(ours[2:], its[2:], strict=True):
             if isinstance(a, tuple):
                 assert a[2:] == b[2:], ours[0]
-                assert there.setdefault(a[1], b[1]) == b[1] and back.setdefault(b[1], a[1]) == a[1], ours[0]
+                assert there.setdefault(a[1], b[1]) == b[1] and together.setdefault(b[1], a[1]) == a[1], ours[0]
+                before = owner.setdefault(b[1], a[1])
+                if before != a[1]:
+                    gone.add(before)
+                    owner[b[1]] = a[1]
+                assert a[1] not in gone, ours[0]
             else:
                 assert a == b, ours[0]
 

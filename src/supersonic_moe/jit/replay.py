@@ -46,7 +46,7 @@ class Replay:
         self._steps = recorder.steps
         self._addresses = [memory.start for memory in recorder.memories[:moving]]
         self._places: list[list[tuple[object, int, int]]] = [[] for _ in range(moving)]
-        for target, slot, owner, offset in recorder.places:
+        for target, slot, owner, offset, _ in recorder.places:
             if owner < moving:
                 self._places[owner].append((target, slot, offset))
 

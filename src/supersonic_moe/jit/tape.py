@@ -7,7 +7,8 @@ grids, strides, sizes of buffers. All of it follows from numbers and from shapes
 first call with arguments of one kind just runs, and the second is recorded, as a tape:
 
     tensors     those that the call returns, or that torch computes on: allocated anew each time
-    workspace   everything else that the call allocated, one piece of memory
+    workspace   everything else that the call allocated, one piece of memory, in which what is used at different times
+                shares room
     steps       launches with their argument buffers, and operators of torch that write to a tensor
     places      where in an argument buffer an address is, and of what tensor
 
@@ -65,6 +66,8 @@ class Place(NamedTuple):
     owner: int
     """Index in ``Recorder.memories``."""
     offset: int
+    step: int
+    """Of the tape, that reads it."""
 
 
 class _Memory(NamedTuple):
@@ -264,7 +267,7 @@ class Recorder(DispatchMode or object):  # type: ignore[misc]
         """``target[slot]`` is an address; 0 is none."""
         owner = self.at(address)
         if owner is not None:
-            self.places.append(Place(target, slot, owner, address - self.memories[owner].start))
+            self.places.append(Place(target, slot, owner, address - self.memories[owner].start, len(self.steps)))
         elif address:
             self.refuse()
 
@@ -359,14 +362,16 @@ def _tape(recorder: Recorder, tensors: list[Tensor], result: Result) -> Tape | N
     kept = {i for i in (*owners, *itertools.chain(*recorder.operands)) if i is not None and i >= arguments}
     numbers = {i: i for i in range(arguments)} | {i: arguments + n for n, i in enumerate(sorted(kept))}
     places: list[list[tuple[Any, int, int]]] = [[] for _ in range(len(numbers) + 1)]
-    bases, workspace = {}, 0
-    for i, (start, end, _) in enumerate(recorder.memories):
-        if i not in numbers:
-            bases[i] = workspace
-            workspace += -(-(end - start) // _ALIGNMENT) * _ALIGNMENT
+    uses: dict[int, tuple[int, int]] = {}  # of the pieces of the workspace
+    for _, _, owner, _, step in recorder.places:
+        if owner not in numbers:
+            uses[owner] = uses.get(owner, (step, step))[0], step
+    pieces = [(recorder.memories[i].end - recorder.memories[i].start, *steps) for i, steps in uses.items()]
+    starts, workspace = arranged(pieces)
     if workspace > MAX_WORKSPACE:
         return None
-    for target, slot, owner, offset in recorder.places:
+    bases = dict(zip(uses, starts, strict=True))
+    for target, slot, owner, offset, _ in recorder.places:
         places[numbers.get(owner, -1)].append((target, slot, bases.get(owner, 0) + offset))
     for operands in recorder.operands:  # which steps read
         operands[:] = [None if i is None else numbers[i] for i in operands]
@@ -381,6 +386,26 @@ def _tape(recorder: Recorder, tensors: list[Tensor], result: Result) -> Tape | N
     twins = [(first, i) for i, first in enumerate(firsts) if first != i]
     made = [recorder.made[i - arguments] for i in sorted(kept)]
     return Tape(twins, recorder.steps, made, workspace, places, views, isinstance(result, Tensor))
+
+
+def arranged(pieces: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
+    """Where pieces of memory start, and the bytes of all. Each is (bytes, first step, last step that uses it): the
+    largest ones first, at the lowest place that no other has in one of these steps.
+    """
+    starts, end = [0] * len(pieces), 0
+    arranged: list[int] = []
+    for i in sorted(range(len(pieces)), key=lambda i: -pieces[i][0]):
+        size, first, last = pieces[i]
+        at = 0
+        for j in sorted(arranged, key=starts.__getitem__):
+            other_size, other_first, other_last = pieces[j]
+            if other_first <= last and first <= other_last:
+                if at + size <= starts[j]:
+                    break
+                at = max(at, starts[j] + -(-other_size // _ALIGNMENT) * _ALIGNMENT)
+        starts[i], end = at, max(end, at + size)
+        arranged.append(i)
+    return starts, end
 
 
 def _overlap(memories: list[_Memory]) -> bool:
