@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -20,7 +21,11 @@ SHAPE = LayerShape(32, 16, 8, 2, 1)
 STEPS = {"start_s", "import_s", "context_s", "backward_s", "library_s", "build_s", "call_s", "again_s"}
 
 
-def test_command_measures_new_processes(tmp_path: Path) -> None:
+def test_command_measures_new_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With the bytecode that this installation has: to compile that of torch would take as long as the rest."""
+    start = cold_start.start
+    bytecode = sys.pycache_prefix or ""  # "": beside the sources
+    monkeypatch.setattr(cold_start, "start", lambda shape, device, caches, _: start(shape, device, caches, bytecode))
     file = tmp_path / "cold-start.json"
     arguments = ["bench", "cold-start", "--shape", "32,16,8,2,1", "--repeats", "1", "--device", "cpu"]
     result = run(*arguments, "--json", str(file), columns=80)
@@ -73,11 +78,17 @@ def test_the_child_uses_the_caches_it_is_given(
 
 
 def test_a_process_that_fails_or_hangs_is_no_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(NoResultError, match=r"T32_H16_I8_E2_K1: the process ended with exit code 1: .*Error: "):
-        cold_start.start(SHAPE, torch.device("meta"), tmp_path, tmp_path)
+    """It has its bytecode where it should."""
+    child = tmp_path / "child.py"
+    monkeypatch.setattr(cold_start, "CHILD", child)
+    child.write_text("import sys\nraise ValueError(sys.pycache_prefix)")
+    said = re.escape(f"T32_H16_I8_E2_K1: the process ended with exit code 1: ValueError: {tmp_path}/bytecode")
+    with pytest.raises(NoResultError, match=said):
+        cold_start.start(SHAPE, torch.device("cpu"), tmp_path, tmp_path / "bytecode")
+    child.write_text("import time\ntime.sleep(60)")
     monkeypatch.setattr(cold_start, "SLOWEST_START_S", 0.01)
     with pytest.raises(NoResultError, match="no result after"):
-        cold_start.start(SHAPE, torch.device("cpu"), tmp_path, tmp_path)
+        cold_start.start(SHAPE, torch.device("cpu"), tmp_path, tmp_path / "bytecode")
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ import pytest
 import torch
 import virtual_cases
 from command_line import run, words
-from ranks import end_ranks, run_ranks
+from ranks import end_groups, run_ranks
 
 from supersonic_moe import Fp8Recipe
 from supersonic_moe.bench import ep_parts
@@ -81,22 +81,21 @@ def test_two_gpus_measure_one_case_after_another(recipe: str, wire: str) -> None
         assert exit_code == 0 and "T2048_" in output and "T1024_" in output, output
 
 
-@pytest.mark.parametrize(
-    ("where", "failing"),
-    [("building", [1]), ("a call of ranks", [1]), ("a call of one", [1]), ("the timeline", [0, 1])],
-)
-def test_an_error_of_one_rank_or_of_all_ends_the_command_on_all(where: str, failing: list[int]) -> None:
+def test_an_error_of_one_rank_or_of_all_ends_the_command_on_all() -> None:
     """At once, and no rank goes on to the next case."""
-    args = (where, failing, *QUICK, "--shape", "48,32,16,4,2")
-    for rank, ended in enumerate(end_ranks(2, ep_bench.failing, *args, backend=None, timeout_s=60)):
-        assert ended.exit_code == 0, ended
-        exit_code, output = ended.result
-        assert exit_code == 1 and output.count("No result: T32_") == 1 and "T48_" not in output, output
-        if where == "the timeline":
-            assert re.search(r"StopIteration: no message \(ep_bench\.py:\d+\)", output), output
-        elif where == "a call of one":
-            said = "out of memory: no memory for this rank" if rank else "RuntimeError: another rank has failed"
-            assert f"R2, fwd: one-gpu: {said}" in output, output
+    failing = {"building": [1], "a call of ranks": [1], "a call of one": [1], "the timeline": [0, 1]}
+    calls = [(where, ranks, *QUICK, "--shape", "48,32,16,4,2") for where, ranks in failing.items()]
+    groups = end_groups(2, ep_bench.failing, calls, backend=None, timeout_s=60)
+    for where, ranks in zip(failing, groups, strict=True):
+        for rank, ended in enumerate(ranks):
+            assert ended.exit_code == 0, (where, ended)
+            exit_code, output = ended.result
+            assert exit_code == 1 and output.count("No result: T32_") == 1 and "T48_" not in output, (where, output)
+            if where == "the timeline":
+                assert re.search(r"StopIteration: no message \(ep_bench\.py:\d+\)", output), output
+            elif where == "a call of one":
+                said = "out of memory: no memory for this rank" if rank else "RuntimeError: another rank has failed"
+                assert f"R2, fwd: one-gpu: {said}" in output, output
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import parallel_cases as cases
 import parallel_refusals as refusals
 import parallel_teardown
 import pytest
-from ranks import end_ranks, run_ranks
+from ranks import end_groups, end_ranks, run_ranks
 
 PHASES = ("forward dispatch", "forward combine", "backward dispatch", "backward combine")
 
@@ -28,27 +28,27 @@ def test_a_mistake_of_one_rank_is_an_error_on_all() -> None:
         assert re.match(r"ExpertParallelError: .* is closed; make a new ExpertParallel", closed)
 
 
-@pytest.mark.parametrize("phase", PHASES)
-def test_a_killed_rank_is_named(phase: str) -> None:
-    first, second, *others = end_ranks(4, cases.with_a_lost_rank, phase, "killed", 20.0, timeout_s=60)
-    assert second.exit_code == -9
-    for rank in (first, *others):
-        assert rank.exit_code == 0, rank
-        assert float(rank.result.split()[0]) < 15, "found at once, not at the limit"
-        assert re.search(rf"failed after .* in the {phase} of call 2\. Rank 1 no longer reports", rank.result)
+def test_a_killed_rank_is_named() -> None:
+    groups = end_groups(4, cases.with_a_lost_rank, [(phase, "killed", 8.0) for phase in PHASES], timeout_s=60)
+    for phase, (first, second, *others) in zip(PHASES, groups, strict=True):
+        assert second.exit_code == -9
+        for rank in (first, *others):
+            assert rank.exit_code == 0, rank
+            assert float(rank.result.split()[0]) < 6, "found at once, not at the limit"
+            assert re.search(rf"failed after .* in the {phase} of call 2\. Rank 1 no longer reports", rank.result)
 
 
-@pytest.mark.parametrize("phase", PHASES)
-def test_a_late_rank_is_named(phase: str) -> None:
-    first, second, *others = end_ranks(4, cases.with_a_lost_rank, phase, "late", 2.0, timeout_s=60)
-    assert second.exit_code == 0  # told when it comes, not at its limit:
-    assert re.search(r"failed after .* Rank [023] has failed: .* rank [023] waited 2", second.result), second.result
-    for rank in (first, *others):
-        assert rank.exit_code == 0 and float(rank.result.split()[0]) < 4, rank
-        wanted = rf"waited 2[.\d]* s in the {phase} of call 2\. Rank 1 is past the [a-z ]* of call [12]: it is slow"
-        assert re.search(wanted, rank.result), rank.result
-        assert "Rank 0" not in rank.result and "Rank 2" not in rank.result, "only the late one is named"
-        assert rank.result.endswith("ExpertParallel(timeout_s=...) sets the limit.")
+def test_a_late_rank_is_named() -> None:
+    groups = end_groups(4, cases.with_a_lost_rank, [(phase, "late", 3.0) for phase in PHASES], timeout_s=60)
+    for phase, (first, second, *others) in zip(PHASES, groups, strict=True):
+        assert second.exit_code == 0  # told when it comes, not at its limit:
+        assert re.search(r"failed after .* Rank [023] has failed: .* rank [023] waited 3", second.result), second.result
+        for rank in (first, *others):
+            assert rank.exit_code == 0 and float(rank.result.split()[0]) < 5, rank
+            wanted = rf"waited 3[.\d]* s in the {phase} of call 2\. Rank 1 is past the [a-z ]* of call [12]: it is slow"
+            assert re.search(wanted, rank.result), rank.result
+            assert "Rank 0" not in rank.result and "Rank 2" not in rank.result, "only the late one is named"
+            assert rank.result.endswith("ExpertParallel(timeout_s=...) sets the limit.")
 
 
 def test_who_waits_for_a_rank_that_raised_is_told_why() -> None:
@@ -58,14 +58,12 @@ def test_who_waits_for_a_rank_that_raised_is_told_why() -> None:
     assert re.search(told, first), first
 
 
-@pytest.mark.parametrize("mistake", refusals.MISTAKES)
-def test_a_call_that_one_rank_refuses_ends_at_once_and_one_that_all_refuse_ends_nothing(mistake: str) -> None:
-    first, second = end_ranks(2, refusals.one_after_all, mistake, 5.0, timeout_s=60)
-    assert first.exit_code == second.exit_code == 0, (first, second)
-    assert re.match(r"[0-3]\.\d s: ExpertParallelError: .*Rank 1 has refused this call: \w+Error: ", first.result), (
-        first
-    )
-    assert second.result.split(": ", 1)[1] in first.result, "the sentence of rank 1 is in that of rank 0"
+def test_a_call_that_one_rank_refuses_ends_at_once_and_one_that_all_refuse_ends_nothing() -> None:
+    told = r"[0-3]\.\d s: ExpertParallelError: .*Rank 1 has refused this call: \w+Error: "
+    for first, second in end_groups(2, refusals.one_after_all, [(m, 5.0) for m in refusals.MISTAKES], timeout_s=60):
+        assert first.exit_code == second.exit_code == 0, (first, second)
+        assert re.match(told, first.result), first
+        assert second.result.split(": ", 1)[1] in first.result, "the sentence of rank 1 is in that of rank 0"
 
 
 def test_a_rank_that_goes_on_after_a_refused_call_is_found_in_another_one() -> None:

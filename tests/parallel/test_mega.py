@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from inference_oracle import moe_loop
 from mega_cases import E, H, calc_diff, worst_row
-from ranks import end_ranks, run_ranks
-from virtual_ranks import ON
+from ranks import end_groups, run_ranks
+from virtual_ranks import ON, end_processes
 
 from supersonic_moe.inference import moe_fp8_topk, workspace
 from supersonic_moe.kernels.reference.quantize import quantize_rows
@@ -181,11 +181,11 @@ def test_copies_between_ranks_carry_the_same(ranks: int) -> None:
 
 @pytest.mark.parametrize(("ranks", "rows"), [(2, 150), (4, 1)])
 def test_more_rows_than_a_bank_holds_travel_one_share_after_the_other(ranks: int, rows: int) -> None:
-    """Of 400 places of a rank ``rows`` outputs fit, and twice as many of the others, whose rows are shorter."""
-    calls = spread(ranks)[: 8 if rows > 1 else 2]
-    (found, said) = run_ranks(1, cases.over_small_copies, ranks, calls, ranks * rows * 2 * H)[0]
+    """Of all places of a rank ``rows`` outputs fit, and twice as many of the others, whose rows are shorter."""
+    most, calls = (400, spread(ranks)) if rows > 1 else (40, [((0, 1, 40, 17), 0.3, None), ((7, 40, 1, 0), 0.0, 1.0)])
+    (found, said) = run_ranks(1, cases.over_small_copies, ranks, calls, most, ranks * rows * 2 * H)[0]
     assert found == [[]] * ranks
-    expected = {150: "the widest rows go in 3 exchanges, 134 of a rank at a time", 1: "in 400 exchanges, 1 of a rank"}
+    expected = {150: "the widest rows go in 3 exchanges, 134 of a rank at a time", 1: "in 40 exchanges, 1 of a rank"}
     assert all(expected[rows] in each for each in said)
 
 
@@ -235,13 +235,14 @@ def test_random_launches_of_few_rows_have_the_same_bits(ranks: int, gpu: bool) -
 
 
 @pytest.mark.parametrize("gpu", ON)
-@pytest.mark.parametrize(("ranks", "phase"), [(2, "forward dispatch"), (2, "forward combine"), (4, "forward combine")])
-def test_a_late_rank_is_named_by_who_waits_for_its_rows(ranks: int, phase: str, gpu: bool) -> None:
-    (ended,) = end_ranks(1, cases.with_a_late_rank, ranks, gpu, phase, 2.0, timeout_s=120)
-    assert ended.result is not None, ended
-    errors: list[str] = ended.result  # none of the late rank, if the others have written what it reads
-    wanted = rf"waited 2 s in the {phase} of call 3 for rank 1 \(exchange \d+ expected, \d+ seen\)"
-    assert any(re.search(wanted, error) for error in errors), errors  # on a GPU it ends the context of both
+def test_a_late_rank_is_named_by_who_waits_for_its_rows(gpu: bool) -> None:
+    late = [(2, "forward dispatch"), (2, "forward combine"), (4, "forward combine")]
+    calls = [(ranks, gpu, phase, 3.0) for ranks, phase in late]
+    for (_, phase), (ended,) in zip(late, end_processes(gpu, cases.with_a_late_rank, calls), strict=True):
+        assert ended.result is not None, ended
+        errors: list[str] = ended.result  # none of the late rank, if the others have written what it reads
+        wanted = rf"waited 3 s in the {phase} of call 3 for rank 1 \(exchange \d+ expected, \d+ seen\)"
+        assert any(re.search(wanted, error) for error in errors), errors  # on a GPU it ends the context of both
 
 
 @pytest.mark.parametrize("pow2", [False, True])
@@ -268,8 +269,9 @@ def test_mistakes_of_all_ranks_and_of_one(transport: str) -> None:
         assert "Make the MegaMoE with a larger max_tokens_per_rank" in error
 
 
-@pytest.mark.parametrize(("how", "error"), [("accumulate", "got out=None"), ("deep_gemm", "y must be a contiguous")])
-def test_who_waits_hears_what_one_rank_alone_has_refused(how: str, error: str) -> None:
-    first, second = run_ranks(2, cases.refused_by_one, how)
-    assert error in second
-    assert f"Rank 1 has refused this call: {second}" in first, first
+def test_who_waits_hears_what_one_rank_alone_has_refused() -> None:
+    said = {"accumulate": "got out=None", "deep_gemm": "y must be a contiguous"}
+    groups = end_groups(2, cases.refused_by_one, [(how,) for how in said])
+    for error, (first, second) in zip(said.values(), groups, strict=True):
+        assert first.exit_code == second.exit_code == 0 and error in second.result, (first, second)
+        assert f"Rank 1 has refused this call: {second.result}" in first.result, first

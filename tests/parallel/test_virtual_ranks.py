@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import virtual_cases as cases
-from ranks import end_ranks, run_ranks
-from virtual_ranks import ON
+from ranks import Ended, end_ranks, run_ranks
+from virtual_ranks import ON, end_processes
 
 from supersonic_moe import Fp8Recipe
 
@@ -66,7 +66,11 @@ def test_random_calls_with_random_delays_repeat_to_the_bit(gpu: bool) -> None:
 
 def errors_of(gpu: bool, case: Any, *args: Any) -> list[str]:
     """What each rank raised. On a GPU the first failed wait ends the context of all, and nobody else says why."""
-    (ended,) = end_ranks(1, case, *args, timeout_s=120)
+    return raised(gpu, end_ranks(1, case, *args))
+
+
+def raised(gpu: bool, process: list[Ended]) -> list[str]:
+    (ended,) = process
     assert ended.result is not None, ended
     errors: list[str] = ended.result
     assert "no error" not in " ".join(errors), errors
@@ -74,13 +78,14 @@ def errors_of(gpu: bool, case: Any, *args: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("gpu", ON)
-@pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("size", [2, 4])
-def test_a_late_rank_is_named(size: int, phase: str, gpu: bool) -> None:
-    errors = errors_of(gpu, cases.with_a_muted_rank, size, gpu, phase, 2.0)
-    wanted = rf"waited 2 s in the {phase} of call 2 for rank 1 \(exchange \d+ expected, \d+ seen\)\. Rank 1 is past the"
-    assert any(re.search(wanted, error) for error in errors), errors
-    assert all("ExpertParallelError" in error and "for rank 1" in error for error in errors), errors
+def test_a_late_rank_is_named(size: int, gpu: bool) -> None:
+    calls = [(size, gpu, phase, 3.0) for phase in PHASES]
+    for phase, process in zip(PHASES, end_processes(gpu, cases.with_a_muted_rank, calls), strict=True):
+        errors, wanted = raised(gpu, process), rf"waited 3 s in the {phase} of call 2 for rank 1 "
+        wanted += r"\(exchange \d+ expected, \d+ seen\)\. Rank 1 is past the"
+        assert any(re.search(wanted, error) for error in errors), errors
+        assert all("ExpertParallelError" in error and "for rank 1" in error for error in errors), errors
 
 
 @pytest.mark.parametrize("gpu", ON)

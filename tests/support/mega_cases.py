@@ -7,7 +7,6 @@ experts of one rank alone. On a GPU this needs sizes at which both stream rows, 
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -140,10 +139,13 @@ def over_copies(size: int, calls: Sequence[Call], most: int = MOST) -> list[list
     return run_virtual(size, same_as_one_process, calls, "gather", most)
 
 
-def over_small_copies(size: int, calls: Sequence[Call], largest_bank: int) -> tuple[list[list[str]], list[str]]:
+def over_small_copies(
+    size: int, calls: Sequence[Call], most: int, largest_bank: int
+) -> tuple[list[list[str]], list[str]]:
     """``over_copies`` of more rows than a bank holds, and what ``explain`` says."""
     parallel_mega.LARGEST_BANK = largest_bank
-    return over_copies(size, calls), run_virtual(size, lambda: mega(dist.group.WORLD).explain())
+    explained = run_virtual(size, lambda: mega(dist.group.WORLD, max_tokens_per_rank=most).explain())
+    return over_copies(size, calls, most), explained
 
 
 def bf16_over_ranks(pow2: bool) -> tuple[bool, str, str]:
@@ -224,7 +226,7 @@ def explanations(size: int) -> list[tuple[str, str, str]]:
 
 
 def with_a_late_rank(size: int, gpu: bool, phase: str, limit_s: float) -> list[str]:
-    """Rank 1 is late for a phase of the third call: what each rank raises."""
+    """Rank 1 is late for a phase of the third call, until others have given up: what each rank raises."""
     _start(size, gpu, careful=2)  # two launches that wait in each of two calls
     return run_virtual(size, _late, phase, limit_s)
 
@@ -241,13 +243,16 @@ def _late(phase: str, limit_s: float) -> str:
         call(layer, case, experts=experts)
     # without a check(), which waits for the whole GPU, so for a rank that waits in the third call for this one
     if rank == 1:
-        _before[phase] = lambda: time.sleep(2.5 * limit_s)
+        _before[phase] = lambda: ranks.stay(True, 2.5 * limit_s)
 
     def third() -> None:
         call(layer, case, experts=experts)
         layer.check()
 
-    return timed_error_of(third)
+    told = timed_error_of(third)
+    if rank != 1:
+        ranks.stay(False)
+    return told
 
 
 _before: dict[str, Callable[[], None]] = {}

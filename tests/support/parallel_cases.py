@@ -457,10 +457,12 @@ def explanation() -> str:
 
 
 def with_a_lost_rank(phase: str, how: str, limit_s: float, way: dict[str, Any] | None = None) -> str:
-    """Rank 1 is late for, or killed before, a phase of the second call. What others raise, and after how long."""
+    """Rank 1 is killed before a phase of the second call, or late for it until others have given up. What ranks raise,
+    and after how long.
+    """
     if dist.get_rank() == 1:
         kill = functools.partial(os.kill, os.getpid(), signal.SIGKILL)
-        at_phase(2, phase, kill if how == "killed" else functools.partial(time.sleep, 2.5 * limit_s))
+        at_phase(2, phase, kill if how == "killed" else functools.partial(ranks.stay, True, 2.5 * limit_s))
     ep, tokens = make(timeout_s=limit_s, **way or {}), [5] * dist.get_world_size()
     given = here(inputs(tokens, torch.bfloat16 if way else torch.float32), tokens)
     run(ep, given)
@@ -469,7 +471,10 @@ def with_a_lost_rank(phase: str, how: str, limit_s: float, way: dict[str, Any] |
         run(ep, given)
         ep.check()
 
-    return timed_error_of(call)
+    told = timed_error_of(call)
+    if dist.get_rank() != 1:
+        ranks.stay(False)
+    return told
 
 
 def with_too_many_tokens_to_gather() -> str:

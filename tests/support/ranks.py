@@ -15,7 +15,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,40 +75,61 @@ def end_ranks(
     timeout_s: float = 120,
 ) -> list[Ended]:
     """How each rank ended, however it did; none is left after ``timeout_s``."""
-    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    (ended,) = end_groups(size, function, [args], backend=backend, gpu=gpu, timeout_s=timeout_s)
+    return ended
+
+
+def end_groups(
+    size: int,
+    function: Callable[..., Any],
+    calls: Sequence[tuple[Any, ...]],
+    *,
+    backend: str | None = "gloo",
+    gpu: bool = False,
+    timeout_s: float = 120,
+) -> list[list[Ended]]:
+    """``end_ranks`` for the arguments of each call, all groups at the same time: for those that do little but wait."""
+    stores, groups, on_gpu = [], [], gpu or backend == "nccl"
     with tempfile.TemporaryDirectory() as folder:
-        pipes, processes, files = [], [], [Path(folder) / str(rank) for rank in range(size)]
-        for rank, file in enumerate(files):
-            receive, send = context().Pipe(duplex=False)
-            place = (rank, size, store.port, backend, gpu or backend == "nccl", file)
-            process = context().Process(target=_rank, args=(*place, send, function, args), daemon=True)
-            process.start()
-            send.close()
-            pipes.append(receive)
-            processes.append(process)
-        ended, end = [], time.monotonic() + timeout_s
-        for pipe, process, file in zip(pipes, processes, files, strict=True):
-            result, error = None, ""
-            if pipe.poll(max(0.0, end - time.monotonic())):
-                try:
-                    result, error = pipe.recv()
-                except EOFError:
-                    error = "died without a word"
-            process.join(max(0.5, end - time.monotonic()))
-            ended.append(Ended(result, error, process.exitcode, file.read_text() if file.exists() else ""))
-            if process.exitcode is None:
-                process.kill()
+        for number, args in enumerate(calls):
+            stores.append(dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False))
+            where = size, stores[-1].port, backend, on_gpu
+            files = [Path(folder) / f"{number}.{rank}" for rank in range(size)]
+            groups.append([_started(file, rank, *where, function, args) for rank, file in enumerate(files)])
+        end = time.monotonic() + timeout_s
+        return [[_end_of(*rank, end) for rank in ranks] for ranks in groups]
+
+
+def _started(stderr: Path, *args: Any) -> tuple[Connection, Any, Path]:
+    receive, send = context().Pipe(duplex=False)
+    process = context().Process(target=_rank, args=(send, stderr, *args), daemon=True)
+    process.start()
+    send.close()
+    return receive, process, stderr
+
+
+def _end_of(pipe: Connection, process: Any, stderr: Path, end: float) -> Ended:
+    result, error = None, ""
+    if pipe.poll(max(0.0, end - time.monotonic())):
+        try:
+            result, error = pipe.recv()
+        except EOFError:
+            error = "died without a word"
+    process.join(max(0.5, end - time.monotonic()))
+    ended = Ended(result, error, process.exitcode, stderr.read_text() if stderr.exists() else "")
+    if process.exitcode is None:
+        process.kill()
     return ended
 
 
 def _rank(
+    send: Connection,
+    stderr: Path,
     rank: int,
     size: int,
     port: int,
     backend: str | None,
     gpu: bool,
-    stderr: Path,
-    send: Connection,
     function: Callable[..., Any],
     args: Any,
 ) -> None:

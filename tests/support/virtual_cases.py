@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import parallel_cases as cases
+import ranks
 import torch
 import torch.distributed as dist
 from virtual_ranks import CarefulFlags, on_a_gpu, run_virtual, times_on
@@ -111,7 +111,7 @@ def _after_one_call(limit_s: float) -> tuple[Any, Any]:
 
 
 def with_a_muted_rank(size: int, gpu: bool, phase: str, limit_s: float) -> list[str]:
-    """Rank 1 is late for a phase of the second call: what each rank raises."""
+    """Rank 1 is late for a phase of the second call, until others have given up: what each rank raises."""
     _start(gpu, careful=6)
     return run_virtual(size, _muted, phase, limit_s)
 
@@ -119,13 +119,16 @@ def with_a_muted_rank(size: int, gpu: bool, phase: str, limit_s: float) -> list[
 def _muted(phase: str, limit_s: float) -> str:
     rank, (ep, given) = dist.get_rank(), _after_one_call(limit_s)
     if rank == 1:
-        _before(ep._channel.ranks, phase, lambda: time.sleep(2.5 * limit_s))
+        _before(ep._channel.ranks, phase, lambda: ranks.stay(True, 2.5 * limit_s))
 
     def call() -> None:
         cases.run(ep, given)
         ep.check()
 
-    return cases.timed_error_of(call)
+    told = cases.timed_error_of(call)
+    if rank != 1:
+        ranks.stay(False)
+    return told
 
 
 def with_a_rank_elsewhere(size: int, gpu: bool) -> list[str]:
@@ -170,7 +173,7 @@ def _out_of_memory(limit_s: float) -> str:
         ep.check()
 
     told = cases.timed_error_of(call)
-    time.sleep(0.3 * limit_s if rank == 1 else 0)
+    ranks.stay(rank == 1, 0.3 * limit_s)
     return told
 
 
@@ -190,7 +193,7 @@ def _refused(limit_s: float) -> str:
         ep.check()
 
     told = cases.timed_error_of(call)
-    time.sleep(0.3 * limit_s if rank == 1 else 0)
+    ranks.stay(rank == 1, 0.3 * limit_s)
     return told
 
 

@@ -49,6 +49,12 @@ def times_on(gpu: bool) -> int:
     return 2 if gpu else 1
 
 
+def end_processes(gpu: bool, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[list[ranks.Ended]]:
+    """Of virtual ranks that wait in vain: a process for the arguments of each call, all at once but on a GPU."""
+    together = [[args] for args in calls] if gpu else [calls]
+    return [process for some in together for process in ranks.end_groups(1, function, some)]
+
+
 def run_virtual(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What ``function(*args)`` returns on each rank, in a process group of all; raises what the first one raised."""
     results: list[Any] = [None] * size
