@@ -1,6 +1,6 @@
 """What is launched from a tape is what would be launched without: kernels, grids, numbers, and one address wherever the
-run has one address; what a tape is done with may have made room for what comes later. No GPU: launches are written down,
-for tensors of a CPU that pose as those of a device.
+run has one address; what a tape is done with may have made room for what comes later. No GPU: launches are written
+down, for tensors of a CPU that pose as those of a device.
 """
 
 from __future__ import annotations
