@@ -191,7 +191,11 @@ def number(name: str, value: object, *, lowest: float = -math.inf) -> None:
     """A finite number that is not below ``lowest``."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number; got {describe(value)}. Convert it with float(...).")
-    if not (-math.inf < float(value) < math.inf and float(value) >= lowest):  # isfinite does not trace
+    try:
+        as_float = float(value)
+    except OverflowError:
+        as_float = math.inf
+    if not (-math.inf < as_float < math.inf and as_float >= lowest):  # isfinite does not trace
         bound = "" if lowest == -math.inf else f" and at least {lowest:g}"
         raise ValueError(f"{name} must be finite{bound}; got {value}.")
 

@@ -170,6 +170,21 @@ def test_the_same_bits_in_every_call_and_under_the_compiler() -> None:
         assert torch.equal(compiled(case, logits, bias), call(case, logits, bias))
 
 
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_one_graph_for_any_number_of_tokens(dynamic: bool | None) -> None:
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend=count)
+    for tokens in range(20, 32):  # more than any other size is symbolic
+        given = routed_case(tokens)
+        assert torch.equal(compiled(*given), call(*given))
+    assert len(graphs) <= 2
+
+
 def test_autocast_changes_nothing() -> None:
     given = routed_case(tokens=5)
     want = call(*given)

@@ -58,7 +58,7 @@ class Entry:
         first = -memory.data_ptr() % 256 + behind * t.element_size()
         return memory[first : first + t.nbytes].view(t.dtype).view(t.shape).copy_(t)
 
-    def call(self, behind: int = 0) -> Callable[[], Tensor]:
+    def call(self, behind: int = 0, offset: int | Tensor = 0) -> Callable[[], Tensor]:
         """``behind``: of all but x, the output and the workspace."""
         c, tokens, choices = self.case, self.tokens, CHOICES + (self.shared is not None)
         needed = workspace_bytes(tokens, choices, HIDDEN, INTER, LOCAL + (self.shared is not None))
@@ -72,7 +72,7 @@ class Entry:
             logits, bias, x, x_scale = (self.elsewhere(t, 0 if t is c.x else behind) for t in inputs)
             weights = c.w13, c.w13_scale, c.w2, c.w2_scale
             rule = {"n_group": 1, "topk_group": 1, "top_k": CHOICES}
-            return lambda: moe_fp8_ds_routed(logits, bias, x, x_scale, *weights, 0, 1.0, **rule, **given)
+            return lambda: moe_fp8_ds_routed(logits, bias, x, x_scale, *weights, offset, 1.0, **rule, **given)
         x = self.elsewhere(torch.randn(tokens, HIDDEN).bfloat16())
         weighted = self.name == "weight_on_input"
         ids = c.ids[:, :1].contiguous() if weighted else c.ids
@@ -115,4 +115,15 @@ def test_what_is_not_kept(machine: Machine) -> None:
     for entry in (Entry("shared", MANY), Entry("topk", 0)):
         for _ in range(3):
             entry.call()()
+    assert not replays._of_thread.calls
+
+
+def test_a_number_in_a_tensor_is_read_in_each_call(machine: Machine) -> None:
+    entry, offset = Entry("ds_routed", FEW), torch.tensor(0)
+    numbers = []
+    for value in (0, 0, 0, 1, 0):
+        offset.fill_(value)
+        route = launched(machine, entry.call(offset=offset))[0]
+        numbers.append([part for part in route if isinstance(part, int)])
+    assert numbers[0] == numbers[2] == numbers[4] != numbers[3]
     assert not replays._of_thread.calls

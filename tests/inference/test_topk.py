@@ -175,6 +175,49 @@ def test_autocast_changes_nothing() -> None:
         assert torch.equal(call(case), want[0]) and torch.equal(call(case, x=x, x_scale=None), want[1])
 
 
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_one_graph_for_any_number_of_tokens(dynamic: bool | None) -> None:
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend=count)
+    scratch = torch.empty(workspace_bytes(32, 3, 256, 128, 5), dtype=torch.uint8)
+    for tokens in range(20, 32):  # more than any other size is symbolic
+        case = make_case(tokens=tokens)
+        assert torch.equal(compiled(case, workspace=scratch), call(case))
+    assert len(graphs) <= 2
+
+
+def test_out_over_a_part_of_x_in_chunks() -> None:
+    case, memory = make_case(tokens=5), torch.randn(9, 256).bfloat16()
+    want = call(case, x=memory[:5].clone(), x_scale=None, max_tokens_per_chunk=2)
+    with pytest.raises(ValueError, match="out must be x itself or lie elsewhere"):
+        call(case, x=memory[:5], x_scale=None, max_tokens_per_chunk=2, out=memory[2:7])
+    bytes_of_codes = torch.empty(5, 512, dtype=torch.uint8)
+    codes = bytes_of_codes.view(-1)[: case.x.nbytes].view(case.x.dtype).view(case.x.shape).copy_(case.x)
+    with pytest.raises(ValueError, match="out must be x itself or lie elsewhere"):
+        call(case, x=codes, max_tokens_per_chunk=2, out=bytes_of_codes.view(torch.bfloat16))
+    got = call(case, x=memory[:5], x_scale=None, max_tokens_per_chunk=2, out=memory[:5])
+    assert torch.equal(got, want) and got.data_ptr() == memory.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("local_expert_offset", 2**40),
+        ("num_experts", 2**63),
+        ("swiglu_limit", 10**400),
+        ("routed_scaling_factor", 10**400),
+    ],
+)
+def test_numbers_that_no_kernel_holds(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{name} must .*; got "):
+        call(make_case(tokens=2), **{name: value})
+
+
 @pytest.mark.filterwarnings("error:Dynamo detected a call to")
 def test_under_the_compiler() -> None:
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")

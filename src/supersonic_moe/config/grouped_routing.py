@@ -76,7 +76,7 @@ class GroupedRouting:
                 f"{self.topk_group} of {self.n_group} groups, which hold {reachable} experts. Raise topk_group or "
                 "lower top_k."
             )
-        if not math.isfinite(self.scaling_factor):
+        if not -math.inf < self.scaling_factor < math.inf:  # isfinite does not trace
             raise ValueError(
                 f"routed_scaling_factor must be a finite number; got {self.scaling_factor}. Use 1.0 for no scaling."
             )

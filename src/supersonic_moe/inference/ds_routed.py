@@ -63,9 +63,10 @@ def moe_fp8_ds_routed(
         n_group, topk_group, top_k, scoring: ``config/grouped_routing.py``.
         gate_up_order: how the 2 I rows of ``gemm1_weights`` hold gate and up.
         out: (T, H) contiguous bfloat16 to write and return.
-        workspace: uint8, at least ``workspace_bytes(T or max_tokens_per_chunk, top_k, H, I, E_local)``; made if None.
+        workspace: uint8, at least ``workspace_bytes(T or max_tokens_per_chunk, top_k, H, I, E_local)``, on a GPU from a
+            multiple of 256 bytes on; made if None.
         max_tokens_per_chunk: compute so many tokens at a time, so that a long prefill needs less memory. The result is
-            the same.
+            the same up to rounding.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, stride or setting, with the fix.

@@ -18,6 +18,7 @@ from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks
 MAX_LOCAL_EXPERTS = 512
 INTERMEDIATE_MULTIPLE = 64  # a tile of 128 weight rows holds 64 gated channels
 ROW_ALIGNMENT = 16  # bytes from one weight row to the next that TMA can step
+LARGEST_ID = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,10 @@ def as_offset(value: object) -> int:
     is_tensor = isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point()
     if isinstance(value, bool) or not (is_tensor or isinstance(value, Integral | torch.SymInt)):
         raise TypeError(f"local_expert_offset must be an integer; got {checks.describe(value)}. Use 0 for no offset.")
-    return int(value)  # type: ignore[call-overload,no-any-return]
+    offset: int = int(value)  # type: ignore[call-overload]
+    if not -LARGEST_ID <= offset <= LARGEST_ID:
+        raise ValueError(f"local_expert_offset must fit into 32 bits, as ids do; got {offset}. Use 0 for no offset.")
+    return offset
 
 
 def as_factor(value: object) -> float:
@@ -103,7 +107,10 @@ def as_factor(value: object) -> float:
         raise TypeError(
             f"routed_scaling_factor must be a number; got {checks.describe(value)}. Use 1.0 for no scaling."
         )
-    factor = float(value)  # type: ignore[arg-type]
+    try:
+        factor = float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        factor = math.inf
     if not -math.inf < factor < math.inf:  # isfinite does not trace
         raise ValueError(f"routed_scaling_factor must be a finite number; got {factor}. Use 1.0 for no scaling.")
     return factor
@@ -125,11 +132,25 @@ def output(out: Tensor | None, x: Tensor) -> Tensor:
 
 def chunks(num_tokens: int, max_tokens_per_chunk: int | None) -> Iterator[tuple[int, int]]:
     """(first, end) of each chunk of tokens; one chunk where the maximum is None, none for no tokens."""
-    if max_tokens_per_chunk is not None:
-        checks.positive("max_tokens_per_chunk", max_tokens_per_chunk)
-    step = max_tokens_per_chunk or num_tokens
-    for first in range(0, num_tokens, step) if num_tokens else ():
-        yield first, min(first + step, num_tokens)
+    if max_tokens_per_chunk is None:
+        if num_tokens:
+            yield 0, num_tokens  # without a loop, which a compiled graph would unroll for each T
+        return
+    checks.positive("max_tokens_per_chunk", max_tokens_per_chunk)
+    for first in range(0, num_tokens, max_tokens_per_chunk):
+        yield first, min(first + max_tokens_per_chunk, num_tokens)
+
+
+def check_not_over(out: Tensor, x: Tensor) -> None:
+    """Chunk by chunk ``out`` is written while x is read: it may be x itself, or lies elsewhere."""
+    if torch.compiler.is_compiling() or (out.data_ptr() == x.data_ptr() and out.dtype is x.dtype):
+        return
+    starts, ends = zip(*((t.data_ptr(), t.data_ptr() + t.nbytes) for t in (out, x)), strict=True)
+    if max(starts) < min(ends):
+        raise ValueError(
+            f"with max_tokens_per_chunk, out must be x itself or lie elsewhere; got {checks.describe(out)} over a part "
+            f"of {checks.describe(x)}. Pass out=None to have one made."
+        )
 
 
 def checked_workspace(

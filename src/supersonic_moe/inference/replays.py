@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from supersonic_moe.inference.operands import Sizes, checked_workspace, chunks, output
+from supersonic_moe.inference.operands import Sizes, check_not_over, checked_workspace, chunks, output
 from supersonic_moe.inference.ops import Arguments, on_sm90
 from supersonic_moe.inference.workspace import ALIGNMENT, workspace_bytes
 from supersonic_moe.jit.replay import Replay, recording
@@ -56,9 +56,10 @@ class Request(NamedTuple):
     """Further tensors that may lie elsewhere next time, and that are only read."""
     out: Tensor | None
     workspace: Tensor | None
-    key: Hashable | None
-    """None where a call must go through torch's dispatcher: traced, under a dispatch mode, on a CPU, with tensors of
-    another class or such as want a gradient."""
+    key: tuple[Hashable, ...] | None
+    """Options first. None where a call must go through torch's dispatcher: traced, under a dispatch mode, on a CPU,
+    with tensors of another class or ones that want a gradient.
+    """
 
     @classmethod
     def of(
@@ -106,6 +107,7 @@ class Request(NamedTuple):
         for first, end in chunks(num_tokens, max_tokens_per_chunk):
             arguments = part(first, end)
             if end - first < num_tokens:
+                check_not_over(out, x)
                 op(*arguments, out[first:end], workspace)
             elif self.key is None or not self._made_before(arguments, out):
                 op(*arguments, out, workspace)
@@ -122,7 +124,7 @@ class Request(NamedTuple):
             if len(seen) == KEPT:
                 seen.clear()
                 _of_thread.calls.clear()
-            seen[self.key] = on_sm90(self.x) and arguments.call(out).launches_only
+            seen[self.key] = on_sm90(self.x) and arguments.call(out).launches_only and self._decided
             return False
         if not seen[self.key] or self.key in _of_thread.calls:
             return False
@@ -131,6 +133,12 @@ class Request(NamedTuple):
         if any(address % VECTOR for address in (*addresses[:2], *codes)) or len(set(addresses)) < len(addresses):
             return False
         return {t.data_ptr() for t in arguments if isinstance(t, Tensor)} <= set(addresses)
+
+    @property
+    def _decided(self) -> bool:
+        """Whether the options are values: a number in a tensor may be another one next time."""
+        options = self.key[0] if self.key else ()
+        return isinstance(options, tuple) and not any(isinstance(option, Tensor) for option in options)
 
     def _record(self, op: Callable[..., None], arguments: Arguments, out: Tensor) -> None:
         call, workspace = arguments.call(out), self.workspace
@@ -148,7 +156,7 @@ class Request(NamedTuple):
 def _key(
     x: Tensor, others: tuple[Tensor | None, ...], out: Tensor | None, workspace: Tensor | None,
     weights: Sequence[Tensor], options: tuple[Hashable, ...],
-) -> Hashable | None:  # fmt: skip
+) -> tuple[Hashable, ...] | None:  # fmt: skip
     if torch.compiler.is_compiling() or dispatch_modes():
         return None
     described: list[Hashable] = [options]  # strides only where the shape does not say them, for they take time

@@ -11,6 +11,7 @@ from supersonic_moe import checks
 from supersonic_moe.config.activation import GateUpLayout, as_layout, check_limit
 from supersonic_moe.config.grouped_routing import MAX_TOP_K
 from supersonic_moe.inference.operands import (
+    LARGEST_ID,
     MAX_LOCAL_EXPERTS,
     Sizes,
     as_factor,
@@ -174,6 +175,8 @@ def check_choices(weights: Tensor, ids: Tensor, x: Tensor) -> None:
 def _check_placement(expert_map: Tensor | None, offset: int, num_experts: int | None, x: Tensor) -> None:
     if num_experts is not None:
         checks.positive("num_experts", num_experts)
+        if num_experts > LARGEST_ID:
+            raise ValueError(f"num_experts must fit into 32 bits, as ids do; got {num_experts}. None sets no limit.")
     if expert_map is None:
         return
     if offset:
