@@ -170,9 +170,14 @@ def member(what: str, value: str, kind: type[Kind]) -> Kind:
 
 def positive(name: str, value: object) -> None:
     if not isinstance(value, _INTEGERS) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a positive integer; got {describe(value)}.")
+        raise TypeError(f"{name} must be a positive integer; got {describe(value)}.{_as_int(value)}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1; got {value}.")
+
+
+def _as_int(value: object) -> str:
+    whole = isinstance(value, Integral) and not isinstance(value, bool)  # as those of numpy, which no op takes
+    return " Convert it with int(...)." if whole else ""
 
 
 def positive_sizes(**sizes: object) -> None:
@@ -182,7 +187,7 @@ def positive_sizes(**sizes: object) -> None:
 
 def non_negative(name: str, value: object) -> None:
     if not isinstance(value, _INTEGERS) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a non-negative integer; got {describe(value)}.")
+        raise TypeError(f"{name} must be a non-negative integer; got {describe(value)}.{_as_int(value)}")
     if value < 0:
         raise ValueError(f"{name} must not be negative; got {value}.")
 

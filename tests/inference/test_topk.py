@@ -191,6 +191,27 @@ def test_one_graph_for_any_number_of_tokens(dynamic: bool | None) -> None:
     assert len(graphs) <= 2
 
 
+@pytest.mark.parametrize("made", ["nested", "csr", "coo"])
+def test_x_without_strides(made: str) -> None:
+    case, x = make_case(tokens=4), torch.randn(4, 256).bfloat16()
+    odd = {"csr": x.to_sparse_csr, "coo": x.to_sparse, "nested": lambda: torch.nested.nested_tensor([x[:2], x[2:]])}[
+        made
+    ]()
+    with pytest.raises((TypeError, ValueError), match="x must be a dense tensor"):
+        call(case, x=odd, x_scale=None)
+
+
+def test_out_that_must_not_be_written_to() -> None:
+    case = make_case(tokens=4)
+    with pytest.raises(ValueError, match="out must not want a gradient"):
+        call(case, out=torch.empty(4, 256, dtype=torch.bfloat16, requires_grad=True))
+    with torch.inference_mode():
+        out = torch.empty(4, 256, dtype=torch.bfloat16)
+        assert call(case, out=out) is out
+    with pytest.raises(ValueError, match="out was made in inference mode"):
+        call(case, out=out)
+
+
 def test_out_over_a_part_of_x_in_chunks() -> None:
     case, memory = make_case(tokens=5), torch.randn(9, 256).bfloat16()
     want = call(case, x=memory[:5].clone(), x_scale=None, max_tokens_per_chunk=2)

@@ -66,3 +66,9 @@ def test_what_is_streamed() -> None:
         most(7168, 32, 0.5) == 48 and most(7168, 32, 0.05) == most(7168, 32, 0.001, 256) == 256
     )  # bounds of rows that go elsewhere
     assert most(7168, 32, inter=192) == 599  # which tile kernels cannot take
+
+
+def test_an_integer_of_numpy_is_told_how_to_become_one() -> None:
+    numpy = pytest.importorskip("numpy")
+    with pytest.raises(TypeError, match=r"num_tokens must be .*int64.*Convert it with int"):
+        workspace.workspace_bytes(numpy.int64(4), 2, 256, 128, 4)

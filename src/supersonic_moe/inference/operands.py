@@ -71,6 +71,8 @@ def check_experts(
 
 def check_x(name: str, x: Tensor, sizes: Sizes, w13: Tensor) -> None:
     """(T, H) with contiguous rows; its dtype is checked by the caller."""
+    if isinstance(x, Tensor):
+        checks.strided(name, x)
     checks.tensor(name, x, 2, "(T, H)")
     checks.size(name, "hidden size", x.shape[1], sizes.hidden, "the last dimension of w13")
     checks.same_device(name, x, "w13", w13)
@@ -127,6 +129,12 @@ def output(out: Tensor | None, x: Tensor) -> Tensor:
             f"out must be a contiguous bfloat16 tensor; got {checks.describe(out)}, strides {out.stride()}. "
             "Pass out=None to have one made."
         )
+    if torch.compiler.is_compiling():
+        return out
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError("out must not want a gradient, which no kernel here records. Pass out.detach().")
+    if out.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError("out was made in inference mode, outside of which it cannot be written to. Make it outside.")
     return out
 
 

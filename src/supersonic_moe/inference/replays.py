@@ -66,7 +66,11 @@ class Request(NamedTuple):
         cls, x: Tensor, others: tuple[Tensor | None, ...], out: Tensor | None, workspace: Tensor | None,
         weights: Sequence[Tensor], options: tuple[Hashable, ...],
     ) -> Request:  # fmt: skip
-        return cls(x, others, out, workspace, _key(x, others, out, workspace, weights, options))
+        try:
+            key = _key(x, others, out, workspace, weights, options)
+        except RuntimeError:  # of a tensor that has no strides; the checks say which
+            key = None
+        return cls(x, others, out, workspace, key)
 
     def run(self) -> Tensor | None:
         """The result, if such a call was kept."""
