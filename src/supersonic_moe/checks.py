@@ -12,7 +12,7 @@ import reprlib
 from collections.abc import Sequence
 from enum import StrEnum
 from numbers import Integral, Real
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -196,13 +196,18 @@ def number(name: str, value: object, *, lowest: float = -math.inf) -> None:
     """A finite number that is not below ``lowest``."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number; got {describe(value)}. Convert it with float(...).")
-    try:
-        as_float = float(value)
-    except OverflowError:
-        as_float = math.inf
-    if not (-math.inf < as_float < math.inf and as_float >= lowest):  # isfinite does not trace
+    found = as_float(value)
+    if not (-math.inf < found < math.inf and found >= lowest):  # isfinite does not trace
         bound = "" if lowest == -math.inf else f" and at least {lowest:g}"
         raise ValueError(f"{name} must be finite{bound}; got {value}.")
+
+
+def as_float(value: Any) -> float:
+    """Infinite where no float is as large."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def flag(name: str, value: object) -> None:

@@ -10,6 +10,7 @@ import math
 import oracle
 import pytest
 import torch
+from compiled_graphs import Graphs
 from torch import Tensor
 from torch.library import opcheck
 
@@ -144,13 +145,8 @@ def test_second_derivatives_are_refused() -> None:
 
 
 def test_compiles_in_one_graph_for_every_number_of_rows() -> None:
-    graphs = []
-
-    def count(graph: torch.fx.GraphModule, _: object) -> object:
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(sm.grouped_linear, fullgraph=True, dynamic=True, backend=count)
+    graphs = Graphs()
+    compiled = torch.compile(sm.grouped_linear, fullgraph=True, dynamic=True, backend=graphs)
     for rows in (12, 8, 20):
         leaves = operands(rows)
         x, w, b = leaves

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import deep_gemm_stand_in
 import pytest
+import results_files
 import torch
 from command_line import run, words
 
@@ -23,7 +23,6 @@ from supersonic_moe.bench import (
     mega_figure,
     mega_timeline,
     readme,
-    report,
 )
 from supersonic_moe.bench.infer import InferResult
 from supersonic_moe.bench.infer_cases import InferCase, random_experts, workload
@@ -188,21 +187,11 @@ def serving(root: Path) -> str:
 def test_the_page_says_what_was_measured_and_what_is_a_model(tmp_path: Path) -> None:
     """With a file made by hand: one case of two, and the errors of data of one sign."""
     path = tmp_path / readme.RESULTS / "mega-world1.json"
-    path.parent.mkdir(parents=True)
     assert "Not measured" in serving(tmp_path) and "×" not in serving(tmp_path)
     positive = cases_of(SHAPES["flash"])[-1].shape
     results = [result_of(SHAPES["flash"], 64, 200, 250), result_of(positive, 1024, 400, 500)]
     results[1].metrics[DEEP_GEMM]["worst_row"] = 0.07
-    rows = [asdict(row) for result in results for row in report.rows(result)]
-    about = {
-        "suite": "mega",
-        "command": "c",
-        "device": "H200",
-        "torch": "2.11",
-        "commit": "0" * 40,
-        "date": "2026-11-30",
-    }
-    path.write_text(json.dumps(about | {"rows": rows}))
+    results_files.write(path, "mega", results)
     path.with_name("mega-world1-timeline.png").touch()
     text = serving(tmp_path)
     line = next(line for line in text.splitlines() if line.startswith("| `flash` | 64 |"))
@@ -216,7 +205,6 @@ def test_the_page_says_what_was_measured_and_what_is_a_model(tmp_path: Path) -> 
     assert (
         "The model of 8 ranks takes longer than the published fused call in 1 of 1 rows, and longer than DeepEP in 0."
     ) in text.splitlines()
-    missed = [asdict(row) for row in report.rows(result_of(SHAPES["flash"], 64, 240, 250))]
-    path.write_text(json.dumps(about | {"rows": missed}))
+    results_files.write(path, "mega", [result_of(SHAPES["flash"], 64, 240, 250)])
     assert f"{reached} 0 of 1 rows, not by `flash` at 64 (1.04×)." in serving(tmp_path)
     assert "](../benchmarks/results/mega-world1-timeline.png)" in text and "Not measured" not in text

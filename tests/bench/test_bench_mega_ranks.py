@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import mega_bench
 import pytest
+import results_files
 from command_line import run, words
 from ranks import end_ranks, run_ranks
 
 pytest.importorskip("triton")
 
-from supersonic_moe.bench import mega_figure, readme, report
+from supersonic_moe.bench import mega_figure, readme
 from supersonic_moe.bench.infer import InferResult
 from supersonic_moe.bench.mega_cases import DEEP_GEMM, DIRECT, SHAPES, at_most_us, cases_of, must, of_ranks
 from supersonic_moe.bench.report import OURS
@@ -109,22 +109,12 @@ def test_the_page_has_two_gpus_once_they_were_measured(tmp_path: Path) -> None:
     serving = next(page for page in readme.PAGES if page.block == "serving").text
     before = serving(tmp_path)
     path = tmp_path / readme.RESULTS / "mega-2gpu.json"
-    path.parent.mkdir(parents=True)
     results = [
         result_of("flash", 16, 260, 220, 340),
         result_of("flash", 1024, 430, None, 680),
         result_of("pro", 512, 800, 900, 990),
     ]
-    rows = [asdict(row) for result in results for row in report.rows(result)]
-    about = {
-        "suite": "mega",
-        "command": "c",
-        "device": "H200",
-        "torch": "2.11",
-        "commit": "0" * 40,
-        "date": "2026-11-30",
-    }
-    path.write_text(json.dumps(about | {"rows": rows}))
+    results_files.write(path, "mega", results)
     text = serving(tmp_path)
     assert text.startswith(before) and "2 ranks, µs" not in before
     assert "| `flash-R2` | 16 | 260 | 220 | 235 | 50% | 340 | 1.55× |" in text

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from compiled_graphs import Graphs
 from inference_oracle import Case, errors, make_case, moe_loop, route_token
 from torch import Tensor
 
@@ -172,13 +173,8 @@ def test_the_same_bits_in_every_call_and_under_the_compiler() -> None:
 
 @pytest.mark.parametrize("dynamic", [True, None])
 def test_one_graph_for_any_number_of_tokens(dynamic: bool | None) -> None:
-    graphs = []
-
-    def count(graph: torch.fx.GraphModule, _: object) -> object:
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend=count)
+    graphs = Graphs()
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend=graphs)
     for tokens in range(20, 32):  # more than any other size is symbolic
         given = routed_case(tokens)
         assert torch.equal(compiled(*given), call(*given))

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from compiled_graphs import Graphs
 from inference_oracle import Case, errors, make_case, moe_loop
 from torch import Tensor
 
@@ -177,13 +178,8 @@ def test_autocast_changes_nothing() -> None:
 
 @pytest.mark.parametrize("dynamic", [True, None])
 def test_one_graph_for_any_number_of_tokens(dynamic: bool | None) -> None:
-    graphs = []
-
-    def count(graph: torch.fx.GraphModule, _: object) -> object:
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend=count)
+    graphs = Graphs()
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend=graphs)
     scratch = torch.empty(workspace_bytes(32, 3, 256, 128, 5), dtype=torch.uint8)
     for tokens in range(20, 32):  # more than any other size is symbolic
         case = make_case(tokens=tokens)

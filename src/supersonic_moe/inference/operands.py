@@ -71,9 +71,8 @@ def check_experts(
 
 def check_x(name: str, x: Tensor, sizes: Sizes, w13: Tensor) -> None:
     """(T, H) with contiguous rows; its dtype is checked by the caller."""
-    if isinstance(x, Tensor):
-        checks.strided(name, x)
     checks.tensor(name, x, 2, "(T, H)")
+    checks.strided(name, x)
     checks.size(name, "hidden size", x.shape[1], sizes.hidden, "the last dimension of w13")
     checks.same_device(name, x, "w13", w13)
     checks.dense(name, x)
@@ -109,10 +108,7 @@ def as_factor(value: object) -> float:
         raise TypeError(
             f"routed_scaling_factor must be a number; got {checks.describe(value)}. Use 1.0 for no scaling."
         )
-    try:
-        factor = float(value)  # type: ignore[arg-type]
-    except OverflowError:
-        factor = math.inf
+    factor = checks.as_float(value)
     if not -math.inf < factor < math.inf:  # isfinite does not trace
         raise ValueError(f"routed_scaling_factor must be a finite number; got {factor}. Use 1.0 for no scaling.")
     return factor

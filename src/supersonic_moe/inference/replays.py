@@ -56,8 +56,9 @@ class Request(NamedTuple):
     """Further tensors that may lie elsewhere next time, and that are only read."""
     out: Tensor | None
     workspace: Tensor | None
-    key: tuple[Hashable, ...] | None
-    """Options first. None where a call must go through torch's dispatcher: traced, under a dispatch mode, on a CPU,
+    options: tuple[Hashable, ...]
+    key: Hashable | None
+    """None where a call must go through torch's dispatcher: traced, under a dispatch mode, on a CPU,
     with tensors of another class or ones that want a gradient.
     """
 
@@ -70,7 +71,7 @@ class Request(NamedTuple):
             key = _key(x, others, out, workspace, weights, options)
         except RuntimeError:  # of a tensor that has no strides; the checks say which
             key = None
-        return cls(x, others, out, workspace, key)
+        return cls(x, others, out, workspace, options, key)
 
     def run(self) -> Tensor | None:
         """The result, if such a call was kept."""
@@ -113,7 +114,7 @@ class Request(NamedTuple):
             if end - first < num_tokens:
                 check_not_over(out, x)
                 op(*arguments, out[first:end], workspace)
-            elif self.key is None or not self._made_before(arguments, out):
+            elif self.key is None or self._undecided or not self._made_before(arguments, out):
                 op(*arguments, out, workspace)
             else:
                 self._record(op, arguments, out)
@@ -128,7 +129,7 @@ class Request(NamedTuple):
             if len(seen) == KEPT:
                 seen.clear()
                 _of_thread.calls.clear()
-            seen[self.key] = on_sm90(self.x) and arguments.call(out).launches_only and self._decided
+            seen[self.key] = on_sm90(self.x) and arguments.call(out).launches_only
             return False
         if not seen[self.key] or self.key in _of_thread.calls:
             return False
@@ -139,10 +140,9 @@ class Request(NamedTuple):
         return {t.data_ptr() for t in arguments if isinstance(t, Tensor)} <= set(addresses)
 
     @property
-    def _decided(self) -> bool:
-        """Whether the options are values: a number in a tensor may be another one next time."""
-        options = self.key[0] if self.key else ()
-        return isinstance(options, tuple) and not any(isinstance(option, Tensor) for option in options)
+    def _undecided(self) -> bool:
+        """Whether an option is a number in a tensor, which may be another one next time."""
+        return any(isinstance(option, Tensor) for option in self.options)
 
     def _record(self, op: Callable[..., None], arguments: Arguments, out: Tensor) -> None:
         call, workspace = arguments.call(out), self.workspace
@@ -160,7 +160,7 @@ class Request(NamedTuple):
 def _key(
     x: Tensor, others: tuple[Tensor | None, ...], out: Tensor | None, workspace: Tensor | None,
     weights: Sequence[Tensor], options: tuple[Hashable, ...],
-) -> tuple[Hashable, ...] | None:  # fmt: skip
+) -> Hashable | None:  # fmt: skip
     if torch.compiler.is_compiling() or dispatch_modes():
         return None
     described: list[Hashable] = [options]  # strides only where the shape does not say them, for they take time

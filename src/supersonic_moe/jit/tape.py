@@ -393,18 +393,18 @@ def arranged(pieces: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
     largest ones first, at the lowest place that no other has in one of these steps.
     """
     starts, end = [0] * len(pieces), 0
-    arranged: list[int] = []
+    placed: list[int] = []
     for i in sorted(range(len(pieces)), key=lambda i: -pieces[i][0]):
         size, first, last = pieces[i]
         at = 0
-        for j in sorted(arranged, key=starts.__getitem__):
+        for j in sorted(placed, key=starts.__getitem__):
             other_size, other_first, other_last = pieces[j]
             if other_first <= last and first <= other_last:
                 if at + size <= starts[j]:
                     break
                 at = max(at, starts[j] + -(-other_size // _ALIGNMENT) * _ALIGNMENT)
         starts[i], end = at, max(end, at + size)
-        arranged.append(i)
+        placed.append(i)
     return starts, end
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiled_graphs import Graphs
 from oracle import rel_fro
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -340,16 +341,11 @@ def test_compiles_in_one_graph_for_every_number_of_tokens(name: str, dynamic: bo
         if hasattr(module, constant):
             setattr(module, constant, {"limit": 7.0, "alpha": 1.702}[constant])
     module.config._experts_implementation = "supersonic"
-    graphs = []
-
-    def count(graph: torch.fx.GraphModule, _: object) -> object:
-        graphs.append(graph)
-        return graph.forward
-
+    graphs = Graphs()
     layers = nn.ModuleList([module, copy.deepcopy(module)])  # the layers of a model share their code
     found = []
     for layer in layers:
-        compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend=count)
+        compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend=graphs)
         for tokens in (13, 7, 10):
             x, ids, scores = (t[:tokens] for t in inputs(module))
             got, want = compiled(x, ids, scores), layer(x, ids, scores)

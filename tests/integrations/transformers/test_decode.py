@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiled_graphs import Graphs
 from oracle import rel_fro
 from torch import Tensor, nn
 from torch.library import opcheck
@@ -151,13 +152,8 @@ def test_compiled_forwards_take_the_same_way_in_one_graph(on_gpu: None, device: 
     module.limit, module.alpha = 7.0, 1.702  # those of the library's model
     module.config._experts_implementation = "supersonic"
     x, ids, scores = (t.detach().to(device) for t in inputs(module, torch.bfloat16))
-    graphs: list[torch.fx.GraphModule] = []
-
-    def count(graph: torch.fx.GraphModule, _: object) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=count)
+    graphs = Graphs()
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=graphs)
     with torch.no_grad():
         for tokens in (13, 7, 10):
             given = [t[:tokens].clone() for t in (x, ids, scores)]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiled_graphs import Graphs
 from oracle import rel_fro
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -82,13 +83,8 @@ def test_gradient_checkpointing_gives_the_same_bits(family: str, reentrant: bool
 def test_a_model_compiles_in_one_graph_for_every_length(family: str) -> None:
     """Two layers with the same float constants, which the compiler makes inputs of a graph unless they are literals."""
     torch._dynamo.reset()
-    model, graphs = model_of(family), []
-
-    def count(graph: torch.fx.GraphModule, _: object) -> object:
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=count)
+    model, graphs = model_of(family), Graphs()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=graphs)
     for length in (11, 7, 9):
         ids, found = tokens(2, length), []
         for call in (compiled, model):
