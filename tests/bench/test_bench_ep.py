@@ -68,6 +68,7 @@ def test_two_ranks_take_the_same_decisions(tmp_path: Path) -> None:
     assert (tmp_path / "ep.png").stat().st_size > 10_000
     found = [row for row in json.loads(file.read_text())["rows"] if row["case"] == "T32_H32_I16_E4_K2_R2"]
     rows = {row["metric"]: row for row in found}
+    assert {row["metric"] for row in found if row["peer"] == "rows-by-hand"} >= {"fwd_us", "fwd_bwd_us", "host_us"}
     # E 8 on 2 ranks, K 2: p = 1 - (4 3) / (8 7); 32 p copies of 2 H bytes 4 times, ids and scores, their gradients
     assert rows["sent_bytes"]["value"] == pytest.approx(32 * (1 - 12 / 56) * (4 * 2 * 32 + 8 * 2 + 4 * 2))
 
@@ -79,6 +80,15 @@ def test_two_gpus_measure_one_case_after_another(recipe: str, wire: str) -> None
     args = (*shapes, "--recipe", recipe, "--wire", wire, "--transport", "gather")
     for exit_code, output, _ in run_ranks(2, ep_bench.measured, *args, backend=None, gpu=True):
         assert exit_code == 0 and "T2048_" in output and "T1024_" in output, output
+
+
+@pytest.mark.parametrize("remote", [None, 0.9])
+def test_a_layer_written_by_hand_computes_the_same(remote: float | None) -> None:
+    shape = LayerShape(tokens=40, hidden=32, intermediate=16, experts=3, top_k=2)
+    for agrees, share, broken in run_ranks(2, ep_bench.by_hand, shape, remote):
+        assert agrees is None, agrees
+        assert share == pytest.approx(remote or 0.5, abs=0.12)
+        assert broken is not None and "output" in broken, "a layer that is wrong on one rank is so on both"
 
 
 def test_an_error_of_one_rank_or_of_all_ends_the_command_on_all() -> None:

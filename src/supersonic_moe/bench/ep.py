@@ -2,7 +2,8 @@
 
 A case T, H, I, E, K is the load of one rank: T tokens and E experts on each. So the spread layer has R·E experts, and
 one rank computes T·K rows on average, as the plain layer of E experts does on every rank meanwhile. What is left is the
-price of travel. With one rank nothing travels, and the ratio says what the code around it costs.
+price of travel. With one rank nothing travels, and the ratio says what the code around it costs. Over several ranks a
+layer written by hand takes part (``ep_contenders.py``), once it is known to compute the same.
 
     torchrun --nproc-per-node 2 --local-ranks-filter 0 -m supersonic_moe bench ep
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,21 +24,23 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from supersonic_moe import MoE
+from supersonic_moe.bench.ep_contenders import BY_HAND, Numbers, contenders, disagreement
 from supersonic_moe.bench.ep_parts import run_parts
 from supersonic_moe.bench.ep_timeline import Timeline, timeline
-from supersonic_moe.bench.layer import Contender
 from supersonic_moe.bench.ranks import SlowestRank, group_of_ranks
 from supersonic_moe.bench.report import OURS, CaseResult
 from supersonic_moe.bench.spans import marks_for
 from supersonic_moe.bench.timing import (
+    ROUNDS,
     Call,
     Clock,
     LastCaseError,
     Missing,
     NoResultError,
     clock_for,
+    in_turns,
     measure,
+    paired,
     required,
 )
 from supersonic_moe.config.recipe import Fp8Recipe, Recipe
@@ -46,7 +49,6 @@ from supersonic_moe.parallel import ExpertParallel
 from supersonic_moe.parallel.traffic import Load
 from supersonic_moe.perf_model import LayerShape, layer_flops
 
-ONE_GPU = "one-gpu"
 HOST_CALLS = 30
 
 
@@ -65,13 +67,24 @@ class EpResult(CaseResult):
 class EpConfig:
     """What all cases of one run share."""
 
-    device: torch.device
-    dtype: torch.dtype
-    recipe: Recipe
+    numbers: Numbers
     transport: str
     wire: str
     warm_ms: float
     min_ms: float
+    pairs: int = ROUNDS
+
+    @property
+    def device(self) -> torch.device:
+        return self.numbers.device
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.numbers.recipe
+
+    @property
+    def fp8(self) -> bool:
+        return isinstance(self.recipe, Fp8Recipe)
 
 
 class Runner:
@@ -80,13 +93,14 @@ class Runner:
     def __init__(self, config: EpConfig) -> None:
         self.config = config
         self.clock = clock_for(config.device)
+        self._host: dist.ProcessGroup | None = None
 
     @contextmanager
     def over_ranks(self) -> Iterator[None]:
         """What all cases run inside."""
-        with group_of_ranks(self.config.device) as host:
-            if host is not None:
-                self.clock = SlowestRank(self.clock, host)
+        with group_of_ranks(self.config.device) as self._host:
+            if self._host is not None:
+                self.clock = SlowestRank(self.clock, self._host)
             yield
 
     def run(self, shape: LayerShape, progress: Callable[[str], None]) -> EpResult:
@@ -112,45 +126,67 @@ class Runner:
             wire=wire,  # type: ignore[arg-type]
         )
         with closing(ep):
-            return _measured(shape, config, ep, self.clock, progress)
+            return _measured(shape, config, ep, self.clock, self._host, progress)
 
 
 def _measured(
-    shape: LayerShape, config: EpConfig, ep: ExpertParallel, clock: Clock, progress: Callable[[str], None]
+    shape: LayerShape,
+    config: EpConfig,
+    ep: ExpertParallel,
+    clock: Clock,
+    host: dist.ProcessGroup | None,
+    progress: Callable[[str], None],
 ) -> EpResult:
     size = ep.size
-    contenders = {OURS: _contender(shape, config, ep), ONE_GPU: _contender(shape, config, None)}
-    odd = {
-        "fp8": isinstance(config.recipe, Fp8Recipe),
-        "gather": ep.transport == "gather",
-        "fp8-wire": ep.wire == "fp8",
-    }
-    case = "_".join([f"{shape}_R{size}", *(name for name, on in odd.items() if on)])
-    result = EpResult(case, {name: {} for name in contenders})
+    found = contenders(shape, config.numbers, ep)
+    result = EpResult(_name(shape, config, ep), {name: {} for name in found})
+    if BY_HAND in found:
+        progress("comparing with what is written by hand")
+        if differs := disagreement(found, config.fp8, host):
+            result.missing[BY_HAND] = f"computes something else: {differs}"
+            del found[BY_HAND]
     for mode in ("fwd", "fwd_bwd"):
         progress(f"timing {mode}")
-        calls = {name: getattr(contender, mode) for name, contender in contenders.items()}
-        for name, timing in measure(calls, clock, warm_ms=config.warm_ms, min_ms=config.min_ms).items():
-            if isinstance(timing, Missing):
-                raise NoResultError(f"{case}, {mode}: {name}: {timing.reason}.")
-            flops = layer_flops(shape, gated=True)[mode == "fwd_bwd"]
-            metrics = result.metrics[name]
-            metrics[f"{mode}_us"], metrics[f"{mode}_spread"] = timing.us, timing.spread
-            metrics[f"{mode}_tflops"] = flops / timing.us / 1e6
-    for name, contender in contenders.items():
-        result.metrics[name]["host_us"] = _host_us(contender.fwd_bwd, config.device)
+        calls = {name: getattr(contender, mode) for name, contender in found.items()}
+        timings = measure(calls, clock, warm_ms=config.warm_ms, min_ms=config.min_ms, rounds=config.pairs)
+        for name, timing in timings.items():
+            if not isinstance(timing, Missing):
+                flops = layer_flops(shape, gated=True)[mode == "fwd_bwd"]
+                metrics = result.metrics[name]
+                metrics[f"{mode}_us"], metrics[f"{mode}_spread"] = timing.us, timing.spread
+                metrics[f"{mode}_tflops"] = flops / timing.us / 1e6
+                if name != OURS and (pair := paired(timing, timings[OURS])):  # type: ignore[arg-type]
+                    result.pairs[f"{mode}_us", name] = pair
+            elif name == BY_HAND:
+                result.missing[name] = f"{mode}: {timing.reason}"
+                del found[name]
+            else:
+                raise NoResultError(f"{result.case}, {mode}: {name}: {timing.reason}.")
+    for name, us in _host_us({name: contender.fwd_bwd for name, contender in found.items()}, config.device).items():
+        result.metrics[name]["host_us"] = us
     if size > 1:
         sizes = (shape.tokens, shape.hidden, ep.num_experts, shape.top_k, size)
         sent = Load(*sizes, ep.wire, shape.tokens if ep.transport == "gather" else None).sent
         result.metrics[OURS]["sent_bytes"] = sum(sent)
         progress("finding out when rows travel")
-        result.timeline = timeline(contenders[OURS].fwd_bwd, marks_for(config.device), ep.ranks)
+        result.timeline = timeline(found[OURS].fwd_bwd, marks_for(config.device), ep.ranks)
     elif isinstance(config.recipe, Fp8Recipe) and _has_parts(shape, config):
         progress("timing products in parts")
         kernels = registry.fp8_kernels("sm90")
         times = {"warm_ms": config.warm_ms, "min_ms": config.min_ms}
         result.in_parts = run_parts(shape, kernels, config.recipe, config.device, **times)
+    result.metrics = {name: metrics for name, metrics in result.metrics.items() if metrics}
     return result
+
+
+def _name(shape: LayerShape, config: EpConfig, ep: ExpertParallel) -> str:
+    odd = [f"{shape}_R{ep.size}"]
+    if config.fp8:
+        odd.append("fp8")
+    if ep.size > 1:
+        odd += [ep.transport] * (ep.transport != "all_to_all") + ["fp8-wire"] * (ep.wire == "fp8")
+        odd += [] if config.numbers.remote is None else [f"remote{config.numbers.remote:.3g}"]
+    return "_".join(odd)
 
 
 def _has_parts(shape: LayerShape, config: EpConfig) -> bool:
@@ -158,29 +194,14 @@ def _has_parts(shape: LayerShape, config: EpConfig) -> bool:
     return registry.choose_fp8(config.device, **sizes, backend="auto").name == "sm90"
 
 
-def _contender(shape: LayerShape, config: EpConfig, ep: ExpertParallel | None) -> Contender:
-    torch.manual_seed(0)
-    experts = shape.experts if ep is None else ep.num_experts
-    sizes = (experts, shape.top_k, shape.hidden, shape.intermediate)
-    with torch.device(config.device):
-        layer = MoE(*sizes, "swiglu", False, 0.02, recipe=config.recipe, expert_parallel=ep).to(config.dtype)
-        with torch.no_grad():
-            layer.router.weight.normal_(0, shape.hidden**-0.5)
-        torch.manual_seed(1 + dist.get_rank())
-        x_TH = torch.randn(shape.tokens, shape.hidden, dtype=config.dtype).requires_grad_()
-        dout_TH = torch.randn_like(x_TH)
-    return Contender(
-        lambda inference: layer(x_TH, is_inference_mode=inference)[0], x_TH, list(layer.parameters()), dout_TH
-    )
-
-
-def _host_us(call: Call, device: torch.device) -> float:
-    """Host time of a call that finds the device idle, so that no queue is full: median."""
-    times = []
-    for _ in range(HOST_CALLS):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - start) * 1e6)
-    return statistics.median(times)
+def _host_us(calls: Mapping[str, Call], device: torch.device) -> dict[str, float]:
+    """Host time of calls that find the device idle, so that no queue is full: medians, in turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(HOST_CALLS):
+        for name in in_turns(list(calls), number):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            calls[name]()
+            times[name].append((time.perf_counter() - start) * 1e6)
+    return {name: statistics.median(of) for name, of in times.items()}

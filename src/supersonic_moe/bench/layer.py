@@ -349,7 +349,7 @@ def _contenders(shape: LayerShape, config: LayerConfig, layer: MoE) -> dict[str,
         bf16 = copy(layer)
         bf16.recipe = Bf16Recipe()
         contenders[OURS_BF16] = ours(bf16)
-    hugging_face = [layer.router.weight, _hugging_face_w1(layer), layer.c_proj.weight]
+    hugging_face = [layer.router.weight, hugging_face_w1(layer), layer.c_proj.weight]
     for name in config.peers:
         parameters = list(layer.parameters()) if name in INTERLEAVED else hugging_face
         call = partial(PEERS[name], x_TH, *parameters, shape.top_k, config.router, ActivationType(config.activation))
@@ -368,7 +368,7 @@ def _load_ratio(counts_E: Tensor | None) -> float:
     return int(counts_E.max()) * counts_E.shape[0] / rows if counts_E is not None and rows else 1.0
 
 
-def _hugging_face_w1(layer: MoE) -> Tensor:
+def hugging_face_w1(layer: MoE) -> Tensor:
     """Our interleaved (E, 2I, H) as a leaf [gate; up], the peers' own layout."""
     w1_ENH = layer.c_fc.weight.detach()
     if layer.activation.gated:
@@ -393,25 +393,31 @@ def _same_function(contenders: dict[str, Contender], missing: dict[str, str], li
 
 
 def _difference(contender: Contender, judge: Contender, out_TH: Tensor, limit: float) -> str | None:
-    """What a contender computes otherwise than the judge, whose output is given.
+    """What a contender computes otherwise than the judge, whose output is given; the first thing that is."""
+    found = differences(contender, judge, out_TH, limit)
+    return next((f"{what} {gap:.3g}" for what, gap, most in found if not gap <= most), None)  # NaN is not
+
+
+def differences(
+    contender: Contender, judge: Contender, out_TH: Tensor, limit: float
+) -> Iterator[tuple[str, float, float]]:
+    """(what is compared, how far apart it is, how far it may be), one after the other: each is computed when it is
+    asked for. ``out_TH`` is the judge's output.
 
     Of the output and the gradient of x, the median over tokens of the relative distance counts, because a tie between
     two equal bf16 logits may legally be broken either way: with 128 experts an eighth of the tokens has one at its last
     choice. Such tokens get no gradient of the output, so that the gradients of the weights can be compared as a whole.
     """
     distance_T = _distances(contender.infer(), out_TH)
-    if not (found := _median(distance_T)) <= limit:  # NaN is not
-        return f"median relative distance of a token's output {found:.3g}"
+    yield "median relative distance of a token's output", _median(distance_T), limit
     dout_TH = judge.dout * (distance_T <= OTHER_TOKEN * limit)[:, None]
     expected, got = judge.gradients(dout_TH), contender.gradients(dout_TH)
     for name, theirs, ours in zip(("x", "the router", "w1", "w2"), got, expected, strict=True):
         if name == "w1" and contender.gate_up:
             theirs = torch.stack(theirs.chunk(2, 1), 2).flatten(1, 2)
         by_token = name == "x"
-        found = median_distance(theirs, ours) if by_token else _relative(theirs, ours)
-        if not found <= GRADIENT * limit:
-            return f"{'median ' if by_token else ''}relative distance of the gradient of {name} {found:.3g}"
-    return None
+        gap = median_distance(theirs, ours) if by_token else _relative(theirs, ours)
+        yield f"{'median ' if by_token else ''}relative distance of the gradient of {name}", gap, GRADIENT * limit
 
 
 def median_distance(a_TH: Tensor, b_TH: Tensor) -> float:

@@ -83,6 +83,12 @@ Png = Annotated[Path | None, typer.Option(help="Write a chart here.", callback=_
 Markdown = Annotated[Path | None, typer.Option(help="Write the table here, as a page.", callback=_writable_file)]
 MinMs = Annotated[float, typer.Option(min=0, help="Timed work of each contender, milliseconds.")]
 WarmMs = Annotated[float, typer.Option(min=0, help="Load before anything is timed, milliseconds.")]
+Pairs = Annotated[
+    int,
+    typer.Option(
+        min=4, help="Slices of each contender in training, alternating. From 6 on, ratios have a 95 % interval."
+    ),
+]
 Commit = Annotated[
     str | None, typer.Option(help="Commit to record where the tree is a copy without .git. Default: ask git.")
 ]

@@ -38,6 +38,19 @@ class Ep(RecipeOptions, OfLayers["EpResult"], Timed[LayerShape, "EpResult"], Ove
             "ranks need it."
         ),
     ] = "exact"
+    remote: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of a token's choices whose experts other ranks hold, as 0.875. Default: as uniform routing "
+            "has it.",
+        ),
+    ] = None
+    by_hand: Annotated[
+        bool, typer.Option(help="Over several ranks, beside a BF16 layer written by hand: rows over NCCL, grouped_mm.")
+    ] = True
+    pairs: options.Pairs = 4
     png: options.Png = None
 
     def __post_init__(self) -> None:
@@ -75,10 +88,11 @@ class Ep(RecipeOptions, OfLayers["EpResult"], Timed[LayerShape, "EpResult"], Ove
     @cached_property
     def runner(self) -> Runner:
         from supersonic_moe.bench.ep import EpConfig, Runner
+        from supersonic_moe.bench.ep_contenders import Numbers
 
         kind = options.dtype(None, self.where, self.numerics)
-        travel = self.transport, self.wire
-        return Runner(EpConfig(self.where, kind, self.numerics, *travel, self.warm_ms, self.min_ms))
+        numbers = Numbers(self.where, kind, self.numerics, self.remote, self.by_hand)
+        return Runner(EpConfig(numbers, self.transport, self.wire, self.warm_ms, self.min_ms, self.pairs))
 
     def around(self) -> AbstractContextManager[None]:
         return self.runner.over_ranks()

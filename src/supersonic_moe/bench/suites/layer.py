@@ -61,12 +61,7 @@ class Layer(RecipeOptions, Timed[LayerShape, "LayerResult"]):
             "where installed; with commas, or all or none."
         ),
     ] = "torch_loop,grouped_mm"
-    pairs: Annotated[
-        int,
-        typer.Option(
-            min=4, help="Slices of each contender in training, alternating. From 6 on, ratios have a 95 % interval."
-        ),
-    ] = 4
+    pairs: options.Pairs = 4
     cold_l2: Annotated[bool, typer.Option("--cold-l2", help="Flush the L2 cache before every timed call.")] = False
     png: options.Png = None
 
