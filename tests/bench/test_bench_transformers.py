@@ -48,8 +48,8 @@ def test_every_contender_is_measured(what: str, mode: str, metric: str) -> None:
 
 
 def test_another_gate_meets_a_swiglu_of_equal_flops() -> None:
-    result = run_case(TransformersCase(GPT_OSS, "layers", "train", 8), Settings(**QUICK, peers=()))
-    assert set(result.metrics) == {OURS, SWIGLU}
+    result = run_case(TransformersCase(GPT_OSS, "layers", "train", 8), Settings(**QUICK, peers=(), pairs=6))
+    assert set(result.metrics) == {OURS, SWIGLU} and set(result.pairs) == {("fwd_bwd_us", SWIGLU)}
     with pytest.raises(NotImplementedError, match="SwiGLU without biases"):
         liger_experts_forward(build(GPT_OSS, Settings(**QUICK)).model.layers[0].mlp.experts, *[torch.zeros(1)] * 3)
 

@@ -19,6 +19,7 @@ import typer
 import supersonic_moe
 from supersonic_moe.bench import infer_page, readme, report
 from supersonic_moe.bench.report import METRICS, CaseResult
+from supersonic_moe.bench.timing import Paired
 from supersonic_moe.cli import reference
 from supersonic_moe.cli.app import app
 from supersonic_moe.kernels.interface import CAPABILITIES, functions_of
@@ -384,6 +385,20 @@ def test_backends_of_transformers_are_compared_and_who_is_ahead_is_named(tmp_pat
     steps = [line for line in text.splitlines() if line.endswith("| 9,000 | 0.89× |")]
     assert [line.split(" | ")[0] for line in steps] == ["| m, T 512", "| m, T 2048", "| m, T 8192", "| n, T 512"]
     assert text.endswith("Ahead of ours: b at `m/layers/decode_T8` (0.90×).")
+
+
+def test_pairs_decide_who_is_ahead_in_training(tmp_path: Path) -> None:
+    at = "m/layers/train_T512"
+    once = CaseResult(at, {"ours": {"fwd_bwd_us": 100.0}, "b": {"fwd_bwd_us": 99.0}})
+    often = CaseResult(at, {"ours": {"fwd_bwd_us": 102.0}, "b": {"fwd_bwd_us": 103.0}})
+    often.pairs["fwd_bwd_us", "b"] = Paired(1.011, 1.002, 1.02)
+    for name, result in (("pairs", often), ("layers", once)):
+        rows = [asdict(row) for row in report.rows(result)]
+        result_file(tmp_path, f"transformers-{name}", suite="transformers", rows=rows)
+    text = readme.transformers(tmp_path)
+    assert "| m, T 512 | 100 | 0.99× |" in text
+    assert f"| `{at}` | 102 | 1.011 (1.002–1.020) |" in text
+    assert text.endswith("No other backend is ahead of ours in any case.")
 
 
 def test_results_refuse_what_they_would_misread(tmp_path: Path) -> None:

@@ -344,16 +344,24 @@ _OURS_TOO = ("ours-FP8", "swiglu")  # contenders that are ours, for comparison
 
 
 def transformers(folder: Path) -> str:
-    """A table for each kind of case, from all files of the suite, and the cases in which another backend is ahead."""
+    """A table for each kind of case, from all files of the suite, and the cases in which another backend is ahead. Of
+    what was timed in pairs, too, those tell whether it is.
+    """
     contents = [read(path) for path in sorted(folder.glob("transformers*.json"))]
     rows = [Row(**row) for content in contents for row in content["rows"]]
     if not rows:
         return NO_TRANSFORMERS
     sections = [" ".join(dict.fromkeys(f"{origin(content)}." for content in contents))]
+    pairs = [row for row in rows if row.interval is not None]
+    known = {(row.case, row.metric, row.peer) for row in pairs}
+    rows = [row for row in rows if row.interval is None]
     for kind, (title, metrics) in _KINDS.items():
         if of_kind := [row for row in rows if kind in row.case and row.metric in metrics]:
             sections += [f"**{title}**", _backends(of_kind, metrics)]
-    behind = [row for row in rows if row.metric in _WORDS and row.peer not in _OURS_TOO and (row.ratio or 1.0) < 1.0]
+    if pairs:
+        sections += ["**Training steps in alternating pairs** (median, 95 % interval)", _pairs(pairs)]
+    last = [*pairs, *(row for row in rows if (row.case, row.metric, row.peer) not in known)]
+    behind = [row for row in last if row.metric in _WORDS and row.peer not in _OURS_TOO and (row.ratio or 1.0) < 1.0]
     named = [f"{row.peer} at `{row.case}`{_WORDS[row.metric]} ({row.ratio:.2f}×)" for row in behind]
     sections.append(
         f"Ahead of ours: {'; '.join(named)}." if named else "No other backend is ahead of ours in any case."
@@ -383,6 +391,21 @@ def _backends(rows: list[Row], metrics: tuple[str, ...]) -> str:
             line += [f"{row.ratio:.2f}×" if row and row.ratio is not None else "–" for row in of_case]
         lines.append(line)
     return markdown(head, lines)
+
+
+def _pairs(rows: list[Row]) -> str:
+    """Ours in µs, and each other one's time over it."""
+    peers = list(dict.fromkeys(row.peer for row in rows))
+    found = {(row.case, row.peer): row for row in rows}
+    lines = []
+    for case in dict.fromkeys(row.case for row in rows):
+        of_case = [found.get((case, peer)) for peer in peers]
+        us = next(row.value for row in of_case if row)
+        cells = [
+            f"{r.ratio:.3f} ({r.interval[0]:.3f}–{r.interval[1]:.3f})" if r and r.interval else "–" for r in of_case
+        ]
+        lines.append([f"`{case}`", number("fwd_bwd_us", us), *cells])
+    return markdown(["case", "ours, µs", *(f"vs {peer}" for peer in peers)], lines)
 
 
 # ---- the pages -------------------------------------------------------------------------------------------------------

@@ -35,7 +35,17 @@ from supersonic_moe.bench.layer import SAME_FUNCTION, Contender, median_distance
 from supersonic_moe.bench.layer_peers import liger_function
 from supersonic_moe.bench.report import OURS, CaseResult
 from supersonic_moe.bench.shapes import HuggingFaceModel
-from supersonic_moe.bench.timing import Missing, NoResultError, attempt, clock_for, graph_us, measure, required
+from supersonic_moe.bench.timing import (
+    ROUNDS,
+    Missing,
+    NoResultError,
+    attempt,
+    clock_for,
+    graph_us,
+    measure,
+    paired,
+    required,
+)
 from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout
 from supersonic_moe.functional import topk_experts
 from supersonic_moe.integrations.transformers.gates import gate_of
@@ -71,6 +81,7 @@ class Settings:
     peers: Sequence[str] = ("eager", "grouped_mm", "batched_mm", "liger")
     warm_ms: float = 300.0
     min_ms: float = 400.0
+    pairs: int = ROUNDS
     models: dict[str, nn.Module] = field(default_factory=dict)
     """Of earlier cases of decode, and that of the last one, so that the next need not build it again."""
     out_of_memory: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -109,7 +120,9 @@ def run_case(
     warm_ms, min_ms = settings.warm_ms, settings.min_ms
     progress(f"timing {mode}")
     calls = {name: getattr(contender, mode) for name, contender in contenders.items()}
-    run = partial(measure, calls, clock_for(settings.device), warm_ms=warm_ms, min_ms=min_ms, beside=OURS)
+    rounds = settings.pairs if case.mode == "train" else ROUNDS
+    clock = clock_for(settings.device)
+    run = partial(measure, calls, clock, warm_ms=warm_ms, min_ms=min_ms, rounds=rounds, beside=OURS)
     timings = required(f"{case}, {mode}", run)
     for name, timing in timings.items():
         if isinstance(timing, Missing):
@@ -121,6 +134,8 @@ def run_case(
         metrics[f"{mode}_us"], metrics[f"{mode}_spread"] = timing.us, timing.spread
         if timing.few:
             result.few_calls[f"{mode}_us", name] = timing.calls
+        if name != OURS and (pair := paired(timing, timings[OURS])):
+            result.pairs[f"{mode}_us", name] = pair
         if case.what == "layers":
             flops = LAYERS * layer_flops(case.model.shape(case.tokens), gated=case.model.gated)[case.mode == "train"]
             metrics[f"{mode}_tflops"] = flops / timing.us / 1e6

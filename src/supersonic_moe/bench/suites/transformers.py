@@ -42,6 +42,7 @@ class Transformers(Timed["TransformersCase", "CaseResult"]):
     peers: Annotated[
         str, typer.Option(help="eager, grouped_mm, batched_mm and liger, with a comma; empty for none.")
     ] = "eager,grouped_mm,batched_mm,liger"
+    pairs: options.Pairs = 4
 
     @cached_property
     def settings(self) -> Settings:
@@ -53,6 +54,7 @@ class Transformers(Timed["TransformersCase", "CaseResult"]):
             peers=[name for name in self.peers.split(",") if name],
             warm_ms=self.warm_ms,
             min_ms=self.min_ms,
+            pairs=self.pairs,
         )
 
     @property
