@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import results_files
 
-from supersonic_moe.bench import ep, ep_page, ep_parts, readme
+from supersonic_moe.bench import ep_page, ep_parts, readme
+from supersonic_moe.bench.ep_contenders import BY_HAND, ONE_GPU
 from supersonic_moe.bench.report import OURS, CaseResult
 from supersonic_moe.bench.shapes import LAYER_SHAPES
+from supersonic_moe.bench.timing import Paired
 
 A, B = (str(shape) for shape in LAYER_SHAPES[:2])
 
@@ -29,7 +31,7 @@ def text(root: Path, block: str) -> str:
 
 def step(case: str, us: float, plain_us: float, host_us: float = 100.0, plain_host_us: float = 100.0) -> CaseResult:
     ours = {"fwd_bwd_us": us, "host_us": host_us}
-    return CaseResult(case, {OURS: ours, ep.ONE_GPU: {"fwd_bwd_us": plain_us, "host_us": plain_host_us}})
+    return CaseResult(case, {OURS: ours, ONE_GPU: {"fwd_bwd_us": plain_us, "host_us": plain_host_us}})
 
 
 def parts(n: int, us: float) -> CaseResult:
@@ -77,10 +79,24 @@ def test_ranks_stand_beside_the_model_that_was_made_before(root: Path) -> None:
         "1.03, where the model has 1.06 to 1.15: confirmed, less than with ranges",
     ]
     (whole,) = [line for line in lines if line.startswith("**BF16 over 2 GPUs**")]
-    assert "a step takes 1.02 to 1.03 times as long" in whole and "at most 1.08, in 2 of 2 cases." in whole
+    assert "A step takes 1.02 to 1.03 times as long" in whole and "at most 1.08, in 2 of 2 cases." in whole
     assert whole.endswith("The host needs 0.2 to 0.3 ms for a step, 0.1 to 0.2 ms beyond the plain layer.")
     (one,) = [line for line in lines if line.startswith("**FP8 over 4 GPUs**")]
-    assert "a step takes 1.12 times as long" in one and f"in 0 of 1 cases, not at `{A}` (1.123)" in one
+    assert "A step takes 1.12 times as long" in one and f"in 0 of 1 cases, not at `{A}` (1.123)" in one
+
+
+def test_other_routing_and_a_layer_by_hand_are_told_apart(root: Path) -> None:
+    """The ratio is that of pairs where there were any, and the model is of tokens that choose evenly."""
+    far, even = step(f"{A}_R2_gather_remote0.875", 9900, 9000), step(f"{A}_R2_gather", 9000, 9000)
+    even.pairs["fwd_bwd_us", ONE_GPU] = Paired(0.95, 0.94, 0.96)
+    even.metrics[BY_HAND] = {"fwd_bwd_us": 18000.0}
+    write(root, "ep-2gpu-bf16", far, even)
+    lines = text(root, "ranks").splitlines()
+    assert "| 9,000 (1.053) |" in next(line for line in lines if "reference" in line and "BF16" in line)
+    (said,) = [line for line in lines if line.startswith("**BF16 over 2 GPUs**")]
+    assert "With a share of 0.875 of the choices elsewhere a step takes 1.10 times" in said
+    assert "A step takes 1.05 times" in said and "in 0 of 1 cases" in said and "in 1 of 1 cases." in said
+    assert "The BF16 layer written by hand takes 2.00 times as long as ours." in said
 
 
 def test_shapes_of_the_model_are_those_that_a_benchmark_may_be_asked_for() -> None:

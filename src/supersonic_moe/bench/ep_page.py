@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from supersonic_moe.bench.ep_contenders import BY_HAND, ONE_GPU
+from supersonic_moe.bench.ep_parts import ONE_LAUNCH
 from supersonic_moe.bench.markdown import markdown, origin
 from supersonic_moe.bench.report import Row
 from supersonic_moe.perf_model import LayerShape
@@ -84,7 +86,7 @@ def one_rank(contents: Contents) -> str:
         columns[f"{name}: host beyond it, µs"] = {_shape(case): f"{more:+.0f}" for case, more in beyond.items()}
         verdicts.append(_reached(f"{name}, at most {ONE_RANK_GOAL:g} of the plain layer's time", steps, ONE_RANK_GOAL))
         verdicts.append(_within(f"{name}, at most {HOST_GOAL_US:g} µs more of the host", beyond))
-    parts = _by_case(found["fp8"], "products_us") if "fp8" in found else {}
+    parts = _by_case(found["fp8"], "products_us", ONE_LAUNCH) if "fp8" in found else {}
     for n, goal in PARTS_GOALS.items():
         of_n = {case: row for case, row in parts.items() if case.endswith(f"_{n}-parts")}
         columns[f"FP8 products in {n} parts over one launch"] = {_shape(case): _over(row) for case, row in of_n.items()}
@@ -113,8 +115,8 @@ def ranks(contents: Contents) -> str:
         for size, (serial, ranges) in zip(RANKS, model.steps, strict=True):
             row = _measured(contents, model, size)
             line += [f"{serial:,} / {ranges:,}", f"{row.value:,.0f} ({_over(row)})" if row else "–"]
-            if row and row.peer_value:
-                verdicts.append(_judged(model, size, row.value / row.peer_value, serial, ranges))
+            if row and (measured := _times(row)):
+                verdicts.append(_judged(model, size, measured, serial, ranges))
         lines.append(line)
     sections.append(markdown(head, lines))
     if verdicts:
@@ -127,7 +129,8 @@ def ranks(contents: Contents) -> str:
 def _measured(contents: Contents, model: Predicted, size: int) -> Row | None:
     content = contents.get(f"ep-{size}gpu-{model.precision}")
     steps, case = _by_case(content, "fwd_bwd_us") if content else {}, model.case(size)
-    return next((row for found, row in steps.items() if found == case or found.startswith(f"{case}_")), None)
+    of_case = [row for found, row in steps.items() if found == case or found.startswith(f"{case}_")]
+    return next((row for row in of_case if not _remote(row.case)), None)
 
 
 def _judged(model: Predicted, size: int, measured: float, serial: int, ranges: int) -> str:
@@ -141,24 +144,38 @@ def _judged(model: Predicted, size: int, measured: float, serial: int, ranges: i
 
 
 def _of_ranks(content: dict[str, Any], precision: str, size: int) -> str:
-    steps, hosts = _by_case(content, "fwd_bwd_us"), _by_case(content, "host_us").values()
-    times = [row.value / row.peer_value for row in steps.values() if row.peer_value]
-    text = f"**{precision.upper()} over {size} GPUs** ({origin(content)}): a step takes {_range(times, '.2f')} times "
-    goal = _reached(f"at most {RANKS_GOAL:g}", steps, RANKS_GOAL)
-    text += f"as long as that of one GPU with the same load. Goal reached: {goal}"
+    """Where tokens choose evenly, and where a share of their choices was chosen."""
+    every, hosts = _by_case(content, "fwd_bwd_us"), list(_by_case(content, "host_us").values())
+    sentences = []
+    for share in dict.fromkeys(map(_remote, every)):
+        steps = {case: row for case, row in every.items() if _remote(case) == share}
+        text = f"With a share of {share} of the choices elsewhere a" if share else "A"
+        text += f" step takes {_range(filter(None, map(_times, steps.values())), '.2f')} times as long as that"
+        goal = _reached(f"at most {RANKS_GOAL:g}", steps, RANKS_GOAL)
+        sentences.append(f"{text} of one GPU with the same load. Goal reached: {goal}")
+    if by_hand := [row.ratio for row in _by_case(content, "fwd_bwd_us", BY_HAND).values() if row.ratio]:
+        sentences.append(f"The BF16 layer written by hand takes {_range(by_hand, '.2f')} times as long as ours")
     if hosts:
+        text = f"The host needs {_range([row.value / 1e3 for row in hosts], '.1f')} ms for a step"
         more = [m for row in hosts if (m := _more(row)) is not None]
-        text += f". The host needs {_range([row.value / 1e3 for row in hosts], '.1f')} ms for a step"
-        text += f", {_range([m / 1e3 for m in more], '.1f')} ms beyond the plain layer" if more else ""
-    return f"{text}."
+        sentences.append(
+            f"{text}, {_range([m / 1e3 for m in more], '.1f')} ms beyond the plain layer" if more else text
+        )
+    return f"**{precision.upper()} over {size} GPUs**, {origin(content)}. {'. '.join(sentences)}."
 
 
 # ---- cells -----------------------------------------------------------------------------------------------------------
 
 
-def _by_case(content: dict[str, Any], metric: str) -> dict[str, Row]:
+def _by_case(content: dict[str, Any], metric: str, peer: str = ONE_GPU) -> dict[str, Row]:
     rows = [Row(**row) for row in content["rows"]]
-    return {row.case: row for row in rows if row.metric == metric}
+    return {row.case: row for row in rows if (row.metric, row.peer) == (metric, peer)}
+
+
+def _remote(case: str) -> str:
+    """The share of choices whose experts other ranks hold, where it was chosen."""
+    found = re.search(r"_remote([\d.]+)", case)
+    return found[1] if found else ""
 
 
 def _shape(case: str) -> str:
@@ -166,7 +183,13 @@ def _shape(case: str) -> str:
 
 
 def _over(row: Row | None) -> str:
-    return f"{row.value / row.peer_value:.3f}" if row and row.peer_value else "–"
+    over = row and _times(row)
+    return f"{over:.3f}" if over else "–"
+
+
+def _times(row: Row) -> float | None:
+    """How many times as long as its peer, of pairs where there were any. A ratio in a file has six digits."""
+    return round(1 / row.ratio, 4) if row.ratio else None
 
 
 def _more(row: Row | None) -> float | None:
@@ -179,7 +202,7 @@ def _range(values: Iterable[float], form: str) -> str:
 
 
 def _reached(what: str, rows: Mapping[str, Row], goal: float) -> str:
-    over = {case: row.value / row.peer_value for case, row in rows.items() if row.peer_value}
+    over = {case: times for case, row in rows.items() if (times := _times(row))}
     return _counted(what, {case: f"{ratio:.3f}" for case, ratio in over.items() if ratio > goal}, len(over))
 
 
