@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from math import nan
 from pathlib import Path
 
 import deep_gemm_stand_in
@@ -23,6 +24,7 @@ from supersonic_moe.bench import (
     mega_figure,
     mega_timeline,
     readme,
+    report,
 )
 from supersonic_moe.bench.infer import InferResult
 from supersonic_moe.bench.infer_cases import InferCase, random_experts, workload
@@ -107,7 +109,9 @@ def test_the_peer_computes_the_same(tokens: int, monkeypatch: pytest.MonkeyPatch
 
 
 def test_errors_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A peer that is off is shown with its errors up to its limit; ours is held to a tighter one, in each row."""
+    """A peer that is off is timed up to its limit, and beyond shown with its errors alone; ours is held to a tighter
+    limit, in each row.
+    """
     runner = mega.Runner(CPU, warm_ms=0, min_ms=0, peers=[])
 
     def off(factor: float, rows: slice) -> Call:
@@ -123,13 +127,18 @@ def test_errors_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     everywhere = slice(None)
     near = off(1.1, everywhere)
-    contenders = {OURS: mega.ours, "near": near, "far": off(1.3, everywhere), DIRECT: near}
+    contenders = {OURS: mega.ours, "near": near, "far": off(1.3, everywhere), DIRECT: near, "odd": off(nan, everywhere)}
     monkeypatch.setattr(runner, "_contenders", lambda: contenders)
     result = runner.run(InferCase(TINY, 9), lambda _: None)
     assert result.metrics["near"]["calc_diff"] == pytest.approx(0.0045, rel=0.1)
     assert result.metrics["near"]["worst_row"] == pytest.approx(0.1, rel=0.1)
     assert "its calc_diff is 0.03" in result.missing["far"]
     assert "its calc_diff is 0.0045" in result.missing[DIRECT]  # the other way of ours
+    assert "its calc_diff is nan" in result.missing["odd"]
+    rows = {(row.metric, row.peer): row for row in report.rows(result)}
+    far = [rows[metric, "far"].peer_value for metric in ("calc_diff", "worst_row", "replay_us")]
+    assert far == [pytest.approx(0.033, rel=0.1), pytest.approx(0.3, rel=0.1), None]
+    assert rows["calc_diff", "odd"].peer_value is None  # no number of JSON
     for wrong, said in ((off(1.1, everywhere), "calc_diff is"), (off(1.05, slice(4, 5)), "a row is off by")):
         contenders[OURS] = wrong
         with pytest.raises(NoResultError, match=said):
@@ -159,9 +168,10 @@ def test_the_table_and_the_figure_hold_cases_against_their_bars() -> None:
     flash = SHAPES["flash"]
     positive = cases_of(flash)[-1].shape
     results = [result_of(flash, 16, 200, 230), result_of(flash, 8192, 2000, 2400), result_of(positive, 1024, 400, 500)]
+    results[2].untimed[DEEP_GEMM] = results[2].metrics.pop(DEEP_GEMM) | {"calc_diff": 0.02}
     table = mega_figure.bars(results)
     columns = {column.header: list(column.cells) for column in table.columns}
-    assert columns["ratio"] == ["1.15x", "1.20x", "1.25x"]
+    assert columns["ratio"] == ["1.15x", "1.20x", "-"] and columns["calc_diff, peer"][2] == "1e-05, 0.02"
     assert columns["must"] == ["[green]1.10x[/]", "[red]1.35x[/]", "-"]
     assert columns["host over operator, µs"] == ["+0.5"] * 3
     left, right = mega_figure.draw(results, "title").axes
@@ -190,21 +200,27 @@ def test_the_page_says_what_was_measured_and_what_is_a_model(tmp_path: Path) -> 
     assert "Not measured" in serving(tmp_path) and "×" not in serving(tmp_path)
     positive = cases_of(SHAPES["flash"])[-1].shape
     results = [result_of(SHAPES["flash"], 64, 200, 250), result_of(positive, 1024, 400, 500)]
-    results[1].metrics[DEEP_GEMM]["worst_row"] = 0.07
+    results[1].untimed[DEEP_GEMM] = {"calc_diff": 0.02, "worst_row": 0.07}
+    results[1].missing[DEEP_GEMM] = "wrong result"
+    del results[1].metrics[DEEP_GEMM]
     results_files.write(path, "mega", results)
     path.with_name("mega-world1-timeline.png").touch()
     text = serving(tmp_path)
     line = next(line for line in text.splitlines() if line.startswith("| `flash` | 64 |"))
     travel = [64 * (ranks - 1) * (3 * 4096 + 128 + 48) / 346e9 * 1e6 for ranks in (4, 8)]
     model = [f"{200 + 100 + us:,.0f}" for us in travel]
-    assert line == f"| `flash` | 64 | 251 | 351 | 200 | 50% | 1.25× | {model[0]} | {model[1]} |"
-    assert "| `pro` | 64 | 821 | 980 | – | – | – | + 112 | + 128 |" in text
-    assert "| `flash-positive_T1024_uniform` | 1e-05 | 1e-05 | 0.01 | 0.07 |" in text
+    assert line == f"| `flash` | 64 | 251 | 296 | 351 | 200 | 50% | 1.25× | {model[0]} | {model[1]} |"
+    assert "| `pro` | 64 | 821 | 908 | 980 | – | – | – | + 112 | + 128 |" in text
+    assert "| `pro` | 8192 | 10123 | – | 8926 | –" in text
+    assert "| `flash-positive_T1024_uniform` | 1e-05 | 0.02 | 0.01 | 0.07 |" in text
+    ahead = "DeepGEMM's kernel takes less time than ours in"
     reached = "1.10× up to 256 tokens, 1.25× up to 1024 and 1.35× beyond, is reached in"
-    assert f"The goal beside DeepGEMM on one rank, {reached} 1 of 1 rows." in text.splitlines()
+    assert f"The goal beside DeepGEMM on one rank, {reached} 1 of 1 rows. {ahead} 0 of 1." in text
     assert (
-        "The model of 8 ranks takes longer than the published fused call in 1 of 1 rows, and longer than DeepEP in 0."
+        "The model of 8 ranks takes longer than the published fused call in 1 of 1 rows, and longer than the faster "
+        "way of DeepEP in 1."
     ) in text.splitlines()
-    results_files.write(path, "mega", [result_of(SHAPES["flash"], 64, 240, 250)])
-    assert f"{reached} 0 of 1 rows, not by `flash` at 64 (1.04×)." in serving(tmp_path)
+    results_files.write(path, "mega", [result_of(SHAPES["flash"], 64, 240, 250), result_of(SHAPES["flash"], 16, 9, 8)])
+    missed = f"not by `flash` at 16 (0.89×); `flash` at 64 (1.04×). {ahead} 1 of 2."
+    assert f"{reached} 0 of 2 rows, {missed}" in serving(tmp_path)
     assert "](../benchmarks/results/mega-world1-timeline.png)" in text and "Not measured" not in text

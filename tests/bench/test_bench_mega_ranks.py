@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import mega_bench
 import pytest
 import results_files
+import torch
 from command_line import run, words
 from ranks import end_ranks, run_ranks
 
 pytest.importorskip("triton")
 
-from supersonic_moe.bench import mega_figure, readme
+from supersonic_moe.bench import mega_figure, mega_ranks, readme
 from supersonic_moe.bench.infer import InferResult
 from supersonic_moe.bench.mega_cases import DEEP_GEMM, DIRECT, SHAPES, at_most_us, cases_of, must, of_ranks
 from supersonic_moe.bench.report import OURS
@@ -56,6 +58,18 @@ def test_a_wrong_result_of_one_rank_has_no_time_and_other_cases_follow() -> None
         said = " ".join(output.split())
         assert code == 1 and said.count("No result") == 3, said
         assert all(f"No result: {case}: rank 1: ArithmeticError: wrong result" in said for case in CASES), said
+
+
+def test_errors_are_those_of_the_rank_that_is_farthest_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that were timed and of those that were not; no number where a rank has none."""
+    runner = mega_ranks.Runner(torch.device("cpu"), warm_ms=0, min_ms=0, peers=[])
+    result = InferResult("c", {OURS: {"rows": 3.0}}, untimed={DEEP_GEMM: {"calc_diff": 0.02, "worst_row": 0.5}})
+    other = {OURS: {"rows": 4.0}}, {DEEP_GEMM: {"calc_diff": math.nan, "worst_row": 0.4}}
+    monkeypatch.setattr(runner, "_told", lambda own: [own, other])
+    runner._take_largest(result)
+    assert result.metrics == {OURS: {"rows": 4.0}}
+    errors = result.untimed[DEEP_GEMM]
+    assert math.isnan(errors["calc_diff"]) and errors["worst_row"] == 0.5
 
 
 @pytest.mark.parametrize("where", ["the peer", "a check"])

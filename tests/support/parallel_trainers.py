@@ -1,7 +1,8 @@
 """Expert parallelism behind the interfaces of trainers, by the names and signatures that they publish.
 
-    torchtitan    RoutedExperts.forward, and a token dispatcher with wire_meshes, dispatch and combine
-    Megatron      a token dispatcher of six steps around its grouped experts; experts as modules (SonicMoEMlpNode)
+    torchtitan 0.3.0        RoutedExperts.forward, and a token dispatcher with wire_meshes, dispatch and combine
+    Megatron, core 0.16.1   a token dispatcher of six steps around its grouped experts; experts as modules
+                            (SonicMoEMlpNode)
 
 Each is compared with one process that has the tokens of all ranks, in fp64.
 """
@@ -40,18 +41,20 @@ class RoutedExperts(nn.Module):
 
     def forward(
         self,
-        x_TD: Tensor,
-        topk_scores_TK: Tensor,
-        topk_expert_ids_TK: Tensor,
+        x_BLD: Tensor,
+        topk_scores_BLK: Tensor,
+        topk_expert_ids_BLK: Tensor,
         num_local_tokens_per_expert_E: Tensor,
     ) -> Tensor:
-        return self.ep.experts(x_TD, topk_expert_ids_TK, topk_scores_TK, self.w1, self.w2)
+        tokens, ids, scores = (t.flatten(0, 1) for t in (x_BLD, topk_expert_ids_BLK, topk_scores_BLK))
+        return self.ep.experts(tokens, ids, scores, self.w1, self.w2).view_as(x_BLD)
 
 
 class TitanDispatcher:
     """In place of torchtitan's, for those who keep their experts."""
 
-    def wire_meshes(self, ep_mesh: DeviceMesh) -> None:
+    def wire_meshes(self, *, ep_mesh: DeviceMesh | None) -> None:
+        assert ep_mesh is not None, "one rank needs no dispatcher"
         self.ep = ExpertParallel(ep_mesh, num_experts=E, top_k=K, hidden=H, max_tokens=512, timeout_s=60)
 
     def dispatch(
@@ -80,11 +83,11 @@ class MegatronDispatcher:
     def __init__(self, ep: ExpertParallel) -> None:
         self.ep = ep
 
-    def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        self.shape = hidden_states.shape
+    def dispatch_preprocess(self, tokens: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        self.shape = tokens.shape
         chosen, ids = routing_map.to(torch.uint8).topk(K, dim=1)
         self.ids = torch.where(chosen.bool(), ids, -1)
-        return hidden_states.reshape(-1, self.shape[-1]), probs.gather(1, ids)
+        return tokens.reshape(-1, self.shape[-1]), probs.gather(1, ids)
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         self.got = self.ep.dispatch(hidden_states, self.ids, probs)
@@ -110,12 +113,12 @@ class MegatronDispatcher:
 
 def titan_experts(ep: ExpertParallel, x: Tensor, mine: Inputs, scores: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     counts = torch.bincount(mine.ids.flatten(), minlength=E)
-    return RoutedExperts(ep, w1, w2)(x, scores, mine.ids, counts)
+    return RoutedExperts(ep, w1, w2)(x[None], scores[None], mine.ids[None], counts)[0]
 
 
 def titan_dispatcher(ep: ExpertParallel, x: Tensor, mine: Inputs, scores: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     dispatcher = TitanDispatcher()
-    dispatcher.wire_meshes(init_device_mesh("cpu", (dist.get_world_size(),)))
+    dispatcher.wire_meshes(ep_mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     counts = torch.bincount(mine.ids.flatten(), minlength=E)
     routed, rows, metadata = dispatcher.dispatch(x, scores, mine.ids, counts)
     return dispatcher.combine(experts_loop(routed, rows, w1, w2), metadata, x)
@@ -124,10 +127,12 @@ def titan_dispatcher(ep: ExpertParallel, x: Tensor, mine: Inputs, scores: Tensor
 def megatron_dispatcher(ep: ExpertParallel, x: Tensor, mine: Inputs, scores: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     nothing = x.new_zeros(x.shape[0], E)
     probs, routing_map = nothing.scatter(1, mine.ids, scores), nothing.bool().scatter(1, mine.ids, True)
-    d = MegatronDispatcher(ep)
-    rows, counts, row_probs = d.dispatch_postprocess(*d.token_dispatch(*d.dispatch_preprocess(x, routing_map, probs)))
+    d, tokens = MegatronDispatcher(ep), x[:, None]  # (S, B, H)
+    rows, counts, row_probs = d.dispatch_postprocess(
+        *d.token_dispatch(*d.dispatch_preprocess(tokens, routing_map, probs))
+    )
     y = experts_loop(rows, counts, w1, w2) * row_probs[:, None]
-    return d.combine_postprocess(d.token_combine(d.combine_preprocess(y)))
+    return d.combine_postprocess(d.token_combine(d.combine_preprocess(y)))[:, 0]
 
 
 def megatron_layer(ep: ExpertParallel, x: Tensor, mine: Inputs, scores: Tensor, w1: Tensor, w2: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
-"""One small case of every sm_90 kernel, of the inference operator and of a layer step, for compute-sanitizer
-(test_gpu_sanitizer.py).
+"""One small case of every sm_90 kernel, of the inference operator, of what several ranks exchange and of a layer step,
+for compute-sanitizer (test_gpu_sanitizer.py).
+
+Ranks that wait for each other would need kernels that run at the same time, which a tool need not let them. So each
+runs when the others have told it everything, or seem to have: ``told_long_ago``.
 
 Checks nothing itself. With the argument ``racecheck`` every lane arrives on barriers for itself: that tool takes an
 arrival to order the accesses of its own lane only, also behind ``__syncwarp``.
@@ -16,14 +19,26 @@ from inference_oracle import make_case
 
 import supersonic_moe as sm
 from supersonic_moe.config.activation import Activation, GateUpLayout, as_activation
+from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.inference import SharedExpert, moe_fp8_ds_routed, moe_fp8_topk, workspace_bytes
-from supersonic_moe.kernels.interface import DownBackward, Gate, Into, Quantized, Rows, UpProjection
+from supersonic_moe.kernels.interface import (
+    RANGE_ROWS,
+    Arrivals,
+    DownBackward,
+    Gate,
+    Into,
+    Quantized,
+    RowBlocks,
+    Rows,
+    Sources,
+    UpProjection,
+)
 from supersonic_moe.kernels.reference.inference import Fp8Experts
 from supersonic_moe.kernels.sm90 import gemm_config
 from supersonic_moe.kernels.sm90.down_backward import down_backward
 from supersonic_moe.kernels.sm90.down_backward_fp8 import down_backward_fp8
 from supersonic_moe.kernels.sm90.down_backward_fp8_quantize import down_backward_fp8_quantize
-from supersonic_moe.kernels.sm90.exchange_flags import ExchangeFlags
+from supersonic_moe.kernels.sm90.exchange_flags import MAX_RANKS, WORDS, ExchangeFlags
 from supersonic_moe.kernels.sm90.grouped_gemm import grouped_mm
 from supersonic_moe.kernels.sm90.grouped_gemm_fp8 import grouped_mm_fp8
 from supersonic_moe.kernels.sm90.grouped_wgrad import grouped_mm_wgrad
@@ -31,8 +46,11 @@ from supersonic_moe.kernels.sm90.grouped_wgrad_fp8 import grouped_mm_wgrad_fp8
 from supersonic_moe.kernels.sm90.quantize_columns import quantize_columns
 from supersonic_moe.kernels.sm90.rank_tokens import Layout
 from supersonic_moe.kernels.sm90.up_projection import up_projection
+from supersonic_moe.kernels.sm90.up_projection_fp8 import up_projection_fp8
+from supersonic_moe.kernels.triton.departures import departures_everywhere
 from supersonic_moe.kernels.triton.pad_segments import pad_segments
 from supersonic_moe.kernels.triton.quantize import quantize_blocks, quantize_rows
+from supersonic_moe.kernels.triton.row_parts import row_parts
 from supersonic_moe.parallel.few_rows import FewRows, Given
 from supersonic_moe.parallel.symmetric import HEAD
 from supersonic_moe.quantization.block_format import padded_capacity
@@ -101,6 +119,78 @@ def kernels(counts: list[int]) -> None:
         grouped_mm_wgrad_fp8(columns, tiles, segments.offsets, Into(out, transposed, accumulate=True))
 
 
+def products_in_parts(counts: list[int]) -> None:
+    """Products whose rows come, or leave, in two parts: here all are there. ``counts`` average 256 or more, or the
+    kernels in bf16 have no parts.
+    """
+    num_experts, rows = len(counts), sum(counts)
+    offsets = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32, device=CUDA)
+    row_expert = torch.repeat_interleave(torch.arange(num_experts), torch.tensor(counts)).int().to(CUDA)
+    blocks = torch.tensor(counts, dtype=torch.int32, device=CUDA).add(RANGE_ROWS - 1) // RANGE_ROWS
+    cut, start = blocks // 2, torch.zeros_like(blocks)
+    begin, end = torch.stack([start, cut]), torch.stack([cut, blocks])
+    arriving = Arrivals(begin, end, torch.ones(2, dtype=torch.int32, device=CUDA), _no_parts)
+    leaving = [RowBlocks(*part, lambda _: None) for part in zip(begin, end, strict=True)]
+    index = torch.randint(0, rows, (rows,), device=CUDA, dtype=torch.int32)
+    x, scores = torch.randn(rows, HIDDEN, device=CUDA, dtype=BF16), torch.rand(rows, device=CUDA)
+    w1 = torch.randn(num_experts, 2 * WIDTH, HIDDEN, device=CUDA, dtype=BF16)
+    w2 = torch.randn(num_experts, HIDDEN, WIDTH, device=CUDA, dtype=BF16)
+    gate = Gate(as_activation("swiglu"), GateUpLayout.INTERLEAVED)
+
+    z, a = up_projection(UpProjection(Rows(x, index), w1, None, offsets, row_expert, gate, save=True), arriving)
+    down_backward(DownBackward(Rows(x, index), w2, z, None, scores, offsets, row_expert, gate), arriving)
+    grouped_mm(Rows(a), w2.transpose(1, 2), offsets, leaving)
+
+    w1_q, _, w1_scale = quantize_blocks(w1)
+    w2_q, w2_turned, w2_scale = quantize_blocks(w2)
+    codes = Rows(quantize_rows(x, tma=False), index)
+    step = UpProjection(codes, Quantized(w1_q, w1_scale), None, offsets, row_expert, gate, save=True)
+    z_q, a_q = up_projection_fp8(step, Fp8Recipe(), arriving)
+    grouped_mm_fp8(Rows(a_q), Quantized(w2_q, w2_scale), offsets, leaving)
+    segments = pad_segments(offsets, index, padded_capacity(rows, num_experts))
+    down = DownBackward(codes, Quantized(w2_turned, w2_scale.mT), z_q, None, scores, offsets, row_expert, gate)
+    down_backward_fp8_quantize(down, segments, False, arriving)
+
+
+def _no_parts() -> None:
+    raise AssertionError("one of these products waits for all of its rows: no kernel of it walks parts")
+
+
+def departures(tokens: int) -> None:
+    """Tables of tokens that go to two ranks, with places to spare, and of the parts in which rows come from them."""
+    places = tokens + 3
+    ids = torch.randint(-1, 9, (tokens, 3), device=CUDA)
+    for chosen in (ids, ids.int()):
+        departures_everywhere(chosen, 8, 2, places)
+    counts = torch.tensor([0, 2 * places // 3, 0, 2 * places - 2 * places // 3], dtype=torch.int32)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0).int()]).to(CUDA)
+    index = torch.arange(2 * places, dtype=torch.int32, device=CUDA)
+    for rank in range(2):
+        row_parts(offsets, index, Sources(rank, 2, places))
+
+
+def told_long_ago(blocks: list[torch.Tensor]) -> None:
+    """Each rank finds flags of an epoch that it never reaches. A rank that runs tells the others its own epochs, which
+    those that run behind it find instead: as many.
+    """
+    for rank, block in enumerate(blocks):
+        words = block[: 8 * WORDS].view(torch.int64)
+        for peer in range(len(blocks)):
+            if peer != rank:
+                words[peer] = words[MAX_RANKS + peer] = 1000 << 32
+
+
+def exchange(ranks: int) -> None:
+    """The flags of ranks, through both banks, in blocks that hold nothing else."""
+    blocks = [torch.zeros(8 * WORDS, dtype=torch.uint8, device=CUDA) for _ in range(ranks)]
+    told_long_ago(blocks)
+    for rank in range(ranks):
+        flags = ExchangeFlags(blocks, rank, 5.0)
+        for number in range(4):
+            flags.begin(number % 2, 1 + number, 0)
+            flags.meet(64, 1 + number, 1)
+
+
 def inference(tokens: int, inter: int, order: str) -> None:
     """Routing, streaming and, where rows are many, tile kernels, combination: behind logits and behind ids of others,
     with sentinels, a shared expert and a workspace of exactly the size asked for.
@@ -122,19 +212,24 @@ def inference(tokens: int, inter: int, order: str) -> None:
     )  # fmt: skip
 
 
-def few_rows(tokens: int) -> None:
-    """``MegaMoE`` with few rows, in a group of one rank, with a block of exactly the size that it needs."""
-    case = make_case(tokens=tokens, hidden=256, inter=128, choices=2, num_experts=8, local=8, order="gate_up")
+def few_rows(tokens: int, ranks: int) -> None:
+    """``MegaMoE`` with few rows, a rank after the other, with blocks of exactly the size that they need."""
+    sizes = {"hidden": 256, "inter": 128, "choices": 2, "num_experts": 8, "local": 8 // ranks, "order": "gate_up"}
+    case = make_case(tokens=tokens, **sizes)
     x, x_scale, ids, weights = (t.to(CUDA) for t in (case.x, case.x_scale, case.ids, case.weights))
     experts = Fp8Experts(*(t.to(CUDA) for t in (case.w13, case.w13_scale, case.w2, case.w2_scale)))
-    block = torch.zeros(HEAD + Layout.of(1, tokens, 256, 2).end, dtype=torch.uint8, device=CUDA)
-    memory = SimpleNamespace(blocks=[block], flags=ExchangeFlags([block], 0, 5.0))
-    few = FewRows(SimpleNamespace(memory=memory, inside=lambda call, phase: nullcontext()), 0, 1, 8, tokens, 2)
+    size = HEAD + Layout.of(ranks, tokens, 256, 2).end
+    blocks = [torch.zeros(size, dtype=torch.uint8, device=CUDA) for _ in range(ranks)]
+    told_long_ago(blocks)
     ids[0] = torch.tensor([-1, 2**31 - 1])
     out = torch.zeros(tokens, 256, dtype=BF16, device=CUDA)
-    for rows, scale in ((x, x_scale), (x.to(BF16), None)):
-        given = Given(rows, scale, ids, weights, experts, GateUpLayout.GATE_UP, None, False, None)
-        few.run(1, given, out, accumulate=scale is None)
+    for rank in range(ranks):
+        memory = SimpleNamespace(blocks=blocks, flags=ExchangeFlags(blocks, rank, 5.0))
+        copies = SimpleNamespace(memory=memory, inside=lambda call, phase: nullcontext())
+        few = FewRows(copies, rank, ranks, 8, tokens, 2)
+        for rows, scale in ((x, x_scale), (x.to(BF16), None)):
+            given = Given(rows, scale, ids, weights, experts, GateUpLayout.GATE_UP, None, False, None)
+            few.run(1, given, out, accumulate=scale is None)
 
 
 def main() -> None:
@@ -142,13 +237,19 @@ def main() -> None:
         gemm_config.ARRIVALS = 32
     kernels([70, 0, 1, 129, 15])
     kernels([300, 0, 513])
+    products_in_parts([300, 0, 513])
     for block_n in (gemm_config.BROAD_BLOCK_N, gemm_config.WIDE_BLOCK_N):
         gemm_config.tile_columns = lambda columns, depth, block_n=block_n: block_n
         kernels([300, 0, 513])
+        products_in_parts([300, 0, 513])
     for tokens, inter, order in ((1, 128, "up_gate"), (33, 192, "gate_up"), (900, 256, "interleaved")):
         inference(tokens, inter, order)
-    for tokens in (1, 60, 200):
-        few_rows(tokens)
+    for tokens, ranks in ((1, 1), (60, 1), (200, 1), (1, 2), (60, 2)):
+        few_rows(tokens, ranks)
+    exchange(2)
+    exchange(3)
+    for tokens in (1, 70):
+        departures(tokens)
     layer = sm.MoE(8, 2, HIDDEN, WIDTH, "swiglu", True, 0.02).to(CUDA, BF16)
     x = torch.randn(77, HIDDEN, device=CUDA, dtype=BF16, requires_grad=True)
     out, aux = layer(x)

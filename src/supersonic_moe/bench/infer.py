@@ -1,10 +1,10 @@
 """The inference suite: the whole FP8 operator, router logits to combined rows, ours and others' in one process.
 
 Every contender's output is checked before it is timed: against the reference in fp32 that does not quantize between the
-products, on up to ``CHECKED`` tokens of the batch. Times are those of a CUDA graph of one call, replayed with a cold L2
-(the cache is overwritten before each, outside the events; an event pair alone reads 1.3 µs of them), contenders
-interleaved. Beside them stand the eager call, timed the same way, which waits for the host where the host is slower,
-and the host's own time for a call.
+products, on up to ``CHECKED`` tokens of the batch. One that is wrong has its errors in the file and no time. Times are
+those of a CUDA graph of one call, replayed with a cold L2 (the cache is overwritten before each, outside the events; an
+event pair alone reads 1.3 µs of them), contenders interleaved. Beside them stand the eager call, timed the same way,
+which waits for the host where the host is slower, and the host's own time for a call.
 
 Where all batches are small, time is what reading the hit experts takes: ``fits`` reports it as fixed + slope × hits for
 each contender and routing.
@@ -70,11 +70,14 @@ class Runner:
         calls: dict[str, Call] = {}
         for name, build in self._contenders().items():
             progress(f"checking {name}")
-            found = self._attempt(lambda: self._checked(name, build(work), expected, checked))  # noqa: B023
-            if isinstance(found, Missing):
+            found = self._attempt(lambda: self._checked(build(work), expected, checked))  # noqa: B023
+            verdict = found if isinstance(found, Missing) else self._attempt(lambda: self._judge(name, found[1]))  # noqa: B023
+            if isinstance(verdict, Missing):
                 if name == OURS:
-                    raise NoResultError(f"{case}: {found.reason}.")
-                result.missing[name] = found.reason
+                    raise NoResultError(f"{case}: {verdict.reason}.")
+                result.missing[name] = verdict.reason
+                if found is not verdict:
+                    result.untimed[name] = found[1]
             else:
                 calls[name], errors = found
                 result.metrics[name] = errors | (facts if name == OURS else {})
@@ -83,7 +86,7 @@ class Runner:
         for name, metrics in self.timed(calls).items():
             if isinstance(metrics, Missing):
                 result.missing[name] = metrics.reason
-                del result.metrics[name]
+                result.untimed[name] = result.metrics.pop(name)
             else:
                 result.metrics[name] |= metrics
         for metrics in result.metrics.values():
@@ -98,19 +101,23 @@ class Runner:
     def _reference(self, work: Workload) -> tuple[Tensor, Tensor]:
         return reference(work, requantize=False)
 
-    def _checked(self, name: str, call: Call, expected: Tensor, checked: Tensor) -> tuple[Call, Metrics]:
-        """The call and the errors of its second result; raises ArithmeticError if that is wrong."""
+    def _checked(self, call: Call, expected: Tensor, checked: Tensor) -> tuple[Call, Metrics]:
+        """The call and the errors of its second result."""
         call()
-        return call, self._errors(name, call()[checked].float(), expected)
+        return call, self._errors(call()[checked].float(), expected)
 
-    def _errors(self, name: str, got: Tensor, expected: Tensor) -> Metrics:
-        size, limit = float(expected.norm()), LIMIT if name == OURS else PEER_LIMIT
+    def _errors(self, got: Tensor, expected: Tensor) -> Metrics:
+        size = float(expected.norm())
         error = float((got - expected).norm()) / size if size else float(got.norm())  # NaN stays NaN
+        return {"rel_fro": error, "matched": matched(got, expected)}
+
+    def _judge(self, name: str, errors: Metrics) -> None:
+        """Raises ArithmeticError if they are those of a wrong result."""
+        error, limit = errors["rel_fro"], LIMIT if name == OURS else PEER_LIMIT
         if not error <= limit:
             raise ArithmeticError(
                 f"wrong result: its relative Frobenius error is {error:.2g}, over the limit of {limit:g}"
             )
-        return {"rel_fro": error, "matched": matched(got, expected)}
 
     def _weights(self, shape: InferShape) -> Fp8Experts:
         if self._experts is None or self._experts[0] != shape:

@@ -99,14 +99,16 @@ class Runner(infer.Runner):
     def _reference(self, work: Workload) -> tuple[Tensor, Tensor]:
         return infer.reference(work, requantize=True)
 
-    def _errors(self, name: str, got: Tensor, expected: Tensor) -> Metrics:
-        difference, row = calc_diff(got, expected), worst_row(got, expected)
+    def _errors(self, got: Tensor, expected: Tensor) -> Metrics:
+        return {"calc_diff": calc_diff(got, expected), "worst_row": worst_row(got, expected)}
+
+    def _judge(self, name: str, errors: Metrics) -> None:
+        difference, row = errors["calc_diff"], errors["worst_row"]
         ours = name in (OURS, DIRECT)
         if not difference <= (DIFFERENCE if ours else PEER_DIFFERENCE):
             raise ArithmeticError(f"wrong result: its calc_diff is {difference:.2g}")
         if ours and not row <= WORST_ROW:
             raise ArithmeticError(f"wrong result: a row is off by {row:.2g}, over the limit of {WORST_ROW:g}")
-        return {"calc_diff": difference, "worst_row": row}
 
 
 def drop_signs(*tensors: Tensor) -> None:

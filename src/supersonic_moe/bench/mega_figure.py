@@ -29,7 +29,7 @@ def bars(results: Sequence[InferResult]) -> Table:
         bar, ratio = _bar(result), _ratio(result)
         cells += [short(peer["replay_us"]) if peer else "-", f"{ratio:.2f}x" if ratio else "-"]
         cells.append("-" if bar is None else _judged(f"{bar:.2f}x", ratio is not None and ratio >= bar))
-        shown = [m for m in (own, result.metrics.get(DIRECT), peer) if m]
+        shown = [m for m in (own, result.metrics.get(DIRECT), peer or result.untimed.get(DEEP_GEMM)) if m]
         cells += [", ".join(short(m[name]) for m in shown) for name in ("calc_diff", "worst_row")]
         table.add_row(result.case, *cells)
     return table

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import faulthandler
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -159,9 +160,13 @@ class Runner(mega.Runner):
         return Missing(reason if everywhere else f"rank {rank}: {reason}")
 
     def _take_largest(self, result: infer.InferResult) -> None:
-        told = self._told(result.metrics)
-        for name, metrics in result.metrics.items():
-            metrics |= {metric: max(of_rank[name][metric] for of_rank in told) for metric in metrics}
+        for found, told in zip(
+            (result.metrics, result.untimed),
+            zip(*self._told((result.metrics, result.untimed)), strict=True),
+            strict=True,
+        ):
+            for name, metrics in found.items():
+                metrics |= {metric: _largest(of_rank[name][metric] for of_rank in told) for metric in metrics}
 
     def _told(self, own: Any) -> list[Any]:
         """What each rank tells."""
@@ -171,3 +176,8 @@ class Runner(mega.Runner):
         except RuntimeError as error:
             raise RuntimeError(f"another rank has ended, or has not come within {LIMIT_S:g} s") from error
         return told
+
+
+def _largest(values: Iterable[float]) -> float:
+    """NaN where one is."""
+    return max(values, key=lambda value: (math.isnan(value), value))

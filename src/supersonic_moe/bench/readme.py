@@ -5,8 +5,9 @@
 
 README.md gets one table: the layers, in BF16 and in FP8. docs/performance.md sets them beside other libraries, as far
 as those ran in the same process. docs/inference.md gets who is fastest at each batch of the inference operator
-(``infer_page.py``), docs/expert-parallel.md what ``MegaMoE`` costs (``mega_page.py``), and docs/transformers.md the
-experts backends of Transformers, in words where another one takes less time.
+(``infer_page.py``), docs/expert-parallel.md what ``MegaMoE`` costs (``mega_page.py``) and a training step over ranks
+(``ep_page.py``), and docs/transformers.md the experts backends of Transformers, in words where another one takes less
+time.
 docs/results.md gets every file of the suites in ``SUITES``: a line that says where its numbers come
 from, its figure if there is one, and a table. A table has a row for each case, a column for each headline metric of its
 suite, and a column for each peer: the compared metric of that peer over ours in the same run (above 1: ours is better).
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from supersonic_moe.bench import infer_page, mega_page
+from supersonic_moe.bench import ep_page, infer_page, mega_page
 from supersonic_moe.bench.markdown import commit_and_day, markdown, mean, metric_label, number, origin, times
 from supersonic_moe.bench.report import Row
 
@@ -312,8 +313,12 @@ def inference(folder: Path) -> str:
 
 
 def _inference_files(folder: Path) -> dict[str, dict[str, Any]]:
-    paths = [folder / f"{name}.json" for name in infer_page.NAMES]
-    return {path.stem: read(path) for path in paths if path.is_file()}
+    return _files(folder, infer_page.NAMES)
+
+
+def _files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Those that there are, by name."""
+    return {name: read(path) for name in names if (path := folder / f"{name}.json").is_file()}
 
 
 def _serving(root: Path) -> str:
@@ -322,6 +327,10 @@ def _serving(root: Path) -> str:
     shown = os.path.relpath(figure, root / "docs") if figure.is_file() else None
     of_one = mega_page.page(read(one) if one.is_file() else None, shown)
     return "\n\n".join(filter(None, [of_one, mega_page.on_two(read(two) if two.is_file() else None)]))
+
+
+def _training(root: Path) -> dict[str, dict[str, Any]]:
+    return _files(root / RESULTS, ep_page.files())
 
 
 # ---- docs/transformers.md: experts backends --------------------------------------------------------------------------
@@ -422,6 +431,8 @@ class Page:
 PAGES = (
     Page(Path("README.md"), "headline", lambda root: headline(root / RESULTS)),
     Page(Path("docs/expert-parallel.md"), "serving", _serving),
+    Page(Path("docs/expert-parallel.md"), "one-rank", lambda root: ep_page.one_rank(_training(root))),
+    Page(Path("docs/expert-parallel.md"), "ranks", lambda root: ep_page.ranks(_training(root))),
     Page(Path("docs/inference.md"), "inference", lambda root: inference(root / RESULTS)),
     Page(Path("docs/performance.md"), "performance", lambda root: performance(root / RESULTS)),
     Page(Path("docs/results.md"), "results", lambda root: results(root / RESULTS, root / "docs/results.md")),
@@ -434,7 +445,7 @@ def main() -> None:
         if not page.path.is_file():
             sys.exit(f"{page.path} must be in {Path.cwd()}. Run this in the root of the repository.")
         changed = put(page.path, page.block, page.text(Path()))
-        print(f"{page.path}: {'updated' if changed else 'nothing to change'}")
+        print(f"{page.path}, {page.block}: {'updated' if changed else 'nothing to change'}")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 The file is ``{"suite", "command", "device", "torch", "commit", "date", "rows"}``; a row is ``{"case", "metric",
 "value", "unit", "peer", "peer_value", "ratio"}``, one for each metric and peer. ``ratio`` > 1 means that we are
 better; it is null for facts without a better or worse, such as a clock. A metric without any peer has one row with
-``peer`` null; a peer that is missing has ``peer_value`` null. Where both were timed in pairs, ``ratio`` is the median
-of the pairs' ratios, and the row has one field more: ``interval``, the ends of its 95 % interval. A peer's time of few
-calls (``timing.Timing.few``) has ``calls``, how many.
+``peer`` null; a peer that is missing has ``peer_value`` null, but for what is known of it without a time. Where both
+were timed in pairs, ``ratio`` is the median of the pairs' ratios, and the row has one field more: ``interval``, the
+ends of its 95 % interval. A peer's time of few calls (``timing.Timing.few``) has ``calls``, how many.
 """
 
 from __future__ import annotations
@@ -34,11 +34,14 @@ Metrics = dict[str, float]  # by the names of METRICS
 
 @dataclass
 class CaseResult:
-    """Metrics by contender, ours first; ``missing`` says why a contender, or one of its metrics, has none."""
+    """Metrics by contender, ours first; ``missing`` says why a contender, or one of its metrics, has none; ``untimed``
+    has what is known of one that is missing.
+    """
 
     case: str
     metrics: dict[str, Metrics] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    untimed: dict[str, Metrics] = field(default_factory=dict)
     pairs: dict[tuple[str, str], Paired] = field(default_factory=dict)  # by (metric, peer)
     few_calls: dict[tuple[str, str], int] = field(default_factory=dict)  # by (metric, peer), of peers far slower
 
@@ -169,7 +172,8 @@ def ratio(metric: Metric, ours: float, theirs: float) -> float | None:
 def rows(result: CaseResult) -> list[Row]:
     """All rows of one case: a row for each metric of ours and each peer, measured or missing."""
     ours = next(iter(result.metrics.values()))
-    peers = {name: result.metrics.get(name, {}) for name in result.peers}
+    known = result.untimed | result.metrics
+    peers = {name: known.get(name, {}) for name in result.peers}
     found: list[Row] = []
     for metric in METRICS:
         if metric.name not in ours:
@@ -179,7 +183,7 @@ def rows(result: CaseResult) -> list[Row]:
             found.append(Row(result.case, metric.name, value, metric.unit))
         for peer, theirs in peers.items():
             row = Row(result.case, metric.name, value, metric.unit, peer)
-            if metric.name in theirs:
+            if math.isfinite(theirs.get(metric.name, math.nan)):
                 better = ratio(metric, ours[metric.name], theirs[metric.name])
                 row = replace(row, peer_value=_rounded(theirs[metric.name]), ratio=better and _rounded(better))
                 if pair := result.pairs.get((metric.name, peer)):

@@ -1,5 +1,5 @@
 """A serving call whose experts have few rows, between ranks that reach each other's memory: nothing is copied. A user
-asks for it by ``MegaMoE(direct=True)``, because on a GPU the tests of late ranks have not passed yet.
+asks for it by ``MegaMoE(direct=True)``, because its speed over several GPUs has not been measured yet.
 
 Each rank writes its tokens to where the streaming kernels of the others read them, and these write what they make of
 them to where it is summed: no message is packed, sent or unpacked around the operator. Which kernel does what, what a
