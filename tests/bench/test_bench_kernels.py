@@ -26,7 +26,7 @@ from typer.testing import Result
 from supersonic_moe.bench import kernel_figure, kernels, readme, report
 from supersonic_moe.bench.kernels import CEILINGS, GROUPS, KernelsResult, kernel_calls, kernel_table, run_case
 from supersonic_moe.bench.layer import LayerConfig
-from supersonic_moe.bench.timing import NoResultError, Timing, WallClock
+from supersonic_moe.bench.timing import NoResultError, Timing, WallClock, in_graphs, of_a_call
 from supersonic_moe.kernels import reference
 from supersonic_moe.perf_model import STEP_KERNELS, LayerShape, kernel_steps
 
@@ -187,10 +187,10 @@ def test_short_calls_are_captured_and_a_replay_is_timed_as_its_calls(monkeypatch
     before = 5  # the first call, one untimed and three timed
     for seconds, graphs, want in ((99e-6, True, 11), (99e-6, False, 1), (2e-3, True, 1)):
         calls, one = 0, partial(call, seconds)
-        assert kernels._prepared(one, clock, graphs) == (graph.replay if want > 1 else one, want)
+        assert in_graphs(one, clock, graphs) == (graph.replay if want > 1 else one, want)
         assert calls == before + (want if want > 1 else 0)
 
-    timing = kernels._a_call(Timing(us=90.0, p10_us=60.0, p90_us=120.0, calls=4, sm_mhz=1400.0, watts=600.0), 30)
+    timing = of_a_call(Timing(us=90.0, p10_us=60.0, p90_us=120.0, calls=4, sm_mhz=1400.0, watts=600.0), 30)
     assert timing == Timing(us=3.0, p10_us=2.0, p90_us=4.0, calls=120, sm_mhz=1400.0, watts=600.0)
     assert "pj_per_flop" not in kernels._rates(0, 10, timing) and kernels._rates(0, 10, timing)["watts"] == 600
     assert kernels._rates(10**9, 10, timing)["pj_per_flop"] == pytest.approx(600 * 3e-6 / 1e9 * 1e12)

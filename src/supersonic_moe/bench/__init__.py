@@ -4,6 +4,7 @@
     suites/      a command of ``supersonic-moe bench`` each: its options, its cases, what it prints, writes and draws
     layer.py  gemm.py  kernels.py  breakdown.py  precision.py  cold_start.py and first_call.py    measured
     train.py  infer.py  ep.py  mega.py  mega_ranks.py  transformers.py                            measured, too
+    exchange.py  exchange_ranks.py  exchange_beside.py  exchange_kernel.py                        measured, too
     ranks.py                                                                                      several ranks at once
     timing.py  spans.py  sensor.py                                                                clocks and sensors
     peers.py  layer_peers.py  gemm_bf16.py  gemm_fp8.py                                           who takes part

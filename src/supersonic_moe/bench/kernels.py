@@ -12,7 +12,7 @@ with the FLOPs and bytes of ``perf_model.kernel_steps``. A gathered operand coun
 one, though such a kernel reads K times as much from L2. Operands that fit into L2 stay there from call to call, as they
 do in a layer (the router's logits were just written): a kernel that moves a few MB may beat its floor.
 
-Time. All kernels interleaved, sustained, medians (``bench/timing.py``). Only here, a call shorter than ``GRAPH_US`` is
+Time. All kernels interleaved, sustained, medians (``bench/timing.py``). A call shorter than ``timing.GRAPH_US`` is
 captured some times over into a CUDA graph, and the replay is timed: the host needs longer to launch the smallest
 kernels than the GPU to run them. What remains between one launch and the next, about a microsecond, counts.
 """
@@ -20,9 +20,7 @@ kernels than the GPU to run them. What remains between one launch and the next, 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -34,13 +32,14 @@ from supersonic_moe.bench.layer import LayerConfig
 from supersonic_moe.bench.report import METRICS, CaseResult, Metrics, device_name, short
 from supersonic_moe.bench.timing import (
     Call,
-    Clock,
     Missing,
     NoResultError,
     Timing,
     attempt,
     clock_for,
+    in_graphs,
     measure,
+    of_a_call,
     required,
 )
 from supersonic_moe.config.activation import GateUpLayout, as_activation
@@ -77,8 +76,6 @@ GROUPS = {
 CEILINGS = ("copy", "matmul")
 COPY_BYTES = {"cuda": 2**31, "cpu": 2**25}  # read + written: far more than any cache
 MATMUL_SIDE = {"cuda": 8192, "cpu": 512}
-
-GRAPH_US = 1000.0  # from here on the host is ahead of the GPU, and two events cost nothing
 
 
 class KernelsResult(CaseResult):
@@ -121,7 +118,7 @@ def run_case(shape: LayerShape, config: LayerConfig, progress: Callable[[str], N
     ready: dict[str, tuple[Call, int]] = {}
     for name, call in calls.items():
         progress(f"first call of {name}")
-        prepared = attempt(partial(_prepared, call, clock, graphs and name not in CEILINGS))
+        prepared = attempt(partial(in_graphs, call, clock, graphs and name not in CEILINGS))
         if isinstance(prepared, Missing):
             result.missing[name] = prepared.reason
         else:
@@ -135,7 +132,7 @@ def run_case(shape: LayerShape, config: LayerConfig, progress: Callable[[str], N
         if isinstance(timing, Missing):
             result.missing[name] = timing.reason
         else:
-            timings[name] = _a_call(timing, ready[name][1])
+            timings[name] = of_a_call(timing, ready[name][1])
     for name in CEILINGS:
         if name in result.missing:
             raise NoResultError(f"{result.case}: without {name} nothing has a floor: {result.missing[name]}.")
@@ -154,24 +151,6 @@ def run_case(shape: LayerShape, config: LayerConfig, progress: Callable[[str], N
     }
     result.metrics |= ceilings
     return result
-
-
-def _prepared(call: Call, clock: Clock, graphs: bool) -> tuple[Call, int]:
-    """What to time, and how many calls that is. The first call compiles; nothing may compile during a capture."""
-    call()
-    repeats = math.ceil(GRAPH_US / max(statistics.median(clock.slice(call, 1, 3).times_us), 1.0))
-    if not graphs or repeats == 1:
-        return call, 1
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            call()
-    return graph.replay, repeats
-
-
-def _a_call(timing: Timing, repeats: int) -> Timing:
-    times = {name: getattr(timing, name) / repeats for name in ("us", "p10_us", "p90_us")}
-    return replace(timing, calls=timing.calls * repeats, **times)
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from supersonic_moe.bench import infer, mega
 from supersonic_moe.bench.infer_cases import InferCase, Workload, workload
 from supersonic_moe.bench.infer_parts import Call
 from supersonic_moe.bench.mega_cases import DEEP_GEMM, DIRECT, MegaShape
-from supersonic_moe.bench.ranks import ANOTHER_FAILED, SlowestRank, group_of_ranks
+from supersonic_moe.bench.ranks import SlowestRank, agreed, group_of_ranks, told_by_all
 from supersonic_moe.bench.report import OURS, Metrics
 from supersonic_moe.bench.timing import Clock, LastCaseError, Missing, NoResultError, attempt, missing
 from supersonic_moe.kernels.reference.inference import Fp8Experts
@@ -151,31 +151,16 @@ class Runner(mega.Runner):
 
     def _agreed(self, found: Any) -> Any:
         """``found``, or Missing where it is so on any rank."""
-        told = self._told(found if isinstance(found, Missing) else None)
-        reasons = {rank: one.reason for rank, one in enumerate(told) if one and ANOTHER_FAILED not in one.reason}
-        if not reasons:
-            return found
-        rank, reason = next(iter(reasons.items()))
-        everywhere = len(reasons) == len(told) and len(set(reasons.values())) == 1
-        return Missing(reason if everywhere else f"rank {rank}: {reason}")
+        assert self._host is not None
+        return agreed(found, self._host, LIMIT_S)
 
     def _take_largest(self, result: infer.InferResult) -> None:
-        for found, told in zip(
-            (result.metrics, result.untimed),
-            zip(*self._told((result.metrics, result.untimed)), strict=True),
-            strict=True,
-        ):
+        assert self._host is not None
+        own = result.metrics, result.untimed
+        of_ranks = told_by_all(own, self._host, LIMIT_S)
+        for found, told in zip(own, zip(*of_ranks, strict=True), strict=True):
             for name, metrics in found.items():
                 metrics |= {metric: _largest(of_rank[name][metric] for of_rank in told) for metric in metrics}
-
-    def _told(self, own: Any) -> list[Any]:
-        """What each rank tells."""
-        told: list[Any] = [None] * dist.get_world_size()
-        try:
-            dist.all_gather_object(told, own, group=self._host)
-        except RuntimeError as error:
-            raise RuntimeError(f"another rank has ended, or has not come within {LIMIT_S:g} s") from error
-        return told
 
 
 def _largest(values: Iterable[float]) -> float:

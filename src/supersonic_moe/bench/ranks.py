@@ -10,11 +10,12 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from supersonic_moe.bench.timing import Call, Clock, Slice
+from supersonic_moe.bench.timing import Call, Clock, Missing, Slice
 
 ANOTHER_FAILED = "another rank has failed, and says why"
 
@@ -68,3 +69,24 @@ def group_of_ranks(device: torch.device, limit_s: float | None = None) -> Iterat
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def told_by_all(own: Any, group: dist.ProcessGroup, limit_s: float) -> list[Any]:
+    """What each rank tells, in a ``group`` of the host whose waits last ``limit_s``."""
+    told: list[Any] = [None] * dist.get_world_size(group)
+    try:
+        dist.all_gather_object(told, own, group=group)
+    except RuntimeError as error:
+        raise RuntimeError(f"another rank has ended, or has not come within {limit_s:g} s") from error
+    return told
+
+
+def agreed(found: Any, group: dist.ProcessGroup, limit_s: float) -> Any:
+    """``found``, or Missing where it is so on any rank."""
+    told = told_by_all(found if isinstance(found, Missing) else None, group, limit_s)
+    reasons = {rank: one.reason for rank, one in enumerate(told) if one and ANOTHER_FAILED not in one.reason}
+    if not reasons:
+        return found
+    rank, reason = next(iter(reasons.items()))
+    everywhere = len(reasons) == len(told) and len(set(reasons.values())) == 1
+    return Missing(reason if everywhere else f"rank {rank}: {reason}")

@@ -59,6 +59,7 @@ SUITES = {
     "gemm": Headline(("us", "tflops", "sm_mhz", "watts", "pj_per_flop", "rel_fro"), "us"),
     "breakdown": Headline(("us", "floor_us", "of_floor", "tflops"), "us"),
     "ep": Headline(("fwd_us", "fwd_bwd_us", "fwd_bwd_tflops", "host_us", "sent_bytes", "products_us"), "fwd_bwd_us"),
+    "exchange": Headline(("us", "gbps", "of_copy", "tflops", "slowdown"), "of_copy"),
     "mega": Headline(
         ("hits", "rows", "replay_us", "floor_us", "of_floor", "host_us", "calc_diff", "worst_row"), "replay_us"
     ),

@@ -110,6 +110,8 @@ METRICS = (
     Metric("us", "time, µs", "us", "lower"),
     Metric("tflops", "TFLOP/s", "TFLOP/s", "higher"),
     Metric("gbps", "GB/s", "GB/s", "higher"),
+    Metric("of_copy", "of a copy of as many bytes, %", "fraction", "higher", shown_in=0.01),
+    Metric("slowdown", "time / alone", "ratio", "lower"),
     Metric("floor_us", "floor, µs", "us", None),
     Metric("of_floor", "floor / time, %", "fraction", "higher", shown_in=0.01),
     Metric("flops", "", "FLOP", None),

@@ -355,6 +355,30 @@ def graph_us(call: Call, estimate_us: float, *, warm_ms: float, min_ms: float) -
     return statistics.median(_wall_us(graph.replay, heat, calls) for _ in range(ROUNDS))
 
 
+GRAPH_US = 1000.0  # from here on the host is ahead of the GPU, and two events cost nothing
+
+
+def in_graphs(call: Call, clock: Clock, graphs: bool) -> tuple[Call, int]:
+    """What to time, and how many calls that is: with ``graphs``, so many of a short call in a CUDA graph that a replay
+    takes ``GRAPH_US``. The first call compiles; nothing may compile during a capture.
+    """
+    call()
+    repeats = math.ceil(GRAPH_US / max(statistics.median(clock.slice(call, 1, 3).times_us), 1.0))
+    if not graphs or repeats == 1:
+        return call, 1
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            call()
+    return graph.replay, repeats
+
+
+def of_a_call(timing: Timing, repeats: int) -> Timing:
+    """Of one of ``repeats`` calls, which were timed together."""
+    times = {name: getattr(timing, name) / repeats for name in ("us", "p10_us", "p90_us")}
+    return replace(timing, calls=timing.calls * repeats, **times)
+
+
 @contextmanager
 def _refused_to_wait() -> Iterator[None]:
     """What waits for the GPU raises."""

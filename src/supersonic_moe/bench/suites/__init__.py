@@ -6,6 +6,7 @@ from supersonic_moe.bench.suite import Suite
 from supersonic_moe.bench.suites.breakdown import Breakdown
 from supersonic_moe.bench.suites.cold_start import ColdStart
 from supersonic_moe.bench.suites.ep import Ep
+from supersonic_moe.bench.suites.exchange import Exchange
 from supersonic_moe.bench.suites.gemm import Gemm
 from supersonic_moe.bench.suites.infer import Infer
 from supersonic_moe.bench.suites.kernels import Kernels
@@ -26,5 +27,6 @@ SUITES: tuple[type[Suite[Any, Any]], ...] = (
     Train,
     Transformers,
     Ep,
+    Exchange,
     Mega,
 )
