@@ -4,17 +4,16 @@ generation, BF16, gradient checkpointing, PEFT.
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from compiled_graphs import Graphs
-from oracle import rel_fro
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers_models import FAMILIES, model_of, tokens, with_gradients
+from transformers_precision import assert_no_further, errors_of_training
 
 from supersonic_moe.integrations.transformers import served
 from supersonic_moe.kernels import registry
@@ -51,21 +50,10 @@ def test_a_model_is_that_of_its_own_experts(family: str) -> None:
     assert torch.equal(*generated)
 
 
-BF16_FAMILIES = ("mixtral", "deepseek_v3", "gpt_oss", "nemotron_h", "gemma4_text")
-
-
-@pytest.mark.parametrize("family", BF16_FAMILIES)
-def test_bf16_logits_are_no_further_from_fp32_than_the_librarys(family: str) -> None:
-    model, ids = model_of(family, torch.bfloat16), tokens()
-    exact = copy.deepcopy(model).float()
-    with torch.no_grad():
-        exact.set_experts_implementation("eager")
-        wanted = exact(ids).logits
-        errors = []
-        for implementation in ("supersonic", "eager"):
-            model.set_experts_implementation(implementation)
-            errors.append(rel_fro(model(ids).logits.float(), wanted))
-    assert errors[0] < 1.15 * errors[1], errors
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_logits_and_gradients_are_no_further_from_fp32_than_the_librarys(family: str) -> None:
+    errors = errors_of_training(family, torch.bfloat16, tokens(), torch.device("cpu"))
+    assert_no_further(errors, torch.bfloat16)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
