@@ -32,7 +32,7 @@ def model_without_steps(family: str, dtype: torch.dtype) -> tuple[nn.Module, nn.
 
 def errors_of_training(family: str, dtype: torch.dtype, ids: Tensor, device: torch.device) -> Errors:
     """Of the logits and of every gradient, relative to itself in fp32 on the CPU, or to a hundredth of the largest
-    gradient: where a true gradient is 0, all that is there is rounding. Every token has the experts that it has in fp32.
+    gradient: where a true gradient is 0, all that is there is rounding. Every token has the experts that fp32 chooses.
     """
     model, exact = model_without_steps(family, dtype)
     held = HeldChoices()
