@@ -18,6 +18,21 @@ NO_STEPS: dict[str, dict[str, Any]] = {
 }
 """Without what jumps where a value passes a bound, and rounding makes it pass. Clamps are compared in fp32 and fp64."""
 
+
+def far_apart(ours: dict[str, Tensor], wanted: dict[str, Tensor], bound: float) -> dict[str, float]:
+    """Tensors further apart than ``bound`` of their own norm and of a hundredth of the largest gradient: where a true
+    gradient is 0, all that is there is rounding.
+    """
+    assert ours.keys() == wanted.keys()
+    largest = max(t.norm() for name, t in wanted.items() if name not in ("logits", "loss"))
+    errors = {name: float((ours[name] - wanted[name]).norm()) for name in wanted}
+    return {
+        name: error
+        for name, error in errors.items()
+        if not error <= bound * max(float(wanted[name].norm()), 0.01 * float(largest))
+    }
+
+
 Errors = dict[str, dict[str, float]]
 """By experts implementation and name."""
 

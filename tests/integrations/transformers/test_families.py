@@ -13,24 +13,10 @@ from compiled_graphs import Graphs
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers_models import FAMILIES, model_of, tokens, with_gradients
-from transformers_precision import assert_no_further, errors_of_training
+from transformers_precision import assert_no_further, errors_of_training, far_apart, generated
 
 from supersonic_moe.integrations.transformers import served
 from supersonic_moe.kernels import registry
-
-
-def far_apart(ours: dict[str, Tensor], wanted: dict[str, Tensor], bound: float) -> dict[str, float]:
-    """Tensors further apart than ``bound`` of their own norm and of a hundredth of the largest gradient: where a true
-    gradient is 0, all that is there is rounding.
-    """
-    assert ours.keys() == wanted.keys()
-    largest = max(t.norm() for name, t in wanted.items() if name not in ("logits", "loss"))
-    errors = {name: float((ours[name] - wanted[name]).norm()) for name in wanted}
-    return {
-        name: error
-        for name, error in errors.items()
-        if not error <= bound * max(float(wanted[name].norm()), 0.01 * float(largest))
-    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -129,6 +115,21 @@ def test_weights_that_wait_on_disk(tmp_path: Path) -> None:
     assert offloaded.model.layers[1].mlp.experts.down_proj.device.type == "meta"
     with torch.no_grad():
         assert torch.equal(offloaded(ids).logits, model(ids).logits)
+
+
+def test_weights_that_wait_between_forwards() -> None:
+    """``accelerate.cpu_offload``: copies of their own in each forward, those of generation too."""
+    accelerate = pytest.importorskip("accelerate")
+    model, ids = model_of("gpt_oss"), tokens()
+    with torch.no_grad():
+        wanted = model(ids).logits
+    said, _ = generated(model, ids, 4)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    experts = model.model.layers[1].mlp.experts
+    with torch.no_grad():
+        assert experts.down_proj.device.type == "meta"
+        assert torch.equal(model(ids).logits, wanted)
+    assert torch.equal(generated(model, ids, 4)[0], said)
 
 
 def test_the_report_names_experts_that_are_not_called_so() -> None:
