@@ -174,6 +174,7 @@ def test_on_a_gpu(count: int, scale_fmt: str, limit: float | None) -> None:
 def test_a_checkpoint_runs_as_it_is(
     scale_fmt: str, tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("accelerate")
     if device.type == "cpu":  # where the library dequantizes whatever one asks for
         monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
     exact_model: Any = checkpoint(tmp_path, scale_fmt)
@@ -195,6 +196,7 @@ def test_a_checkpoint_runs_as_it_is(
 
 @pytest.mark.parametrize("scale_fmt", ["float", "ue8m0"])
 def test_a_checkpoint_is_trained_in_fp8_from_bf16_weights(scale_fmt: str, tmp_path: Path, device: torch.device) -> None:
+    pytest.importorskip("accelerate")
     exact_model: Any = checkpoint(tmp_path, scale_fmt)
     model = type(exact_model).from_pretrained(
         tmp_path,
