@@ -264,6 +264,17 @@ def test_link_texts_name_the_files() -> None:
     assert [name for name, link in named if not link.endswith(f"/{name}")] == []
 
 
+def test_tests_that_are_named_are_in_the_files_that_are_named() -> None:
+    named = [
+        (document, name, document.parent / target)
+        for document, text in zip(DOCUMENTS, TEXTS.values(), strict=True)
+        for name, target in re.findall(r"\[`(test_\w+)`\]\(([^)]+)\)", text)
+    ]
+    assert len(named) > 20
+    missing = [(str(d), name) for d, name, path in named if f"def {name}(" not in path.read_text(encoding="utf-8")]
+    assert missing == []
+
+
 def test_every_op_is_listed() -> None:
     for module in ("grouped", "moe", "inference"):
         importlib.import_module(f"supersonic_moe.{module}")

@@ -47,7 +47,7 @@ def definition(
     biases = (nothing if b is None else b.unbind() for b in (b1, b2))
     for scores_T, w1_e, w2_e, b1_e, b2_e in zip(scores_TE.unbind(1), w1.unbind(), w2.unbind(), *biases, strict=True):
         rows = scores_T.nonzero().flatten()
-        z = F.linear(x[rows], w1_e, b1_e)
+        z = F.linear(x.index_select(0, rows), w1_e, b1_e)
         gate, up = z.chunk(2, -1) if concat else (z[:, 0::2], z[:, 1::2])
         y = F.linear(F.silu(gate) * up, w2_e, b2_e)
         out = out.index_add(0, rows, scores_T[rows, None] * y)
@@ -85,20 +85,25 @@ def check(t: int, h: int, i: int, e: int, k: int, biased: bool, dtype: torch.dty
     router, w1, b1, w2, b2 = weights(h, i, e, dtype, device)
     x = torch.randn(t, h, dtype=dtype, device=device, requires_grad=True)
     given = (b1, b2) if biased else (None, None)
-    leaves = [x, w1, w2, *(b for b in given if b is not None)]
+    leaves = [x, router, w1, w2, *(b for b in given if b is not None)]
     out, logits, frequency = sonicmoe.moe_TC_softmax_topk_layer(
         x, router, w1.permute(1, 2, 0), given[0], w2.permute(1, 2, 0), given[1], k, 0
     )
     assert close(logits, F.linear(x.double(), router.double()), dtype)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    scores = scores_of(logits.detach().double(), k, True, False)
-    biases = (exact[3], exact[4]) if biased else (None, None)
-    want = definition(exact[0], scores, exact[1], biases[0], exact[2], biases[1], concat=False)
+    exact_logits = F.linear(exact[0], exact[1])
+    ids = logits.detach().sort(descending=True, stable=True).indices[:, :k]  # of equal ones the lower expert
+    chosen = exact_logits.gather(1, ids)
+    given_logits = logits.detach().double().gather(1, ids)
+    values = (chosen + (given_logits - chosen).detach()).softmax(-1)  # those given, with the gradient of the exact ones
+    scores = torch.zeros_like(exact_logits).scatter(1, ids, values)
+    biases = (exact[4], exact[5]) if biased else (None, None)
+    want = definition(exact[0], scores, exact[2], biases[0], exact[3], biases[1], concat=False)
     assert close(out, want, dtype)
     assert torch.equal(frequency, (scores > 0).sum(0).to(torch.int32))
     dout = torch.randn_like(x)
-    got_grads = torch.autograd.grad(out, leaves[1:], dout, retain_graph=True)
-    want_grads = torch.autograd.grad(want, exact[1:], dout.double())
+    got_grads = torch.autograd.grad(out, leaves, dout)
+    want_grads = torch.autograd.grad(want, exact, dout.double())
     assert all(close(got, wanted, dtype) for got, wanted in zip(got_grads, want_grads, strict=True))
 
 

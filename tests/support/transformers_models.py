@@ -120,6 +120,9 @@ def model_of(family: str, dtype: torch.dtype = torch.float32, **changes: Any) ->
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
             nn.init.normal_(parameter, std=0.3 if "gate.weight" in name or "router" in name else 0.15)
+    for name, buffer in model.named_buffers():
+        if name.endswith("tid2eid"):  # a hash router's experts of each token; a checkpoint has them, a config zeros
+            buffer.random_(EXPERTS)
     return model.to(dtype)
 
 

@@ -356,6 +356,19 @@ def test_compiles_in_one_graph_for_every_number_of_tokens(name: str, dynamic: bo
     assert len(graphs) <= (1 if dynamic else 2) * len(layers)
 
 
+@pytest.mark.parametrize("counts", [(1, 13, 7), (13, 1, 7)], ids=str)
+def test_one_token_has_a_graph_of_its_own_when_compiled(counts: tuple[int, ...]) -> None:
+    """torch takes a size of 1 for a constant, even with ``dynamic=True``."""
+    torch._dynamo.reset()
+    module, graphs = random_experts(CLASSES["MixtralExperts"]), Graphs()
+    module.config._experts_implementation = "supersonic"
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=graphs)
+    for count in (*counts, *counts):
+        given = [t[:count].detach().clone() for t in inputs(module)]
+        assert torch.equal(compiled(*given), module(*given))
+    assert len(graphs) == 2
+
+
 def test_constants_that_are_not_common_compile_too() -> None:
     torch._dynamo.reset()
     module = random_experts(CLASSES["GptOssExperts"])

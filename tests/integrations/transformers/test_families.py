@@ -4,34 +4,19 @@ generation, BF16, gradient checkpointing, PEFT.
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from compiled_graphs import Graphs
-from oracle import rel_fro
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers_models import FAMILIES, model_of, tokens, with_gradients
+from transformers_precision import assert_no_further, errors_of_training, far_apart, generated
 
 from supersonic_moe.integrations.transformers import served
 from supersonic_moe.kernels import registry
-
-
-def far_apart(ours: dict[str, Tensor], wanted: dict[str, Tensor], bound: float) -> dict[str, float]:
-    """Tensors further apart than ``bound`` of their own norm and of a hundredth of the largest gradient: where a true
-    gradient is 0, all that is there is rounding.
-    """
-    assert ours.keys() == wanted.keys()
-    largest = max(t.norm() for name, t in wanted.items() if name not in ("logits", "loss"))
-    errors = {name: float((ours[name] - wanted[name]).norm()) for name in wanted}
-    return {
-        name: error
-        for name, error in errors.items()
-        if not error <= bound * max(float(wanted[name].norm()), 0.01 * float(largest))
-    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -51,21 +36,10 @@ def test_a_model_is_that_of_its_own_experts(family: str) -> None:
     assert torch.equal(*generated)
 
 
-BF16_FAMILIES = ("mixtral", "deepseek_v3", "gpt_oss", "nemotron_h", "gemma4_text")
-
-
-@pytest.mark.parametrize("family", BF16_FAMILIES)
-def test_bf16_logits_are_no_further_from_fp32_than_the_librarys(family: str) -> None:
-    model, ids = model_of(family, torch.bfloat16), tokens()
-    exact = copy.deepcopy(model).float()
-    with torch.no_grad():
-        exact.set_experts_implementation("eager")
-        wanted = exact(ids).logits
-        errors = []
-        for implementation in ("supersonic", "eager"):
-            model.set_experts_implementation(implementation)
-            errors.append(rel_fro(model(ids).logits.float(), wanted))
-    assert errors[0] < 1.15 * errors[1], errors
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_logits_and_gradients_are_no_further_from_fp32_than_the_librarys(family: str) -> None:
+    errors = errors_of_training(family, torch.bfloat16, tokens(), torch.device("cpu"))
+    assert_no_further(errors, torch.bfloat16)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -141,6 +115,21 @@ def test_weights_that_wait_on_disk(tmp_path: Path) -> None:
     assert offloaded.model.layers[1].mlp.experts.down_proj.device.type == "meta"
     with torch.no_grad():
         assert torch.equal(offloaded(ids).logits, model(ids).logits)
+
+
+def test_weights_that_wait_between_forwards() -> None:
+    """``accelerate.cpu_offload``: copies of their own in each forward, those of generation too."""
+    accelerate = pytest.importorskip("accelerate")
+    model, ids = model_of("gpt_oss"), tokens()
+    with torch.no_grad():
+        wanted = model(ids).logits
+    said, _ = generated(model, ids, 4)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    experts = model.model.layers[1].mlp.experts
+    with torch.no_grad():
+        assert experts.down_proj.device.type == "meta"
+        assert torch.equal(model(ids).logits, wanted)
+    assert torch.equal(generated(model, ids, 4)[0], said)
 
 
 def test_the_report_names_experts_that_are_not_called_so() -> None:

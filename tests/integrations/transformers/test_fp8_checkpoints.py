@@ -1,65 +1,30 @@
-"""Experts of FP8 checkpoints: the inference operator where it can, dequantized weights where it cannot.
-
-The library's quantizer refuses to load without a GPU, so ``FP8Experts`` is made directly, as it makes it.
+"""Experts of FP8 checkpoints: the inference operator where it can, dequantized weights where it cannot; whole
+checkpoints as they are, and trained from BF16 weights.
 """
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fp8_checkpoints import E, H, T, checkpoint, exact, experts, inputs
+from held_choices import HeldChoices
+from host_waits import no_host_waits
 from oracle import rel_fro
 from torch import Tensor, nn
-from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
-from transformers.integrations.moe import use_experts_implementation
+from transformers import FineGrainedFP8Config
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+from transformers_models import tokens, with_gradients
 
 import supersonic_moe as sm
 from supersonic_moe.inference import moe_fp8_topk
 from supersonic_moe.integrations.transformers import fp8, served
 
-H, I, E, T, K = 256, 128, 4, 9, 3  # noqa: E741
-SERVED_CLASS = use_experts_implementation(experts_class=FP8Experts, experts_interface=ALL_FP8_EXPERTS_FUNCTIONS)
-UNGATED_CLASS = use_experts_implementation(
-    experts_class=type("UngatedFP8Experts", (FP8Experts,), {}),
-    experts_interface=ALL_FP8_EXPERTS_FUNCTIONS,
-    has_gate=False,
-)
 
-
-def experts(
-    scale_fmt: str = "float",
-    block_size: Any = (128, 128),
-    scheme: str = "dynamic",
-    has_gate: bool = True,
-    **changes: Any,
-) -> nn.Module:
-    sizes = {"num_experts": E, "moe_intermediate_size": I, "hidden_size": H, "hidden_act": "silu"}
-    config = SimpleNamespace(**{**sizes, "_experts_implementation": "supersonic", **changes})
-    cls = SERVED_CLASS if has_gate else UNGATED_CLASS
-    module = cls(config, block_size, scheme, scale_fmt=scale_fmt, has_gate=has_gate)
-    torch.manual_seed(0)
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(False)
-        if name.endswith("_scale_inv"):
-            parameter.copy_((2.0 ** torch.randint(-9, -6, parameter.shape)).to(parameter.dtype))
-            if parameter.dtype is torch.float32:
-                parameter.mul_(1 + torch.rand(parameter.shape))
-        elif parameter.element_size() == 1:
-            parameter.copy_((16 * torch.randn(parameter.shape)).to(parameter.dtype))
-    return module
-
-
-def inputs(dtype: torch.dtype = torch.bfloat16, positive: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    torch.manual_seed(1)
-    x = torch.randn(T, H)
-    ids = torch.randint(E, (T, K))
-    ids[0] = 1  # thrice the same
-    return (x.abs() if positive else x).to(dtype), ids, torch.rand(T, K)
-
-
-def exact(module: Any, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
+def from_dequantized(module: Any, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
     """In fp64, with the module's own gate."""
     w1, _, w2, _ = fp8.dequantized(module, torch.float64)
     out = torch.zeros(T, H, dtype=torch.float64)
@@ -90,7 +55,7 @@ def test_the_operator_runs_with_the_modules_scales_and_limit(
             swiglu_limit=limit, pow2_scales=pow2,
         )  # fmt: skip
     assert got.dtype is torch.bfloat16 and torch.equal(got, want)
-    assert 1e-3 < rel_fro(got, exact(module, x, ids, scores.bfloat16())) < 0.07
+    assert 1e-3 < rel_fro(got, from_dequantized(module, x, ids, scores.bfloat16())) < 0.07
     assert served(module)[0].by == "the FP8 inference operator"
 
 
@@ -115,7 +80,7 @@ def test_what_the_operator_cannot_do_is_dequantized_and_said(case: str, caplog: 
     x, ids, scores = inputs()
     for _ in range(2):
         got = module(x, ids, scores)
-    assert rel_fro(got, exact(module, x, ids, scores)) < 8e-3
+    assert rel_fro(got, from_dequantized(module, x, ids, scores)) < 8e-3
     assert [why in record.getMessage() for record in caplog.records if "dequantized" in record.getMessage()] == [True]
     (line,) = served(module)
     assert line.served and "dequantized" in line.by and why in line.why
@@ -167,7 +132,7 @@ def test_weights_that_the_quantizer_left_alone_are_16_bit_experts() -> None:
     want = sm.topk_experts(x, ids, scores, module.gate_up_proj, module.down_proj, layout="gate_up")
     got = module(x, ids, scores)
     assert torch.equal(got, want) and got.requires_grad
-    assert rel_fro(one(x, ids, scores), exact(one, x, ids, scores)) < 8e-3
+    assert rel_fro(one(x, ids, scores), from_dequantized(one, x, ids, scores)) < 8e-3
 
 
 def test_fp4_is_refused() -> None:
@@ -182,3 +147,78 @@ def test_compiles_in_one_graph() -> None:
     with torch.no_grad():
         compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
         assert torch.equal(compiled(*given), module(*given))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("limit", [None, 2.0])
+@pytest.mark.parametrize("scale_fmt", ["float", "ue8m0"])
+@pytest.mark.parametrize("count", [1, 9, 64, 700])
+def test_on_a_gpu(count: int, scale_fmt: str, limit: float | None) -> None:
+    module = experts(scale_fmt, hidden_size=512, moe_intermediate_size=256, swiglu_limit=limit)
+    given = inputs(tokens=count, hidden=512)
+    with torch.no_grad():
+        on_cpu, wanted = module(*given), exact(module, *given)
+        module, given = module.cuda(), [t.cuda() for t in given]
+        first = module(*given)
+        with no_host_waits():
+            again = module(*given)
+    assert torch.equal(first, again)
+    assert 1e-3 < rel_fro(first, wanted) < 0.06
+    assert rel_fro(first, on_cpu) < 0.01
+
+
+# ---- whole checkpoints -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale_fmt", ["float", "ue8m0"])
+def test_a_checkpoint_runs_as_it_is(
+    scale_fmt: str, tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("accelerate")
+    if device.type == "cpu":  # where the library dequantizes whatever one asks for
+        monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
+    exact_model: Any = checkpoint(tmp_path, scale_fmt)
+    model = type(exact_model).from_pretrained(
+        tmp_path, dtype=torch.bfloat16, device_map=str(device), experts_implementation="supersonic"
+    )
+    assert [layer.by for layer in served(model)] == ["the FP8 inference operator"] * 2
+    exact_model.float().set_experts_implementation("eager")
+    ids, held = tokens(), HeldChoices()
+    with torch.no_grad():
+        with held:
+            wanted = exact_model(ids).logits
+        with held.again():
+            found = model(ids.to(device)).logits
+    assert rel_fro(found.float(), wanted) < 0.03
+    generated = model.generate(ids.to(device), max_new_tokens=4, do_sample=False)
+    assert torch.equal(generated[:, : ids.shape[1]].cpu(), ids)
+
+
+@pytest.mark.parametrize("scale_fmt", ["float", "ue8m0"])
+def test_a_checkpoint_is_trained_in_fp8_from_bf16_weights(scale_fmt: str, tmp_path: Path, device: torch.device) -> None:
+    pytest.importorskip("accelerate")
+    exact_model: Any = checkpoint(tmp_path, scale_fmt)
+    model = type(exact_model).from_pretrained(
+        tmp_path,
+        dtype=torch.bfloat16,
+        quantization_config=FineGrainedFP8Config(dequantize=True, scale_fmt=scale_fmt),
+        experts_implementation="supersonic_fp8",
+    )
+    for (name, p), q in zip(model.named_parameters(), exact_model.parameters(), strict=True):
+        assert p.requires_grad and torch.equal(p, q), name
+    exact_model.float()
+    model, ids, held = model.to(device).train(), tokens(), HeldChoices()
+    with held:
+        wanted = with_gradients(exact_model, "eager", ids)
+    with held.again():
+        found = with_gradients(model, "supersonic_fp8", ids.to(device))
+    errors = {name: rel_fro(found[name].float(), wanted[name]) for name in wanted if "experts." in name}
+    assert len(errors) == 4 and all(0.01 < error < 0.12 for error in errors.values()), errors
+
+    before = copy.deepcopy(model.state_dict())
+    torch.optim.SGD(model.parameters(), lr=0.05).step()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert errors.keys() <= changed and all(p.dtype is torch.bfloat16 for p in model.parameters())
+    with torch.no_grad(), held.again():
+        again = model(ids.to(device), labels=ids.to(device)).loss
+    assert again < found["loss"] - 0.05, (again, found["loss"])

@@ -1,162 +1,126 @@
-"""Models of Transformers on a GPU: the experts of each family in BF16 and fp16, on the tokens that they meet inside the
-model; whole models; decode in a CUDA graph; nothing waits for the host.
+"""Whole models of Transformers on a GPU: logits and gradients in BF16 and fp16, generation, a step in a CUDA graph,
+weights that wait on the host, the compiler.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from host_waits import no_host_waits
+from compiled_graphs import Graphs
+from cuda_graphs import in_graph
 from oracle import rel_fro
-from torch import Tensor, nn
-from transformers_experts import decorated_classes, inputs, outputs_and_gradients, random_experts
-from transformers_models import FAMILIES, model_of, tokens
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers_models import FAMILIES, VOCABULARY, model_of, tokens
+from transformers_precision import assert_no_further, errors_of_generation, errors_of_training, far_apart, generated
 
-import supersonic_moe as sm
-from supersonic_moe.integrations.transformers import served
+from supersonic_moe.inference import decode
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
-def first_experts(model: nn.Module, ids: Tensor) -> tuple[nn.Module, list[Tensor]]:
-    """The first layer of experts, and what the model hands to it."""
-    (experts,) = (m for name, m in model.named_modules() if name == served(model)[0].layer)
-    seen: list[list[Tensor]] = []
-    hook = experts.register_forward_pre_hook(lambda _, given: seen.append([t.detach().clone() for t in given[:3]]))
-    with torch.no_grad():
-        model(ids)
-    hook.remove()
-    return experts, seen[0]
-
-
 @DTYPES
 @pytest.mark.parametrize("family", FAMILIES)
-def test_experts_are_no_further_from_fp64_than_the_librarys(family: str, dtype: torch.dtype) -> None:
-    model, ids = model_of(family, dtype).to(CUDA), tokens(4, 32).to(CUDA)
-    experts, (x, chosen, scores) = first_experts(model, ids)
-    assert_no_further(experts, x, chosen, scores)
+def test_logits_and_gradients_are_no_further_from_fp32_than_the_librarys(family: str, dtype: torch.dtype) -> None:
+    assert_no_further(errors_of_training(family, dtype, tokens(4, 32), CUDA), dtype)
 
 
-def assert_no_further(experts: nn.Module, x: Tensor, ids: Tensor, scores: Tensor) -> None:
-    given = x.requires_grad_(), ids, scores.requires_grad_()
-    ours = outputs_and_gradients(experts, "supersonic", *given)
-    eager = outputs_and_gradients(experts, "eager", *given)
-    doubles = (x.detach().double().requires_grad_(), ids, scores.detach().double().requires_grad_())
-    exact = outputs_and_gradients(experts.double(), "eager", *doubles)
-    for leaf in exact:
-        assert rel_fro(ours[leaf], exact[leaf]) < 1.2 * rel_fro(eager[leaf], exact[leaf]) + 5e-4, leaf
+# ---- generation ------------------------------------------------------------------------------------------------------
+
+GENERATED = ("qwen3_moe", "mixtral", "deepseek_v3", "deepseek_v4", "gpt_oss", "nemotron_h", "gemma4_text")
 
 
-@DTYPES
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_trains_like_that_of_its_own_experts(family: str, dtype: torch.dtype) -> None:
-    model, ids = model_of(family, dtype).to(CUDA), tokens(4, 32).to(CUDA)
-    losses = []
-    for implementation in ("supersonic", "eager"):
-        model.set_experts_implementation(implementation)
-        model.zero_grad()
-        loss = model(ids, labels=ids).loss
-        loss.backward()
-        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
-        losses.append(float(loss))
-    assert losses[0] == pytest.approx(losses[1], rel=0.02)
-
-
-def test_an_expert_named_twice_counts_twice() -> None:
-    experts = random_experts(decorated_classes()["DeepseekV4Experts"], torch.bfloat16).to(CUDA)
-    x, ids, scores = (t.detach().to(CUDA) for t in inputs(experts, torch.bfloat16))
-    ids[:6] = 2
-    assert_no_further(experts, x, ids, scores)
-
-
-def in_graph(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
-    return graph, out
-
-
-DECODED = ["MixtralExperts", "GptOssExperts", "NemotronHExperts", "Gemma4TextExperts", "Qwen3MoeExperts"]
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["layer", "decode"])
-@pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("name", DECODED)
-def test_decode_never_waits_and_fits_a_cuda_graph(name: str, batch: int, training: bool) -> None:
-    """By the layer's own kernels, as in train mode, and by those of decode."""
-    experts = random_experts(decorated_classes()[name], torch.bfloat16).to(CUDA).train(training)
-    experts.config._experts_implementation = "supersonic"
-    x, ids, scores = (t.detach()[:batch].to(CUDA) for t in inputs(experts, torch.bfloat16))
-
-    def call() -> Tensor:
-        with torch.no_grad():
-            out: Tensor = experts(x, ids, scores)
-        return out
-
-    first = call()
-    with no_host_waits():
-        again = call(), call()  # recorded, then played, where a tape can hold it
-    assert all(torch.equal(out, first) for out in again)
-    graph, out = in_graph(call)
-    x.copy_(torch.randn_like(x))
-    ids.copy_((ids + 1) % 4)
-    graph.replay()
-    assert torch.equal(out, call())
-
-
-def test_generation_is_that_of_fp32_on_the_cpu() -> None:
-    model, ids = model_of("qwen3_moe"), tokens()
-    wanted = model.generate(ids, max_new_tokens=6, do_sample=False)
-    found = model.to(CUDA).generate(ids.to(CUDA), max_new_tokens=6, do_sample=False)
+@pytest.mark.parametrize("family", GENERATED)
+def test_generation_is_that_of_fp32_on_the_cpu(family: str) -> None:
+    model: Any = model_of(family)
+    model.set_experts_implementation("eager")
+    wanted, _ = generated(model, tokens(), 6)
+    model.to(CUDA).set_experts_implementation("supersonic")
+    found, _ = generated(model, tokens().to(CUDA), 6)
     assert torch.equal(found.cpu(), wanted)
 
 
-# ---- the grouped products behind unknown gates -----------------------------------------------------------------------
+@DTYPES
+@pytest.mark.parametrize("family", GENERATED)
+def test_generation_is_no_further_from_fp32_than_the_librarys(
+    family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, run = [], decode.run
 
+    def counted(operands: decode.Operands, gate: Any) -> Tensor:
+        calls.append(operands.x.shape[0])
+        return run(operands, gate)
 
-def grouped_case(dtype: torch.dtype, gather: bool) -> tuple[Any, ...]:
-    torch.manual_seed(0)
-    num_experts, columns, depth, count, k = 6, 144, 200, 70, 3
-    plan = sm.plan_from_topk(torch.randint(num_experts + 1, (count, k), device=CUDA), num_experts)  # some to nobody
-    x = torch.randn(count if gather else plan.capacity, depth, device=CUDA, dtype=dtype)
-    if not gather:
-        x[int(plan.expert_offsets[-1]) :] = torch.nan
-    w = torch.randn(num_experts, columns, depth, device=CUDA, dtype=dtype) / depth**0.5
-    bias = torch.randn(num_experts, columns, device=CUDA, dtype=dtype)
-    dy = torch.randn(plan.capacity, columns, device=CUDA, dtype=dtype)
-    return plan, [t.requires_grad_() for t in (x, w, bias)], dy
+    monkeypatch.setattr(decode, "run", counted)
+    errors = errors_of_generation(family, dtype, tokens(), CUDA, 6)
+    assert calls.count(2) >= 5  # steps of two sequences by one token each
+    assert errors["supersonic"]["logits"] < 1.3 * errors["eager"]["logits"], errors
 
 
 @DTYPES
-@pytest.mark.parametrize("gather", [True, False])
-@pytest.mark.parametrize("transposed", [True, False])
-def test_grouped_linear(dtype: torch.dtype, gather: bool, transposed: bool) -> None:
-    plan, (x, w, bias), dy = grouped_case(dtype, gather)
-    stored = w.detach().mT.contiguous().mT.requires_grad_() if transposed else w
-    y = sm.grouped_linear(x, stored, plan, bias=bias, gather=gather)
-    got = [y, *torch.autograd.grad(y, (x, stored, bias), dy)]
-    doubles = [t.detach().double().cpu().requires_grad_() for t in (x, w, bias)]
-    on_cpu = sm.RoutingPlan(*(t.cpu() if isinstance(t, Tensor) else t for t in vars(plan).values()))
-    want_y = sm.grouped_linear(doubles[0], doubles[1], on_cpu, bias=doubles[2], gather=gather)
-    want = [want_y, *torch.autograd.grad(want_y, doubles, dy.double().cpu())]
-    assert all(rel_fro(a.detach(), b.detach()) < 5e-3 for a, b in zip(got, want, strict=True))
-    dead = int(plan.expert_offsets[-1])
-    assert not y[dead:].any() and (gather or not got[1][dead:].any())
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_a_step_of_a_model_replays_in_a_cuda_graph(family: str, dtype: torch.dtype) -> None:
+    model, ids = model_of(family, dtype).to(CUDA), tokens(4, 1).to(CUDA)
+    own_token = torch.zeros(4, 1, 1, 1, dtype=dtype, device=CUDA)  # a mask that is added: nobody asks the GPU about it
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = model(ids, attention_mask=own_token, use_cache=False).logits
+        return logits
+
+    before = call()
+    graph, out = in_graph(call)
+    for _ in range(2):
+        ids.copy_(torch.randint(3, VOCABULARY, ids.shape))
+        graph.replay()
+        assert rel_fro(out, call()) < 1e-2 < rel_fro(out, before)
 
 
-def test_grouped_linear_in_fp8() -> None:
-    plan, (x, w, bias), dy = grouped_case(torch.bfloat16, gather=True)
-    found = []
-    for recipe in (sm.Fp8Recipe(), None):
-        y = sm.grouped_linear(x, w, plan, bias=bias, gather=True, recipe=recipe)
-        found.append([y, *torch.autograd.grad(y, (x, w, bias), dy)])
-    assert all(rel_fro(a.detach(), b.detach()) < 0.07 for a, b in zip(*found, strict=True))
+# ---- around it -------------------------------------------------------------------------------------------------------
+
+
+def test_weights_that_wait_on_the_host(tmp_path: Path) -> None:
+    """``device_map``: accelerate's hooks bring a layer's weights for the time of its forward, to other addresses."""
+    pytest.importorskip("accelerate")
+    model, ids = model_of("qwen3_moe", torch.bfloat16), tokens().to(CUDA)
+    model.save_pretrained(tmp_path)
+    where: dict[str, Any] = dict.fromkeys(
+        ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), 0
+    )
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        dtype=torch.bfloat16,
+        device_map={**where, "model.layers.1": "cpu"},
+        experts_implementation="supersonic",
+    )
+    experts = offloaded.model.layers[1].mlp.experts
+    model, taken = model.to(CUDA), []
+    with torch.no_grad():
+        for given in (ids, ids[:1, :1], ids[:1, 1:2], ids, ids[:, :5]):
+            assert experts.down_proj.device.type == "meta"
+            assert torch.equal(offloaded(given).logits, model(given).logits)
+            taken.append(torch.empty(1 << 16, device=CUDA))  # the next copies lie elsewhere
+
+
+def test_a_model_compiles_in_one_graph_for_every_length_but_1() -> None:
+    """Forward and backward; torch takes a size of 1 for a constant."""
+    torch._dynamo.reset()
+    model, graphs = model_of("qwen3_moe", torch.bfloat16).to(CUDA), Graphs()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=graphs)
+    counts = []
+    for length in (13, 7, 10, 1, 9, 1):
+        ids, found = tokens(1, length).to(CUDA), []
+        for call in (compiled, model):
+            model.zero_grad()
+            logits = call(ids, use_cache=False).logits
+            logits.float().square().mean().backward()
+            gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+            found.append({"logits": logits.detach(), **gradients})
+        assert far_apart(*found, 2e-2) == {}
+        counts.append(len(graphs))
+    assert counts == [1, 1, 1, 2, 2, 2]
