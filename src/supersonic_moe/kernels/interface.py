@@ -219,6 +219,22 @@ class PartLimits(NamedTuple):
     end_PE: Tensor
 
 
+class Banks(NamedTuple):
+    """Where rows for each rank go in an exchange: ``each`` places of rank after rank."""
+
+    bytes_R: Sequence[Tensor]
+    """uint8, of each rank, as this one writes it."""
+    table_R: Tensor
+    """(R,) int64 addresses of these, on the device."""
+    rank: int
+    """This one."""
+    places: int
+    """M: a call has R·M, M of each rank."""
+    first: int
+    """Of M, in this exchange."""
+    each: int
+
+
 class Rounding(NamedTuple):
     """How token rounding rounds (``routing/token_rounding.py``)."""
 
@@ -315,6 +331,15 @@ class Routing(Protocol):
         """The parts of a plan's row blocks: own rows, those of ranks after this one, if there are such ranks, those of
         ranks before it, likewise; which part has a block with rows of two: ``parallel/ranges.py``.
         """
+
+    def push_rows(self, rows_TC: Tensor, copy_TR: Tensor, own_TC: Tensor, to: Banks) -> None:
+        """Row t to place t of this rank in the bank of each rank with copy[t, rank] >= 0; for this rank to ``own``."""
+
+    def push_back(self, rows_UC: Tensor, ids_UK: Tensor, experts: int, to: Banks) -> None:
+        """Row r·M + t to place t - ``first`` of this rank in the bank of rank r, where any id is in [0, experts)."""
+
+    def take_rows(self, out_UC: Tensor, ids_UK: Tensor, experts: int, of: Banks) -> None:
+        """What ``push_rows`` of all other ranks has put into the bank of this one, to its rows r·M + t likewise."""
 
 
 class Experts(Protocol):
