@@ -14,6 +14,7 @@ from ranks import Ended, end_ranks, run_ranks
 from virtual_ranks import ON, end_processes
 
 from supersonic_moe import Fp8Recipe
+from supersonic_moe.parallel.watch import carried
 
 BF16 = torch.bfloat16
 PHASES = ("forward dispatch", "forward combine", "backward dispatch", "backward combine")
@@ -57,6 +58,11 @@ def test_exact_rows_that_travel_beside_products_have_the_bits_of_one_process(siz
     calls = [(SIZES[i : i + size], BF16, r, i % 2 == 1) for i, r in enumerate(("random", "skewed", "masked", "nobody"))]
     calls += [((0,) * size, BF16, "random", True), ((512,) + (3,) * (size - 1), BF16, "random", False)]
     assert alone(cases.exact_in_parts, size, gpu, calls) == [[]] * size
+
+
+def test_experts_of_ones_own_read_zeros_where_nothing_was_pushed() -> None:
+    """In forward and in backward: a product of all rows has finite gradients."""
+    assert alone(cases.dense_experts, 4) == [True] * 4
 
 
 def test_gradients_over_an_exact_wire_reach_main_grad_and_exist_once() -> None:
@@ -103,6 +109,7 @@ def test_ranks_that_call_different_things_are_told(gpu: bool) -> None:
         for error in errors
     ), errors
     assert all(error.startswith("ExpertParallelError") for error in errors), errors
+    assert carried("backward dispatch", 64) != carried("forward dispatch", 64)
 
 
 @pytest.mark.parametrize("gpu", ON)

@@ -61,6 +61,10 @@ def exact_in_parts(size: int, gpu: bool, calls: Sequence[tuple]) -> list[list[st
     return found
 
 
+def dense_experts(size: int) -> list[bool]:
+    return run_virtual(size, cases.with_a_product_of_all_rows, (9, 0, 5, 1), way_of("push"))
+
+
 def exact_ends(size: int) -> list[list[str]]:
     """What becomes of gradients of rows that travel beside products."""
     with _beside() as ways:

@@ -49,7 +49,7 @@ class Push(Copies):
         """(R·places, C): rows that this rank needs, those of others undefined, or zeros if ``needed`` says so."""
         if needed is None or not self.takes(rows_TC, places):
             return super().gather(rows_TC, places, empty, call, phase)
-        zeros = needed.zeros or torch.is_anomaly_check_nan_enabled()
+        zeros = needed.zeros or torch.is_anomaly_enabled()  # which looks for NaN
         rows_UC = (rows_TC.new_zeros if zeros else rows_TC.new_empty)(self.ranks * places, rows_TC.shape[1])
         leaving, arriving = _words(rows_TC), _words(rows_UC)
         row_bytes = rows_TC.shape[1] * rows_TC.element_size()
