@@ -101,9 +101,8 @@ def test_what_is_pushed_is_what_some_rank_needs() -> None:
     ours.fill_(math.nan)
     ours[1, 1, 4] = 6.0  # what rank 1 has pushed
     before = theirs.clone()
-    needed = Needed(torch.tensor([[-1, -1], [-1, 6], [2, -1]], dtype=torch.int32), experts=2)
-    needed.ids_UK = torch.full((2 * PLACES, 1), 2, dtype=torch.int32)
-    needed.ids_UK[2] = needed.ids_UK[PLACES + 4] = 1
+    needed = Needed(torch.tensor([[-1, -1], [-1, 6], [2, -1]], dtype=torch.int32))
+    needed.rows = torch.tensor([2, PLACES + 4, 2, *[0] * 8], dtype=torch.int32)
     rows = torch.arange(3.0)[:, None].expand(3, COLUMNS)
     needed.zeros = True
     arrived = push.gather(rows, PLACES, 0, *AT, needed)

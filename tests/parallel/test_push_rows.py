@@ -69,11 +69,15 @@ def test_rows_that_are_needed_arrive_and_nothing_else_is_touched(
     assert same([*found, own], [*want, want_own])
 
     ids = torch.randint(-1, 2 * HERE, (ranks * places, K), dtype=torch.int32)
-    here = ((ids >= 0) & (ids < HERE)).any(1).view(ranks, places)[:, first : first + count]
-    ids = ids.to(device)
+    here = ((ids >= 0) & (ids < HERE)).any(1).view(ranks, places)
+    needed = kernels.needed_rows(ids.to(device), HERE, ranks)
+    named = needed[1 : 1 + int(needed[0])].cpu()
+    assert needed.shape == (1 + ranks * places,) and needed.dtype is torch.int32
+    assert torch.equal(named.sort()[0], here.view(-1).nonzero()[:, 0].int())
+    here = here[:, first : first + count]
     parts = numbers(ranks * places, columns, dtype, device)
     (found, to), want = banks(), of_ranks(ranks, size, device)
-    kernels.push_back(parts, ids, HERE, to)
+    kernels.push_back(parts, needed, to)
     for r in range(ranks):
         for t in range(count):
             if here[r, t]:
@@ -83,7 +87,7 @@ def test_rows_that_are_needed_arrive_and_nothing_else_is_touched(
     found, of = banks()
     found[rank].copy_(torch.randint(0, 200, found[rank].shape, dtype=torch.uint8))
     out, want_out = (torch.full((ranks * places, columns), 7, dtype=dtype, device=device) for _ in range(2))
-    kernels.take_rows(out, ids, HERE, of)
+    kernels.take_rows(out, needed, of)
     for r in range(ranks):
         for t in range(count):
             if here[r, t] and r != rank:

@@ -223,15 +223,12 @@ class Banks(NamedTuple):
     """Where rows for each rank go in an exchange: ``each`` places of rank after rank."""
 
     bytes_R: Sequence[Tensor]
-    """uint8, of each rank, as this one writes it."""
     table_R: Tensor
     """(R,) int64 addresses of these, on the device."""
     rank: int
-    """This one."""
     places: int
-    """M: a call has R·M, M of each rank."""
+    """M of each rank in a call, of which ``each`` travel from ``first`` on."""
     first: int
-    """Of M, in this exchange."""
     each: int
 
 
@@ -335,11 +332,14 @@ class Routing(Protocol):
     def push_rows(self, rows_TC: Tensor, copy_TR: Tensor, own_TC: Tensor, to: Banks) -> None:
         """Row t to place t of this rank in the bank of each rank with copy[t, rank] >= 0; for this rank to ``own``."""
 
-    def push_back(self, rows_UC: Tensor, ids_UK: Tensor, experts: int, to: Banks) -> None:
-        """Row r·M + t to place t - ``first`` of this rank in the bank of rank r, where any id is in [0, experts)."""
+    def needed_rows(self, ids_UK: Tensor, experts: int, ranks: int) -> Tensor:
+        """(1 + U,) int32: how many tokens have an id in [0, experts), and which, those of all ranks in turn."""
 
-    def take_rows(self, out_UC: Tensor, ids_UK: Tensor, experts: int, of: Banks) -> None:
-        """What ``push_rows`` of all other ranks has put into the bank of this one, to its rows r·M + t likewise."""
+    def push_back(self, rows_UC: Tensor, needed: Tensor, to: Banks) -> None:
+        """Of rows r·M + t that ``needed_rows`` names, to place t - ``first`` of this rank in the bank of rank r."""
+
+    def take_rows(self, out_UC: Tensor, needed: Tensor, of: Banks) -> None:
+        """What ``push_rows`` of all other ranks has put into the bank of this one, to rows r·M + t likewise."""
 
 
 class Experts(Protocol):

@@ -148,7 +148,7 @@ class Channel:
 
     def _trip(self, found: Departures, sent: list[int] | None, received: list[int] | None) -> Trip:
         places = found.token_M, found.copy_TR, found.copy_TK
-        needed = Needed(found.copy_TR, self.experts_here) if self.transport == "push" else None
+        needed = Needed(found.copy_TR) if self.transport == "push" else None
         here = self.first_expert, self.experts_here
         return Trip(self.ranks, self.calls, *places, sent, received, self.fixed_places, *here, needed)
 

@@ -26,10 +26,8 @@ class Needed:
 
     copy_TR: Tensor
     """int32; at least 0 where a rank needs a token of this one."""
-    experts: int
-    """On this rank."""
-    ids_UK: Tensor | None = None
-    """int32, once choices have come: those of experts here are in [0, experts)."""
+    rows: Tensor | None = None
+    """(1 + U,) int32, once choices have come: how many rows from all ranks this one needs, and which."""
     zeros: bool = False
     """Rows that did not travel are zeros, for experts of a user's own. Nobody else reads them."""
 

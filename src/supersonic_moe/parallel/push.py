@@ -59,7 +59,7 @@ class Push(Copies):
                 of_share, own = leaving[share], arriving[self.rank * places + share.start :]
                 self._kernels.push_rows(of_share, needed.copy_TR[share], own[: len(of_share)], banks)
                 self.meet(row_bytes, call, phase)
-                self._kernels.take_rows(arriving, _ids(needed), needed.experts, banks)
+                self._kernels.take_rows(arriving, _rows(needed), banks)
         return rows_UC
 
     def exchange(
@@ -82,7 +82,7 @@ class Push(Copies):
         with self.inside(call, phase):
             for share in shares:
                 banks = self._next(places, share, call, phase)
-                self._kernels.push_back(leaving, _ids(needed), needed.experts, banks)
+                self._kernels.push_back(leaving, _rows(needed), banks)
                 self.meet(row_bytes, call, phase)
                 if arrived is not None:
                     of_share = self.rows_in_bank(self.ranks * banks.each, columns, rows_SC.dtype)
@@ -96,9 +96,9 @@ class Push(Copies):
         return Banks(bytes_R, table_R, self.rank, places, share.start, share.stop - share.start)
 
 
-def _ids(needed: Needed) -> Tensor:
-    assert needed.ids_UK is not None, "choices come first"
-    return needed.ids_UK
+def _rows(needed: Needed) -> Tensor:
+    assert needed.rows is not None, "choices come first"
+    return needed.rows
 
 
 def _words(rows_NC: Tensor) -> Tensor:

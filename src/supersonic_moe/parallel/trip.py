@@ -73,7 +73,8 @@ class Trip(NamedTuple):
         ids_UK, *others = torch.split(message_UC, [t.shape[1] for t in parts], 1)
         ids_UK = ids_UK - self.first_expert
         if self.needed is not None:
-            self.needed.ids_UK = ids_UK
+            routing = registry.kernels(registry.choose(ids_UK.device).name).routing
+            self.needed.rows = routing.needed_rows(ids_UK, self.experts_here, self.copy_TR.shape[1])
         copies = (t.clone(memory_format=torch.contiguous_format) for t in others)  # at aligned addresses
         return ids_UK, *(t.view(like.dtype) for t, like in zip(copies, (scores_TK, *more), strict=True))
 

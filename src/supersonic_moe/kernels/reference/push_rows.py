@@ -14,14 +14,23 @@ def push_rows(rows_TC: Tensor, copy_TR: Tensor, own_TC: Tensor, to: Banks) -> No
         arriving[needed_T] = rows_TC[needed_T]
 
 
-def push_back(rows_UC: Tensor, ids_UK: Tensor, experts: int, to: Banks) -> None:
-    rows_RMC, needed_RM = _of_exchange(rows_UC, to), _needed(ids_UK, experts, to)
+def needed_rows(ids_UK: Tensor, experts: int, ranks: int) -> Tensor:
+    here = ((ids_UK >= 0) & (ids_UK < experts)).any(1)
+    place, rank = here.view(ranks, -1).T.nonzero(as_tuple=True)
+    found = torch.zeros(1 + len(here), dtype=torch.int32, device=here.device)
+    found[0] = len(rank)
+    found[1 : 1 + len(rank)] = rank * (len(here) // ranks) + place
+    return found
+
+
+def push_back(rows_UC: Tensor, needed: Tensor, to: Banks) -> None:
+    rows_RMC, needed_RM = _of_exchange(rows_UC, to), _mask(needed, to)
     for rank, needed_M in enumerate(needed_RM):
         _places(to, rank, rows_UC)[to.rank][needed_M] = rows_RMC[rank][needed_M]
 
 
-def take_rows(out_UC: Tensor, ids_UK: Tensor, experts: int, of: Banks) -> None:
-    needed_RM = _needed(ids_UK, experts, of)
+def take_rows(out_UC: Tensor, needed: Tensor, of: Banks) -> None:
+    needed_RM = _mask(needed, of)
     needed_RM[of.rank] = False
     _of_exchange(out_UC, of)[needed_RM] = _places(of, of.rank, out_UC)[needed_RM]
 
@@ -39,8 +48,8 @@ def _of_exchange(rows_UC: Tensor, banks: Banks) -> Tensor:
     return rows_RMC[:, banks.first : banks.first + banks.each]
 
 
-def _needed(ids_UK: Tensor, experts: int, banks: Banks) -> Tensor:
-    """(R, each)"""
-    ids_RMK = _of_exchange(ids_UK, banks)
-    found: Tensor = torch.any((ids_RMK >= 0) & (ids_RMK < experts), 2)
-    return found
+def _mask(needed: Tensor, banks: Banks) -> Tensor:
+    """(R, each) bool"""
+    mask = torch.zeros(len(needed) - 1, 1, dtype=torch.bool, device=needed.device)
+    mask[needed[1 : 1 + int(needed[0])].long()] = True
+    return _of_exchange(mask, banks)[:, :, 0]
