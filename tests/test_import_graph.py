@@ -47,6 +47,7 @@ LAYERS = (
     "parallel.collectives",
     "parallel.symmetric",
     "parallel.copies",
+    "parallel.push",
     "parallel.few_rows",
     "parallel.traffic",
     "parallel.transport",

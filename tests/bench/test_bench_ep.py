@@ -74,10 +74,12 @@ def test_two_ranks_take_the_same_decisions(tmp_path: Path) -> None:
 
 
 @pytest.mark.multigpu
-@pytest.mark.parametrize(("recipe", "wire"), [("bf16", "exact"), ("fp8", "fp8")])
-def test_two_gpus_measure_one_case_after_another(recipe: str, wire: str) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "wire", "transport"), [("bf16", "exact", "gather"), ("fp8", "fp8", "gather"), ("bf16", "exact", "push")]
+)
+def test_two_gpus_measure_one_case_after_another(recipe: str, wire: str, transport: str) -> None:
     shapes = ["--shape", "2048,512,256,4,4", "--shape", "1024,512,256,4,4", "--min-ms", "1", "--warm-ms", "1"]
-    args = (*shapes, "--recipe", recipe, "--wire", wire, "--transport", "gather")
+    args = (*shapes, "--recipe", recipe, "--wire", wire, "--transport", transport)
     for exit_code, output, _ in run_ranks(2, ep_bench.measured, *args, backend=None, gpu=True):
         assert exit_code == 0 and "T2048_" in output and "T1024_" in output, output
 
@@ -163,13 +165,13 @@ def test_a_timeline_has_the_exchanges_of_a_call_in_order() -> None:
     assert found.end_us == 5 and vars(ranks) == {}
 
 
-@pytest.mark.parametrize("in_parts", [False, True])
-def test_a_timeline_has_every_exchange_of_copies(in_parts: bool) -> None:
+@pytest.mark.parametrize(("in_parts", "transport"), [(False, "gather"), (True, "gather"), (False, "push")])
+def test_a_timeline_has_every_exchange_of_copies(in_parts: bool, transport: str) -> None:
     """Whole: x and choices, sums; dO, dx and dscores. In parts: what starts one, each part, and what waits for all."""
     counts = {"forward dispatch": 2, "forward combine": 1, "backward dispatch": 1, "backward combine": 2}
     if in_parts:  # two ranks have one part each for another; a departure starts, sends and arrives; dscores are whole
         counts = {"forward dispatch": 3, "forward combine": 3, "backward dispatch": 2, "backward combine": 4}
-    (found,) = run_ranks(1, virtual_cases.timelines, 2, in_parts)
+    (found,) = run_ranks(1, virtual_cases.timelines, 2, in_parts, transport)
     for rank in found:
         assert Counter(exchange.phase for exchange in rank.exchanges) == counts
         for phase, begin, end in rank.exchanges:

@@ -40,7 +40,8 @@ def test_explain_counts_what_is_sent() -> None:
     for *said, name in run_ranks(2, arguments.explanations):
         sent = [float(re.search(r"partial outputs (\S+)", text)[1]) for text in said]  # type: ignore[index]
         needed = 512 * (1 - 12 / 56)
-        assert sent == [float(f"{rows * 128 / 1e6:.3g}") for rows in (needed, 512, 64, 512)]
+        assert sent == [float(f"{rows * 128 / 1e6:.3g}") for rows in (needed, 512, 64, 512, 512)]
+        assert "transport: gather, instead of push, by collectives of torch.distributed (gloo)" in said[-1]
         assert name and name != "undefined"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 from supersonic_moe.parallel import copies as module
+from supersonic_moe.parallel.collectives import Needed
 from supersonic_moe.parallel.copies import Copies, bank_of
+from supersonic_moe.parallel.push import Push
 from supersonic_moe.parallel.symmetric import HEAD, Memory
 
 PLACES, COLUMNS = 5, 8
@@ -22,12 +25,12 @@ AT = 1, "forward dispatch"
 def nothing(*_: Any) -> None: ...
 
 
-def of_rank_0(apart: bool) -> Copies:
+def of_rank_0(apart: bool, kind: type[Copies] = Copies) -> Any:
     """Of 1.0 everywhere in the memory of rank 1."""
     blocks = [torch.full(((HEAD + 2 * BANK) // 4,), float(rank)).view(torch.uint8) for rank in range(2)]
     flags, watch = SimpleNamespace(begin=nothing, meet=nothing), SimpleNamespace(enter=nothing, leave=nothing)
     memory = Memory(blocks, flags, None, apart)  # type: ignore[arg-type]
-    return Copies(memory, 0, PLACES, 4 * COLUMNS, BANK, watch, None)  # type: ignore[arg-type]
+    return kind(memory, 0, PLACES, 4 * COLUMNS, BANK, watch, None)  # type: ignore[arg-type]
 
 
 def test_what_is_copied_beside_products_lives_until_they_are_joined() -> None:
@@ -86,3 +89,29 @@ def test_in_a_graph_no_product_waits_for_rows(monkeypatch: pytest.MonkeyPatch) -
     assert came() is not None
     copies.join()
     assert came() is None
+
+
+def test_what_is_pushed_is_what_some_rank_needs() -> None:
+    """Of three tokens rank 1 needs the second, this one the third and of those of rank 1 the last: nothing else is
+    written or read.
+    """
+    push = of_rank_0(False, Push)
+    banks = (block[HEAD:].view(torch.float32).view(2, -1)[:, : 2 * PLACES * COLUMNS] for block in push.memory.blocks)
+    ours, theirs = (bank.unflatten(1, (2, PLACES, COLUMNS)) for bank in banks)
+    ours.fill_(math.nan)
+    ours[1, 1, 4] = 6.0  # what rank 1 has pushed
+    before = theirs.clone()
+    needed = Needed(torch.tensor([[-1, -1], [-1, 6], [2, -1]], dtype=torch.int32))
+    needed.rows = torch.tensor([2, PLACES + 4, 2, *[0] * 8], dtype=torch.int32)
+    rows = torch.arange(3.0)[:, None].expand(3, COLUMNS)
+    needed.zeros = True
+    arrived = push.gather(rows, PLACES, 0, *AT, needed)
+    assert arrived[:, 0].tolist() == [0, 0, 2, 0, 0, 0, 0, 0, 0, 6]
+    before[1, 0, 1] = 1.0
+    assert torch.equal(theirs, before) and int(ours.isfinite().sum()) == COLUMNS
+
+    parts = torch.arange(10.0)[:, None].expand(10, COLUMNS)
+    home = push.exchange(parts, *AT, None, None, needed)
+    before[0, 0, 4] = 9.0
+    assert torch.equal(theirs, before)
+    assert torch.equal(home.view(2, PLACES, COLUMNS)[0, 2], parts[2]) and int(home.isfinite().sum()) == COLUMNS

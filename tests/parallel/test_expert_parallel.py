@@ -133,6 +133,10 @@ def test_one_rank_is_the_plain_layer_and_copies_nothing(one_rank: None) -> None:
         ep.experts(x[:1], ids, scores, *weights)
     with pytest.raises(TypeError, match="capacity must be \"exact\" or a number of tokens; got 'auto'"):
         cases.make(capacity="auto")
+    with pytest.raises(ValueError, match=r'transport="push" has a place for each of max_tokens .*; got 4\.'):
+        cases.make(transport="push", capacity=4)
+    with pytest.raises(ValueError, match=r"transport must be one of .*'push'; got 'pull'"):
+        cases.make(transport="pull")
     with pytest.raises(TypeError, match=r"cannot be pickled\. Save its state_dict\(\)"):
         torch.save(spread, io.BytesIO())
 

@@ -26,6 +26,7 @@ WAYS = [
     pytest.param({"transport": "all_to_all"}, id="exact"),
     pytest.param({"capacity": 512}, id="capacity"),
     pytest.param({"transport": "gather"}, id="gather"),
+    pytest.param({"transport": "push"}, id="push", marks=pytest.mark.multigpu),
 ]
 OVER = [
     pytest.param({"gpu": True}, marks=pytest.mark.gpu, id="one GPU"),
@@ -51,7 +52,15 @@ def test_fp8_experts_have_the_bits_of_one_process(over: dict) -> None:
 
 
 @pytest.mark.parametrize("over", OVER)
-@pytest.mark.parametrize(("hidden", "way"), [(256, {}), (136, {"capacity": 700}), (256, {"transport": "gather"})])
+@pytest.mark.parametrize(
+    ("hidden", "way"),
+    [
+        (256, {}),
+        (136, {"capacity": 700}),
+        (256, {"transport": "gather"}),
+        pytest.param(136, {"transport": "push"}, marks=pytest.mark.multigpu),
+    ],
+)
 def test_an_fp8_wire_carries_what_the_experts_would_make(over: dict, hidden: int, way: dict) -> None:
     found = run_ranks(2, cases.over_an_fp8_wire, (700, 531), FP8, True, hidden, way, **over)
     assert found == [[], []]
@@ -80,15 +89,17 @@ def test_auto_takes_copies_between_two_gpus() -> None:
 
 
 @pytest.mark.multigpu
-def test_rows_too_wide_for_copies_go_through_collectives() -> None:
+@pytest.mark.parametrize("transport", ["gather", "push"])
+def test_rows_too_wide_for_copies_go_through_collectives(transport: str) -> None:
     calls = [((33, 7), torch.float32, "random", True), ((33, 7), BF16, "random", True)]
-    assert run_ranks(2, cases.same_as_one_process, calls, {"transport": "gather"}, backend="nccl") == [[], []]
+    assert run_ranks(2, cases.same_as_one_process, calls, {"transport": transport}, backend="nccl") == [[], []]
 
 
 @pytest.mark.multigpu
-def test_random_calls_over_copies_repeat_to_the_bit() -> None:
+@pytest.mark.parametrize("transport", ["gather", "push"])
+def test_random_calls_over_copies_repeat_to_the_bit(transport: str) -> None:
     """Only two GPUs show whether memory is ordered between them."""
-    way = {"transport": "gather"}
+    way = {"transport": transport}
     assert run_ranks(2, cases.repeats_to_the_bit, 1000, way, backend="nccl", timeout_s=300) == [True, True]
 
 

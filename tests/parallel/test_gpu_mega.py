@@ -156,7 +156,7 @@ OVER = [
 
 
 @pytest.mark.parametrize("over", OVER)
-@pytest.mark.parametrize("transport", ["gather", "all_to_all"])
+@pytest.mark.parametrize("transport", ["gather", "all_to_all", pytest.param("push", marks=pytest.mark.multigpu)])
 @pytest.mark.parametrize("rows", CALLS)
 def test_ranks_together_have_the_bits_of_one_process(rows: str, transport: str, over: dict) -> None:
     most, calls = CALLS[rows]

@@ -104,7 +104,7 @@ CONSTRUCTED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"max_tokens_per_rank": 0}, ValueError, "max_tokens_per_rank must be at least 1; got 0"),
     ({"num_experts": 8.0}, TypeError, "num_experts must be a positive integer"),
     ({"group": "world"}, TypeError, "needs a process group of torch.distributed or a DeviceMesh; got str"),
-    ({"transport": "pigeon"}, ValueError, "transport must be one of 'gather', 'all_to_all'; got 'pigeon'"),
+    ({"transport": "pigeon"}, ValueError, "transport must be one of 'gather', 'all_to_all', 'push'; got"),
     ({"direct": 1}, TypeError, "direct must be True or False"),
     ({"direct": True, "transport": "all_to_all"}, ValueError, "direct=True needs a place .*; got 'all_to_all'"),
     ({"timeout_s": 0}, ValueError, "timeout_s must be finite and at least 0.01; got 0"),
@@ -173,17 +173,19 @@ def test_ranks_together_have_the_bits_of_one_process(ranks: int, transport: str)
     assert run_ranks(ranks, cases.same_as_one_process, spread(ranks), transport) == [[]] * ranks
 
 
-@pytest.mark.parametrize("ranks", [2, 8])
-def test_copies_between_ranks_carry_the_same(ranks: int) -> None:
-    (found,) = run_ranks(1, cases.over_copies, ranks, spread(ranks))
+@pytest.mark.parametrize(("ranks", "transport"), [(2, "gather"), (8, "gather"), (4, "push")])
+def test_copies_between_ranks_carry_the_same(ranks: int, transport: str) -> None:
+    (found,) = run_ranks(1, cases.over_copies, ranks, spread(ranks), transport)
     assert found == [[]] * ranks
 
 
-@pytest.mark.parametrize(("ranks", "rows"), [(2, 150), (4, 1)])
-def test_more_rows_than_a_bank_holds_travel_one_share_after_the_other(ranks: int, rows: int) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "rows", "transport"), [(2, 150, "gather"), (4, 1, "gather"), (2, 150, "push"), (4, 1, "push")]
+)
+def test_more_rows_than_a_bank_holds_travel_one_share_after_the_other(ranks: int, rows: int, transport: str) -> None:
     """Of all places of a rank ``rows`` outputs fit, and twice as many of the others, whose rows are shorter."""
     most, calls = (400, spread(ranks)) if rows > 1 else (40, [((0, 1, 40, 17), 0.3, None), ((7, 40, 1, 0), 0.0, 1.0)])
-    (found, said) = run_ranks(1, cases.over_small_copies, ranks, calls, most, ranks * rows * 2 * H)[0]
+    (found, said) = run_ranks(1, cases.over_small_copies, ranks, calls, transport, most, ranks * rows * 2 * H)[0]
     assert found == [[]] * ranks
     expected = {150: "the widest rows go in 3 exchanges, 134 of a rank at a time", 1: "in 40 exchanges, 1 of a rank"}
     assert all(expected[rows] in each for each in said)

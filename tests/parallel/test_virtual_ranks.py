@@ -14,6 +14,7 @@ from ranks import Ended, end_ranks, run_ranks
 from virtual_ranks import ON, end_processes
 
 from supersonic_moe import Fp8Recipe
+from supersonic_moe.parallel.watch import carried
 
 BF16 = torch.bfloat16
 PHASES = ("forward dispatch", "forward combine", "backward dispatch", "backward combine")
@@ -26,18 +27,22 @@ def alone(function: Any, *args: Any) -> Any:
 
 
 @pytest.mark.parametrize("gpu", ON)
+@pytest.mark.parametrize("transport", ["gather", "push"])
 @pytest.mark.parametrize("size", [2, 4, 8])
-def test_ranks_together_have_the_bits_of_one_process(size: int, gpu: bool) -> None:
+def test_ranks_together_have_the_bits_of_one_process(size: int, transport: str, gpu: bool) -> None:
+    """Pushed, what did not travel is NaN: nobody reads it."""
     routings = ("random", "skewed", "one rank", "masked", "nobody")
     calls = [(SIZES[i : i + size] + SIZES[: max(0, i + size - 8)], BF16, r, i % 2 == 1) for i, r in enumerate(routings)]
     calls += [((0,) * size, BF16, "random", False), ((512,) + (3,) * (size - 1), BF16, "random", True)]
-    assert alone(cases.same_as_one_process, size, gpu, calls) == [[]] * size
+    assert alone(cases.same_as_one_process, size, gpu, calls, transport) == [[]] * size
 
 
 @pytest.mark.parametrize("gpu", ON)
-@pytest.mark.parametrize("hidden", [256, 136])
-def test_an_fp8_wire_carries_what_the_experts_would_make(hidden: int, gpu: bool) -> None:
-    assert alone(cases.fp8_wire, 2, gpu, (700, 531), Fp8Recipe(scale="pow2"), hidden) == [[]] * 2 * cases.times_on(gpu)
+@pytest.mark.parametrize(("size", "hidden", "transport"), [(2, 256, "gather"), (2, 136, "gather"), (4, 136, "push")])
+def test_an_fp8_wire_carries_what_the_experts_would_make(size: int, hidden: int, transport: str, gpu: bool) -> None:
+    tokens, recipe = (700, 531, 0, 64)[:size], Fp8Recipe(scale="pow2")
+    found = alone(cases.fp8_wire, size, gpu, tokens, recipe, hidden, transport)
+    assert found == [[]] * size * cases.times_on(gpu)
 
 
 @pytest.mark.parametrize("gpu", ON)
@@ -55,13 +60,19 @@ def test_exact_rows_that_travel_beside_products_have_the_bits_of_one_process(siz
     assert alone(cases.exact_in_parts, size, gpu, calls) == [[]] * size
 
 
+def test_experts_of_ones_own_read_zeros_where_nothing_was_pushed() -> None:
+    """In forward and in backward: a product of all rows has finite gradients."""
+    assert alone(cases.dense_experts, 4) == [True] * 4
+
+
 def test_gradients_over_an_exact_wire_reach_main_grad_and_exist_once() -> None:
     assert alone(cases.exact_ends, 2) == [[], []]
 
 
 @pytest.mark.parametrize("gpu", ON)
-def test_random_calls_with_random_delays_repeat_to_the_bit(gpu: bool) -> None:
-    assert alone(cases.random_calls, 4, gpu, 60) is True
+@pytest.mark.parametrize("transport", ["gather", "push"])
+def test_random_calls_with_random_delays_repeat_to_the_bit(transport: str, gpu: bool) -> None:
+    assert alone(cases.random_calls, 4, gpu, 60, transport) is True
 
 
 def errors_of(gpu: bool, case: Any, *args: Any) -> list[str]:
@@ -78,9 +89,9 @@ def raised(gpu: bool, process: list[Ended]) -> list[str]:
 
 
 @pytest.mark.parametrize("gpu", ON)
-@pytest.mark.parametrize("size", [2, 4])
-def test_a_late_rank_is_named(size: int, gpu: bool) -> None:
-    calls = [(size, gpu, phase, 3.0) for phase in PHASES]
+@pytest.mark.parametrize(("size", "transport"), [(2, "gather"), (4, "gather"), (2, "push")])
+def test_a_late_rank_is_named(size: int, transport: str, gpu: bool) -> None:
+    calls = [(size, gpu, phase, 3.0, transport) for phase in PHASES]
     for phase, process in zip(PHASES, end_processes(gpu, cases.with_a_muted_rank, calls), strict=True):
         errors, wanted = raised(gpu, process), rf"waited 3 s in the {phase} of call 2 for rank 1 "
         wanted += r"\(exchange \d+ expected, \d+ seen\)\. Rank 1 is past the"
@@ -91,13 +102,14 @@ def test_a_late_rank_is_named(size: int, gpu: bool) -> None:
 @pytest.mark.parametrize("gpu", ON)
 def test_ranks_that_call_different_things_are_told(gpu: bool) -> None:
     errors = errors_of(gpu, cases.with_a_rank_elsewhere, 2, gpu)
-    backward, forward = (f"the {way} dispatch with rows of 64 bytes" for way in ("backward", "forward"))
+    backward, forward = "the backward dispatch with rows of 64 bytes", "the forward dispatch with rows of 24 bytes"
     assert any(
         f"rank 0 is in call 3, {backward}; rank 1 is in {forward}. Run the same layers" in error
         or f"rank 1 is in call 4, {forward}; rank 0 is in {backward}. Run the same layers" in error
         for error in errors
     ), errors
     assert all(error.startswith("ExpertParallelError") for error in errors), errors
+    assert carried("backward dispatch", 64) != carried("forward dispatch", 64)
 
 
 @pytest.mark.parametrize("gpu", ON)
@@ -132,3 +144,11 @@ def test_auto_takes_copies_where_most_tokens_need_most_ranks() -> None:
     assert all("transport: gather, by copies between GPUs that reach each other's memory, through " in e for e in two)
     eight = alone(cases.explanations, 8)
     assert all("a rank needs 38% of the tokens of another, below 80%" in e for e in eight), eight[0]
+
+
+def test_explain_counts_what_is_pushed() -> None:
+    """Of 512 tokens 38 % to each of seven ranks in 64 bytes, choices of all."""
+    for text in alone(cases.explanations, 8, "push"):
+        assert "transport: push, by kernels that write what is needed to GPUs that reach each other's memory" in text
+        assert "places: 512 for each rank: no wait for the host" in text
+        assert "x, ids, scores 0.172, partial outputs 0.086\n" in text, text

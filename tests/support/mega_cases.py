@@ -18,6 +18,7 @@ import torch.distributed as dist
 from inference_oracle import Case, make_case
 from parallel_cases import error_of, timed_error_of
 from torch import Tensor
+from virtual_cases import way_of
 from virtual_ranks import CarefulFlags, ThreadFlags, on_a_gpu, run_virtual, times_on
 
 from supersonic_moe.inference import moe_fp8_topk
@@ -134,18 +135,19 @@ def same_as_one_process(
     return wrong
 
 
-def over_copies(size: int, calls: Sequence[Call], most: int = MOST) -> list[list[str]]:
+def over_copies(size: int, calls: Sequence[Call], transport: str, most: int = MOST) -> list[list[str]]:
     """The same of ranks that are threads and reach each other's memory."""
-    return run_virtual(size, same_as_one_process, calls, "gather", most)
+    return run_virtual(size, same_as_one_process, calls, way_of(transport)["transport"], most)
 
 
 def over_small_copies(
-    size: int, calls: Sequence[Call], most: int, largest_bank: int
+    size: int, calls: Sequence[Call], transport: str, most: int, largest_bank: int
 ) -> tuple[list[list[str]], list[str]]:
     """``over_copies`` of more rows than a bank holds, and what ``explain`` says."""
     parallel_mega.LARGEST_BANK = largest_bank
-    explained = run_virtual(size, lambda: mega(dist.group.WORLD, max_tokens_per_rank=most).explain())
-    return over_copies(size, calls, most), explained
+    layer = {"max_tokens_per_rank": most, "transport": transport}
+    explained = run_virtual(size, lambda: mega(dist.group.WORLD, **layer).explain())
+    return over_copies(size, calls, transport, most), explained
 
 
 def bf16_over_ranks(pow2: bool) -> tuple[bool, str, str]:

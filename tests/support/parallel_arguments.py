@@ -94,7 +94,7 @@ def explanations() -> list[str]:
     """Of each way, for ranks without a name of their own."""
     ranks = dist.new_group()
     said = []
-    for way in ({}, {"capacity": 512}, {"capacity": 64}, {"transport": "gather"}):
+    for way in ({}, {"capacity": 512}, {"capacity": 64}, {"transport": "gather"}, {"transport": "push"}):
         ep = ExpertParallel(ranks, num_experts=8, top_k=2, hidden=64, max_tokens=512, **way)  # type: ignore[arg-type]
         said.append(ep.explain())
         ep.close()

@@ -305,6 +305,16 @@ def with_experts_of_ones_own(tokens: Sequence[int]) -> bool:
     return x.grad[:, 0].tolist() == copies and bool((scores.grad == H).all())
 
 
+def with_a_product_of_all_rows(tokens: Sequence[int], way: dict[str, Any]) -> bool:
+    """Whether gradients are finite where a rank multiplies all that arrived, places without a token included."""
+    given, ep = here(inputs(tokens, torch.bfloat16, "skewed"), tokens), make(**way)
+    x, w = leaf(given.x), leaf(given.w1[0, :H])
+    got = ep.dispatch(x, given.ids, given.scores)
+    ep.combine(got.x @ w, got.handle).sum().backward()
+    ep.close()
+    return bool(w.grad.isfinite().all() and x.grad.isfinite().all())
+
+
 def in_a_graph(way: dict[str, Any]) -> list[str]:
     tokens = [64] * dist.get_world_size()
     sets = [here(inputs(tokens, torch.bfloat16, r), tokens) for r in ("random", "masked", "skewed")]

@@ -24,6 +24,7 @@ from supersonic_moe.inference import SharedExpert, moe_fp8_ds_routed, moe_fp8_to
 from supersonic_moe.kernels.interface import (
     RANGE_ROWS,
     Arrivals,
+    Banks,
     DownBackward,
     Gate,
     Into,
@@ -48,6 +49,7 @@ from supersonic_moe.kernels.sm90.rank_tokens import Layout
 from supersonic_moe.kernels.sm90.up_projection import up_projection
 from supersonic_moe.kernels.sm90.up_projection_fp8 import up_projection_fp8
 from supersonic_moe.kernels.triton.departures import departures_everywhere
+from supersonic_moe.kernels.triton.push_rows import needed_rows, push_back, push_rows, take_rows
 from supersonic_moe.kernels.triton.pad_segments import pad_segments
 from supersonic_moe.kernels.triton.quantize import quantize_blocks, quantize_rows
 from supersonic_moe.kernels.triton.row_parts import row_parts
@@ -169,6 +171,20 @@ def departures(tokens: int) -> None:
         row_parts(offsets, index, Sources(rank, 2, places))
 
 
+def pushed(tokens: int, columns: int) -> None:
+    """Rows of words that both ranks may need, into banks of as many bytes as they have, and back."""
+    ids = torch.randint(-1, 9, (2 * tokens, 3), device=CUDA).int()
+    needed, rows = needed_rows(ids, 4, 2), torch.zeros(2 * tokens, columns, dtype=torch.int32, device=CUDA)
+    banks = [torch.zeros(rows.nbytes, dtype=torch.uint8, device=CUDA) for _ in range(2)]
+    table = torch.tensor([bank.data_ptr() for bank in banks], dtype=torch.int64, device=CUDA)
+    copies = departures_everywhere(ids[:tokens], 8, 2, tokens).copy_TR
+    for rank in range(2):
+        to = Banks(banks, table, rank, tokens, 0, tokens)
+        push_rows(rows[:tokens], copies, rows[rank * tokens :][:tokens], to)
+        take_rows(rows, needed, to)
+        push_back(rows, needed, to)
+
+
 def told_long_ago(blocks: list[torch.Tensor]) -> None:
     """Each rank finds flags of an epoch that it never reaches. A rank that runs tells the others its own epochs, which
     those that run behind it find instead: as many.
@@ -250,6 +266,8 @@ def main() -> None:
     exchange(3)
     for tokens in (1, 70):
         departures(tokens)
+        pushed(tokens, 36)
+        pushed(tokens, 5)
     layer = sm.MoE(8, 2, HIDDEN, WIDTH, "swiglu", True, 0.02).to(CUDA, BF16)
     x = torch.randn(77, HIDDEN, device=CUDA, dtype=BF16, requires_grad=True)
     out, aux = layer(x)

@@ -47,13 +47,13 @@ def two_gpus(patch: pytest.MonkeyPatch, folder: Path) -> None:
     patch.setattr(symmetric, "ExchangeFlags", ThreadFlags)
 
 
-def same_as_one_process(folder: Path) -> tuple[str, list[str]]:
+def same_as_one_process(folder: Path, transport: str) -> tuple[str, list[str]]:
     """What a layer over such copies says of itself, and where it has other bits than one process."""
     with pytest.MonkeyPatch.context() as patch:
         two_gpus(patch, folder)
-        said = cases.make().explain()
+        said = cases.make(transport=transport).explain()
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        return said, cases.same_as_one_process(CALLS, {})
+        return said, cases.same_as_one_process(CALLS, {"transport": transport})
 
 
 def obstacles(folder: Path) -> list[str]:

@@ -22,16 +22,26 @@ from supersonic_moe.parallel.copies import Copies
 GATHER = {"transport": "gather", "timeout_s": 30.0}
 
 
-def same_as_one_process(size: int, gpu: bool, calls: Sequence[tuple]) -> list[list[str]]:
+def way_of(transport: str) -> dict[str, Any]:
+    """``"push"``: with NaN in all memory that nobody has written, as rows are that did not travel."""
+    if transport == "push":
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    return GATHER | {"transport": transport}
+
+
+def same_as_one_process(size: int, gpu: bool, calls: Sequence[tuple], transport: str = "gather") -> list[list[str]]:
     _start(gpu, careful=6 * len(calls) + 1)  # by then all have computed what they expect
-    return run_virtual(size, cases.same_as_one_process, times_on(gpu) * [*calls], GATHER)
+    return run_virtual(size, cases.same_as_one_process, times_on(gpu) * [*calls], way_of(transport))
 
 
-def fp8_wire(size: int, gpu: bool, tokens: Sequence[int], recipe: Fp8Recipe, hidden: int) -> list[list[str]]:
+def fp8_wire(
+    size: int, gpu: bool, tokens: Sequence[int], recipe: Fp8Recipe, hidden: int, transport: str = "gather"
+) -> list[list[str]]:
     found = []
     for careful in (10**6, 0)[: times_on(gpu)]:
         _start(gpu, careful)
-        found += run_virtual(size, cases.over_an_fp8_wire, tokens, recipe, True, hidden, GATHER)
+        found += run_virtual(size, cases.over_an_fp8_wire, tokens, recipe, True, hidden, way_of(transport))
     return found
 
 
@@ -49,6 +59,10 @@ def exact_in_parts(size: int, gpu: bool, calls: Sequence[tuple]) -> list[list[st
         found = same_as_one_process(size, gpu, calls)
     assert ways == {(rank, phase) for rank in range(size) for phase in ("forward dispatch", "backward dispatch")}, ways
     return found
+
+
+def dense_experts(size: int) -> list[bool]:
+    return run_virtual(size, cases.with_a_product_of_all_rows, (9, 0, 5, 1), way_of("push"))
 
 
 def exact_ends(size: int) -> list[list[str]]:
@@ -75,49 +89,49 @@ def _beside() -> Iterator[set[tuple[int, str]]]:
         ranges.LEAST_ROWS, Way.arrive = least, arrive
 
 
-def random_calls(size: int, gpu: bool, count: int) -> bool:
+def random_calls(size: int, gpu: bool, count: int, transport: str = "gather") -> bool:
     """Twice, with other delays: the same bits."""
     results = []
     for careful in (10**6, 0):
         _start(gpu, careful)
-        results.append(run_virtual(size, cases.calls_in_pairs, count, GATHER))
+        results.append(run_virtual(size, cases.calls_in_pairs, count, way_of(transport)))
         if gpu:
             torch.cuda.synchronize()
     return all(cases.same_bits(one, other) for one, other in zip(*results, strict=True))
 
 
-def timelines(size: int, in_parts: bool) -> list[Timeline]:
+def timelines(size: int, in_parts: bool, transport: str = "gather") -> list[Timeline]:
     """Of a forward and backward on each rank. ``in_parts``: with rows that travel beside products."""
 
     def of_rank() -> Timeline:
-        ep, given = _after_one_call(30.0)
+        ep, given = _after_one_call(30.0, transport)
         return timeline(lambda: cases.run(ep, given), Marks(), ep.ranks)
 
     with _beside() if in_parts else nullcontext():
         return run_virtual(size, of_rank)
 
 
-def explanations(size: int) -> list[str]:
-    return run_virtual(size, lambda: cases.make().explain())
+def explanations(size: int, transport: str = "auto") -> list[str]:
+    return run_virtual(size, lambda: cases.make(transport=transport).explain())
 
 
-def _after_one_call(limit_s: float) -> tuple[Any, Any]:
+def _after_one_call(limit_s: float, transport: str = "gather") -> tuple[Any, Any]:
     """Experts of ranks with 5 tokens each, and what this one brings: one call is done."""
     tokens = [5] * dist.get_world_size()
-    ep = cases.make(**GATHER | {"timeout_s": limit_s})
+    ep = cases.make(**way_of(transport) | {"timeout_s": limit_s})
     given = cases.here(cases.inputs(tokens, torch.bfloat16), tokens)
     cases.run(ep, given)
     return ep, given
 
 
-def with_a_muted_rank(size: int, gpu: bool, phase: str, limit_s: float) -> list[str]:
+def with_a_muted_rank(size: int, gpu: bool, phase: str, limit_s: float, transport: str = "gather") -> list[str]:
     """Rank 1 is late for a phase of the second call, until others have given up: what each rank raises."""
     _start(gpu, careful=6)
-    return run_virtual(size, _muted, phase, limit_s)
+    return run_virtual(size, _muted, phase, limit_s, transport)
 
 
-def _muted(phase: str, limit_s: float) -> str:
-    rank, (ep, given) = dist.get_rank(), _after_one_call(limit_s)
+def _muted(phase: str, limit_s: float, transport: str) -> str:
+    rank, (ep, given) = dist.get_rank(), _after_one_call(limit_s, transport)
     if rank == 1:
         _before(ep._channel.ranks, phase, lambda: ranks.stay(True, 2.5 * limit_s))
 

@@ -166,7 +166,8 @@ def _measured(
         result.metrics[name]["host_us"] = us
     if size > 1:
         sizes = (shape.tokens, shape.hidden, ep.num_experts, shape.top_k, size)
-        sent = Load(*sizes, ep.wire, shape.tokens if ep.transport == "gather" else None).sent
+        fixed = None if ep.transport == "all_to_all" else shape.tokens
+        sent = Load(*sizes, ep.wire, fixed, pushed=ep.transport == "push").sent
         result.metrics[OURS]["sent_bytes"] = sum(sent)
         progress("finding out when rows travel")
         result.timeline = timeline(found[OURS].fwd_bwd, marks_for(config.device), ep.ranks)

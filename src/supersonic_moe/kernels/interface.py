@@ -219,6 +219,19 @@ class PartLimits(NamedTuple):
     end_PE: Tensor
 
 
+class Banks(NamedTuple):
+    """Where rows for each rank go in an exchange: ``each`` places of rank after rank."""
+
+    bytes_R: Sequence[Tensor]
+    table_R: Tensor
+    """(R,) int64 addresses of these, on the device."""
+    rank: int
+    places: int
+    """M of each rank in a call, of which ``each`` travel from ``first`` on."""
+    first: int
+    each: int
+
+
 class Rounding(NamedTuple):
     """How token rounding rounds (``routing/token_rounding.py``)."""
 
@@ -315,6 +328,18 @@ class Routing(Protocol):
         """The parts of a plan's row blocks: own rows, those of ranks after this one, if there are such ranks, those of
         ranks before it, likewise; which part has a block with rows of two: ``parallel/ranges.py``.
         """
+
+    def push_rows(self, rows_TC: Tensor, copy_TR: Tensor, own_TC: Tensor, to: Banks) -> None:
+        """Row t to place t of this rank in the bank of each rank with copy[t, rank] >= 0; for this rank to ``own``."""
+
+    def needed_rows(self, ids_UK: Tensor, experts: int, ranks: int) -> Tensor:
+        """(1 + U,) int32: how many tokens have an id in [0, experts), and which, those of all ranks in turn."""
+
+    def push_back(self, rows_UC: Tensor, needed: Tensor, to: Banks) -> None:
+        """Of rows r·M + t that ``needed_rows`` names, to place t - ``first`` of this rank in the bank of rank r."""
+
+    def take_rows(self, out_UC: Tensor, needed: Tensor, of: Banks) -> None:
+        """What ``push_rows`` of all other ranks has put into the bank of this one, to rows r·M + t likewise."""
 
 
 class Experts(Protocol):

@@ -49,7 +49,7 @@ class Way(NamedTuple):
     def of(cls, trip: Trip, rows_TC: Tensor, sums: Tensor, top_k: int) -> Way | None:
         """None where it is better, or only possible, not to. ``rows`` come, and what is like ``sums`` leaves."""
         copies, ranks = trip.ranks, trip.copy_TR.shape[1]
-        if not (trip.gathers and isinstance(copies, Copies)):
+        if not (trip.gathers and isinstance(copies, Copies) and copies.beside_products):
             return None
         places = trip.token_S.shape[0] // ranks
         enough = places * top_k >= ranges.LEAST_ROWS * trip.experts_here
@@ -112,7 +112,8 @@ class WayBack:
     @property
     def leave(self) -> Callable[[Tensor | None], None] | None:
         """What is called with dx before the weight gradients; None where nothing can go on beside them."""
-        return self._leave if isinstance(self._trip.ranks, Copies) else None
+        ranks = self._trip.ranks
+        return self._leave if isinstance(ranks, Copies) and ranks.beside_products else None
 
     def _leave(self, dx_UH: Tensor | None) -> None:
         trip, copies = self._trip, self._trip.ranks

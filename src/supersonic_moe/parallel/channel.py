@@ -5,7 +5,7 @@ come one after the other; those of two have nothing in common, so each may be on
 
     all_to_all, exact    one exchange of numbers first: how many tokens and rows come from each rank    (R, 4 + E/R)
     all_to_all, fixed    the largest number that any rank has for another                               (1,)
-    gather               nothing: all tokens go to all ranks
+    gather, push         nothing: the place of each token is its number
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from supersonic_moe.parallel.collectives import Collectives, name_of
+from supersonic_moe.parallel.collectives import Collectives, Needed, name_of
 from supersonic_moe.parallel.departures import Departures, departures, departures_everywhere, in_fixed_places
 from supersonic_moe.parallel.overflow import Overflow
 from supersonic_moe.parallel.transport import choose
@@ -66,6 +66,8 @@ class Channel:
         largest = {"places": sizes.max_tokens, "row_bytes": sizes.row_bytes}
         found = choose(transport, self._collectives, self.watch, **wanted, **largest, largest_bank=sizes.largest_bank)
         self.transport, self.ranks, self.how = found
+        self.fixed_places = self.transport != "all_to_all"
+        """Of all tokens on all ranks."""
         capacity = sizes.capacity
         self.overflow = None if capacity == "exact" else Overflow(self._collectives, capacity)
         self.calls = 0
@@ -94,7 +96,7 @@ class Channel:
 
     def departures(self, ids_TK: Tensor) -> Departures:
         ids_TK, experts, most = ids_TK.contiguous(), self._sizes.num_experts, self._sizes.max_tokens
-        if self.transport != "gather":
+        if not self.fixed_places:
             return departures(ids_TK, experts, self.size)
         self.check_tokens(ids_TK.shape[0])
         return departures_everywhere(ids_TK, experts, self.size, most)
@@ -108,7 +110,7 @@ class Channel:
         """The trip of this call, the rows of each expert here if the host knows, and scores to send."""
         if scores_TK.dtype not in (torch.float32, torch.float64):
             scores_TK = scores_TK.float()
-        if self.transport == "gather":
+        if self.fixed_places:
             return self._trip(found, None, None), None, scores_TK
         with self.watch.raising_everywhere():
             if self.overflow is None:
@@ -146,8 +148,9 @@ class Channel:
 
     def _trip(self, found: Departures, sent: list[int] | None, received: list[int] | None) -> Trip:
         places = found.token_M, found.copy_TR, found.copy_TK
-        gathers = self.transport == "gather"
-        return Trip(self.ranks, self.calls, *places, sent, received, gathers, self.first_expert, self.experts_here)
+        needed = Needed(found.copy_TR) if self.transport == "push" else None
+        here = self.first_expert, self.experts_here
+        return Trip(self.ranks, self.calls, *places, sent, received, self.fixed_places, *here, needed)
 
     def _too_many(self, found: str) -> ValueError:
         kind, limit = self._sizes.names

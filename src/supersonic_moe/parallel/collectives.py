@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -19,15 +20,35 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 """torch 2.13 calls it by its first name, and warns of the other, which is all that older ones have."""
 
 
+@dataclass
+class Needed:
+    """Which rows of a call some rank reads, for ranks that need not send the others."""
+
+    copy_TR: Tensor
+    """int32; at least 0 where a rank needs a token of this one."""
+    rows: Tensor | None = None
+    """(1 + U,) int32, once choices have come: how many rows from all ranks this one needs, and which."""
+    zeros: bool = False
+    """Rows that did not travel are zeros, for experts of a user's own. Nobody else reads them."""
+
+
 class Ranks(Protocol):
-    """How rows come from one rank to another."""
+    """How rows come from one rank to another. Those that are not ``needed`` may stay where they are."""
 
     watch: Watch
 
-    def gather(self, rows_TC: Tensor, places: int, empty: int, call: int, phase: str) -> Tensor: ...
+    def gather(
+        self, rows_TC: Tensor, places: int, empty: int, call: int, phase: str, needed: Needed | None = None
+    ) -> Tensor: ...
 
     def exchange(
-        self, rows_SC: Tensor, call: int, phase: str, sent: Sequence[int] | None, received: Sequence[int] | None
+        self,
+        rows_SC: Tensor,
+        call: int,
+        phase: str,
+        sent: Sequence[int] | None,
+        received: Sequence[int] | None,
+        needed: Needed | None = None,
     ) -> Tensor: ...
 
 
@@ -38,7 +59,13 @@ class Collectives:
         self.group, self.watch = group, watch
 
     def exchange(
-        self, rows_SC: Tensor, call: int, phase: str, sent: Sequence[int] | None, received: Sequence[int] | None
+        self,
+        rows_SC: Tensor,
+        call: int,
+        phase: str,
+        sent: Sequence[int] | None,
+        received: Sequence[int] | None,
+        needed: Needed | None = None,
     ) -> Tensor:
         """(U, C): what others send, in order of ranks. ``sent`` and ``received`` count rows by rank; None: an equal
         share for each.
@@ -48,7 +75,9 @@ class Collectives:
         self._run(call, phase, rows_SC.device, dist.all_to_all_single, _bytes(rows_UC), _bytes(rows_SC), received, sent)
         return rows_UC
 
-    def gather(self, rows_TC: Tensor, places: int, empty: int, call: int, phase: str) -> Tensor:
+    def gather(
+        self, rows_TC: Tensor, places: int, empty: int, call: int, phase: str, needed: Needed | None = None
+    ) -> Tensor:
         """(R·places, C): the rows of each rank, in order of ranks, each followed by rows of ``empty``."""
         rows_MC = F.pad(rows_TC, (0, 0, 0, places - rows_TC.shape[0]), value=empty)
         rows_UC = rows_MC.new_empty(rows_MC.shape[0] * dist.get_world_size(self.group), rows_MC.shape[1])

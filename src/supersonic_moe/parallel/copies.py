@@ -22,7 +22,7 @@ from torch import Tensor
 
 from supersonic_moe.jit.driver import copy_bytes, fill_bytes
 from supersonic_moe.jit.launch import on_device
-from supersonic_moe.parallel.collectives import Collectives
+from supersonic_moe.parallel.collectives import Collectives, Needed
 from supersonic_moe.parallel.symmetric import HEAD, Memory
 from supersonic_moe.parallel.watch import PHASES, Watch, carried
 from supersonic_moe.private_api import raw_stream
@@ -83,12 +83,15 @@ class Departure:
 class Copies:
     """What :class:`Collectives` does, for rows that fit and lie on the GPU; others go through ``collectives``.
 
-    Banks are addresses: a copy costs the host one call of the driver.
+    Banks are addresses: a copy costs the host one call of the driver. All rows travel, needed or not.
 
     Args:
         memory: of two banks of ``bank`` bytes, from ``bank_of(...)``.
         places: M, at most. row_bytes: of a row, at most.
     """
+
+    beside_products = True
+    """Rows may travel while products run."""
 
     def __init__(
         self, memory: Memory, rank: int, places: int, row_bytes: int, bank: int, watch: Watch, collectives: Collectives
@@ -120,7 +123,9 @@ class Copies:
 
     # ---- exchanges ---------------------------------------------------------------------------------------------------
 
-    def gather(self, rows_TC: Tensor, places: int, empty: int, call: int, phase: str) -> Tensor:
+    def gather(
+        self, rows_TC: Tensor, places: int, empty: int, call: int, phase: str, needed: Needed | None = None
+    ) -> Tensor:
         """``Collectives.gather``"""
         if not self.takes(rows_TC, places):
             return self._collectives.gather(rows_TC, places, empty, call, phase)
@@ -139,7 +144,13 @@ class Copies:
         return rows_UC
 
     def exchange(
-        self, rows_SC: Tensor, call: int, phase: str, sent: Sequence[int] | None, received: Sequence[int] | None
+        self,
+        rows_SC: Tensor,
+        call: int,
+        phase: str,
+        sent: Sequence[int] | None,
+        received: Sequence[int] | None,
+        needed: Needed | None = None,
     ) -> Tensor:
         """``Collectives.exchange`` of equal shares. The result may lie in a bank: read it before the next exchange."""
         rows, columns = rows_SC.shape

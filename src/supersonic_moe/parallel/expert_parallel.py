@@ -74,9 +74,12 @@ class ExpertParallel:
             and a call can be captured in a CUDA graph. For few ranks, where most tokens need most of them anyway, and
             for steps whose tokens are near ``max_tokens``. Buffers have R·max_tokens rows, those inside the experts K
             times as many. Where each rank has a Hopper GPU that reaches the memory of all others (one host, NCCL),
-            copy engines carry them, else collectives. ``"auto"`` takes such copies where they are possible, capacity
-            is exact and at least 80 % of the tokens need any given rank, else ``"all_to_all"``. ``explain()`` says
-            which, and why.
+            copy engines carry them, else collectives. ``"push"`` has the places of ``"gather"``, and sends what is
+            needed: kernels write each token to the GPUs that need it, and parts back. It is for more ranks, and for
+            steps with fewer tokens than ``max_tokens``; experimental, because it has not been timed. Where GPUs do not
+            reach each other's memory it is ``"gather"``. ``"auto"`` takes copies where they are possible, capacity is
+            exact and at least 80 % of the tokens need any given rank, else ``"all_to_all"``. ``explain()`` says which,
+            and why.
         wire: how x and the gradient of the output travel. ``"exact"`` is in their own dtype; ``"fp8"``, for layers with
             an ``Fp8Recipe`` with ``scale="pow2"`` or ``wgrad="bf16"``, as the experts would quantize them: half of the
             bytes, the same bits of outputs and gradients of x. ``"auto"`` takes it for calls in bfloat16 with an
@@ -107,7 +110,7 @@ class ExpertParallel:
         hidden: int,
         max_tokens: int,
         capacity: int | Literal["exact"] = "exact",
-        transport: Literal["auto", "all_to_all", "gather"] = "auto",
+        transport: Literal["auto", "all_to_all", "gather", "push"] = "auto",
         wire: Literal["auto", "exact", "fp8"] = "exact",
         keep_received: bool = True,
         channels: int = 1,
@@ -126,10 +129,10 @@ class ExpertParallel:
         for name, choice, known in (("wire", wire, ("auto", "exact", "fp8")), ("transport", transport, TRANSPORTS)):
             if choice not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {checks.short(choice)}.")
-        if transport == "gather" and capacity != "exact":
+        if transport in ("gather", "push") and capacity != "exact":
             raise ValueError(
-                f'transport="gather" has a place for each of max_tokens tokens, and no capacity; got {capacity}. Leave '
-                "capacity out."
+                f'transport="{transport}" has a place for each of max_tokens tokens, and no capacity; got {capacity}. '
+                "Leave capacity out."
             )
         self.group = group_of(group)
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
@@ -353,6 +356,8 @@ class ExpertParallel:
             self._check_choices(x_TH, topk_ids_TK, topk_scores_TK)
             found = self._channel.departures(topk_ids_TK)
             trip, rows, scores_TK = self._channel.start(x_TH, topk_scores_TK, found)
+            if trip.needed is not None:
+                trip.needed.zeros = True  # experts of one's own may read what no plan does
             return self._dispatched(x_TH, scores_TK, found.ids_TK, trip, rows)
 
     @uncompiled
@@ -388,9 +393,10 @@ class ExpertParallel:
         if self.size == 1:
             return f"{here}\ntransport: none, a group of one rank runs the plain layer"
         sizes = (self.max_tokens, self.hidden, self.num_experts, self.top_k, self.size)
-        fixed = self.max_tokens if self.transport == "gather" else None
+        fixed = None
         places = "as many as needed: the host waits once in each forward"
-        if self.transport == "gather":
+        if self._channel.fixed_places:
+            fixed = self.max_tokens
             places = f"{self.max_tokens} for each rank: no wait for the host"
         elif self.capacity != "exact":
             fixed = self.capacity
@@ -400,7 +406,7 @@ class ExpertParallel:
             f"transport: {self.transport}, {self._channel.how}",
             f"wire: {self.wire}, x and gradients of outputs {fp8_wire.DTYPES[self.wire]}",
             f"places: {places}",
-            str(Load(*sizes, self.wire, fixed, again=not self.keep_received)),
+            str(Load(*sizes, self.wire, fixed, again=not self.keep_received, pushed=self.transport == "push")),
             f"limit of a wait: {self.timeout_s:g} s",
         ]
         if self.channels > 1:

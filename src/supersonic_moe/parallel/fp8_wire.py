@@ -182,10 +182,10 @@ def _forward(
     with without_autocast(x_TH):
         codes_TH, scale_TB = k.quantize_rows(x_TH, call.numerics.scale == "pow2")
         way = beside.Way.of(trip, codes_TH.view(torch.uint8), x_TH, ids_TK.shape[1])
+        ids_UK, scores_UK, scale_UB = trip.send_choices("forward dispatch", ids_TK, scores_TK, scale_TB)
         if way is None:
             codes_UH = _codes(trip, "forward dispatch", codes_TH)
-        ids_UK, scores_UK, scale_UB = trip.send_choices("forward dispatch", ids_TK, scores_TK, scale_TB)
-        if way is not None:
+        else:
             bytes_UH, there_P = way.arrive(codes_TH.view(torch.uint8), "forward dispatch")
             codes_UH = bytes_UH.view(E4M3)
         plan = Plan.of(plan_from_topk(ids_UK, trip.experts_here, capacity=call.way.rows))

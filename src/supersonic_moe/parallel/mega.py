@@ -48,7 +48,7 @@ from supersonic_moe.parallel.traffic import Load
 from supersonic_moe.private_api import uncompiled
 from supersonic_moe.quantization.block_format import BLOCK, E4M3, blocks
 
-TRANSPORTS = ("gather", "all_to_all")
+TRANSPORTS = ("gather", "all_to_all", "push")
 LARGEST_BANK = 512 << 20
 """Bytes of each of the two buffers that other ranks reach, at most: 8 ranks of 8192 tokens of 7168 columns would need
 896 MiB. An exchange more costs two flags, where it carries half a gigabyte."""
@@ -114,8 +114,8 @@ class _Exchange(ExpertParallel):
             found = self._channel.departures(ids_TK)
             # for their number and a dtype that all ranks have
             trip, _, _ = self._channel.start(weights_TK, weights_TK, found)
-            codes_UH = trip.send("forward dispatch", x.q.view(torch.uint8)).view(E4M3)
             ids_UK, weights_UK, scale_UB = trip.send_choices("forward dispatch", found.ids_TK, weights_TK, x.scale)
+            codes_UH = trip.send("forward dispatch", x.q.view(torch.uint8)).view(E4M3)
             part_UH = experts(_Received(Quantized(codes_UH, scale_UB), ids_UK, weights_UK))
             return trip.summed(trip.back("forward combine", part_UH))
 
@@ -133,8 +133,10 @@ class MegaMoE:
         hidden: H, a multiple of 128. intermediate: I, a multiple of 64. top_k: K.
         transport: how tokens travel between ranks, as in :class:`ExpertParallel`: ``"gather"`` sends all of them to
             all ranks and never waits for the host, so a call can be captured in a CUDA graph; ``"all_to_all"`` sends
-            what is needed, and the host waits once in each call. With ``"gather"`` max_tokens_per_rank decides what
-            travels and which kernels run, not the tokens of a call: have an object of its own for small batches.
+            what is needed, and the host waits once in each call; ``"push"`` sends what is needed to the places of
+            ``"gather"``, and has not been timed. With ``"gather"`` max_tokens_per_rank decides what travels, with it
+            and with ``"push"`` which kernels run, not the tokens of a call: have an object of its own for small
+            batches.
         direct: with ``"gather"``, between GPUs that reach each other's memory, kernels write tokens and partial outputs
             to where other ranks read them, and nothing is copied; elsewhere tokens travel as without. For few rows:
             max_tokens_per_rank · K · R² ≤ 128 · E. Experimental: right in all its tests, and not timed yet.
@@ -151,7 +153,7 @@ class MegaMoE:
         top_k: int,
         max_tokens_per_rank: int,
         *,
-        transport: Literal["gather", "all_to_all"] = "gather",
+        transport: Literal["gather", "all_to_all", "push"] = "gather",
         direct: bool = False,
         timeout_s: float = 300.0,
     ) -> None:
@@ -174,13 +176,15 @@ class MegaMoE:
         if direct:
             _check_direct(ranks, num_experts, top_k, max_tokens_per_rank, transport)
         self.num_experts, self.hidden, self.intermediate, self.top_k = num_experts, hidden, intermediate, top_k
-        self.max_tokens_per_rank, self.transport = max_tokens_per_rank, transport
+        self.max_tokens_per_rank = max_tokens_per_rank
+        self.transport: str = transport
         self._ranks: _Exchange | None = None
         if group is not None and ranks > 1:
             self._ranks = _Exchange(
                 group, intermediate, direct, num_experts=num_experts, top_k=top_k, hidden=hidden,
                 max_tokens=max_tokens_per_rank, transport=transport, timeout_s=timeout_s,
             )  # fmt: skip
+            self.transport = self._ranks.transport
         self.rank = 0 if self._ranks is None else self._ranks.rank
         self.size = 1 if self._ranks is None else self._ranks.size
         self.experts_here = num_experts // self.size
@@ -303,7 +307,8 @@ class MegaMoE:
             lines.append("way: one rank runs inference.moe_fp8_topk, and nothing travels")
         else:
             sizes = (tokens, hidden, self.num_experts, self.top_k, ranks)
-            sent = Load(*sizes, "fp8", tokens if self.transport == "gather" else None).sent
+            fixed = None if self.transport == "all_to_all" else tokens
+            sent = Load(*sizes, "fp8", fixed, pushed=self.transport == "push").sent
             if self._ranks.few is not None:
                 lines.append(
                     "way: direct, since ranks reach each other's memory: tokens are written in e4m3 to "
@@ -316,7 +321,7 @@ class MegaMoE:
                     "back in bf16; nothing is sent while products run"
                 )
                 needed += received * (hidden + 4 * blocks(hidden) + 8 * self.top_k + 4 * hidden)
-                if self.transport == "gather":
+                if fixed is not None:
                     lines.append(f"kernels on Hopper: {self._kernels()}")
             said = self._ranks.explain().splitlines()
             lines += [line for line in said if line.startswith(("transport", "places", "limit"))]

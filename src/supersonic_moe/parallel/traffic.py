@@ -39,6 +39,8 @@ class Load(NamedTuple):
     """``"fp8"`` for FP8 layers whose rows travel so; else BF16."""
     places: int | None = None
     """So many rows go to each rank, needed or not."""
+    pushed: bool = False
+    """Of these, only choices do, with the scales of x; other rows where they are needed."""
     again: bool = False
     """x is sent once more in backward."""
 
@@ -49,13 +51,15 @@ class Load(NamedTuple):
 
     @property
     def sent(self) -> Traffic:
-        copies = (self.ranks - 1) * (self.tokens * self.share if self.places is None else self.places)
+        needed = self.tokens * self.share
+        choices = (self.ranks - 1) * (needed if self.places is None else self.places)
+        copies = (self.ranks - 1) * needed if self.pushed else choices
         x = self.hidden if self.wire == "fp8" else 2 * self.hidden
-        row = x + 4 * blocks(self.hidden) if self.wire == "fp8" else x
+        scales = 4 * blocks(self.hidden) if self.wire == "fp8" else 0
         return Traffic(
-            copies * (row + 8 * self.top_k),
+            copies * x + choices * (scales + 8 * self.top_k),
             copies * 2 * self.hidden,
-            copies * (row + (x if self.again else 0)),
+            copies * (x + scales + (x if self.again else 0)),
             copies * (2 * self.hidden + 4 * self.top_k),
         )
 

@@ -8,18 +8,19 @@ import torch.distributed as dist
 
 from supersonic_moe.parallel.collectives import Collectives, Ranks
 from supersonic_moe.parallel.copies import Copies, bank_of, shares
+from supersonic_moe.parallel.push import Push
 from supersonic_moe.parallel.symmetric import shared_memory
 from supersonic_moe.parallel.traffic import share_of_ranks
 from supersonic_moe.parallel.watch import Watch
 
-TRANSPORTS = ("auto", "all_to_all", "gather")
+TRANSPORTS = ("auto", "all_to_all", "gather", "push")
 ENOUGH = 0.8
 """Share of tokens that a rank needs, from which on copies of all of them are faster than sending those: copy engines
 reach 346 to 387 GB/s between two H200s where NCCL's all-to-all reaches 288, and nothing is packed or counted."""
 
 
 class Transport(NamedTuple):
-    name: Literal["all_to_all", "gather"]
+    name: Literal["all_to_all", "gather", "push"]
     ranks: Ranks
     why: str
     """How rows travel, in words."""
@@ -52,11 +53,16 @@ def choose(
     bank = bank_of(size, places, row_bytes, largest_bank)
     found = shared_memory(group, 2 * bank, watch.limit_s)
     if isinstance(found, str):
-        why = f"{over}; no copies between GPUs: {found}"
+        if wanted == "push":
+            why = f"instead of push, {over}; kernels do not write to other GPUs: {found}"
+        else:
+            why = f"{over}; no copies between GPUs: {found}"
         return Transport("all_to_all" if wanted == "auto" else "gather", collectives, why)
     watch.flags = found.flags
-    copies = Copies(found, dist.get_rank(group), places, row_bytes, bank, watch, collectives)
-    why = f"by copies between GPUs that reach each other's memory, through {2 * bank / 1e6:.3g} MB on each"
+    push = wanted == "push"
+    how = "kernels that write what is needed to" if push else "copies between"
+    copies = (Push if push else Copies)(found, dist.get_rank(group), places, row_bytes, bank, watch, collectives)
+    why = f"by {how} GPUs that reach each other's memory, through {2 * bank / 1e6:.3g} MB on each"
     if len(of_widest := shares(places, row_bytes, size, bank)) > 1:
         why += f"; the widest rows go in {len(of_widest)} exchanges, {of_widest[0].stop} of a rank at a time"
-    return Transport("gather", copies, why)
+    return Transport("push" if push else "gather", copies, why)

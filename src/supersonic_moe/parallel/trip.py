@@ -20,7 +20,7 @@ from supersonic_moe.autograd import refuse_second_derivatives
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.kernels import registry
 from supersonic_moe.kernels.interface import TokenRows
-from supersonic_moe.parallel.collectives import Ranks, elements_as
+from supersonic_moe.parallel.collectives import Needed, Ranks, elements_as
 from supersonic_moe.private_api import versions_of
 
 
@@ -37,9 +37,11 @@ class Trip(NamedTuple):
     """Copies for each rank, on the host; None: the same number of places for each, some of them empty."""
     received: Sequence[int] | None
     gathers: bool
-    """All tokens go to all ranks, each to the place of its number."""
+    """The place of a token on each rank is its number, whether or not it goes there."""
     first_expert: int
     experts_here: int
+    needed: Needed | None = None
+    """Rows that travel once choices have come, if not all do."""
 
     @property
     def arrived(self) -> int:
@@ -47,11 +49,11 @@ class Trip(NamedTuple):
         return self.token_S.shape[0] if self.received is None else sum(self.received)
 
     def send(self, phase: str, rows_TC: Tensor) -> Tensor:
-        """(U, C). In an empty place int32 rows have -1, others anything finite."""
+        """(U, C). In an empty place int32 rows have -1, others anything: no plan reads them."""
         if self.gathers:
-            places = self.token_S.shape[0] // self.copy_TR.shape[1]
-            empty = -1 if rows_TC.dtype is torch.int32 else 0
-            return self.ranks.gather(rows_TC, places, empty, self.call, phase)
+            places, choices = self.token_S.shape[0] // self.copy_TR.shape[1], rows_TC.dtype is torch.int32
+            needed = None if choices else self.needed
+            return self.ranks.gather(rows_TC, places, -1 if choices else 0, self.call, phase, needed)
         if self.sent is not None:
             rows_SC = rows_TC.index_select(0, self.token_S)
         elif rows_TC.shape[0]:
@@ -63,16 +65,18 @@ class Trip(NamedTuple):
         return self.ranks.exchange(rows_SC, self.call, phase, self.sent, self.received)
 
     def send_choices(self, phase: str, ids_TK: Tensor, scores_TK: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
-        """(ids (U, K) int32, scores (U, K), ``more`` (U, ·)...) in one message; elements are of 4 or 8 bytes. Ids of
-        this rank are counted from 0, others lie outside [0, E/R).
+        """(ids (U, K) int32, scores (U, K), ``more`` (U, ·)...) in one message, the first of a call; elements are of 4
+        or 8 bytes. Ids of this rank are counted from 0, others lie outside [0, E/R).
         """
         parts = [ids_TK, *(elements_as(torch.int32, t) for t in (scores_TK, *more))]
         message_UC = self.send(phase, torch.cat(parts, 1))
         ids_UK, *others = torch.split(message_UC, [t.shape[1] for t in parts], 1)
+        ids_UK = ids_UK - self.first_expert
+        if self.needed is not None:
+            routing = registry.kernels(registry.choose(ids_UK.device).name).routing
+            self.needed.rows = routing.needed_rows(ids_UK, self.experts_here, self.copy_TR.shape[1])
         copies = (t.clone(memory_format=torch.contiguous_format) for t in others)  # at aligned addresses
-        return ids_UK - self.first_expert, *(
-            t.view(like.dtype) for t, like in zip(copies, (scores_TK, *more), strict=True)
-        )
+        return ids_UK, *(t.view(like.dtype) for t, like in zip(copies, (scores_TK, *more), strict=True))
 
     def again(self, x_TH: Tensor) -> Callable[[], Tensor]:
         """What sends x once more, in backward: (U, H) as it came in forward, if x is what it was."""
@@ -91,7 +95,7 @@ class Trip(NamedTuple):
 
     def back(self, phase: str, rows_UC: Tensor) -> Tensor:
         """(S, C)"""
-        return self.ranks.exchange(rows_UC, self.call, phase, self.received, self.sent)
+        return self.ranks.exchange(rows_UC, self.call, phase, self.received, self.sent, self.needed)
 
     def summed(self, rows_SC: Tensor) -> Tensor:
         """(T, C): the rows of each token's copies, added in order of ranks and rounded once."""
@@ -114,7 +118,7 @@ class Dispatched:
     """Tokens that arrived on this rank, in order of source rank, then token."""
 
     x: Tensor
-    """(U, H)"""
+    """(U, H), anything finite where no choice lives here."""
     ids: Tensor
     """(U, K) int32 experts of this rank, counted from 0; -1 where a choice lives elsewhere."""
     scores: Tensor
@@ -132,8 +136,8 @@ class Dispatch(torch.autograd.Function):
 
     @staticmethod
     def forward(x_TH: Tensor, scores_TK: Tensor, ids_TK: Tensor, trip: Trip) -> tuple[Tensor, Tensor, Tensor]:
-        x_UH = trip.send("forward dispatch", x_TH)
         ids_UK, scores_UK = trip.send_choices("forward dispatch", ids_TK, scores_TK)
+        x_UH = trip.send("forward dispatch", x_TH)
         return x_UH, scores_UK, torch.where((ids_UK >= 0) & (ids_UK < trip.experts_here), ids_UK, -1)
 
     @staticmethod

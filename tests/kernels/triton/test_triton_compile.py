@@ -24,6 +24,7 @@ pytest.importorskip("triton")
 SRC = Path(__file__).parents[3] / "src"
 SUPPORT = Path(__file__).parents[2] / "support"
 BATCH_SIZES = (4096, 1, 2, 16, 17, 300)  # many tokens first: few leave out two kernels of a plan
+WRITERS = ("quantize", "push_rows._push", "push_rows._take")
 
 pytestmark = [
     pytest.mark.slow,
@@ -66,11 +67,12 @@ def test_rows_move_in_16_byte_accesses(compiled: list[dict[str, Any]]) -> None:
         "dequantize",
         "quantize_saved",
         "scatter_quantized",
+        "push_rows",
     }
     moving = [c for c in compiled if c["new"] and c["case"] == "H 2880, I 1536"]
     assert {c["kernel"].split(".")[0] for c in moving} == modules
     assert [c for c in moving if not c["wide_loads"]] == []
-    assert [c for c in moving if c["kernel"].startswith("quantize") and not c["wide_stores"]] == []
+    assert [c for c in moving if c["kernel"].startswith(WRITERS) and not c["wide_stores"]] == []
 
 
 def test_batch_size_is_in_no_jit_key(compiled: list[dict[str, Any]]) -> None:
@@ -88,7 +90,7 @@ def main() -> None:
     from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout, as_activation
     from supersonic_moe.config.router import MODES, SigmoidGroupedTopK, SoftmaxAfterTopK, SoftmaxBeforeTopK
     from supersonic_moe.kernels import triton as kernels
-    from supersonic_moe.kernels.interface import Gate, Into, KeptPairs, Rounding, Rows, Slots, Sources, TokenRows
+    from supersonic_moe.kernels.interface import Banks, Gate, Into, KeptPairs, Rounding, Rows, Slots, Sources, TokenRows
     from supersonic_moe.kernels.triton import pad_segments, quantize, quantize_saved
     from supersonic_moe.kernels.triton.decode import decode
     from supersonic_moe.kernels.triton.scatter_quantized import scatter_quantized
@@ -186,6 +188,16 @@ def main() -> None:
         quantize.quantize_columns(x, index, pow2, tiled=True)
         quantize.quantize_both_orders(x, index, pow2)
 
+    def travel(t: int, h: int, k: int, ranks: int) -> None:
+        """Rows of x, and of the gradients of scores, of ``t`` tokens."""
+        for rows in (torch.zeros(ranks * t, h // 2, dtype=i32), torch.zeros(ranks * t, k, dtype=i32)):
+            bank, table = rows.view(-1).view(torch.uint8), torch.zeros(ranks, dtype=torch.int64)
+            through = Banks([bank] * ranks, table, t % ranks, t, 0, t)
+            needed = kernels.needed_rows(torch.zeros(ranks * t, k, dtype=i32), t, ranks)
+            kernels.push_rows(rows[:t], needed[1:].view(t, ranks), rows[:t], through)
+            kernels.push_back(rows, needed, through)
+            kernels.take_rows(rows, needed, through)
+
     def few_rows(
         t: int, h: int, i: int, e: int, k: int, dtype: torch.dtype, act: Activation, layout: GateUpLayout, biased: bool
     ) -> None:
@@ -232,6 +244,7 @@ def main() -> None:
     case = "H 2880, I 1536"
     for pow2 in (False, True):
         fp8(40, 2880, 1536, pow2)
+    travel(40, 2880, 4, 8)
     for layout in layouts:
         experts(40, 2880, 1536, 32, 4, bf16, Activation.gpt_oss(), layout, biased=True)
     for kind in ActivationType:
@@ -257,6 +270,7 @@ def main() -> None:
         experts(t, 64, 32, 64, 2, bf16, as_activation("swiglu"), layouts[0], biased=True)
         few_rows(t, 64, 32, 64, 2, bf16, as_activation("swiglu"), GateUpLayout.GATE_UP, biased=False)
         fp8(t, 64, 32, pow2=False)
+        travel(t, 64, 8, 4)
         pad_segments(torch.zeros(65, dtype=i32), torch.zeros(t, dtype=i32), 128 * t)
         kernels.departures_everywhere(torch.zeros(t, 2, dtype=i32), 64, 4, 2 * t)
         kernels.row_parts(torch.zeros(65, dtype=i32), torch.zeros(t, dtype=i32), Sources(t % 3, 3, t))

@@ -29,7 +29,11 @@ class Ep(RecipeOptions, OfLayers["EpResult"], Timed[LayerShape, "EpResult"], Ove
     shapes = LAYER_SHAPES
 
     transport: Annotated[
-        str, typer.Option(help="all_to_all sends tokens to ranks that need them, gather all to all.")
+        str,
+        typer.Option(
+            help="all_to_all sends tokens to ranks that need them, gather all to all, push those needed to the places "
+            "of gather."
+        ),
     ] = "auto"
     wire: Annotated[
         str,
@@ -74,8 +78,8 @@ class Ep(RecipeOptions, OfLayers["EpResult"], Timed[LayerShape, "EpResult"], Ove
     def cases(self) -> Sequence[LayerShape]:
         if self.wire not in ("exact", "fp8"):
             raise ValueError(f"a wire is exact or fp8; got {self.wire!r}.")
-        if self.transport not in ("auto", "all_to_all", "gather"):
-            raise ValueError(f"a transport is auto, all_to_all or gather; got {self.transport!r}.")
+        if self.transport not in ("auto", "all_to_all", "gather", "push"):
+            raise ValueError(f"a transport is auto, all_to_all, gather or push; got {self.transport!r}.")
         if self.wire == "fp8" and self.recipe != "fp8":
             raise ValueError(f"wire fp8 is for an FP8 layer; got recipe {self.recipe}. Add --recipe fp8.")
         if self._rounds_twice and self.scale != "pow2":

@@ -22,6 +22,10 @@ from supersonic_moe.kernels.reference.inference import local_ids as local_ids
 from supersonic_moe.kernels.reference.inference import moe_fp8 as moe_fp8
 from supersonic_moe.kernels.reference.pick import pick as pick
 from supersonic_moe.kernels.reference.plan import build_plan as build_plan
+from supersonic_moe.kernels.reference.push_rows import needed_rows as needed_rows
+from supersonic_moe.kernels.reference.push_rows import push_back as push_back
+from supersonic_moe.kernels.reference.push_rows import push_rows as push_rows
+from supersonic_moe.kernels.reference.push_rows import take_rows as take_rows
 from supersonic_moe.kernels.reference.quantize import dequantize_rows as dequantize_rows
 from supersonic_moe.kernels.reference.quantize import grouped_mm_fp8 as grouped_mm_fp8
 from supersonic_moe.kernels.reference.quantize import grouped_mm_wgrad_fp8 as grouped_mm_wgrad_fp8

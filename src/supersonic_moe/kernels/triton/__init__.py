@@ -23,6 +23,10 @@ from supersonic_moe.kernels.triton.grouped_mm import grouped_mm_wgrad as grouped
 from supersonic_moe.kernels.triton.pad_segments import pad_segments as pad_segments
 from supersonic_moe.kernels.triton.pick import pick as pick
 from supersonic_moe.kernels.triton.plan import build_plan as build_plan
+from supersonic_moe.kernels.triton.push_rows import needed_rows as needed_rows
+from supersonic_moe.kernels.triton.push_rows import push_back as push_back
+from supersonic_moe.kernels.triton.push_rows import push_rows as push_rows
+from supersonic_moe.kernels.triton.push_rows import take_rows as take_rows
 from supersonic_moe.kernels.triton.quantize import quantize_both_orders as quantize_both_orders
 from supersonic_moe.kernels.triton.quantize import quantize_columns as quantize_columns
 from supersonic_moe.kernels.triton.quantize import quantize_rows as quantize_rows
