@@ -14,7 +14,7 @@ from supersonic_moe.parallel.symmetric import owner_of
 
 
 def test_two_processes_that_share_memory_have_the_bits_of_one(tmp_path: Path) -> None:
-    for said, found in run_ranks(2, cases.same_as_one_process, tmp_path):
+    for (said,), found in run_ranks(2, cases.same_as_one_process, tmp_path):
         assert "transport: gather, by copies between GPUs that reach each other's memory, through 0.131 MB" in said
         assert found == []
 
