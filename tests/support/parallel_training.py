@@ -1,4 +1,6 @@
-"""Training with expert parallelism beside data parallelism, and the same by one process, in fp64."""
+"""Training with expert parallelism beside data parallelism, and the same by one process, in fp64, or in fp32 with
+experts in bf16.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from parallel_cases import E, H, I, K, error_of
+from ranks import device
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,7 +24,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_nor
 from supersonic_moe import MoE
 from supersonic_moe.parallel import ExpertParallel, shard_experts
 
-STEPS, TOKENS = 3, 19
+STEPS, TOKENS = 20, 19
 LIMIT = 0.1
 """Of the norm of all gradients, which is larger in every step."""
 
@@ -38,23 +41,32 @@ class Model(nn.Module):
         return out
 
 
-def batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
+def batch(step: int, rank: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(100 * step + rank)
     x = torch.randn(TOKENS + 3 * rank, H, generator=g, dtype=torch.float64)
-    return x, torch.randn(len(x), 3, generator=g, dtype=torch.float64)
+    y = torch.randn(len(x), 3, generator=g, dtype=torch.float64)
+    return x.to(device(), dtype), y.to(device(), dtype)
 
 
-def whole_model() -> Model:
+def whole_model(dtype: torch.dtype = torch.float64) -> Model:
     torch.manual_seed(11)
-    return Model().double()
+    return Model().to(device(), dtype)
 
 
-def trained_by_one(ranks: int, clips: bool) -> Model:
-    model = whole_model()
+def loss_of(model: nn.Module, step: int, rank: int, dtype: torch.dtype, bf16: bool) -> Tensor:
+    x, y = batch(step, rank, dtype)
+    with torch.autocast(device().type, torch.bfloat16, enabled=bf16):
+        out = model(x)
+    loss: Tensor = (out.to(dtype) - y).square().mean()
+    return loss
+
+
+def trained_by_one(ranks: int, clips: bool, bf16: bool = False) -> Model:
+    dtype = torch.float32 if bf16 else torch.float64
+    model = whole_model(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
     for step in range(STEPS):
-        losses = [(model(x) - y).square().mean() for x, y in (batch(step, rank) for rank in range(ranks))]
-        torch.stack(losses).mean().backward()
+        torch.stack([loss_of(model, step, rank, dtype, bf16) for rank in range(ranks)]).mean().backward()
         if clips:
             assert clip_grad_norm_(model.parameters(), LIMIT) > LIMIT
         optimizer.step()
@@ -62,11 +74,13 @@ def trained_by_one(ranks: int, clips: bool) -> Model:
     return model
 
 
-def spread_model(mesh: Any, divisor: int) -> tuple[Model, list[nn.Parameter]]:
-    ep = ExpertParallel(mesh, num_experts=E, top_k=K, hidden=H, max_tokens=64, timeout_s=60)
-    model = Model(ep).double()
+def spread_model(
+    mesh: Any, divisor: int, dtype: torch.dtype = torch.float64, transport: Any = "auto"
+) -> tuple[Model, list[nn.Parameter]]:
+    ep = ExpertParallel(mesh, num_experts=E, top_k=K, hidden=H, max_tokens=64, transport=transport, timeout_s=60)
+    model = Model(ep).to(device(), dtype)
     experts = shard_experts(model, mesh, gradient_divisor=divisor)
-    whole = whole_model().state_dict()
+    whole = whole_model(dtype).state_dict()
     set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True))
     return model, experts
 
@@ -89,12 +103,36 @@ def clip(model: nn.Module, experts: list[nn.Parameter], limit: float) -> Tensor:
 
 
 def train(how: str) -> float:
-    """The largest difference of any weight from that of one process, after training on all ranks."""
+    """The largest difference of any weight from that of one process, after training on all ranks in fp64."""
+    got, want = trained(how), trained_by_one(dist.get_world_size(), how == "ddp, clipped").state_dict()
+    if not got:
+        return 0.0
+    assert got.keys() == want.keys() and want["moe.c_fc.weight"].shape[0] == E
+    return max(float((got[name] - want[name]).abs().max()) for name in want)
+
+
+def train_in_bf16(transport: str) -> tuple[float, float]:
+    """Beside FSDP2: how far all that has been learned is from that of one process in fp64, in relation to it, with
+    ranks and with one process, both with experts in bf16.
+    """
     ranks = dist.get_world_size()
-    whole_mesh = init_device_mesh("cpu", (ranks,))
+    exact, start = trained_by_one(ranks, False).state_dict(), whole_model().state_dict()
+    one, got = trained_by_one(ranks, False, bf16=True).state_dict(), trained("fsdp", True, transport)
+
+    def error(state: dict[str, Any]) -> float:
+        off = sum(float((state[name].double() - exact[name]).square().sum()) for name in exact)
+        return float((off / sum(float((exact[n] - start[n]).square().sum()) for n in exact)) ** 0.5)
+
+    return (error(got), error(one)) if got else (0.0, 0.0)
+
+
+def trained(how: str, bf16: bool = False, transport: str = "auto") -> dict[str, Any]:
+    """On rank 0 all weights after training on all ranks; nothing on others."""
+    ranks, dtype = dist.get_world_size(), torch.float32 if bf16 else torch.float64
+    whole_mesh = init_device_mesh(device().type, (ranks,))
     copies = 2 if how == "copies" else 1  # of each expert
-    mesh = init_device_mesh("cpu", (copies, ranks // copies), mesh_dim_names=("copies", "ep"))
-    model, experts = spread_model(mesh["ep"], 1 if how == "copies" else ranks)
+    mesh = init_device_mesh(device().type, (copies, ranks // copies), mesh_dim_names=("copies", "ep"))
+    model, experts = spread_model(mesh["ep"], 1 if how == "copies" else ranks, dtype, transport)
     forward: nn.Module = model
     if how in ("ddp", "ddp, clipped"):
         forward = DistributedDataParallel(model)
@@ -115,19 +153,14 @@ def train(how: str) -> float:
         others = [p for p in model.parameters() if p not in set(experts)]
         optimizer = torch.optim.SGD([{"params": experts}, {"params": others}], lr=0.2, foreach=True)
     for step in range(STEPS):
-        x, y = batch(step, dist.get_rank())
-        (forward(x) - y).square().mean().backward()
+        loss_of(forward, step, dist.get_rank(), dtype, bf16).backward()
         if how == "ddp, clipped":
             clip(model, experts, LIMIT)
         optimizer.step()
         optimizer.zero_grad()
-    want = trained_by_one(ranks, how == "ddp, clipped").state_dict()
-    got = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    got: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     model.moe.expert_parallel.close()
-    if dist.get_rank():  # only rank 0 gets the whole
-        return 0.0
-    assert got.keys() == want.keys() and want["moe.c_fc.weight"].shape[0] == E
-    return max(float((got[name] - want[name]).abs().max()) for name in want)
+    return {} if dist.get_rank() else got  # only rank 0 gets the whole
 
 
 def plain_experts_in(how: str) -> str:
