@@ -22,9 +22,9 @@ from supersonic_moe.parallel.copies import Copies
 GATHER = {"transport": "gather", "timeout_s": 30.0}
 
 
-def same_as_one_process(size: int, gpu: bool, calls: Sequence[tuple]) -> list[list[str]]:
-    _start(gpu, careful=6 * len(calls) + 1)  # by then all have computed what they expect
-    return run_virtual(size, cases.same_as_one_process, times_on(gpu) * [*calls], GATHER)
+def same_as_one_process(size: int, gpus: int, calls: Sequence[tuple]) -> list[list[str]]:
+    _start(gpus, careful=6 * len(calls) + 1)  # by then all have computed what they expect
+    return run_virtual(size, cases.same_as_one_process, times_on(gpus) * [*calls], GATHER)
 
 
 def fp8_wire(size: int, gpu: bool, tokens: Sequence[int], recipe: Fp8Recipe, hidden: int) -> list[list[str]]:
@@ -75,14 +75,14 @@ def _beside() -> Iterator[set[tuple[int, str]]]:
         ranges.LEAST_ROWS, Way.arrive = least, arrive
 
 
-def random_calls(size: int, gpu: bool, count: int) -> bool:
+def random_calls(size: int, gpus: int, count: int) -> bool:
     """Twice, with other delays: the same bits."""
     results = []
     for careful in (10**6, 0):
-        _start(gpu, careful)
+        _start(gpus, careful)
         results.append(run_virtual(size, cases.calls_in_pairs, count, GATHER))
-        if gpu:
-            torch.cuda.synchronize()
+        for gpu in range(gpus):
+            torch.cuda.synchronize(gpu)
     return all(cases.same_bits(one, other) for one, other in zip(*results, strict=True))
 
 
@@ -216,7 +216,7 @@ def _no_memory() -> None:
 def _before(copies: Any, phase: str, action: Any) -> None:
     """Do ``action`` once, before this rank enters that phase."""
     assert isinstance(copies, Copies)
-    original = {"gather": copies.gather, "exchange": copies.exchange}
+    original = {name: getattr(copies, name) for name in ("gather", "exchange", "gather_in_parts", "departure")}
 
     def at(name: str) -> Any:
         def called(*args: Any) -> Any:
@@ -232,8 +232,11 @@ def _before(copies: Any, phase: str, action: Any) -> None:
         setattr(copies, name, at(name))
 
 
-def _start(gpu: bool, careful: int) -> None:
-    if gpu:
-        on_a_gpu()
+def _start(gpus: int, careful: int) -> None:
+    if gpus:
+        on_a_gpu(gpus)
         CarefulFlags.CAREFUL = careful
-        cases.one_process(cases.inputs((64, 5), torch.bfloat16, bias=True), 2)  # compiles, in one thread
+        for index in range(gpus):
+            gpu = torch.device("cuda", index)
+            with ranks.on(gpu), torch.cuda.device(gpu):
+                cases.one_process(cases.inputs((64, 5), torch.bfloat16, bias=True), 2)  # compiles, in one thread
