@@ -21,15 +21,15 @@ OVER = [
 
 
 def ended(over: str, how: str, folder: Path) -> list[list[Ended]]:
-    """For each phase, all at the same time, how both ranks ended; None is left after a minute and a half."""
+    """For each phase, all at the same time, how both ranks ended; none is left after a minute."""
     if over == "files":
         folders = [folder / phase for phase in PHASES]
         for each in folders:
             each.mkdir()
         calls = [(phase, how, LIMIT_S, each) for phase, each in zip(PHASES, folders, strict=True)]
-        return end_groups(2, lost_ranks.lost_through_files, calls, timeout_s=90)
+        return end_groups(2, lost_ranks.lost_through_files, calls, timeout_s=60)
     ways = [(phase, how, LIMIT_S, {"transport": over}) for phase in PHASES]
-    return end_groups(2, lost_ranks.lost, ways, backend="nccl", timeout_s=90)
+    return end_groups(2, lost_ranks.lost, ways, backend="nccl", timeout_s=60)
 
 
 def waited(over: str, phase: str) -> str:

@@ -87,6 +87,8 @@ def test_training_beside_fsdp2_is_that_of_one_process() -> None:
 
 @pytest.mark.parametrize("over", OVER)
 def test_training_in_bf16_beside_fsdp2_is_as_good_as_that_of_one_process(over: dict[str, Any]) -> None:
-    """Through copies, where there are any."""
-    (of_ranks, of_one), _ = run_ranks(2, training.train_in_bf16, "gather", **over)
-    assert 0 < of_ranks < 1.5 * of_one < 0.15, (of_ranks, of_one)
+    """Through copies, where there are any. With other first weights both errors were 0.0065 to 0.0085 on a CPU; with
+    gradients of experts twice as large 0.27.
+    """
+    (of_ranks, of_one), _ = run_ranks(2, training.train_in_bf16, **over)
+    assert 0 < of_ranks < 0.02 and 0 < of_one < 0.02, (of_ranks, of_one)
