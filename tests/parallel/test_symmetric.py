@@ -18,7 +18,7 @@ from supersonic_moe.parallel.symmetric import owner_of
     [("auto", "gather, by copies between"), ("push", "push, by kernels that write what is needed to")],
 )
 def test_two_processes_that_share_memory_have_the_bits_of_one(transport: str, how: str, tmp_path: Path) -> None:
-    for said, found in run_ranks(2, cases.same_as_one_process, tmp_path, transport):
+    for (said,), found in run_ranks(2, cases.same_as_one_process, tmp_path, transport):
         assert f"transport: {how} GPUs that reach each other's memory, through 0.131 MB" in said
         assert found == []
 

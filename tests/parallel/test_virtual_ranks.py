@@ -11,7 +11,7 @@ import pytest
 import torch
 import virtual_cases as cases
 from ranks import Ended, end_ranks, run_ranks
-from virtual_ranks import ON, end_processes
+from virtual_ranks import ON, ONE_AT_A_TIME, end_processes
 
 from supersonic_moe import Fp8Recipe
 from supersonic_moe.parallel.watch import carried
@@ -75,6 +75,13 @@ def test_random_calls_with_random_delays_repeat_to_the_bit(transport: str, gpu: 
     assert alone(cases.random_calls, 4, gpu, 60, transport) is True
 
 
+@pytest.mark.gpu
+@ONE_AT_A_TIME
+def test_a_thousand_random_calls_repeat_to_the_bit() -> None:
+    """Twice 500."""
+    assert alone(cases.random_calls, 4, True, 500) is True
+
+
 def errors_of(gpu: bool, case: Any, *args: Any) -> list[str]:
     """What each rank raised. On a GPU the first failed wait ends the context of all, and nobody else says why."""
     return raised(gpu, end_ranks(1, case, *args))
@@ -89,8 +96,9 @@ def raised(gpu: bool, process: list[Ended]) -> list[str]:
 
 
 @pytest.mark.parametrize("gpu", ON)
-@pytest.mark.parametrize(("size", "transport"), [(2, "gather"), (4, "gather"), (2, "push")])
+@pytest.mark.parametrize(("size", "transport"), [(2, "gather"), (4, "gather"), (8, "gather"), (2, "push")])
 def test_a_late_rank_is_named(size: int, transport: str, gpu: bool) -> None:
+    """With 8 ranks an expert each has so many rows that they travel beside products."""
     calls = [(size, gpu, phase, 3.0, transport) for phase in PHASES]
     for phase, process in zip(PHASES, end_processes(gpu, cases.with_a_muted_rank, calls), strict=True):
         errors, wanted = raised(gpu, process), rf"waited 3 s in the {phase} of call 2 for rank 1 "

@@ -1,15 +1,18 @@
-"""Training with expert parallelism beside data parallelism, and the same by one process, in fp64."""
+"""Training with expert parallelism beside data parallelism, and the same by one process, in fp64, or in fp32 with
+experts in bf16.
+"""
 
 from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from parallel_cases import E, H, I, K, error_of
+from ranks import device
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,16 +24,31 @@ from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_nor
 from supersonic_moe import MoE
 from supersonic_moe.parallel import ExpertParallel, shard_experts
 
-STEPS, TOKENS = 3, 19
+STEPS, TOKENS = 20, 19
 LIMIT = 0.1
 """Of the norm of all gradients, which is larger in every step."""
 
 
+class Setting(NamedTuple):
+    dtype: torch.dtype = torch.float64
+    """Of weights."""
+    bf16: bool = False
+    """Whether products are in bf16."""
+    top_k: int = K
+    transport: Any = "auto"
+
+
+EXACT = Setting()
+ALL_EXPERTS = Setting(top_k=E)
+BF16 = Setting(torch.float32, True, E, "gather")
+"""All experts take part: a rounding would else choose others now and then, and training go another way."""
+
+
 class Model(nn.Module):
-    def __init__(self, ep: ExpertParallel | None = None) -> None:
+    def __init__(self, ep: ExpertParallel | None = None, top_k: int = K) -> None:
         super().__init__()
         self.first = nn.Linear(H, H)
-        self.moe = MoE(E, K, H, I, "swiglu", True, 0.3, expert_parallel=ep)
+        self.moe = MoE(E, top_k, H, I, "swiglu", True, 0.3, expert_parallel=ep)
         self.last = nn.Linear(H, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,20 +59,27 @@ class Model(nn.Module):
 def batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(100 * step + rank)
     x = torch.randn(TOKENS + 3 * rank, H, generator=g, dtype=torch.float64)
-    return x, torch.randn(len(x), 3, generator=g, dtype=torch.float64)
+    return x.to(device()), torch.randn(len(x), 3, generator=g, dtype=torch.float64).to(device())
 
 
-def whole_model() -> Model:
+def whole_model(how: Setting = EXACT) -> Model:
     torch.manual_seed(11)
-    return Model().double()
+    return Model(top_k=how.top_k).to(device(), how.dtype)
 
 
-def trained_by_one(ranks: int, clips: bool) -> Model:
-    model = whole_model()
+def loss_of(model: nn.Module, step: int, rank: int, how: Setting) -> Tensor:
+    x, y = (t.to(how.dtype) for t in batch(step, rank))
+    with torch.autocast(device().type, torch.bfloat16, enabled=how.bf16):
+        out = model(x)
+    loss: Tensor = (out.to(how.dtype) - y).square().mean()
+    return loss
+
+
+def trained_by_one(ranks: int, clips: bool = False, how: Setting = EXACT) -> Model:
+    model = whole_model(how)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
     for step in range(STEPS):
-        losses = [(model(x) - y).square().mean() for x, y in (batch(step, rank) for rank in range(ranks))]
-        torch.stack(losses).mean().backward()
+        torch.stack([loss_of(model, step, rank, how) for rank in range(ranks)]).mean().backward()
         if clips:
             assert clip_grad_norm_(model.parameters(), LIMIT) > LIMIT
         optimizer.step()
@@ -62,11 +87,11 @@ def trained_by_one(ranks: int, clips: bool) -> Model:
     return model
 
 
-def spread_model(mesh: Any, divisor: int) -> tuple[Model, list[nn.Parameter]]:
-    ep = ExpertParallel(mesh, num_experts=E, top_k=K, hidden=H, max_tokens=64, timeout_s=60)
-    model = Model(ep).double()
+def spread_model(mesh: Any, divisor: int, how: Setting = EXACT) -> tuple[Model, list[nn.Parameter]]:
+    sizes: dict[str, Any] = {"num_experts": E, "top_k": how.top_k, "hidden": H, "max_tokens": 64, "timeout_s": 60}
+    model = Model(ExpertParallel(mesh, transport=how.transport, **sizes), how.top_k).to(device(), how.dtype)
     experts = shard_experts(model, mesh, gradient_divisor=divisor)
-    whole = whole_model().state_dict()
+    whole = whole_model(how).state_dict()
     set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True))
     return model, experts
 
@@ -89,12 +114,38 @@ def clip(model: nn.Module, experts: list[nn.Parameter], limit: float) -> Tensor:
 
 
 def train(how: str) -> float:
-    """The largest difference of any weight from that of one process, after training on all ranks."""
+    """The largest difference of any weight from that of one process, after training on all ranks in fp64."""
+    got, want = trained(how, EXACT), trained_by_one(dist.get_world_size(), how == "ddp, clipped").state_dict()
+    if not got:
+        return 0.0
+    assert got.keys() == want.keys() and want["moe.c_fc.weight"].shape[0] == E
+    return max(float((got[name] - want[name]).abs().max()) for name in want)
+
+
+def train_in_bf16() -> tuple[float, float]:
+    """Beside FSDP2, through copies where there are any: how far what has been learned is from that of one process in
+    fp64, in relation to it, with ranks and with one process in bf16.
+    """
     ranks = dist.get_world_size()
-    whole_mesh = init_device_mesh("cpu", (ranks,))
+    start, exact = whole_model(ALL_EXPERTS).state_dict(), trained_by_one(ranks, how=ALL_EXPERTS).state_dict()
+    one, got = trained_by_one(ranks, how=BF16).state_dict(), trained("fsdp", BF16)
+
+    def error(state: dict[str, Any]) -> float:
+        off, all_of_it = (
+            torch.cat([(of[name].double() - exact[name]).flatten() for name in exact]) for of in (state, start)
+        )
+        return float(off.norm() / all_of_it.norm())
+
+    return (error(got), error(one)) if got else (0.0, 0.0)
+
+
+def trained(how: str, setting: Setting) -> dict[str, Any]:
+    """On rank 0 all weights after training on all ranks; nothing on others."""
+    ranks = dist.get_world_size()
+    whole_mesh = init_device_mesh(device().type, (ranks,))
     copies = 2 if how == "copies" else 1  # of each expert
-    mesh = init_device_mesh("cpu", (copies, ranks // copies), mesh_dim_names=("copies", "ep"))
-    model, experts = spread_model(mesh["ep"], 1 if how == "copies" else ranks)
+    mesh = init_device_mesh(device().type, (copies, ranks // copies), mesh_dim_names=("copies", "ep"))
+    model, experts = spread_model(mesh["ep"], 1 if how == "copies" else ranks, setting)
     forward: nn.Module = model
     if how in ("ddp", "ddp, clipped"):
         forward = DistributedDataParallel(model)
@@ -115,19 +166,14 @@ def train(how: str) -> float:
         others = [p for p in model.parameters() if p not in set(experts)]
         optimizer = torch.optim.SGD([{"params": experts}, {"params": others}], lr=0.2, foreach=True)
     for step in range(STEPS):
-        x, y = batch(step, dist.get_rank())
-        (forward(x) - y).square().mean().backward()
+        loss_of(forward, step, dist.get_rank(), setting).backward()
         if how == "ddp, clipped":
             clip(model, experts, LIMIT)
         optimizer.step()
         optimizer.zero_grad()
-    want = trained_by_one(ranks, how == "ddp, clipped").state_dict()
-    got = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    got: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     model.moe.expert_parallel.close()
-    if dist.get_rank():  # only rank 0 gets the whole
-        return 0.0
-    assert got.keys() == want.keys() and want["moe.c_fc.weight"].shape[0] == E
-    return max(float((got[name] - want[name]).abs().max()) for name in want)
+    return {} if dist.get_rank() else got  # only rank 0 gets the whole
 
 
 def plain_experts_in(how: str) -> str:

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,11 +29,23 @@ from forks import context
 from supersonic_moe.private_api import default_store
 
 _device = torch.device("cpu")
+_of_thread = threading.local()
 
 
 def device() -> torch.device:
     """Where the tensors of this rank are."""
-    return _device
+    found: torch.device = getattr(_of_thread, "device", _device)
+    return found
+
+
+@contextmanager
+def on(place: torch.device) -> Iterator[None]:
+    """The tensors of this thread are there, wherever those of the process are."""
+    _of_thread.device = place
+    try:
+        yield
+    finally:
+        del _of_thread.device
 
 
 def stay(stays: bool, limit_s: float = 10.0) -> None:

@@ -4,6 +4,9 @@ that both have mapped, and flags are those of ``virtual_ranks.ThreadFlags``.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,12 +50,30 @@ def two_gpus(patch: pytest.MonkeyPatch, folder: Path) -> None:
     patch.setattr(symmetric, "ExchangeFlags", ThreadFlags)
 
 
-def same_as_one_process(folder: Path, transport: str) -> tuple[str, list[str]]:
-    """What a layer over such copies says of itself, and where it has other bits than one process."""
+@contextmanager
+def copies_through(folder: Path) -> Iterator[list[str]]:
+    """What ``cases.make`` makes finds two GPUs then, and nothing else does: rows are copied through files, products are
+    of the CPU. What the objects say of themselves.
+    """
+    make, numbers, said = cases.make, itertools.count(), list[str]()
+
+    def of_two_gpus(**changes: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            (place := folder / str(next(numbers))).mkdir(exist_ok=True)
+            two_gpus(patch, place)
+            made = make(**changes)
+        said.append(made.explain())
+        return made
+
     with pytest.MonkeyPatch.context() as patch:
-        two_gpus(patch, folder)
-        said = cases.make(transport=transport).explain()
-        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(cases, "make", of_two_gpus)
+        patch.setattr(torch.cuda, "synchronize", lambda device: None)
+        yield said
+
+
+def same_as_one_process(folder: Path, transport: str) -> tuple[list[str], list[str]]:
+    """What a layer over such copies says of itself, and where it has other bits than one process."""
+    with copies_through(folder) as said:
         return said, cases.same_as_one_process(CALLS, {"transport": transport})
 
 

@@ -30,9 +30,9 @@ def way_of(transport: str) -> dict[str, Any]:
     return GATHER | {"transport": transport}
 
 
-def same_as_one_process(size: int, gpu: bool, calls: Sequence[tuple], transport: str = "gather") -> list[list[str]]:
-    _start(gpu, careful=6 * len(calls) + 1)  # by then all have computed what they expect
-    return run_virtual(size, cases.same_as_one_process, times_on(gpu) * [*calls], way_of(transport))
+def same_as_one_process(size: int, gpus: int, calls: Sequence[tuple], transport: str = "gather") -> list[list[str]]:
+    _start(gpus, careful=6 * len(calls) + 1)  # by then all have computed what they expect
+    return run_virtual(size, cases.same_as_one_process, times_on(gpus) * [*calls], way_of(transport))
 
 
 def fp8_wire(
@@ -89,14 +89,14 @@ def _beside() -> Iterator[set[tuple[int, str]]]:
         ranges.LEAST_ROWS, Way.arrive = least, arrive
 
 
-def random_calls(size: int, gpu: bool, count: int, transport: str = "gather") -> bool:
+def random_calls(size: int, gpus: int, count: int, transport: str = "gather") -> bool:
     """Twice, with other delays: the same bits."""
     results = []
     for careful in (10**6, 0):
-        _start(gpu, careful)
+        _start(gpus, careful)
         results.append(run_virtual(size, cases.calls_in_pairs, count, way_of(transport)))
-        if gpu:
-            torch.cuda.synchronize()
+        for gpu in range(gpus):
+            torch.cuda.synchronize(gpu)
     return all(cases.same_bits(one, other) for one, other in zip(*results, strict=True))
 
 
@@ -230,7 +230,7 @@ def _no_memory() -> None:
 def _before(copies: Any, phase: str, action: Any) -> None:
     """Do ``action`` once, before this rank enters that phase."""
     assert isinstance(copies, Copies)
-    original = {"gather": copies.gather, "exchange": copies.exchange}
+    original = {name: getattr(copies, name) for name in ("gather", "exchange", "gather_in_parts", "departure")}
 
     def at(name: str) -> Any:
         def called(*args: Any) -> Any:
@@ -246,8 +246,11 @@ def _before(copies: Any, phase: str, action: Any) -> None:
         setattr(copies, name, at(name))
 
 
-def _start(gpu: bool, careful: int) -> None:
-    if gpu:
-        on_a_gpu()
+def _start(gpus: int, careful: int) -> None:
+    if gpus:
+        on_a_gpu(gpus)
         CarefulFlags.CAREFUL = careful
-        cases.one_process(cases.inputs((64, 5), torch.bfloat16, bias=True), 2)  # compiles, in one thread
+        for index in range(gpus):
+            gpu = torch.device("cuda", index)
+            with ranks.on(gpu), torch.cuda.device(gpu):
+                cases.one_process(cases.inputs((64, 5), torch.bfloat16, bias=True), 2)  # compiles, in one thread

@@ -1,4 +1,4 @@
-"""Several ranks in one process: threads that reach each other's memory, on one GPU or on the CPU.
+"""Several ranks in one process: threads that reach each other's memory, on one GPU, on several, or on the CPU.
 
     run_virtual(4, some_module.function, "argument")      [function("argument") of rank 0, of rank 1, ...]
 
@@ -7,8 +7,13 @@ Each rank is a thread with a process group of torch's own tests, and on a GPU wi
 :class:`ThreadFlags` does the same in Python. Run it in a process of its own (``ranks.run_ranks(1, ...)``): a wait that
 fails traps, and then nothing more runs on that GPU context.
 
-What a virtual rank proves is the protocol and the arithmetic. It says nothing of speed, nor of the order of memory
-between two GPUs.
+On several GPUs the first ranks are on the first one, as many on each. Blocks are torch's plain memory of each GPU,
+which the others reach since torch has let them (``on_a_gpu``). So copies and flags between ranks of two GPUs cross
+NVLink, and memory is ordered between GPUs. This leaves out torch's symmetric memory, copies beside products
+(``Memory.apart``) and processes: two of these on two GPUs are tested over NCCL.
+
+What virtual ranks of one GPU prove is the protocol and the arithmetic. They say nothing of the order of memory between
+two GPUs, and none of them anything of speed.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,16 +43,27 @@ ONE_AT_A_TIME = pytest.mark.xdist_group("virtual ranks on a GPU")
 """Ranks that wait for each other fill the GPU with waiting, which processes of other tests then share."""
 ON = [pytest.param(False, id="CPU"), pytest.param(True, id="GPU", marks=[pytest.mark.gpu, ONE_AT_A_TIME])]
 
+_places = [torch.device("cpu")]
+"""Where ranks are, from the first one on."""
 
-def on_a_gpu() -> None:
-    """Before CUDA starts: a stream for each rank that does not share a queue, where one wait would hold up another."""
+
+def on_a_gpu(gpus: int = 1) -> None:
+    """Or on several, which reach each other's memory from now on. Before CUDA starts: a stream for each rank that does
+    not share a queue, where one wait would hold up another.
+    """
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
     ranks._device = torch.device("cuda", 0)
+    _places[:] = [torch.device("cuda", index) for index in range(gpus)]
+    for one in _places:
+        for other in _places:
+            if one != other:
+                assert torch.cuda.can_device_access_peer(one, other), f"{one} does not reach the memory of {other}"
+                assert float(torch.ones(1, device=one).to(other)) == 1  # torch asks for access when it first copies
 
 
-def times_on(gpu: bool) -> int:
+def times_on(gpus: int) -> int:
     """How often the same is done: on a GPU, the second time everything is loaded, and nobody waits for the host."""
-    return 2 if gpu else 1
+    return 2 if gpus else 1
 
 
 def end_processes(gpu: bool, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[list[ranks.Ended]]:
@@ -64,15 +81,15 @@ def run_virtual(size: int, function: Callable[..., Any], *args: Any) -> list[Any
     multi_threaded_pg._install_threaded_pg()
 
     def work(rank: int) -> None:
+        place, stream = _places[rank * len(_places) // size], nullcontext()
         try:
             dist.init_process_group("threaded", rank=rank, world_size=size, store=store)
-            with torch.autograd.set_multithreading_enabled(False):  # backward in this thread, which has the group
-                if ranks.device().type == "cuda":
-                    torch.cuda.set_device(ranks.device())
-                    with torch.cuda.stream(torch.cuda.Stream()):
-                        results[rank] = function(*args)
-                else:
-                    results[rank] = function(*args)
+            if place.type == "cuda":
+                torch.cuda.set_device(place)
+                stream = torch.cuda.stream(torch.cuda.Stream())
+            # backward in this thread, which has the group
+            with ranks.on(place), torch.autograd.set_multithreading_enabled(False), stream:
+                results[rank] = function(*args)
         except BaseException as error:
             errors[rank] = error
             memory.meeting.abort()

@@ -128,6 +128,7 @@ class Channel:
         mine = torch.cat((common.expand(ranks, 3), found.tokens_R.long()[:, None], found.rows_E.view(ranks, here)), 1)
         theirs = self._collectives.exchange(mine, self.calls, "forward dispatch", None, None)
         host = torch.cat((found.tokens_R.long(), theirs.view(-1))).tolist()
+        self.watch.check()  # on a GPU an aborted exchange ends, too, and leaves any numbers
         sent, told = host[:ranks], [host[i : i + 4 + here] for i in range(ranks, len(host), 4 + here)]
         self._check_told(told, (self.calls, signature, x_TH.shape[0]))
         rows = [sum(column) for column in zip(*(source[4:] for source in told), strict=True)]

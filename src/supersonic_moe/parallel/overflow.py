@@ -36,6 +36,7 @@ class Overflow:
         if len(self._coming) == LAG and not capturing:
             number, copied = self._coming.popleft()
             copied.synchronize()
+            self.ranks.watch.check()  # an aborted exchange leaves any number
             self._raise_if(int(number))
         most = self.ranks.maximum(tokens_R.max().reshape(1), call, "forward dispatch")
         if not most.is_cuda:
