@@ -14,27 +14,29 @@ PHASES = ("forward dispatch", "forward combine", "backward dispatch", "backward 
 LIMIT_S = 3.0
 ON_TWO_GPUS = [pytest.mark.multigpu, pytest.mark.xdist_group("lost ranks on two GPUs")]
 OVER = [
-    pytest.param("files", id="copies through files"),
-    pytest.param("gather", id="copies", marks=ON_TWO_GPUS),
-    pytest.param("all_to_all", id="NCCL", marks=ON_TWO_GPUS),
+    pytest.param("gather", "files", id="copies through files"),
+    pytest.param("push", "files", id="pushed through files"),
+    pytest.param("gather", "NCCL", id="copies", marks=ON_TWO_GPUS),
+    pytest.param("push", "NCCL", id="pushed", marks=ON_TWO_GPUS),
+    pytest.param("all_to_all", "NCCL", id="NCCL", marks=ON_TWO_GPUS),
 ]
 
 
-def ended(over: str, how: str, folder: Path) -> list[list[Ended]]:
+def ended(transport: str, over: str, how: str, folder: Path) -> list[list[Ended]]:
     """For each phase, all at the same time, how both ranks ended; none is left after a minute."""
-    if over == "files":
-        folders = [folder / phase for phase in PHASES]
-        for each in folders:
-            each.mkdir()
-        calls = [(phase, how, LIMIT_S, each) for phase, each in zip(PHASES, folders, strict=True)]
-        return end_groups(2, lost_ranks.lost_through_files, calls, timeout_s=60)
-    ways = [(phase, how, LIMIT_S, {"transport": over}) for phase in PHASES]
-    return end_groups(2, lost_ranks.lost, ways, backend="nccl", timeout_s=60)
+    ways = [(phase, how, LIMIT_S, {"transport": transport}) for phase in PHASES]
+    if over == "NCCL":
+        return end_groups(2, lost_ranks.lost, ways, backend="nccl", timeout_s=60)
+    folders = [folder / phase for phase in PHASES]
+    for each in folders:
+        each.mkdir()
+    calls = [(*way, each) for way, each in zip(ways, folders, strict=True)]
+    return end_groups(2, lost_ranks.lost_through_files, calls, timeout_s=60)
 
 
-def waited(over: str, phase: str) -> str:
+def waited(transport: str, phase: str) -> str:
     """How the sentence of rank 0 starts."""
-    if over == "all_to_all":
+    if transport == "all_to_all":
         return rf"ExpertParallelError: .*rank 0 waited 3[.\d]* s in the {phase} of call 2\. "
     return rf"ExpertParallelError: .*waited 3 s in the {phase} of call 2 for rank 1 \(exchange \d+ .*, \d+ seen\)\. "
 
@@ -46,17 +48,17 @@ def check_survivor(rank: Ended, wanted: str) -> None:
     assert rank.exit_code in (0, 1), rank  # NCCL may refuse to end its group on a GPU that has failed
 
 
-@pytest.mark.parametrize("over", OVER)
-def test_a_killed_rank_is_named_in_time(over: str, tmp_path: Path) -> None:
-    for phase, (first, second) in zip(PHASES, ended(over, "killed", tmp_path), strict=True):
+@pytest.mark.parametrize(("transport", "over"), OVER)
+def test_a_killed_rank_is_named_in_time(transport: str, over: str, tmp_path: Path) -> None:
+    for phase, (first, second) in zip(PHASES, ended(transport, over, "killed", tmp_path), strict=True):
         assert second.exit_code == -9, second
-        check_survivor(first, waited(over, phase) + "Rank 1 no longer reports, last seen ")
+        check_survivor(first, waited(transport, phase) + "Rank 1 no longer reports, last seen ")
 
 
-@pytest.mark.parametrize("over", OVER)
-def test_a_rank_asleep_is_named_in_time(over: str, tmp_path: Path) -> None:
-    for phase, (first, second) in zip(PHASES, ended(over, "late", tmp_path), strict=True):
-        check_survivor(first, waited(over, phase) + r"Rank 1 is past the [a-z ]* of call [12]: it is slow")
+@pytest.mark.parametrize(("transport", "over"), OVER)
+def test_a_rank_asleep_is_named_in_time(transport: str, over: str, tmp_path: Path) -> None:
+    for phase, (first, second) in zip(PHASES, ended(transport, over, "late", tmp_path), strict=True):
+        check_survivor(first, waited(transport, phase) + r"Rank 1 is past the [a-z ]* of call [12]: it is slow")
         told = second.result or second.error  # when it comes, not at its limit
         assert "ExpertParallelError" in told and "Rank 0 has failed: " in told, second
         assert second.exit_code in (0, 1), second

@@ -17,7 +17,7 @@ from virtual_ranks import ONE_AT_A_TIME
 
 ON_TWO_GPUS = [pytest.mark.multigpu, pytest.mark.xdist_group("two GPUs")]
 OVER = [pytest.param({}, id="gloo"), pytest.param({"backend": "nccl"}, id="NCCL", marks=ON_TWO_GPUS)]
-TRANSPORTS = ["all_to_all", "gather"]
+TRANSPORTS = ["all_to_all", "gather", "push"]
 ORDERS = ["close, destroy", "destroy, close", "destroy, drop", "drop", "exit"]
 
 

@@ -46,10 +46,10 @@ def lost(phase: str, how: str, limit_s: float, way: dict[str, Any]) -> str:
     return told
 
 
-def lost_through_files(phase: str, how: str, limit_s: float, folder: Path) -> str:
-    """The same over copies, without GPUs."""
+def lost_through_files(phase: str, how: str, limit_s: float, way: dict[str, Any], folder: Path) -> str:
+    """The same over copies, or rows that are pushed, without GPUs."""
     with copies_through(folder):
-        return lost(phase, how, limit_s, {"transport": "gather"})
+        return lost(phase, how, limit_s, way)
 
 
 def _kill() -> None:
