@@ -49,8 +49,8 @@ from supersonic_moe.kernels.sm90.rank_tokens import Layout
 from supersonic_moe.kernels.sm90.up_projection import up_projection
 from supersonic_moe.kernels.sm90.up_projection_fp8 import up_projection_fp8
 from supersonic_moe.kernels.triton.departures import departures_everywhere
-from supersonic_moe.kernels.triton.push_rows import needed_rows, push_back, push_rows, take_rows
 from supersonic_moe.kernels.triton.pad_segments import pad_segments
+from supersonic_moe.kernels.triton.push_rows import needed_rows, push_back, push_rows, take_rows
 from supersonic_moe.kernels.triton.quantize import quantize_blocks, quantize_rows
 from supersonic_moe.kernels.triton.row_parts import row_parts
 from supersonic_moe.parallel.few_rows import FewRows, Given
@@ -180,7 +180,7 @@ def pushed(tokens: int, columns: int) -> None:
     copies = departures_everywhere(ids[:tokens], 8, 2, tokens).copy_TR
     for rank in range(2):
         to = Banks(banks, table, rank, tokens, 0, tokens)
-        push_rows(rows[:tokens], copies, rows[rank * tokens :][:tokens], to)
+        push_rows(rows[:tokens], copies, torch.empty_like(rows[tokens:]), to)
         take_rows(rows, needed, to)
         push_back(rows, needed, to)
 
