@@ -180,7 +180,7 @@ def pushed(tokens: int, columns: int) -> None:
     copies = departures_everywhere(ids[:tokens], 8, 2, tokens).copy_TR
     for rank in range(2):
         to = Banks(banks, table, rank, tokens, 0, tokens)
-        push_rows(rows[:tokens], copies, rows[rank * tokens :][:tokens], to)
+        push_rows(rows[:tokens], copies, torch.empty_like(rows[tokens:]), to)
         take_rows(rows, needed, to)
         push_back(rows, needed, to)
 
