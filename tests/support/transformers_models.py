@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import supersonic_moe.integrations.transformers  # noqa: F401  registers "supersonic"
+
 VOCABULARY, EXPERTS = 96, 6
 
 _COMMON = {

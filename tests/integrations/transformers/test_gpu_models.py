@@ -100,11 +100,17 @@ def test_weights_that_wait_on_the_host(tmp_path: Path) -> None:
     )
     experts = offloaded.model.layers[1].mlp.experts
     model, taken = model.to(CUDA), []
+    seen: list[tuple[Any, Tensor]] = []
+    hook = experts.register_forward_hook(lambda _, given, out: seen.append((given, out)))
     with torch.no_grad():
         for given in (ids, ids[:1, :1], ids[:1, 1:2], ids, ids[:, :5]):
             assert experts.down_proj.device.type == "meta"
-            assert torch.equal(offloaded(given).logits, model(given).logits)
+            gap = rel_fro(offloaded(given).logits, model(given).logits)  # cuBLAS chooses by addresses
+            assert gap < 2e-2
+            arguments, out = seen.pop()
+            assert torch.equal(model.model.layers[1].mlp.experts(*arguments), out)
             taken.append(torch.empty(1 << 16, device=CUDA))  # the next copies lie elsewhere
+    hook.remove()
 
 
 def test_a_model_compiles_in_one_graph_for_every_length_but_1() -> None:
