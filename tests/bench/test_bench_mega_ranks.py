@@ -65,7 +65,8 @@ def test_errors_are_those_of_the_rank_that_is_farthest_off(monkeypatch: pytest.M
     runner = mega_ranks.Runner(torch.device("cpu"), warm_ms=0, min_ms=0, peers=[])
     result = InferResult("c", {OURS: {"rows": 3.0}}, untimed={DEEP_GEMM: {"calc_diff": 0.02, "worst_row": 0.5}})
     other = {OURS: {"rows": 4.0}}, {DEEP_GEMM: {"calc_diff": math.nan, "worst_row": 0.4}}
-    monkeypatch.setattr(runner, "_told", lambda own: [own, other])
+    monkeypatch.setattr(runner, "_host", object())
+    monkeypatch.setattr(mega_ranks, "told_by_all", lambda own, *_: [own, other])
     runner._take_largest(result)
     assert result.metrics == {OURS: {"rows": 4.0}}
     errors = result.untimed[DEEP_GEMM]
