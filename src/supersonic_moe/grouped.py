@@ -51,7 +51,8 @@ def grouped_linear(
         x: (P, C) rows sorted by expert; with ``gather`` (T, C) tokens.
         w: (E, N, C). Stored (E, C, N) it is passed as ``w.transpose(1, 2)``: a view, never a copy.
         offsets_or_plan: (E,) int32 or int64 cumulative ends on the device of x, as in
-            ``torch.nn.functional.grouped_mm``; or a :class:`RoutingPlan`, of which P is the ``capacity``.
+            ``torch.nn.functional.grouped_mm``; or a :class:`RoutingPlan`, of which P is the ``capacity``. Of counts
+            take ``cumsum``: nothing looks at their values, and ends that fall give rows to the wrong experts.
         bias: (E, N).
         gather: row r is x[plan.gather_index[r]] instead of x[r], zeros where that is -1. Needs a plan.
         recipe: ``Fp8Recipe()`` multiplies in e4m3 (bfloat16 operands, or autocast to it). Default: in the dtype of x.

@@ -103,7 +103,8 @@ def moe_general_routing_inputs(
     concat_layout: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(output (T, H), rows of each expert (E,) int32) of (token, expert, score) triples: three tensors of one length,
-    any number of experts a token. ``E`` is ignored, as in SonicMoE: w2 has it.
+    any number of experts a token. ``E`` is ignored, as in SonicMoE: w2 has it. Tokens outside [0, T) and experts
+    outside [0, E) are left out.
     """
     w1, w2 = _expert_first(w1, w2)
     checks.tensor("x", x, 2, "(T, H)")

@@ -6,9 +6,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import importlib
 import sys
-from types import SimpleNamespace
+import weakref
+from dataclasses import dataclass
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +19,7 @@ import torch
 from compiled_graphs import Graphs
 from oracle import rel_fro
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
@@ -157,6 +161,48 @@ def test_an_unknown_gate_is_right_and_named_once(kind: str, caplog: pytest.LogCa
     assert max(rel_fro(ours[leaf], wanted[leaf]) for leaf in wanted) < 1e-13
     warnings = [r.getMessage() for r in caplog.records if "is not known to supersonic-moe" in r.getMessage()]
     assert len(warnings) == 1 and type(module).__name__ in warnings[0]
+
+
+@dataclass
+class Scaled:
+    """Can be called, and has no hash."""
+
+    by: float = 0.5
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.silu(x) * self.by
+
+
+def test_an_activation_without_a_hash_is_right() -> None:
+    module = experts_of("known")
+    del module.act_fn
+    module.act_fn = Scaled()
+    given = inputs(module)
+    ours, wanted = (outputs_and_gradients(module, name, *given) for name in ("supersonic", "eager"))
+    assert max(rel_fro(ours[leaf], wanted[leaf]) for leaf in wanted) < 1e-13
+
+
+def test_an_activation_that_is_replaced_for_all_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = experts_of("known")
+    given = inputs(module)
+    before = outputs_and_gradients(module, "supersonic", *given)
+    monkeypatch.setattr(type(module.act_fn), "forward", lambda self, x: x.tanh())
+    ours, wanted = (outputs_and_gradients(module, name, *given) for name in ("supersonic", "eager"))
+    assert max(rel_fro(ours[leaf], wanted[leaf]) for leaf in wanted) < 1e-13
+    assert rel_fro(before["out"], wanted["out"]) > 0.1
+
+
+def test_a_gate_of_ones_own_keeps_no_module_alive() -> None:
+    module = experts_of("known")
+    del module.act_fn
+    module.act_fn = MethodType(lambda self, x: F.mish(x), module)
+    given = inputs(module)
+    module.config._experts_implementation = "supersonic"
+    module(*given)
+    alive = weakref.ref(module)
+    del module, given
+    gc.collect()
+    assert alive() is None
 
 
 @pytest.mark.parametrize("kind", ["known", "an activation of PyTorch"])

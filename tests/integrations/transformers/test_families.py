@@ -157,6 +157,25 @@ def test_the_report_names_what_fp8_refuses(monkeypatch: pytest.MonkeyPatch) -> N
     assert not line.served and "nothing, it is refused; Fp8Recipe cannot run" in str(line)
 
 
+def test_the_report_names_who_asks_no_backend() -> None:
+    model = model_of("qwen3_moe")
+    first, second = (layer.mlp.experts for layer in model.model.layers)
+    first.__class__ = type("Mine", (type(first),), {"forward": lambda self, x, *_: 0 * x})
+    second.forward = lambda x, *_: 0 * x
+    assert [(line.experts, line.served) for line in served(model)] == [("Mine", False), (type(second).__name__, False)]
+    assert "its forward was replaced" in str(served(model)[1])
+
+
+def test_the_report_names_weights_that_nothing_multiplies() -> None:
+    model = model_of("qwen3_moe")
+    experts = model.model.layers[0].mlp.experts
+    experts.down_proj = torch.nn.Parameter(experts.down_proj.to(torch.int8), requires_grad=False)
+    line = served(model)[0]
+    assert not line.served and "must be floating; got int8" in line.why and "for down_proj of" in line.why
+    with pytest.raises(TypeError, match="must be floating; got int8"):
+        model(tokens())
+
+
 def test_the_report_names_what_is_not_served() -> None:
     (line, _), ids = served(model_of("llama4_text", num_hidden_layers=2, interleave_moe_layer_step=1)), tokens()
     assert not line.served and line.experts == "Llama4TextExperts"

@@ -137,6 +137,8 @@ def test_weights_that_the_quantizer_left_alone_are_16_bit_experts() -> None:
 
 def test_fp4_is_refused() -> None:
     module = experts(expert_dtype="fp4")
+    (line,) = served(nn.ModuleDict({"experts": module}))
+    assert not line.served and "must be float8_e4m3fn; got int8" in line.why
     with pytest.raises(NotImplementedError, match="must be float8_e4m3fn; got int8"):
         module(*inputs())
 

@@ -115,6 +115,8 @@ def fp8_experts_forward(
     """For the modules of an FP8 checkpoint: the inference operator where it can, else weights are dequantized."""
     if not fp8.is_quantized(experts):
         return experts_forward(experts, hidden_states, top_k_index, top_k_weights, recipe=recipe)
+    if (refusal := fp8.refusal(experts)) is not None:
+        raise NotImplementedError(refusal)
     why = fp8.obstacle(experts) or fp8.obstacle_of_call(hidden_states, top_k_index, top_k_weights)
     if why is None:
         return fp8.run_operator(experts, hidden_states, top_k_index, top_k_weights)

@@ -63,6 +63,17 @@ def obstacle(experts: nn.Module) -> str | None:
     return None
 
 
+def refusal(experts: nn.Module) -> str | None:
+    """Why nothing here can run the module; None if something can."""
+    for w, _ in _projections(experts):
+        if w.element_size() == 1 and w.dtype is not E4M3:
+            return (
+                f"experts of an FP8 checkpoint must be {_short(E4M3)}; got {_short(w.dtype)} (FP4?). Use "
+                "experts_implementation='eager', or load the model with dequantize=True."
+            )
+    return None
+
+
 def obstacle_of_call(hidden_states: Tensor, ids: Tensor, scores: Tensor) -> str | None:
     """Why the operator cannot run this call; None if it can."""
     if torch.is_grad_enabled() and (hidden_states.requires_grad or scores.requires_grad):
@@ -118,11 +129,6 @@ def _dequantize(w_ENK: Tensor, scale: Tensor, block_size: Any, dtype: torch.dtyp
     """``parts``: gate and up come from two weights of a checkpoint, each with blocks of its own."""
     if w_ENK.element_size() > 1:
         return w_ENK.to(dtype)
-    if w_ENK.dtype is not E4M3:
-        raise NotImplementedError(
-            f"experts of an FP8 checkpoint must be {_short(E4M3)}; got {_short(w_ENK.dtype)} (FP4?). Use "
-            "experts_implementation='eager', or load the model with dequantize=True."
-        )
     (_, n, k), (num_experts, rows, columns) = w_ENK.shape, scale.shape
     block_n, block_k = block_size or (-(-n // rows), -(-k // columns))
     if rows != parts * -(-n // (parts * block_n)):  # as few rows of scales as of one weight

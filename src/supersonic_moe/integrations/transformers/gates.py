@@ -75,6 +75,9 @@ INNER: dict[Any, str] = {
 }
 """Inner activations: the type of a module, or a function."""
 
+_FORWARDS: dict[Any, Any] = {kind: vars(kind)["forward"] for kind in INNER if isinstance(kind, type)}
+"""What a module of these types computes. Who replaces it, for all, has another activation."""
+
 _GATED = {
     "silu": Activation(ActivationType.SWIGLU),
     "quick_gelu": Activation(ActivationType.SWIGLU, alpha=1.702),
@@ -141,15 +144,22 @@ def _name(function: Any) -> str:
 
 @constant_when_compiled
 def _rule(experts: Any, gate: Any, inner: Any, branch: str) -> str:
-    """A key of :data:`RULES`, or "". ``gate``: the function, None without one; ``branch``: of FP8_GATE. A constant to
-    the compiler, which cannot trace the names of functions.
+    """A key of :data:`RULES`, or "". ``gate``: the function, None without one; ``inner``: the activation's type, or
+    itself where it is no module; ``branch``: of FP8_GATE. A constant to the compiler, which cannot trace the names of
+    functions.
     """
-    return _cached_rule(experts, gate, inner, branch)
+    try:
+        name = INNER.get(inner, "")
+    except TypeError:  # an object that can be called, without a hash
+        name = ""
+    if name and inner in _FORWARDS and vars(inner).get("forward") is not _FORWARDS[inner]:
+        name = ""
+    return _cached_rule(experts, gate, name, branch)
 
 
 @functools.cache
-def _cached_rule(experts: Any, gate: Any, inner: Any, branch: str) -> str:
-    name = INNER.get(inner, "")
+def _cached_rule(experts: Any, gate: Any, name: str, branch: str) -> str:
+    """``name``: the value in INNER, or "". A function of the user's own would keep what it is bound to."""
     function = DEFAULT_GATE if gate is None else _name(gate)
     if function == DEFAULT_GATE or (function == FP8_GATE and not branch):
         key = f"ungated {name}" if gate is None else f"gated {name}"

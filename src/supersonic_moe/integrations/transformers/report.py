@@ -13,8 +13,10 @@ from supersonic_moe.config.recipe import Fp8Recipe, Recipe
 from supersonic_moe.integrations.transformers import fp8
 from supersonic_moe.integrations.transformers.backend import recipe_of
 from supersonic_moe.integrations.transformers.gates import gate_of
-from supersonic_moe.integrations.transformers.weights import is_decorated, weights_of
+from supersonic_moe.integrations.transformers.weights import asks_a_backend, is_decorated, weights_of
 from supersonic_moe.kernels import registry
+
+REFUSED = "nothing, it is refused"
 
 
 class Served(NamedTuple):
@@ -80,12 +82,16 @@ def _served(name: str, module: Any) -> Served:
     if not is_decorated(module):
         why = f"the library does not let a backend compute {kind}"
         return Served(name, kind, False, "the library's own forward", why)
+    if not asks_a_backend(module):
+        return Served(name, kind, False, "a forward of its own", "it does not ask a backend: its forward was replaced")
     implementation = module.config._experts_implementation
     recipe = recipe_of(implementation)
     if recipe is None:
         why = "call model.set_experts_implementation('supersonic')"
         return Served(name, kind, False, f"the library's {implementation!r}", why)
     if hasattr(module, "down_proj_scale_inv") and fp8.is_quantized(module):
+        if (refusal := fp8.refusal(module)) is not None:
+            return Served(name, kind, False, REFUSED, refusal)
         obstacle = fp8.obstacle(module)
         by = "the fused layer, of weights dequantized in each call" if obstacle else "the FP8 inference operator"
         return Served(name, kind, True, by, obstacle or "")
@@ -93,7 +99,10 @@ def _served(name: str, module: Any) -> Served:
 
 
 def _served_by_the_layer(name: str, kind: str, module: Any, recipe: Recipe) -> Served:
-    w1, _, w2, _ = weights_of(module)
+    try:
+        w1, _, w2, _ = weights_of(module)
+    except TypeError as error:
+        return Served(name, kind, False, REFUSED, str(error))
     in_fp8, where, why = isinstance(recipe, Fp8Recipe), "", ""
     if w1.device.type != "meta":
         _, hidden, intermediate = w2.shape
@@ -103,7 +112,7 @@ def _served_by_the_layer(name: str, kind: str, module: Any, recipe: Recipe) -> S
             else:
                 choice = registry.choose(w1.device, w1.dtype, hidden=hidden, intermediate=intermediate)
         except ValueError as error:
-            return Served(name, kind, False, "nothing, it is refused", str(error))
+            return Served(name, kind, False, REFUSED, str(error))
         where = f" on backend {choice.name!r}"
         why = choice.reason if choice.name == "reference" and w1.device.type != "cpu" else ""
     if in_fp8 and w1.dtype is not torch.bfloat16:
