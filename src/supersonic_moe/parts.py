@@ -155,8 +155,8 @@ class RankExperts(Experts):
         own = f"experts {self.first} to {self.first + self.num_experts - 1}"
         return RuntimeError(
             f"{what} takes {own} of this rank for copies of those of ranks {sorted(shared)}, which hold other experts, "
-            "and mixes them. Call parallel.shard_experts(model, mesh) before it; for fully_shard, pass what it returns "
-            "as ignored_params."
+            "and mixes them: load this rank's again. Call parallel.shard_experts(model, mesh) before it; for "
+            "fully_shard, pass what it returns as ignored_params."
         )
 
 

@@ -100,6 +100,7 @@ def test_torch_compile_traces_a_call_of_one_rank() -> None:
 CONSTRUCTED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"hidden": 192}, ValueError, "hidden must be a multiple of 128; got 192"),
     ({"intermediate": 96}, ValueError, "intermediate must be a multiple of 64; got 96"),
+    ({"top_k": 17, "num_experts": 32}, ValueError, "top_k must be at most 16, choices of a token"),
     ({"top_k": 9}, ValueError, "must not exceed the number of experts; got K = 9 with E = 8"),
     ({"max_tokens_per_rank": 0}, ValueError, "max_tokens_per_rank must be at least 1; got 0"),
     ({"num_experts": 8.0}, TypeError, "num_experts must be a positive integer"),
@@ -250,7 +251,7 @@ def test_a_late_rank_is_named_by_who_waits_for_its_rows(gpu: bool) -> None:
 @pytest.mark.parametrize("pow2", [False, True])
 def test_bf16_tokens_are_quantized_at_home(pow2: bool) -> None:
     for equal, said, closed in run_ranks(2, cases.bf16_over_ranks, pow2):
-        assert equal and closed.endswith("is closed; make a new MegaMoE.")
+        assert equal and closed.endswith("is closed; make a new MegaMoE, of a new group if a rank has failed.")
         # 400 tokens to one rank: 256 codes, 2 scales, 3 ids and weights there; 256 bf16 numbers back
         assert "transport: gather" in said and "limit of a wait: 60 s" in said
         assert "a rank sends, in MB: 0.115 there, 0.205 back" in said

@@ -112,12 +112,14 @@ def test_ranks_that_call_different_things_are_told(gpu: bool) -> None:
     errors = errors_of(gpu, cases.with_a_rank_elsewhere, 2, gpu)
     backward, forward = "the backward dispatch with rows of 64 bytes", "the forward dispatch with rows of 24 bytes"
     assert any(
-        f"rank 0 is in call 3, {backward}; rank 1 is in {forward}. Run the same layers" in error
-        or f"rank 1 is in call 4, {forward}; rank 0 is in {backward}. Run the same layers" in error
+        f"rank 0 is in call 3, {backward}; rank 1 is in call 4, {forward}. Run the same layers" in error
+        or f"rank 1 is in call 4, {forward}; rank 0 is in call 3, {backward}. Run the same layers" in error
         for error in errors
     ), errors
     assert all(error.startswith("ExpertParallelError") for error in errors), errors
-    assert carried("backward dispatch", 64) != carried("forward dispatch", 64)
+    assert carried("backward dispatch", 64, 7) != carried("forward dispatch", 64, 7)
+    assert carried("forward dispatch", 64, 7) != carried("forward dispatch", 64, 8)
+    assert carried("backward combine", 2**40, 2**40) < 2**31
 
 
 @pytest.mark.parametrize("gpu", ON)
@@ -140,6 +142,13 @@ def test_a_call_that_one_rank_refuses_ends_the_waits_of_others_at_once(gpu: bool
         assert float(error.split()[0]) < 10, error
         assert "Rank 1 has refused this call: ValueError: w1 must have hidden size" in error, error
         assert "stopped in the forward dispatch of call 3" in error, error
+
+
+@pytest.mark.parametrize("gpu", ON)
+def test_a_rank_that_goes_on_after_a_refused_call_gets_no_rows_of_another_one(gpu: bool) -> None:
+    errors = errors_of(gpu, cases.with_a_rank_that_goes_on, 2, gpu, 20.0)
+    assert all(float(error.split()[0]) < 10 and "Rank 1 has refused " in error for error in errors), errors
+    assert all("call 2: ValueError: w1" in error or "this call: ValueError: w1" in error for error in errors), errors
 
 
 @pytest.mark.parametrize("gpu", ON)

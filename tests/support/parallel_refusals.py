@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import parallel_cases as cases
 import ranks
@@ -78,9 +79,9 @@ def one_after_all(mistake: str, limit_s: float) -> str:
     return told
 
 
-def one_goes_on() -> str:
+def one_goes_on(way: dict[str, Any]) -> str:
     """What a rank raises in its next call where rank 1 has refused one before, and calls again at once."""
-    ep, tokens = cases.make(timeout_s=20.0), [5] * dist.get_world_size()
+    ep, tokens = cases.make(timeout_s=20.0, **way), [5] * dist.get_world_size()
     call = _layer(ep, cases.here(cases.inputs(tokens, torch.float32), tokens))
     call(False)
     if dist.get_rank() == 1:

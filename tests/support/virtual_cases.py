@@ -211,6 +211,28 @@ def _refused(limit_s: float) -> str:
     return told
 
 
+def with_a_rank_that_goes_on(size: int, gpu: bool, limit_s: float) -> list[str]:
+    """Rank 1 alone refuses the second call, and goes on to the third."""
+    _start(gpu, careful=6)
+    return run_virtual(size, _goes_on, limit_s)
+
+
+def _goes_on(limit_s: float) -> str:
+    rank, (ep, given) = dist.get_rank(), _after_one_call(limit_s)
+    if rank == 1:
+        wrong = given._replace(w1=given.w1[:, :, 1:])
+        assert "w1 must have hidden size" in cases.error_of(lambda: cases.run(ep, wrong))
+
+    def call() -> None:
+        for _ in range(2 - rank):
+            cases.run(ep, given)
+        ep.check()
+
+    told = cases.timed_error_of(call)
+    ranks.stay(rank == 1, 0.3 * limit_s)
+    return told
+
+
 def in_two_channels(size: int, gpu: bool, count: int) -> bool:
     """Two calls at a time, each on a stream of its own, against the same calls one after the other."""
     results = []

@@ -168,7 +168,8 @@ def _measured(
         sizes = (shape.tokens, shape.hidden, ep.num_experts, shape.top_k, size)
         fixed = None if ep.transport == "all_to_all" else shape.tokens
         sent = Load(*sizes, ep.wire, fixed, pushed=ep.transport == "push").sent
-        result.metrics[OURS]["sent_bytes"] = sum(sent)
+        if config.numbers.remote is None:  # of uniform routing
+            result.metrics[OURS]["sent_bytes"] = sum(sent)
         progress("finding out when rows travel")
         result.timeline = timeline(found[OURS].fwd_bwd, marks_for(config.device), ep.ranks)
     elif isinstance(config.recipe, Fp8Recipe) and _has_parts(shape, config):

@@ -110,9 +110,11 @@ class Channel:
         """The trip of this call, the rows of each expert here if the host knows, and scores to send."""
         if scores_TK.dtype not in (torch.float32, torch.float64):
             scores_TK = scores_TK.float()
-        if self.fixed_places:
-            return self._trip(found, None, None), None, scores_TK
         with self.watch.raising_everywhere():
+            if self.fixed_places or self.overflow is not None:
+                self._compare(x_TH, scores_TK)
+            if self.fixed_places:
+                return self._trip(found, None, None), None, scores_TK
             if self.overflow is None:
                 return *self._meet(x_TH, scores_TK, found), scores_TK
             scores_TK = self.overflow.guard(scores_TK, found.tokens_R, self.calls)
@@ -120,10 +122,7 @@ class Channel:
 
     def _meet(self, x_TH: Tensor, scores_TK: Tensor, found: Departures) -> tuple[Trip, list[int]]:
         """Tell all ranks what comes from here, and hear what comes from them: the one wait for the host."""
-        ranks, here = self.size, self.experts_here
-        grad = torch.is_grad_enabled()
-        signature = _DTYPES.index(x_TH.dtype) * 4 + 2 * (grad and x_TH.requires_grad)
-        signature += grad and scores_TK.requires_grad
+        ranks, here, signature = self.size, self.experts_here, _signature(x_TH, scores_TK)
         common = found.rows_E.new_tensor([self.calls, signature, x_TH.shape[0]])
         mine = torch.cat((common.expand(ranks, 3), found.tokens_R.long()[:, None], found.rows_E.view(ranks, here)), 1)
         theirs = self._collectives.exchange(mine, self.calls, "forward dispatch", None, None)
@@ -134,6 +133,15 @@ class Channel:
         rows = [sum(column) for column in zip(*(source[4:] for source in told), strict=True)]
         found = found._replace(token_M=found.token_M[: sum(sent)])
         return self._trip(found, sent, [source[3] for source in told]), rows
+
+    def _compare(self, x_TH: Tensor, scores_TK: Tensor) -> None:
+        """Calls for which no host need wait, on a CPU, where it waits all the same. Flags between GPUs carry the number
+        of a call (``copies.py``).
+        """
+        if x_TH.device.type == "cpu" and self.ranks is self._collectives:
+            mine = self.calls, _signature(x_TH, scores_TK), x_TH.shape[0]
+            told = self._collectives.gather(torch.tensor([mine]), 1, 0, self.calls, "forward dispatch")
+            self._check_told(told.tolist(), mine)
 
     def _check_told(self, told: list[list[int]], mine: tuple[int, int, int]) -> None:
         """Every rank hears the same, so all of them raise or none."""
@@ -173,6 +181,11 @@ def _again(group: dist.ProcessGroup) -> dist.ProcessGroup:
         **order,  # type: ignore[arg-type]
     )
     return other
+
+
+def _signature(x_TH: Tensor, scores_TK: Tensor) -> int:
+    grad = torch.is_grad_enabled()
+    return _DTYPES.index(x_TH.dtype) * 4 + 2 * (grad and x_TH.requires_grad) + (grad and scores_TK.requires_grad)
 
 
 def _described(call: int, signature: int) -> str:

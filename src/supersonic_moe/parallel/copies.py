@@ -261,7 +261,7 @@ class Copies:
         return self._banks[self._bank]
 
     def meet(self, row_bytes: int, call: int, phase: str) -> None:
-        self.memory.flags.meet(carried(phase, row_bytes), call, PHASES.index(phase))
+        self.memory.flags.meet(carried(phase, row_bytes, call), call, PHASES.index(phase))
 
     def rows_in_bank(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """The first rows of the bank of this exchange, here."""

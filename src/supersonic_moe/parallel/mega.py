@@ -32,6 +32,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from supersonic_moe import checks
 from supersonic_moe.config.activation import GateUpLayout, as_layout, check_limit
+from supersonic_moe.config.grouped_routing import MAX_TOP_K
 from supersonic_moe.inference.operands import INTERMEDIATE_MULTIPLE, check_experts, check_x, output
 from supersonic_moe.inference.ops import on_sm90
 from supersonic_moe.inference.topk import activation_scales, check_choices, check_received, moe_fp8_topk
@@ -130,7 +131,8 @@ class MegaMoE:
         group: ranks that share the experts, a process group of ``torch.distributed`` or a one-dimensional DeviceMesh;
             None: this process alone, which then needs no ``torch.distributed``.
         num_experts: E of the whole layer, a multiple of the number of ranks.
-        hidden: H, a multiple of 128. intermediate: I, a multiple of 64. top_k: K.
+        hidden: H, a multiple of 128. intermediate: I, a multiple of 64. top_k: K, at
+            most 16.
         transport: how tokens travel between ranks, as in :class:`ExpertParallel`: ``"gather"`` sends all of them to
             all ranks and never waits for the host, so a call can be captured in a CUDA graph; ``"all_to_all"`` sends
             what is needed, and the host waits once in each call; ``"push"`` sends what is needed to the places of
@@ -166,6 +168,10 @@ class MegaMoE:
                     f"{name} must be a multiple of {of}; got {value}. Pad the weights of the checkpoint to one."
                 )
         checks.choices_fit(top_k, num_experts)
+        if top_k > MAX_TOP_K:
+            raise ValueError(
+                f"top_k must be at most {MAX_TOP_K}, choices of a token that the operator takes; got {top_k}."
+            )
         checks.number("timeout_s", timeout_s, lowest=0.01)
         if transport not in TRANSPORTS:
             raise ValueError(
@@ -220,7 +226,8 @@ class MegaMoE:
             topk_weights: (T, K) float32, multiplied into the outputs of experts.
             topk_ids: (T, K) int32 or int64, of all experts. Outside [0, E), such as -1, a choice has no expert; a token
                 without any is exactly +0.
-            gate_up_order, swiglu_limit, pow2_scales: as in ``inference.moe_fp8_topk``.
+            gate_up_order, swiglu_limit, pow2_scales: as in ``inference.moe_fp8_topk``; each rank's are those of its
+                own experts, and nobody compares them.
             x_scale: (T, H / 128) float32, any strides; for e4m3 x only.
             received_rows: (E/R,) int32, to which the rows that each expert here got are added.
             out: (T, H) bfloat16 for the result.

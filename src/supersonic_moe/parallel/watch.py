@@ -51,7 +51,7 @@ _FAILED = " has failed: "
 _REFUSED = " has refused this call: "
 _GONE = "gone"
 _REFUSING = "refused"
-_ROW_BITS = 29
+_ROW_BITS, _CALL_BITS = 20, 9
 
 
 class ExpertParallelError(RuntimeError):
@@ -81,13 +81,20 @@ class _Started(NamedTuple):
     activity: Activity
 
 
-def carried(phase: str, row_bytes: int) -> int:
-    """What an exchange carries, in 32 bits."""
-    return PHASES.index(phase) << _ROW_BITS | row_bytes
+def carried(phase: str, row_bytes: int, call: int) -> int:
+    """What an exchange carries, in 31 bits: the phase, and last bits of the call's number and of the bytes of a row."""
+    return (PHASES.index(phase) << _CALL_BITS | call % (1 << _CALL_BITS)) << _ROW_BITS | row_bytes % (1 << _ROW_BITS)
 
 
 def _description(carried: int) -> str:
-    return f"the {PHASES[carried >> _ROW_BITS & 3]} with rows of {carried % (1 << _ROW_BITS)} bytes"
+    phase = PHASES[carried >> (_ROW_BITS + _CALL_BITS) & 3]
+    return f"the {phase} with rows of {carried % (1 << _ROW_BITS)} bytes"
+
+
+def _call_of(carried: int, near: int) -> int:
+    """The number of a call, of which only the last bits are known, and that it is ``near`` another one."""
+    half = 1 << (_CALL_BITS - 1)
+    return near + ((carried >> _ROW_BITS) - near + half) % (2 * half) - half
 
 
 class Watch:
@@ -132,7 +139,9 @@ class Watch:
             self._end()
             if not done:
                 self._reports.tell("left", "")
-            self.failure = self.failure or f"{self.what} is closed; make a new {self.kind}."
+            self.failure = (
+                self.failure or f"{self.what} is closed; make a new {self.kind}, of a new group if a rank has failed."
+            )
 
     def _is_done(self) -> bool:
         """Whether the device has done all that others may wait for, now or in a few seconds."""
@@ -287,7 +296,7 @@ class Watch:
     def _of_device(self, mine: Activity, found: Failure) -> str:
         start = f"{self.what}: rank {self.rank}"
         if found.why == OTHER_CALL:
-            other = f"rank {found.peer} is in {_description(found.seen)}"
+            other = f"rank {found.peer} is in call {_call_of(found.seen, found.call)}, {_description(found.seen)}"
             return f"{start} is in call {found.call}, {_description(found.wanted)}; {other}."
         if found.why == STOPPED:
             return f"{start} stopped {mine}, because rank {found.peer} cannot go on."
@@ -307,7 +316,8 @@ class Watch:
 
     def _about_peer(self, mine: Activity, found: Failure) -> str:
         if found.why == OTHER_CALL:
-            return "Run the same layers and steps on every rank."
+            calls = found.call, _call_of(found.seen, found.call)
+            return self.ahead(calls) or "Run the same layers and steps on every rank."
         if found.why == STOPPED:
             return self._refusal(mine.call) or self._failure_of(found.peer)
         about = self._about_all(mine, [found.peer], late=True) or "Its host has come as far: its GPU is busy, or stuck."

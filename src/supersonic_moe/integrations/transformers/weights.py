@@ -31,8 +31,8 @@ _ASKS_A_BACKEND = use_experts_implementation(type("_Experts", (nn.Module,), {}))
 
 
 def asks_a_backend(module: nn.Module) -> bool:
-    """Whether a decorated module still runs the forward of the decorator, alone or inside another function (accelerate's
-    hooks, the library's parallel plans), and not one of a subclass or of a user.
+    """Whether a decorated module still runs the forward of the decorator, alone or inside another function (of
+    accelerate, or a parallel plan of the library), and not one of a subclass or of a user.
     """
     return _calls_it(module.__dict__.get("_old_forward", module.forward), 3)
 
