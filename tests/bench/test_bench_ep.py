@@ -59,6 +59,11 @@ def test_an_fp8_wire_needs_an_fp8_layer() -> None:
     assert result.exit_code == 2 and "wire fp8 is for an FP8 layer; got recipe bf16" in words(result)
 
 
+def test_one_rank_has_no_others_to_choose() -> None:
+    result = run("bench", "ep", *QUICK, "--remote", "0.5")
+    assert result.exit_code == 2 and "Run it under torchrun" in words(result)
+
+
 def test_two_ranks_take_the_same_decisions(tmp_path: Path) -> None:
     file = tmp_path / "ep.json"
     args = ["--shape", "8,32,16,2,1", "--json", str(file), "--png", str(tmp_path / "ep.png")]

@@ -86,7 +86,8 @@ WarmMs = Annotated[float, typer.Option(min=0, help="Load before anything is time
 Pairs = Annotated[
     int,
     typer.Option(
-        min=4, help="Slices of each contender in training, alternating. From 6 on, ratios have a 95 % interval."
+        min=4,
+        help="Slices of each contender in training, alternating. From 6 on, ratios in the file have a 95 % interval.",
     ),
 ]
 Commit = Annotated[

@@ -52,7 +52,10 @@ class Ep(RecipeOptions, OfLayers["EpResult"], Timed[LayerShape, "EpResult"], Ove
         ),
     ] = None
     by_hand: Annotated[
-        bool, typer.Option(help="Over several ranks, beside a BF16 layer written by hand: rows over NCCL, grouped_mm.")
+        bool,
+        typer.Option(
+            help="Over several ranks, beside a BF16 layer written by hand: all-to-all and grouped_mm. Default: yes."
+        ),
     ] = True
     pairs: options.Pairs = 4
     png: options.Png = None
@@ -80,6 +83,8 @@ class Ep(RecipeOptions, OfLayers["EpResult"], Timed[LayerShape, "EpResult"], Ove
             raise ValueError(f"a wire is exact or fp8; got {self.wire!r}.")
         if self.transport not in ("auto", "all_to_all", "gather", "push"):
             raise ValueError(f"a transport is auto, all_to_all, gather or push; got {self.transport!r}.")
+        if self.remote is not None and self.ranks == 1:
+            raise ValueError("remote is a share of choices on other ranks, and here is one. Run it under torchrun.")
         if self.wire == "fp8" and self.recipe != "fp8":
             raise ValueError(f"wire fp8 is for an FP8 layer; got recipe {self.recipe}. Add --recipe fp8.")
         if self._rounds_twice and self.scale != "pow2":
