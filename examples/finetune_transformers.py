@@ -99,6 +99,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.steps < 1:
         parser.error(f"--steps must be at least 1, got {given.steps}")
+    if given.batch is not None and given.batch < 1:
+        parser.error(f"--batch must be at least 1, got {given.batch}")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for experts in given.experts:

@@ -264,7 +264,10 @@ def test_mistakes_of_all_ranks_and_of_one(transport: str) -> None:
         assert "swiglu_limit must be a positive finite number" in limit and "needs x_scale; got None" in scale
         assert "pow2_scales must be True or False" in pow2 and "out must have the shape of x" in out
         assert none == "no error"
-        assert re.match(r"ValueError: .*max_tokens is (4 on rank 0 and 5 on rank 1|5 on rank 1 and 4)", unequal)
+        assert re.match(
+            r"ValueError: MegaMoE needs .*max_tokens_per_rank is (4 on rank 0 and 5 on rank 1|5 on rank 1 and 4)",
+            unequal,
+        )
         assert re.match(r"ValueError: .*intermediate is \d+ on rank [01] and \d+ on rank [01]", widths)
         assert re.match(r"ValueError: .*direct is (False on rank 0 and True on rank 1|True on rank 1 and False)", ways)
         assert "direct=True needs few rows: max_tokens_per_rank must not exceed 85 with 2 ranks, 8 experts" in many

@@ -178,9 +178,10 @@ class ExpertParallel:
         for rank, (_, theirs) in enumerate(found):
             for name, value in arguments.items():
                 if theirs[name] != value:
+                    kind, limit = self._names
                     raise ValueError(
-                        f"ExpertParallel needs the same arguments on every rank; {name} is {value!r} on rank "
-                        f"{self.rank} and {theirs[name]!r} on rank {rank}."
+                        f"{kind} needs the same arguments on every rank; {limit if name == 'max_tokens' else name} is "
+                        f"{value!r} on rank {self.rank} and {theirs[name]!r} on rank {rank}."
                     )
         return f"supersonic_moe/{found[0][0]}"
 
