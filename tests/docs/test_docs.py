@@ -403,12 +403,15 @@ def test_pairs_decide_who_is_ahead_in_training(tmp_path: Path) -> None:
     once = CaseResult(at, {"ours": {"fwd_bwd_us": 100.0}, "b": {"fwd_bwd_us": 99.0}})
     often = CaseResult(at, {"ours": {"fwd_bwd_us": 102.0}, "b": {"fwd_bwd_us": 103.0}})
     often.pairs["fwd_bwd_us", "b"] = Paired(1.011, 1.002, 1.02)
-    for name, result in (("pairs", often), ("layers", once)):
-        rows = [asdict(row) for row in report.rows(result)]
+    decode = CaseResult("m/layers/decode_T1", {"ours": {"infer_us": 50.0}, "b": {"infer_us": 60.0}})
+    decode.pairs["infer_us", "b"] = Paired(1.2, 1.1, 1.3)  # few slices are enough for an interval
+    for name, results in (("pairs", [often, decode]), ("layers", [once])):
+        rows = [asdict(row) for result in results for row in report.rows(result)]
         result_file(tmp_path, f"transformers-{name}", suite="transformers", rows=rows)
     text = readme.transformers(tmp_path)
     assert "| m, T 512 | 100 | 0.99× |" in text
     assert f"| `{at}` | 102 | 1.011 (1.002–1.020) |" in text
+    assert "| m, T 1 | 50 | 1.20× |" in text and "`m/layers/decode_T1`" not in text
     assert text.endswith("No other backend is ahead of ours in any case.")
 
 

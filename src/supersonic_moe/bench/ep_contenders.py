@@ -73,8 +73,8 @@ def _ours(shape: LayerShape, numbers: Numbers, ep: ExpertParallel | None) -> tup
             like_others(layer.router.weight, x_TH, ep, numbers.remote)
         x_TH.requires_grad_()
         dout_TH = torch.randn_like(x_TH)
-    forward = lambda inference: layer(x_TH, is_inference_mode=inference)[0]  # noqa: E731
-    return Contender(forward, x_TH, list(layer.parameters()), dout_TH), layer
+    parameters = list(layer.parameters())
+    return Contender(lambda inference: layer(x_TH, is_inference_mode=inference)[0], x_TH, parameters, dout_TH), layer
 
 
 @torch.no_grad()

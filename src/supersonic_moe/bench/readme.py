@@ -362,9 +362,9 @@ def transformers(folder: Path) -> str:
     if not rows:
         return NO_TRANSFORMERS
     sections = [" ".join(dict.fromkeys(f"{origin(content)}." for content in contents))]
-    pairs = [row for row in rows if row.interval is not None]
+    pairs = [row for row in rows if row.interval is not None and row.metric == "fwd_bwd_us"]
     known = {(row.case, row.metric, row.peer) for row in pairs}
-    rows = [row for row in rows if row.interval is None]
+    rows = [row for row in rows if row not in pairs]
     for kind, (title, metrics) in _KINDS.items():
         if of_kind := [row for row in rows if kind in row.case and row.metric in metrics]:
             sections += [f"**{title}**", _backends(of_kind, metrics)]

@@ -134,7 +134,7 @@ def run_case(
         metrics[f"{mode}_us"], metrics[f"{mode}_spread"] = timing.us, timing.spread
         if timing.few:
             result.few_calls[f"{mode}_us", name] = timing.calls
-        if name != OURS and (pair := paired(timing, timings[OURS])):
+        if case.mode == "train" and name != OURS and (pair := paired(timing, timings[OURS])):
             result.pairs[f"{mode}_us", name] = pair
         if case.what == "layers":
             flops = LAYERS * layer_flops(case.model.shape(case.tokens), gated=case.model.gated)[case.mode == "train"]

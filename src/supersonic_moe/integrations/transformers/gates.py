@@ -75,7 +75,7 @@ INNER: dict[Any, str] = {
 }
 """Inner activations: the type of a module, or a function."""
 
-_FORWARDS: dict[Any, Any] = {kind: vars(kind)["forward"] for kind in INNER if isinstance(kind, type)}
+_FORWARDS: dict[Any, Any] = {kind: kind.forward for kind in INNER if hasattr(kind, "forward")}
 """What a module of these types computes. Who replaces it, for all, has another activation."""
 
 _GATED = {
@@ -152,7 +152,7 @@ def _rule(experts: Any, gate: Any, inner: Any, branch: str) -> str:
         name = INNER.get(inner, "")
     except TypeError:  # an object that can be called, without a hash
         name = ""
-    if name and inner in _FORWARDS and vars(inner).get("forward") is not _FORWARDS[inner]:
+    if name and inner in _FORWARDS and inner.forward is not _FORWARDS[inner]:
         name = ""
     return _cached_rule(experts, gate, name, branch)
 
