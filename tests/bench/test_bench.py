@@ -104,6 +104,19 @@ def test_everyone_runs_behind_neighbours_on_either_side(names: str) -> None:
     assert all(behind[one, other] == behind[other, one] for one, other in behind)
 
 
+def test_host_time_is_the_median_of_calls_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, log = 0.0, ""
+
+    def call(name: str, seconds: float) -> None:
+        nonlocal now, log
+        now, log = now + seconds * (10 if len(log) == 4 else 1), log + name  # one that the machine held up
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    calls = {"a": lambda: call("a", 1e-3), "b": lambda: call("b", 3e-3)}
+    assert timing.host_us(calls, torch.device("cpu"), 4) == pytest.approx({"a": 1000, "b": 3000})
+    assert log == "abbabaab"
+
+
 def test_who_is_far_slower_gets_the_call_of_the_probe() -> None:
     """The others' log is as it would be without it."""
     near = Contenders(a=0.010, b=0.090)
@@ -114,6 +127,7 @@ def test_who_is_far_slower_gets_the_call_of_the_probe() -> None:
     slow = results["s"]
     assert isinstance(slow, Timing) and slow.few and slow.calls == 1 and slow.us == pytest.approx(500_000)
     assert timing.paired(slow, results["a"]) is None  # type: ignore[arg-type]
+    assert timing.paired(results["a"], slow) is None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("seconds", "beside"), [(0.5, None), (0.5, "s"), (0.019, "a")])

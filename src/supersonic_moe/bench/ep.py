@@ -14,9 +14,7 @@ that wait when one is gone.
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,13 +30,12 @@ from supersonic_moe.bench.report import OURS, CaseResult
 from supersonic_moe.bench.spans import marks_for
 from supersonic_moe.bench.timing import (
     ROUNDS,
-    Call,
     Clock,
     LastCaseError,
     Missing,
     NoResultError,
     clock_for,
-    in_turns,
+    host_us,
     measure,
     paired,
     required,
@@ -162,7 +159,7 @@ def _measured(
                 del found[name]
             else:
                 raise NoResultError(f"{result.case}, {mode}: {name}: {timing.reason}.")
-    for name, us in _host_us({name: contender.fwd_bwd for name, contender in found.items()}, config.device).items():
+    for name, us in host_us({name: c.fwd_bwd for name, c in found.items()}, config.device, HOST_CALLS).items():
         result.metrics[name]["host_us"] = us
     if size > 1:
         sizes = (shape.tokens, shape.hidden, ep.num_experts, shape.top_k, size)
@@ -194,16 +191,3 @@ def _name(shape: LayerShape, config: EpConfig, ep: ExpertParallel) -> str:
 def _has_parts(shape: LayerShape, config: EpConfig) -> bool:
     sizes = {"hidden": shape.hidden, "intermediate": shape.intermediate}
     return registry.choose_fp8(config.device, **sizes, backend="auto").name == "sm90"
-
-
-def _host_us(calls: Mapping[str, Call], device: torch.device) -> dict[str, float]:
-    """Host time of calls that find the device idle, so that no queue is full: medians, in turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(HOST_CALLS):
-        for name in in_turns(list(calls), number):
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            start = time.perf_counter()
-            calls[name]()
-            times[name].append((time.perf_counter() - start) * 1e6)
-    return {name: statistics.median(of) for name, of in times.items()}

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +25,7 @@ from supersonic_moe.bench import infer_parts, infer_peers
 from supersonic_moe.bench.infer_cases import InferCase, InferShape, Workload, random_experts, workload
 from supersonic_moe.bench.infer_parts import Call
 from supersonic_moe.bench.report import OURS, CaseResult, Metrics
-from supersonic_moe.bench.timing import Clock, Missing, NoResultError, attempt, clock_for, measure
+from supersonic_moe.bench.timing import Clock, Missing, NoResultError, attempt, clock_for, host_us, measure
 from supersonic_moe.config.activation import GateUpLayout
 from supersonic_moe.kernels.reference.inference import Fp8Experts, moe_fp8
 
@@ -159,7 +158,7 @@ class Runner:
                 "replay_us": timing.us,
                 "replay_spread": timing.spread,
                 "eager_us": statistics.median(eager.times_us),
-                "host_us": _host_us(calls[name], self.device),
+                "host_us": host_us({name: calls[name]}, self.device, HOST_CALLS)[name],
             }
         return found
 
@@ -196,18 +195,6 @@ def _replay(call: Call, device: torch.device) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         call()
     return graph.replay
-
-
-def _host_us(call: Call, device: torch.device) -> float:
-    """What the host spends on a call while the device keeps up: the median of calls that start on an idle device."""
-    times = []
-    for _ in range(HOST_CALLS):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - start) * 1e6)
-    return statistics.median(times)
 
 
 # ---- fixed + slope × hits --------------------------------------------------------------------------------------------

@@ -6,12 +6,14 @@ Timed calls, each eager and complete (router product, routing, metadata, experts
     fwd      forward that saves for backward, auxiliary loss of our module included
     fwd_bwd  fwd, then autograd.grad of the output with respect to x and every parameter (fresh gradients)
 
-``busy_us`` is the GPU-busy part of fwd_bwd, ``wall_us`` what a row of such calls takes each, both with this contender
-alone on the GPU; ``graph_us`` is what the same call of our layer takes as a CUDA graph. Saved bytes are the distinct
-storages that a forward packs for backward, x included, parameters not; FP8 copies of weights that it keeps are counted
-apart. Peak bytes are the allocator's peak over one fwd_bwd, minus what was resident before (parameters and x): saved
-activations, transients and gradients. TFLOP/s counts 6 or 4 R H I forward and three times that with backward, R the
-rows of all experts: T K but for token rounding. MFU divides by the datasheet's 989 TFLOP/s, for a layer in FP8 by 1979.
+``host_us`` is what a call of fwd_bwd keeps the host that finds the GPU idle, ``host_one_thread_us`` the same where
+backward runs in the calling thread. ``busy_us`` is the GPU-busy part of fwd_bwd, ``wall_us`` what a row of such calls
+takes each, both with this contender alone on the GPU; ``graph_us`` is what the same call of our layer takes as a CUDA
+graph. Saved bytes are the distinct storages that a forward packs for backward, x included, parameters not; FP8 copies
+of weights that it keeps are counted apart. Peak bytes are the allocator's peak over one fwd_bwd, minus what was
+resident before (parameters and x): saved activations, transients and gradients. TFLOP/s counts 6 or 4 R H I forward and
+three times that with backward, R the rows of all experts: T K but for token rounding. MFU divides by the datasheet's
+989 TFLOP/s, for a layer in FP8 by 1979.
 
 Under token rounding, ``plain_topk`` is one of the contenders: our layer with the same weights, routed by the base
 router, as in evaluation. What rounding is worth is the ratio of the two TFLOP/s, because R differs a little.
@@ -52,6 +54,7 @@ from supersonic_moe.bench.timing import (
     attempt,
     clock_for,
     graph_us,
+    host_us,
     measure,
     paired,
     required,
@@ -69,6 +72,7 @@ OURS_BF16 = "ours-BF16"
 HELD = "weights held"  # our layer again, where they are; it has no row of its own but ``held_us``
 SAME_FUNCTION = 0.03  # median relative distance of a token's output; bf16 rounding alone gives 0.005
 SAME_FUNCTION_FP8 = 0.1  # rounding four operands to e4m3 gives 0.06
+HOST_CALLS = 20
 OTHER_TOKEN = 2.0  # times the limit of the median, from where a token's output counts as that of another choice
 GRADIENT = 2.0  # times the limit, of gradients: each product adds its rounding
 
@@ -208,6 +212,7 @@ def run_case(shape: LayerShape, config: LayerConfig, progress: Callable[[str], N
         _record_state(result.metrics[name], contender, config)
         if config.device.type == "cuda" and name in (OURS, OURS_BF16):
             _record_graph(result.metrics[name], contender, config)
+            _record_host(result.metrics[name], contender, config)
     if config.fp8:
         formula = saved_activation_bytes(shape, gated=gated)
         for name in contenders:
@@ -277,6 +282,13 @@ def _record_graph(metrics: Metrics, contender: Contender, config: LayerConfig) -
     outcome = attempt(partial(graph_us, contender.fwd_bwd, metrics["fwd_bwd_us"], **times))
     if not isinstance(outcome, Missing):
         metrics["graph_us"] = outcome
+
+
+def _record_host(metrics: Metrics, contender: Contender, config: LayerConfig) -> None:
+    """Torch hands a backward to a thread of the GPU and waits for it: once in a model, not once a layer."""
+    metrics.update(host_us({"host_us": contender.fwd_bwd}, config.device, HOST_CALLS))
+    with torch.autograd.set_multithreading_enabled(False):
+        metrics.update(host_us({"host_one_thread_us": contender.fwd_bwd}, config.device, HOST_CALLS))
 
 
 def machine_of(device: torch.device, dtype: torch.dtype) -> Machine | None:

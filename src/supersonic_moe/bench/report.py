@@ -86,6 +86,7 @@ METRICS = (
     Metric("replay_spread", "", "fraction", None),
     Metric("eager_us", "  eager, µs", "us", "lower"),
     Metric("host_us", "  host, µs a call", "us", "lower"),
+    Metric("host_one_thread_us", "  the same, backward in the calling thread", "us", "lower"),
     Metric("products_us", "FP8 products, µs", "us", "lower"),
     Metric("fixed_us", "fixed, µs", "us", "lower"),
     Metric("hit_us", "  + µs an expert hit", "us", "lower"),

@@ -29,10 +29,10 @@ FINE_GRAINED_SHAPES = (
     LayerShape(32768, 4096, 512, 256, 16),
 )
 
-#: The default set, and short batches of the reference shape, where quantizing the weights weighs most.
-FP8_SHAPES = (*LAYER_SHAPES, *(LayerShape(tokens, 3072, 1536, 8, 8) for tokens in (1024, 2048, 4096)))
+#: Short batches of the reference shape, where the host and, in FP8, quantizing the weights weigh most.
+SHORT_SHAPES = tuple(LayerShape(tokens, 3072, 1536, 8, 8) for tokens in (512, 1024, 2048, 4096))
 
-LAYER_SETS = {"default": LAYER_SHAPES, "fine-grained": FINE_GRAINED_SHAPES, "fp8": FP8_SHAPES}
+LAYER_SETS = {"default": LAYER_SHAPES, "fine-grained": FINE_GRAINED_SHAPES, "short": SHORT_SHAPES}
 
 #: What runs on a CPU when no shape is given: the same code paths in a second or two.
 CPU_LAYER_SHAPES = (LayerShape(512, 256, 128, 8, 2),)

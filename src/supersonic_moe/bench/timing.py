@@ -306,14 +306,14 @@ def summarise(slices: list[Slice]) -> Timing:
 
 
 def paired(theirs: Timing, ours: Timing) -> Paired | None:
-    """Their time over ours, pair by pair; None for fewer than six pairs, whose order says too little, and for a
-    contender that took no part in the rounds.
+    """Their time over ours, pair by pair; None for fewer than six pairs, whose order says too little, and where
+    one of both took no part in the rounds.
 
     The interval needs no idea of how pairs scatter: of n pairs, each lies below the true median with probability 1/2,
     so the ends are the order statistics beyond which fewer than 2.5 % of binomial draws fall (of 20 the sixth from
     either end).
     """
-    if theirs.few:
+    if theirs.few or ours.few:
         return None
     ratios = sorted(a / b for a, b in zip(theirs.slices_us, ours.slices_us, strict=True))
     n, below, outside = len(ratios), 0.0, -1
@@ -387,6 +387,19 @@ def _refused_to_wait() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def host_us(calls: Mapping[str, Call], device: torch.device, rounds: int) -> dict[str, float]:
+    """Host time of calls that find the device idle, so that no queue is full: medians, in turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds):
+        for name in in_turns(list(calls), number):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            calls[name]()
+            times[name].append((time.perf_counter() - start) * 1e6)
+    return {name: statistics.median(of) for name, of in times.items()}
 
 
 def _wall_us(call: Call, heat: int, calls: int) -> float:

@@ -66,6 +66,18 @@ def test_blocks_of_another_source_stay_as_they_are() -> None:
         assert not torch.equal(words(a)[:, 3 * each :], words(b)[:, 3 * each :])
 
 
+@pytest.mark.parametrize("used", [0, 1, 5])
+def test_positions_of_no_segment_stay_as_they_are(used: int) -> None:
+    x = torch.randn(300, 136, device=CUDA, dtype=torch.bfloat16)
+    index = torch.randint(-30, 300, (8 * 128,), device=CUDA, dtype=torch.int32).clamp(min=-1)
+    offsets = torch.tensor([0, 128 * used], device=CUDA, dtype=torch.int32)
+    want, got = quantize_columns(x, index), quantize_columns(x, index, offsets=offsets)
+    for a, b in zip(got, want, strict=True):
+        written = used * a.shape[1] // 8
+        assert torch.equal(words(a)[:, :written], words(b)[:, :written])
+        assert not torch.equal(words(a)[:, written:], words(b)[:, written:])
+
+
 def test_large() -> None:
     x = torch.randn(8192, 3072, device=CUDA, dtype=torch.bfloat16)
     same_bytes(x, torch.randint(0, 8192, (65536,), device=CUDA, dtype=torch.int32), False)

@@ -331,12 +331,12 @@ def test_a_box_for_the_rows_of_each_loading_warp(columns: int, launches: list[An
 
 def test_quantizer(launches: list[Any]) -> None:
     x, index, source = bf16(T, H), torch.zeros(G, dtype=torch.int32), torch.zeros(G // 128, dtype=torch.int32)
-    q, scale = backend.quantize_columns(x, index, True, source=source)
+    q, scale = backend.quantize_columns(x, index, True, source=source, offsets=OFFSETS)
     kernel, grid, arguments = launches[-1]
     assert grid == (G // 128, 3, 1) and kernel.spec.name == "quantize_columns"
     assert arguments == {
-        "x": x.data_ptr(), "x_row": H, "index": index.data_ptr(), "source": source.data_ptr(), "q": q.data_ptr(),
-        "q_column": G,
+        "x": x.data_ptr(), "x_row": H, "index": index.data_ptr(), "offsets": OFFSETS.data_ptr(), "segments": E,
+        "source": source.data_ptr(), "q": q.data_ptr(), "q_column": G,
         "scales": scale.data_ptr(), "scales_block": scale.stride(1), "columns": H, "pow2": 1,
     }  # fmt: skip
 

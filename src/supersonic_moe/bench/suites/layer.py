@@ -31,6 +31,7 @@ class Layer(RecipeOptions, Timed[LayerShape, "LayerResult"]):
     files: ClassVar = {
         "layer-bf16": {"peers": "all", "pairs": 20},
         "layer-fp8": {"recipe": "fp8", "peers": "all", "pairs": 20},
+        "layer-short": {"recipe": "fp8", "set_name": "short", "peers": "none", "pairs": 20},
     }
 
     shape: options.Shapes = None
@@ -38,7 +39,7 @@ class Layer(RecipeOptions, Timed[LayerShape, "LayerResult"]):
         str | None,
         typer.Option(
             "--set",
-            help="default: five layers of real models; fine-grained: small experts; fp8: default and short batches.",
+            help="default: five layers of real models; fine-grained: small experts; short: few tokens.",
         ),
     ] = None
     activation: options.Activation = "swiglu"
@@ -101,7 +102,7 @@ class Layer(RecipeOptions, Timed[LayerShape, "LayerResult"]):
     def cases(self) -> Sequence[LayerShape]:
         self.config.check()
         if self.set_name is None:
-            return options.shapes_or(self.shape, LAYER_SETS["fp8" if self.config.fp8 else "default"], self.where)
+            return options.shapes_or(self.shape, LAYER_SETS["default"], self.where)
         if self.shape:
             raise ValueError("choose shapes by --shape or by --set, not both.")
         if self.set_name not in LAYER_SETS:

@@ -21,8 +21,8 @@ DEVICE u32 largest(u32 a, u32 b) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
-    quantize_columns(const u16* x, const i64 x_row, const i32* index, const i32* source, u8* q, const i64 q_column, float* scales,
-                     const i64 scales_block, const i32 columns, const i32 pow2) {
+    quantize_columns(const u16* x, const i64 x_row, const i32* index, const i32* offsets, const i32 segments, const i32* source, u8* q,
+                     const i64 q_column, float* scales, const i64 scales_block, const i32 columns, const i32 pow2) {
     __shared__ __align__(16) u8 lines[BLOCK * BLOCK];
     __shared__ __align__(16) u32 maxima[2][BLOCK / 2];  // pairs of columns, by half of the positions
     __shared__ __align__(16) float inverses[BLOCK];
@@ -34,7 +34,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
     u32 pairs[EACH][4];
     const int4* rows = reinterpret_cast<const int4*>(index + block * BLOCK + position);
     const int4 low = __ldg(rows), high = __ldg(rows + 1);
-    if (source != nullptr && __ldg(source + block) != block) return;  // another block holds the same
+    if (offsets != nullptr && block * BLOCK >= __ldg(offsets + segments)) return;  // no segment has these positions
+    if (source != nullptr && __ldg(source + block) != block) return;               // another block holds the same
     const i32 row[EACH] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
     for (u32 i = 0; i < EACH; ++i) {
@@ -85,6 +86,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
         const u32 c = i * (THREADS / EACH) + threadIdx.x / EACH, chunk = threadIdx.x % EACH;
         if (first_column + static_cast<i32>(c) >= columns) break;
         const int4 words = *reinterpret_cast<const int4*>(lines + (code_address(codes, c, chunk) - codes));
-        *reinterpret_cast<int4*>(q + (first_column + static_cast<i32>(c)) * q_column + block * BLOCK + chunk * 16) = words;
+        __stcs(reinterpret_cast<int4*>(q + (first_column + static_cast<i32>(c)) * q_column + block * BLOCK + chunk * 16), words);
     }
 }

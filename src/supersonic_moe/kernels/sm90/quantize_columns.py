@@ -12,7 +12,7 @@ Maths
     ``block_format``, bit for bit, as ``kernels/triton/quantize.py``, which does what is not done here: one scale for a
     whole tile, and rows or indices that do not start at multiples of 16 bytes. It refuses types other than bf16.
     A block of positions that reads the tokens of another one, ``source`` (``triton/pad_segments.py``), is left out:
-    the product reads the other's.
+    the product reads the other's. So are blocks behind the last expert's, for which room is kept.
 Cost
     Bytes: 2·C for each position, all but the first read of a row from L2, and C·G: together 6 TB/s where each row is
     read eight times, which is what L2 gives. 7 instructions an element. Where all experts read the same tokens, an
@@ -41,10 +41,15 @@ def _kernel() -> Kernel:
 
 
 def quantize_columns(
-    x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: bool = False, source: Tensor | None = None
+    x_RC: Tensor,
+    index_G: Tensor,
+    pow2: bool = False,
+    tiled: bool = False,
+    source: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> Quantized:
     """(q (C, G), scale (C, G/128), or (C/128, G/128) where ``tiled``): see ``kernels/triton/quantize.py``. Here blocks
-    that are not their own ``source`` stay unwritten.
+    that are not their own ``source`` and those from ``offsets[E]`` on stay unwritten.
     """
     columns, positions = x_RC.shape[1], index_G.shape[0]
     whole_chunks = columns % 8 == 0 and x_RC.stride() == (x_RC.stride(0) // 8 * 8, 1)
@@ -59,6 +64,8 @@ def quantize_columns(
             x=x_RC,
             x_row=x_RC.stride(0),
             index=index_G,
+            offsets=offsets,
+            segments=0 if offsets is None else offsets.shape[0] - 1,
             source=source,
             q=q_CG,
             q_column=q_CG.stride(0),

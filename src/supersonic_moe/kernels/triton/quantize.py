@@ -318,11 +318,16 @@ def _columns_kernel(
 
 
 def quantize_columns(
-    x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: bool = False, source: Tensor | None = None
+    x_RC: Tensor,
+    index_G: Tensor,
+    pow2: bool = False,
+    tiled: bool = False,
+    source: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> Quantized:
     """(q (C, G), scale (C, G/128), or (C/128, G/128) where ``tiled``): column g is row index[g] of x, or zeros where
     index[g] < 0. G is a multiple of 128. The scales of one block of positions lie next to each other. All blocks are
-    written, whatever their ``source``.
+    written, whatever ``source`` and ``offsets``.
 
     Programs walk all positions of one column panel before the next, so that rows that many positions gather come from
     DRAM once: a panel of 8192 tokens is 2 MB of the 50 MB L2.
