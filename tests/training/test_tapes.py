@@ -5,6 +5,8 @@ down, for tensors of a CPU that pose as those of a device.
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from recorded_launches import forget_kernels
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("cuda.bindings.driver")
 pytest.importorskip("triton")
@@ -162,6 +165,60 @@ def test_a_tape_launches_what_a_run_launches(
         assert tape.play is play and len(played) > 12
         compare(machine.launches, played)
         machine.alive.append(x)
+
+
+class Held(TorchDispatchMode):
+    """The most bytes of new tensors that were there at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = op(*args, **(kwargs or {}))
+        if op in tape._ALLOCATIONS:
+            size = result.untyped_storage().nbytes()
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(result, self.gone, size)
+        return result
+
+    def gone(self, size: int) -> None:
+        self.now -= size
+
+
+@pytest.mark.parametrize("sizes", [(4096, 1536, 768, 8, 8), (8192, 1024, 384, 64, 4), (2048, 2048, 2048, 8, 2)])
+@pytest.mark.parametrize("recipe", ["bf16", "fp8", "Z and wgrad in bf16"])
+def test_a_tape_holds_about_as_much_as_a_run(
+    recipe: str, sizes: tuple[int, ...], machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, hidden, width, experts, k = sizes
+    runs: dict[Any, int] = {}
+
+    def run(function: Any, *args: Any) -> Any:
+        with Held() as held:
+            result = function(*args)
+        runs[function] = held.most
+        return result
+
+    def step() -> None:
+        x, router, w1, w2 = (
+            torch.empty(shape, dtype=torch.bfloat16, requires_grad=True)
+            for shape in ((tokens, hidden), (experts, hidden), (experts, 2 * width, hidden), (experts, hidden, width))
+        )
+        sm.moe_layer(x, router, w1, w2, k, recipe=RECIPES[recipe]).output.backward(torch.empty(x.shape).bfloat16())
+
+    with monkeypatch.context() as patch:
+        for owner in (ops, training_ops):
+            patch.setattr(owner, "at_once", run)
+        step()
+    for _ in range(2):
+        step()
+    assert len(runs) >= 2 and len(tape.state.tapes) == len(runs)
+    for (function, _), kept in tape.state.tapes.items():
+        assert kept is not None and kept is not tape._NEVER
+        results = sum(math.prod(form.shape) * form.dtype.itemsize for form in kept._made)
+        assert kept._workspace + results < 1.15 * runs[function] + 10**6, function
 
 
 def test_decode_is_played(machine: Machine) -> None:

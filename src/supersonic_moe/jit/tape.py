@@ -8,24 +8,26 @@ first call with arguments of one kind just runs, and the second is recorded, as 
 
     tensors     those that the call returns, or that torch computes on: allocated anew each time
     workspace   everything else that the call allocated, one piece of memory, in which what is used at different times
-                shares room
+                shares room; what is done with before a tensor's first use lies in that tensor
     steps       launches with their argument buffers, and operators of torch that write to a tensor
     places      where in an argument buffer an address is, and of what tensor
 
 From the third call on the tape is played: allocate, write the addresses that are others than last time, launch. A CUDA
 graph does the same on the device; a tape works on tensors wherever they lie, and inside the capture of a graph.
 
+So a tape holds about as much memory as the call does at most: results are there from its beginning, but what comes
+before them lies in them.
+
 An address in an argument buffer must be one of the call's own tensors. Where something else happens, the function runs
 each time: an operator that returns a new tensor, an address of unknown origin, tensors that overlap (which of them is
-meant?), a workspace that a large batch should not hold all at once. Arguments must start at multiples of 16 bytes,
-because kernels are chosen by that. Launches of ``Kernel`` and of ``kernels/triton/launch.py``, and tensor maps, report
-to the recorder; nothing else in the package enqueues work behind torch's back.
+meant?). Arguments must start at multiples of 16 bytes, because kernels are chosen by that. Launches of ``Kernel`` and
+of ``kernels/triton/launch.py``, and tensor maps, report to the recorder; nothing else in the package enqueues work
+behind torch's back.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -39,7 +41,6 @@ from supersonic_moe.private_api import DispatchMode, current_device, empty_strid
 
 KEPT = 512  # kinds of calls of a thread; then all are forgotten
 KEPT_MAPS = 64  # addresses of one tensor map of a tape, 128 bytes each: layers that share the tape take turns
-MAX_WORKSPACE = 256 << 20  # bytes; a batch that needs more keeps the GPU busy longer than the host
 _ALIGNMENT = 512  # of what torch allocates, and of each piece of a workspace
 _VECTOR = 16  # bytes; of arguments
 
@@ -78,6 +79,10 @@ class _Memory(NamedTuple):
     start: int
     end: int
     tensor: weakref.ref[Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return self.end - self.start
 
 
 class _View(NamedTuple):
@@ -253,8 +258,8 @@ class Recorder(DispatchMode or object):  # type: ignore[misc]
         self.made: list[_Made] = []
         self.steps: list[Step] = []
         self.places: list[Place] = []
-        self.operands: list[list[int | None]] = []
-        """Of each operator of torch among the steps, the indices in ``memories``."""
+        self.operands: list[tuple[int, list[int | None]]] = []
+        """Of each operator of torch, its number among the steps and the indices in ``memories``."""
         self.maps: dict[bytes, tuple[int, Callable[[int], bytes]]] = {}
         """Tensor maps: the address, and how to make it for another one."""
         self.possible = True
@@ -303,7 +308,7 @@ class Recorder(DispatchMode or object):  # type: ignore[misc]
         values, names, count = [*args, *kwargs.values()], list(kwargs), len(args)
         found = [self._operand(value) if isinstance(value, Tensor) else (None, None) for value in values]
         operands, views = [i for i, _ in found], [view for _, view in found]
-        self.operands.append(operands)
+        self.operands.append((len(self.steps), operands))
         constants = [None if isinstance(value, Tensor) else value for value in values]  # no tensor is kept alive
         function = _FUNCTIONS.get(op, op)
 
@@ -359,21 +364,26 @@ def _tape(recorder: Recorder, tensors: list[Tensor], result: Result) -> Tape | N
     if not recorder.possible or len(owners) < len(found) or _overlap(recorder.memories[:arguments]):
         return None
 
-    kept = {i for i in (*owners, *itertools.chain(*recorder.operands)) if i is not None and i >= arguments}
-    numbers = {i: i for i in range(arguments)} | {i: arguments + n for n, i in enumerate(sorted(kept))}
+    computed = [(i, step) for step, operands in recorder.operands for i in operands if i is not None]
+    kept = sorted({i for i in (*owners, *[i for i, _ in computed]) if i >= arguments})
+    numbers = {i: i for i in range(arguments)} | {i: arguments + n for n, i in enumerate(kept)}
+    uses: dict[int, tuple[int, int]] = {}
+    for i, step in (*computed, *[(place.owner, place.step) for place in recorder.places]):
+        first, last = uses.get(i, (step, step))
+        uses[i] = min(first, step), max(last, step)
+    pieces = [i for i in uses if i not in numbers]
+    never = len(recorder.steps)
+    starts, workspace = arranged(
+        [(recorder.memories[i].bytes, *uses[i]) for i in pieces],
+        [(recorder.memories[i].bytes, uses.get(i, (never, never))[0]) for i in kept],
+    )
+    where = {i: (i, 0) for i in numbers}  # of what is a piece: the tensor that it lies in, or -1, and where in it
+    where |= {i: (-1 if n is None else kept[n], start) for i, (n, start) in zip(pieces, starts, strict=True)}
     places: list[list[tuple[Any, int, int]]] = [[] for _ in range(len(numbers) + 1)]
-    uses: dict[int, tuple[int, int]] = {}  # of the pieces of the workspace
-    for _, _, owner, _, step in recorder.places:
-        if owner not in numbers:
-            uses[owner] = uses.get(owner, (step, step))[0], step
-    pieces = [(recorder.memories[i].end - recorder.memories[i].start, *steps) for i, steps in uses.items()]
-    starts, workspace = arranged(pieces)
-    if workspace > MAX_WORKSPACE:
-        return None
-    bases = dict(zip(uses, starts, strict=True))
     for target, slot, owner, offset, _ in recorder.places:
-        places[numbers.get(owner, -1)].append((target, slot, bases.get(owner, 0) + offset))
-    for operands in recorder.operands:  # which steps read
+        whole, start = where[owner]
+        places[numbers.get(whole, -1)].append((target, slot, start + offset))
+    for _, operands in recorder.operands:  # which steps read
         operands[:] = [None if i is None else numbers[i] for i in operands]
 
     views = []
@@ -384,28 +394,41 @@ def _tape(recorder: Recorder, tensors: list[Tensor], result: Result) -> Tape | N
     seen: dict[int, int] = {}  # address -> the argument there; a tensor may be passed twice
     firsts = [seen.setdefault(memory.start, i) for i, memory in enumerate(recorder.memories[:arguments])]
     twins = [(first, i) for i, first in enumerate(firsts) if first != i]
-    made = [recorder.made[i - arguments] for i in sorted(kept)]
+    made = [recorder.made[i - arguments] for i in kept]
     return Tape(twins, recorder.steps, made, workspace, places, views, isinstance(result, Tensor))
 
 
-def arranged(pieces: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
-    """Where pieces of memory start, and the bytes of all. Each is (bytes, first step, last step that uses it): the
-    largest ones first, at the lowest place that no other has in one of these steps.
+def arranged(
+    pieces: Sequence[tuple[int, int, int]], tensors: Sequence[tuple[int, int]]
+) -> tuple[list[tuple[int | None, int]], int]:
+    """Where each piece of memory lies: in one of ``tensors`` or, None, in a workspace, and from which byte on; and the
+    bytes of the workspace.
+
+    A piece is (bytes, first step, last step that uses it), a tensor (bytes, first step). The largest pieces come first,
+    each at the lowest place that no other has in one of its steps, in the smallest tensor that is not in use by then.
     """
-    starts, end = [0] * len(pieces), 0
-    placed: list[int] = []
+    found: list[tuple[int | None, int]] = [(None, 0)] * len(pieces)
+    inside: dict[int | None, list[int]] = {n: [] for n in (None, *range(len(tensors)))}
+    order = sorted(range(len(tensors)), key=lambda n: tensors[n][0])
+    end = 0
     for i in sorted(range(len(pieces)), key=lambda i: -pieces[i][0]):
         size, first, last = pieces[i]
-        at = 0
-        for j in sorted(placed, key=starts.__getitem__):
-            other_size, other_first, other_last = pieces[j]
-            if other_first <= last and first <= other_last:
-                if at + size <= starts[j]:
-                    break
-                at = max(at, starts[j] + -(-other_size // _ALIGNMENT) * _ALIGNMENT)
-        starts[i], end = at, max(end, at + size)
-        placed.append(i)
-    return starts, end
+        for n in (*order, None):
+            if n is not None and last >= tensors[n][1]:
+                continue
+            at = 0
+            for j in sorted(inside[n], key=lambda j: found[j][1]):
+                other_size, other_first, other_last = pieces[j]
+                if other_first <= last and first <= other_last:
+                    if at + size <= found[j][1]:
+                        break
+                    at = max(at, found[j][1] + -(-other_size // _ALIGNMENT) * _ALIGNMENT)
+            if n is None or at + size <= tensors[n][0]:
+                break
+        found[i] = n, at
+        inside[n].append(i)
+        end = end if n is not None else max(end, at + size)
+    return found, end
 
 
 def _overlap(memories: list[_Memory]) -> bool:
