@@ -53,7 +53,18 @@ class Headline:
 
 SUITES = {
     "layer": Headline(
-        ("fwd_us", "fwd_bwd_us", "held_us", "fwd_bwd_tflops", "mfu", "saved_bytes", "graph_us", "host_us"), "fwd_bwd_us"
+        (
+            "fwd_us",
+            "fwd_bwd_us",
+            "held_us",
+            "fwd_bwd_tflops",
+            "mfu",
+            "saved_bytes",
+            "graph_us",
+            "host_us",
+            "host_one_thread_us",
+        ),
+        "fwd_bwd_us",
     ),
     "infer": Headline(("hits", "replay_us", "floor_us", "gbps", "eager_us", "host_us"), "replay_us"),
     "gemm": Headline(("us", "tflops", "sm_mhz", "watts", "pj_per_flop", "rel_fro"), "us"),
