@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -25,7 +26,7 @@ pytest.importorskip("triton")
 
 from pretended_gpu import pretend_gpu
 
-from supersonic_moe.jit import Kernel, KernelSpec, tape, tensor_map
+from supersonic_moe.jit import Kernel, KernelSpec, tape, tensor_map, tma
 from supersonic_moe.jit.tape import play
 from supersonic_moe.kernels.triton import launch as triton_launch
 
@@ -63,6 +64,7 @@ class Machine:
 
     def scale(self, x: int, out: int, add: int | None, n: int, factor: float) -> None:
         self.launches += 1
+        floats(out, n)[:] = [math.nan] * n  # as a kernel may write before it has read all
         added = floats(add, n) if add else [0.0] * n
         floats(out, n)[:] = [factor * a + b for a, b in zip(floats(x, n), added, strict=True)]
 
@@ -77,7 +79,7 @@ def a_machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         monkeypatch,
         machine,
         map_of=lambda address, *_: address.to_bytes(128, "little"),
-        allocate=lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype),
+        allocate=lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype).fill_(77),
     )
     return machine
 
@@ -211,6 +213,61 @@ def test_what_is_done_with_before_a_result_is_written_lies_in_it(machine: Machin
     assert chained._workspace == 4 * 8
 
 
+class Drawn:
+    """A program of drawn steps: to forget a tensor, to allocate one that is written later or never, or to write to one,
+    with what was written before. Some of the last ones are returned.
+    """
+
+    def __init__(self, kernels: Function, steps: list[tuple[str, int, int, int]], results: int) -> None:
+        self.kernels, self.steps, self.results, self.runs = kernels, steps, results, 0
+
+    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        self.runs += 1
+        there, waiting = [x, y], [x.new_empty(8)]
+        for what, size, i, j in self.steps:
+            source, added, again = there[i % len(there)], there[j % len(there)], there[j // 2 % len(there)]
+            if what == "forget":
+                there[2:] = [t for t in there[2:] if t is not source]
+            elif what == "wait":
+                waiting.append(x.new_empty(size))
+            elif j % 3 == 0 and not any(again is t for t in (x, y, source, added)):
+                self.write(what, source, added, again)
+            else:
+                there.append(waiting.pop() if waiting and j % 2 else x.new_empty(size))
+                self.write(what, source, added, there[-1])
+        return *[t[4:] if t.numel() > 128 else t for t in there[2:][-self.results :]], x.new_empty(300)
+
+    def write(self, what: str, source: Tensor, added: Tensor, out: Tensor) -> None:
+        for start in range(0, out.numel(), source.numel()):
+            n = min(source.numel(), out.numel() - start)
+            add = added if added.numel() >= n else None
+            if what == "cuda":
+                self.kernels.launch(source[:n], out[start:], add, 0.5)
+            elif what == "triton":
+                triton_launch.launch(TRITON_KERNEL, (1,), (source, out[start:], add, n, -1.0), ())
+            else:
+                torch.add(source[:n], 1.0, out=out[start : start + n])
+
+
+STEPS = st.tuples(
+    st.sampled_from(["cuda", "triton", "torch", "forget", "wait"]),
+    st.sampled_from([64, 128, 200, 400]), st.integers(0, 30), st.integers(0, 30),
+)  # fmt: skip
+
+
+@settings(max_examples=150)
+@given(steps=st.lists(STEPS, min_size=4, max_size=16), results=st.integers(1, 3))
+def test_drawn_programs(steps: list[tuple[str, int, int, int]], results: int, machine: Machine, tmp_path: Path) -> None:
+    function = Drawn(Function(tmp_path), steps, results)
+    for call in range(4):
+        x, y = torch.randn(200), torch.randn(128)
+        *found, unwritten = play(function, (x, y))
+        assert function.runs == 1 + min(call, 1) and unwritten.shape == (300,)
+        *run, _ = function(x, y)
+        function.runs -= 1
+        assert len(found) == len(run) and all(map(torch.equal, found, run))
+
+
 def test_results_of_two_plays_are_two(machine: Machine, tmp_path: Path) -> None:
     function = Function(tmp_path)
     x, y = torch.randn(32), torch.randn(32)
@@ -256,6 +313,7 @@ ODD: dict[str, Callable[[Tensor], Tensor]] = {
     "a new tensor": lambda x: x * 1,
     "memory of nobody": lambda x: OUTSIDE,
     "memory of nobody, written to": lambda x: OUTSIDE.copy_(x),
+    "tensors in a list": lambda x: torch.cat([x[:16], x[16:]], out=x.new_empty(32)),
     "a number that is read": lambda x: x[: 32 + 0 * int(x[0].item())],
 }
 
@@ -274,6 +332,47 @@ def test_arguments_that_overlap_run_each_time(machine: Machine, tmp_path: Path) 
     for _ in range(4):
         both = torch.randn(48)
         check(function, both[:32], both[16:], 3.0, runs=True)
+
+
+def test_a_result_of_another_dtype_is_not_what_lay_there_before(machine: Machine, tmp_path: Path) -> None:
+    function, same = Function(tmp_path), []
+
+    def seen_as_floats(x: Tensor) -> Tensor:
+        scratch = torch.empty_like(x)
+        address = scratch.data_ptr()
+        function.launch(x, scratch, None, 1.0)
+        del scratch
+        out = torch.empty(4 * x.numel(), dtype=torch.uint8).view(torch.float32)
+        same.append(out.data_ptr() == address)
+        function.launch(x, out, None, 2.0)
+        return out
+
+    for _ in range(4):
+        x = torch.randn(1024)
+        torch.testing.assert_close(play(seen_as_floats, (x,)), 2 * x)
+    assert any(same)
+
+
+def test_after_an_interrupt_all_addresses_are_written_again(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function = Function(tmp_path)
+
+    def both(added: Tensor, x: Tensor) -> Tensor:
+        out = x.new_empty(32)
+        function.launch(x, out, added, 2.0)
+        return out
+
+    def interrupted(*_: Any) -> bytes:
+        raise KeyboardInterrupt
+
+    added, x = torch.randn(32), torch.randn(32)
+    for _ in range(3):
+        torch.testing.assert_close(play(both, (added, x)), 2 * x + added)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tma, "_cached", interrupted)
+        play(both, (torch.randn(32), torch.randn(32)))
+    torch.testing.assert_close(play(both, (added, x)), 2 * x + added)
 
 
 def test_a_recording_and_a_tape_keep_no_tensor_alive(machine: Machine, tmp_path: Path) -> None:

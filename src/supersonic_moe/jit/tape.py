@@ -176,7 +176,8 @@ class Tape:
         workspace = empty_strided((self._workspace,), (1,), torch.uint8) if self._workspace else None
         addresses.append(0 if workspace is None else workspace.data_ptr())
         if addresses != self._addresses:
-            for address, last, places in zip(addresses, self._addresses, self._places, strict=True):
+            before, self._addresses = self._addresses, [-1] * len(addresses)  # should a write fail
+            for address, last, places in zip(addresses, before, self._places, strict=True):
                 if address != last:
                     for target, slot, offset in places:
                         target[slot] = address + offset
@@ -306,6 +307,8 @@ class Recorder(DispatchMode or object):  # type: ignore[misc]
 
     def _computed(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         values, names, count = [*args, *kwargs.values()], list(kwargs), len(args)
+        if any(isinstance(v, list | tuple) and any(isinstance(t, Tensor) for t in v) for v in values):
+            self.refuse()
         found = [self._operand(value) if isinstance(value, Tensor) else (None, None) for value in values]
         operands, views = [i for i, _ in found], [view for _, view in found]
         self.operands.append((len(self.steps), operands))
@@ -349,10 +352,14 @@ class Recorder(DispatchMode or object):  # type: ignore[misc]
         return next((i for i, memory in enumerate(self.memories) if memory.tensor() is value), None)
 
     def owner(self, view: Tensor) -> int | None:
-        """In ``memories``, of the allocation that a tensor of the same dtype lies in."""
+        """In ``memories``, of the allocation that a tensor of the same dtype lies in: the last one at its address."""
+        storage = _storage(view)
         for i in reversed(range(len(self.memories) - len(self.made), len(self.memories))):
-            if self.memories[i].start == _storage(view) and self.made[i - len(self.memories)].dtype is view.dtype:
-                return i
+            if self.memories[i].start == storage:
+                if self.made[i - len(self.memories)].dtype is view.dtype:
+                    return i
+                if storage:  # not an allocation of nothing
+                    return None
         return None
 
 
