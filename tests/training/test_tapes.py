@@ -149,9 +149,6 @@ def test_a_tape_launches_what_a_run_launches(
     play = tape.play
     for _ in range(3):
         layer.step(*batch())
-    if form == "ungated" and recipe in ("fp8", "copies not kept"):  # Z is made fp32 again by torch
-        assert sum(kept is tape._NEVER for kept in tape.state.tapes.values()) == 1
-        return
     assert not any(kept is tape._NEVER for kept in tape.state.tapes.values())
     for _ in range(3):
         x, dout = batch()

@@ -85,7 +85,7 @@ class ComposedFp8:
         da_PI = self.grouped_mm_fp8(step.dout, step.w2, step.expert_offsets)
         z = _dequantized(step.z)
         dz_PN, as_PI, ds_P = self.activation_backward(z, step.b1, da_PI, step.row_scores, step.row_expert, step.gate)
-        return dz_PN.to(da_PI.dtype), as_PI.to(da_PI.dtype), ds_P
+        return _in(da_PI.dtype, dz_PN), _in(da_PI.dtype, as_PI), ds_P
 
     def down_backward_fp8_quantize(
         self, step: DownBackward[Quantized], segments: Segments, pow2: bool, arriving: Arrivals | None = None
@@ -106,4 +106,15 @@ def _dequantized(z_PN: Quantized) -> Tensor:
     (q, scale), columns = z_PN, z_PN.shape[1]
     if q.dtype is torch.int8:
         return q.float() * saved_steps(scale, columns)
-    return q.float() * scale.repeat_interleave(BLOCK, 1)[:, :columns] if q.dtype is E4M3 else q
+    if q.dtype is not E4M3:
+        return q
+    exact, whole = _in(torch.float32, q), columns // BLOCK * BLOCK
+    exact[:, :whole].view(len(q), whole // BLOCK, BLOCK).mul_(scale[:, : whole // BLOCK, None])
+    if whole < columns:
+        exact[:, whole:].mul_(scale[:, whole // BLOCK :])
+    return exact
+
+
+def _in(dtype: torch.dtype, x: Tensor) -> Tensor:
+    """``x.to(dtype)`` as a tape can hold it."""
+    return x if x.dtype is dtype else x.new_empty(x.shape, dtype=dtype).copy_(x)
