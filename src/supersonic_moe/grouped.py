@@ -232,8 +232,10 @@ def _weight_gradient(k: Experts, call: Backward, into: Into) -> Tensor:
         return k.grouped_mm_wgrad(Rows(call.x, index if call.gather else None), call.dy, offsets, into)
     fp8 = _fp8_kernels(call.x, call.w)
     segments = fp8.pad_segments(offsets, index, padded_capacity(index.shape[0], offsets.shape[0] - 1))
-    read, source = (segments.token_index, segments.source) if call.gather else (segments.row_index, None)
-    x = fp8.quantize_columns(call.x, read, call.pow2, source=source, offsets=segments.offsets)
+    if call.gather:
+        x, source = fp8.quantize_columns(call.x, segments.token_index, call.pow2, segments=segments), segments.source
+    else:
+        x, source = fp8.quantize_columns(call.x, segments.row_index, call.pow2), None
     dy = fp8.quantize_columns(call.dy, segments.row_index, call.pow2, tiled=True)
     return fp8.grouped_mm_wgrad_fp8(x, dy, segments.offsets, into, source)
 

@@ -28,6 +28,7 @@ from supersonic_moe.bench.kernels import CEILINGS, GROUPS, KernelsResult, kernel
 from supersonic_moe.bench.layer import LayerConfig
 from supersonic_moe.bench.timing import NoResultError, Timing, WallClock, in_graphs, of_a_call
 from supersonic_moe.kernels import reference
+from supersonic_moe.kernels.interface import Segments
 from supersonic_moe.perf_model import STEP_KERNELS, LayerShape, kernel_steps
 
 CPU = torch.device("cpu")
@@ -89,6 +90,8 @@ def test_experts_without_rows_cost_nothing_when_accumulating() -> None:
 def tensor_bytes(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.nbytes
+    if isinstance(value, Segments):  # what is read of them beside the index
+        value = value.offsets, value.source
     return sum(map(tensor_bytes, value)) if isinstance(value, tuple | list) else 0
 
 

@@ -139,6 +139,7 @@ def test_bench_layer_on_a_gpu(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     ours = {row["metric"]: row["value"] for row in json.loads(file.read_text())["rows"]}
     assert {"busy_us", "wall_us", "wall_over_busy", "peak_bytes", "saved_bytes", "fwd_bwd_tflops"} <= ours.keys()
+    assert 0 < ours["host_one_thread_us"] < 10 * ours["host_us"]
     assert 0 < ours["busy_us"] < 1.2 * ours["wall_us"]
     assert ours["peak_bytes"] > ours["saved_bytes"]
     assert ("mfu" in ours) == bool(health.hopper())

@@ -24,7 +24,7 @@ from supersonic_moe import Fp8Recipe
 from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout, as_activation
 from supersonic_moe.kernels import reference, registry
 from supersonic_moe.kernels.compose import ComposedFp8
-from supersonic_moe.kernels.interface import Backend, BothOrders, Into, Quantized, Rows
+from supersonic_moe.kernels.interface import Backend, BothOrders, Into, Quantized, Rows, Segments
 from supersonic_moe.kernels.reference.gather import gather_rows
 from supersonic_moe.quantization.block_format import blocks
 from supersonic_moe.training.arguments import Weight
@@ -73,7 +73,7 @@ def lossless() -> Backend:
         return [(w.clone(), w.mT.clone(), w.new_ones(w.shape[0], blocks(w.shape[1]), blocks(w.shape[2]))) for w in both]
 
     def quantize_columns(
-        x: Tensor, index: Tensor, pow2: bool = False, tiled: bool = False, **_left_out: Tensor | None
+        x: Tensor, index: Tensor, pow2: bool = False, tiled: bool = False, segments: Segments | None = None
     ) -> Quantized:
         ones = x.new_ones(blocks(x.shape[1]) if tiled else x.shape[1], blocks(len(index)))
         return Quantized(gather_rows(x, index).T, ones)
@@ -171,12 +171,12 @@ def test_columns_that_need_not_be_written_are_not_read(monkeypatch: pytest.Monke
     layer = on_bf16_grid(Layer(topk_plan(300, 5, 3), 136, 72, as_activation("swiglu")))
     want, quantize_columns, left_out = run(layer), reference.quantize_columns, 0
 
-    def once(*args: Any, source: Tensor | None = None, offsets: Tensor | None = None, **options: Any) -> Quantized:
+    def once(*args: Any, segments: Segments | None = None, **options: Any) -> Quantized:
         nonlocal left_out
         q, scale = quantize_columns(*args, **options)
-        if source is not None and offsets is not None:
-            block = torch.arange(len(source))
-            others = (source != block) | (block >= offsets[-1] // 128)
+        if segments is not None:
+            block = torch.arange(len(segments.source))
+            others = (segments.source != block) | (block >= segments.offsets[-1] // 128)
             q.view(torch.uint8).unflatten(1, (-1, 128))[:, others] = 0x7F
             scale[:, others] = torch.nan
             left_out += int(others.sum())

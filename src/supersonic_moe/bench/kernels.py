@@ -242,9 +242,7 @@ def kernel_calls(shape: LayerShape, config: LayerConfig) -> dict[str, Call]:
         "quantize_rows_x": lambda: quantizers.quantize_rows(x_TH),
         "quantize_blocks_w1": lambda: quantizers.quantize_weights([w1_ENH])[0],
         "quantize_blocks_w2": lambda: quantizers.quantize_weights([w2_EHI])[0],
-        "quantize_columns_x": lambda: quantizers.quantize_columns(
-            x_TH, segments.token_index, source=segments.source, offsets=segments.offsets
-        ),
+        "quantize_columns_x": lambda: quantizers.quantize_columns(x_TH, segments.token_index, segments=segments),
         "quantize_both_orders_dz": lambda: quantizers.quantize_both_orders(dz_PN, segments.row_index),
     }
 

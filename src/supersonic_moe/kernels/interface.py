@@ -418,18 +418,12 @@ class Quantizers(Protocol):
         """Of each: (q (E, N, K), its transpose (E, K, N), scale (E, N/128, K/128)); the transpose has ``scale.mT``."""
 
     def quantize_columns(
-        self,
-        x_RC: Tensor,
-        index_G: Tensor,
-        pow2: bool = False,
-        tiled: bool = False,
-        source: Tensor | None = None,
-        offsets: Tensor | None = None,
+        self, x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: bool = False, segments: Segments | None = None
     ) -> Quantized:
         """(C, G): column g is row index[g] of x, or zeros where index[g] < 0. Scales (C, G/128), or (C/128, G/128)
         where ``tiled``: one for 128 x 128 elements, a single number where a product would else multiply by one for each
-        row. With ``source`` and ``offsets``, those of :class:`Segments`, blocks that are not their own source and
-        those behind the last segment may stay undefined.
+        row. ``segments``: whose ``token_index`` is ``index``; blocks that are not their own source, and those behind
+        the last segment, may stay undefined then.
         """
 
     def quantize_both_orders(self, x_RC: Tensor, index_G: Tensor, pow2: bool = False) -> BothOrders:

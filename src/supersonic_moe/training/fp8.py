@@ -206,7 +206,7 @@ class _Fp8Products(_Bf16Products):
     def _product(self, x_TH: Tensor, tiles: Quantized) -> Callable[[Into], Tensor]:
         """Of the columns of x or dO, written once for experts that read the same tokens, and those of rows."""
         offsets, _, token_index, source = self.segments
-        columns = self.k.quantize_columns(x_TH, token_index, self.pow2, source=source, offsets=offsets)
+        columns = self.k.quantize_columns(x_TH, token_index, self.pow2, segments=self.segments)
         return partial(self.k.grouped_mm_wgrad_fp8, columns, tiles, offsets, source=source)
 
 

@@ -7,6 +7,7 @@ import torch
 from poison import poisoned_allocations  # noqa: F401
 
 from supersonic_moe.kernels import triton
+from supersonic_moe.kernels.interface import Segments
 from supersonic_moe.kernels.sm90.quantize_columns import quantize_columns
 
 pytestmark = pytest.mark.gpu
@@ -59,7 +60,8 @@ def test_blocks_of_another_source_stay_as_they_are() -> None:
     index = torch.arange(300, device=CUDA, dtype=torch.int32).repeat(2)[:512]
     want = quantize_columns(x, index)
     source = torch.tensor([0, 1, 2, 1], device=CUDA, dtype=torch.int32)
-    got = quantize_columns(x, index, source=source)  # of memory that poison fills
+    offsets = torch.tensor([0, 512], device=CUDA, dtype=torch.int32)
+    got = quantize_columns(x, index, segments=Segments(offsets, index, index, source))  # of memory that poison fills
     for a, b in zip(got, want, strict=True):
         each = a.shape[1] // 4
         assert torch.equal(words(a)[:, : 3 * each], words(b)[:, : 3 * each])
@@ -71,7 +73,8 @@ def test_positions_of_no_segment_stay_as_they_are(used: int) -> None:
     x = torch.randn(300, 136, device=CUDA, dtype=torch.bfloat16)
     index = torch.randint(-30, 300, (8 * 128,), device=CUDA, dtype=torch.int32).clamp(min=-1)
     offsets = torch.tensor([0, 128 * used], device=CUDA, dtype=torch.int32)
-    want, got = quantize_columns(x, index), quantize_columns(x, index, offsets=offsets)
+    segments = Segments(offsets, index, index, torch.arange(8, device=CUDA, dtype=torch.int32))
+    want, got = quantize_columns(x, index), quantize_columns(x, index, segments=segments)
     for a, b in zip(got, want, strict=True):
         written = used * a.shape[1] // 8
         assert torch.equal(words(a)[:, :written], words(b)[:, :written])

@@ -331,7 +331,7 @@ def test_a_box_for_the_rows_of_each_loading_warp(columns: int, launches: list[An
 
 def test_quantizer(launches: list[Any]) -> None:
     x, index, source = bf16(T, H), torch.zeros(G, dtype=torch.int32), torch.zeros(G // 128, dtype=torch.int32)
-    q, scale = backend.quantize_columns(x, index, True, source=source, offsets=OFFSETS)
+    q, scale = backend.quantize_columns(x, index, True, segments=Segments(OFFSETS, index, index, source))
     kernel, grid, arguments = launches[-1]
     assert grid == (G // 128, 3, 1) and kernel.spec.name == "quantize_columns"
     assert arguments == {

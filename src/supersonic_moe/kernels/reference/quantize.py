@@ -110,15 +110,10 @@ def quantize_weights(weights_ENK: Sequence[Tensor], pow2: bool = False) -> list[
 
 
 def quantize_columns(
-    x_RC: Tensor,
-    index_G: Tensor,
-    pow2: bool = False,
-    tiled: bool = False,
-    source: Tensor | None = None,
-    offsets: Tensor | None = None,
+    x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: bool = False, segments: Segments | None = None
 ) -> Quantized:
     """(q (C, G), scale): column g is row index[g] of x, or zeros where index[g] < 0. All of them, whatever
-    ``source`` and ``offsets``.
+    ``segments`` say.
 
     The scale is (C, G/128), or (C/128, G/128) where ``tiled``: one for 128 x 128 elements, a single number per block of
     the contraction where a GEMM would otherwise multiply by one number per row.

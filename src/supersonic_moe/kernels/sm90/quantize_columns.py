@@ -29,7 +29,7 @@ from torch import Tensor
 from supersonic_moe.jit.launch import Kernel, kernel_of, on_device
 from supersonic_moe.jit.spec import KernelSpec
 from supersonic_moe.kernels import triton
-from supersonic_moe.kernels.interface import Quantized
+from supersonic_moe.kernels.interface import Quantized, Segments
 from supersonic_moe.quantization.block_format import BLOCK, blocks, empty_e4m3, empty_scales
 
 SPECS = (KernelSpec("quantize_columns", "quantize_columns.cu", threads=256, opcodes=("F2FP.SATFINITE.E4M3", "HMNMX2")),)
@@ -41,21 +41,16 @@ def _kernel() -> Kernel:
 
 
 def quantize_columns(
-    x_RC: Tensor,
-    index_G: Tensor,
-    pow2: bool = False,
-    tiled: bool = False,
-    source: Tensor | None = None,
-    offsets: Tensor | None = None,
+    x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: bool = False, segments: Segments | None = None
 ) -> Quantized:
     """(q (C, G), scale (C, G/128), or (C/128, G/128) where ``tiled``): see ``kernels/triton/quantize.py``. Here blocks
-    that are not their own ``source`` and those from ``offsets[E]`` on stay unwritten.
+    that are not their own source, and those behind the last of ``segments``, stay unwritten.
     """
     columns, positions = x_RC.shape[1], index_G.shape[0]
     whole_chunks = columns % 8 == 0 and x_RC.stride() == (x_RC.stride(0) // 8 * 8, 1)
     whole_chunks = whole_chunks and x_RC.data_ptr() % 16 == 0 and index_G.data_ptr() % 16 == 0
     if tiled or x_RC.dtype is not torch.bfloat16 or not whole_chunks or columns * positions == 0:
-        return triton.quantize_columns(x_RC, index_G, pow2, tiled, source)
+        return triton.quantize_columns(x_RC, index_G, pow2, tiled, segments)
     q_CG = empty_e4m3(x_RC, columns, positions)
     scale = empty_scales(x_RC, columns, positions // BLOCK, tma=True)
     with on_device(x_RC):
@@ -64,9 +59,9 @@ def quantize_columns(
             x=x_RC,
             x_row=x_RC.stride(0),
             index=index_G,
-            offsets=offsets,
-            segments=0 if offsets is None else offsets.shape[0] - 1,
-            source=source,
+            offsets=None if segments is None else segments.offsets,
+            segments=0 if segments is None else segments.offsets.shape[0] - 1,
+            source=None if segments is None else segments.source,
             q=q_CG,
             q_column=q_CG.stride(0),
             scales=scale,

@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from supersonic_moe.kernels.interface import BothOrders, Quantized
+from supersonic_moe.kernels.interface import BothOrders, Quantized, Segments
 from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.tiling import cdiv, column_block, rows_and_blocks
 from supersonic_moe.quantization import block_format
@@ -318,16 +318,11 @@ def _columns_kernel(
 
 
 def quantize_columns(
-    x_RC: Tensor,
-    index_G: Tensor,
-    pow2: bool = False,
-    tiled: bool = False,
-    source: Tensor | None = None,
-    offsets: Tensor | None = None,
+    x_RC: Tensor, index_G: Tensor, pow2: bool = False, tiled: bool = False, segments: Segments | None = None
 ) -> Quantized:
     """(q (C, G), scale (C, G/128), or (C/128, G/128) where ``tiled``): column g is row index[g] of x, or zeros where
     index[g] < 0. G is a multiple of 128. The scales of one block of positions lie next to each other. All blocks are
-    written, whatever ``source`` and ``offsets``.
+    written, whatever ``segments`` say.
 
     Programs walk all positions of one column panel before the next, so that rows that many positions gather come from
     DRAM once: a panel of 8192 tokens is 2 MB of the 50 MB L2.
