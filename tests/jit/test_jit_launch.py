@@ -102,6 +102,7 @@ class FakeDriver:
         self.launches: list[tuple[tuple[int, ...], int, list[bytes]]] = []
         self.smem_limits: list[tuple[int, int]] = []
         self.result = 0
+        self.broken = 0
 
     def __getattr__(self, name: str) -> Any:
         from cuda.bindings import driver
@@ -131,6 +132,8 @@ class FakeDriver:
         return 0, 0x1000
 
     def cuKernelGetParamInfo(self, kernel: int, index: int) -> Any:
+        if self.broken:
+            return self.broken, None, None
         return (0, 0, self.parameter_sizes[index]) if index < len(self.parameter_sizes) else (1, None, None)
 
     def cuKernelSetAttribute(self, attribute: Any, value: int, kernel: int, device: int) -> Any:
@@ -187,6 +190,12 @@ def test_a_launch_hands_the_driver_grid_stream_and_arguments(spec: KernelSpec, m
     fake.parameter_sizes = [128, 8, 8]
     with pytest.raises(LaunchError, match=r"of \[128, 8, 8\] bytes, and its source says scale\(.*128, 8, 4\]"):
         Kernel(spec).launch((4, 2, 1), map=b"c" * 128, x=16, n=7)
+
+
+def test_a_context_that_a_kernel_has_broken_is_no_wrong_signature(spec: KernelSpec, machine: Machine) -> None:
+    machine.driver.broken = 700  # CUDA_ERROR_ILLEGAL_ADDRESS, of a kernel before this one
+    with pytest.raises(LaunchError, match=r"asking scale.* for its parameters failed: CUDA_ERROR_ILLEGAL_ADDRESS"):
+        Kernel(spec).launch((1, 1, 1), map=b"a" * 128, x=16, n=7)
 
 
 def test_tensors_are_passed_by_address_on_their_device_only(spec: KernelSpec, machine: Machine) -> None:

@@ -254,8 +254,10 @@ def _load(cubin: Cubin, spec: KernelSpec, signature: Signature) -> Any:
     sizes: list[int] = []
     while True:
         result, _, size = driver.cuKernelGetParamInfo(handle, len(sizes))
-        if result != 0:
-            break
+        if result == driver.CUresult.CUDA_ERROR_INVALID_VALUE:
+            break  # there is no such parameter
+        if result != 0:  # as after a kernel that failed: then nothing works any more
+            raise LaunchError(f"asking {spec} for its parameters failed: {error_text(result)}")
         sizes.append(size)
     if sizes != signature.sizes:
         raise LaunchError(
