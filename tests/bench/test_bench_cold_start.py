@@ -46,6 +46,18 @@ def test_command_measures_new_processes(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert f"| `{SHAPE}_cold` |" in table and f"| `{SHAPE}_warm` |" in table and "*vs*" not in table
 
 
+def test_half_of_the_kernels_in_the_package_is_no_state_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a checkout with only the CUDA kernels measures is neither a first call of a wheel nor one of a checkout."""
+    shape, seen = LayerShape(8, 16, 8, 2, 1), {"call_s": 1.0}
+    monkeypatch.setattr(cold_start, "start", lambda *_: seen)
+    for kernels, state in (({"CUDA": 0, "Triton": 0}, "cold"), ({"CUDA": 262, "Triton": 90}, "shipped")):
+        monkeypatch.setattr(cold_start, "carried", lambda kernels=kernels: kernels)
+        assert state in cold_start.run_case(shape, torch.device("cpu"), 1).metrics
+    monkeypatch.setattr(cold_start, "carried", lambda: {"CUDA": 262, "Triton": 0})
+    with pytest.raises(NoResultError, match=r"it holds 262 of CUDA and 0 of Triton. `make wheel` compiles both"):
+        cold_start.run_case(shape, torch.device("cpu"), 1)
+
+
 def test_each_repeat_is_cold_then_warm_in_a_directory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Path] = []
 

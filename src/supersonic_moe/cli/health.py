@@ -263,13 +263,12 @@ def symmetric_memory() -> Check:
 
 def compiled_kernels() -> Check:
     """What ``make wheel`` put into the package."""
-    from supersonic_moe.jit.cache import SHIPPED_CUBINS
+    from supersonic_moe.kernels.carried import carried
 
-    counts = {"CUDA": len([*SHIPPED_CUBINS.iterdir()]) if SHIPPED_CUBINS.is_dir() else 0}
-    if importlib.util.find_spec("triton"):
+    counts = carried()
+    if "Triton" in counts:
         from supersonic_moe.kernels.triton import shipped
 
-        counts["Triton"] = len(shipped.index())
         if shipped.FOLDER.is_dir() and not shipped.index():
             fix = "`make wheel` compiles them again; in an installation, reinstall supersonic-moe"
             return Check("compiled kernels", "warn", "those in Triton are of other sources than this package", fix)
