@@ -169,6 +169,11 @@ def test_settling_calls_are_not_timed() -> None:
     assert part.times_us == [1e6, 3e6]
 
 
+def test_a_host_without_memory_is_named_and_not_a_line_of_torch() -> None:
+    outcome = timing.attempt(lambda: torch.empty(1 << 60, dtype=torch.uint8))
+    assert outcome.out_of_memory and outcome.reason.startswith("out of memory: can't allocate memory: you tried to")
+
+
 def test_a_contender_that_cannot_run_is_missing_and_the_others_are_not() -> None:
     it = Contenders(slow=11.0, fine=0.001)
 

@@ -91,20 +91,27 @@ def test_weights_that_are_held_are_checked_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "sentence"),
     [
-        lambda fresh, old: fresh.unlink(),
-        lambda fresh, old: old.unlink(),
-        lambda fresh, old: fresh.write_text("{"),
-        lambda fresh, old: write(old, {("T1", "fwd_us", "sonicmoe"): (None, None)}),
+        (lambda fresh, old: fresh.unlink(), "cannot read {fresh}: No such file or directory. Name a file"),
+        (lambda fresh, old: old.unlink(), "cannot read {old}: No such file or directory. Name a file"),
+        (lambda fresh, old: fresh.write_bytes(b"\xff\xfe"), "cannot read {fresh}: it is no text. Name a file"),
+        (lambda fresh, old: fresh.write_text("{"), "{fresh} is not JSON: Expecting property name"),
+        (lambda fresh, old: fresh.write_text("[]"), "{fresh} must hold suite, command"),
+        (
+            lambda fresh, old: fresh.write_text(fresh.read_text().replace('"case"', '"kind"')),
+            "each row of {fresh} must hold case, metric",
+        ),
+        (lambda fresh, old: write(old, {("T1", "fwd_us", "sonicmoe"): (None, None)}), "{old}: no row has a ratio"),
     ],
-    ids=["no fresh file", "no committed file", "no JSON", "no ratio to compare with"],
+    ids=["no fresh file", "no committed file", "no text", "no JSON", "no result", "no row", "no ratio"],
 )
-def test_what_cannot_be_checked_fails(damage: Any, tmp_path: Path) -> None:
-    files = [write(tmp_path / folder / "layer.json", USUAL) for folder in ("fresh", "old")]
-    damage(*files)
-    result = run("bench", "check", str(files[0]), "--committed", str(tmp_path / "old"))
-    assert result.exit_code == 1 and "layer.json: " in result.output and not isinstance(result.exception, OSError)
+def test_what_cannot_be_checked_fails_in_a_sentence(damage: Any, sentence: str, tmp_path: Path) -> None:
+    fresh, old = (write(tmp_path / folder / "layer.json", USUAL) for folder in ("fresh", "old"))
+    damage(fresh, old)
+    result = run("bench", "check", str(fresh), "--committed", str(tmp_path / "old"), columns=400)
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    assert result.output.startswith(sentence.format(fresh=fresh, old=old)) and len(result.output.splitlines()) == 1
 
 
 def test_pages_quote_a_library_only_where_it_ran_in_the_same_file(tmp_path: Path) -> None:

@@ -64,6 +64,23 @@ def test_one_rank_has_no_others_to_choose() -> None:
     assert result.exit_code == 2 and "Run it under torchrun" in words(result)
 
 
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RANK": "x"}, "RANK, which torchrun sets, must be a whole number; got 'x'"),
+        ({"WORLD_SIZE": "2"}, "several ranks are started by torchrun; got WORLD_SIZE=2 without it"),
+    ],
+    ids=["no number", "no torchrun"],
+)
+def test_what_another_launcher_left_in_the_environment_is_refused(
+    variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    result = run("bench", "ep", *QUICK)
+    assert result.exit_code == 2 and said in words(result)
+
+
 def test_two_ranks_take_the_same_decisions(tmp_path: Path) -> None:
     file = tmp_path / "ep.json"
     args = ["--shape", "8,32,16,2,1", "--json", str(file), "--png", str(tmp_path / "ep.png")]
@@ -123,6 +140,7 @@ def test_an_fp8_wire_takes_the_scales_that_it_needs(
     ranks: str, given: dict[str, Any], scale: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", ranks)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "0")
     suite = Ep(**{"device": "cpu", "recipe": "fp8", "wire": "fp8", **given})
     suite.cases()
     assert isinstance(suite.numerics, Fp8Recipe) and suite.numerics.scale == scale
@@ -131,6 +149,7 @@ def test_an_fp8_wire_takes_the_scales_that_it_needs(
 
 def test_an_fp8_wire_between_ranks_refuses_other_scales(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "0")
     result = run("bench", "ep", *QUICK, "--recipe", "fp8", "--wire", "fp8", "--scale", "fp32")
     assert result.exit_code == 2
     assert "needs scales of pow2, or weight gradients in bf16; got scale fp32. Leave --scale out" in words(result)

@@ -72,6 +72,7 @@ def test_parts_that_there_are_not_are_refused(
     ranks: str, part: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", ranks)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "0")
     result = run("bench", "exchange", *QUICK, "--part", part)
     assert result.exit_code == 2 and said in words(result)
 

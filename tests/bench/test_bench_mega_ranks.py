@@ -97,6 +97,7 @@ def test_a_case_is_the_share_of_a_rank() -> None:
 
 def test_a_timeline_is_of_one_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "0")
     result = run("bench", "mega", "--device", "cpu", "--timeline", str(tmp_path / "t.png"))
     assert result.exit_code == 2 and "a timeline is of one rank; got 2. Leave --timeline out" in words(result)
 

@@ -72,8 +72,10 @@ def test_as_a_command(tmp_path: Path) -> None:
     assert {(row["case"], row["peer"]) for row in rows if row["metric"] == "infer_us"} == {
         ("qwen3-tiny/layers/decode_T4", "grouped_mm")
     }
+    wrong = run("bench", "transformers", *quick, "--peers", "grouped_mm,nobody")
+    assert wrong.exit_code == 2 and "peers are eager,grouped_mm,batched_mm,liger or none; got nobody" in words(wrong)
     wrong = run("bench", "transformers", "--device", "cpu", "--models", "qwen9")
-    assert wrong.exit_code == 2 and "a model is one of qwen3-tiny, gpt-oss-tiny; got 'qwen9'" in words(wrong)
+    assert wrong.exit_code == 2 and "a model on cpu is one of qwen3-tiny, gpt-oss-tiny; got 'qwen9'" in words(wrong)
 
 
 def test_a_run_that_stops_leaves_what_it_has_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,7 @@ def test_version() -> None:
         (["warmup", "--compile-only", "--scale", "pow2"], "Add --recipe fp8"),
         (["warmup", "--workers", "0"], "'--workers'"),
         (["demo", "--device", "cuda:77"], "got 'cuda:77'"),
+        (["demo", "--seed", str(2**70)], "'--seed'"),
         (["bench", "layer", "--set", "coarse"], "a set is one of default, fine-grained, short; got 'coarse'"),
         (["bench", "layer", "--set", "default", "--shape", SHAPE], "by --shape or by --set, not both"),
         (["bench", "layer", "--recipe", "int4"], "a recipe is bf16 or fp8; got 'int4'"),

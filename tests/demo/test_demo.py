@@ -124,6 +124,13 @@ def test_a_short_run_learns_and_repeats(corpus: data.Corpus, tmp_path: Path) -> 
     assert again.held_out_bpb == first.held_out_bpb
 
 
+def test_one_step_claims_no_speed(corpus: data.Corpus, tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=120)
+    train.run(steps=1, device="cpu", out=tmp_path, config=TINY, corpus=corpus, console=console)
+    last = console.file.getvalue().splitlines()[-2]  # type: ignore[attr-defined]
+    assert last.startswith("1 step · ") and "/s" not in last and "s in all" in last
+
+
 def test_time_is_a_budget_and_the_live_display_runs(corpus: data.Corpus, tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=120, force_terminal=True)
     result = train.run(seconds=1.0, device="cpu", out=tmp_path, config=TINY, corpus=corpus, console=console)

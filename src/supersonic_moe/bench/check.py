@@ -7,6 +7,7 @@ must reach that far. Nothing passes by being absent: a file, a case, a metric or
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,13 @@ def findings(fresh: Path, committed: Path, tolerance: float) -> list[str]:
     for path in (fresh, committed):
         try:
             contents.append(read(path))
-        except (OSError, ValueError) as error:  # no JSON is a ValueError
-            return [f"{path}: {error}"]
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or "it is no text"
+            return [f"cannot read {path}: {why}. Name a file that `supersonic-moe bench` wrote."]
+        except json.JSONDecodeError as error:
+            return [f"{path} is not JSON: {error}. Name a file that `supersonic-moe bench` wrote."]
+        except ValueError as error:
+            return [str(error)]
     new, old = contents
     if wrong := [
         f"{fresh}: {what} is {new[what]!r}, and {old[what]!r} in {committed}. Measure the same on the same."

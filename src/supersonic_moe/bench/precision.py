@@ -225,11 +225,11 @@ def ablation_table(result: PrecisionResult) -> Table:
 FEW_TOKENS = """\
 ## What to expect of a few tokens
 
-The errors here are those of whole tensors. The gradient of a score is a sum over I of products of either sign, whose
-operands were rounded to e4m3; it is off by 7 to 8 % of what such sums are on average, so by much more where its own
-terms cancel. Over many tokens that evens out, of one token (T = 1) it shows. Random tokens at H 256, I 128: half of
-them have a relative error of their K gradients below 6 to 8 %, but one in ten above 33 % at K 1, 26 % at K 2 and 12 %
-at K 8; all together have 7.0 to 7.8 %. Sums kept unrounded would not help: it is the operands that are rounded."""
+The errors here are those of whole tensors. The gradient of a score (ds) is a sum over I of products of either sign,
+whose operands were rounded to e4m3; its error is a share of what such sums are on average, so it is large where its
+own terms cancel. Over many tokens that evens out, of one token (T = 1) it shows: half of all tokens are as exact as the
+whole, but some are off by several times as much, most with one choice ([facts.md](facts.md#fp8-accuracy)). Sums kept
+unrounded would not help: it is the operands that are rounded."""
 
 
 def write_markdown(path: Path, results: Sequence[PrecisionResult], document: Mapping[str, object]) -> None:

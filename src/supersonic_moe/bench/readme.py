@@ -147,6 +147,9 @@ def read(path: Path) -> dict[str, Any]:
     wanted = ("suite", "command", "device", "torch", "commit", "date", "rows")
     if not isinstance(content, dict) or any(field not in content for field in wanted):
         raise ValueError(f"{path} must hold {', '.join(wanted)}. Write it with `supersonic-moe bench`.")
+    of_row = ("case", "metric", "value", "unit")
+    if any(not isinstance(row, dict) or any(field not in row for field in of_row) for row in content["rows"]):
+        raise ValueError(f"each row of {path} must hold {', '.join(of_row)}. Write it with `supersonic-moe bench`.")
     if content["suite"] not in UNSHOWN.union(SUITES):
         raise ValueError(
             f"{path} is of suite {content['suite']!r}, and docs/results.md shows {', '.join(SUITES)}. "

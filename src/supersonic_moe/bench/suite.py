@@ -114,17 +114,25 @@ class OverRanks(Suite[Case, Result]):
     """Runs in one process, or in each of those that torchrun starts: on a GPU each, and the first one writes."""
 
     def __post_init__(self) -> None:
+        if self.ranks > 1:
+            from torch.distributed import is_torchelastic_launched
+
+            if not is_torchelastic_launched():
+                raise ValueError(
+                    f"several ranks are started by torchrun; got WORLD_SIZE={self.ranks} without it. "
+                    "Unset WORLD_SIZE for one rank, or run torchrun -m supersonic_moe bench."
+                )
         if self.rank:
             for name in ("json", "png"):
                 object.__setattr__(self, name, None)
 
     @property
     def rank(self) -> int:
-        return int(os.environ.get("RANK", "0"))
+        return _whole_number("RANK", os.environ.get("RANK", "0"))
 
     @property
     def ranks(self) -> int:
-        return int(os.environ.get("WORLD_SIZE", "1"))
+        return _whole_number("WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
 
     @cached_property
     def where(self) -> torch.device:
@@ -133,6 +141,12 @@ class OverRanks(Suite[Case, Result]):
         rank = os.environ.get("LOCAL_RANK")
         on_gpu = rank is not None and self.device is None and torch.cuda.is_available()
         return options.device(f"cuda:{rank}" if on_gpu else self.device)
+
+
+def _whole_number(variable: str, text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"{variable}, which torchrun sets, must be a whole number; got {text!r}. Unset it.")
+    return int(text)
 
 
 @dataclass(frozen=True, kw_only=True)

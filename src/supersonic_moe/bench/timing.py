@@ -251,12 +251,13 @@ def attempt(action: Callable[[], Any]) -> Any:
 
 def missing(error: Exception) -> Missing:
     """Because of that error."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return Missing(f"out of memory: {_first_sentence(error)}", out_of_memory=True)
+    *_, of_the_host = str(error).rpartition("DefaultCPUAllocator: ")  # what torch says behind its own line of code
+    if isinstance(error, torch.OutOfMemoryError) or of_the_host != str(error):
+        return Missing(f"out of memory: {_first_sentence(of_the_host)}", out_of_memory=True)
     if isinstance(error, NoResultError):  # says what and why already
         return Missing(str(error).rstrip("."))
     place = f" ({_place(error)})" if isinstance(error, _OF_PROGRAMMERS) or not str(error) else ""
-    return Missing(f"{type(error).__name__}: {_first_sentence(error)}{place}")
+    return Missing(f"{type(error).__name__}: {_first_sentence(str(error))}{place}")
 
 
 def required(what: str, action: Callable[[], Any]) -> Any:
@@ -277,8 +278,8 @@ def _place(error: BaseException) -> str:
     return f"{Path(frame.filename).name}:{frame.lineno}"
 
 
-def _first_sentence(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or ["no message"]
+def _first_sentence(text: str) -> str:
+    lines = text.strip().splitlines() or ["no message"]
     return lines[0].split(". ")[0].rstrip(".")[:160]
 
 

@@ -110,11 +110,16 @@ class Stages:
         return f"{whole:.1f} s" + (f" ({long})" if long else "")
 
 
+def _made(kind: type[Suite[Any, Any]], given: dict[str, Any]) -> Suite[Any, Any]:
+    with options.usage_errors():
+        return kind(**given)
+
+
 def _command(kind: type[Suite[Any, Any]]) -> Callable[..., None]:
     """What Typer makes the command of a suite from: a function whose parameters are the suite's fields."""
 
     def command(**given: Any) -> None:
-        if not execute(kind(**given), output()):
+        if not execute(_made(kind, given), output()):
             raise typer.Exit(1)
 
     hints = get_type_hints(kind, include_extras=True)
@@ -154,7 +159,7 @@ def everything(
             paths = {"json": out / f"{name}.json", "png": out / f"{name}.png"}
             given: dict[str, Any] = {option: value for option, value in {**shared, **paths}.items() if option in known}
             try:
-                complete &= execute(kind(**given, **differing), console)
+                complete &= execute(_made(kind, {**given, **differing}), console)
             except typer.BadParameter as error:
                 console.print(f"[yellow]skipped[/yellow] {name}: {escape(error.message)}", highlight=False)
     if not complete:

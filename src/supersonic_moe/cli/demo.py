@@ -19,7 +19,7 @@ def demo(
     out: Annotated[
         Path, typer.Option(help="Where loss.png and expert_load.png go.", callback=options.writable_folder)
     ] = Path("demo-out"),
-    seed: Annotated[int, typer.Option(help="Weights, batches and sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Weights, batches and sampling.")] = 0,
 ) -> None:
     """Train a small byte-level MoE language model on Python's own source code, and see that it learns."""
     from supersonic_moe.demo.train import run

@@ -147,9 +147,11 @@ def print_result(console: Console, result: DemoResult, flops_per_s: float) -> No
     table.add_row("bigram", f"{result.bigram_bpb:.3f}", "best guess from one byte of context")
     table.add_row("unigram", f"{result.unigram_bpb:.3f}", "best guess from none")
     console.print(table)
-    rate = f"{flops_per_s / 1e12:.0f} TFLOP/s" if flops_per_s > 1e12 else f"{flops_per_s / 1e9:.0f} GFLOP/s"
-    speed = f"{result.steps:,} steps · {result.tokens_per_s:,.0f} tokens/s · {rate}"
-    if result.mfu is not None:
+    speed = f"{result.steps:,} {'step' if result.steps == 1 else 'steps'}"
+    if result.tokens_per_s > 0:  # 0: too few steps to tell
+        rate = f"{flops_per_s / 1e12:.0f} TFLOP/s" if flops_per_s > 1e12 else f"{flops_per_s / 1e9:.0f} GFLOP/s"
+        speed += f" · {result.tokens_per_s:,.0f} tokens/s · {rate}"
+    if result.mfu:
         speed += f" · MFU {result.mfu:.1%} (active FLOPs over 989 TFLOP/s, the bf16 peak)"
     console.print(f"{speed} · {result.seconds:.0f} s in all", highlight=False)
     console.print("charts: " + ", ".join(str(path) for path in result.paths), highlight=False, soft_wrap=True)

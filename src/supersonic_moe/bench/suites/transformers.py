@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from supersonic_moe.bench.report import CaseResult
     from supersonic_moe.bench.transformers import Settings, TransformersCase
 
+PEERS = "eager,grouped_mm,batched_mm,liger"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Transformers(Timed["TransformersCase", "CaseResult"]):
@@ -39,9 +41,7 @@ class Transformers(Timed["TransformersCase", "CaseResult"]):
     ] = None
     what: Annotated[str, typer.Option(help="layers (experts alone), model (two layers of it), or both.")] = "both"
     dtype: options.Dtype = None
-    peers: Annotated[
-        str, typer.Option(help="eager, grouped_mm, batched_mm and liger, with a comma; empty for none.")
-    ] = "eager,grouped_mm,batched_mm,liger"
+    peers: Annotated[str, typer.Option(help=f"Of {PEERS}; none for ours alone.")] = PEERS
     pairs: options.Pairs = 4
 
     @cached_property
@@ -51,7 +51,7 @@ class Transformers(Timed["TransformersCase", "CaseResult"]):
         return Settings(
             device=self.where,
             dtype=options.dtype(self.dtype, self.where),
-            peers=[name for name in self.peers.split(",") if name],
+            peers=options.peers(self.peers, PEERS),
             warm_ms=self.warm_ms,
             min_ms=self.min_ms,
             pairs=self.pairs,
@@ -66,6 +66,7 @@ class Transformers(Timed["TransformersCase", "CaseResult"]):
             raise ValueError("this suite needs Transformers, which is not installed. Run pip install transformers.")
         from supersonic_moe.bench.transformers import TransformersCase
 
+        options.peers(self.peers, PEERS)
         kinds: tuple[Literal["layers", "model"], ...] = ("layers", "model")
         if self.what not in (*kinds, "both"):
             raise ValueError(f"what is layers, model or both; got {self.what!r}.")
@@ -89,7 +90,7 @@ class Transformers(Timed["TransformersCase", "CaseResult"]):
         asked = [name for name in self.models.split(",") if name]
         unknown = [name for name in asked if name not in by_name]
         if unknown or not asked:
-            raise ValueError(f"a model is one of {', '.join(by_name)}; got {self.models!r}.")
+            raise ValueError(f"a model on {self.where.type} is one of {', '.join(by_name)}; got {self.models!r}.")
         return [by_name[name] for name in asked]
 
     def run(self, case: TransformersCase, progress: Progress) -> CaseResult:
