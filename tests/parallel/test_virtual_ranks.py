@@ -70,6 +70,11 @@ def test_gradients_over_an_exact_wire_reach_main_grad_and_exist_once() -> None:
 
 
 @pytest.mark.parametrize("gpu", ON)
+def test_kernels_read_scores_in_fp32_over_an_exact_wire(gpu: bool) -> None:
+    assert alone(cases.exact_scores, 2, gpu) == ([[], []], {torch.float32})
+
+
+@pytest.mark.parametrize("gpu", ON)
 @pytest.mark.parametrize("transport", ["gather", "push"])
 def test_random_calls_with_random_delays_repeat_to_the_bit(transport: str, gpu: bool) -> None:
     assert alone(cases.random_calls, 4, gpu, 60, transport) is True

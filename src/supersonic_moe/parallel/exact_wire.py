@@ -1,5 +1,5 @@
 """BF16 experts whose rows travel beside their products (``beside.py``), as one function around the whole way: what
-``Dispatch``, ``training.ops.Experts`` and ``Combine`` compute one after the other, to the bit.
+``Dispatch``, ``training.experts.Experts`` and ``Combine`` compute one after the other, to the bit.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _forward(operands: Any, ids_TK: Tensor, call: _Call, *, save: bool) -> tuple
             Rows(x_UH, plan.read_index), forward.w1, forward.b1, offsets, plan.row_expert, static.gate(), save
         )
         z_PN, a_PI = k.up_projection(up, way.arrivals(parts, there_P))
-        s_P = k.pick(forward.scores, plan.scatter_index)
+        s_P = k.pick(forward.scores, plan.scatter_index, bf16.score_dtype(x_TH.dtype))
         product = partial(k.grouped_mm, Rows(a_PI), forward.w2.mT, offsets)
         del a_PI
         out_TH = way.sums(k, parts, product, s_P, b2, plan, x_TH)
