@@ -76,7 +76,7 @@ def exact_ends(size: int) -> list[list[str]]:
 
 
 def exact_scores(size: int, gpu: bool) -> tuple[list[list[str]], set[torch.dtype]]:
-    """What other bits scores in fp64 give rows that travel beside products, and the dtypes in which backward reads them:
+    """What other bits scores in fp64 give rows that travel beside products; and in which dtypes backward reads them:
     plain torch converts what a CUDA kernel would take for fp32.
     """
     _start(gpu, careful=10**6)
