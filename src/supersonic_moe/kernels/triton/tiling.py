@@ -15,6 +15,8 @@ import functools
 import triton
 import triton.language as tl
 
+from supersonic_moe.quantization.block_format import BLOCK
+
 
 def cdiv(a: int, b: int) -> int:
     """a / b rounded up. Triton's own may be called inside kernels as well, which costs the host 3 µs a call."""
@@ -52,6 +54,15 @@ def whole_rows(columns: int, elements: int, most: int) -> tuple[int, int]:
 def warps(elements: int) -> int:
     """Warps for a tile, at 16 elements a thread: two 16-byte accesses in bf16."""
     return max(1, min(8, elements // (32 * 16)))
+
+
+def row_tiles(rows: int, columns: int, elements: int, most: int) -> tuple[tuple[int], tuple[int, int]]:
+    """(grid, (ROWS, BLOCKS)) of programs that own what ``rows_and_blocks`` says: so many elements each, of at most
+    ``most`` blocks of 128 columns.
+    """
+    panel = max(1, column_block(columns, most * BLOCK) // BLOCK)
+    of_program = elements // (panel * BLOCK)
+    return (cdiv(rows, of_program) * cdiv(columns, panel * BLOCK),), (of_program, panel)
 
 
 @triton.jit
