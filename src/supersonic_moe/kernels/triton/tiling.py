@@ -14,6 +14,7 @@ import functools
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from supersonic_moe.quantization.block_format import BLOCK
 
@@ -25,6 +26,14 @@ def cdiv(a: int, b: int) -> int:
 
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
+
+
+def near(w_ENK: Tensor) -> Tensor:
+    """A weight in either order, copied where elements of one expert lie 2^31 or more apart: kernels that take this have
+    64-bit offsets of experts, and 32-bit ones inside an expert.
+    """
+    (_, n, k), (_, n_stride, k_stride) = w_ENK.shape, w_ENK.stride()
+    return w_ENK if max((n - 1) * n_stride, (k - 1) * k_stride) < 2**31 else w_ENK.contiguous()
 
 
 @functools.cache
