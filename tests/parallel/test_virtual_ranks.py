@@ -97,7 +97,9 @@ def raised(gpu: bool, process: list[Ended]) -> list[str]:
     assert ended.result is not None, ended
     errors: list[str] = ended.result
     assert "no error" not in " ".join(errors), errors
-    return [e for e in errors if "ExpertParallelError" in e] if gpu else errors
+    said = [e for e in errors if "ExpertParallelError" in e] if gpu else errors
+    assert said, errors
+    return said
 
 
 @pytest.mark.parametrize("gpu", ON)

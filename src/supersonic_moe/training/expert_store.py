@@ -292,7 +292,7 @@ class StackedExperts:
         self.fp8 = _Fp8Copies()
         self.w1, self.w2 = (_stacked(parameters[which], shapes[which], transposed, use.dtype) for which in ("w1", "w2"))
 
-    def changed(self, parameters: ExpertWeights | None = None) -> list[tuple[str, int]]:
+    def changed(self, parameters: ExpertWeights | None) -> list[tuple[str, int]]:
         """Which weights, and of which expert, are no longer what was copied: looked up by the caller, or the same
         parameters as then.
         """
