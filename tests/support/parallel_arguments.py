@@ -132,9 +132,9 @@ def wires_of_auto() -> list[bool]:
     used: list[bool] = []
     ep, experts = cases.make(wire="auto", hidden=128), fp8_wire.experts
 
-    def recorded(*args: Any) -> Any:
+    def recorded(*args: Any, **how: Any) -> Any:
         used[-1] = True
-        return experts(*args)
+        return experts(*args, **how)
 
     fp8_wire.experts = recorded
     x, w1, w2 = torch.randn(5, 128), torch.randn(4, 256, 128), torch.randn(4, 128, 128)

@@ -330,8 +330,8 @@ class ExpertParallel:
             )
         e = functional.checked_experts(x_TH, w1, w2, options)
         trip, rows, scores_TK = self._channel.start(e.x, scores_TK.float(), found)
-        way = fp8_wire.Way(trip, None if rows is None else sum(rows), self.keep_received)
-        return fp8_wire.experts(e, scores_TK, found.ids_TK, way)
+        here, keeps = None if rows is None else sum(rows), self.keep_received
+        return fp8_wire.experts(e, scores_TK, found.ids_TK, trip, here, keeps=keeps)
 
     # ---- its parts ---------------------------------------------------------------------------------------------------
 

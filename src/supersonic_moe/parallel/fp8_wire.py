@@ -66,16 +66,6 @@ def is_free(recipe: object, x_TH: Tensor) -> bool:
     return free and x_TH.dtype is torch.bfloat16
 
 
-class Way(NamedTuple):
-    """How a call's tokens travel."""
-
-    trip: Trip
-    rows: int | None
-    """Of this rank's experts, where the host knows."""
-    keeps: bool
-    """Whether codes that arrived are kept for backward, or sent once more."""
-
-
 class _Beside(NamedTuple):
     """How the rows of a call travel beside its products."""
 
@@ -86,19 +76,27 @@ class _Beside(NamedTuple):
 class _Call(NamedTuple):
     """What a call knows beside its tensors."""
 
-    way: Way
+    trip: Trip
+    rows: int | None
+    """Of this rank's experts, where the host knows."""
+    keeps: bool
+    """Whether codes that arrived are kept for backward, or sent once more."""
     into_main_grad: bool
     static: Static
     numerics: Numerics
 
 
-def experts(e: CheckedExperts, scores_TK: Tensor, ids_TK: Tensor, way: Way) -> Tensor:
-    """(T, H): dispatch, experts and combine. ``e``: x, and the experts here; ``ids`` int32 of all experts."""
+def experts(
+    e: CheckedExperts, scores_TK: Tensor, ids_TK: Tensor, trip: Trip, rows: int | None, *, keeps: bool
+) -> Tensor:
+    """(T, H): dispatch, experts and combine. ``e``: x, and the experts here; ``ids`` int32 of all experts; ``rows`` of
+    those here, where the host knows.
+    """
     o = e.options
     assert isinstance(o.recipe, Fp8Recipe)
     pair = with_fp8_copies(e.w1, e.w2, o.recipe, o.backend, o.weight_cache)
     static = Static.of(o.activation, o.layout, o.backend)
-    call = _Call(way, o.accumulate_into_main_grad, static, Numerics.of(o.recipe))
+    call = _Call(trip, rows, keeps, o.accumulate_into_main_grad, static, Numerics.of(o.recipe))
     operands = (e.x, scores_TK, e.w1.value, e.b1, e.w2.value, e.b2)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
         out: Tensor = apply(_Experts, *operands, ids_TK, pair, call)
@@ -136,8 +134,8 @@ class _Experts(torch.autograd.Function):
             q1, q2 = quantized([w1.detach(), w2.detach()], call.numerics.scale, call.static.backend)
             tensors = [*_WEIGHTS.flat(*Fp8Weights.of(q1, q2, call.numerics)), *tensors]
         weights, saved = _named(*tensors, *ctx.others)
-        k, trip = fp8_kernels(dout_TH, weights.w2_transposed.shape[1], call.static), call.way.trip
-        if not call.way.keeps:
+        k, trip = fp8_kernels(dout_TH, weights.w2_transposed.shape[1], call.static), call.trip
+        if not call.keeps:
             saved = saved._replace(x=_codes(trip, "backward dispatch", saved.x))
         home = k.quantize_rows(dout_TH.contiguous(), call.numerics.scale == "pow2")
         dout_q, dout, arriving = _dout_received(k, trip, ctx.beside, home)
@@ -166,7 +164,7 @@ def _forward(
 ) -> tuple[Tensor, Quantized, Fp8Saved, _Beside | None]:
     """(out (T, H), received x, what backward reads, how the rows travelled)."""
     x_TH, scores_TK, w1_ENH, b1, w2_EHI, b2 = operands
-    (w1, w2), trip, k = pair, call.way.trip, fp8_kernels(x_TH, w2_EHI.shape[2], call.static)
+    (w1, w2), trip, k = pair, call.trip, fp8_kernels(x_TH, w2_EHI.shape[2], call.static)
     with without_autocast(x_TH):
         codes_TH, scale_TB = k.quantize_rows(x_TH, call.numerics.scale == "pow2")
         way = beside.Way.of(trip, codes_TH.view(torch.uint8), x_TH, ids_TK.shape[1])
@@ -176,7 +174,7 @@ def _forward(
         else:
             bytes_UH, there_P = way.arrive(codes_TH.view(torch.uint8), "forward dispatch")
             codes_UH = bytes_UH.view(E4M3)
-        plan = Plan.of(plan_from_topk(ids_UK, trip.experts_here, capacity=call.way.rows))
+        plan = Plan.of(plan_from_topk(ids_UK, trip.experts_here, capacity=call.rows))
         x_q, scores_S = Quantized(codes_UH, scale_UB), scores_UK.reshape(-1)
         w1_q, w2_q = Quantized(w1.fp8.q, w1.fp8.scale), Quantized(w2.fp8.q, w2.fp8.scale)
         forward = Fp8Forward(codes_UH, scores_S, w1_q, b1, w2_q, b2, plan, call.static, call.numerics, save)
@@ -189,7 +187,7 @@ def _forward(
             found = _Beside(way, way.parts(plan))
             out_TH, row_scores_P, z_PN = _forward_beside(k, forward, x_q, found, there_P)
     turned = is_turned(w1_ENH), is_turned(w2_EHI)
-    codes = codes_UH if call.way.keeps else codes_TH
+    codes = codes_UH if call.keeps else codes_TH
     saved = Fp8Saved(z_PN, codes, row_scores_P, b1, b2, plan, call.static, call.numerics, *turned)
     return out_TH, x_q, saved, found
 
