@@ -29,10 +29,11 @@ from supersonic_moe.kernels.alignment import aligned, empty_gradient, is_turned,
 from supersonic_moe.kernels.interface import Experts, Fp8Experts, Into, Quantized, Rows, TokenRows
 from supersonic_moe.private_api import in_forward_mode
 from supersonic_moe.quantization.block_format import padded_capacity
+from supersonic_moe.quantization.weight_cache import Fp8Weight
 from supersonic_moe.routing.plan import plan_from_offsets
-from supersonic_moe.training import ops  # noqa: F401  defines torch.ops.supersonic_moe.quantize_weights
 from supersonic_moe.training.arguments import Numerics, Plan
 from supersonic_moe.training.fields import Fields, on_flat
+from supersonic_moe.training.ops import quantized
 
 
 def grouped_linear(
@@ -80,10 +81,10 @@ def grouped_linear(
                 ".to(torch.bfloat16), or run under torch.autocast(dtype=torch.bfloat16)."
             )
         numerics = Numerics.of(recipe)
-        copies = torch.ops.supersonic_moe.quantize_weights.default([w.detach()], recipe.scale, "auto")
+        (copy,) = quantized([w.detach()], recipe.scale, "auto")
     else:
-        numerics, copies = None, ()
-    call = _Call(Plan.of(plan), gather, numerics, tuple(copies))
+        numerics, copy = None, None
+    call = _Call(Plan.of(plan), gather, numerics, copy)
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, bias))
     if recorded or in_forward_mode():  # which ``apply`` refuses
         y: Tensor = apply(GroupedLinear, x, w, bias, call)
@@ -272,15 +273,15 @@ class _Call(NamedTuple):
     plan: Plan
     gather: bool
     numerics: Numerics | None
-    copies: tuple[Tensor, ...]
-    """(q, q transposed, scale) of the weight in FP8; () otherwise."""
+    copy: Fp8Weight | None
+    """Of the weight, in FP8."""
 
     @property
     def pow2(self) -> bool:
         return self.numerics is not None and self.numerics.scale == "pow2"
 
     def forward(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-        w_q, _, w_scale = self.copies or (None, None, None)
+        w_q, _, w_scale = self.copy or (None, None, None)
         arguments = _FORWARD.flat(x, w, bias, w_q, w_scale, self.plan, self.gather, self.pow2)
         y: Tensor = torch.ops.supersonic_moe.grouped_linear_forward.default(*arguments)
         return y
@@ -296,7 +297,7 @@ class GroupedLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, w, _, call = inputs
-        _, transposed, scale = call.copies or (None, None, None)
+        _, transposed, scale = call.copy or (None, None, None)
         ctx.save_for_backward(x, w, transposed, scale, *call.plan[:-1])
         ctx.identity, ctx.gather, ctx.pow2 = call.plan.identity, call.gather, call.pow2
         ctx.fp8_wgrad = call.numerics is not None and call.numerics.wgrad == "fp8"

@@ -72,7 +72,7 @@ class MoE(nn.Module):
             clamped SwiGLU).
         add_bias: biases on both projections, initialised to zero.
         std: standard deviation of the normal initialisation of all weights.
-        router: a config of ``routing.topk`` or :class:`TokenRounding` (which rounds in training and routes by its base
+        router: a config of ``config.router`` or :class:`TokenRounding` (which rounds in training and routes by its base
             in evaluation), or a name.
         layout: how the 2I rows of ``c_fc.weight`` hold gate and up; ``"gate_up"`` is Hugging Face's ``gate_up_proj``.
         recipe: numeric recipe, a :class:`Bf16Recipe` or an :class:`Fp8Recipe`; None is the former. Also an attribute.

@@ -134,6 +134,15 @@ def test_autocast_computes_in_bf16_and_flushes_to_the_fp32_parameters():
         assert oracle.rel_fro(w.main_grad, g) < 0.15
 
 
+def test_autocast_leaves_fp64_alone():
+    experts, weights = make_experts()
+    node, batch = SonicMoEMlpNode(experts, E, H, I), received(13)
+    assert weights[0].dtype is torch.float64
+    want = node(*batch).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(node(*batch), want)
+
+
 def test_frozen_weights_get_no_gradient_and_need_no_main_grad():
     node, weights = small()
     for w in [*weights[:E], weights[E]]:

@@ -343,7 +343,6 @@ BAD_MAPS = [
     ({"dtype": torch.float64}, "no tensor map for torch.float64"),
     ({"swizzle": 16}, "swizzle must be one of"),
     ({"l2_promotion": 32}, "l2_promotion must be one of"),
-    ({"dtype": torch.uint8, "oob_nan": True}, "oob_nan needs bfloat16 or float32"),
     ({"shape": (0, 64)}, "skip the launch when empty"),
     ({"address": 1 << 20 | 8}, "multiples of 16 bytes, got 0x100008"),
     ({"strides": (64, 2)}, "last dimension must be contiguous"),

@@ -31,6 +31,14 @@ def test_arguments_of_the_wrong_kind_say_what_belongs_there() -> None:
         assert right == "no error"
 
 
+def test_an_fp8_wire_refuses_what_an_exact_one_refuses() -> None:
+    """Its kernels would read beside weights that do not fit, and an error there ends the whole group."""
+    for exact, fp8 in run_ranks(2, arguments.errors_of_wires):
+        *wrong, right = [error.partition("; got ")[0] for error in fp8]
+        assert [error.partition("; got ")[0] for error in exact] == [*wrong, right]
+        assert right == "no error" and all(re.match("(Type|Value)Error: ", error) for error in wrong), wrong
+
+
 def test_a_step_warns_of_nothing() -> None:
     assert run_ranks(2, arguments.warnings_of_steps) == [{"exact": [], "capacity": [], "gather": []}] * 2
 

@@ -70,6 +70,11 @@ def test_gradients_over_an_exact_wire_reach_main_grad_and_exist_once() -> None:
 
 
 @pytest.mark.parametrize("gpu", ON)
+def test_kernels_read_scores_in_fp32_over_an_exact_wire(gpu: bool) -> None:
+    assert alone(cases.exact_scores, 2, gpu) == ([[], []], {torch.float32})
+
+
+@pytest.mark.parametrize("gpu", ON)
 @pytest.mark.parametrize("transport", ["gather", "push"])
 def test_random_calls_with_random_delays_repeat_to_the_bit(transport: str, gpu: bool) -> None:
     assert alone(cases.random_calls, 4, gpu, 60, transport) is True
@@ -92,7 +97,9 @@ def raised(gpu: bool, process: list[Ended]) -> list[str]:
     assert ended.result is not None, ended
     errors: list[str] = ended.result
     assert "no error" not in " ".join(errors), errors
-    return [e for e in errors if "ExpertParallelError" in e] if gpu else errors
+    said = [e for e in errors if "ExpertParallelError" in e] if gpu else errors
+    assert said, errors
+    return said
 
 
 @pytest.mark.parametrize("gpu", ON)

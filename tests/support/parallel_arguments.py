@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from typing import Any
 
@@ -72,6 +73,31 @@ def errors_of_routers() -> list[str]:
     return found
 
 
+def errors_of_wires() -> list[list[str]]:
+    """Of experts that do not fit each other or x, over each wire; then of right ones."""
+    x, w1, w2 = torch.randn(5, 128).bfloat16(), torch.randn(4, 256, 128).bfloat16(), torch.randn(4, 128, 128).bfloat16()
+    ids, scores = torch.arange(15).view(5, 3) % 8, torch.rand(5, 3)
+    calls: list[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]] = [
+        (w1, w2[:, :64].contiguous(), {}),
+        (w1, w2[:, :, :64].contiguous(), {}),
+        (w1.float(), w2, {}),
+        (w1, w2, {"b1": x}),
+        (w1, w2, {"b2": x[:3]}),
+        (w1, w2, {"activation": "silu"}),
+        (w1, w2, {"backend": "cublas"}),
+        (w1, w2, {}),
+    ]
+    found = []
+    for wire in ("exact", "fp8"):
+        ep = cases.make(wire=wire, hidden=128)
+        found.append([])
+        for w1, w2, options in calls:
+            call = functools.partial(ep.experts, x, ids, scores, w1, w2, recipe=Fp8Recipe(scale="pow2"), **options)
+            found[-1].append(cases.error_of(call))
+        ep.close()
+    return found
+
+
 def errors() -> tuple[list[str], ...]:
     return errors_of_groups(), errors_of_meshes(), errors_of_handles(), errors_of_routers()
 
@@ -106,9 +132,9 @@ def wires_of_auto() -> list[bool]:
     used: list[bool] = []
     ep, experts = cases.make(wire="auto", hidden=128), fp8_wire.experts
 
-    def recorded(*args: Any) -> Any:
+    def recorded(*args: Any, **how: Any) -> Any:
         used[-1] = True
-        return experts(*args)
+        return experts(*args, **how)
 
     fp8_wire.experts = recorded
     x, w1, w2 = torch.randn(5, 128), torch.randn(4, 256, 128), torch.randn(4, 128, 128)

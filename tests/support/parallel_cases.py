@@ -273,6 +273,15 @@ def ends_over_an_exact_wire(way: dict[str, Any]) -> list[str]:
     return _ends_of_backward(ep, given, run(ep, given), "of the experts do not exist across ranks")
 
 
+def scores_in_fp64(way: dict[str, Any]) -> list[str]:
+    """What differs from the same scores in fp32, in which a layer of bfloat16 reads them."""
+    tokens = [9, 40, 0, 3][: dist.get_world_size()]
+    ep, given = make(**way), here(inputs(tokens, torch.bfloat16), tokens)
+    want, got = run(ep, given), run(ep, given._replace(scores=given.scores.double()))
+    got = got._replace(dscores=got.dscores.float())
+    return [n for n, a, b in zip(Results._fields[:5], got, want, strict=False) if not torch.equal(a, b)]
+
+
 def _ends_of_backward(ep: ExpertParallel, given: Inputs, got: Results, refusal: str, **options: Any) -> list[str]:
     """Second derivatives are refused, and weight gradients, those of ``got``, added to ``main_grad``."""
     found = []

@@ -18,6 +18,8 @@ from supersonic_moe.bench.spans import Marks
 from supersonic_moe.parallel import ranges
 from supersonic_moe.parallel.beside import Way
 from supersonic_moe.parallel.copies import Copies
+from supersonic_moe.training import bf16
+from supersonic_moe.training.arguments import Bf16Saved
 
 GATHER = {"transport": "gather", "timeout_s": 30.0}
 
@@ -71,6 +73,22 @@ def exact_ends(size: int) -> list[list[str]]:
         found = run_virtual(size, cases.ends_over_an_exact_wire, GATHER)
     assert (0, "backward dispatch") in ways, ways
     return found
+
+
+def exact_scores(size: int, gpu: bool) -> tuple[list[list[str]], set[torch.dtype]]:
+    """What other bits scores in fp64 give rows that travel beside products; and in which dtypes backward reads them:
+    plain torch converts what a CUDA kernel would take for fp32.
+    """
+    _start(gpu, careful=10**6)
+    backward, read = bf16.backward, set[torch.dtype]()
+
+    def noted(k: Any, saved: Bf16Saved, *rest: Any) -> Any:
+        read.add(saved.row_scores.dtype)
+        return backward(k, saved, *rest)
+
+    bf16.backward = noted
+    with _beside():
+        return run_virtual(size, cases.scores_in_fp64, GATHER), read
 
 
 @contextmanager

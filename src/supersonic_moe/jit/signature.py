@@ -14,6 +14,7 @@ parameters. A name that is a word of Python gets an underscore: ``as_``.
     float                          a float or an int
 """
 
+import functools
 import keyword
 import re
 import struct
@@ -159,13 +160,10 @@ def _pack_addresses({", ".join(["_device", "_slots", *names])}):
         _slots.pack_into(_slots.buffer, _slots.offset, *_converted(_device, [{", ".join(names)}]))
 """
 
-    def converted(device: int, values: list[Any]) -> list[Any]:
-        return _converted(signature, device, values)
-
     scope: dict[str, Any] = {
         "_threads": threads,
         "_make_slots": make_slots,
-        "_converted": converted,
+        "_converted": functools.partial(_converted, signature),
         "_cuda": torch.cuda,
         "_PackError": struct.error,
     }
@@ -173,14 +171,6 @@ def _pack_addresses({", ".join(["_device", "_slots", *names])}):
     function: Callable[..., None] = scope["launch"]
     function.__qualname__ = str(signature)  # what Python's complaints about arguments begin with
     return function
-
-
-def packed_values(signature: Signature, device: int, arguments: dict[str, Any]) -> list[Any]:
-    """What ``struct`` packs for each parameter, in their order; TypeError for a name that is missing or unknown."""
-    names = [p.keyword for p in signature.parameters]
-    if set(names) != set(arguments):
-        raise TypeError(f"{signature}: got the arguments {sorted(arguments)}")
-    return _converted(signature, device, [arguments[name] for name in names])
 
 
 def _converted(signature: Signature, device: int, values: list[Any]) -> list[Any]:

@@ -49,7 +49,6 @@ def tensor_map(
     shape: tuple[int, ...] | None = None,
     strides: tuple[int, ...] | None = None,
     l2_promotion: int = 256,
-    oob_nan: bool = False,
 ) -> TensorMap:
     """The descriptor for tiles of `box` elements of `tensor`.
 
@@ -60,7 +59,8 @@ def tensor_map(
         swizzle: bytes of a swizzled line in shared memory: 128, 64, 32, or 0 for rows packed as they are. wgmma
             operands want 128.
         l2_promotion: bytes that an L2 miss fetches: 256, 128, 64, or 0 for just the sectors asked for.
-        oob_nan: fill elements outside the tensor with NaN instead of zero (floating-point types only).
+
+    Elements outside the tensor are loaded as zeros.
     """
     if isinstance(tensor, Tensor):
         address = tensor.data_ptr()
@@ -71,10 +71,10 @@ def tensor_map(
         address = tensor
         if dtype is None or shape is None or strides is None:
             raise TensorMapError("a tensor map of a plain address needs dtype, shape and strides")
-    made = _cached(address, dtype, shape, strides, box, swizzle, l2_promotion, oob_nan)
+    made = _cached(address, dtype, shape, strides, box, swizzle, l2_promotion)
     recorder = tape.state.recorder
     if recorder is not None:
-        tiles = dtype, shape, strides, box, swizzle, l2_promotion, oob_nan
+        tiles = dtype, shape, strides, box, swizzle, l2_promotion
         recorder.maps[made] = address, lambda elsewhere: _cached(elsewhere, *tiles)
     return made
 
@@ -83,7 +83,7 @@ def tensor_map(
 def _cached(*tiles: Any) -> TensorMap:
     """``tiles``: the arguments of :func:`check`."""
     check(*tiles)
-    address, dtype, shape, strides, box, swizzle, l2_promotion, oob_nan = tiles
+    address, dtype, shape, strides, box, swizzle, l2_promotion = tiles
     driver = binding()
     make_context_current(torch.cuda.current_device())
     rank = len(shape)
@@ -102,7 +102,7 @@ def _cached(*tiles: Any) -> TensorMap:
         int(driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE),
         int(getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{_SWIZZLES[swizzle]}")),
         int(getattr(driver.CUtensorMapL2promotion, f"CU_TENSOR_MAP_L2_PROMOTION_{_L2_PROMOTIONS[l2_promotion]}")),
-        int(oob_nan),  # CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE is 0, ..._NAN_REQUEST_ZERO_FMA is 1
+        int(driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
     )
     if result != 0:
         raise TensorMapError(
@@ -120,7 +120,6 @@ def check(
     box: tuple[int, ...],
     swizzle: int,
     l2_promotion: int,
-    oob_nan: bool,
 ) -> None:
     """Raise TensorMapError with the rule, the value and the fix for whatever TMA cannot take."""
     rank = len(shape)
@@ -135,8 +134,6 @@ def check(
         raise TensorMapError(f"swizzle must be one of {sorted(_SWIZZLES)} bytes, got {swizzle}")
     if l2_promotion not in _L2_PROMOTIONS:
         raise TensorMapError(f"l2_promotion must be one of {sorted(_L2_PROMOTIONS)} bytes, got {l2_promotion}")
-    if oob_nan and dtype not in (torch.bfloat16, torch.float32):
-        raise TensorMapError(f"oob_nan needs bfloat16 or float32, got {dtype}; drop it to fill with zeros")
     if any(not 1 <= size <= 2**32 for size in shape):
         raise TensorMapError(
             f"each dimension must have 1 to 2**32 elements, got shape {shape}; skip the launch when empty"

@@ -22,17 +22,16 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from supersonic_moe.kernels.alignment import ALIGNMENT
 from supersonic_moe.kernels.interface import Arrivals, Experts, RowBlocks, TokenRows
 from supersonic_moe.parallel import ranges
 from supersonic_moe.parallel.copies import Copies, Departure
 from supersonic_moe.parallel.trip import Trip
 from supersonic_moe.training.arguments import Plan
 
-ALIGNMENT = 16
-"""Bytes at which rows start, for TMA; rows travel padded to it."""
-
 
 def padded(rows_TC: Tensor) -> Tensor:
+    """Rows as they travel: each starts where TMA can load it."""
     missing = -rows_TC.shape[1] % (ALIGNMENT // rows_TC.element_size())
     return F.pad(rows_TC, (0, missing)) if missing else rows_TC
 

@@ -62,12 +62,12 @@ class Channel:
             what, self.rank, self.size, default_store(f"{key}/{number}"), sizes.timeout_s, sizes.names[0]
         )
         self._collectives = Collectives(group, self.watch)
-        wanted = {"num_experts": sizes.num_experts, "top_k": sizes.top_k}
-        largest = {"places": sizes.max_tokens, "row_bytes": sizes.row_bytes}
-        found = choose(transport, self._collectives, self.watch, **wanted, **largest, largest_bank=sizes.largest_bank)
-        self.transport, self.ranks, self.how = found
+        self.transport, self.ranks, self.how = choose(
+            transport, self._collectives, self.watch, num_experts=sizes.num_experts, top_k=sizes.top_k,
+            places=sizes.max_tokens, row_bytes=sizes.row_bytes, largest_bank=sizes.largest_bank,
+        )  # fmt: skip
         self.fixed_places = self.transport != "all_to_all"
-        """Of all tokens on all ranks."""
+        """Whether every token has a place on every rank, needed there or not."""
         capacity = sizes.capacity
         self.overflow = None if capacity == "exact" else Overflow(self._collectives, capacity)
         self.calls = 0

@@ -54,20 +54,17 @@ def in_fixed_places(found: Departures, capacity: int) -> Departures:
     that finds no place is not sent. Its token gets back what the copy in the last place does: NaN (``overflow.py``).
     """
     tokens_R, ranks = found.tokens_R, found.tokens_R.shape[0]
-    shift_R = torch.arange(ranks, device=tokens_R.device, dtype=torch.int32) * capacity - (
-        tokens_R.cumsum(0) - tokens_R
-    )
-    shift_R = shift_R.to(torch.int32)
-    place_TR = found.copy_TR + shift_R
-    end_R = torch.arange(1, ranks + 1, device=tokens_R.device, dtype=torch.int32) * capacity
+    copies_R = tokens_R.cumsum(0)  # of each rank and those before it
+    first_R = torch.arange(ranks, device=tokens_R.device, dtype=torch.int32) * capacity
+    place_TR = found.copy_TR + (first_R - (copies_R - tokens_R)).to(torch.int32)
+    end_R = first_R + capacity
     needed_TR = found.copy_TR >= 0
     sent_TR = needed_TR & (place_TR < end_R)
     token_TR = torch.arange(sent_TR.shape[0], device=tokens_R.device, dtype=torch.int32)[:, None].expand_as(sent_TR)
     places = token_TR.new_full((ranks * capacity + 1,), -1)
     places.scatter_(0, torch.where(sent_TR, place_TR, ranks * capacity).view(-1).long(), token_TR.reshape(-1))
     copy_TR = torch.where(needed_TR, torch.minimum(place_TR, end_R - 1), -1)
-    rank_TK = torch.where(
-        found.copy_TK >= 0, torch.searchsorted(tokens_R.cumsum(0), found.copy_TK.long(), right=True), ranks
-    )
+    rank_TK = torch.searchsorted(copies_R, found.copy_TK.long(), right=True)
+    rank_TK = torch.where(found.copy_TK >= 0, rank_TK, ranks)
     copy_TK = F.pad(copy_TR, (0, 1), value=-1).gather(1, rank_TK)
     return found._replace(token_M=places[:-1], copy_TR=copy_TR, copy_TK=copy_TK)

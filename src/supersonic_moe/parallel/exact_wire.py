@@ -1,5 +1,5 @@
 """BF16 experts whose rows travel beside their products (``beside.py``), as one function around the whole way: what
-``Dispatch``, ``training.ops.Experts`` and ``Combine`` compute one after the other, to the bit.
+``Dispatch``, ``training.experts.Experts`` and ``Combine`` compute one after the other, to the bit.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from torch import Tensor
 from supersonic_moe.autocast import without_autocast
 from supersonic_moe.autograd import apply, refuse_second_derivatives
 from supersonic_moe.config.recipe import Bf16Recipe
-from supersonic_moe.kernels import registry
+from supersonic_moe.functional import CheckedExperts
 from supersonic_moe.kernels.alignment import aligned
-from supersonic_moe.kernels.interface import Experts, Rows, UpProjection
+from supersonic_moe.kernels.interface import Rows, UpProjection
 from supersonic_moe.parallel import ranges
 from supersonic_moe.parallel.beside import Way, WayBack
 from supersonic_moe.parallel.trip import Trip
 from supersonic_moe.routing.plan import plan_from_topk
 from supersonic_moe.training import bf16
-from supersonic_moe.training.arguments import Bf16Forward, Bf16Saved, Incoming, Inputs, Plan, Static, Weight
+from supersonic_moe.training.arguments import Bf16Forward, Bf16Saved, Incoming, Inputs, Plan, Static
 from supersonic_moe.training.fields import Fields, on_flat
 from supersonic_moe.training.main_grad import Targets, targets_of
+from supersonic_moe.training.ops import bf16_kernels
 from supersonic_moe.training.options import Options
 
 
@@ -35,12 +36,6 @@ class _Call(NamedTuple):
     keeps: bool
     """Whether rows that arrived are kept for backward, or sent once more."""
 
-    def kernels(self, x: Tensor, w2_EHI: Tensor) -> Experts:
-        _, hidden, intermediate = w2_EHI.shape
-        sizes = {"hidden": hidden, "intermediate": intermediate}
-        choice = registry.choose(x.device, x.dtype, **sizes, backend=self.options.backend)
-        return registry.kernels(choice.name).experts
-
 
 def way_of(trip: Trip, x_TH: Tensor, top_k: int, options: Options) -> Way | None:
     """None where the rows of a call do not travel beside its products."""
@@ -49,24 +44,12 @@ def way_of(trip: Trip, x_TH: Tensor, top_k: int, options: Options) -> Way | None
     return Way.of(trip, x_TH, x_TH, top_k)
 
 
-def experts(
-    x_TH: Tensor,
-    scores_TK: Tensor,
-    ids_TK: Tensor,
-    weights: tuple[Weight, Tensor | None, Weight, Tensor | None],
-    way: Way,
-    options: Options,
-    *,
-    keeps: bool,
-) -> Tensor:
-    """(T, H): dispatch, experts and combine. ``ids`` int32 of all experts; ``weights``: w1, b1, w2, b2 of those here,
-    in the dtype of x.
-    """
-    w1, b1, w2, b2 = weights
-    operands = (x_TH, scores_TK, w1.value, b1, w2.value, b2)
-    call = _Call(way, options, keeps)
+def experts(e: CheckedExperts, scores_TK: Tensor, ids_TK: Tensor, way: Way, *, keeps: bool) -> Tensor:
+    """(T, H): dispatch, experts and combine. ``e``: x, and the experts here; ``ids`` int32 of all experts."""
+    operands = (e.x, scores_TK, e.w1.value, e.b1, e.w2.value, e.b2)
+    call = _Call(way, e.options, keeps)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
-        out: Tensor = apply(_Experts, *operands, ids_TK, (w1.parameter, w2.parameter), call)
+        out: Tensor = apply(_Experts, *operands, ids_TK, (e.w1.parameter, e.w2.parameter), call)
         return out
     with torch.no_grad():
         return _forward(operands, ids_TK, call, save=False)[0]
@@ -90,7 +73,7 @@ class _Experts(torch.autograd.Function):
         if call.options.accumulate_into_main_grad:
             needs, targets = targets_of(ctx.parameters, needs, ctx)
         saved: Bf16Saved = _named(*ctx.saved_tensors, *ctx.others)
-        k, way, phase = call.kernels(saved.x, saved.w2), call.way, "backward dispatch"
+        k, way, phase = bf16_kernels(saved.x, saved.w2, saved.static), call.way, "backward dispatch"
         with torch.no_grad(), without_autocast(dout_TH):
             if not call.keeps:
                 saved = saved._replace(x=way.trip.send(phase, saved.x))
@@ -119,9 +102,9 @@ _named = on_flat(lambda saved: saved, _SAVED)
 def _forward(operands: Any, ids_TK: Tensor, call: _Call, *, save: bool) -> tuple[Tensor, Bf16Saved, ranges.Parts]:
     """(out (T, H), what backward reads, the parts)."""
     x_TH, scores_TK, w1, b1, w2, b2 = operands
-    way, trip, phase, k = call.way, call.way.trip, "forward dispatch", call.kernels(x_TH, w2)
-    o = call.options
+    way, trip, phase, o = call.way, call.way.trip, "forward dispatch", call.options
     static = Static.of(o.activation, o.layout, o.backend)
+    k = bf16_kernels(x_TH, w2, static)
     with without_autocast(x_TH):
         ids_UK, scores_UK = trip.send_choices(phase, ids_TK, scores_TK)
         x_UH, there_P = way.arrive(x_TH, phase)
@@ -134,7 +117,7 @@ def _forward(operands: Any, ids_TK: Tensor, call: _Call, *, save: bool) -> tuple
             Rows(x_UH, plan.read_index), forward.w1, forward.b1, offsets, plan.row_expert, static.gate(), save
         )
         z_PN, a_PI = k.up_projection(up, way.arrivals(parts, there_P))
-        s_P = k.pick(forward.scores, plan.scatter_index)
+        s_P = k.pick(forward.scores, plan.scatter_index, bf16.score_dtype(x_TH.dtype))
         product = partial(k.grouped_mm, Rows(a_PI), forward.w2.mT, offsets)
         del a_PI
         out_TH = way.sums(k, parts, product, s_P, b2, plan, x_TH)

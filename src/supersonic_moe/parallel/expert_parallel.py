@@ -297,20 +297,16 @@ class ExpertParallel:
                 checks.size(name, "expert count", weight.shape[0], self.experts_here, "the experts of this rank")
             checks.size("w1", "hidden size (last dimension)", w1.shape[2], self.hidden, "hidden of the ExpertParallel")
             options = _local_biases(options)
-            inference = bool(options.get("inference"))
+            read = Options.read(options)
             found = self._channel.departures(ids_TK)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not inference):
-                if self.wire == "fp8" or (self.wire == "auto" and fp8_wire.is_free(options.get("recipe"), x_TH)):
-                    out_TH = self._experts_fp8(x_TH, scores_TK, found, w1, w2, Options.read(options))
-                    return out_TH, found.rows_E
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not read.inference):
+                if self.wire == "fp8" or (self.wire == "auto" and fp8_wire.is_free(read.recipe, x_TH)):
+                    return self._experts_fp8(x_TH, scores_TK, found, w1, w2, read), found.rows_E
                 trip, rows, scores_TK = self._channel.start(x_TH, scores_TK, found)
-                way = exact_wire.way_of(trip, x_TH, self.top_k, read := Options.read(options))
+                way = exact_wire.way_of(trip, x_TH, self.top_k, read)
                 if way is not None:
-                    e = functional.checked_experts(x_TH, w1, w2, read)
-                    weights, keeps = (e.w1, e.b1, e.w2, e.b2), self.keep_received
-                    return exact_wire.experts(
-                        e.x, scores_TK, found.ids_TK, weights, way, read, keeps=keeps
-                    ), found.rows_E
+                    e, keeps = functional.checked_experts(x_TH, w1, w2, read), self.keep_received
+                    return exact_wire.experts(e, scores_TK, found.ids_TK, way, keeps=keeps), found.rows_E
                 got = self._dispatched(x_TH, scores_TK, found.ids_TK, trip, rows)
                 part_UH = functional.experts_from_plan(got.x, got.scores.reshape(-1), got.plan, w1, w2, **options)
                 assert got.handle is not None
@@ -332,9 +328,10 @@ class ExpertParallel:
                 f'scales would cost them accuracy; got {options.recipe}. Use Fp8Recipe(scale="pow2") or '
                 'Fp8Recipe(wgrad="bf16").'
             )
-        trip, rows, scores_TK = self._channel.start(x_TH, scores_TK.float(), found)
-        way = fp8_wire.Way(trip, None if rows is None else sum(rows), self.keep_received)
-        return fp8_wire.experts(x_TH, scores_TK, found.ids_TK, way, w1, w2, options)
+        e = functional.checked_experts(x_TH, w1, w2, options)
+        trip, rows, scores_TK = self._channel.start(e.x, scores_TK.float(), found)
+        here, keeps = None if rows is None else sum(rows), self.keep_received
+        return fp8_wire.experts(e, scores_TK, found.ids_TK, trip, here, keeps=keeps)
 
     # ---- its parts ---------------------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from supersonic_moe.autocast import without_autocast
 from supersonic_moe.autograd import apply, refuse_second_derivatives
 from supersonic_moe.config.recipe import Fp8Recipe
-from supersonic_moe.kernels import registry
+from supersonic_moe.functional import CheckedExperts
 from supersonic_moe.kernels.alignment import aligned, is_turned
 from supersonic_moe.kernels.interface import Fp8Experts, Quantized, Rows, UpProjection
 from supersonic_moe.parallel import beside, ranges
@@ -51,8 +51,7 @@ from supersonic_moe.training.arguments import (
 )
 from supersonic_moe.training.fields import Fields, on_flat
 from supersonic_moe.training.main_grad import Targets, targets_of
-from supersonic_moe.training.ops import with_fp8_copies
-from supersonic_moe.training.options import Options
+from supersonic_moe.training.ops import fp8_kernels, quantized, with_fp8_copies
 
 DTYPES = {
     "fp8": "in e4m3",
@@ -67,16 +66,6 @@ def is_free(recipe: object, x_TH: Tensor) -> bool:
     return free and x_TH.dtype is torch.bfloat16
 
 
-class Way(NamedTuple):
-    """How a call's tokens travel."""
-
-    trip: Trip
-    rows: int | None
-    """Of this rank's experts, where the host knows."""
-    keeps: bool
-    """Whether codes that arrived are kept for backward, or sent once more."""
-
-
 class _Beside(NamedTuple):
     """How the rows of a call travel beside its products."""
 
@@ -87,29 +76,28 @@ class _Beside(NamedTuple):
 class _Call(NamedTuple):
     """What a call knows beside its tensors."""
 
-    way: Way
-    intermediate: int
-    options: Options
+    trip: Trip
+    rows: int | None
+    """Of this rank's experts, where the host knows."""
+    keeps: bool
+    """Whether codes that arrived are kept for backward, or sent once more."""
+    into_main_grad: bool
     static: Static
     numerics: Numerics
 
-    def kernels(self, x: Tensor) -> Fp8Experts:
-        sizes = {"hidden": x.shape[1], "intermediate": self.intermediate}
-        choice = registry.choose_fp8(x.device, **sizes, backend=self.options.backend)
-        return registry.fp8_kernels(choice.name)
 
-
-def experts(x_TH: Tensor, scores_TK: Tensor, ids_TK: Tensor, way: Way, w1: Tensor, w2: Tensor, o: Options) -> Tensor:
-    """(T, H): dispatch, experts and combine. ``ids`` int32 of all experts; x in bfloat16, weights (E/R, ·, ·) in any
-    dtype.
+def experts(
+    e: CheckedExperts, scores_TK: Tensor, ids_TK: Tensor, trip: Trip, rows: int | None, *, keeps: bool
+) -> Tensor:
+    """(T, H): dispatch, experts and combine. ``e``: x, and the experts here; ``ids`` int32 of all experts; ``rows`` of
+    those here, where the host knows.
     """
+    o = e.options
     assert isinstance(o.recipe, Fp8Recipe)
-    kind = x_TH.dtype
-    pair = Weight(w1, w1.to(kind)), Weight(w2, w2.to(kind))
-    pair = with_fp8_copies(*pair, o.recipe, o.backend, o.weight_cache)
-    b1, b2 = (None if b is None else b.to(kind) for b in (o.b1, o.b2))
-    call = _Call(way, w2.shape[2], o, Static.of(o.activation, o.layout, o.backend), Numerics.of(o.recipe))
-    operands = (x_TH, scores_TK, pair[0].value, b1, pair[1].value, b2)
+    pair = with_fp8_copies(e.w1, e.w2, o.recipe, o.backend, o.weight_cache)
+    static = Static.of(o.activation, o.layout, o.backend)
+    call = _Call(trip, rows, keeps, o.accumulate_into_main_grad, static, Numerics.of(o.recipe))
+    operands = (e.x, scores_TK, e.w1.value, e.b1, e.w2.value, e.b2)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
         out: Tensor = apply(_Experts, *operands, ids_TK, pair, call)
         return out
@@ -137,19 +125,17 @@ class _Experts(torch.autograd.Function):
         call: _Call = ctx.call
         *needed, _ids, _pair, _call = ctx.needs_input_grad
         needs, targets, parameters = Inputs(*needed), Targets(), ctx.parameters
-        if call.options.accumulate_into_main_grad:
+        if call.into_main_grad:
             needs, targets = targets_of(parameters, needs, ctx)
         main = targets.of_kernels()
         x_scale, *tensors = ctx.saved_tensors
         if ctx.again:
             w1, w2, *tensors = tensors
-            assert isinstance(call.options.recipe, Fp8Recipe)
-            recipe = Fp8Recipe(**{**call.numerics._asdict(), "keep_transposed": True})
-            q1, q2 = with_fp8_copies(Weight(w1, w1), Weight(w2, w2), recipe, call.options.backend, None)
-            tensors = [*_WEIGHTS.flat(*Fp8Weights.of(q1.fp8, q2.fp8, call.numerics)), *tensors]
-        k, trip = call.kernels(dout_TH), call.way.trip
+            q1, q2 = quantized([w1.detach(), w2.detach()], call.numerics.scale, call.static.backend)
+            tensors = [*_WEIGHTS.flat(*Fp8Weights.of(q1, q2, call.numerics)), *tensors]
         weights, saved = _named(*tensors, *ctx.others)
-        if not call.way.keeps:
+        k, trip = fp8_kernels(dout_TH, weights.w2_transposed.shape[1], call.static), call.trip
+        if not call.keeps:
             saved = saved._replace(x=_codes(trip, "backward dispatch", saved.x))
         home = k.quantize_rows(dout_TH.contiguous(), call.numerics.scale == "pow2")
         dout_q, dout, arriving = _dout_received(k, trip, ctx.beside, home)
@@ -178,7 +164,7 @@ def _forward(
 ) -> tuple[Tensor, Quantized, Fp8Saved, _Beside | None]:
     """(out (T, H), received x, what backward reads, how the rows travelled)."""
     x_TH, scores_TK, w1_ENH, b1, w2_EHI, b2 = operands
-    (w1, w2), trip, k = pair, call.way.trip, call.kernels(x_TH)
+    (w1, w2), trip, k = pair, call.trip, fp8_kernels(x_TH, w2_EHI.shape[2], call.static)
     with without_autocast(x_TH):
         codes_TH, scale_TB = k.quantize_rows(x_TH, call.numerics.scale == "pow2")
         way = beside.Way.of(trip, codes_TH.view(torch.uint8), x_TH, ids_TK.shape[1])
@@ -188,7 +174,7 @@ def _forward(
         else:
             bytes_UH, there_P = way.arrive(codes_TH.view(torch.uint8), "forward dispatch")
             codes_UH = bytes_UH.view(E4M3)
-        plan = Plan.of(plan_from_topk(ids_UK, trip.experts_here, capacity=call.way.rows))
+        plan = Plan.of(plan_from_topk(ids_UK, trip.experts_here, capacity=call.rows))
         x_q, scores_S = Quantized(codes_UH, scale_UB), scores_UK.reshape(-1)
         w1_q, w2_q = Quantized(w1.fp8.q, w1.fp8.scale), Quantized(w2.fp8.q, w2.fp8.scale)
         forward = Fp8Forward(codes_UH, scores_S, w1_q, b1, w2_q, b2, plan, call.static, call.numerics, save)
@@ -201,7 +187,7 @@ def _forward(
             found = _Beside(way, way.parts(plan))
             out_TH, row_scores_P, z_PN = _forward_beside(k, forward, x_q, found, there_P)
     turned = is_turned(w1_ENH), is_turned(w2_EHI)
-    codes = codes_UH if call.way.keeps else codes_TH
+    codes = codes_UH if call.keeps else codes_TH
     saved = Fp8Saved(z_PN, codes, row_scores_P, b1, b2, plan, call.static, call.numerics, *turned)
     return out_TH, x_q, saved, found
 

@@ -35,7 +35,7 @@ def choose(
     top_k: int,
     places: int,
     row_bytes: int,
-    largest_bank: int | None = None,
+    largest_bank: int | None,
 ) -> Transport:
     """The same on every rank; collective. ``places`` and ``row_bytes`` are the most that a rank sends to another one in
     a call; with ``wanted="auto"``, places are ``max_tokens``. ``largest_bank``: bytes of one of the two buffers that

@@ -108,9 +108,7 @@ class Watch:
         kind: what the user made, with this limit.
     """
 
-    def __init__(
-        self, what: str, rank: int, size: int, store: Any, limit_s: float, kind: str = "ExpertParallel"
-    ) -> None:
+    def __init__(self, what: str, rank: int, size: int, store: Any, limit_s: float, kind: str) -> None:
         self.what, self.rank, self.size, self.limit_s, self.kind = what, rank, size, limit_s, kind
         self.activity = Activity(0, "", False)
         self.failure: str | None = None
@@ -125,9 +123,8 @@ class Watch:
         stop = threading.Event()
         arguments = (weakref.ref(self), stop, self.beat_s, self._reports)
         thread = threading.Thread(target=_look_after, args=arguments, daemon=True)
-        self._end = weakref.finalize(
-            self, _end, stop, thread, self._reports
-        )  # at exit, too, while threads may still end
+        # at exit, too, while threads may still end
+        self._end = weakref.finalize(self, _end, stop, thread, self._reports)
         atexit.register(self._reports.is_final)
         thread.start()
 

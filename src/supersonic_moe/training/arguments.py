@@ -249,7 +249,9 @@ class Fp8Output(NamedTuple):
     out: Tensor
     row_scores: Tensor
     z: Quantized
-    """(P, N1) e4m3, or bf16 with no scales, (0, N1/128); (0, N1) if nothing is saved or backward computes it again."""
+    """(P, N1) as the recipe says: e4m3, int8 in the *saved* format (``quantization/block_format.py``), or bf16 with no
+    scales, (0, N1/128); (0, N1) if nothing is saved or backward computes it again.
+    """
 
 
 class Fp8Saved(NamedTuple):

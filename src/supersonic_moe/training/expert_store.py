@@ -46,6 +46,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from supersonic_moe import checks
+from supersonic_moe.autocast import autocast_dtype
 from supersonic_moe.config.activation import Activation
 from supersonic_moe.config.recipe import Fp8Recipe, Recipe
 from supersonic_moe.private_api import add_each, copy_each
@@ -114,9 +115,8 @@ class ExpertStore:
             parameters = look_up()
             if self._copies:
                 self.discard()
-        dtype = parameters["w1"][0].dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
+        first = parameters["w1"][0]
+        dtype = autocast_dtype(first) or first.dtype
         use = _Use(dtype, recipe, _place(device), torch.is_inference_mode_enabled())
         for copies in self._copies:
             if copies.use == use:
@@ -292,7 +292,7 @@ class StackedExperts:
         self.fp8 = _Fp8Copies()
         self.w1, self.w2 = (_stacked(parameters[which], shapes[which], transposed, use.dtype) for which in ("w1", "w2"))
 
-    def changed(self, parameters: ExpertWeights | None = None) -> list[tuple[str, int]]:
+    def changed(self, parameters: ExpertWeights | None) -> list[tuple[str, int]]:
         """Which weights, and of which expert, are no longer what was copied: looked up by the caller, or the same
         parameters as then.
         """

@@ -179,10 +179,11 @@ def _backward_of_losses(ctx: Any, dlogits: Tensor | None, dloss: Tensor | None, 
     """Where nothing depends on the output. May be differentiated again."""
     x, router, logits, _, _, counts = ctx.saved_tensors[ctx.kept :]
     if dloss is not None:
-        backward = plain_loss_backward if torch.is_grad_enabled() else switch_loss_backward
         backend, sigmoid = ctx.choice.of_loss
-        arguments = (sigmoid,) if torch.is_grad_enabled() else (backend, sigmoid)
-        of_loss = backward(dloss, logits, counts, *arguments)
+        if torch.is_grad_enabled():  # create_graph
+            of_loss = plain_loss_backward(dloss, logits, counts, sigmoid)
+        else:
+            of_loss = switch_loss_backward(dloss, logits, counts, backend, sigmoid)
         dlogits = of_loss if dlogits is None else dlogits + of_loss
     if dlogits is None:
         return (None,) * 8

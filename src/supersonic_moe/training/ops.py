@@ -51,7 +51,7 @@ def bf16_kernels(x: Tensor, w2: Tensor, static: Static) -> interface.Experts:
     return registry.kernels(choice.name).experts
 
 
-def _fp8_kernels(x: Tensor, intermediate: int, static: Static) -> interface.Fp8Experts:
+def fp8_kernels(x: Tensor, intermediate: int, static: Static) -> interface.Fp8Experts:
     choice = registry.choose_fp8(x.device, hidden=x.shape[1], intermediate=intermediate, backend=static.backend)
     return registry.fp8_kernels(choice.name)
 
@@ -72,14 +72,14 @@ def _bf16_backward(saved: Bf16Saved, incoming: Incoming) -> tuple[Tensor, ...]:
 
 
 def _fp8_forward(call: Fp8Forward) -> tuple[Tensor, ...]:
-    k = _fp8_kernels(call.x, call.w2.shape[2], call.static)
+    k = fp8_kernels(call.x, call.w2.shape[2], call.static)
     with without_autocast(call.x):
         output = fp8.forward(k, aligned(call, k.ALIGNMENT, "b1"))
     return _FP8_OUTPUT.flat(*output)
 
 
 def _fp8_backward(weights: Fp8Weights, saved: Fp8Saved, incoming: Incoming) -> tuple[Tensor, ...]:
-    k = _fp8_kernels(saved.x, weights.w2_transposed.shape[1], saved.static)
+    k = fp8_kernels(saved.x, weights.w2_transposed.shape[1], saved.static)
     saved, incoming = aligned(saved, k.ALIGNMENT, "x", "b1"), aligned(incoming, k.ALIGNMENT, "dout")
     with without_autocast(saved.x):
         gradients = fp8.backward(k, weights, saved, incoming)

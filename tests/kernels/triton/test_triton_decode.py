@@ -21,7 +21,7 @@ from supersonic_moe.kernels.reference.activation import activation_forward
 from supersonic_moe.kernels.triton.decode import decode
 
 GATE_UP, UP_GATE, INTERLEAVED = GateUpLayout.GATE_UP, GateUpLayout.UP_GATE, GateUpLayout.INTERLEAVED
-SWIGLU = as_activation("swiglu")
+SWIGLU, RELU = as_activation("swiglu"), as_activation("relu")
 
 
 class Case(NamedTuple):
@@ -63,6 +63,23 @@ def operands(case: Case, device: torch.device, hidden: int = 200, width: int = 7
     b1, b2 = normal(num_experts, fan * width), normal(num_experts, hidden)
     x, w1, b1, w2, b2 = (t.to(case.dtype) for t in (x, w1, b1, w2, b2))
     return x, ids, scores.to(case.dtype), w1, b1 if case.biased else None, w2, b2 if case.biased else None
+
+
+def test_rows_of_weights_may_lie_2_to_31_elements_apart(device: torch.device) -> None:
+    """4 GB of addresses, of which a CPU touches the rows only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+        w = torch.empty(2**31 + 8, dtype=torch.bfloat16, device=device).as_strided((1, 257, 8), (0, 2**23, 1))
+    w.copy_(torch.randn(w.shape, device=device))
+    x, ids, gate = (
+        torch.randn(2, 8, device=device).bfloat16(),
+        torch.tensor([[0], [-1]], device=device),
+        Gate(RELU, GATE_UP),
+    )
+    scores = torch.ones(2, 1, device=device)
+    got = decode(x, ids, scores, w, None, w.mT, None, gate)
+    near = w.contiguous()
+    assert torch.equal(got, decode(x, ids, scores, near, None, near.clone().mT, None, gate))
 
 
 def exact(x: Tensor, ids: Tensor, scores: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, gate: Gate) -> Tensor:

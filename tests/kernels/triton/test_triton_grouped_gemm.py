@@ -60,6 +60,19 @@ def test_grouped_mm_in_fp16(depth: int, columns: int, device: torch.device) -> N
     assert torch.equal(again[:392], got[:392])
 
 
+def test_rows_of_a_weight_in_fp16_may_lie_2_to_31_elements_apart(device: torch.device) -> None:
+    """4 GB of addresses, of which a CPU touches the rows only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+        w = torch.empty(2**31 + 8, dtype=torch.float16, device=device).as_strided((1, 257, 8), (0, 2**23, 1))
+    w.copy_(torch.randn(w.shape, device=device))
+    for view in (w, w.mT):  # (E, N, K), and as the other factor (E, K, N)
+        a, near = torch.randn(3, view.shape[2], device=device).half(), view.contiguous()
+        offsets = offsets_of([3], device)
+        got = kernels.grouped_mm(Rows(a), view.mT, offsets)
+        assert torch.equal(got, kernels.grouped_mm(Rows(a), near.mT, offsets))
+
+
 @pytest.mark.parametrize("out_dtype", [None, torch.float16, torch.float32])
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_grouped_mm_wgrad_in_fp16(out_dtype: torch.dtype | None, accumulate: bool, device: torch.device) -> None:

@@ -1,11 +1,10 @@
 """The memory-bound kernels in Triton, around torch's grouped GEMM: the portable GPU backend.
 
 Same functions as ``kernels/reference``, for bfloat16, float16 and float32 (the grouped GEMMs: bfloat16, of torch, and
-float16 on CUDA).
-Every kernel runs on the current stream of its tensors' device, never synchronises with the host, has one writer per
-element and sums in a fixed order, so results are bit-identical from call to call and every launch can be captured in
-a CUDA graph. Without a GPU the same code runs in Triton's interpreter (``TRITON_INTERPRET=1`` before triton is
-imported).
+float16 on CUDA). Every kernel runs on the current stream of its tensors' device, never synchronises with the host, has
+one writer per element and sums in a fixed order, so results are bit-identical from call to call and every launch can be
+captured in a CUDA graph. Two count by integer atomics, which shows in the order of ``needed_rows`` alone. Without a GPU
+the same code runs in Triton's interpreter (``TRITON_INTERPRET=1`` before triton is imported).
 """
 
 from supersonic_moe.kernels.compose import Composed

@@ -30,7 +30,7 @@ from torch import Tensor
 from supersonic_moe.kernels.interface import Gate
 from supersonic_moe.kernels.triton.activation import _activate
 from supersonic_moe.kernels.triton.launch import launch
-from supersonic_moe.kernels.triton.tiling import cdiv, column_block
+from supersonic_moe.kernels.triton.tiling import cdiv, column_block, near
 
 BLOCK_M = 16  # rows of a tensor instruction
 BLOCK_K = 64
@@ -142,7 +142,7 @@ def decode(
     b2_EH: Tensor | None,
     gate: Gate,
 ) -> Tensor:
-    """(T, H) in the dtype of x. x, ids and scores are contiguous; so is each weight, or its transpose."""
+    """(T, H) in the dtype of x. x, ids and scores are contiguous, and of each weight one of the last two dimensions."""
     activation, layout = gate
     (num_tokens, k), (num_experts, hidden, intermediate) = ids_TK.shape, w2_EHI.shape
     num_slots = num_tokens * k
@@ -170,6 +170,7 @@ def _project(
     slots_per_row: int,
     activation: tuple[str, str, float, float | None, float],
 ) -> None:
+    w_ENK = near(w_ENK)
     num_experts, columns, depth = w_ENK.shape
     stride_e, stride_n, stride_k = w_ENK.stride()
     num_slots, width = out_SW.shape

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from supersonic_moe.kernels.interface import Quantized
 from supersonic_moe.kernels.triton.launch import launch
-from supersonic_moe.kernels.triton.tiling import cdiv, column_block, rows_and_blocks
-from supersonic_moe.quantization import block_format
-from supersonic_moe.quantization.block_format import blocks
+from supersonic_moe.kernels.triton.tiling import row_tiles, rows_and_blocks
+from supersonic_moe.quantization.block_format import BLOCK
 
 TILE = 4096
 """Elements of a program."""
@@ -44,13 +43,7 @@ def dequantize_rows(x: Quantized, out_RC: Tensor | None = None) -> Tensor:
         out_RC = q_RC.new_empty(rows, columns, dtype=torch.bfloat16)
     if out_RC.numel() == 0:
         return out_RC
-    panel = max(1, column_block(columns, 8 * block_format.BLOCK) // block_format.BLOCK)
-    of_program = TILE // (panel * block_format.BLOCK)
+    grid, tile = row_tiles(rows, columns, TILE, 8)
     strides = q_RC.stride(0), scale_RB.stride(0), scale_RB.stride(1), out_RC.stride(0)
-    launch(
-        _dequantize_kernel,
-        (cdiv(rows, of_program) * cdiv(blocks(columns), panel),),
-        (q_RC, scale_RB, out_RC, rows, *strides),
-        (columns, of_program, panel, block_format.BLOCK),
-    )
+    launch(_dequantize_kernel, grid, (q_RC, scale_RB, out_RC, rows, *strides), (columns, *tile, BLOCK))
     return out_RC

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from supersonic_moe.kernels.triton.launch import launch
-from supersonic_moe.kernels.triton.tiling import cdiv, next_power_of_2, rows_of_chunk
+from supersonic_moe.kernels.triton.tiling import cdiv, near, next_power_of_2, rows_of_chunk
 
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 128, 64  # 64 fp32 sums for each of 256 threads, 32 KB of operands a step
 CHUNK = 512  # rows between two starts of the pipeline of loads
@@ -85,6 +85,7 @@ def _contraction_kernel(
 
 def multiply_rows(a_PK: Tensor, b_EKN: Tensor, expert_offsets: Tensor) -> Tensor:
     """(P, N) in the dtype of ``a``, whose rows are contiguous; dead rows are undefined."""
+    b_EKN = near(b_EKN)
     (num_rows, depth), (num_experts, _, columns) = a_PK.shape, b_EKN.shape
     out_PN = a_PK.new_empty(num_rows, columns)
     if num_rows:

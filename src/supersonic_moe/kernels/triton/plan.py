@@ -164,9 +164,8 @@ def _place_kernel(
 
     spread = tl.num_programs(0) * BLOCK_S
     unfilled = tl.full([BLOCK_S], -1, dtype=tl.int32)
-    if (
-        tile > 1
-    ):  # expert e leaves the rows start + total .. end, fewer than `tile`: all programs share E * (tile - 1) candidates
+    # Expert e leaves the rows start + total .. end, fewer than `tile`: all programs share E * (tile - 1) candidates.
+    if tile > 1:
         gaps = tile - 1
         start, total, end = _segments(total, tile)
         first = chunk * BLOCK_S

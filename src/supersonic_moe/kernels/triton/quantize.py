@@ -37,7 +37,7 @@ from torch import Tensor
 
 from supersonic_moe.kernels.interface import BothOrders, Quantized, Segments
 from supersonic_moe.kernels.triton.launch import launch
-from supersonic_moe.kernels.triton.tiling import cdiv, column_block, rows_and_blocks
+from supersonic_moe.kernels.triton.tiling import row_tiles, rows_and_blocks
 from supersonic_moe.quantization import block_format
 from supersonic_moe.quantization.block_format import blocks, empty_e4m3, empty_scales
 
@@ -195,11 +195,9 @@ def quantize_rows_into(out: Quantized, x_RC: Tensor, pow2: bool = False, tma: bo
     (num_rows, columns), (q_RC, scale_RB) = x_RC.shape, out
     if q_RC.numel() == 0:
         return out
-    panel = max(1, column_block(columns, (2 if tma else 8) * block_format.BLOCK) // block_format.BLOCK)
-    rows = TILE // (panel * block_format.BLOCK)
-    grid = (cdiv(num_rows, rows) * cdiv(blocks(columns), panel),)
+    grid, tile = row_tiles(num_rows, columns, TILE, 2 if tma else 8)
     strides = x_RC.stride(0), q_RC.stride(0), scale_RB.stride(0), scale_RB.stride(1)
-    launch(_rows_kernel, grid, (x_RC, q_RC, scale_RB, num_rows, *strides), (columns, pow2, rows, panel))
+    launch(_rows_kernel, grid, (x_RC, q_RC, scale_RB, num_rows, *strides), (columns, pow2, *tile))
     return out
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from supersonic_moe.kernels.interface import Quantized
 from supersonic_moe.kernels.triton.launch import launch
-from supersonic_moe.kernels.triton.tiling import cdiv, column_block
+from supersonic_moe.kernels.triton.tiling import row_tiles
 from supersonic_moe.quantization import block_format
-from supersonic_moe.quantization.block_format import blocks, empty_saved
+from supersonic_moe.quantization.block_format import empty_saved
 
 TILE = 8192  # elements of a program
 BLOCK = tl.constexpr(block_format.BLOCK)
@@ -59,9 +59,7 @@ def quantize_saved(z_RC: Tensor) -> Quantized:
     out = Quantized(*empty_saved(z_RC, num_rows, columns))
     if out.q.numel() == 0:
         return out
-    panel = max(1, column_block(columns, 2 * block_format.BLOCK) // block_format.BLOCK)
-    rows = TILE // (panel * block_format.BLOCK)
-    grid = (cdiv(num_rows, rows) * cdiv(blocks(columns), panel),)
+    grid, tile = row_tiles(num_rows, columns, TILE, 2)
     strides = z_RC.stride(0), out.q.stride(0), out.scale.stride(1)
-    launch(_saved_kernel, grid, (z_RC, out.q, out.scale, num_rows, *strides), (columns, rows, panel))
+    launch(_saved_kernel, grid, (z_RC, out.q, out.scale, num_rows, *strides), (columns, *tile))
     return out

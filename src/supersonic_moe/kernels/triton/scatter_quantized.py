@@ -22,8 +22,7 @@ from torch import Tensor
 from supersonic_moe.kernels.interface import Quantized
 from supersonic_moe.kernels.triton.launch import launch
 from supersonic_moe.kernels.triton.quantize import BLOCK, _block_scale, _e4m3
-from supersonic_moe.kernels.triton.tiling import cdiv, column_block, next_power_of_2, rows_and_blocks
-from supersonic_moe.quantization import block_format
+from supersonic_moe.kernels.triton.tiling import next_power_of_2, row_tiles, rows_and_blocks
 
 TILE = 4096  # elements of a program: 32 a thread, and two programs a multiprocessor at 256 tokens of 4096
 
@@ -79,16 +78,14 @@ def scatter_quantized(
     tokens, columns = x_TC.shape
     if tokens == 0:
         return
-    slots, panel = row_TS.shape[1], max(1, column_block(columns, 8 * block_format.BLOCK) // block_format.BLOCK)
-    per_program = TILE // (panel * block_format.BLOCK)
-    grid = cdiv(tokens, per_program) * cdiv(columns, panel * block_format.BLOCK)
+    grid, tile = row_tiles(tokens, columns, TILE, 8)
     scale_strides = (0, 0) if scale_TB is None else scale_TB.stride()
     launch(
         _scatter_kernel,
-        (grid,),
+        grid,
         (
             x_TC, scale_TB, weight_T, row_TS, out.q, out.scale, tokens, x_TC.stride(0), *scale_strides,
             out.scale.stride(1),
         ),
-        (columns, slots, used, pow2, per_program, panel, next_power_of_2(used)),
+        (columns, row_TS.shape[1], used, pow2, *tile, next_power_of_2(used)),
     )  # fmt: skip

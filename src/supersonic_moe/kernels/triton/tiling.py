@@ -14,6 +14,9 @@ import functools
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from supersonic_moe.quantization.block_format import BLOCK
 
 
 def cdiv(a: int, b: int) -> int:
@@ -23,6 +26,14 @@ def cdiv(a: int, b: int) -> int:
 
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
+
+
+def near(w_ENK: Tensor) -> Tensor:
+    """A weight in either order, copied where elements of one expert lie 2^31 or more apart: kernels that take this have
+    64-bit offsets of experts, and 32-bit ones inside an expert.
+    """
+    (_, n, k), (_, n_stride, k_stride) = w_ENK.shape, w_ENK.stride()
+    return w_ENK if max((n - 1) * n_stride, (k - 1) * k_stride) < 2**31 else w_ENK.contiguous()
 
 
 @functools.cache
@@ -52,6 +63,15 @@ def whole_rows(columns: int, elements: int, most: int) -> tuple[int, int]:
 def warps(elements: int) -> int:
     """Warps for a tile, at 16 elements a thread: two 16-byte accesses in bf16."""
     return max(1, min(8, elements // (32 * 16)))
+
+
+def row_tiles(rows: int, columns: int, elements: int, most: int) -> tuple[tuple[int], tuple[int, int]]:
+    """(grid, (ROWS, BLOCKS)) of programs that own what ``rows_and_blocks`` says: so many elements each, of at most
+    ``most`` blocks of 128 columns.
+    """
+    panel = max(1, column_block(columns, most * BLOCK) // BLOCK)
+    of_program = elements // (panel * BLOCK)
+    return (cdiv(rows, of_program) * cdiv(columns, panel * BLOCK),), (of_program, panel)
 
 
 @triton.jit
