@@ -42,6 +42,24 @@ def test_jacobians_and_hessians_in_reverse_mode(trained: bool) -> None:
     torch.testing.assert_close(dx, torch.autograd.grad(layer(leaf).sum(), leaf)[0])
 
 
+ROUTERS = [
+    sm.SoftmaxAfterTopK(),
+    sm.SoftmaxBeforeTopK(),
+    sm.SigmoidGroupedTopK(num_groups=2, scaling_factor=2.5),
+    sm.TokenRounding(tile=2),
+]
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=lambda router: router.kind)
+def test_jacobians_and_hessians_of_a_whole_layer(router: sm.TopKRouter | sm.TokenRounding) -> None:
+    """Of whatever the router hands back too: its gradient goes to chosen experts, of which a batch has several sets."""
+    moe, x = sm.MoE(E, K, H, I, "swiglu", True, 0.5, router=router, dtype=torch.float64), tokens()
+    both = lambda x: torch.cat([moe(x)[0].sum(0), moe(x)[1][None]])  # noqa: E731
+    torch.testing.assert_close(func.jacrev(both)(x), torch.autograd.functional.jacobian(both, x))
+    total = lambda x: moe(x)[0].square().sum()  # noqa: E731
+    torch.testing.assert_close(func.jacrev(func.grad(total))(x), torch.autograd.functional.hessian(total, x))
+
+
 @pytest.mark.parametrize("recipe", [None, sm.Fp8Recipe()])
 def test_batches_of_gradients_are_refused(recipe: sm.Fp8Recipe | None) -> None:
     """By their sentence, whatever op is the first that cannot take them."""
