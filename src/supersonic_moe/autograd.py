@@ -41,8 +41,9 @@ def refuse_what_is_not_supported(error: RuntimeError) -> None:
 
 
 _BATCHED = (
-    "is_grads_batched=True and jacobian(..., vectorize=True) are not supported. Call torch.autograd.grad for each "
-    "gradient, leave vectorize out, or use torch.func.jacrev."
+    "batches of gradients, as of is_grads_batched=True and jacobian(..., vectorize=True), are not supported. Call "
+    "torch.autograd.grad for each gradient, or leave vectorize out. torch.func.jacrev works where a layer runs in "
+    "plain PyTorch: on a CPU or with backend='reference', in Bf16Recipe() and without accumulate_into_main_grad."
 )
 _UNSUPPORTED = {
     "Batching rule not implemented": _BATCHED,  # plain PyTorch
@@ -53,7 +54,8 @@ _UNSUPPORTED = {
     ),
     "tried to vmap over": (
         "torch.func.vmap is not supported where gradients are recorded. The tokens of a batch are one call: reshape x "
-        "from (B, T, H) to (B * T, H)."
+        "from (B, T, H) to (B * T, H). Nor is torch.func.jacrev of grouped_linear: call torch.autograd.grad for each "
+        "gradient."
     ),
 }
 """What torch's own errors contain, and what they mean for a user of this package."""

@@ -71,6 +71,15 @@ def test_batches_of_gradients_are_refused(recipe: sm.Fp8Recipe | None) -> None:
         torch.autograd.functional.jacobian(lambda x: moe(x)[0], x.detach(), vectorize=True)
 
 
+def test_jacrev_is_not_told_to_use_jacrev() -> None:
+    moe = sm.MoE(E, K, 16, 16, "swiglu", True, 0.5, recipe=sm.Fp8Recipe(), dtype=torch.bfloat16)
+    with pytest.raises(NotImplementedError, match=r"jacrev works where a layer runs in plain PyTorch.*Bf16Recipe\(\)"):
+        func.jacrev(lambda x: moe(x)[0])(torch.randn(T, 16, dtype=torch.bfloat16))
+    w, ends = torch.randn(E, I, H, dtype=torch.float64), torch.arange(1, E + 1)
+    with pytest.raises(NotImplementedError, match=r"Nor is torch\.func\.jacrev of grouped_linear: call"):
+        func.jacrev(lambda x: sm.grouped_linear(x, w, ends))(tokens())
+
+
 def dual(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     with forward_ad.dual_level():
         return forward_ad.unpack_dual(call(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
