@@ -65,7 +65,6 @@ def grouped_linear(
     recipe = as_recipe(recipe)
     checks.flag("gather", gather)
     checks.tensor("x", x, 2, "(T, C)" if gather else "(P, C)")
-    checks.strided("x", x)
     checks.tensor("w", w, 3, "(E, N, C)")
     plan = _plan(offsets_or_plan, x, w, gather)
     checks.size("w", "last dimension", w.shape[2], x.shape[1], "the last dimension of x")

@@ -217,7 +217,7 @@ def _backward_of_output(ctx: Any, dout: Tensor, saved: Sequence[Tensor] | None) 
 def _backward_of_a_backward(ctx: Any, dout: Tensor | None, drow_scores: Tensor) -> tuple[Tensor | None, ...]:
     """In plain torch: what ``out`` gives, and what a second derivative gives to the scores on their way to the rows."""
     tensors = ctx.saved_tensors
-    grads = [None] * 6 if dout is None else _backward_of_output(ctx, dout, tensors)
+    grads: list[Tensor | None] = [None] * 6 if dout is None else _backward_of_output(ctx, dout, tensors)
     if ctx.needs_input_grad[1]:
         saved = _named_saved(*tensors, *ctx.others)
         drow_scores = bf16_kernels(saved.x, saved.w2, saved.static).pick(drow_scores, saved.plan.reverse_index)
