@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from supersonic_moe.private_api import BASE_APPLIES, in_forward_mode, transforms_active
+from supersonic_moe.private_api import BASE_APPLIES, in_forward_mode, transforms_active, transforms_traced
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -20,6 +20,8 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     and in versions of torch that are built differently.
     """
     if torch.compiler.is_compiling():
+        if in_traced_transform():  # a view has the ``requires_grad`` that autograd sees
+            args = tuple([t.view_as(t) if isinstance(t, Tensor) else t for t in args])
         return function.apply(*args)  # type: ignore[no-untyped-call]
     try:
         transformed = transforms_active()
@@ -31,6 +33,24 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     except RuntimeError as error:
         refuse_what_is_not_supported(error)
         raise
+
+
+def in_traced_transform() -> bool:
+    """Whether ``torch.compile`` traces a transform of ``torch.func``. There ``requires_grad`` and ``needs_input_grad``
+    are False for what the transformed function was called with (torch 2.13): a gradient would be zeros.
+
+    Raises NotImplementedError in one that is inside of another: torch then takes the derivative of the backward of any
+    ``torch.autograd.Function`` for zero.
+    """
+    if not torch.compiler.is_compiling():
+        return False
+    level = transforms_traced()
+    if level > 1:
+        raise NotImplementedError(
+            "torch.compile of a transform of torch.func inside of another, as grad of grad or vmap of grad, is not "
+            "supported. Call it outside of torch.compile."
+        )
+    return level == 1
 
 
 def refuse_what_is_not_supported(error: RuntimeError) -> None:

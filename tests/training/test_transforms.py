@@ -60,6 +60,47 @@ def test_jacobians_and_hessians_of_a_whole_layer(router: sm.TopKRouter | sm.Toke
     torch.testing.assert_close(func.jacrev(func.grad(total))(x), torch.autograd.functional.hessian(total, x))
 
 
+def of_ids(x: Tensor, scores: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    return sm.topk_experts(x, IDS, scores, w1, w2, b1=b1, b2=b2)
+
+
+def of_logits(x: Tensor, scores: Tensor, *_: Tensor) -> Tensor:
+    chosen, _ = sm.route(x, K, "sigmoid_grouped_topk")
+    return chosen * sm.switch_load_balancing_loss(x, torch.arange(H))
+
+
+def of_rows(x: Tensor, scores: Tensor, w1: Tensor, b1: Tensor, *_: Tensor) -> Tensor:
+    return sm.grouped_linear(x, w1, torch.tensor([1, 1, 3, 4]), bias=b1)
+
+
+@pytest.mark.parametrize("call", [of_ids, of_rows, of_logits])
+@pytest.mark.parametrize("wanted", [(0,), (0, 1, 2, 3)], ids=str)
+def test_a_compiled_gradient_is_that_of_eager_code(call: Callable[..., Tensor], wanted: tuple[int, ...]) -> None:
+    """It was zeros for what the differentiated function is called with: its ``requires_grad`` is False in a trace."""
+    operands = (tokens(), torch.rand(T, K, dtype=torch.float64), *oracle.weights(E, H, I, 2, scale=0.5))
+    given = [t.detach() for t in operands if t is not None]
+    gradient = func.grad(lambda *given: call(*given).square().sum(), argnums=wanted)
+    compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*given), gradient(*given))
+
+
+def test_a_compiled_gradient_of_a_gradient_is_refused() -> None:
+    """torch 2.13 takes the derivative of the backward of any ``autograd.Function`` for zero there."""
+    layer = experts(False)
+    twice = func.grad(lambda x: func.grad(lambda x: layer(x).square().sum())(x).square().sum())
+    with pytest.raises(Exception, match=r"transform of torch\.func inside of another.* outside of torch\.compile"):
+        torch.compile(twice, fullgraph=True, backend="eager")(tokens())
+
+
+def test_a_compiled_gradient_of_a_functional_call() -> None:
+    moe, x = sm.MoE(E, K, H, I, "swiglu", True, 0.5, router="sigmoid_grouped_topk", dtype=torch.float64), tokens()
+    loss = lambda weights, x: sum(t.square().sum() for t in func.functional_call(moe, weights, (x,)))  # noqa: E731
+    gradient = func.grad(loss, argnums=(0, 1))
+    compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")
+    weights = dict(moe.named_parameters())
+    torch.testing.assert_close(compiled(weights, x), gradient(weights, x))
+
+
 @pytest.mark.parametrize("recipe", [None, sm.Fp8Recipe()])
 def test_batches_of_gradients_are_refused(recipe: sm.Fp8Recipe | None) -> None:
     """By their sentence, whatever op is the first that cannot take them."""

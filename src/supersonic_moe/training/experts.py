@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from supersonic_moe.autocast import without_autocast
-from supersonic_moe.autograd import apply, refuse_second_derivatives, refuse_what_is_not_supported
+from supersonic_moe.autograd import apply, in_traced_transform, refuse_second_derivatives, refuse_what_is_not_supported
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.kernels.alignment import is_turned
@@ -320,4 +320,4 @@ def is_recorded(operands: Sequence[Tensor | None], options: Options) -> bool:
     """Whether autograd records a call with these operands."""
     if options.inference or not torch.is_grad_enabled():
         return False
-    return any(t is not None and t.requires_grad for t in operands)
+    return any(t is not None and t.requires_grad for t in operands) or in_traced_transform()
