@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from supersonic_moe.private_api import BASE_APPLIES, in_forward_mode, transforms_active
+from supersonic_moe.private_api import BASE_APPLIES, in_forward_mode, transforms_active, transforms_traced
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -20,6 +20,8 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     and in versions of torch that are built differently.
     """
     if torch.compiler.is_compiling():
+        if in_traced_transform():  # a view has the ``requires_grad`` that autograd sees
+            args = tuple([t.view_as(t) if isinstance(t, Tensor) else t for t in args])
         return function.apply(*args)  # type: ignore[no-untyped-call]
     try:
         transformed = transforms_active()
@@ -33,6 +35,24 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
         raise
 
 
+def in_traced_transform() -> bool:
+    """Whether ``torch.compile`` traces a transform of ``torch.func``. There ``requires_grad`` and ``needs_input_grad``
+    are False for what the transformed function was called with (torch 2.13): a gradient would be zeros.
+
+    Raises NotImplementedError in one that is inside of another: torch then takes the derivative of the backward of any
+    ``torch.autograd.Function`` for zero.
+    """
+    if not torch.compiler.is_compiling():
+        return False
+    level = transforms_traced()
+    if level > 1:
+        raise NotImplementedError(
+            "torch.compile of a transform of torch.func inside of another, as grad of grad or vmap of grad, is not "
+            "supported. Call it outside of torch.compile."
+        )
+    return level == 1
+
+
 def refuse_what_is_not_supported(error: RuntimeError) -> None:
     """Raises NotImplementedError with a sentence, where the ``error`` of torch means a transform."""
     for words, sentence in _UNSUPPORTED.items():
@@ -41,8 +61,9 @@ def refuse_what_is_not_supported(error: RuntimeError) -> None:
 
 
 _BATCHED = (
-    "is_grads_batched=True and jacobian(..., vectorize=True) are not supported. Call torch.autograd.grad for each "
-    "gradient, leave vectorize out, or use torch.func.jacrev."
+    "batches of gradients, as of is_grads_batched=True and jacobian(..., vectorize=True), are not supported. Call "
+    "torch.autograd.grad for each gradient, or leave vectorize out. torch.func.jacrev works where a layer runs in "
+    "plain PyTorch: on a CPU or with backend='reference', in Bf16Recipe() and without accumulate_into_main_grad."
 )
 _UNSUPPORTED = {
     "Batching rule not implemented": _BATCHED,  # plain PyTorch
@@ -53,7 +74,8 @@ _UNSUPPORTED = {
     ),
     "tried to vmap over": (
         "torch.func.vmap is not supported where gradients are recorded. The tokens of a batch are one call: reshape x "
-        "from (B, T, H) to (B * T, H)."
+        "from (B, T, H) to (B * T, H). Nor is torch.func.jacrev of grouped_linear: call torch.autograd.grad for each "
+        "gradient."
     ),
 }
 """What torch's own errors contain, and what they mean for a user of this package."""

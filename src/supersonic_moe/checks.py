@@ -48,8 +48,8 @@ def tensor(name: str, t: object, rank: int, shape: object) -> None:
     if type(t) not in _PLAIN:  # most are, and this is the cheapest question
         _of_this_process(name, t, shape)
     assert isinstance(t, Tensor)
+    strided(name, t)  # first, because a nested tensor has no shape to describe
     if t.dim() != rank:
-        strided(name, t)  # a nested tensor has no shape to describe
         raise ValueError(f"{name} must have {rank} dimensions {shape}; got {describe(t)}. Reshape it before the call.")
 
 
@@ -69,8 +69,8 @@ def strided(name: str, t: Tensor) -> None:
         return
     kind = "nested" if t.is_nested else str(t.layout).removeprefix("torch.")
     raise TypeError(
-        f"{name} must be a dense tensor; got a {kind} tensor. Pass its tokens as rows: x.values() of a jagged tensor, "
-        "x.to_dense() of a sparse one."
+        f"{name} must be a dense tensor; got a {kind} tensor. Of a jagged one pass its tokens as rows, x.values(), of "
+        "any other x.to_dense()."
     )
 
 
@@ -106,15 +106,17 @@ def same_device(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
 
 def same_dtype(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     if a.dtype != b.dtype:
+        autocast = "" if torch.float64 in (a.dtype, b.dtype) else ", or run under torch.autocast"  # leaves fp64 alone
         raise TypeError(
             f"{name_a} and {name_b} must have one dtype; got {describe(a)} and {describe(b)}. "
-            f"Convert one with .to(dtype), or run under torch.autocast."
+            f"Convert one with .to(dtype){autocast}."
         )
 
 
 def same_shape(name_a: str, a: Tensor, name_b: str, b: object) -> None:
     if not isinstance(b, Tensor):
         raise TypeError(f"{name_b} must be a torch.Tensor; got {describe(b)}.")
+    strided(name_b, b)
     if a.shape != b.shape:
         raise ValueError(f"{name_b} must have the shape of {name_a}, {tuple(a.shape)}; got {describe(b)}.")
 
@@ -217,6 +219,8 @@ def flag(name: str, value: object) -> None:
 
 def token_mask(name: str, mask: object, like: Tensor) -> None:
     """Bool, one for each row of ``like`` (..., E)."""
+    if isinstance(mask, Tensor):
+        strided(name, mask)
     shape = tuple(like.shape[:-1])
     if not isinstance(mask, Tensor) or mask.dtype is not torch.bool or tuple(mask.shape) != shape:
         raise TypeError(

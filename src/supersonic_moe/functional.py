@@ -374,9 +374,9 @@ def checked_experts(x: Tensor, w1: Tensor, w2: Tensor, options: Options) -> Chec
     """Check everything that metadata shows. Under ``torch.autocast`` the layer computes in the autocast dtype, like a
     linear layer.
     """
+    options.check()
     b1, b2, activation, recipe = options.b1, options.b2, options.activation, options.recipe
     checks.tensor("x", x, 2, "(T, H)")
-    checks.strided("x", x)
     checks.floating("x", x)
     checks.tensor("w1", w1, 3, "(E, N1, H)")
     checks.tensor("w2", w2, 3, "(E, H, I)")

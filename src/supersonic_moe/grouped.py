@@ -21,7 +21,7 @@ from torch import Tensor
 
 from supersonic_moe import checks
 from supersonic_moe.autocast import autocast_dtype, without_autocast
-from supersonic_moe.autograd import apply, refuse_second_derivatives
+from supersonic_moe.autograd import apply, in_traced_transform, refuse_second_derivatives
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe, Recipe, as_recipe
 from supersonic_moe.kernels import registry
@@ -66,7 +66,6 @@ def grouped_linear(
     recipe = as_recipe(recipe)
     checks.flag("gather", gather)
     checks.tensor("x", x, 2, "(T, C)" if gather else "(P, C)")
-    checks.strided("x", x)
     checks.tensor("w", w, 3, "(E, N, C)")
     plan = _plan(offsets_or_plan, x, w, gather)
     checks.size("w", "last dimension", w.shape[2], x.shape[1], "the last dimension of x")
@@ -85,8 +84,8 @@ def grouped_linear(
     else:
         numerics, copy = None, None
     call = _Call(Plan.of(plan), gather, numerics, copy)
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, bias))
-    if recorded or in_forward_mode():  # which ``apply`` refuses
+    recorded = in_traced_transform() or any(t is not None and t.requires_grad for t in (x, w, bias))
+    if (recorded and torch.is_grad_enabled()) or in_forward_mode():  # which ``apply`` refuses
         y: Tensor = apply(GroupedLinear, x, w, bias, call)
         return y
     with torch.no_grad():

@@ -123,6 +123,8 @@ class MoE(nn.Module):
             intermediate_size=intermediate_size,
         )
         checks.flag("add_bias", add_bias)
+        checks.flag("accumulate_into_main_grad", accumulate_into_main_grad)
+        checks.flag("validate", validate)
         checks.number("std", std, lowest=0)
         checks.number("z_loss_weight", z_loss_weight, lowest=0)
         for name, value in (("router_dtype", router_dtype), ("dtype", dtype)):
@@ -218,6 +220,8 @@ class MoE(nn.Module):
                     f"got {checks.describe(hidden_states)}."
                 )
             checks.strided("hidden_states", hidden_states)
+            if is_inference_mode is not True and is_inference_mode is not False:
+                checks.flag("is_inference_mode", is_inference_mode)
             checks.size(
                 "hidden_states", "last dimension", hidden_states.shape[-1], self.hidden_size, "hidden_size of the layer"
             )

@@ -38,6 +38,10 @@ class Router(nn.Linear):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        checks.positive_sizes(hidden_size=hidden_size, num_experts=num_experts)
+        checks.number("std", std, lowest=0)
+        if logits_dtype is not None:
+            checks.floating_dtype("logits_dtype", logits_dtype)
         self.std, self.logits_dtype = std, logits_dtype  # first, because nn.Linear initialises its weight
         super().__init__(hidden_size, num_experts, bias=False, device=device, dtype=dtype)
 
@@ -71,6 +75,9 @@ class Experts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        checks.positive_sizes(num_experts=num_experts, in_features=in_features, out_features=out_features)
+        checks.flag("add_bias", add_bias)
+        checks.number("std", std, lowest=0)
         self.gradient_divisor = 1
         """What gradients of weight and bias are divided by, as ``parallel.shard_experts`` explains."""
         self.num_experts, self.in_features, self.out_features, self.std = num_experts, in_features, out_features, std

@@ -35,13 +35,15 @@ def key_of(tensors: tuple[Tensor | None, ...], options: Options, *more: Any) -> 
     x, types = tensors[0], tuple(map(type, tensors))
     if not isinstance(x, Tensor) or not PLAIN.issuperset(types) or options.validate or type(options.backend) is not str:
         return None
+    if not (type(options.inference) is type(options.accumulate_into_main_grad) is bool):
+        return None
     if not layer.suits(x, options.backend) or autocast_dtype(x) is not None:
         return None
     try:
         signs, *_ = reader(types)(*tensors)
     except RuntimeError:  # a layout without strides, which no check lets pass
         return None
-    return signs, options.activation, options.layout, options.recipe, bool(options.inference), options.backend, more
+    return signs, options.activation, options.layout, options.recipe, options.inference, options.backend, more
 
 
 def has_passed(key: Key) -> bool:

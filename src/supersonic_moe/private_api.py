@@ -276,6 +276,19 @@ def constant_when_compiled(function: Function) -> Function:
     return function
 
 
+_transform_level: Callable[[], int | None] = getattr(
+    getattr(torch._C, "_functorch", None), "maybe_current_level", lambda: int(transforms_active())
+)
+
+
+@constant_when_compiled
+def transforms_traced() -> int:
+    """How many transforms of ``torch.func`` are around what ``torch.compile`` traces: it enters them as it comes to
+    them, and guards on those around a graph. At most 1 where torch does not say.
+    """
+    return _transform_level() or 0
+
+
 _when_called: Callable[[Any], Any] = getattr(torch, "_disable_dynamo", torch.compiler.disable)
 
 

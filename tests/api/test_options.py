@@ -44,6 +44,10 @@ def test_every_option_reaches_every_entry_point(name):
         ({"layout": "nope"}, "unknown gate/up layout 'nope'"),
         ({"recipe": sm.Fp8Recipe()}, "Fp8Recipe needs bfloat16"),
         ({"backend": "nope"}, "unknown backend 'nope'"),
+        ({"inference": "no"}, r"inference must be True or False; got str \('no'\)"),
+        ({"accumulate_into_main_grad": None}, "accumulate_into_main_grad must be True or False; got NoneType"),
+        ({"validate": 1}, "validate must be True or False; got int"),
+        ({"weight_cache": {}}, "weight_cache must be a WeightCache or None; got dict"),
     ):
         with pytest.raises((TypeError, ValueError), match=words):
             calls(**wrong)[name]()

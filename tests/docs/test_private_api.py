@@ -100,6 +100,7 @@ PRIVATE = {
         "_len_torch_dispatch_stack",
         "_dispatch_tls_is_dispatch_key_included",
     ),
+    torch._C._functorch: ("maybe_current_level",),
     nn.modules.module: tuple(
         f"_global_{when}_hooks" for when in ("forward", "forward_pre", "backward", "backward_pre")
     ),
@@ -217,6 +218,12 @@ def test_transforms_of_torch_func_go_through_torch() -> None:
     before = Square.bindings
     dx = torch.func.grad(lambda x: autograd.apply(Square, x, 3.0).sum())(torch.arange(4.0))
     assert dx.tolist() == [0, 6, 12, 18] and Square.bindings > before
+
+
+def test_one_transform_is_traced_where_torch_does_not_count_them(substitutes: Any) -> None:
+    found = [private_api.transforms_traced()]
+    torch.func.grad(lambda x: found.append(private_api.transforms_traced()) or x)(torch.ones(()))
+    assert found == [0, 1] and substitutes.transforms_traced() == 1
 
 
 def test_what_a_node_keeps_is_made_again_where_torch_shows_it() -> None:

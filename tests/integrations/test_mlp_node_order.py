@@ -213,6 +213,16 @@ def linears(*sizes, **kwargs):
 
 
 BAD = {
+    "no experts": (
+        lambda: SonicMoEMlpNode(None, 5, H, I),
+        TypeError,
+        "experts must be a sequence of modules",
+    ),
+    "flag": (
+        lambda: SonicMoEMlpNode(make_experts()[0], 5, H, I, transposed="no"),
+        TypeError,
+        "transposed must be True",
+    ),
     "count": (lambda: SonicMoEMlpNode(make_experts()[0], 4, H, I), ValueError, r"experts must have length 4.*got 5"),
     "zero": (lambda: SonicMoEMlpNode([], 0, H, I), ValueError, "n_experts must be at least 1"),
     "names": (with_experts(put(nn.Linear(2, 2))), TypeError, r"experts\[3\].*linear_fc1 and linear_fc2.*got Linear"),
@@ -229,6 +239,8 @@ BAD = {
     "x dtype": (bad_call(x=lambda x: x.float()), TypeError, "w1 and x must have one dtype"),
     "rows": (bad_call(x=lambda x: x[:5]), ValueError, "one row for each row of x, 5.*got 13"),
     "probs": (bad_call(probs=lambda p: p[:, :2]), ValueError, "dispatched_probs must have the shape of"),
+    "no counts": (bad_call(counts=lambda c: None), TypeError, "tokens_per_expert must be a sequence or a tensor"),
+    "one count": (bad_call(counts=lambda c: torch.tensor(5)), TypeError, "tokens_per_expert must hold integers in one"),
     "experts": (bad_call(counts=lambda c: c[:-1]), ValueError, "tokens_per_expert must have length 5.*got 4"),
     "negative": (bad_call(counts=lambda c: [-1, *c[1:]]), ValueError, "negative counts; expert 0 has -1"),
     "other counts": (

@@ -188,6 +188,25 @@ def test_a_loss_of_the_logits_can_be_differentiated_twice_and_the_output_once(de
         dx.float().sum().backward()
 
 
+@pytest.mark.parametrize("recipe", [BF16, FP8], ids=str)
+@pytest.mark.parametrize("ids", [None, torch.rand(T, E).argsort(1)[:, :K]], ids=["layer", "ids"])
+def test_a_checkpoint_hands_out_what_it_holds_once_a_pass(recipe: Any, ids: Any, device: torch.device) -> None:
+    """With create_graph too, where a backward reads it to compute gradients and to connect them."""
+
+    def run(x: Tensor, router: Tensor, w1: Tensor, w2: Tensor, scores: Tensor) -> Tensor:
+        if ids is None:
+            return sm.moe_layer(x, router, w1, w2, K, recipe=recipe).output
+        return sm.topk_experts(x, ids.to(device), scores, w1, w2, recipe=recipe)
+
+    found = []
+    for call in (run, partial(checkpoint, run, use_reentrant=False)):
+        given = leaves(device)
+        wanted = [*given[:4]] if ids is None else [given.x, *given[2:5]]
+        with in_one(True):
+            found.append(torch.autograd.grad(call(*given[:5]).float().sum(), wanted, create_graph=True))
+    assert same_bits([*found[1]], [*found[0]])
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_forward_that_is_run_again_keeps_the_same_whoever_counts_its_operations(
     reentrant: bool, device: torch.device

@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import supersonic_moe as sm
 
@@ -125,16 +126,30 @@ def test_where_there_are_none_an_error_says_so(way: str, skip: bool, loss: Calla
             torch.autograd.grad(dx.float().square().sum() + x.float().square().sum(), by, retain_graph=True)
 
 
+@pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("way", REFUSED)
-def test_a_graph_that_nobody_differentiates_changes_nothing(way: str) -> None:
+def test_a_graph_that_nobody_differentiates_changes_nothing(way: str, recomputed: bool) -> None:
+    call = functools.partial(checkpoint, REFUSED[way], use_reentrant=False) if recomputed else REFUSED[way]
     results = []
     for create_graph in (False, True):
         x, scores, w1, _, w2, _ = operands(torch.bfloat16, scale=8)
         for w in (w1, w2):
             w.main_grad = torch.zeros_like(w, dtype=torch.float32)
-        loss = REFUSED[way](x, scores, w1, w2).square().sum()
+        loss = call(x, scores, w1, w2).square().sum()
         results.append(torch.autograd.grad(loss, (x, scores), create_graph=create_graph))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_second_derivatives_of_a_layer_in_a_checkpoint() -> None:
+    """Which hands out what it holds once a pass, to whichever derivative."""
+    x, _, w1, _, w2, _ = operands()
+    gate = torch.randn(E, H, dtype=torch.float64, requires_grad=True)
+    layer = lambda *given: sm.moe_layer(*given, K).output  # noqa: E731
+    found = []
+    for call in (layer, functools.partial(checkpoint, layer, use_reentrant=False)):
+        (dx,) = torch.autograd.grad(call(x, gate, w1, w2).square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(dx.square().sum(), (x, gate, w1, w2)))
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.gpu

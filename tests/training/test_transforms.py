@@ -42,6 +42,65 @@ def test_jacobians_and_hessians_in_reverse_mode(trained: bool) -> None:
     torch.testing.assert_close(dx, torch.autograd.grad(layer(leaf).sum(), leaf)[0])
 
 
+ROUTERS = [
+    sm.SoftmaxAfterTopK(),
+    sm.SoftmaxBeforeTopK(),
+    sm.SigmoidGroupedTopK(num_groups=2, scaling_factor=2.5),
+    sm.TokenRounding(tile=2),
+]
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=lambda router: router.kind)
+def test_jacobians_and_hessians_of_a_whole_layer(router: sm.TopKRouter | sm.TokenRounding) -> None:
+    """Of whatever the router hands back too: its gradient goes to chosen experts, of which a batch has several sets."""
+    moe, x = sm.MoE(E, K, H, I, "swiglu", True, 0.5, router=router, dtype=torch.float64), tokens()
+    both = lambda x: torch.cat([moe(x)[0].sum(0), moe(x)[1][None]])  # noqa: E731
+    torch.testing.assert_close(func.jacrev(both)(x), torch.autograd.functional.jacobian(both, x))
+    total = lambda x: moe(x)[0].square().sum()  # noqa: E731
+    torch.testing.assert_close(func.jacrev(func.grad(total))(x), torch.autograd.functional.hessian(total, x))
+
+
+def of_ids(x: Tensor, scores: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    return sm.topk_experts(x, IDS, scores, w1, w2, b1=b1, b2=b2)
+
+
+def of_logits(x: Tensor, scores: Tensor, *_: Tensor) -> Tensor:
+    chosen, _ = sm.route(x, K, "sigmoid_grouped_topk")
+    return chosen * sm.switch_load_balancing_loss(x, torch.arange(H))
+
+
+def of_rows(x: Tensor, scores: Tensor, w1: Tensor, b1: Tensor, *_: Tensor) -> Tensor:
+    return sm.grouped_linear(x, w1, torch.tensor([1, 1, 3, 4]), bias=b1)
+
+
+@pytest.mark.parametrize("call", [of_ids, of_rows, of_logits])
+@pytest.mark.parametrize("wanted", [(0,), (0, 1, 2, 3)], ids=str)
+def test_a_compiled_gradient_is_that_of_eager_code(call: Callable[..., Tensor], wanted: tuple[int, ...]) -> None:
+    """It was zeros for what the differentiated function is called with: its ``requires_grad`` is False in a trace."""
+    operands = (tokens(), torch.rand(T, K, dtype=torch.float64), *oracle.weights(E, H, I, 2, scale=0.5))
+    given = [t.detach() for t in operands if t is not None]
+    gradient = func.grad(lambda *given: call(*given).square().sum(), argnums=wanted)
+    compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*given), gradient(*given))
+
+
+def test_a_compiled_gradient_of_a_gradient_is_refused() -> None:
+    """torch 2.13 takes the derivative of the backward of any ``autograd.Function`` for zero there."""
+    layer = experts(False)
+    twice = func.grad(lambda x: func.grad(lambda x: layer(x).square().sum())(x).square().sum())
+    with pytest.raises(Exception, match=r"transform of torch\.func inside of another.* outside of torch\.compile"):
+        torch.compile(twice, fullgraph=True, backend="eager")(tokens())
+
+
+def test_a_compiled_gradient_of_a_functional_call() -> None:
+    moe, x = sm.MoE(E, K, H, I, "swiglu", True, 0.5, router="sigmoid_grouped_topk", dtype=torch.float64), tokens()
+    loss = lambda weights, x: sum(t.square().sum() for t in func.functional_call(moe, weights, (x,)))  # noqa: E731
+    gradient = func.grad(loss, argnums=(0, 1))
+    compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")
+    weights = dict(moe.named_parameters())
+    torch.testing.assert_close(compiled(weights, x), gradient(weights, x))
+
+
 @pytest.mark.parametrize("recipe", [None, sm.Fp8Recipe()])
 def test_batches_of_gradients_are_refused(recipe: sm.Fp8Recipe | None) -> None:
     """By their sentence, whatever op is the first that cannot take them."""
@@ -51,6 +110,15 @@ def test_batches_of_gradients_are_refused(recipe: sm.Fp8Recipe | None) -> None:
         torch.autograd.grad(moe(x)[0], x, torch.ones(2, T, 16, dtype=torch.bfloat16), is_grads_batched=True)
     with pytest.raises(NotImplementedError, match=r"vectorize=True"):
         torch.autograd.functional.jacobian(lambda x: moe(x)[0], x.detach(), vectorize=True)
+
+
+def test_jacrev_is_not_told_to_use_jacrev() -> None:
+    moe = sm.MoE(E, K, 16, 16, "swiglu", True, 0.5, recipe=sm.Fp8Recipe(), dtype=torch.bfloat16)
+    with pytest.raises(NotImplementedError, match=r"jacrev works where a layer runs in plain PyTorch.*Bf16Recipe\(\)"):
+        func.jacrev(lambda x: moe(x)[0])(torch.randn(T, 16, dtype=torch.bfloat16))
+    w, ends = torch.randn(E, I, H, dtype=torch.float64), torch.arange(1, E + 1)
+    with pytest.raises(NotImplementedError, match=r"Nor is torch\.func\.jacrev of grouped_linear: call"):
+        func.jacrev(lambda x: sm.grouped_linear(x, w, ends))(tokens())
 
 
 def dual(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -71,6 +71,13 @@ class SonicMoEMlpNode:
         checks.positive_sizes(
             n_experts=n_experts, hidden_size=hidden_size, intermediate_size=intermediate_size, tile=tile
         )
+        checks.flag("transposed", transposed)
+        checks.flag("validate", validate)
+        if not isinstance(experts, (Sequence, nn.ModuleList)):
+            raise TypeError(
+                "experts must be a sequence of modules or of pairs of weights, or a torch.nn.ModuleList; got "
+                f"{checks.describe(experts)}. Put them in a list."
+            )
         self.experts, self.n_experts, self.hidden_size = experts, n_experts, hidden_size
         self.intermediate_size, self.transposed, self.tile = intermediate_size, transposed, tile
         self.activation, self.layout, self.recipe = as_activation(activation), as_layout(layout), as_recipe(recipe)
@@ -105,8 +112,9 @@ class SonicMoEMlpNode:
         checks.ids("dispatched_indices", dispatched_indices_NK, 2)
         rows, received = dispatched_indices_NK.shape[0], x_NH.shape[0]
         checks.size("dispatched_indices", "one row for each row of x,", rows, received, "the rows received")
-        counted = len(tokens_per_expert)
-        checks.size("tokens_per_expert", "length", counted, self.n_experts, "n_experts of the node")
+        if not isinstance(tokens_per_expert, Sequence):  # the plan looks at what is in one
+            checks.counts("tokens_per_expert", tokens_per_expert)
+        checks.size("tokens_per_expert", "length", len(tokens_per_expert), self.n_experts, "n_experts of the node")
         plan, scores_S = plan_from_deepep(
             dispatched_indices_NK, dispatched_probs_NK, tokens_per_expert, tile=self.tile, validate=self.validate
         )

@@ -72,7 +72,8 @@ class _Experts(torch.autograd.Function):
         needs, targets = Inputs(*needed), Targets()
         if call.options.accumulate_into_main_grad:
             needs, targets = targets_of(ctx.parameters, needs, ctx)
-        saved: Bf16Saved = _named(*ctx.saved_tensors, *ctx.others)
+        tensors = ctx.saved_tensors  # once: a checkpoint hands them out once a pass
+        saved: Bf16Saved = _named(*tensors, *ctx.others)
         k, way, phase = bf16_kernels(saved.x, saved.w2, saved.static), call.way, "backward dispatch"
         with torch.no_grad(), without_autocast(dout_TH):
             if not call.keeps:
@@ -87,7 +88,7 @@ class _Experts(torch.autograd.Function):
         targets.finish(grads, ctx.parameters, dout_TH.dtype)
         grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
         if torch.is_grad_enabled():  # create_graph
-            grads = refuse_second_derivatives(_ONCE, grads, (dout_TH, *ctx.saved_tensors, *ctx.parameters))
+            grads = refuse_second_derivatives(_ONCE, grads, (dout_TH, *tensors, *ctx.parameters))
         return *grads, None, None, None
 
 

@@ -129,6 +129,8 @@ def _warn_below_a_tile(logits_TE: Tensor, k: int, config: TokenRounding) -> None
 def _check_step(step: object, logits_TE: Tensor) -> None:
     if not isinstance(step, Tensor):
         checks.non_negative("step", step)
+        if isinstance(step, int) and step >= 2**63:
+            raise ValueError(f"step must be below 2**63; got {step}. Take it modulo 2**63.")
         return
     if step.numel() != 1 or step.is_floating_point():
         raise ValueError(f"step must hold one integer; got {checks.describe(step)}. Use for example torch.tensor(0).")

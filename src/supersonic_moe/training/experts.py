@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from supersonic_moe.autocast import without_autocast
-from supersonic_moe.autograd import apply, refuse_second_derivatives, refuse_what_is_not_supported
+from supersonic_moe.autograd import apply, in_traced_transform, refuse_second_derivatives, refuse_what_is_not_supported
 from supersonic_moe.config.plan import RoutingPlan
 from supersonic_moe.config.recipe import Fp8Recipe
 from supersonic_moe.kernels.alignment import is_turned
@@ -202,18 +202,24 @@ class Experts(torch.autograd.Function):
             return _backward_of_a_backward(ctx, dout, drow_scores)
         if dout is None:
             return (None,) * 7
-        *needs, _call = ctx.needs_input_grad
-        grads = gradients(ctx, dout, Inputs(*needs))
-        if torch.is_grad_enabled() and not ctx.twice:  # create_graph
-            grads = differentiable_once(grads, (dout, *ctx.saved_tensors))
-        return *grads, None
+        return *_backward_of_output(ctx, dout, ctx.saved_tensors if torch.is_grad_enabled() else None), None
+
+
+def _backward_of_output(ctx: Any, dout: Tensor, saved: Sequence[Tensor] | None) -> list[Tensor | None]:
+    """``saved``: as in :func:`gradients`; always given where gradients are differentiated (create_graph)."""
+    *needs, _call = ctx.needs_input_grad
+    grads = gradients(ctx, dout, Inputs(*needs), saved=saved)
+    if saved is None or ctx.twice or not torch.is_grad_enabled():
+        return grads
+    return differentiable_once(grads, (dout, *saved))
 
 
 def _backward_of_a_backward(ctx: Any, dout: Tensor | None, drow_scores: Tensor) -> tuple[Tensor | None, ...]:
     """In plain torch: what ``out`` gives, and what a second derivative gives to the scores on their way to the rows."""
-    *grads, _call = Experts.backward(ctx, dout, None)
+    tensors = ctx.saved_tensors
+    grads: list[Tensor | None] = [None] * 6 if dout is None else _backward_of_output(ctx, dout, tensors)
     if ctx.needs_input_grad[1]:
-        saved = _named_saved(*ctx.saved_tensors, *ctx.others)
+        saved = _named_saved(*tensors, *ctx.others)
         drow_scores = bf16_kernels(saved.x, saved.w2, saved.static).pick(drow_scores, saved.plan.reverse_index)
         grads[1] = drow_scores if grads[1] is None else grads[1] + drow_scores
     return *grads, None
@@ -233,7 +239,11 @@ def remember(ctx: Any, call: Bf16Call | Fp8Call, operands: Sequence[Any], output
 
 
 def gradients(
-    ctx: Any, dout: Tensor, needs: Inputs[bool], run: Callable[..., Sequence[Tensor]] | None = None
+    ctx: Any,
+    dout: Tensor,
+    needs: Inputs[bool],
+    run: Callable[..., Sequence[Tensor]] | None = None,
+    saved: Sequence[Tensor] | None = None,
 ) -> list[Tensor | None]:
     """Those that ``needs`` asks for.
 
@@ -241,12 +251,14 @@ def gradients(
         ctx: of a function whose first inputs have the places of :class:`Inputs`.
         run: does the work, instead of the backward op, with its arguments and what ``ctx`` has saved after the tensors
             of :func:`remember`.
+        saved: ``ctx.saved_tensors``, where the caller reads them too: a checkpoint hands them out once a pass.
     """
     targets, main = _NO_TARGETS, _NO_BUFFERS
     if ctx.parameters is not None:
         needs, targets = targets_of(ctx.parameters, needs, ctx)
         main = targets.of_kernels()
-    saved = ctx.saved_tensors  # may recompute forward, so look for what is missing first
+    if saved is None:
+        saved = ctx.saved_tensors  # may recompute forward, so look for what is missing first
     tensors = saved[: ctx.kept]
     incoming = INCOMING.flat(dout.contiguous(), needs, main)
     grads: list[Tensor | None]
@@ -308,4 +320,4 @@ def is_recorded(operands: Sequence[Tensor | None], options: Options) -> bool:
     """Whether autograd records a call with these operands."""
     if options.inference or not torch.is_grad_enabled():
         return False
-    return any(t is not None and t.requires_grad for t in operands)
+    return any(t is not None and t.requires_grad for t in operands) or in_traced_transform()

@@ -154,25 +154,38 @@ class Layer(torch.autograd.Function):
         needs, (_, _, dloss) = Inputs(*needed), more
         if dout is None:
             return _backward_of_losses(ctx, dlogits, dloss, needs)
-        if torch.is_grad_enabled():  # create_graph
-            with torch.no_grad():
-                once = Layer.backward(ctx, dout, dlogits, *more)[:6]
-            return *differentiable_once(once, (dout, dlogits, dloss, *ctx.saved_tensors)), None, None
-        if not (needs.x or needs.scores):
-            return *gradients(ctx, dout, needs), None, None
+        if not torch.is_grad_enabled():
+            return *_backward_of_all(ctx, dout, dlogits, dloss, needs), None, None
+        saved = ctx.saved_tensors  # create_graph
+        with torch.no_grad():
+            once = _backward_of_all(ctx, dout, dlogits, dloss, needs, saved)
+        return *differentiable_once(once, (dout, dlogits, dloss, *saved)), None, None
 
-        def run(tensors: Any, others: Any, incoming: Any, chosen: Any) -> Sequence[Tensor]:
-            asked = dlogits, dloss, needs.x, needs.scores, *ctx.choice.config
-            together = _TOGETHER.get(ctx.run_backward)
-            if together is not None:
-                return together(*chosen, *asked, *tensors, *others, *incoming)
-            dx, dscores, *dweights = ctx.run_backward(tensors, others, incoming)
-            return dx, _router_backward(dscores, dx, *chosen, *asked), *dweights
 
-        grads = gradients(ctx, dout, needs._replace(scores=True), run)
-        if not needs.scores:
-            grads[1] = None
-        return *grads, None, None
+def _backward_of_all(
+    ctx: Any,
+    dout: Tensor,
+    dlogits: Tensor | None,
+    dloss: Tensor | None,
+    needs: Inputs[bool],
+    saved: Sequence[Tensor] | None = None,
+) -> list[Tensor | None]:
+    """``saved``: as in :func:`gradients`."""
+    if not (needs.x or needs.scores):
+        return gradients(ctx, dout, needs, saved=saved)
+
+    def run(tensors: Any, others: Any, incoming: Any, chosen: Any) -> Sequence[Tensor]:
+        asked = dlogits, dloss, needs.x, needs.scores, *ctx.choice.config
+        together = _TOGETHER.get(ctx.run_backward)
+        if together is not None:
+            return together(*chosen, *asked, *tensors, *others, *incoming)
+        dx, dscores, *dweights = ctx.run_backward(tensors, others, incoming)
+        return dx, _router_backward(dscores, dx, *chosen, *asked), *dweights
+
+    grads = gradients(ctx, dout, needs._replace(scores=True), run, saved)
+    if not needs.scores:
+        grads[1] = None
+    return grads
 
 
 def _backward_of_losses(ctx: Any, dlogits: Tensor | None, dloss: Tensor | None, needs: Inputs[bool]) -> Grads:
@@ -207,10 +220,11 @@ class FromIds(torch.autograd.Function):
         if dout is None:
             return (None,) * 8
         *needed, _ids, _call = ctx.needs_input_grad
-        dx, dscores, *dweights = gradients(ctx, dout, Inputs(*needed))
+        saved = ctx.saved_tensors if torch.is_grad_enabled() else None
+        dx, dscores, *dweights = gradients(ctx, dout, Inputs(*needed), saved=saved)
         grads: Sequence[Tensor | None] = (dx, None if dscores is None else dscores.view(ctx.shape), *dweights)
-        if torch.is_grad_enabled():  # create_graph
-            grads = differentiable_once(grads, (dout, *ctx.saved_tensors))
+        if saved is not None:  # create_graph
+            grads = differentiable_once(grads, (dout, *saved))
         return *grads, None, None
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypedDict, TypeVar, get_type_hints
 
 from torch import Tensor
 
+from supersonic_moe import checks
 from supersonic_moe.config.activation import Activation, ActivationType, GateUpLayout, as_activation, as_layout
 from supersonic_moe.config.recipe import Bf16Recipe, Recipe, as_recipe
 from supersonic_moe.quantization.weight_cache import WeightCache
@@ -76,7 +77,18 @@ class Options(NamedTuple):
             read[name] = reader(read[name])
         return tuple.__new__(cls, read.values())
 
+    def check(self) -> None:
+        """Raises TypeError for a value that would be taken for another: "no" is true."""
+        for name in FLAGS:
+            checks.flag(name, getattr(self, name))
+        if self.weight_cache is not None and not isinstance(self.weight_cache, WeightCache):
+            raise TypeError(
+                f"weight_cache must be a WeightCache or None; got {checks.describe(self.weight_cache)}. Keep one "
+                "supersonic_moe.WeightCache() for each pair of weights."
+            )
 
+
+FLAGS = ("inference", "accumulate_into_main_grad", "validate")
 _READERS: dict[str, Callable[[Any], Any]] = {"activation": as_activation, "layout": as_layout, "recipe": as_recipe}
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -57,11 +57,11 @@ def route_backward(
             da_TK = (da_TK - g_dot_s_T1) / (a_TK.sum(1, keepdim=True) + SUM_EPS)
         dchosen_TK = da_TK * a_TK * (-chosen_TK).sigmoid()  # 1 - sigmoid(x), exact where sigmoid(x) rounds to 1
     elif isinstance(router, SoftmaxBeforeTopK) and not router.renormalize:
-        g_TE = torch.zeros_like(x_TE).scatter_(1, ids_TK, g_TK)
+        g_TE = torch.zeros_like(x_TE).scatter(1, ids_TK, g_TK)
         return (x_TE.softmax(1) * (g_TE - g_dot_s_T1)).to(logits_TE.dtype)
     else:
         dchosen_TK = scores_TK * (g_TK - g_dot_s_T1)
-    return torch.zeros_like(x_TE).scatter_(1, ids_TK, dchosen_TK).to(logits_TE.dtype)
+    return torch.zeros_like(x_TE).scatter(1, ids_TK, dchosen_TK).to(logits_TE.dtype)
 
 
 def _top(values_TE: Tensor, k: int) -> Tensor:
