@@ -335,6 +335,7 @@ def test_arguments_that_overlap_run_each_time(machine: Machine, tmp_path: Path) 
 
 
 def test_a_result_of_another_dtype_is_not_what_lay_there_before(machine: Machine, tmp_path: Path) -> None:
+    """Whether new memory is where the freed tensor was depends on what else was freed before: some size will do."""
     function, same = Function(tmp_path), []
 
     def seen_as_floats(x: Tensor) -> Tensor:
@@ -347,9 +348,10 @@ def test_a_result_of_another_dtype_is_not_what_lay_there_before(machine: Machine
         function.launch(x, out, None, 2.0)
         return out
 
-    for _ in range(4):
-        x = torch.randn(1024)
-        torch.testing.assert_close(play(seen_as_floats, (x,)), 2 * x)
+    for size in (2**power for power in range(4, 20)):
+        for _ in range(4):
+            x = torch.randn(size)
+            torch.testing.assert_close(play(seen_as_floats, (x,)), 2 * x)
     assert any(same)
 
 
