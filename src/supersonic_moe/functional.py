@@ -419,7 +419,7 @@ def checked_experts(x: Tensor, w1: Tensor, w2: Tensor, options: Options) -> Chec
     first, second = Weight(w1, w1), Weight(w2, w2)
     if dtype is not None:
         x, first, second = x.to(dtype), Weight(w1, w1.to(dtype)), Weight(w2, w2.to(dtype))
-        b1, b2 = (None if b is None else b.to(dtype) for b in (b1, b2))
+        b1, b2 = [None if b is None else b.to(dtype) for b in (b1, b2)]
     checks.index_count("tokens", x.shape[0])
     if not torch.compiler.is_compiling():  # the op chooses again when it runs
         backend = options.backend

@@ -72,7 +72,7 @@ def overwrites(weight: Tensor) -> bool:
 def _checked(name: str, weight: Tensor) -> Tensor:
     main = main_grad_of(weight)
     if not fits(main, weight):
-        dtype, own = (str(d).removeprefix("torch.") for d in (gradient_dtype(weight), weight.dtype))
+        dtype, own = [str(d).removeprefix("torch.") for d in (gradient_dtype(weight), weight.dtype)]
         raise ValueError(
             f"accumulate_into_main_grad needs {name}.main_grad to be a {dtype} {'' if own == dtype else f'or {own} '}"
             f"tensor of shape {tuple(weight.shape)} on {weight.device}; got {checks.describe(main)}. Set it before "
@@ -140,7 +140,7 @@ def targets_of(parameters: tuple[Tensor, Tensor], needs: Inputs[bool], ctx: Any)
             for need, i, parameter in zip(into_main, (2, 4), parameters, strict=True)
         )
         needs, into_main = needs._replace(w1=asked_w1, w2=asked_w2), (main_w1, main_w2)
-    w1, w2 = (_target(name, p) if on else None for name, p, on in zip(("w1", "w2"), parameters, into_main, strict=True))
+    w1, w2 = [_target(name, p) if on else None for name, p, on in zip(("w1", "w2"), parameters, into_main, strict=True)]
     return needs, Targets(w1, w2)
 
 
