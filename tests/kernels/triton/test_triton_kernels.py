@@ -154,7 +154,9 @@ def activate(activation: Activation, h: Tensor, layout: GateUpLayout) -> Tensor:
     if activation.type is not ActivationType.SWIGLU:
         return unary[activation.type](gate) * up
     if activation.limit is not None:
-        gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+        limit = activation.limit  # since torch 2.14 no gradient passes at the bounds of clamp
+        gate = torch.where(gate > limit, limit, gate)
+        up = torch.where(up > limit, limit, torch.where(up < -limit, -limit, up))
     return gate * torch.sigmoid(activation.alpha * gate) * (up + activation.up_offset)
 
 

@@ -62,15 +62,17 @@ def _act(z_PN: Tensor, columns: Gate) -> tuple[Tensor, list[Tensor]]:
             u = up + activation.up_offset if activation.up_offset else up
             return value * u, [slope * u, value]
         limit = activation.limit
-        u = up.clamp(-limit, limit) + activation.up_offset
+        u = torch.where(up > limit, limit, torch.where(up < -limit, -limit, up)) + activation.up_offset
         return value * u, [slope * u * (gate <= limit), value * (up.abs() <= limit)]
     value, slope = _unary(_INNER[kind], gate)
     return value * up, [slope * up, value]
 
 
 def _swish(gate: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
-    """g * sigmoid(alpha * g) and its slope, with g = min(gate, limit)."""
-    g = gate if activation.limit is None else gate.clamp(max=activation.limit)
+    """g * sigmoid(alpha * g) and its slope, with g = min(gate, limit), whose bound passes the gradient: that of torch's
+    clamp did until 2.13.
+    """
+    g = gate if activation.limit is None else torch.where(gate > activation.limit, activation.limit, gate)
     sigmoid = torch.sigmoid(activation.alpha * g)
     return g * sigmoid, sigmoid * (1 + activation.alpha * g * (1 - sigmoid))
 
