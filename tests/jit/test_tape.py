@@ -344,7 +344,7 @@ def test_a_result_of_another_dtype_is_not_what_lay_there_before(machine: Machine
         function.launch(x, scratch, None, 1.0)
         del scratch
         out = torch.empty(4 * x.numel(), dtype=torch.uint8).view(torch.float32)
-        same.append(out.data_ptr() == address)
+        same.append(tape.state.recorder is not None and out.data_ptr() == address)
         function.launch(x, out, None, 2.0)
         return out
 

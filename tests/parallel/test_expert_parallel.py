@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import overflow_cases
 import parallel_cases as cases
 import parallel_module
 import pytest
@@ -92,7 +93,7 @@ def test_random_calls_with_random_delays_repeat_to_the_bit(way: dict) -> None:
 def test_tokens_that_found_no_place_are_nan_too() -> None:
     """On a GPU, where nobody waits to raise. A token of several ranks may have found a place on one of them."""
     cases_ = [(3, "one rank"), (3, "random"), (1, "masked"), (20, "skewed")]
-    assert run_ranks(2, cases.overflow_as_on_a_gpu, cases_) == [[True] * 4] * 2
+    assert run_ranks(2, overflow_cases.as_on_a_gpu, cases_) == [[True] * 4] * 2
 
 
 def test_torch_compile_leaves_what_travels_alone() -> None:

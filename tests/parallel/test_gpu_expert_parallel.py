@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import beside_cases as beside
+import overflow_cases
 import parallel_cases as cases
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_an_fp8_wire_carries_what_the_experts_would_make(over: dict, hidden: int
 
 @pytest.mark.parametrize("over", OVER)
 def test_overflow_is_never_silent(over: dict) -> None:
-    for out, checked, after, later in run_ranks(2, cases.overflow_on_a_gpu, **over):
+    for out, checked, after, later in run_ranks(2, overflow_cases.on_a_gpu, **over):
         assert out == "NaN"
         assert "more than capacity = 3 tokens to another in a call; one had 4" in checked
         assert after == "no error", "it has been reported"

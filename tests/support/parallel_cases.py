@@ -24,7 +24,6 @@ from torch import Tensor
 
 from supersonic_moe import Bf16Recipe, Fp8Recipe, topk_experts
 from supersonic_moe.parallel import ExpertParallel
-from supersonic_moe.parallel.overflow import Overflow
 from supersonic_moe.parallel.watch import Watch
 
 E, K, H, I = 8, 3, 32, 32  # noqa: E741  # rows of 64 bytes or more: the bits of a BLAS depend on where they start
@@ -363,41 +362,6 @@ def replayed(ep: ExpertParallel, sets: Sequence[Inputs], **options: Any) -> list
     ep.check()
     ep.close()
     return found
-
-
-def overflow_as_on_a_gpu(cases: Sequence[tuple[int, str]]) -> list[bool]:
-    """Whether all outputs are NaN where a token has an expert and zero elsewhere, on a device that nobody waits for.
-    Each case is (capacity, routing).
-    """
-
-    def guard(overflow: Overflow, scores_TK: Tensor, tokens_R: Tensor, call: int) -> Tensor:
-        most = overflow.ranks.maximum(tokens_R.max().reshape(1), call, "forward dispatch")
-        return torch.where(most > overflow.capacity, torch.nan, scores_TK)
-
-    Overflow.guard = guard  # type: ignore[method-assign]
-    size, found = dist.get_world_size(), []
-    for capacity, routing in cases:
-        given = here(inputs(t := [2] * (size - 1) + [40], torch.float32, routing), t)
-        routed = ((given.ids >= 0) & (given.ids < E)).any(1)[:, None]
-        ep = make(capacity=capacity)
-        want = torch.where(routed, torch.nan, torch.zeros_like(given.x))
-        found.append(bool(torch.equal(run(ep, given).out.nan_to_num(7), want.nan_to_num(7))))
-        ep.close()
-    return found
-
-
-def overflow_on_a_gpu() -> list[str]:
-    """Outputs of the call are NaN on every rank, and every rank raises later."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    ep, t = make(capacity=3), [2] * (size - 1) + [4]
-    out = run(ep, here(inputs(t, torch.bfloat16, "one rank"), t)).out
-    nan = "NaN" if bool(out.isnan().all()) else f"rank {rank} got numbers"
-    checked = error_of(ep.check)
-    small = here(inputs(s := [2] * size, torch.bfloat16), s)
-    after = [error_of(lambda: run(ep, small)) for _ in range(9)]
-    run(ep, here(inputs(t, torch.bfloat16, "one rank"), t))
-    later = [error_of(lambda: run(ep, small)) for _ in range(9)]
-    return [nan, checked, *set(after), *(f"{i}: {error}" for i, error in enumerate(later, 1) if error != "no error")]
 
 
 def warmed_up(path: str, limit_s: float) -> bool:

@@ -140,6 +140,7 @@ def targets_of(parameters: tuple[Tensor, Tensor], needs: Inputs[bool], ctx: Any)
             for need, i, parameter in zip(into_main, (2, 4), parameters, strict=True)
         )
         needs, into_main = needs._replace(w1=asked_w1, w2=asked_w2), (main_w1, main_w2)
+    # no generator: the tracer of torch 2.14 cannot unpack one here
     w1, w2 = [_target(name, p) if on else None for name, p, on in zip(("w1", "w2"), parameters, into_main, strict=True)]
     return needs, Targets(w1, w2)
 
