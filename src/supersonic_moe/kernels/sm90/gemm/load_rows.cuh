@@ -185,6 +185,10 @@ DEVICE void load_ragged_rows(const SharedMemory<C>& shared, const RaggedGemm& ge
                     for (u32 part = first_part; part < first_part + parts; ++part)
                         load_b(shared.tile_b(ring.stage), full, k, tile, part, sharers);
                 }
+                // The next scales are asked for ahead of the boxes, whose issue takes as long as L2 does; behind them the warp would wait.
+                if constexpr (C.scaled()) {
+                    if (block + 1 < gemm.blocks_k) tile_scales.advance(scales, warp);
+                }
                 if constexpr (C.gather) {
                     if (has_rows && elect_one()) {
                         const u32 indices = shared.row_index(warp * C.box_rows()), lines = tile_a + first_line * LINE;
@@ -202,9 +206,6 @@ DEVICE void load_ragged_rows(const SharedMemory<C>& shared, const RaggedGemm& ge
                         }
                     }
                     __syncwarp();
-                }
-                if constexpr (C.scaled()) {
-                    if (block + 1 < gemm.blocks_k) tile_scales.advance(scales, warp);
                 }
                 if (block == (C.scaled() ? 0 : gemm.blocks_k - 1)) {
                     now = find();
