@@ -124,7 +124,9 @@ def test_an_error_of_one_rank_or_of_all_ends_the_command_on_all() -> None:
         for rank, ended in enumerate(ranks):
             assert ended.exit_code == 0, (where, ended)
             exit_code, output = ended.result
-            assert exit_code == 1 and output.count("No result: T32_") == 1 and "T48_" not in output, (where, output)
+            measured, _, named = output.partition("Written: nothing. Measured: 0 of 2 cases. Missing: T32_")
+            assert exit_code == 1 and measured.count("No result: T32_") == 1 and "T48_" not in measured, (where, output)
+            assert ("T48_" in named) == (rank == 0), "the rank that writes names what is missing"
             if where == "the timeline":
                 assert re.search(r"StopIteration: no message \(ep_bench\.py:\d+\)", output), output
             elif where == "a call of one":

@@ -15,13 +15,14 @@ from fp8_oracle import error as relative
 from supersonic_moe import Bf16Recipe, Fp8Recipe
 from supersonic_moe.bench import precision
 from supersonic_moe.bench.layer import OURS_BF16, LayerConfig, recipe_name
-from supersonic_moe.bench.precision import INPUTS, RECIPES, TENSORS, Layer, run_case
+from supersonic_moe.bench.precision import INPUTS, RECIPES, TENSORS, Layer, PrecisionResult, run_case
 from supersonic_moe.kernels import reference
 from supersonic_moe.perf_model import LayerShape
 
 SHAPE = LayerShape(256, 256, 128, 4, 2)
 CONFIG = LayerConfig(torch.device("cpu"), torch.bfloat16, peers=(), warm_ms=0, min_ms=0)
 FEW = (Bf16Recipe(), Fp8Recipe(wgrad="bf16"), Fp8Recipe(wgrad="fp8", save_preactivation="recompute"))
+PART = "This page is of a run without a result for"
 
 
 def test_recipes_are_all_combinations_once() -> None:
@@ -106,3 +107,23 @@ def test_command_prints_and_writes(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     table = [line for line in page.read_text().splitlines() if line.startswith("| ")]
     assert len(table) == 2 + len(FEW) and len({line.count("|") for line in table}) == 1
     assert "| fp8 | recompute | fp32 |" in table[-1] and "recompute" in result.output
+
+
+def test_a_page_of_a_part_of_a_run_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def stopped_at_the_second(case: LayerShape, *args: Any) -> PrecisionResult:
+        if case.tokens == 32:
+            raise KeyboardInterrupt
+        return run_case(case, *args)
+
+    monkeypatch.setattr(precision, "RECIPES", FEW[:1])
+    monkeypatch.setattr(precision, "run_case", stopped_at_the_second)
+    page, shapes = tmp_path / "fp8.md", ["--shape", "64,128,128,4,2", "--shape", "32,128,128,4,2"]
+    result = run("bench", "precision", *shapes, *QUICK, "--markdown", str(page), columns=200)
+    first, second = "T64_H128_I128_E4_K2", "T32_H128_I128_E4_K2"
+    assert result.exit_code == 130 and f"Written: {page}. Measured: 1 of 2 cases. Missing: {second}." in result.output
+    text = page.read_text()
+    assert f"**{PART} {second}. " in text and f"## `{first}`" in text
+    result = run("bench", "precision", *shapes[:2], *QUICK, "--markdown", str(page))
+    assert result.exit_code == 0 and PART not in page.read_text()
+    committed = Path(__file__).parents[2] / "docs" / "fp8.md"
+    assert PART not in committed.read_text(), "measure all of its cases"

@@ -86,9 +86,11 @@ def test_a_run_that_stops_leaves_what_it_has_measured(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(transformers, "run_case", stopped_at_decode)
     file = tmp_path / "transformers.json"
-    run("bench", "transformers", "--device", "cpu", "--what", "layers", "--json", str(file))
-    trained = [f"{model}/layers/train_T64" for model in (QWEN, GPT_OSS)]
-    assert [row["case"] for row in json.loads(file.read_text())["rows"]] == trained
+    result = run("bench", "transformers", "--device", "cpu", "--what", "layers", "--json", str(file))
+    content = json.loads(file.read_text())
+    trained, decoded = ([f"{model}/layers/{mode}" for model in (QWEN, GPT_OSS)] for mode in ("train_T64", "decode_T4"))
+    assert [row["case"] for row in content["rows"]] == trained and content["missing_cases"] == decoded
+    assert result.exit_code == 130 and f"Measured: 2 of 4 cases. Missing: {', '.join(decoded)}." in words(result)
 
 
 def test_who_ran_out_of_memory_is_not_tried_with_more_tokens(backends: dict[str, Any]) -> None:

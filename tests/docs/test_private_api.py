@@ -31,8 +31,8 @@ ALLOWED = {
     ("moe.py", "super()._load_from_state_dict"),  # which has the metadata: test_moe.py sees another layout refused
     ("moe.py", "super()._apply"),  # what .to() and .cuda() call on every module: test_moe.py sees the bias stay fp32
 }
-# documented by Python: NamedTuple, Enum
-PUBLIC = {"_asdict", "_field_defaults", "_fields", "_make", "_replace", "_value_"}
+# documented by Python: NamedTuple, Enum, os
+PUBLIC = {"_asdict", "_field_defaults", "_fields", "_make", "_replace", "_value_", "_exit"}
 
 
 def private_names(path: Path) -> dict[str, int]:

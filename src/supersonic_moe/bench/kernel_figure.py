@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from supersonic_moe.bench.kernels import GROUPS, KernelsResult, results_of
-from supersonic_moe.bench.report import label, short
+from supersonic_moe.bench.report import label, part_of_a_run, short
 
 COLOURS = dict(zip(GROUPS, ("#6c757d", "#0b6e4f", "#c8553d", "#5c6bc0"), strict=True))
 DPI = 130
@@ -251,7 +251,10 @@ def main() -> None:
     if len(sys.argv) != 3:
         sys.exit("usage: python -m supersonic_moe.bench.kernel_figure RESULTS.json FIGURE.png")
     source, target = map(Path, sys.argv[1:])
-    for path in write_figures(target, json.loads(source.read_text(encoding="utf-8"))):
+    content = json.loads(source.read_text(encoding="utf-8"))
+    if reason := part_of_a_run(content):
+        sys.exit(f"{source} {reason}")
+    for path in write_figures(target, content):
         print(path)
 
 

@@ -78,9 +78,11 @@ Saved = Annotated[
 Wgrad = Annotated[str | None, typer.Option("--wgrad", help="FP8: weight gradients are multiplied in fp8 or bf16.")]
 Scale = Annotated[str | None, typer.Option("--scale", help="FP8: scales of blocks are fp32 or pow2.")]
 
-Json = Annotated[Path | None, typer.Option(help="Write every number here.", callback=_writable_file)]
-Png = Annotated[Path | None, typer.Option(help="Write a chart here.", callback=_writable_chart)]
-Markdown = Annotated[Path | None, typer.Option(help="Write the table here, as a page.", callback=_writable_file)]
+Json = Annotated[Path | None, typer.Option(help="Write every number here, case by case.", callback=_writable_file)]
+Png = Annotated[Path | None, typer.Option(help="Write a chart here, at the end.", callback=_writable_chart)]
+Markdown = Annotated[
+    Path | None, typer.Option(help="Write the table here, as a page, case by case.", callback=_writable_file)
+]
 MinMs = Annotated[float, typer.Option(min=0, help="Timed work of each contender, milliseconds.")]
 WarmMs = Annotated[float, typer.Option(min=0, help="Load before anything is timed, milliseconds.")]
 Pairs = Annotated[

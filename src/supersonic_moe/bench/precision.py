@@ -29,7 +29,7 @@ from torch import Tensor
 
 from supersonic_moe import KernelBackendMoE, topk_experts
 from supersonic_moe.bench.layer import OURS_BF16, LayerConfig, recipe_name, saved_bytes
-from supersonic_moe.bench.report import MIB, OURS, CaseResult, Metrics, short
+from supersonic_moe.bench.report import MIB, OURS, CaseResult, Metrics, part_of_a_run, short, write_text
 from supersonic_moe.bench.timing import Missing, NoResultError, attempt, clock_for, measure, required
 from supersonic_moe.config.activation import as_activation
 from supersonic_moe.config.recipe import Bf16Recipe, Fp8Recipe, Recipe
@@ -243,11 +243,12 @@ def write_markdown(path: Path, results: Sequence[PrecisionResult], document: Map
         "[bench/precision.py](../src/supersonic_moe/bench/precision.py).",
         FEW_TOKENS,
     ]
+    if reason := part_of_a_run(document):
+        parts.insert(1, f"**This page {reason}**")
     for result in results:
         headings, *lines = ablation(result)
         rule = ["---", "---", "---", *["---:"] * (len(headings) - 3)]
         rows = [f"| {' | '.join(cells)} |" for cells in (headings, rule, *lines)]
         parts += [f"## `{result.case}`", "\n".join(rows)]
         parts += [f"Not measured: {name}, {reason}." for name, reason in result.missing.items()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_text(path, "\n\n".join(parts) + "\n")

@@ -30,7 +30,7 @@ from typing import Any
 
 from supersonic_moe.bench import ep_page, infer_page, mega_page
 from supersonic_moe.bench.markdown import commit_and_day, markdown, mean, metric_label, number, origin, times
-from supersonic_moe.bench.report import Row
+from supersonic_moe.bench.report import Row, part_of_a_run
 
 RESULTS = Path("benchmarks/results")
 
@@ -143,13 +143,21 @@ def _section(path: Path, content: dict[str, Any], page: Path) -> str:
 
 
 def read(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    """A results file, checked. Raises ValueError for anything else, and for one that lacks cases of its command."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError(f"cannot read {path}: it is no text. Name a file that `supersonic-moe bench` wrote.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}. Name a file that `supersonic-moe bench` wrote.") from None
     wanted = ("suite", "command", "device", "torch", "commit", "date", "rows")
     if not isinstance(content, dict) or any(field not in content for field in wanted):
         raise ValueError(f"{path} must hold {', '.join(wanted)}. Write it with `supersonic-moe bench`.")
     of_row = ("case", "metric", "value", "unit")
     if any(not isinstance(row, dict) or any(field not in row for field in of_row) for row in content["rows"]):
         raise ValueError(f"each row of {path} must hold {', '.join(of_row)}. Write it with `supersonic-moe bench`.")
+    if reason := part_of_a_run(content):
+        raise ValueError(f"{path} {reason}")
     if content["suite"] not in UNSHOWN.union(SUITES):
         raise ValueError(
             f"{path} is of suite {content['suite']!r}, and docs/results.md shows {', '.join(SUITES)}. "
@@ -459,8 +467,13 @@ def main() -> None:
     for page in PAGES:
         if not page.path.is_file():
             sys.exit(f"{page.path} must be in {Path.cwd()}. Run this in the root of the repository.")
-        changed = put(page.path, page.block, page.text(Path()))
-        print(f"{page.path}, {page.block}: {'updated' if changed else 'nothing to change'}")
+    try:
+        texts = [page.text(Path()) for page in PAGES]  # all of them before any page changes
+        for page, text in zip(PAGES, texts, strict=True):
+            changed = put(page.path, page.block, text)
+            print(f"{page.path}, {page.block}: {'updated' if changed else 'nothing to change'}")
+    except ValueError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ better; it is null for facts without a better or worse, such as a clock. A metri
 ``peer`` null; a peer that is missing has ``peer_value`` null, but for what is known of it without a time. Where both
 were timed in pairs, ``ratio`` is the median of the pairs' ratios, and the row has one field more: ``interval``, the
 ends of its 95 % interval. A peer's time of few calls (``timing.Timing.few``) has ``calls``, how many.
+
+The file is written after every case. While the command has cases without a result, and for ever if it ended so, one key
+more stands before ``rows``: ``missing_cases``, their names. Nothing that reads files takes such a one for a whole one.
 """
 
 from __future__ import annotations
@@ -13,11 +16,12 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -201,8 +205,13 @@ def _rounded(value: float) -> float:
 
 
 def document(
-    suite: str, results: Sequence[CaseResult], device: torch.device, commit: str | None = None
+    suite: str,
+    results: Sequence[CaseResult],
+    device: torch.device,
+    commit: str | None = None,
+    missing: Sequence[str] = (),
 ) -> dict[str, object]:
+    """``missing``: names of the command's cases that have no result."""
     return {
         "suite": suite,
         "command": shlex.join(["supersonic-moe", *sys.argv[1:]]),
@@ -210,6 +219,7 @@ def document(
         "torch": torch.__version__,
         "commit": commit or tree_commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **({_MISSING: list(missing)} if missing else {}),
         "rows": [_fields(row) for result in results for row in rows(result)],
     }
 
@@ -218,9 +228,31 @@ def _fields(row: Row) -> dict[str, object]:
     return {name: value for name, value in asdict(row).items() if name not in ("interval", "calls") or value}
 
 
+def part_of_a_run(content: Mapping[str, Any]) -> str | None:
+    """What to say of a file that lacks cases of its command, behind its name; None of a whole one."""
+    missing = content.get(_MISSING)
+    if not missing:
+        return None
+    return f"is of a run without a result for {', '.join(missing)}. Measure it again: {content['command']}"
+
+
+_MISSING = "missing_cases"
+
+
 def write_json(path: Path, content: dict[str, object]) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Beside the file, and then under its name: whatever ends the process leaves a whole file, the old or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if path.exists() and not path.is_file():  # a device or a pipe is not to be replaced by a file
+        path.write_text(text, encoding="utf-8")
+        return
+    path = path.resolve()  # what a link leads to, not the link
+    beside = path.with_name(f"{path.name}.part")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
 
 
 def device_name(device: torch.device) -> str:

@@ -51,6 +51,11 @@ class Suite(ABC, Generic[Case, Result]):
         return device_name(self.where)
 
     @property
+    def rank(self) -> int:
+        """Of several processes that run the command together; 0 is the one that writes."""
+        return 0
+
+    @property
     @abstractmethod
     def heading(self) -> str:
         """What is measured, on what."""
@@ -76,6 +81,17 @@ class Suite(ABC, Generic[Case, Result]):
         """The cases of the file."""
         return [case for result in results for case in result.cases()]
 
+    def write(self, results: Sequence[Result], missing: Sequence[str], commit: str) -> Sequence[Path]:
+        """Write what is measured so far, after every case: ``missing`` names those without a result yet. Returns the
+        files.
+        """
+        from supersonic_moe.bench.report import document, write_json
+
+        if self.json is None:
+            return ()
+        write_json(self.json, document(self.name, self.metrics(results), self.where, commit, missing))
+        return (self.json,)
+
     def columns(self, result: Result) -> RenderableType:
         """What is printed as soon as a case is measured."""
         from supersonic_moe.bench.report import case_table
@@ -87,7 +103,7 @@ class Suite(ABC, Generic[Case, Result]):
         return ()
 
     def figure(self, results: Sequence[Result]) -> Sequence[Path]:
-        """Draw what the options ask for; returns the files that were written."""
+        """Draw what the options ask for, at the end; returns the files that were written."""
         return ()
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import fields
 from inspect import Parameter, Signature
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, Generic, TypeVar, get_type_hints
 
 import typer
 from rich.console import Console
@@ -19,6 +20,7 @@ from supersonic_moe.bench import options
 from supersonic_moe.bench.suite import Suite
 from supersonic_moe.bench.suites import SUITES
 from supersonic_moe.cli.output import console as output
+from supersonic_moe.cli.stopping import stoppable
 
 Case = TypeVar("Case")
 Result = TypeVar("Result", bound=Any)
@@ -27,28 +29,39 @@ app = typer.Typer(no_args_is_help=True, help="Measure speed and memory against p
 
 
 def execute(suite: Suite[Case, Result], console: Console) -> bool:
-    """Measure, print, write and draw; whether each case and everything of ours in it has a result."""
-    from supersonic_moe.bench import report
+    """Measure, print, write and draw; whether each case and everything of ours in it has a result. What is measured is
+    written after every case, so that whatever ends the process leaves it.
+    """
+    run = Run(suite)
+    with stoppable(lambda signal: run.tell(console, f"Stopped by {signal}. ")):
+        return _execute(run, console)
 
+
+def _execute(run: Run[Case, Result], console: Console) -> bool:
+    from supersonic_moe.bench.timing import LastCaseError
+
+    suite = run.suite
     with options.usage_errors():
-        cases = suite.cases()
+        cases = run.begin()
     _make_current(suite)
     console.print(f"{suite.heading}\n[dim]{suite.method}[/dim]\n")
-    commit = (
-        (suite.commit or report.tree_commit()) if suite.json else None
-    )  # before the file that is written is a change
-    results: list[Result] = []
-    with suite.around():
-        for result in _measured(suite, cases, console):
-            results.append(result)
-            if suite.json:  # after each case, so that a run that is stopped leaves what it has measured
-                report.write_json(suite.json, report.document(suite.name, suite.metrics(results), suite.where, commit))
-    if results:
-        for renderable in suite.summary(results):
+    try:
+        with suite.around(), closing(_measured(suite, cases, console)) as measured:
+            for case, result in measured:
+                run.add(case, result)
+    except LastCaseError as error:
+        run.tell(console)
+        raise typer.Exit(1) from error
+    if run.missing:
+        run.tell(console)
+    drawn: Sequence[Path] = ()
+    if run.results:
+        for renderable in suite.summary(run.results):
             console.print(renderable)
-        for path in (*([suite.json] if suite.json else []), *suite.figure(results)):
-            console.print(f"Wrote {path}")
-    return len(results) == len(cases) and not any(result.failed for result in results)
+        drawn = suite.figure(run.results)
+    for path in (*([] if run.missing else run.files), *drawn):
+        console.print(f"Wrote {path}")
+    return not run.missing and not any(result.failed for result in run.results)
 
 
 def _make_current(suite: Suite[Any, Any]) -> None:
@@ -58,11 +71,65 @@ def _make_current(suite: Suite[Any, Any]) -> None:
         torch.cuda.set_device(suite.where)  # events are recorded on the current device
 
 
-def _measured(suite: Suite[Case, Result], cases: Sequence[Case], console: Console) -> Iterator[Result]:
-    """Every case, each shown as soon as it is measured; one that fails is explained and left out."""
+class Run(Generic[Case, Result]):
+    """What a command has measured so far, and where that is written."""
+
+    def __init__(self, suite: Suite[Case, Result]) -> None:
+        self.suite = suite
+        self.files: Sequence[Path] = ()
+        self._cases: Sequence[Case] = ()
+        self._done: list[tuple[Case, Result]] = []
+        self._written = 0  # of those that are done
+
+    def begin(self) -> Sequence[Case]:
+        """The cases. The commit is that of now, before a file that is written is a change of it."""
+        from supersonic_moe.bench.report import tree_commit
+
+        self._cases = self.suite.cases()
+        self._commit = self.suite.commit or tree_commit()
+        return self._cases
+
+    @property
+    def results(self) -> list[Result]:
+        return [result for _, result in self._done]
+
+    @property
+    def missing(self) -> list[Case]:
+        """Cases without a result."""
+        found = list(self._cases)
+        for case, _ in self._done:
+            found.remove(case)
+        return found
+
+    def add(self, case: Case, result: Result) -> None:
+        self._done.append((case, result))
+        self._write()
+
+    def _write(self) -> None:
+        results = self.results
+        self.files = self.suite.write(results, [str(case) for case in self.missing], self._commit)
+        self._written = len(results)
+
+    def tell(self, console: Console, before: str = "") -> None:
+        """What is written where and what is missing, in a sentence each: of the rank that writes."""
+        if self.suite.rank:
+            return
+        if self._written < len(self._done):  # it was stopped while it wrote
+            self._write()
+        files = " and ".join(map(str, self.files)) or "nothing"
+        said = f"{before}Written: {files}. Measured: {len(self._done)} of {len(self._cases)} cases."
+        if missing := ", ".join(map(str, self.missing)):
+            said += f" Missing: {missing}."
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
+
+
+def _measured(
+    suite: Suite[Case, Result], cases: Sequence[Case], console: Console
+) -> Generator[tuple[Case, Result], None, None]:
+    """Every case, each handed out and shown as soon as it is measured; one that fails is explained and left out."""
     from supersonic_moe.bench.timing import LastCaseError, NoResultError
 
-    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    columns, rest = (*Progress.get_default_columns(), TimeElapsedColumn()), Rest(len(cases))
     with Progress(*columns, console=console, refresh_per_second=4, transient=True) as bar:
         task = bar.add_task("", total=len(cases))
         for case in cases:
@@ -74,19 +141,40 @@ def _measured(suite: Suite[Case, Result], cases: Sequence[Case], console: Consol
 
             try:
                 result = suite.run(case, show)
+            except NoResultError as error:
                 stages.end()
+                console.print(f"[red]No result:[/red] {escape(str(error))}", highlight=False)
+                if isinstance(error, LastCaseError):
+                    raise
+            else:
+                stages.end()
+                yield case, result
                 console.print(suite.columns(result))
                 for name, reason in result.missing.items():
                     mark = "[red]failed[/red]" if name in result.failed else "[yellow]missing[/yellow]"
                     console.print(f"{mark} {name}: {escape(reason)}", highlight=False)
-                console.print(f"[dim]{stages}[/dim]", highlight=False)
-                yield result
-            except NoResultError as error:
-                console.print(f"[red]No result:[/red] {escape(str(error))}", highlight=False)
-                if isinstance(error, LastCaseError):
-                    raise typer.Exit(1) from error
-            console.print()
+            console.print(f"[dim]{stages}{rest.after_a_case()}[/dim]\n", highlight=False)
             bar.advance(task)
+
+
+class Rest:
+    """How long the cases that are left take, if they take as long as those so far. The first one does not count: it
+    waits for what others find compiled.
+    """
+
+    def __init__(self, cases: int, now: Callable[[], float] = time.perf_counter) -> None:
+        self._cases, self._now = cases, now
+        self._ends: list[float] = []
+
+    def after_a_case(self) -> str:
+        """ "; 3 cases left, about 40 s", from the second case on."""
+        self._ends.append(self._now())
+        done = len(self._ends)
+        if done == 1 or (left := self._cases - done) == 0:
+            return ""
+        seconds = left * (self._ends[-1] - self._ends[0]) / (done - 1)
+        about = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+        return f"; {left} case{'s' if left > 1 else ''} left, about {about}"
 
 
 class Stages:

@@ -53,11 +53,12 @@ class Precision(OfLayers["PrecisionResult"], Timed[LayerShape, "PrecisionResult"
 
         return ablation_table(result)
 
-    def figure(self, results: Sequence[PrecisionResult]) -> Sequence[Path]:
+    def write(self, results: Sequence[PrecisionResult], missing: Sequence[str], commit: str) -> Sequence[Path]:
+        written = super().write(results, missing, commit)
         if self.markdown is None:
-            return ()
+            return written
         from supersonic_moe.bench.precision import write_markdown
         from supersonic_moe.bench.report import document
 
-        write_markdown(self.markdown, results, document(self.name, [], self.where, self.commit))
-        return [self.markdown]
+        write_markdown(self.markdown, results, document(self.name, [], self.where, commit, missing))
+        return (*written, self.markdown)
