@@ -50,10 +50,69 @@ def triton(stages: int = 4, **kwargs: int) -> Any:
     return SimpleNamespace(kwargs=kwargs, num_stages=stages)
 
 
+class TorchaoProduct(torch.autograd.Function):
+    """With a weight gradient like torchao's, on scales of one row each: those of the left operand are row-major."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_SK: Tensor, w_EKN: Tensor, offs_E: Tensor, multiply: Any) -> Tensor:
+        ctx.save_for_backward(rows_SK, w_EKN, offs_E)
+        ctx.multiply = multiply
+        return F.grouped_mm(rows_SK, w_EKN, offs=offs_E)
+
+    @staticmethod
+    def backward(ctx: Any, dy_SN: Tensor) -> Any:
+        rows_SK, w_EKN, offs_E = ctx.saved_tensors
+        sizes_E = torch.diff(offs_E, prepend=offs_E.new_zeros(1))
+        scales_NS = 1 + (torch.arange(dy_SN.numel()) % 5).view(dy_SN.shape[::-1])
+        scales_SK = 1 + (torch.arange(rows_SK.numel()) % 7).view(rows_SK.shape)
+        dw_ENK = rows_SK.new_empty(w_EKN.shape[0], dy_SN.shape[1], rows_SK.shape[1])
+        ctx.multiply(
+            (dy_SN.t() / scales_NS, scales_NS.float()), (rows_SK.t() / scales_SK.t(), scales_SK.float().t()),
+            dw_ENK, sizes_E.tolist(), sizes_E, torch.zeros_like(dw_ENK), recipe=(1, 1, 128),
+        )  # fmt: skip
+        return F.grouped_mm(dy_SN.contiguous(), w_EKN.transpose(1, 2), offs=offs_E), dw_ENK.transpose(1, 2), None, None
+
+
+@dataclass
+class DeepGemm:
+    """DeepGEMM's weight gradient, and torchao's look at it, which it takes once."""
+
+    module: ModuleType = field(default_factory=lambda: ModuleType("deep_gemm"))
+    largest: int = 232448  # bytes of shared memory that a block can have
+    scales: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)  # shape and strides
+    seen: Any = None
+
+    def transposed(self, scales_DB: Tensor) -> Tensor:
+        self.scales.append((tuple(scales_DB.shape), scales_DB.stride()))
+        if scales_DB.stride() != (1, scales_DB.shape[0]):
+            assert scales_DB.is_contiguous()
+            columns = scales_DB.shape[1]
+            if 64 * (columns + 1 - columns % 2) * 4 > self.largest:
+                raise RuntimeError("CUDA_ERROR_INVALID_VALUE, invalid argument")
+        return scales_DB
+
+    def multiply(
+        self, lhs: tuple[Tensor, Tensor], rhs: tuple[Tensor, Tensor], out: Tensor, sizes: list[int], sizes_E: Tensor,
+        added: Tensor, recipe: tuple[int, int, int],
+    ) -> None:  # fmt: skip
+        assert recipe == (1, 1, 128) and sizes_E.tolist() == sizes
+        left, right = (values * self.transposed(scales) for values, scales in (lhs, rhs))
+        pairs = zip(left.split(sizes, 1), right.split(sizes, 1), strict=True)
+        out.copy_(added + torch.stack([a @ b.t() for a, b in pairs]))
+
+    def product(self, rows_SK: Tensor, w_EKN: Tensor, *, offs: Tensor) -> Tensor:
+        return TorchaoProduct.apply(rows_SK, w_EKN, offs, self.look())
+
+    def look(self) -> Any:
+        self.seen = self.seen or self.module.k_grouped_fp8_gemm_nt_contiguous
+        return self.seen
+
+
 @dataclass
 class StandIns:
     modes: list[bool] = field(default_factory=list)  # whether SonicMoE was asked for inference
     emulates: bool = False
+    deepgemm: DeepGemm = field(default_factory=DeepGemm)
     tuners: dict[str, Tuner] = field(default_factory=dict)
 
     def sonicmoe(
@@ -97,10 +156,10 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIns]:
         "liger_kernel.ops.fused_moe_kernels": it.tuners,
         "liger_kernel.ops.fused_moe": {"LigerFusedMoEFunction": SimpleNamespace(apply=it.liger)},
         "torchao.prototype.blockwise_fp8_training.deepgemm_grouped_kernels": {
-            "can_use_deepgemm_grouped_training": lambda *_: not it.emulates
+            "can_use_deepgemm_grouped_training": lambda *_: it.deepgemm.look() and not it.emulates
         },
         "torchao.prototype.moe_training.blockwise_fp8.grouped_mm": {
-            "_to_fp8_blockwise_then_scaled_grouped_mm": F.grouped_mm
+            "_to_fp8_blockwise_then_scaled_grouped_mm": it.deepgemm.product
         },
     }
     for name, members in modules.items():
@@ -110,7 +169,11 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIns]:
         for end in (i for i, letter in enumerate(name) if letter == "."):
             if name[:end] not in modules:
                 monkeypatch.setitem(sys.modules, name[:end], ModuleType(name[:end]))
-    caches = (layer_peers._sonicmoe, layer_peers.liger_function)
+    it.deepgemm.module.k_grouped_fp8_gemm_nt_contiguous = it.deepgemm.multiply  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "deep_gemm", it.deepgemm.module)
+    card = SimpleNamespace(shared_memory_per_block_optin=it.deepgemm.largest)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    caches = (layer_peers._sonicmoe, layer_peers.liger_function, layer_peers._torchao)
     for cached in caches:
         cached.cache_clear()
     yield it
@@ -147,6 +210,16 @@ def test_models_get_the_same_short_lists(installed: StandIns) -> None:
     case = transformers.TransformersCase(CPU_HUGGING_FACE_MODELS[0], "layers", "train", 8)
     assert list(transformers.run_case(case, settings).metrics) == [OURS, "liger"]
     assert [c.kwargs for c in installed.tuners["_moe_bwd_dW1_kernel"].configs] == [{"BLOCK_N": 128, "BLOCK_K": 32}]
+
+
+@pytest.mark.parametrize(("tokens", "fits"), [(453, True), (454, False)])
+def test_scales_that_deepgemm_cannot_transpose_arrive_transposed(installed: StandIns, tokens: int, fits: bool) -> None:
+    """Of two slots a token: 906 columns, padded to 907, are the last that fit. All others are left as they are."""
+    result = run_case(LayerShape(tokens, 32, 16, 4, 2), config("torchao"))
+    assert result.missing == {} and "torchao" in result.metrics
+    columns = 2 * tokens
+    left = [((32, columns), (columns, 1) if fits else (1, 32))] * 2  # of w2's output H and of w1's, 2I
+    assert set(installed.deepgemm.scales) == {*left, ((32, columns), (1, 32)), ((16, columns), (1, 16))}
 
 
 def test_a_library_that_cannot_run_is_missing_and_the_others_are_not(installed: StandIns) -> None:

@@ -10,7 +10,8 @@ liger
     list too (``LIGER``), for its own takes minutes a size.
 torchao
     The layer of ``grouped_mm`` around torchao's FP8 grouped product, scales of 1 x 128 and 128 x 128: forward and both
-    gradients multiply in DeepGEMM. Where torchao would fall back to emulation, it is missing.
+    gradients multiply in DeepGEMM. Where torchao would fall back to emulation, it is missing. Scales that DeepGEMM
+    would transpose, but cannot, reach it transposed (``deepgemm_scales``).
 
 All take w1 (E, 2I, H) as [gate; up], as Hugging Face stores it, but those of ``INTERLEAVED``, which take ours.
 """
@@ -167,12 +168,42 @@ def torchao(
 
 
 def _torchao_product(rows_SK: Tensor, w_EKN: Tensor, *, offs: Tensor) -> Tensor:
-    kernels = importlib.import_module("torchao.prototype.blockwise_fp8_training.deepgemm_grouped_kernels")
-    if not kernels.can_use_deepgemm_grouped_training(rows_SK, torch.bfloat16, 128):
+    uses_deepgemm, product = _torchao()
+    if not uses_deepgemm(rows_SK, torch.bfloat16, 128):
         raise RuntimeError("torchao would emulate its FP8 product: it needs DeepGEMM and Hopper")
+    return product(rows_SK, w_EKN, offs=offs)
+
+
+@cache
+def _torchao() -> tuple[Callable[..., bool], Callable[..., Tensor]]:
+    """Whether torchao would multiply in DeepGEMM, and its product. It looks for DeepGEMM's functions once, at the first
+    of those questions: that of the weight gradient is replaced before.
+    """
+    kernels = importlib.import_module("torchao.prototype.blockwise_fp8_training.deepgemm_grouped_kernels")
     training = importlib.import_module("torchao.prototype.moe_training.blockwise_fp8.grouped_mm")
-    out_SN: Tensor = training._to_fp8_blockwise_then_scaled_grouped_mm(rows_SK, w_EKN, offs=offs)
-    return out_SN
+    deepgemm: Any = importlib.import_module("deep_gemm")
+    multiply = deepgemm.k_grouped_fp8_gemm_nt_contiguous
+
+    def weight_gradient(lhs: tuple[Tensor, Tensor], rhs: tuple[Tensor, Tensor], *args: Any, **kwargs: Any) -> None:
+        pairs = [(values, deepgemm_scales(scales)) for values, scales in (lhs, rhs)]
+        multiply(*pairs, *args, **kwargs)
+
+    deepgemm.k_grouped_fp8_gemm_nt_contiguous = weight_gradient
+    return kernels.can_use_deepgemm_grouped_training, training._to_fp8_blockwise_then_scaled_grouped_mm
+
+
+def deepgemm_scales(scales_DB: Tensor) -> Tensor:
+    """Scales of a weight gradient's operand, D columns of B blocks of 128 rows, as DeepGEMM can take them.
+
+    It reads them column-major. Row-major ones, which torchao writes where D >= 4096, it transposes first, with 64 rows
+    at a time in shared memory, each padded to an odd number of floats. Where these are more bytes than a block can have
+    (227 KiB on Hopper: B > 907, or 116,096 rows), CUDA refuses the kernel as an invalid argument.
+    """
+    if not scales_DB.is_contiguous():
+        return scales_DB
+    properties: Any = torch.cuda.get_device_properties(scales_DB.device)
+    needed = 64 * (scales_DB.shape[1] | 1) * scales_DB.element_size()
+    return scales_DB if needed <= properties.shared_memory_per_block_optin else scales_DB.t().contiguous().t()
 
 
 PEERS: dict[str, Callable[..., Tensor]] = {
