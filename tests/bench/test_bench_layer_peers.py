@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from command_line import QUICK, run, words
 from torch import Tensor
 from torch.nn import functional as F
 
-from supersonic_moe.bench import layer, layer_peers, report, transformers
+from supersonic_moe.bench import layer, layer_peers, report, timing, transformers
 from supersonic_moe.bench.layer import LayerConfig, run_case
 from supersonic_moe.bench.peers import torch_loop
 from supersonic_moe.bench.report import OURS
@@ -182,7 +183,10 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIns]:
 
 
 @pytest.mark.parametrize("router", ["softmax_after_topk", "softmax_before_topk", "softmax_before_topk_renormalized"])
-def test_libraries_get_our_layer_and_are_timed_in_pairs(installed: StandIns, router: str) -> None:
+def test_libraries_get_our_layer_and_are_timed_in_pairs(
+    installed: StandIns, router: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "FAR_SLOWER", math.inf)  # a busy machine can hold up any one call
     result = run_case(SMALL, config(*LIBRARIES, router=router, pairs=6))
     assert result.missing == {}
     assert list(result.metrics) == [OURS, *LIBRARIES]
