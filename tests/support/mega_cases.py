@@ -15,6 +15,7 @@ from typing import Any
 import ranks
 import torch
 import torch.distributed as dist
+from few_rows_in_torch import FewRowsInTorch
 from inference_oracle import Case, make_case
 from parallel_cases import error_of, timed_error_of
 from torch import Tensor
@@ -295,7 +296,9 @@ def _start(size: int, gpu: bool, careful: int) -> None:
 
     FewRows.run, ThreadFlags.tell = run_late, tell_late  # type: ignore[method-assign]
     rank_tokens.post_tokens, rank_tokens.sum_parts = post, sum_late
-    if gpu:
+    if not gpu:
+        parallel_mega.FewRows = FewRowsInTorch  # type: ignore[misc]
+    else:
         from supersonic_moe.inference import sm90
         from supersonic_moe.kernels.sm90 import stream_experts
 

@@ -8,31 +8,26 @@ two or three:
 
     post_tokens   in front: choices and x are told, choices of all are awaited
     sum_parts     behind: parts are told and awaited
-
-On a CPU, where only tests have memory that several ranks reach, the same steps are plain torch.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from supersonic_moe.config.activation import GateUpLayout
-from supersonic_moe.inference.topk import moe_fp8_topk
 from supersonic_moe.inference.workspace import workspace_bytes
 from supersonic_moe.jit.launch import Launch, on_device
 from supersonic_moe.kernels.alignment import ALIGNMENT as VECTOR
 from supersonic_moe.kernels.alignment import aligned, aligned_tensor
-from supersonic_moe.kernels.reference import quantize_rows
 from supersonic_moe.kernels.reference.inference import Fp8Experts
 from supersonic_moe.kernels.sm90 import rank_tokens
-from supersonic_moe.kernels.sm90.rank_tokens import EPOCHS, X_LEFT, Layout, RankTokens
+from supersonic_moe.kernels.sm90.rank_tokens import Layout, RankTokens
 from supersonic_moe.parallel.copies import Copies
 from supersonic_moe.parallel.symmetric import HEAD
 from supersonic_moe.parallel.watch import PHASES
-from supersonic_moe.quantization.block_format import E4M3, blocks
 
 FEW_ROWS = 128
 """Of an expert, on average, if all rows came to one rank. Tiles are 1.1 times faster at half as many, but what copies
@@ -86,10 +81,7 @@ class FewRows:
             regions = Layout.of(self._ranks, self._places, hidden, self._top_k)
             at = Layout(*(HEAD + region for region in regions))
             tokens = RankTokens(copies.memory.flags, at, self._places, call)
-            step = self._launch if given.x_TH.is_cuda else self._compute
-            step(tokens, given, out_TH, accumulate)
-
-    # ---- on Hopper ---------------------------------------------------------------------------------------------------
+            self._launch(tokens, given, out_TH, accumulate)
 
     def _launch(self, tokens: RankTokens, given: Given, out_TH: Tensor, accumulate: bool) -> None:
         to_TH = out_TH if out_TH.data_ptr() % VECTOR == 0 else out_TH.clone()
@@ -109,7 +101,7 @@ class FewRows:
 
         dispatch, combine, experts = PHASES.index(DISPATCH), PHASES.index(COMBINE), self._num_experts
         layer = sm90.Layer(aligned(given.experts, VECTOR, "w13", "w2"), None, given.order, given.limit, given.pow2)
-        ids_UK, weights_UK = self._choices(self._copies.memory.blocks[self._rank], tokens.at)
+        ids_UK, weights_UK = self.choices(self._copies.memory.blocks[self._rank], tokens.at)
         x_TH = aligned_tensor("x", given.x_TH)
         return [
             rank_tokens.post_tokens(
@@ -123,73 +115,14 @@ class FewRows:
             rank_tokens.sum_parts(tokens, combine, given.ids_TK, experts, out_TH, accumulate=accumulate),
         ]  # fmt: skip
 
-    # ---- in plain torch ----------------------------------------------------------------------------------------------
-
-    def _compute(self, tokens: RankTokens, given: Given, out_TH: Tensor, accumulate: bool) -> None:
-        flags: Any = tokens.flags  # of a test, which tells in Python what kernels tell
-        at, blocks_R = tokens.at, self._copies.memory.blocks
-        dispatch, combine = PHASES.index(DISPATCH), PHASES.index(COMBINE)
-        count, hidden = given.x_TH.shape
-        own = slice(self._rank * self._places, self._rank * self._places + count)
-        rest = slice(own.stop, (self._rank + 1) * self._places)
-        known = (given.ids_TK >= 0) & (given.ids_TK < self._num_experts)
-        flags.advance(EPOCHS)
-        for block in blocks_R:
-            ids_UK, weights_UK = self._choices(block, at)
-            ids_UK[own], weights_UK[own] = torch.where(known, given.ids_TK, -1).int(), given.weights_TK
-            ids_UK[rest] = -1
-        flags.tell(X_LEFT + 1)
-        x, scale = (given.x_TH, given.x_scale_TB)
-        if scale is None:
-            x, scale = quantize_rows(x, given.pow2)
-        needed_R = [(known & (given.ids_TK // self._here == rank)).any(1) for rank in range(self._ranks)]
-        for block, needed in zip(blocks_R, needed_R, strict=True):
-            x_UH, scale_UB = self._x(block, at, hidden)
-            x_UH[own].view(torch.uint8)[needed] = x.view(torch.uint8)[needed]
-            scale_UB[own][needed] = scale[needed]
-        flags.tell(X_LEFT)
-
-        flags.wait(X_LEFT + 1, tokens.call, dispatch)
-        ids_UK, weights_UK = self._choices(blocks_R[self._rank], at)
-        first_expert = self._rank * self._here
-        flags.wait(X_LEFT, tokens.call, dispatch)
-        x_UH, scale_UB = self._x(blocks_R[self._rank], at, hidden)
-        part_UH = moe_fp8_topk(
-            x_UH, given.experts.w13, given.experts.w2, given.experts.w13_scale, given.experts.w2_scale, weights_UK,
-            ids_UK, x_scale=scale_UB, local_expert_offset=first_expert, num_experts=self._num_experts,
-            gate_up_order=given.order, swiglu_limit=given.limit, pow2_scales=given.pow2, received_rows=given.received,
-        )  # fmt: skip
-        has_row_U = ((ids_UK >= first_expert) & (ids_UK < first_expert + self._here)).any(1)
-        for rank, block in enumerate(blocks_R):
-            of_rank = slice(rank * self._places, (rank + 1) * self._places)
-            mine_MH = self._parts(block, at, hidden)[self._rank]
-            mine_MH[has_row_U[of_rank]] = part_UH[of_rank][has_row_U[of_rank]]
-        flags.tell(0)
-
-        flags.wait(0, tokens.call, combine)
-        sum_TH = torch.zeros(count, hidden)
-        for needed, part_MH in zip(needed_R, self._parts(blocks_R[self._rank], at, hidden), strict=True):
-            sum_TH[needed] += part_MH[:count][needed].float()
-        out_TH.copy_(out_TH + sum_TH.bfloat16() if accumulate else sum_TH)
-
-    # ---- regions of a block ------------------------------------------------------------------------------------------
-
-    def _choices(self, block: Tensor, at: Layout) -> tuple[Tensor, Tensor]:
+    def choices(self, block: Tensor, at: Layout) -> tuple[Tensor, Tensor]:
         """Ids and weights (R·M, K)."""
         shape = self._ranks * self._places, self._top_k
-        return _view(block, at.ids, torch.int32, *shape), _view(block, at.weights, torch.float32, *shape)
-
-    def _x(self, block: Tensor, at: Layout, hidden: int) -> tuple[Tensor, Tensor]:
-        """Codes (R·M, H) and scales (R·M, H / 128)."""
-        rows = self._ranks * self._places
-        return _view(block, at.codes, E4M3, rows, hidden), _view(block, at.scales, torch.float32, rows, blocks(hidden))
-
-    def _parts(self, block: Tensor, at: Layout, hidden: int) -> Tensor:
-        """(R, M, H)"""
-        return _view(block, at.parts, torch.bfloat16, self._ranks, self._places, hidden)
+        return view_of(block, at.ids, torch.int32, *shape), view_of(block, at.weights, torch.float32, *shape)
 
 
-def _view(block: Tensor, start: int, dtype: torch.dtype, *shape: int) -> Tensor:
+def view_of(block: Tensor, start: int, dtype: torch.dtype, *shape: int) -> Tensor:
+    """What begins at byte ``start`` of a block."""
     size = dtype.itemsize
     for n in shape:
         size *= n
