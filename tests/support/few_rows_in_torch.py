@@ -32,7 +32,7 @@ class FewRowsInTorch(FewRows):
             ids_UK[own], weights_UK[own] = torch.where(known, given.ids_TK, -1).int(), given.weights_TK
             ids_UK[rest] = -1
         flags.tell(X_LEFT + 1)
-        x, scale = (given.x_TH, given.x_scale_TB)
+        x, scale = given.x_TH, given.x_scale_TB
         if scale is None:
             x, scale = quantize_rows(x, given.pow2)
         needed_R = [(known & (given.ids_TK // self._here == rank)).any(1) for rank in range(self._ranks)]
@@ -68,9 +68,8 @@ class FewRowsInTorch(FewRows):
     def _x(self, block: Tensor, at: Layout, hidden: int) -> tuple[Tensor, Tensor]:
         """Codes (R·M, H) and scales (R·M, H / 128)."""
         rows = self._ranks * self._places
-        return view_of(block, at.codes, E4M3, rows, hidden), view_of(
-            block, at.scales, torch.float32, rows, blocks(hidden)
-        )
+        scales_UB = view_of(block, at.scales, torch.float32, rows, blocks(hidden))
+        return view_of(block, at.codes, E4M3, rows, hidden), scales_UB
 
     def _parts(self, block: Tensor, at: Layout, hidden: int) -> Tensor:
         """(R, M, H)"""
